@@ -1,0 +1,28 @@
+"""Every test runs on 8 simulated CPU devices, before any backend starts."""
+
+import os
+import pathlib
+
+import jax
+import pytest
+
+from txcore import _compat
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+_compat.simulate_cpu_devices(8)
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+MNIST = ROOT.parent / "shared" / "mnist"
+
+
+def pytest_report_header(config):
+    return f"jax {jax.__version__}, {jax.device_count()} {jax.default_backend()} devices"
+
+
+@pytest.fixture(scope="session")
+def mnist_dir():
+    """The folder with the real MNIST files, or skip."""
+    path = pathlib.Path(os.environ.get("TXCORE_DATA", MNIST))
+    if not (path / "train-images-idx3-ubyte.gz").exists():
+        pytest.skip(f"real MNIST is not at {path}: set TXCORE_DATA to its folder")
+    return path

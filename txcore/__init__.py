@@ -1,0 +1,1 @@
+"""txcore: explicit collectives for JAX, and proof of what is on the wire."""
