@@ -1,0 +1,131 @@
+"""The batch plan: one global order of the examples for any number of devices and processes."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+
+def batches_per_epoch(count: int, batch_size: int) -> int:
+    """Return the number of global batches in an epoch, the last one perhaps not full.
+
+    Args:
+      count: examples in the data set, at least 1.
+      batch_size: examples in a global batch, at least 1.
+
+    Returns:
+      ceil(count / batch_size).
+
+    Raises:
+      ValueError: an argument is not a whole number of at least 1.
+
+    Example:
+      >>> batches_per_epoch(60_000, 128)
+      469
+    """
+    _require_whole("count", count, 1)
+    _require_whole("batch_size", batch_size, 1)
+    return -(-count // batch_size)
+
+
+def epoch_batches(
+    images: np.ndarray,
+    labels: np.ndarray,
+    *,
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    shuffle: bool = True,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[dict[str, np.ndarray]]:
+    """Return the batches of one epoch: every example once, the last batch masked.
+
+    The order depends on `seed` and `epoch` alone. Each process gets its contiguous part of
+    every global batch, so that the parts of all processes, one after the other, are the batch
+    that one process would get.
+
+    Args:
+      images: [n, ...].
+      labels: [n].
+      batch_size: examples in a global batch; a multiple of `process_count`.
+      seed: of the order, at least 0.
+      epoch: counts from 0; each has its own order.
+      shuffle: False keeps the order of the data set (for evaluation).
+      process_index: this process, counted from 0.
+      process_count: processes that share each batch.
+
+    Returns:
+      An iterator of {"image": [b, ...], "label": int32 [b], "mask": float32 [b]} with
+      b = batch_size // process_count. Rows past the last example are zeros with mask 0.
+
+    Raises:
+      ValueError: an argument is out of its range, or the batch does not divide.
+
+    Example:
+      >>> x, y = np.ones((3, 28, 28, 1), np.float32), np.arange(3)
+      >>> for batch in epoch_batches(x, y, batch_size=2, seed=0, epoch=0, shuffle=False):
+      ...     print(batch["image"].shape, batch["label"], batch["mask"])
+      (2, 28, 28, 1) [0 1] [1. 1.]
+      (2, 28, 28, 1) [2 0] [1. 0.]
+    """
+    _check_data(images, labels)
+    _require_whole("batch_size", batch_size, 1)
+    _require_whole("seed", seed, 0)
+    _require_whole("epoch", epoch, 0)
+    _check_processes(batch_size, process_index, process_count)
+    order = _epoch_order(len(labels), seed, epoch) if shuffle else np.arange(len(labels))
+    part_size = batch_size // process_count
+    starts = batch_size * np.arange(batches_per_epoch(len(labels), batch_size))
+    starts += process_index * part_size
+    # Not a generator function: the checks above run at the call, not at the first batch.
+    return (_take(images, labels, order[s : s + part_size], part_size) for s in starts)
+
+
+def _epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
+    # Spelled out rather than default_rng, whose generator NumPy may change.
+    sequence = np.random.SeedSequence([seed, epoch])
+    return np.random.Generator(np.random.PCG64(sequence)).permutation(count)
+
+
+def _take(
+    images: np.ndarray, labels: np.ndarray, rows: np.ndarray, size: int
+) -> dict[str, np.ndarray]:
+    """Return the examples `rows`, padded with zeros to `size`."""
+    image = np.zeros((size, *images.shape[1:]), images.dtype)
+    label = np.zeros(size, np.int32)
+    mask = np.zeros(size, np.float32)
+    image[: len(rows)] = images[rows]
+    label[: len(rows)] = labels[rows]
+    mask[: len(rows)] = 1
+    return {"image": image, "label": label, "mask": mask}
+
+
+def _check_data(images: np.ndarray, labels: np.ndarray) -> None:
+    if labels.ndim != 1 or images.ndim < 1 or len(images) != len(labels) or len(labels) == 0:
+        raise ValueError(
+            "images and labels: required shapes [n, ...] and [n] with n at least 1, given "
+            f"{list(images.shape)} and {list(labels.shape)}; pass one label for each image"
+        )
+
+
+def _check_processes(batch_size: int, process_index: int, process_count: int) -> None:
+    _require_whole("process_count", process_count, 1)
+    _require_whole("process_index", process_index, 0)
+    if process_index >= process_count:
+        raise ValueError(
+            f"process_index: required less than process_count {process_count}, given "
+            f"{process_index}; count the processes from 0"
+        )
+    if batch_size % process_count:
+        raise ValueError(
+            f"batch_size: required a multiple of the {process_count} processes, given "
+            f"{batch_size}; use {batch_size - batch_size % process_count + process_count}"
+        )
+
+
+def _require_whole(name: str, value: int, low: int) -> None:
+    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not whole or value < low:
+        raise ValueError(
+            f"{name}: required a whole number of at least {low}, given {value!r}; pass such a one"
+        )
