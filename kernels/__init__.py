@@ -1,3 +1,23 @@
-"""TODO"""
+"""Pure functions on arrays, each with one interface and a choice of implementations.
+
+They know nothing of meshes or of training, and add no collective. The operands of one call may
+vary along different mesh axes: they are made to agree first.
+"""
+
 if __name__ == "kernels":  # found by its folder, not as the installed package
     raise ImportError("'kernels' is installed as txcore.kernels: write 'import txcore.kernels'")
+
+from txcore.kernels.conv import conv2d
+from txcore.kernels.cross_entropy import cross_entropy
+from txcore.kernels.dense import dense
+from txcore.kernels.optimizer import adamw, sgd_momentum
+from txcore.kernels.options import compiler_options
+
+__all__ = [
+    "adamw",
+    "compiler_options",
+    "conv2d",
+    "cross_entropy",
+    "dense",
+    "sgd_momentum",
+]

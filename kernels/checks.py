@@ -1,0 +1,48 @@
+"""Checks that the ops share: what was required, what was given, what to do."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def float_arrays(op: str, **arrays: Any) -> tuple[jax.Array, ...]:
+    """Return `arrays` as jax arrays, or refuse one that is not floating-point."""
+    for name, array in arrays.items():
+        if not jnp.issubdtype(jnp.result_type(array), jnp.floating):
+            raise TypeError(
+                f"{op}: {name} must have a floating-point dtype; got {jnp.result_type(array)}. "
+                f"Cast it, for example {name}.astype(jnp.float32)."
+            )
+    return tuple(jnp.asarray(array) for array in arrays.values())
+
+
+def same_dtype(op: str, **arrays: jax.Array) -> None:
+    """Refuse operands of different dtypes: promoting them would hide what precision is used."""
+    if len({array.dtype for array in arrays.values()}) > 1:
+        given = ", ".join(f"{name} {array.dtype}" for name, array in arrays.items())
+        raise TypeError(
+            f"{op}: {', '.join(arrays)} must have one dtype; got {given}. "
+            f"Cast them to the one to compute in."
+        )
+
+
+def one_of(op: str, option: str, value: Any, allowed: Sequence[Any]) -> None:
+    """Refuse an option's value that is not among the allowed ones."""
+    if value not in allowed:
+        raise ValueError(
+            f"{op}: {option} must be one of {', '.join(map(repr, allowed))}; got {value!r}."
+        )
+
+
+def in_range(op: str, option: str, value: Any, low: float, high: float) -> None:
+    """Refuse a Python number outside [low, high); a traced one cannot be looked at."""
+    if isinstance(value, int | float) and not low <= value < high:
+        bounds = f"at least {low}" if high == float("inf") else f"in [{low}, {high})"
+        raise ValueError(f"{op}: {option} must be a finite number {bounds}; got {value!r}.")
+
+
+def accumulator(dtype: jnp.dtype) -> jnp.dtype:
+    """Return the dtype to compute in for operands of `dtype`: float32 or wider."""
+    return jnp.promote_types(dtype, jnp.float32)

@@ -1,0 +1,5 @@
+"""Convolution with bias, ReLU and max-pooling in one op."""
+
+from txcore.kernels.conv.api import conv2d
+
+__all__ = ["conv2d"]

@@ -1,0 +1,99 @@
+"""The public convolution: what it takes and what it refuses."""
+
+from typing import Literal
+
+import jax
+from jax.typing import ArrayLike
+
+from txcore import _compat
+from txcore.kernels import checks, registry
+from txcore.kernels.conv import xla
+
+Activation = Literal["relu"] | None
+Padding = Literal["SAME", "VALID"]
+
+
+def conv2d(
+    x: ArrayLike,
+    w: ArrayLike,
+    b: ArrayLike,
+    *,
+    activation: Activation = None,
+    pool: Literal[2] | None = None,
+    padding: Padding = "SAME",
+    implementation: registry.Implementation | None = None,
+) -> jax.Array:
+    """Convolve images with a filter of stride 1, add a bias, activate and pool, in this order.
+
+    Half-precision operands are accumulated in float32 and the result is rounded once. A maximum
+    that occurs more than once in a pooling window passes its gradient to its first place (row
+    by row), as the gradient of `lax.reduce_window` does, so the sum of the gradient is kept.
+
+    Reverse-mode differentiation only: the op has its own VJP, so `jax.jvp`, `jax.jacfwd` and
+    `jax.hessian` raise jax's error about forward-mode on a custom_vjp function.
+
+    Args:
+      x: images, shape (batch, height, width, in_channels), any floating dtype.
+      w: filters, shape (filter_height, filter_width, in_channels, out_channels), x's dtype.
+      b: bias, shape (out_channels,), x's dtype.
+      activation: None or "relu".
+      pool: None, or 2 for the maximum over 2x2 windows with stride 2; an odd last row or
+        column is left out.
+      padding: "SAME" pads with zeros to keep height and width, "VALID" does not pad.
+      implementation: None for the fastest known, or "xla".
+
+    Returns:
+      Shape (batch, out_height, out_width, out_channels), x's dtype, where the height and width
+      are halved (rounded down) by `pool`.
+
+    Raises:
+      TypeError: an operand is not floating-point, or the dtypes differ.
+      ValueError: a shape or an option does not fit.
+      NotImplementedError: there is no such implementation of this op.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from txcore import kernels
+      >>> image, filters = jnp.ones((8, 28, 28, 1)), jnp.ones((5, 5, 1, 32))
+      >>> kernels.conv2d(image, filters, jnp.zeros(32), activation="relu", pool=2).shape
+      (8, 14, 14, 32)
+    """
+    x, w, b = checks.float_arrays("conv2d", x=x, w=w, b=b)
+    checks.same_dtype("conv2d", x=x, w=w, b=b)
+    checks.one_of("conv2d", "activation", activation, (None, "relu"))
+    checks.one_of("conv2d", "pool", pool, (None, 2))
+    checks.one_of("conv2d", "padding", padding, ("SAME", "VALID"))
+    _check_shapes(x, w, b)
+    _check_size(x, w, pool, padding)
+    run = registry.resolve("conv2d", implementation, {"xla": xla.conv2d})
+    return run(*_compat.match_varying(x, w, b), activation, pool, padding)
+
+
+def _check_shapes(x: jax.Array, w: jax.Array, b: jax.Array) -> None:
+    given = f"got x {x.shape}, w {w.shape}, b {b.shape}."
+    if x.ndim != 4 or w.ndim != 4 or b.ndim != 1:
+        raise ValueError(
+            "conv2d: x must have the dims (batch, height, width, in_channels), w (filter_height, "
+            f"filter_width, in_channels, out_channels) and b (out_channels,); {given} "
+            "Add a batch dim to a single image, or use jax.vmap for further ones."
+        )
+    if x.shape[3] != w.shape[2]:
+        raise ValueError(
+            f"conv2d: x and w must have the same in_channels (x's last dim, w's dim 2); {given} "
+            "The layouts are NHWC and HWIO: transpose others."
+        )
+    if w.shape[3] != b.shape[0]:
+        raise ValueError(f"conv2d: b must have w's out_channels (w's last dim); {given}")
+
+
+def _check_size(x: jax.Array, w: jax.Array, pool: int | None, padding: str) -> None:
+    lost = (0, 0) if padding == "SAME" else (w.shape[0] - 1, w.shape[1] - 1)
+    height, width = x.shape[1] - lost[0], x.shape[2] - lost[1]
+    least = pool or 1
+    if min(height, width) < least or 0 in w.shape:
+        raise ValueError(
+            f"conv2d: the output before pooling must be at least {least}x{least} for "
+            f"pool={pool}, and no dim of w may be 0; got an output of {max(height, 0)}x"
+            f"{max(width, 0)} from x {x.shape}, w {w.shape} with padding={padding!r}. "
+            "Use larger images, a smaller filter, padding='SAME' or pool=None."
+        )

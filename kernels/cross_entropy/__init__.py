@@ -1,0 +1,5 @@
+"""Softmax cross-entropy with integer labels."""
+
+from txcore.kernels.cross_entropy.api import cross_entropy
+
+__all__ = ["cross_entropy"]

@@ -1,0 +1,58 @@
+"""The public loss: what it takes and what it refuses."""
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from txcore import _compat
+from txcore.kernels import checks, registry
+from txcore.kernels.cross_entropy import xla
+
+
+def cross_entropy(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    *,
+    implementation: registry.Implementation | None = None,
+) -> jax.Array:
+    """Compute the softmax cross-entropy of each example, -log softmax(logits)[label].
+
+    A label outside [0, classes) gives NaN, in the loss and in the gradient of its example: it
+    cannot be refused, since labels are known only when the program runs. Reverse-mode
+    differentiation only: the op has its own VJP, so `jax.jvp`, `jax.jacfwd` and `jax.hessian`
+    raise jax's error about forward-mode on a custom_vjp function.
+
+    Args:
+      logits: unnormalised log-probabilities, shape (..., classes), any floating dtype.
+      labels: index of the true class, shape (...), any integer dtype.
+      implementation: None for the fastest known, or "xla".
+
+    Returns:
+      The losses, shape (...), float32 (float64 for float64 logits).
+
+    Raises:
+      TypeError: logits are not floating-point, or labels not integers.
+      ValueError: the shapes do not fit.
+      NotImplementedError: there is no such implementation of this op.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from txcore import kernels
+      >>> kernels.cross_entropy(jnp.zeros((2, 10)), jnp.array([3, 7])).round(4).tolist()
+      [2.302600145339966, 2.302600145339966]
+    """
+    (logits,) = checks.float_arrays("cross_entropy", logits=logits)
+    labels = jnp.asarray(labels)
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise TypeError(
+            f"cross_entropy: labels must have an integer dtype; got {labels.dtype}. "
+            "Pass the class index, not a one-hot row (jnp.argmax(labels, -1) gives it)."
+        )
+    if logits.ndim < 1 or logits.shape[:-1] != labels.shape or logits.shape[-1] == 0:
+        raise ValueError(
+            "cross_entropy: logits must have the dims (..., classes) with at least one class, "
+            f"and labels the same dims without classes; got logits {logits.shape}, labels "
+            f"{labels.shape}. Pass one class index for each row of logits."
+        )
+    run = registry.resolve("cross_entropy", implementation, {"xla": xla.cross_entropy})
+    return run(*_compat.match_varying(logits, labels))

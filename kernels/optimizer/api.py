@@ -1,0 +1,134 @@
+"""The public updates: what they take and what they refuse."""
+
+from typing import Any
+
+import jax
+from jax.typing import ArrayLike
+
+from txcore.kernels import checks
+from txcore.kernels.optimizer import xla
+
+INFINITY = float("inf")
+
+
+def sgd_momentum(
+    param: ArrayLike,
+    grad: ArrayLike,
+    velocity: ArrayLike,
+    *,
+    learning_rate: ArrayLike,
+    momentum: float,
+    nesterov: bool = False,
+    weight_decay: float = 0.0,
+) -> tuple[jax.Array, jax.Array]:
+    """Update an array by stochastic gradient descent with momentum.
+
+    With d = grad + weight_decay * param: velocity' = momentum * velocity + d, and param' =
+    param - learning_rate * velocity' (with `nesterov`: ... * (d + momentum * velocity')), which
+    is PyTorch's and optax's form. Computed in float32 or wider, each result rounded once.
+
+    Args:
+      param: any shape and floating dtype.
+      grad: param's shape, any floating dtype.
+      velocity: param's shape, any floating dtype; zeros before the first update.
+      learning_rate: scalar, a number or an array.
+      momentum: in [0, 1).
+      nesterov: whether to look ahead along the new velocity.
+      weight_decay: L2 coefficient added to the gradient, at least 0.
+
+    Returns:
+      The new param and velocity, in their own dtypes.
+
+    Raises:
+      TypeError: an array is not floating-point.
+      ValueError: the shapes differ, or a number is out of its range.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from txcore import kernels
+      >>> ones, zeros = jnp.ones(3), jnp.zeros(3)
+      >>> new, _ = kernels.sgd_momentum(ones, ones, zeros, learning_rate=0.5, momentum=0.9)
+      >>> new.tolist()
+      [0.5, 0.5, 0.5]
+
+    References:
+      Sutskever et al., "On the importance of initialization and momentum in deep learning", 2013.
+    """
+    op = "sgd_momentum"
+    param, grad, velocity = checks.float_arrays(op, param=param, grad=grad, velocity=velocity)
+    _check_shapes(op, param=param, grad=grad, velocity=velocity)
+    checks.in_range(op, "learning_rate", learning_rate, 0, INFINITY)
+    checks.in_range(op, "momentum", momentum, 0, 1)
+    checks.in_range(op, "weight_decay", weight_decay, 0, INFINITY)
+    return xla.sgd_momentum(param, grad, velocity, learning_rate, momentum, nesterov, weight_decay)
+
+
+def adamw(
+    param: ArrayLike,
+    grad: ArrayLike,
+    m: ArrayLike,
+    v: ArrayLike,
+    *,
+    step: ArrayLike,
+    learning_rate: ArrayLike,
+    b1: float,
+    b2: float,
+    eps: float,
+    weight_decay: float,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Update an array by Adam with decoupled weight decay.
+
+    m' = b1 m + (1 - b1) grad, v' = b2 v + (1 - b2) grad^2, and param' = param - learning_rate *
+    (mhat / (sqrt(vhat) + eps) + weight_decay * param), where mhat = m' / (1 - b1^t), vhat = v' /
+    (1 - b2^t), t = step + 1. Computed in float32 or wider, each result rounded once.
+
+    Args:
+      param: any shape and floating dtype.
+      grad: param's shape, any floating dtype.
+      m: first moment, param's shape, any floating dtype; zeros before the first update.
+      v: second moment, like m (bfloat16 is too coarse for it: a change of 0.1% is lost).
+      step: int32 scalar, the number of updates done before this one.
+      learning_rate: scalar, a number or an array.
+      b1: decay of m, in [0, 1).
+      b2: decay of v, in [0, 1).
+      eps: added to the root of vhat, at least 0.
+      weight_decay: at least 0.
+
+    Returns:
+      The new param, m and v, in their own dtypes.
+
+    Raises:
+      TypeError: an array is not floating-point.
+      ValueError: the shapes differ, or a number is out of its range.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from txcore import kernels
+      >>> one, zero = jnp.ones(()), jnp.zeros(())
+      >>> new, m, v = kernels.adamw(
+      ...     one, 4 * one, zero, zero, step=0, learning_rate=0.5,
+      ...     b1=0.9, b2=0.999, eps=0.0, weight_decay=0.0)
+      >>> round(float(new), 6)
+      0.5
+
+    References:
+      Loshchilov and Hutter, "Decoupled weight decay regularization", 2019.
+    """
+    op = "adamw"
+    param, grad, m, v = checks.float_arrays(op, param=param, grad=grad, m=m, v=v)
+    _check_shapes(op, param=param, grad=grad, m=m, v=v)
+    checks.in_range(op, "learning_rate", learning_rate, 0, INFINITY)
+    checks.in_range(op, "b1", b1, 0, 1)
+    checks.in_range(op, "b2", b2, 0, 1)
+    checks.in_range(op, "eps", eps, 0, INFINITY)
+    checks.in_range(op, "weight_decay", weight_decay, 0, INFINITY)
+    return xla.adamw(param, grad, m, v, step, learning_rate, b1, b2, eps, weight_decay)
+
+
+def _check_shapes(op: str, **arrays: Any) -> None:
+    if len({array.shape for array in arrays.values()}) > 1:
+        given = ", ".join(f"{name} {array.shape}" for name, array in arrays.items())
+        raise ValueError(
+            f"{op}: {', '.join(arrays)} must have one shape; got {given}. "
+            "Pass the state that belongs to this parameter."
+        )
