@@ -50,7 +50,8 @@ def load(
     """Load a data set, the same one on every rank.
 
     Every rank calls `barrier` and then `agree` once (`barrier` not for "digits"), whatever
-    fails, so that no rank waits for another for ever; and where rank 0 fails, all do.
+    fails, so that no rank waits in them for ever; and where rank 0 fails, all do. A rank that
+    alone cannot read the files (on its own disk) raises, and its launcher ends the others.
 
     Args:
       name: "mnist" takes the files in the folder and downloads those that are not there;
@@ -168,8 +169,11 @@ def _check_labels(path: pathlib.Path, labels: np.ndarray) -> None:
 
 def _standardise(pixels: np.ndarray, mean: float, std: float) -> np.ndarray:
     """Return uint8 pixels [n, 28, 28] as float32 [n, 28, 28, 1], (pixel / 255 - mean) / std."""
-    levels = (np.arange(256) / 255 - mean) / std  # looked up: no float64 copy of all images
-    return levels.astype(np.float32)[pixels[..., np.newaxis]]
+    images = pixels.astype(np.float32)
+    images /= 255  # in place, since each copy of MNIST is 188 MB
+    images -= mean
+    images /= std
+    return images[..., np.newaxis]
 
 
 def _read_digits() -> Dataset:
