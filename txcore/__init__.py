@@ -1,1 +1,43 @@
-"""txcore: explicit collectives for JAX, and proof of what is on the wire."""
+"""txcore: explicit collectives for JAX, and proof of what is on the wire.
+
+    import txcore as tx
+
+Importing it starts no backend.
+"""
+
+from txcore import collectives as collectives
+from txcore import kernels as kernels
+from txcore import optim as optim
+from txcore import testing as testing
+from txcore.collectives import all_gather as all_gather
+from txcore.collectives import all_to_all as all_to_all
+from txcore.collectives import axis_index as axis_index
+from txcore.collectives import axis_size as axis_size
+from txcore.collectives import broadcast as broadcast
+from txcore.collectives import pmax as pmax
+from txcore.collectives import pmean as pmean
+from txcore.collectives import pmin as pmin
+from txcore.collectives import ppermute as ppermute
+from txcore.collectives import psum as psum
+from txcore.collectives import psum_scatter as psum_scatter
+from txcore.collectives import pvary as pvary
+from txcore.collectives import reduce_scatter as reduce_scatter
+from txcore.collectives import shift as shift
+from txcore.collectives import vary as vary
+from txcore.launch import barrier as barrier
+from txcore.launch import initialize as initialize
+from txcore.mesh import MeshSpec as MeshSpec
+from txcore.mesh import ProcessGroup as ProcessGroup
+from txcore.parallel import example_mean as example_mean
+from txcore.parallel import grad as grad
+from txcore.parallel import sync_gradients as sync_gradients
+from txcore.parallel import value_and_grad as value_and_grad
+from txcore.plan import DP as DP
+from txcore.plan import Plan as Plan
+from txcore.train import Engine as Engine
+from txcore.train import Precision as Precision
+from txcore.train import TrainState as TrainState
+from txcore.train import loggers as loggers
+from txcore.train import step_fn as step_fn
+
+__version__ = "0.1.0"

@@ -32,16 +32,31 @@ def tracks_varying(axis: str) -> bool:
     return axis in varying_axes(index)
 
 
+def axis_size(axis: str) -> int | None:
+    """Return the size of mesh axis `axis`, or None where it is not bound."""
+    try:
+        return int(lax.axis_size(axis))
+    except NameError:
+        return None
+
+
+def all_gather_invariant(x: jax.Array, axes: tuple[str, ...], dim: int) -> jax.Array:
+    """Gather shards that vary along `axes`; the result is typed as invariant where jax tracks."""
+    # jax 0.10 refuses to="invarying" under vmap, where nothing is tracked.
+    to = "invarying" if set(axes) <= varying_axes(x) else "varying"
+    return lax.all_gather(x, axes, axis=dim, tiled=True, to=to)
+
+
 def bound_axes() -> tuple[str, ...]:
-    """Return the names of the mesh axes that are bound (manual) where this is called."""
-    return tuple(str(a) for a in getattr(jax.sharding.get_abstract_mesh(), "manual_axes", ()))
+    """Return the mesh axes that are bound (manual) where this is called, in the mesh's order."""
+    mesh = jax.sharding.get_abstract_mesh()
+    manual = getattr(mesh, "manual_axes", ())
+    return tuple(str(a) for a in mesh.axis_names if a in manual)
 
 
 def eqn_tag(eqn: Any) -> str | None:
     """Return the txcore tag on a jaxpr equation, or None."""
-    metadata: Mapping[str, Any] | None = getattr(
-        getattr(eqn, "ctx", None), "xla_metadata", None
-    )
+    metadata: Mapping[str, Any] | None = getattr(getattr(eqn, "ctx", None), "xla_metadata", None)
     return metadata.get(TAG_KEY) if metadata else None
 
 
@@ -65,3 +80,63 @@ def backend_started() -> bool:
 def is_key_array(x: Any) -> bool:
     """Tell whether `x` is an array of typed PRNG keys."""
     return isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def match_varying(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """Cast every array to vary along the union of the axes that any of them varies along.
+
+    custom_vjp and pallas_call refuse operands whose varying axes differ; this is the one
+    place where they are made to agree. The transpose of such a cast is a psum without a tag
+    ("autodiff" in an audit): cast parameters with `tx.vary` first to have it tagged.
+    """
+    union = frozenset[str]().union(*(varying_axes(a) for a in arrays))
+    return tuple(
+        cast_to_varying(a, tuple(sorted(union - varying_axes(a)))) if union - varying_axes(a) else a
+        for a in arrays
+    )
+
+
+def coordination_client() -> Any:
+    """Return the client of the processes' coordination service, or None for a single process.
+
+    Raises:
+      RuntimeError: several processes run, but this jax does not show its client.
+    """
+    from jax._src import distributed  # private: the public way starts the backend
+
+    state = getattr(distributed, "global_state", None)
+    client = getattr(state, "client", None)
+    if client is None and backend_started() and jax.process_count() > 1:
+        raise RuntimeError(f"jax {jax.__version__} does not show its coordination service")
+    return client
+
+
+def coordination_rank() -> int:
+    """Return this process's id without starting a backend."""
+    from jax._src import distributed
+
+    return int(getattr(getattr(distributed, "global_state", None), "process_id", None) or 0)
+
+
+def eqn_name_stack(eqn: Any) -> str:
+    """Return the path of jax transformations that made an equation ("transpose(jvp())")."""
+    return str(getattr(eqn.source_info, "name_stack", ""))
+
+
+def eqn_frames(eqn: Any) -> tuple[tuple[str, int], ...]:
+    """Return (file, line) of the calls that made an equation, innermost first, jax's left out."""
+    from jax._src import source_info_util  # private: no public way to a source line exists
+
+    user_frames = getattr(source_info_util, "user_frames", None)
+    traceback = getattr(eqn.source_info, "traceback", None)
+    if user_frames is None or traceback is None:
+        return ()
+    return tuple((str(f.file_name), int(f.start_line)) for f in user_frames(traceback))
+
+
+def live_jaxpr(jaxpr: Any) -> Any:
+    """Return a jaxpr without the equations whose results nothing uses."""
+    from jax.interpreters import partial_eval
+
+    dce = getattr(partial_eval, "dce_jaxpr", None)
+    return dce(jaxpr, [True] * len(jaxpr.outvars))[0] if dce is not None else jaxpr

@@ -1,0 +1,99 @@
+"""The collectives, meshes and axes that every test goes through."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import numpy as np
+import oracle
+from jax.sharding import AxisType, Mesh
+from jax.sharding import PartitionSpec as P
+
+import txcore as tx
+
+
+@dataclass(frozen=True)
+class Case:
+    op: str
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    args: tuple[Any, ...] = ()
+    oracle_kwargs: dict[str, Any] | None = None
+    linear: bool = True
+
+    def __str__(self):
+        return self.op + "".join(f"-{k}{v}" for k, v in self.kwargs.items()).replace(" ", "")
+
+    def call(self, x, axis):
+        return getattr(tx, self.op)(x, axis, *self.args, **self.kwargs)
+
+    def expect(self, shards, sizes, axes):
+        kwargs = self.kwargs if self.oracle_kwargs is None else self.oracle_kwargs
+        args = [list(a) for a in self.args]
+        fn = getattr(oracle, self.op)
+        return oracle.per_group(lambda g: fn(g, *args, **kwargs), shards, sizes, axes)
+
+
+CASES = [
+    Case("psum"),
+    Case("pmean"),
+    Case("pmax", linear=False),
+    Case("pmin", linear=False),
+    Case("all_gather"),
+    Case("all_gather", {"dim": -1}),
+    Case("all_gather", {"dim": 1, "invariant": True}, oracle_kwargs={"dim": 1}),
+    Case("reduce_scatter"),
+    Case("reduce_scatter", {"dim": 1, "mean": True}),
+    Case("psum_scatter", {"dim": 1}),
+    Case("all_to_all", {"split_dim": 0, "concat_dim": 1}),
+    Case("all_to_all", {"split_dim": 1, "concat_dim": 1}),
+    Case("ppermute", args=(((0, 1), (1, 0)),)),
+    Case("ppermute", args=(((1, 0),),)),
+    Case("shift"),
+    Case("shift", {"by": -2}),
+    Case("shift", {"by": 1, "wrap": False}),
+    Case("broadcast"),
+    Case("broadcast", {"root": 1}),
+    Case("vary"),
+    Case("pvary"),
+]
+oracle.psum_scatter = oracle.reduce_scatter
+oracle.pvary = oracle.vary
+
+# (sizes of the mesh's axes, the axis argument)
+MESHES = [
+    ({"data": 4}, "data"),
+    ({"data": 2, "model": 2}, "model"),
+    ({"data": 2, "model": 2}, ("data", "model")),
+    ({"data": 2, "model": 4}, ("model", "data")),
+    ({"a": 2, "b": 2, "c": 2}, ("a", "c")),
+    ({"data": 2, "one": 1}, ("data", "one")),
+]
+LOCAL = (8, 8)
+
+
+def as_tuple(axis):
+    return axis if isinstance(axis, tuple) else (axis,)
+
+
+def world(sizes):
+    return int(np.prod(list(sizes.values())))
+
+
+def sharded(f, sizes, *, check_vma=True, jit=True):
+    """Return `f` of one shard as a function of all shards [world, *local]."""
+    names = tuple(sizes)
+    devices = np.array(jax.devices()[: world(sizes)]).reshape(tuple(sizes.values()))
+    mesh = Mesh(devices, names, axis_types=(AxisType.Auto,) * len(names))
+    mapped = jax.shard_map(
+        lambda x: jax.tree.map(lambda y: y[None], f(jax.tree.map(lambda v: v[0], x))),
+        mesh=mesh,
+        in_specs=P(names),
+        out_specs=P(names),
+        check_vma=check_vma,
+    )
+    return jax.jit(mapped) if jit else mapped
+
+
+def shards(sizes, local=LOCAL, dtype=np.float32, seed=0):
+    rng = np.random.default_rng(seed)
+    return rng.integers(-8, 8, (world(sizes), *local)).astype(dtype)

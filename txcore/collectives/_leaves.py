@@ -1,0 +1,186 @@
+"""What every collective does first: check the axis, check each leaf, and tag the operation.
+
+A collective acts on each leaf of a pytree. Its tag, `op/name.path`, is put on the HLO
+operation as the frontend attribute `txcore`; it names the operation in audits, lock files
+and profiler traces. It holds no counters, since it is part of the compilation cache's key.
+"""
+
+import re
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.xla_metadata import set_xla_metadata
+
+from txcore import _compat
+
+_NAME = re.compile(r"[A-Za-z0-9_./-]+")
+
+
+class Leaf(NamedTuple):
+    """One array of the tree that a collective was given, and how errors call it."""
+
+    value: jax.Array
+    where: str  # "grads['w']", or "x" for a bare array
+
+
+def check_axes(op: str, axis: Any) -> tuple[str, ...]:
+    """Return `axis` as a tuple of names, each of them bound here and named once."""
+    axes = axis if isinstance(axis, tuple) else (axis,)
+    if not axes or not all(isinstance(a, str) for a in axes):
+        raise TypeError(
+            f"tx.{op} needs axis= a mesh axis name or a non-empty tuple of them, got {axis!r}"
+        )
+    if len(set(axes)) != len(axes):
+        raise ValueError(f"tx.{op} needs each mesh axis once, got axis={axis!r}")
+    for name in axes:
+        if _compat.axis_size(name) is None:
+            raise NameError(_unbound(op, name))
+    return axes
+
+
+def _unbound(op: str, axis: str) -> str:
+    bound = _compat.bound_axes()
+    if not bound:
+        return (
+            f"tx.{op} needs mesh axis {axis!r}, but no mesh axis is bound here: call it inside "
+            "jax.shard_map or a step decorated with @tx.step_fn"
+        )
+    names = ", ".join(map(repr, bound))
+    return f"tx.{op} needs mesh axis {axis!r}, but the axes bound here are {names}: use one of them"
+
+
+def axes_size(axes: Iterable[str]) -> int:
+    """Return the product of the axes' sizes."""
+    sizes = (_compat.axis_size(a) for a in axes)
+    return int(np.prod([s for s in sizes if s is not None], dtype=np.int64))
+
+
+def varies(x: jax.Array, axis: str) -> bool | None:
+    """Tell whether `x` varies along `axis`; None where jax does not track it."""
+    if axis in _compat.varying_axes(x):
+        return True
+    return False if _compat.tracks_varying(axis) else None
+
+
+def map_leaves(
+    op: str, x: Any, fn: Callable[[Leaf], jax.Array], *, name: str | None, verb: str
+) -> Any:
+    """Apply `fn` to every leaf of `x` under the tag of `op`; `verb` says what it does to one."""
+    label = _check_name(op, name)
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(x)
+    out = []
+    for path, value in leaves:
+        where = (name or "x") + jax.tree_util.keystr(path)
+        leaf = Leaf(_check_leaf(op, value, where, verb), where)
+        with set_xla_metadata(**{_compat.TAG_KEY: _tag(op, label, path)}):
+            out.append(fn(leaf))
+    return jax.tree_util.tree_unflatten(treedef, out)
+
+
+def _check_name(op: str, name: str | None) -> str:
+    if name is None:
+        return ""
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise ValueError(
+            f"tx.{op} needs name= of letters, digits and _ . / - only (XLA joins the tags of "
+            f"merged collectives with commas), got {name!r}"
+        )
+    return name
+
+
+def _tag(op: str, label: str, path: Any) -> str:
+    parts = [label] if label else []
+    keys = jax.tree_util.keystr(path, simple=True, separator=".")
+    parts += [re.sub(r"[^A-Za-z0-9_./-]", "_", keys)] if keys else []
+    return "/".join([op, ".".join(parts)] if parts else [op])
+
+
+def _check_leaf(op: str, value: Any, where: str, verb: str) -> jax.Array:
+    if isinstance(value, (bool, int, float, complex)) and verb == "reduce":
+        raise TypeError(
+            f"tx.{op} of the Python number {value!r} ({where}) would multiply it by the axis "
+            "size: it is the same on every device. For the number of devices use tx.axis_size"
+        )
+    if _compat.is_key_array(value):
+        raise TypeError(
+            f"tx.{op} cannot {verb} the PRNG keys at {where}: pass jax.random.key_data(keys) "
+            "and wrap the result"
+        )
+    if not isinstance(value, (jax.Array, np.ndarray, np.generic, bool, int, float, complex)):
+        raise TypeError(
+            f"tx.{op} needs arrays, got {type(value).__name__} at {where}: remove that leaf or "
+            "convert it with jnp.asarray"
+        )
+    return jnp.asarray(value)
+
+
+def reduced_axes(op: str, leaf: Leaf, axes: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the axes to reduce `leaf` over; refuse those along which it does not vary.
+
+    An axis of size 1 along which the value does not vary needs no collective.
+    """
+    kept = []
+    for axis in axes:
+        size, varying = _compat.axis_size(axis), varies(leaf.value, axis)
+        if size == 1 and not varying:
+            continue
+        if varying is False:
+            raise ValueError(
+                f"tx.{op} over axis {axis!r}: {leaf.where} does not vary along it, so it is "
+                f"reduced already (or the same everywhere) and another reduction would count it "
+                f"{size} times. Remove this tx.{op}; if the sum of {size} copies is meant, "
+                f"write tx.{op}(tx.vary(x, {axis!r}), {axis!r})"
+            )
+        kept.append(axis)
+    return tuple(kept)
+
+
+def differing_axes(leaf: Leaf, axes: tuple[str, ...]) -> tuple[str, ...]:
+    """Return those of `axes` along which the devices may hold different values of `leaf`."""
+
+    def same(axis: str) -> bool:
+        varying = varies(leaf.value, axis)
+        return varying is False or (varying is None and _compat.axis_size(axis) == 1)
+
+    return tuple(a for a in axes if not same(a))
+
+
+def moved_axes(leaf: Leaf, axes: tuple[str, ...]) -> tuple[jax.Array, tuple[str, ...]]:
+    """Return `leaf` varying along each axis of size > 1, and those axes.
+
+    Along an axis of size 1 there is nobody to exchange with, so it is left out.
+    """
+    kept = tuple(a for a in axes if _compat.axis_size(a) != 1)
+    return vary_leaf(leaf.value, kept), kept
+
+
+def vary_leaf(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """Cast `x` to vary along those of `axes` that it does not vary along yet."""
+    missing = tuple(a for a in axes if varies(x, a) is False)
+    return _compat.cast_to_varying(x, missing) if missing else x
+
+
+def check_dim(op: str, option: str, dim: Any, leaf: Leaf) -> int:
+    """Return `dim` counted from the front; refuse one that `leaf` does not have."""
+    ndim = leaf.value.ndim
+    if not isinstance(dim, int) or isinstance(dim, bool) or not -ndim <= dim < ndim:
+        raise ValueError(
+            f"tx.{op} needs {option}= a dim of {leaf.where}, which has shape "
+            f"{leaf.value.shape}, got {dim!r}"
+            + ("; give a scalar a dim with x[None]" if ndim == 0 else "")
+        )
+    return dim % ndim
+
+
+def check_divisible(op: str, option: str, dim: int, leaf: Leaf, axes: tuple[str, ...]) -> None:
+    """Refuse a dim that the axes' size does not divide."""
+    size, length = axes_size(axes), leaf.value.shape[dim]
+    if length % size:
+        names = ", ".join(map(repr, axes))
+        raise ValueError(
+            f"tx.{op} over {names} needs {option}={dim} of {leaf.where} divisible by {size}, got "
+            f"shape {leaf.value.shape}: pad it to {-(-length // size) * size}"
+        )

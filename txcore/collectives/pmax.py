@@ -1,0 +1,78 @@
+"""pmax and pmin: largest and smallest over the devices of an axis."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax import lax
+
+from txcore.collectives import _leaves
+from txcore.collectives._leaves import Leaf
+
+
+def pmax(x: Any, axis: str | tuple[str, ...], *, name: str | None = None) -> Any:
+    """Take the elementwise maximum over all devices along `axis` (all-reduce).
+
+    Equation: `y[i] = max_j x[j]`. The result is invariant along `axis`.
+
+    Transpose: none, it is not linear, and jax defines no derivative: put
+    `jax.lax.stop_gradient` around the argument (as a stable log-sum-exp does).
+
+    Args:
+      x: pytree of real arrays, any shape. A leaf that does not vary along an axis is its
+        own maximum there and needs no collective.
+      axis: mesh axis name, or a tuple of names.
+      name: label of the operation's tag; letters, digits and `_ . / -`.
+
+    Returns:
+      The maxima, with the structure, shapes and dtypes of `x`.
+
+    Raises:
+      TypeError: a leaf is no array.
+      NameError: `axis` is not bound here.
+
+    Example:
+      >>> def f(x):
+      ...     return tx.pmax(x, "data")
+      >>> tx.testing.run_sharded(f, np.arange(4.0), axes={"data": 4}, out_specs=P())
+      array([3.], dtype=float32)
+    """
+    return _extreme("pmax", x, axis, name, lax.pmax)
+
+
+def pmin(x: Any, axis: str | tuple[str, ...], *, name: str | None = None) -> Any:
+    """Take the elementwise minimum over all devices along `axis` (all-reduce).
+
+    Equation: `y[i] = min_j x[j]`. The result is invariant along `axis`.
+
+    Transpose: none; see `pmax`.
+
+    Args:
+      x: pytree of real arrays, any shape, as for `pmax`.
+      axis: mesh axis name, or a tuple of names.
+      name: label of the operation's tag; letters, digits and `_ . / -`.
+
+    Returns:
+      The minima, with the structure, shapes and dtypes of `x`.
+
+    Raises:
+      TypeError: a leaf is no array.
+      NameError: `axis` is not bound here.
+
+    Example:
+      >>> def f(x):
+      ...     return tx.pmin(x, "data")
+      >>> tx.testing.run_sharded(f, np.arange(4.0), axes={"data": 4}, out_specs=P())
+      array([0.], dtype=float32)
+    """
+    return _extreme("pmin", x, axis, name, lax.pmin)
+
+
+def _extreme(op: str, x: Any, axis: Any, name: str | None, extreme: Callable[..., Any]) -> Any:
+    axes = _leaves.check_axes(op, axis)
+
+    def one(leaf: Leaf) -> jax.Array:
+        kept = _leaves.differing_axes(leaf, axes)
+        return extreme(leaf.value, kept) if kept else leaf.value
+
+    return _leaves.map_leaves(op, x, one, name=name, verb="compare")

@@ -1,0 +1,94 @@
+"""psum and pmean: sum and mean over the devices of an axis."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from txcore.collectives import _leaves
+from txcore.collectives._leaves import Leaf
+
+
+def psum(x: Any, axis: str | tuple[str, ...], *, name: str | None = None) -> Any:
+    """Sum `x` over all devices along `axis`; every device gets the sum (all-reduce).
+
+    Equation: `y[i] = sum_j x[j]`. The result is invariant along `axis`.
+
+    Transpose: with varying axes tracked (check_vma=True, the default), identity: the
+    cotangent, which is invariant, is cast to varying (Megatron's g). With check_vma=False
+    jax transposes psum to psum, so differentiating a summed loss inside gains a factor of
+    the axis size.
+
+    Args:
+      x: pytree of numeric arrays, any shape, each varying along `axis`.
+      axis: mesh axis name, or a tuple of names to sum over together.
+      name: label of the operation's tag; letters, digits and `_ . / -`.
+
+    Returns:
+      The sums, with the structure, shapes and dtypes of `x` (bool counts as int32). Along
+      an axis of size 1 a value that does not vary is returned unchanged.
+
+    Raises:
+      ValueError: a leaf does not vary along `axis` (it would be multiplied by the size).
+      TypeError: a leaf is a Python number or no array.
+      NameError: `axis` is not bound here.
+
+    Example:
+      >>> def f(x):
+      ...     return tx.psum(x, "data")
+      >>> tx.testing.run_sharded(f, np.arange(4.0), axes={"data": 4}, out_specs=P())
+      array([6.], dtype=float32)
+
+    References:
+      Shoeybi et al., Megatron-LM, 2019, section 3 (the conjugate f and g).
+    """
+    return _reduce("psum", x, axis, name, _psum)
+
+
+def pmean(x: Any, axis: str | tuple[str, ...], *, name: str | None = None) -> Any:
+    """Average `x` over all devices along `axis`; every device gets the mean (all-reduce).
+
+    Equation: `pmean(x) = psum(x) / axis_size`. The result is invariant along `axis`.
+
+    Transpose: the cotangent divided by the axis size, cast to varying.
+
+    Args:
+      x: pytree of numeric arrays, any shape, each varying along `axis`.
+      axis: mesh axis name, or a tuple of names to average over together.
+      name: label of the operation's tag; letters, digits and `_ . / -`.
+
+    Returns:
+      The means, with the structure and shapes of `x`; integers become floating point.
+
+    Raises:
+      ValueError, TypeError, NameError: as `psum`.
+
+    Example:
+      >>> def f(x):
+      ...     return tx.pmean(x, "data")
+      >>> tx.testing.run_sharded(f, np.arange(4.0), axes={"data": 4}, out_specs=P())
+      array([1.5], dtype=float32)
+    """
+    return _reduce("pmean", x, axis, name, _pmean)
+
+
+def _reduce(op: str, x: Any, axis: Any, name: str | None, reduce: Any) -> Any:
+    axes = _leaves.check_axes(op, axis)
+
+    def one(leaf: Leaf) -> jax.Array:
+        return reduce(leaf.value, _leaves.reduced_axes(op, leaf, axes))
+
+    return _leaves.map_leaves(op, x, one, name=name, verb="reduce")
+
+
+def _psum(value: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    if value.dtype == jnp.bool_:
+        value = value.astype(jnp.int32)
+    return lax.psum(value, axes) if axes else value
+
+
+def _pmean(value: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    total, size = _psum(value, axes), _leaves.axes_size(axes)
+    exact = size == 1 and jnp.issubdtype(total.dtype, jnp.inexact)
+    return total if exact else total / size

@@ -1,0 +1,172 @@
+"""Meshes of devices with named axes, and the process groups along them."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+
+@dataclass(frozen=True)
+class ProcessGroup:
+    """The devices along one axis that share every other coordinate, seen from one of them."""
+
+    axis: str
+    size: int
+    rank: int  # of this device along the axis
+    members: tuple[int, ...]  # positions in the mesh, row-major; the axis's replica group
+    previous: int  # position of the left neighbour; the ring is closed
+    next: int  # position of the right neighbour
+
+
+class MeshSpec:
+    """Arrange devices in a grid whose axes have names.
+
+    Args:
+      devices: the devices in row-major order; None takes all of them, in the order that
+        jax recommends for the platform's network.
+      axes: names of the axes, each once.
+      shape: size of each axis; None gives a single axis all devices.
+
+    Raises:
+      ValueError: no axes, a repeated name, or sizes that do not multiply to the number of
+        devices.
+
+    Example:
+      >>> mesh = tx.MeshSpec(devices=jax.devices()[:4], axes=("data", "model"), shape=(2, 2))
+      >>> mesh.shape
+      {'data': 2, 'model': 2}
+      >>> mesh.group("model", jax.devices()[2])
+      ProcessGroup(axis='model', size=2, rank=0, members=(2, 3), previous=3, next=3)
+    """
+
+    def __init__(
+        self,
+        devices: Sequence[jax.Device] | None = None,
+        axes: Sequence[str] = ("data",),
+        shape: Sequence[int] | None = None,
+    ) -> None:
+        names = _check_names(axes)
+        count = jax.device_count() if devices is None else len(devices)
+        sizes = _check_shape(shape, names, count)
+        types = (AxisType.Explicit,) * len(names)  # a mismatched spec is an error, no reshard
+        if devices is None:
+            self.mesh = jax.make_mesh(sizes, names, axis_types=types)
+        else:
+            self.mesh = Mesh(
+                np.array(devices, dtype=object).reshape(sizes), names, axis_types=types
+            )
+
+    def __repr__(self) -> str:
+        axes = ", ".join(f"{a!r}: {n}" for a, n in self.shape.items())
+        return f"MeshSpec({axes}, {self.devices[0].device_kind} x {self.size})"
+
+    @property
+    def shape(self) -> dict[str, int]:
+        """Size of each axis by name."""
+        return dict(self.mesh.shape)
+
+    @property
+    def size(self) -> int:
+        """World size: the number of devices."""
+        return self.mesh.size
+
+    @property
+    def devices(self) -> list[jax.Device]:
+        """The devices, row-major; a device's place in it is its global rank."""
+        return list(self.mesh.devices.flat)
+
+    def sharding(self, *spec: str | tuple[str, ...] | None) -> NamedSharding:
+        """Return the sharding of an array over this mesh: an axis name or None for each dim.
+
+        Example:
+          >>> mesh = tx.MeshSpec(devices=jax.devices()[:2], axes=("data",))
+          >>> jax.device_put(np.arange(4.0), mesh.sharding("data")).sharding.spec
+          PartitionSpec('data',)
+        """
+        return NamedSharding(self.mesh, PartitionSpec(*spec))
+
+    def rank(self, device: jax.Device | None = None) -> int:
+        """Return a device's global rank (by default, of this process's first device here)."""
+        devices = self.devices
+        if device is None:
+            mine = jax.process_index()
+            device = next((d for d in devices if d.process_index == mine), None)
+            if device is None:
+                raise ValueError(f"process {mine} has no device in {self!r}: name a device")
+        if device not in devices:
+            raise ValueError(f"{device} is not in {self!r}")
+        return devices.index(device)
+
+    def coordinates(self, device: jax.Device | None = None) -> dict[str, int]:
+        """Return a device's rank along each axis (by default, this process's first device)."""
+        place = np.unravel_index(self.rank(device), self.mesh.devices.shape)
+        return {a: int(i) for a, i in zip(self.mesh.axis_names, place, strict=True)}
+
+    def group(self, axis: str, device: jax.Device | None = None) -> ProcessGroup:
+        """Return the process group of a device along `axis`.
+
+        Raises:
+          ValueError: the mesh has no such axis, or the device is not in it.
+        """
+        self.check_axis(axis)
+        rank = self.coordinates(device)[axis]
+        groups = (g for g in self.replica_groups(axis) if self.rank(device) in g)
+        members = next(groups)
+        size = len(members)
+        return ProcessGroup(
+            axis, size, rank, members, members[(rank - 1) % size], members[(rank + 1) % size]
+        )
+
+    def replica_groups(self, axis: str) -> tuple[tuple[int, ...], ...]:
+        """Return the global ranks that communicate along `axis`, group by group."""
+        self.check_axis(axis)
+        ranks = np.arange(self.size).reshape(self.mesh.devices.shape)
+        last = np.moveaxis(ranks, self.mesh.axis_names.index(axis), -1)
+        return tuple(tuple(map(int, row)) for row in last.reshape(-1, self.shape[axis]))
+
+    def check_axis(self, axis: str, needed_by: str = "") -> None:
+        """Refuse an axis that this mesh does not have."""
+        if axis not in self.shape:
+            names = ", ".join(map(repr, self.shape))
+            needs = f"{needed_by} needs" if needed_by else "need"
+            raise ValueError(
+                f"{needs} mesh axis {axis!r}, but the mesh's axes are {names}: use one of them, "
+                f"or name the axis in MeshSpec(axes=...)"
+            )
+
+
+def _check_names(axes: Sequence[str]) -> tuple[str, ...]:
+    names = (axes,) if isinstance(axes, str) else tuple(axes)
+    if not names or not all(isinstance(a, str) and a for a in names):
+        raise ValueError(f"MeshSpec needs axes= at least one axis name, got {axes!r}")
+    if len(set(names)) != len(names):
+        raise ValueError(f"MeshSpec needs each axis name once, got axes={axes!r}")
+    return names
+
+
+def _check_shape(
+    shape: Sequence[int] | None, names: tuple[str, ...], count: int
+) -> tuple[int, ...]:
+    if count == 0:
+        raise ValueError("MeshSpec needs at least one device, got devices=[]")
+    if shape is None:
+        if len(names) > 1:
+            raise ValueError(
+                f"MeshSpec needs shape= one size for each of the axes {names}, whose product is "
+                f"the number of devices, {count}"
+            )
+        return (count,)
+    sizes = tuple(int(s) for s in shape)
+    if len(sizes) != len(names) or min(sizes) < 1:
+        raise ValueError(
+            f"MeshSpec needs shape= one positive size for each of the axes {names}, got {shape!r}"
+        )
+    if math.prod(sizes) != count:
+        raise ValueError(
+            f"MeshSpec needs shape= sizes whose product is the number of devices, {count}, got "
+            f"{shape!r} = {math.prod(sizes)}: change shape=, or pass devices= a list that long"
+        )
+    return sizes

@@ -1,0 +1,6 @@
+"""Parallel training: what data, tensor and pipeline parallelism do with values and gradients."""
+
+from txcore.parallel.data import example_mean as example_mean
+from txcore.parallel.data import sync_gradients as sync_gradients
+from txcore.parallel.grad import grad as grad
+from txcore.parallel.grad import value_and_grad as value_and_grad

@@ -1,0 +1,154 @@
+"""For tests of models and steps: run something sharded, and compare two plans."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh
+from jax.sharding import PartitionSpec as P
+
+if TYPE_CHECKING:
+    from txcore.train import Engine, StepFn
+
+
+def run_sharded(
+    f: Callable[..., Any],
+    *args: Any,
+    axes: Mapping[str, int],
+    in_specs: Any = None,
+    out_specs: Any = None,
+    check_vma: bool = True,
+) -> Any:
+    """Run `f` inside `shard_map` on the first devices, and return NumPy arrays.
+
+    Args:
+      f: function written for one device.
+      *args: pytrees of host arrays.
+      axes: the mesh: size of each axis by name.
+      in_specs: specs of the arguments; by default the leading dim over all axes.
+      out_specs: specs of the results; by default the same.
+      check_vma: whether jax tracks along which axes values vary.
+
+    Returns:
+      The results as NumPy arrays.
+
+    Raises:
+      ValueError: there are fewer devices than the mesh needs.
+
+    Example:
+      >>> tx.testing.run_sharded(lambda x: tx.psum(x, "data"), np.ones(2), axes={"data": 2})
+      array([2., 2.], dtype=float32)
+    """
+    sizes = tuple(axes.values())
+    need, have = int(np.prod(sizes)), jax.device_count()
+    if have < need:
+        raise ValueError(
+            f"run_sharded needs {need} devices for the mesh {dict(axes)}, got {have}: set "
+            f"jax.config.update('jax_num_cpu_devices', {need}) before jax touches a device"
+        )
+    devices = np.array(jax.devices()[:need], dtype=object).reshape(sizes)
+    mesh = Mesh(devices, tuple(axes), axis_types=(AxisType.Auto,) * len(sizes))
+    everything = P(tuple(axes))
+    mapped = jax.shard_map(
+        f,
+        mesh=mesh,
+        in_specs=everything if in_specs is None else in_specs,
+        out_specs=everything if out_specs is None else out_specs,
+        check_vma=check_vma,
+    )
+    return jax.tree.map(np.asarray, jax.jit(mapped)(*args))
+
+
+def assert_plans_agree(
+    step: "StepFn",
+    params: Any,
+    batches: Iterable[Any],
+    *,
+    engines: tuple["Engine", "Engine"],
+    rtol: float = 1e-4,
+    atol: float = 1e-6,
+) -> None:
+    """Check that a step gives the same numbers on two engines, leaf by leaf.
+
+    Runs the step over the batches on both, from the same parameters and seed, and compares
+    metrics after each step, and the parameters' updates at the end. An exact plan changes
+    where work happens, never the numbers.
+
+    Args:
+      step: the training step.
+      params: initial parameters.
+      batches: the global batches; a few with different data.
+      engines: two engines with different meshes or plans, the first the reference.
+      rtol: relative tolerance.
+      atol: absolute tolerance, as a share of the leaf's largest value.
+
+    Raises:
+      AssertionError: naming the leaf, the ratio between the two, and what usually causes it.
+      ValueError: the engines have different seeds, or there is no batch.
+
+    Example:
+      >>> @tx.step_fn
+      ... def step(state, batch):
+      ...     loss, grads = tx.value_and_grad(lambda w: jax.numpy.mean(w * batch))(state.params)
+      ...     grads, state = state.sync_gradients(grads)
+      ...     return state.apply_gradients(grads=grads), {"loss": tx.pmean(loss, "data")}
+
+      >>> def engine(n):
+      ...     return tx.Engine(mesh=tx.MeshSpec(jax.devices()[:n]), plan=tx.Plan(tx.DP("data")),
+      ...                      optimizer=tx.optim.sgd(0.1))
+      >>> tx.testing.assert_plans_agree(
+      ...     step, np.float32(2), [np.arange(8.0)], engines=(engine(1), engine(4)))
+    """
+    reference, other = engines
+    if reference.seed != other.seed:
+        raise ValueError(
+            f"assert_plans_agree needs engines with one seed, got {reference.seed} and {other.seed}"
+        )
+    sizes = {n for e in engines for n in (*e.mesh.shape.values(), e.mesh.size) if n > 1}
+    batches = list(batches)
+    if not batches:
+        raise ValueError("assert_plans_agree needs at least one batch, got none")
+    states = [engine.create_state(params) for engine in engines]
+    before = jax.tree.map(np.asarray, states[0].stored_params)
+    for number, batch in enumerate(batches):
+        metrics = []
+        for i in (0, 1):
+            states[i], found = step(states[i], batch)
+            metrics.append(jax.tree.map(np.asarray, found))
+        _compare(f"step {number}: metrics", *metrics, sizes, rtol, atol)
+    updates = [
+        jax.tree.map(lambda new, old: np.asarray(new, np.float64) - old, s.stored_params, before)
+        for s in states
+    ]
+    _compare(f"update of params over {len(batches)} steps: params", *updates, sizes, rtol, atol)
+
+
+def _compare(what: str, a: Any, b: Any, sizes: set[int], rtol: float, atol: float) -> None:
+    paths = jax.tree_util.tree_flatten_with_path(a)[0]
+    for (path, left), right in zip(paths, jax.tree.leaves(b), strict=True):
+        left, right = np.asarray(left, np.float64), np.asarray(right, np.float64)
+        scale = float(np.max(np.abs(left), initial=0.0))
+        if np.allclose(right, left, rtol=rtol, atol=atol * max(scale, 1e-30), equal_nan=True):
+            continue
+        raise AssertionError(
+            f"{what}{jax.tree_util.keystr(path)} differs between the plans: "
+            + _explain(left, right, sizes)
+        )
+
+
+def _explain(left: np.ndarray, right: np.ndarray, sizes: set[int]) -> str:
+    """Name the difference by its ratio where there is one: N and 1/N are the classics."""
+    worst = float(np.max(np.abs(left - right)))
+    large = np.abs(left) > 1e-3 * np.max(np.abs(left), initial=0.0)
+    ratios = right[large] / left[large] if large.any() else np.array([np.nan])
+    ratio = float(np.median(ratios))
+    text = f"largest difference {worst:.3g}, median ratio second/first {ratio:.4g}"
+    if np.isnan(ratio) or np.max(np.abs(ratios - ratio)) > 1e-2 * abs(ratio):
+        return text
+    for n in sorted(sizes):
+        if abs(ratio - n) < 1e-2 * n:
+            return f"{text} = N for N = {n} devices: summed where the mean is meant, or twice"
+        if abs(ratio - 1 / n) < 1e-2 / n:
+            return f"{text} = 1/N for N = {n} devices: averaged twice"
+    return text

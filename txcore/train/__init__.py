@@ -1,0 +1,7 @@
+"""Training: the engine, the state, the step, and what they need."""
+
+from txcore.train.engine import Engine as Engine
+from txcore.train.precision import Precision as Precision
+from txcore.train.state import TrainState as TrainState
+from txcore.train.step_fn import StepFn as StepFn
+from txcore.train.step_fn import step_fn as step_fn

@@ -1,0 +1,69 @@
+"""Placing a host batch on the mesh."""
+
+import math
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+
+from txcore.mesh import MeshSpec
+from txcore.plan import Plan
+
+
+def shard_batch(batch: Any, mesh: MeshSpec, plan: Plan) -> Any:
+    """Place a batch on the mesh's devices as the plan says.
+
+    Args:
+      batch: pytree of host arrays; the leading dim is the global batch in one process, this
+        process's part of it in several. Arrays on the mesh with the right sharding pass.
+      mesh: the mesh.
+      plan: the plan.
+
+    Returns:
+      Global arrays, sharded.
+
+    Raises:
+      ValueError: a dim is not divisible by the devices that share it, or a leaf has no dim.
+    """
+    specs = plan.batch_specs(batch, mesh)
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(batch)
+    specs_flat = treedef.flatten_up_to(specs)
+    placed = [
+        _place(leaf, NamedSharding(mesh.mesh, spec), f"batch{jax.tree_util.keystr(path)}")
+        for (path, leaf), spec in zip(leaves, specs_flat, strict=True)
+    ]
+    return treedef.unflatten(placed)
+
+
+def _place(leaf: Any, sharding: NamedSharding, where: str) -> jax.Array:
+    if isinstance(leaf, jax.Array) and leaf.committed and leaf.sharding == sharding:
+        return leaf
+    host = np.asarray(leaf)
+    _check_divisible(host.shape, sharding, where)
+    if jax.process_count() == 1:
+        return jax.device_put(host, sharding)
+    return jax.make_array_from_process_local_data(sharding, host)
+
+
+def _check_divisible(shape: tuple[int, ...], sharding: NamedSharding, where: str) -> None:
+    mesh, spec = sharding.mesh, sharding.spec
+    if len(shape) < len(spec):
+        raise ValueError(
+            f"{where} needs at least {len(spec)} dims to be sharded by {spec}, got shape {shape}"
+        )
+    # Several processes give only their own part, which their own devices share.
+    processes = jax.process_count()
+    for dim, entry in enumerate(spec):
+        axes = entry if isinstance(entry, tuple) else (entry,)
+        size = math.prod(mesh.shape[a] for a in axes if a is not None)
+        if shape[dim] * (processes if dim == 0 else 1) % size:
+            raise ValueError(
+                f"{where} has {shape[dim]} examples, which {size} devices along axis "
+                f"{', '.join(repr(a) for a in axes)} cannot share equally: use a batch size "
+                f"divisible by {size}, or pad the batch and set its mask"
+                if dim == 0
+                else f"{where} has {shape[dim]} in dim {dim}, which is not divisible by the {size} "
+                f"devices along axis {', '.join(repr(a) for a in axes)}: pad it or change "
+                "Plan(batch=...)"
+            )

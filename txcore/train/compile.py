@@ -1,0 +1,177 @@
+"""From a step function to a checked, compiled program for one mesh, plan and batch shape."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax import lax
+from jax.sharding import PartitionSpec as P
+
+from txcore import _compat
+from txcore.collectives._scope import Scope, tracing
+from txcore.mesh import MeshSpec
+from txcore.parallel.data import global_count
+from txcore.plan import Plan
+from txcore.profiling.gathered import reductions_of_gathered
+from txcore.train.state import TrainState
+
+
+@dataclass(frozen=True)
+class CompiledStep:
+    """A compiled step, the program that it was traced to, and what compiling took."""
+
+    call: jax.stages.Compiled
+    jaxpr: Any
+    seconds: float
+
+
+def compile_train_step(
+    fn: Callable[..., Any],
+    state: TrainState,
+    batch: Any,
+    *,
+    mesh: MeshSpec,
+    plan: Plan,
+    options: dict[str, Any],
+) -> CompiledStep:
+    """Compile `fn(state, batch) -> (state, metrics)`; the state is donated."""
+
+    def body(state: TrainState, batch: Any) -> Any:
+        new, metrics = _check_train_output(fn, fn(state, batch))
+        return _check_state(fn, state, new), _check_metrics(metrics)
+
+    return _compile(body, fn, state, batch, mesh=mesh, plan=plan, options=options, donate=True)
+
+
+def compile_eval_step(
+    fn: Callable[..., Any],
+    state: TrainState,
+    batch: Any,
+    *,
+    mesh: MeshSpec,
+    plan: Plan,
+    options: dict[str, Any],
+) -> CompiledStep:
+    """Compile `fn(state, batch) -> metrics` to return the metrics and the examples' count."""
+    axes = plan.active_data_axes(mesh)
+
+    def body(state: TrainState, batch: Any) -> Any:
+        metrics = fn(state, batch)
+        if not isinstance(metrics, dict):
+            raise TypeError(
+                f"engine.evaluate needs a step that returns a dict of metrics, got "
+                f"{_describe(metrics)} from {fn.__name__}"
+            )
+        mask = batch.get("mask") if isinstance(batch, dict) else None
+        count = None
+        if mask is not None:
+            count = global_count(mask, axes) if axes else (mask != 0).sum()
+        return _check_metrics(metrics), count
+
+    return _compile(body, fn, state, batch, mesh=mesh, plan=plan, options=options, donate=False)
+
+
+def _compile(
+    body: Callable[..., Any],
+    fn: Callable[..., Any],
+    state: TrainState,
+    batch: Any,
+    *,
+    mesh: MeshSpec,
+    plan: Plan,
+    options: dict[str, Any],
+    donate: bool,
+) -> CompiledStep:
+    scope = Scope(
+        data_axes=plan.active_data_axes(mesh),
+        left_out=frozenset(a for a, n in mesh.shape.items() if n == 1),
+    )
+
+    def sharded(state: TrainState, batch: Any) -> Any:
+        with tracing(scope):
+            return body(state, batch)
+
+    sharded.__name__ = fn.__name__  # the HLO module's name
+    started = time.perf_counter()
+    mapped = jax.shard_map(
+        sharded,
+        mesh=mesh.mesh,
+        in_specs=(P(), plan.batch_specs(batch, mesh)),
+        out_specs=P(),
+    )
+    traced = jax.jit(mapped, donate_argnums=(0,) if donate else ()).trace(state, batch)
+    _check_reductions(traced.jaxpr, mesh)
+    compiled = traced.lower().compile(compiler_options=options)
+    return CompiledStep(compiled, traced.jaxpr, time.perf_counter() - started)
+
+
+def _check_reductions(jaxpr: Any, mesh: MeshSpec) -> None:
+    for found in reductions_of_gathered(jaxpr):
+        size = mesh.shape[found.axis]
+        raise ValueError(
+            f"{found.tag or found.primitive} over axis {found.axis!r} ({found.source}) reduces a "
+            f"value that tx.all_gather made equal on every device, which multiplies it by {size}. "
+            "Remove the reduction: compute with the gathered value directly, and use "
+            "tx.all_gather(..., invariant=True) where it leaves the step"
+        )
+
+
+def _check_train_output(fn: Callable[..., Any], out: Any) -> tuple[TrainState, dict[str, Any]]:
+    if isinstance(out, tuple) and len(out) == 2:
+        state, metrics = out
+        if isinstance(state, TrainState) and isinstance(metrics, dict):
+            return state, metrics
+    raise TypeError(
+        f"{fn.__name__} needs to return (state, metrics), the state that apply_gradients "
+        f"returned and a dict, got {_describe(out)}"
+        + ("; run a step that returns metrics only with engine.evaluate" * isinstance(out, dict))
+    )
+
+
+def _describe(out: Any) -> str:
+    if isinstance(out, tuple):
+        return f"({', '.join(type(o).__name__ for o in out)})"
+    return type(out).__name__
+
+
+def _check_state(fn: Callable[..., Any], old: TrainState, new: TrainState) -> TrainState:
+    """Refuse a state that would not fit the next step (it would compile anew each time)."""
+    old_leaves, old_tree = jax.tree_util.tree_flatten_with_path(old)
+    new_leaves, new_tree = jax.tree_util.tree_flatten(new)
+    if old_tree != new_tree:
+        raise ValueError(
+            f"{fn.__name__} needs to return a state with the structure it was given, {old_tree}, "
+            f"got {new_tree}: create what it adds in engine.create_state(params, extra=...)"
+        )
+    out = []
+    for (path, before), after in zip(old_leaves, new_leaves, strict=True):
+        where = f"state{jax.tree_util.keystr(path)}"
+        after = jax.numpy.asarray(after)
+        if (after.shape, after.dtype) != (before.shape, before.dtype):
+            raise ValueError(
+                f"{fn.__name__} needs to return {where} as {before.dtype}{list(before.shape)}, as "
+                f"it was given, got {after.dtype}{list(after.shape)}"
+            )
+        if axes := _compat.varying_axes(after):
+            raise ValueError(
+                f"{fn.__name__} needs to return a state that is the same on every device, but "
+                f"{where} varies along axis {', '.join(map(repr, sorted(axes)))}: reduce it, "
+                "for example with tx.pmean"
+            )
+        out.append(lax.convert_element_type(after, before.dtype))  # drops a weak type
+    return new_tree.unflatten(out)
+
+
+def _check_metrics(metrics: dict[str, Any]) -> dict[str, Any]:
+    for path, value in jax.tree_util.tree_flatten_with_path(metrics)[0]:
+        axes = _compat.varying_axes(jax.numpy.asarray(value))
+        if axes:
+            names = ", ".join(map(repr, sorted(axes)))
+            raise ValueError(
+                f"metrics{jax.tree_util.keystr(path)} varies along axis {names}: it is one "
+                f"device's value, not the global one. Report tx.pmean(..., {names}) of a mean, or "
+                f"tx.psum(..., {names}) of a count"
+            )
+    return jax.tree.map(jax.numpy.asarray, metrics)

@@ -1,0 +1,279 @@
+"""The engine: runs steps on a mesh by a plan."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from txcore.kernels import compiler_options as default_compiler_options
+from txcore.mesh import MeshSpec
+from txcore.optim import as_optimizer
+from txcore.plan import Plan
+from txcore.profiling.audit import Report, audit_compiled
+from txcore.train import fit as loop
+from txcore.train.batch import shard_batch
+from txcore.train.compile import CompiledStep, compile_eval_step, compile_train_step
+from txcore.train.loggers import Logger, Metrics
+from txcore.train.precision import Precision
+from txcore.train.state import TrainState
+from txcore.train.step_fn import StepFn
+
+
+class Engine:
+    """Run training steps on a mesh, by a plan, and prove what they communicate.
+
+    Args:
+      mesh: the devices and their axes.
+      plan: what is parallel over which axis.
+      optimizer: `tx.optim.sgd(...)`, `tx.optim.adamw(...)`, or any optax transformation.
+      loggers: functions of a `tx.loggers.Record`; called on rank 0.
+      precision: "float32" or "bfloat16", see `tx.Precision`.
+      seed: the run is a function of it (and of the data): from 0 to 2**32 - 1.
+      compiler_options: XLA options for the steps; None takes the fastest known for the platform.
+
+    Raises:
+      TypeError: `mesh` is no MeshSpec, `plan` no Plan, or `optimizer` no optimizer.
+      ValueError: the plan names an axis that the mesh does not have, or an unknown precision.
+
+    Example:
+      >>> engine = tx.Engine(mesh=tx.MeshSpec(jax.devices()[:2]), plan=tx.Plan(tx.DP("data")),
+      ...                    optimizer=tx.optim.sgd(0.1))
+      >>> state = engine.create_state({"w": np.zeros(3, np.float32)})
+      >>> int(state.step), state.params["w"].shape
+      (0, (3,))
+    """
+
+    def __init__(
+        self,
+        *,
+        mesh: MeshSpec,
+        plan: Plan,
+        optimizer: Any,
+        loggers: Sequence[Logger] = (),
+        precision: str | Precision = "float32",
+        seed: int = 0,
+        compiler_options: Mapping[str, Any] | None = None,
+    ) -> None:
+        if not isinstance(mesh, MeshSpec):
+            raise TypeError(
+                f"Engine needs mesh= a tx.MeshSpec, got {type(mesh).__name__}: write "
+                "tx.MeshSpec(devices=..., axes=..., shape=...)"
+            )
+        if not isinstance(plan, Plan):
+            raise TypeError(f"Engine needs plan= a tx.Plan, got {type(plan).__name__}")
+        if not 0 <= seed < 2**32:
+            raise ValueError(f"Engine needs seed= from 0 to 2**32 - 1, got {seed}")
+        plan.validate(mesh)
+        self.mesh, self.plan = mesh, plan
+        self.optimizer = as_optimizer(optimizer)
+        self.loggers = tuple(loggers)
+        self.precision = Precision(precision) if isinstance(precision, str) else precision
+        self.seed = seed
+        if compiler_options is None:
+            compiler_options = default_compiler_options(mesh.devices[0].platform)
+        self._options = dict(compiler_options)
+        self._steps: dict[Any, CompiledStep] = {}
+
+    @property
+    def compile_seconds(self) -> float:
+        """Seconds spent tracing and compiling steps so far."""
+        return sum(step.seconds for step in self._steps.values())
+
+    def create_state(self, params: Any, extra: Any = None) -> TrainState:
+        """Copy parameters to the mesh and start the optimizer.
+
+        Args:
+          params: pytree of arrays; they are copied, yours stay alive.
+          extra: pytree of model state that is not trained (batch statistics).
+
+        Returns:
+          The state of a run that has made no step yet.
+
+        Raises:
+          TypeError: a leaf is no array.
+        """
+        params, extra = _copies(params, "params"), _copies(extra, "extra")
+        arrays = {
+            "step": np.zeros((), np.int32),
+            "stored_params": params,
+            "opt_state": self.optimizer.init(params),
+            "seed": np.asarray(self.seed, np.uint32),
+            "extra": extra,
+        }
+        placed = jax.tree.map(self._replicate, arrays)
+        return TrainState(**placed, engine=self)
+
+    def _replicate(self, leaf: Any) -> jax.Array:
+        sharding = self.mesh.sharding()
+        host = np.asarray(leaf)
+        if jax.process_count() == 1:
+            # device_put may alias an array that is there already, and a step donates it.
+            return jnp.array(jax.device_put(host, sharding), copy=True)
+        return jax.make_array_from_process_local_data(sharding, host, host.shape)
+
+    def run(self, step: StepFn, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+        """Run one training step; `state` is donated.
+
+        Args:
+          step: the step.
+          state: a state that this engine made.
+          batch: pytree of host arrays, the global batch (in one process) or this process's
+            part of it (in several).
+
+        Returns:
+          The new state, and the step's metrics (arrays on the devices).
+
+        Raises:
+          ValueError, TypeError: what the step does wrong, found before anything runs.
+        """
+        batch = shard_batch(batch, self.mesh, self.plan)
+        return self._compiled(compile_train_step, step, state, batch).call(state, batch)
+
+    def evaluate(self, step: Any, state: TrainState, data: Iterable[Any]) -> Metrics:
+        """Average a step's metrics over batches, weighted by their real examples.
+
+        Args:
+          step: `(state, batch) -> metrics`, plain or decorated by `tx.step_fn`; each metric is
+            a mean over the global batch (`tx.pmean` of `tx.example_mean`).
+          state: the state; it is not donated.
+          data: batches as for `run`; a leaf "mask" says which examples are real.
+
+        Returns:
+          The metrics as Python floats.
+
+        Raises:
+          ValueError: no batch, or a metric that still varies along an axis.
+          TypeError: the step returns something else than a dict.
+        """
+        totals: dict[str, Any] = {}
+        examples = 0
+        for host in data:
+            batch = shard_batch(host, self.mesh, self.plan)
+            metrics, count = self._compiled(compile_eval_step, step, state, batch).call(
+                state, batch
+            )
+            weight = int(count) if count is not None else jax.tree.leaves(batch)[0].shape[0]
+            examples += weight
+            for key, value in jax.device_get(metrics).items():
+                totals[key] = totals.get(key, 0.0) + weight * np.asarray(value, np.float64)
+        if not examples:
+            raise ValueError("engine.evaluate needs at least one real example, got none in data")
+        return {key: (total / examples).tolist() for key, total in totals.items()}
+
+    def fit(
+        self,
+        step: StepFn,
+        state: TrainState,
+        data: loop.Data,
+        *,
+        steps: int | None = None,
+        epochs: int | None = None,
+        evaluate: loop.Evaluate | None = None,
+        eval_every: int | None = None,
+    ) -> TrainState:
+        """Train: run the step over batches and tell the loggers.
+
+        Args:
+          step: the training step.
+          state: the state to start from; it is donated.
+          data: batches as for `run`: an iterable that can be read again, or a function
+            `epoch -> batches`.
+          steps: how many steps to run; or
+          epochs: how many times to go through the data.
+          evaluate: called with the state every `eval_every` steps and after the last; returns
+            metrics (`lambda state: engine.evaluate(eval_step, state, test_batches)`).
+          eval_every: steps between evaluations; None evaluates after the last step only.
+
+        Returns:
+          The state after the last step.
+
+        Raises:
+          ValueError: neither or both of `steps` and `epochs`, or data that ends too early.
+        """
+        total = loop.count_steps(data, steps, epochs)
+        if eval_every is not None and (eval_every < 1 or evaluate is None):
+            raise ValueError(
+                f"fit needs eval_every= at least 1 and evaluate= with it, got {eval_every=}"
+            )
+        loggers = self.loggers if jax.process_index() == 0 else ()
+        progress = loop.Progress(loggers, total, lambda: self.compile_seconds)
+        done = 0
+        for host in loop.batches(data, steps, epochs):
+            batch = shard_batch(host, self.mesh, self.plan)
+            compiled = self._compiled(compile_train_step, step, state, batch)
+            if done == 0:
+                progress.start_clock()  # only now: compiling is no training time
+            state, metrics = compiled.call(state, batch)
+            progress.add(metrics, loop.count_examples(host, batch))
+            done += 1
+            if evaluate and eval_every and done % eval_every == 0 and done != total:
+                self._evaluate_in_fit(progress, evaluate, state)
+        progress.stop_clock()
+        if evaluate and done:
+            self._evaluate_in_fit(progress, evaluate, state)
+            progress.stop_clock()
+        progress.tell_end()
+        return state
+
+    def _evaluate_in_fit(
+        self, progress: loop.Progress, evaluate: loop.Evaluate, state: TrainState
+    ) -> None:
+        progress.stop_clock()
+        progress.tell("eval", evaluate(state), 0.0, 0.0)
+        progress.start_clock()
+
+    def audit(self, step: StepFn, state: TrainState, batch: Any) -> Report:
+        """Account for every collective of the compiled step.
+
+        Args:
+          step: the training step.
+          state: a state that this engine made; it is not used up.
+          batch: a batch as for `run`.
+
+        Returns:
+          A `txcore.profiling.Report`; `report.ok` is the proof.
+        """
+        batch = shard_batch(batch, self.mesh, self.plan)
+        compiled = self._compiled(compile_train_step, step, state, batch)
+        return audit_compiled(compiled.call, compiled.jaxpr, self.mesh.mesh)
+
+    def _compiled(
+        self, compile_step: Any, step: Any, state: TrainState, batch: Any
+    ) -> CompiledStep:
+        """Return the step compiled for these shapes; compile it the first time."""
+        if not isinstance(state, TrainState) or state.engine is not self:
+            raise ValueError("this engine runs states that its create_state made, got another")
+        fn = step.fn if isinstance(step, StepFn) else step
+        key = (compile_step, fn, _signature(state), _signature(batch))
+        compiled = self._steps.get(key)
+        if compiled is None:
+            compiled = compile_step(
+                fn, state, batch, mesh=self.mesh, plan=self.plan, options=self._options
+            )
+            self._steps[key] = compiled
+        if state.step.is_deleted():
+            raise ValueError(
+                f"the state given to {fn.__name__} was donated to an earlier step: keep the "
+                "state that the step returns, state, metrics = step(state, batch)"
+            )
+        return compiled
+
+
+def _signature(tree: Any) -> Any:
+    leaves, treedef = jax.tree.flatten(tree)
+    return treedef, tuple((x.shape, x.dtype) for x in leaves)
+
+
+def _copies(tree: Any, what: str) -> Any:
+    def copy(path: Any, leaf: Any) -> np.ndarray:
+        if not isinstance(leaf, (jax.Array, np.ndarray, np.generic, int, float)):
+            raise TypeError(
+                f"create_state needs arrays, got {type(leaf).__name__} at "
+                f"{what}{jax.tree_util.keystr(path)}"
+            )
+        dtype = jax.dtypes.canonicalize_dtype(np.asarray(leaf).dtype)
+        return np.array(leaf, dtype=dtype)
+
+    return jax.tree_util.tree_map_with_path(copy, tree)

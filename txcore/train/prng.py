@@ -1,0 +1,27 @@
+"""Random keys that depend on the seed, the step and the example, and on nothing else."""
+
+import jax
+import jax.numpy as jnp
+
+from txcore.collectives import _leaves, axis_index
+
+
+def step_key(seed: jax.Array, step: jax.Array) -> jax.Array:
+    """Return the key of one step; `seed` is a uint32 scalar, `step` an int32 scalar."""
+    return jax.random.fold_in(jax.random.key(seed), step)
+
+
+def example_keys(key: jax.Array, count: int, data_axes: tuple[str, ...]) -> jax.Array:
+    """Return a key for each of this device's `count` examples, shape (count,).
+
+    Each is keyed by the example's place in the global batch, so that dropout drops the same
+    units whatever the number of devices.
+    """
+    # Inside a step the axes are those with more than one device; without any, all is local.
+    first = axis_index(data_axes) * count if data_axes else jnp.int32(0)
+    places = first + jnp.arange(count, dtype=jnp.int32)
+    for axis in data_axes:
+        key = jax.random.wrap_key_data(
+            _leaves.vary_leaf(jax.random.key_data(key), (axis,)), impl=jax.random.key_impl(key)
+        )
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, places)

@@ -1,0 +1,161 @@
+"""The train state: everything that a run is a function of, as one pytree."""
+
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import jax
+
+from txcore import _compat
+from txcore.collectives import vary
+from txcore.collectives._scope import Scope, current_scope
+from txcore.optim import Optimizer
+from txcore.parallel import sync_gradients
+from txcore.train import prng
+from txcore.train.precision import Precision
+
+
+class Runner(Protocol):
+    """What a state knows of the engine that made it."""
+
+    optimizer: Optimizer
+    precision: Precision
+
+    def run(self, step: Any, state: "TrainState", batch: Any) -> Any:
+        """Run one step."""
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """Hold parameters, optimizer state, step count and seed; immutable.
+
+    `engine.create_state` makes it. A step receives it, and returns the one that
+    `apply_gradients` made. The state that is passed to a step is donated: keep only the one
+    that comes back.
+    """
+
+    step: jax.Array  # int32 scalar: completed updates
+    stored_params: Any  # as stored; `params` is the view for differentiation
+    opt_state: Any
+    seed: jax.Array  # uint32 scalar
+    extra: Any  # model state that is not trained
+    engine: Runner = field(metadata={"static": True})
+
+    @property
+    def params(self) -> Any:
+        """The parameters; inside a step, typed as varying along the data axes.
+
+        So gradients with respect to them come out local, for the step to reduce once.
+        """
+        scope = current_scope()
+        if scope is None or not scope.data_axes:
+            return self.stored_params
+        return vary(self.stored_params, scope.data_axes, name="params")
+
+    @property
+    def precision(self) -> Precision:
+        """The engine's precision policy."""
+        return self.engine.precision
+
+    @property
+    def key(self) -> jax.Array:
+        """The random key of this step, the same on every device."""
+        return prng.step_key(self.seed, self.step)
+
+    def replace(self, **changes: Any) -> "TrainState":
+        """Return a copy with some fields changed (`extra=`, for example)."""
+        return replace(self, **changes)
+
+    def example_keys(self, batch: Any) -> jax.Array:
+        """Return one random key for each example of `batch`, the same under every plan.
+
+        Args:
+          batch: this device's part of the batch: a pytree whose leaves have a leading batch dim.
+
+        Returns:
+          Typed keys of shape (batch,), a function of the run's seed, the step, and the
+          example's place in the global batch.
+
+        Raises:
+          RuntimeError: called outside a step.
+        """
+        scope = _scope_of("example_keys")
+        count = jax.tree.leaves(batch)[0].shape[0]
+        return prng.example_keys(self.key, count, scope.data_axes)
+
+    def sync_gradients(self, grads: Any, *, name: str = "grads") -> tuple[Any, "TrainState"]:
+        """Reduce local gradients as the plan says: their mean over its data axes.
+
+        Args:
+          grads: pytree like `params`, local to each device.
+          name: label of the operations' tags.
+
+        Returns:
+          The reduced gradients, and the state to go on with.
+
+        Raises:
+          ValueError: a leaf is reduced already.
+          RuntimeError: called outside a step.
+        """
+        axes = _scope_of("sync_gradients").data_axes
+        return (sync_gradients(grads, axes, name=name)[0] if axes else grads), self
+
+    def apply_gradients(self, *, grads: Any) -> "TrainState":
+        """Update the parameters with reduced gradients.
+
+        Args:
+          grads: pytree like `params`; each leaf laid out as its parameter is stored.
+
+        Returns:
+          The state after the update, one step further.
+
+        Raises:
+          ValueError: a leaf is missing, has another shape, or varies along an axis along
+            which its parameter does not (a forgotten reduction).
+          RuntimeError: called outside a step.
+        """
+        _scope_of("apply_gradients")
+        check_gradients(grads, self.stored_params)
+        params, opt_state = self.engine.optimizer.update(
+            grads, self.opt_state, self.stored_params, step=self.step
+        )
+        return self.replace(step=self.step + 1, stored_params=params, opt_state=opt_state)
+
+
+_ARRAYS = ("step", "stored_params", "opt_state", "seed", "extra")
+jax.tree_util.register_dataclass(TrainState, data_fields=_ARRAYS, meta_fields=("engine",))
+
+
+def _scope_of(method: str) -> Scope:
+    scope = current_scope()
+    if scope is None:
+        raise RuntimeError(
+            f"state.{method} needs to be called inside a step decorated with @tx.step_fn, which "
+            "an engine runs"
+        )
+    return scope
+
+
+def check_gradients(grads: Any, params: Any) -> None:
+    """Refuse gradients that do not fit the stored parameters in structure, shape and axes."""
+    given, wanted = jax.tree.structure(grads), jax.tree.structure(params)
+    if given != wanted:
+        raise ValueError(
+            f"apply_gradients needs gradients with the structure of the parameters, {wanted}, "
+            f"got {given}: pass the gradients that value_and_grad(...)(state.params) returned"
+        )
+    leaves = jax.tree_util.tree_flatten_with_path(params)[0]
+    for (path, param), grad in zip(leaves, jax.tree.leaves(grads), strict=True):
+        where = f"params{jax.tree_util.keystr(path)}"
+        if grad.shape != param.shape:
+            raise ValueError(
+                f"apply_gradients needs the gradient of {where} in its shape {param.shape}, got "
+                f"{grad.shape}"
+            )
+        unreduced = _compat.varying_axes(grad) - _compat.varying_axes(param)
+        if unreduced:
+            axis = ", ".join(repr(a) for a in sorted(unreduced))
+            raise ValueError(
+                f"apply_gradients needs reduced gradients: the gradient of {where} varies along "
+                f"axis {axis}, so it was never reduced there. Write grads = tx.pmean(grads, "
+                f"{axis}), or grads, state = state.sync_gradients(grads), before apply_gradients"
+            )

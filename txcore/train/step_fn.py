@@ -1,0 +1,60 @@
+"""step_fn: a training step that runs on the engine that made its state."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from txcore.train.state import TrainState
+
+
+class StepFn:
+    """A step `(state, batch) -> (state, metrics)`, written for one device's part of the batch."""
+
+    def __init__(self, fn: Callable[[TrainState, Any], Any]) -> None:
+        self.fn = fn
+        functools.update_wrapper(self, fn)
+
+    def __call__(self, state: TrainState, batch: Any) -> Any:
+        """Run one step on the engine that made `state`; `state` is donated."""
+        if not isinstance(state, TrainState):
+            raise TypeError(
+                f"{self.__name__} needs a state made by engine.create_state(params), got "
+                f"{type(state).__name__}"
+            )
+        return state.engine.run(self, state, batch)
+
+    __name__: str
+
+
+def step_fn(fn: Callable[[TrainState, Any], Any]) -> StepFn:
+    """Make a training step of a function, to be called with a state and a whole batch.
+
+    The function itself is written for one device: it sees its part of the batch, and calls
+    collectives over the plan's axes. It runs on the engine that made the state; the same
+    step works on any engine.
+
+    Args:
+      fn: `fn(state, batch) -> (state, metrics)`; for `engine.evaluate`, `fn(state, batch) ->
+        metrics`. `metrics` is a dict of arrays that no longer vary along any axis.
+
+    Returns:
+      A callable `(state, batch) -> (state, metrics)`.
+
+    Raises:
+      TypeError: `fn` is not callable.
+
+    Example:
+      >>> @tx.step_fn
+      ... def train_step(state, batch):
+      ...     loss, grads = tx.value_and_grad(lambda w: jax.numpy.mean(w * batch))(state.params)
+      ...     grads, state = state.sync_gradients(grads)
+      ...     return state.apply_gradients(grads=grads), {"loss": tx.pmean(loss, "data")}
+      >>> engine = tx.Engine(mesh=tx.MeshSpec(jax.devices()[:2]), plan=tx.Plan(tx.DP("data")),
+      ...                    optimizer=tx.optim.sgd(0.5))
+      >>> state, metrics = train_step(engine.create_state(np.float32(1)), np.arange(4.0))
+      >>> float(state.params), float(metrics["loss"])
+      (0.25, 1.5)
+    """
+    if not callable(fn):
+        raise TypeError(f"tx.step_fn needs a function (state, batch), got {fn!r}")
+    return StepFn(fn)
