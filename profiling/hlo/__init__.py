@@ -1,0 +1,21 @@
+"""Read the text of compiled programs: what is in a module, and every collective in it."""
+
+from txcore.profiling.hlo.collectives import Op, find_collectives
+from txcore.profiling.hlo.groups import Groups, canonical
+from txcore.profiling.hlo.text import KINDS, Computation, Instruction, Module, read_modules
+from txcore.profiling.hlo.types import HloError, Shape, parse_shapes
+
+__all__ = [
+    "KINDS",
+    "Computation",
+    "Groups",
+    "HloError",
+    "Instruction",
+    "Module",
+    "Op",
+    "Shape",
+    "canonical",
+    "find_collectives",
+    "parse_shapes",
+    "read_modules",
+]

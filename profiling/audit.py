@@ -1,0 +1,175 @@
+"""Account for every collective of a compiled program: `audit`, `audit_text` and what they share."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import jax
+
+from txcore.profiling import meshes
+from txcore.profiling.hlo import Op, find_collectives
+from txcore.profiling.jaxpr import Declared, inventory, meshes_of
+from txcore.profiling.match import by_key, key_of, match
+from txcore.profiling.report import Collective, Report
+from txcore.profiling.rows import row_of
+
+
+class AutoShardingError(AssertionError):
+    """A program has collectives that nobody asked for, or lacks some that were; holds `report`."""
+
+    def __init__(self, report: Report):
+        super().__init__(
+            f"the compiled program does not have exactly the declared collectives:\n{report}\n"
+            "write the communication out (jax.shard_map with txcore's collectives), or give the "
+            "arguments and results the shardings that the program wants"
+        )
+        self.report = report
+
+
+def audit(fn: Callable[..., Any] | jax.stages.Compiled, *args: Any) -> Report:
+    """Compile a function and account for every collective in the result.
+
+    Args:
+      fn: any jax function, jitted or not, or an already compiled one (`jax.stages.Compiled`),
+        which cannot be compared with its traced program any more (`report.checked` is False).
+      *args: its arguments; arrays or `jax.ShapeDtypeStruct`s, with shardings where they have one.
+        None with a compiled function.
+
+    Returns:
+      The report. Nothing is executed.
+
+    Raises:
+      TypeError: `fn` is not callable, or arguments came with a compiled function.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> print(audit(jnp.sin, jnp.ones(3)))
+      proof: no collective in the program
+    """
+    if isinstance(fn, jax.stages.Compiled):
+        if args:
+            raise TypeError(
+                "audit needs a compiled function alone, since it was compiled for its arguments, "
+                f"but got {len(args)} more: call audit(compiled)"
+            )
+        return audit_compiled(fn)
+    if not callable(fn):
+        raise TypeError(
+            f"audit needs a jax function or a jax.stages.Compiled, but got a {type(fn).__name__}: "
+            "call audit(fn, *args), or audit_text(hlo) for text"
+        )
+    # Anything that can be traced, and a function that was wrapped after jax.jit cannot.
+    traced = (fn if hasattr(fn, "trace") else jax.jit(fn)).trace(*args)
+    return audit_compiled(traced.lower().compile(), traced.jaxpr)
+
+
+def audit_compiled(
+    compiled: jax.stages.Compiled, jaxpr: Any = None, mesh: meshes.MeshLike | None = None
+) -> Report:
+    """Account for every collective of a compiled program that was traced before.
+
+    Args:
+      compiled: the program.
+      jaxpr: what was traced, `jax.jit(f).trace(*args).jaxpr`; without it nothing can be compared.
+      mesh: the mesh whose axes to name; by default those of the program's shard_maps, or of its
+        arguments' and results' shardings.
+
+    Returns:
+      The report.
+    """
+    sizes = _meshes(compiled, jaxpr, mesh)
+    ops = find_collectives(compiled.as_text() or "", devices=_largest(sizes))
+    if jaxpr is None:
+        return _report(ops, None, (), sizes)
+    return _report(ops, inventory(jaxpr), inventory(jaxpr, live_only=True), sizes)
+
+
+def audit_text(hlo: str, *, mesh: meshes.MeshLike | None = None) -> Report:
+    """List every collective in the text of compiled HLO, with what its own lines say of it.
+
+    Args:
+      hlo: optimized HLO of any platform, one or more modules.
+      mesh: the mesh whose axes to name (a Mesh or AbstractMesh); without it rows have no axes.
+
+    Returns:
+      The report; its `checked` is False, since text cannot be compared with a traced program.
+
+    Raises:
+      TypeError: `hlo` is not text.
+      ValueError: there is no HLO module in it.
+
+    Example:
+      >>> report = audit_text("HloModule m, num_partitions=2\\nENTRY %e (x: f32[8]) -> f32[8] {\\n"
+      ...     "  %x = f32[8]{0} parameter(0)\\n"
+      ...     "  ROOT %s = f32[8]{0} all-reduce(%x), channel_id=1, replica_groups={{0,1}},"
+      ...     " to_apply=%add, metadata={op_name=\\"jit(f)/shard_map/psum\\"}\\n}\\n")
+      >>> [(c.kind, c.origin, c.payload_bytes) for c in report.collectives]
+      [('all-reduce', 'user', 32)]
+    """
+    if not isinstance(hlo, str):
+        raise TypeError(f"audit_text needs HLO text, but got a {type(hlo).__name__}")
+    sizes = (meshes.sizes_of(mesh),) if mesh is not None else ()
+    ops = find_collectives(hlo, devices=_largest(sizes))
+    if not ops and "HloModule" not in hlo:
+        raise ValueError(
+            "audit_text needs the text of an HLO module, which begins with 'HloModule', but got "
+            f"{hlo[:40]!r}: pass compiled.as_text() or an XLA dump"
+        )
+    return _report(ops, None, (), sizes)
+
+
+def assert_no_auto_sharding(fn: Callable[..., Any] | jax.stages.Compiled, *args: Any) -> Report:
+    """Audit a function and raise unless every collective in it was asked for.
+
+    Args:
+      fn: as for `audit`.
+      *args: as for `audit`.
+
+    Returns:
+      The report, which is ok.
+
+    Raises:
+      AutoShardingError: something is unexplained or missing; its text has the table.
+    """
+    report = audit(fn, *args)
+    if not report.ok:
+        raise AutoShardingError(report)
+    return report
+
+
+def _meshes(
+    compiled: jax.stages.Compiled, jaxpr: Any, mesh: meshes.MeshLike | None
+) -> tuple[meshes.Sizes, ...]:
+    if mesh is not None:
+        return (meshes.sizes_of(mesh),)
+    if jaxpr is not None and (found := meshes_of(jaxpr)):
+        return found
+    shardings = jax.tree.leaves((compiled.input_shardings, compiled.output_shardings))
+    named = (s for s in shardings if isinstance(s, jax.sharding.NamedSharding))
+    return tuple(dict.fromkeys(meshes.sizes_of(s.mesh) for s in named))
+
+
+def _largest(sizes: Sequence[meshes.Sizes]) -> int:
+    return max((meshes.count(s, tuple(name for name, _ in s)) for s in sizes), default=1)
+
+
+def _report(
+    ops: Sequence[Op],
+    declared: Sequence[Declared] | None,
+    live: Sequence[Declared],
+    sizes: Sequence[meshes.Sizes],
+) -> Report:
+    wanted = by_key(declared or ())
+    rows = [row_of(op, wanted.get(key_of(op), ()), sizes) for op in ops]
+    if declared is None:
+        return Report(tuple(rows), checked=False)
+    matched = match(ops, [row.origin for row in rows], declared, live)
+    for place in matched.surplus:
+        rows[place] = _without_match(rows[place])
+    return Report(tuple(rows), matched.missing)
+
+
+def _without_match(row: Collective) -> Collective:
+    claim = f"claims the tag {','.join(row.tags)}" if row.tags else f"looks like {row.origin}"
+    note = f"{claim}, but the traced program does not declare it"
+    return replace(row, origin="partitioner", explained=False, note=note)

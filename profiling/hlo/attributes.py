@@ -1,0 +1,90 @@
+"""Read single attributes of an instruction: operands, callees, metadata, tags, source line."""
+
+import re
+from collections.abc import Iterator
+
+from txcore.profiling.hlo.frames import walk
+from txcore.profiling.hlo.text import Instruction, Module, closing
+from txcore.profiling.hlo.types import HloError
+
+# Values may be quoted and hold any bracket; possessive repeats keep damaged lines linear.
+_BLOCK = r"=\{((?:[^{}\"]|\"(?:[^\"\\]|\\.)*+\"|\{[^{}]*+\})*+)\}"
+_FRONTEND = re.compile(r"\bfrontend_attributes" + _BLOCK)
+_METADATA = re.compile(r"\bmetadata" + _BLOCK)
+_FRONTEND_PAIR = re.compile(r"([\w.\-]+)=\"((?:[^\"\\]|\\.)*+)\"")
+_OP_NAME = re.compile(r"\bop_name=\"((?:[^\"\\]|\\.)*+)\"")
+_SOURCE_FILE = re.compile(r"\bsource_file=\"((?:[^\"\\]|\\.)*+)\"")
+_SOURCE_LINE = re.compile(r"\bsource_line=(\d+)")
+_FRAME = re.compile(r"\bstack_frame_id=(\d+)")
+_TARGET = re.compile(r"\bcustom_call_target=\"((?:[^\"\\]|\\.)*+)\"")
+_CALLS = re.compile(
+    r"\b(?:calls|body|condition|to_apply|branch_computations|true_computation|false_computation"
+    r"|called_computations|async_execution_computation)=(\{[^{}]*\}|%?[\w.\-]+)"
+)
+_TRIP_COUNT = re.compile(r'known_trip_count\\?"?\s*[:=]\s*\{\s*\\?"?n\\?"?\s*[:=]\s*\\?"?(\d+)')
+_NAME = re.compile(r"[\w.\-]+")
+
+
+def split(instruction: Instruction) -> tuple[str, str]:
+    """Return an instruction's operands, without their brackets, and its attributes.
+
+    Raises:
+      HloError: the operands' bracket is never closed.
+    """
+    end = closing(instruction.rest, 0)
+    if end is None:
+        raise HloError(f"the operands of {instruction.name} do not end")
+    return instruction.rest[1 : end - 1], instruction.rest[end:]
+
+
+def split_operands(operands: str) -> list[str]:
+    """Split a list of operands at its outer commas."""
+    parts, depth, start = [], 0, 0
+    for i, char in enumerate(operands):
+        depth += (char in "([{") - (char in ")]}")
+        if char == "," and depth == 0:
+            parts.append(operands[start:i].strip())
+            start = i + 1
+    return [p for p in [*parts, operands[start:].strip()] if p]
+
+
+def callees(instruction: Instruction) -> tuple[str, ...]:
+    """Return the names of the computations that an instruction runs."""
+    names = (_NAME.findall(group) for group in _CALLS.findall(instruction.rest))
+    return tuple(dict.fromkeys(name for group in names for name in group))
+
+
+def trip_count(instruction: Instruction) -> int | None:
+    """Return how often a while loop runs, or None where the compiler does not know."""
+    found = _TRIP_COUNT.search(instruction.rest)
+    return int(found[1]) if found else None
+
+
+def frontend_attributes(attributes: str) -> dict[str, str]:
+    """Return the frontend attributes, jax's tags and the partitioner's mark among them."""
+    block = _FRONTEND.search(attributes)
+    return dict(_FRONTEND_PAIR.findall(block[1])) if block else {}
+
+
+def op_name(attributes: str) -> str:
+    """Return the path of jax transformations and the primitive that an op came from, or ""."""
+    block = _METADATA.search(attributes)
+    found = _OP_NAME.search(block[1]) if block else None
+    return found[1] if found else ""
+
+
+def custom_call_target(attributes: str) -> str:
+    """Return the function that a custom call runs, or ""."""
+    found = _TARGET.search(attributes)
+    return found[1] if found else ""
+
+
+def source_frames(attributes: str, module: Module) -> Iterator[tuple[str, int]]:
+    """Yield (file, line) of an op's source, innermost call first; nothing where it has none."""
+    block = _METADATA.search(attributes)
+    if block is None:
+        return
+    if (file := _SOURCE_FILE.search(block[1])) and (line := _SOURCE_LINE.search(block[1])):
+        yield file[1], int(line[1])
+    elif frame := _FRAME.search(block[1]):
+        yield from walk(module.frames, int(frame[1]))

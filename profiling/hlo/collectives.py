@@ -1,0 +1,201 @@
+"""Find every collective of an HLO module, with its operands, groups, trips and witnesses."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from txcore._compat import TAG_KEY
+from txcore.profiling.hlo import attributes, opaque
+from txcore.profiling.hlo.groups import Groups, canonical, parse_groups, parse_pairs
+from txcore.profiling.hlo.text import KINDS, Computation, Instruction, Module, read_modules
+from txcore.profiling.hlo.trips import Trips, runs
+from txcore.profiling.hlo.types import HloError, Shape, parse_shapes
+
+_MARK = "is_spmd_generated"
+_GROUPS = "replica_groups="
+_PAIRS = "source_target_pairs="
+
+
+@dataclass(frozen=True, slots=True)
+class Op:
+    """One collective of a compiled program, as the compiler prints it.
+
+    kind: HLO's name without "-start"; "custom-call" for a call that can communicate unseen,
+      "unknown" for a line that could not be read (then `problem` says why).
+    operands: the arrays each device puts in, of one execution.
+    groups: the devices that talk to each other, by their place in the program's mesh.
+    pairs: a permute's (source, target) devices; then `groups` is empty.
+    tags, marked, op_name, frames: what the line says about where it comes from.
+    """
+
+    name: str
+    kind: str
+    operands: tuple[Shape, ...] = ()
+    groups: Groups = ()
+    pairs: tuple[tuple[int, int], ...] = ()
+    tags: tuple[str, ...] = ()
+    marked: bool = False
+    op_name: str = ""
+    frames: tuple[tuple[str, int], ...] = ()
+    target: str = ""
+    trips: Trips = Trips(1)
+    problem: str = ""
+
+    @property
+    def group_size(self) -> int:
+        """Return the size of the largest group; of a permute it is not known here, and 0."""
+        return max((len(group) for group in self.groups), default=0)
+
+    @property
+    def elements(self) -> int:
+        """Return nccl-tests' S in elements: n x the operands' for an all-gather, else theirs."""
+        return self._scale * sum(shape.elements for shape in self.operands)
+
+    @property
+    def bytes(self) -> int:
+        """Return nccl-tests' S in bytes of the dtype on the wire."""
+        return self._scale * sum(shape.bytes for shape in self.operands)
+
+    @property
+    def _scale(self) -> int:
+        return self.group_size if self.kind == "all-gather" else 1
+
+
+def find_collectives(text: str, *, devices: int = 1) -> tuple[Op, ...]:
+    """Read HLO text and return every collective in it, in the text's order.
+
+    Args:
+      text: one or more HLO modules.
+      devices: how many devices the program runs on, where the text's header does not say.
+
+    Returns:
+      One `Op` for each collective; an async pair counts once. What looks like a collective and
+      cannot be read is an `Op` of kind "unknown", never an exception.
+    """
+    return tuple(op for module in read_modules(text) for op in _of_module(module, devices))
+
+
+def _of_module(module: Module, devices: int) -> Iterator[Op]:
+    trips = runs(module)
+    opcodes = frozenset(i.opcode for c in module.computations.values() for i in c.instructions)
+    devices = max(devices, module.num_partitions * module.replica_count)
+    for computation in module.computations.values():
+        types = {i.name: i.type for i in computation.instructions}
+        context = _Context(module, opcodes, types, devices)
+        for instruction in computation.instructions:
+            if kind := _kind(instruction, context):
+                yield replace(_read(instruction, kind, context), trips=trips[computation.name])
+        for line in computation.unreadable:
+            yield Op(line[:40], "unknown", problem=f"cannot be read: {line[:120]}")
+
+
+@dataclass(frozen=True, slots=True)
+class _Context:
+    """Where an instruction stands: `types` are those of its computation, by name."""
+
+    module: Module
+    opcodes: frozenset[str]
+    types: Mapping[str, str]
+    devices: int
+
+
+def _kind(instruction: Instruction, context: _Context) -> str | None:
+    """Return the kind of collective that an instruction is, or None where it is none to count."""
+    opcode = instruction.opcode
+    kind = opcode.removesuffix("-start").removesuffix("-done")
+    if kind in KINDS and opcode.endswith("-done"):
+        has_start = {f"{kind}-start", "async-start"} & context.opcodes
+        return None if has_start else "unknown"  # half of a pair: its start was lost
+    if kind in KINDS:
+        return None if _is_wrapper(instruction, kind, context.module) else kind
+    if opcode == "custom-call":
+        return opcode if opaque.can_communicate(instruction.rest) else None
+    if opcode == "send":  # its recv is the same transfer
+        return opcode if "is_host_transfer=true" not in instruction.rest else None
+    is_like_one = any(key in instruction.rest for key in (_GROUPS, _PAIRS))
+    return "unknown" if is_like_one and not opcode.startswith("async-") else None
+
+
+def _is_wrapper(instruction: Instruction, kind: str, module: Module) -> bool:
+    """Tell whether a -start only names a computation in which the collective is counted."""
+    if not instruction.opcode.endswith("-start"):
+        return False
+    called = (module.computations.get(name) for name in attributes.callees(instruction))
+    return any(inner.opcode == kind for c in called if c for inner in c.instructions)
+
+
+def _read(instruction: Instruction, kind: str, context: _Context) -> Op:
+    try:
+        if kind == "unknown":
+            raise HloError(f"unknown form {instruction.rest[:80]!r}")
+        return _read_op(instruction, kind, context)
+    except HloError as error:
+        return Op(instruction.name, "unknown", problem=f"{instruction.opcode}: {error}")
+
+
+def _read_op(instruction: Instruction, kind: str, context: _Context) -> Op:
+    operands, rest = attributes.split(instruction)
+    witnesses = attributes.frontend_attributes(rest)
+    op = Op(
+        name=instruction.name,
+        kind=kind,
+        tags=tuple(t for t in witnesses.get(TAG_KEY, "").split(",") if t),
+        marked=witnesses.get(_MARK) == "true",
+        op_name=attributes.op_name(rest),
+        frames=tuple(attributes.source_frames(rest, context.module)),
+        target=attributes.custom_call_target(rest),
+    )
+    if kind == "custom-call":
+        return op
+    op = replace(op, operands=_shapes(operands, kind, context))
+    if kind == "collective-permute":
+        return replace(op, pairs=parse_pairs(_value(rest, _PAIRS)))
+    if kind == "send":
+        return op
+    groups = parse_groups(_value(rest, _GROUPS), context.devices)
+    return replace(op, groups=_on_devices(groups, rest, kind, context.module))
+
+
+def _shapes(operands: str, kind: str, context: _Context) -> tuple[Shape, ...]:
+    parts = attributes.split_operands(operands)
+    if not parts:
+        raise HloError("no operands")
+    # The other operands are buffers to write to and offsets, which nobody sends.
+    in_place_permute = kind == "collective-permute" and len(parts) == 4
+    if in_place_permute or kind in ("ragged-all-to-all", "send"):
+        parts = parts[:1]
+    return tuple(shape for part in parts for shape in _operand(part, context.types))
+
+
+def _operand(text: str, types: Mapping[str, str]) -> tuple[Shape, ...]:
+    if "[" in text:  # older XLA prints each operand's type before its name
+        return parse_shapes(text)
+    if (found := types.get(text.removeprefix("%"))) is None:
+        raise HloError(f"operand {text[:40]!r} is not defined")
+    return parse_shapes(found)
+
+
+def _value(rest: str, key: str) -> str:
+    """Return what follows `key`, without leading spaces."""
+    start = rest.find(key)
+    if start < 0:
+        raise HloError(f"no {key[:-1]}")
+    return rest[start + len(key) :].lstrip()
+
+
+def _on_devices(groups: Groups, rest: str, kind: str, module: Module) -> Groups:
+    """Turn groups of replicas or of partitions into groups of devices.
+
+    XLA numbers device (replica, partition) as replica x partitions + partition. Groups are of
+    devices with use_global_device_ids, of replicas (each partition by itself) without a channel;
+    with a channel alone of replicas with all their partitions, but for an all-to-all of partitions.
+    """
+    partitions, replicas = module.num_partitions, module.replica_count
+    if "use_global_device_ids=true" in rest or replicas == 1:
+        return groups
+    if "channel_id=" not in rest:
+        spread = [[[r * partitions + p for r in g] for p in range(partitions)] for g in groups]
+    elif kind in ("all-to-all", "ragged-all-to-all", "collective-broadcast"):
+        spread = [[[r * partitions + p for p in g] for r in range(replicas)] for g in groups]
+    else:
+        spread = [[[r * partitions + p for r in g for p in range(partitions)]] for g in groups]
+    return canonical(devices for group in spread for devices in group)

@@ -1,0 +1,33 @@
+"""Which custom calls can communicate without the compiler seeing it."""
+
+import re
+
+_TARGET = re.compile(r'custom_call_target="((?:[^"\\]|\\.)*+)"')
+# Calls that compute on one device, lay out memory or call Python on the host. Every target that
+# is not named here could send anything, and is listed as opaque.
+_COMPUTES = re.compile(
+    r"lapack_|blas_|__cublas|__cudnn|__cusparse|cusolver|cudnn|cublas|hipblas|hipsolver|hiprand"
+    r"|cu_|hip_|cuda_threefry|__onednn|__eigen|__ynn|__xnn|__triton|triton_kernel_call|__gpu\$xla"
+    r"|TopK|__topk|ApproxTopK|PartialReduce|Eigh|Qr|Cholesky|LuDecomposition|Householder|ProductOf"
+    r"|InspectSharding|Sharding|SPMDFullToShardShape|SPMDShardToFullShape|xla\.sdy\.|shape_assert"
+    r"|LayoutConstraint|AllocateBuffer|MoveToHost|MoveToDevice|PinToDevice|Pin|Unpin|AssumeGather"
+    r"|annotate_device_placement|SliceToDynamic|PadToStatic|X64|RngBitGenerator|SetBound"
+    r"|GetDimensionSize|dynamic_|erf_inv|mhlo\.|chlo\.|CreateBuffer|NopReturnToken"
+    r"|xla_python_(?:cpu|gpu)_callback|xla_ffi_(?:partitioned_)?python_(?:cpu|gpu)_callback"
+)
+# A Pallas TPU kernel says so itself, where it sends anything to another chip.
+_TPU_KERNEL = "tpu_custom_call"
+_TPU_COMMUNICATES = re.compile(r'\\?"(?:has_communication\\?":\s*true|collective_id\\?":)')
+
+
+def can_communicate(rest: str) -> bool:
+    """Tell whether a custom call may talk to other devices, from its operands and attributes.
+
+    Python callbacks on the host are not counted: they are the user's own code.
+    """
+    target = _TARGET.search(rest)
+    if target is None:
+        return True
+    if target[1] == _TPU_KERNEL:
+        return bool(_TPU_COMMUNICATES.search(rest))
+    return _COMPUTES.match(target[1]) is None

@@ -1,0 +1,224 @@
+"""The collectives that a traced program declares, before the compiler has seen it."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend import core
+
+from txcore import _compat
+from txcore.profiling import meshes, source
+from txcore.profiling.hlo import Groups
+
+# jax's primitives by the HLO op that they lower to; a "_start" of an async pair is the same.
+_KINDS = {
+    "all-reduce": (
+        *("psum", "psum2", "psum_invariant", "pmax", "pmin"),
+        *("unreduced_psum", "unreduced_pmax", "unreduced_pmin"),
+    ),
+    "all-gather": ("all_gather", "all_gather_invariant", "all_gather_reduced"),
+    "reduce-scatter": ("reduce_scatter", "unreduced_reduce_scatter"),
+    "all-to-all": ("all_to_all",),
+    "ragged-all-to-all": ("ragged_all_to_all",),
+    "collective-permute": ("ppermute",),
+    "collective-broadcast": ("pbroadcast",),
+}
+KIND_OF = {primitive: kind for kind, names in _KINDS.items() for primitive in names}
+_KERNELS = ("pallas_call", "core_map")  # their bodies are not collectives between devices
+
+
+@dataclass(frozen=True)
+class Declared:
+    """One operand of one collective of a traced program.
+
+    kind: the HLO op it lowers to ("all-reduce"); primitive: jax's name ("psum").
+    axes: mesh axes as the program names them; group_size: devices along them.
+    dtype: jax's name ("float32").
+    payload_bytes: S of one execution: the operand's bytes on one device, times n for all_gather.
+    trips: executions in one call; where not `trips_known` (a while loop) at least that many.
+    tag: txcore's tag, or None; source: "file.py:12", the innermost line outside jax and txcore.
+    autodiff: made by jax's transposition, without a tag.
+    elements: as payload_bytes, in elements. Not `size_known`: under a shard_map that leaves axes
+      to the partitioner, which may shard the operand further, so that this is an upper bound.
+    foldable: the compiler may do without it (its operand does not depend on the program's inputs,
+      or it runs among one device).
+    groups, pairs: the devices that talk to each other, by place in the mesh.
+    """
+
+    kind: str
+    primitive: str
+    axes: tuple[str, ...]
+    group_size: int
+    dtype: str
+    payload_bytes: int
+    trips: int
+    tag: str | None
+    source: str
+    autodiff: bool
+    elements: int = 0
+    trips_known: bool = True
+    size_known: bool = True
+    foldable: bool = False
+    groups: Groups = field(default=(), repr=False)
+    pairs: tuple[tuple[int, int], ...] = field(default=(), repr=False)
+
+
+@dataclass(frozen=True)
+class _Scope:
+    """What surrounds an equation: the mesh, how often it runs, which axes are manual."""
+
+    sizes: meshes.Sizes = ()
+    manual: frozenset[str] = frozenset()
+    trips: int = 1
+    trips_known: bool = True
+
+    @property
+    def size_known(self) -> bool:
+        return all(size == 1 or name in self.manual for name, size in self.sizes)
+
+
+def inventory(jaxpr: Any, *, live_only: bool = False) -> tuple[Declared, ...]:
+    """List the collectives of a traced program, in the order in which it traced them.
+
+    Goes through shard_map, jit, scan (times its length), while, every branch of cond, remat,
+    custom derivatives and whatever else holds a jaxpr.
+
+    Args:
+      jaxpr: a Jaxpr or ClosedJaxpr, as `jax.jit(f).trace(*args).jaxpr`.
+      live_only: leave out those whose result nothing uses.
+
+    Returns:
+      One `Declared` for each operand of each collective.
+
+    Example:
+      >>> mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+      >>> spec = jax.sharding.PartitionSpec()
+      >>> total = jax.shard_map(lambda x: jax.lax.psum(jax.lax.pcast(x, "data", to="varying"),
+      ...     "data"), mesh=mesh, in_specs=spec, out_specs=spec)
+      >>> [(d.kind, d.axes, d.payload_bytes) for d in inventory(jax.make_jaxpr(total)(jnp.ones(4)))]
+      [('all-reduce', ('data',), 16)]
+    """
+    jaxpr = _open(jaxpr)
+    if live_only:
+        jaxpr = _compat.live_jaxpr(jaxpr)
+    return tuple(_walk(jaxpr, _Scope(), set(jaxpr.invars)))
+
+
+def meshes_of(jaxpr: Any) -> tuple[meshes.Sizes, ...]:
+    """List the meshes of a program's shard_maps, each once, outermost first."""
+    found = []
+    for eqn in _open(jaxpr).eqns:
+        if eqn.primitive.name == "shard_map":
+            found.append(meshes.sizes_of(eqn.params["mesh"]))
+        for inner in sub_jaxprs(eqn):
+            found += meshes_of(inner)
+    return tuple(dict.fromkeys(found))
+
+
+def sub_jaxprs(eqn: Any) -> list[Any]:
+    """Return the jaxprs in an equation's parameters, a kernel's body left out."""
+    if eqn.primitive.name in _KERNELS:
+        return []
+    return [_open(jaxpr) for jaxpr in core.jaxprs_in_params(eqn.params)]
+
+
+def _open(jaxpr: Any) -> Any:
+    return getattr(jaxpr, "jaxpr", jaxpr)
+
+
+def _walk(jaxpr: Any, scope: _Scope, depends: set[Any]) -> Iterator[Declared]:
+    """Yield the collectives of a jaxpr; `depends` are the values that depend on its inputs."""
+    for eqn in jaxpr.eqns:
+        inputs = [_is_in(v, depends) for v in eqn.invars]
+        if any(inputs) or eqn.primitive.name == "axis_index":
+            depends.update(eqn.outvars)
+        name = eqn.primitive.name.removesuffix("_start")
+        if kind := KIND_OF.get(name):
+            yield from _declare(eqn, kind, name, scope, inputs)
+        for inner in sub_jaxprs(eqn):
+            alike = len(inner.invars) == len(inputs)
+            flags = inputs if alike and name not in ("scan", "while") else [any(inputs)] * len(
+                inner.invars
+            )
+            reached = {v for v, flag in zip(inner.invars, flags, strict=True) if flag}
+            yield from _walk(inner, _enter(eqn, scope), reached)
+
+
+def _is_in(var: Any, depends: set[Any]) -> bool:
+    return not isinstance(var, core.Literal) and var in depends
+
+
+def _enter(eqn: Any, scope: _Scope) -> _Scope:
+    name = eqn.primitive.name
+    if name == "scan":
+        return replace(scope, trips=scope.trips * int(eqn.params["length"]))
+    if name == "while":
+        return replace(scope, trips_known=False)
+    if name == "shard_map":
+        manual = eqn.params.get("newly_manual_axes", eqn.params.get("manual_axes", ()))
+        sizes = meshes.sizes_of(eqn.params["mesh"])
+        return replace(scope, sizes=sizes, manual=scope.manual | set(manual))
+    return scope
+
+
+def _declare(
+    eqn: Any, kind: str, primitive: str, scope: _Scope, depends: list[bool]
+) -> Iterator[Declared]:
+    named = axes_of(eqn.params)
+    axes = tuple(a for a in named if any(a == name for name, _ in scope.sizes))
+    if not axes:
+        return  # an axis of vmap, or of the array itself: nothing is sent
+    tag = _compat.eqn_tag(eqn)
+    groups, pairs = _partners(eqn.params, kind, scope.sizes, axes)
+    size = len(groups[0]) if groups else meshes.count(scope.sizes, axes)
+    operands = zip(eqn.invars, depends, strict=True)
+    for var, varies in list(operands)[: 1 if kind == "ragged-all-to-all" else None]:
+        elements, dtype = _extent(var.aval)
+        scale = size if kind == "all-gather" else 1
+        yield Declared(
+            kind=kind,
+            primitive=primitive,
+            axes=axes,
+            group_size=size,
+            dtype=dtype.name,
+            payload_bytes=scale * elements * dtype.itemsize,
+            trips=scope.trips,
+            tag=tag,
+            source=source.shorten(_compat.eqn_frames(eqn)),
+            autodiff=tag is None and "transpose(" in _compat.eqn_name_stack(eqn),
+            elements=scale * elements,
+            trips_known=scope.trips_known,
+            size_known=scope.size_known,
+            foldable=size == 1 or not varies,
+            groups=groups,
+            pairs=pairs,
+        )
+
+
+def axes_of(params: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the axis names in a collective's parameters, in order, positions left out."""
+    named = params.get("axes", params.get("axis_name", ()))
+    return tuple(a for a in (named if isinstance(named, tuple) else (named,)) if type(a) is str)
+
+
+def _partners(
+    params: Mapping[str, Any], kind: str, sizes: meshes.Sizes, axes: tuple[str, ...]
+) -> tuple[Groups, tuple[tuple[int, int], ...]]:
+    if kind == "collective-permute":
+        perm = tuple((int(a), int(b)) for a, b in params["perm"])
+        return (), meshes.device_pairs(sizes, axes, perm)
+    index_groups = params.get("axis_index_groups")
+    if index_groups is not None:
+        index_groups = tuple(tuple(int(i) for i in group) for group in index_groups)
+    return meshes.device_groups(sizes, axes, index_groups), ()
+
+
+def _extent(aval: Any) -> tuple[int, np.dtype]:
+    """Return the elements of an array type and their dtype; of PRNG keys their words'."""
+    if jnp.issubdtype(aval.dtype, jax.dtypes.prng_key):
+        keys = jax.ShapeDtypeStruct(aval.shape, aval.dtype)
+        aval = jax.eval_shape(jax.random.key_data, keys)
+    return aval.size, np.dtype(aval.dtype)

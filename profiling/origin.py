@@ -1,0 +1,69 @@
+"""Where a compiled collective comes from, by what its own line says.
+
+Three witnesses: txcore's tag, the partitioner's mark, and the op_name, whose last part is the jax
+primitive. The first row that fits decides; a mark beats a tag, and so does an op_name that ends
+in something that is no collective (the compiler copies tags from the op that it splits):
+
+| mark | op_name ends in                      | tag | origin                               |
+|------|--------------------------------------|-----|--------------------------------------|
+| any  | (a line that cannot be read)         | any | unknown                              |
+| any  | (a custom call that can communicate) | any | opaque                               |
+| any  | reshard                              | any | reshard                              |
+| yes  | nothing, an argument, shard_map      | any | boundary                             |
+| yes  | anything else                        | any | partitioner                          |
+| no   | several ops, one no collective       | any | partitioner (merged with the user's) |
+| no   | nothing                              | yes | txcore                               |
+| no   | a collective                         | yes | txcore                               |
+| no   | nothing, an argument, shard_map      | no  | boundary                             |
+| no   | a collective, under transpose(       | no  | autodiff                             |
+| no   | a collective                         | no  | user                                 |
+| no   | anything else                        | any | partitioner                          |
+
+A line can lie: jax 0.10 prints no mark, and its partitioner copies op_name and tag of a user's
+collective. So `match.py` compares the result with the traced program.
+"""
+
+import re
+
+from txcore.profiling.hlo import Op
+from txcore.profiling.jaxpr import KIND_OF
+
+UNEXPLAINED = ("partitioner", "boundary", "unknown")
+_MERGED = re.compile(r"\(([^()]*:.*)\)$")
+# Inside a rematerialized forward pass the path has "transpose(" too, but the user wrote the op.
+_REMATERIALIZED = "rematted_computation"
+
+
+def origin_of(op: Op) -> tuple[str, str]:
+    """Return the origin that an op's own line gives it, and a note where its witnesses disagree."""
+    if op.kind == "unknown":
+        return "unknown", op.problem
+    if op.kind == "custom-call":
+        return "opaque", f"custom call {op.target or '(no target)'} can communicate unseen"
+    ends = _last_parts(op.op_name)
+    if "reshard" in ends:
+        return "reshard", ""
+    inserted = all(end in ("", "shard_map") for end in ends)
+    foreign = [end for end in ends if end not in KIND_OF and end]
+    note = f"carries the tag {','.join(op.tags)} of another op" if op.tags else ""
+    if op.marked:
+        return ("boundary" if inserted else "partitioner"), note
+    if foreign and not (inserted and not op.tags):
+        return "partitioner", note
+    if op.tags:
+        return "txcore", ""
+    if inserted:
+        return "boundary", ""
+    made_by_autodiff = "transpose(" in op.op_name and _REMATERIALIZED not in op.op_name
+    return ("autodiff" if made_by_autodiff else "user"), ""
+
+
+def _last_parts(op_name: str) -> list[str]:
+    """Return the last part of each op that was merged; an argument's name, without a path, is "".
+
+    XLA writes the path of merged ops as "jit(f)/(shard_map/psum:reduce_sum)".
+    """
+    if merged := _MERGED.search(op_name):
+        return [name.rsplit("/", 1)[-1] for name in merged[1].split(":")]
+    path, slash, last = op_name.rpartition("/")
+    return [last if slash else ""]

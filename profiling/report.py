@@ -1,0 +1,227 @@
+"""The result of an audit: one row for each collective, and the verdict."""
+
+import dataclasses
+import json
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+from tabulate import tabulate
+
+from txcore.profiling.jaxpr import Declared
+from txcore.profiling.origin import UNEXPLAINED
+
+_WIDTH = 100
+_SHORT_KIND = {"collective-permute": "permute", "collective-broadcast": "broadcast"}
+_NAMED_IN_VERDICT = 3
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One collective of a compiled program.
+
+    With S as in nccl-tests: the operands' bytes on one device, times n for an all-gather.
+
+    Attributes:
+      kind: HLO's name ("all-reduce"), "custom-call" or "unknown".
+      origin: "txcore" (tagged), "user" (plain jax), "autodiff", "partitioner", "boundary" (a
+        reshard at a shard_map or jit edge), "reshard" (asked for by name), "opaque" (a custom
+        call that can communicate) or "unknown" (cannot be read).
+      tags: txcore's tags; several where the compiler combined collectives.
+      axes: the mesh axes whose groups it talks in; empty where they are none of the mesh's.
+      group_size: devices in a group (n); of a permute, devices along `axes`.
+      dtype: as declared ("bfloat16"); the compiled one where no declaration matches.
+      wire_dtype: as compiled; "float32" for a bfloat16 sum that the compiler promoted.
+      payload_bytes: S of one execution in the declared dtype.
+      wire_bytes: what each device sends in one execution: S in the wire dtype times nccl-tests'
+        bus factor: 2(n-1)/n all-reduce; (n-1)/n all-gather, reduce-scatter, all-to-all; else 1.
+      trips: executions in one call of the program (loops multiplied).
+      source: "file.py:12", the innermost line outside jax and txcore; "" where unknown.
+      op_name: jax's path to the primitive, as compiled.
+      explained: False where nobody asked for it (`Report.unexplained`).
+      trips_known: False in a loop whose length is not known: then `trips` is the least.
+      note: where the witnesses disagree or something could not be read, what.
+    """
+
+    kind: str
+    origin: str
+    tags: tuple[str, ...]
+    axes: tuple[str, ...]
+    group_size: int
+    dtype: str
+    wire_dtype: str
+    payload_bytes: int
+    wire_bytes: int
+    trips: int
+    source: str
+    op_name: str
+    explained: bool = True
+    trips_known: bool = True
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What an audit found; print it to read it.
+
+    Attributes:
+      collectives: every collective of the compiled program.
+      missing: those that the traced program declares and the compiled one lacks.
+      checked: whether there was a traced program to compare with; a dump has none.
+    """
+
+    collectives: tuple[Collective, ...]
+    missing: tuple[Declared, ...] = ()
+    checked: bool = True
+
+    @property
+    def unexplained(self) -> tuple[Collective, ...]:
+        """Return the collectives that nobody asked for, whatever their tags say."""
+        return tuple(c for c in self.collectives if not c.explained)
+
+    @property
+    def ok(self) -> bool:
+        """Tell whether nothing is unexplained and nothing missing."""
+        return not self.unexplained and not self.missing
+
+    @property
+    def exact(self) -> bool:
+        """Tell whether it is ok, was checked, and nothing is left to autodiff or opaque."""
+        hidden = any(c.origin in ("autodiff", "opaque") for c in self.collectives)
+        return self.ok and self.checked and not hidden
+
+    @property
+    def payload_bytes(self) -> int:
+        """Return the payload of one call of the program: S times trips, of all collectives."""
+        return sum(c.payload_bytes * c.trips for c in self.collectives)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as plain lists, numbers and strings."""
+        return {
+            "ok": self.ok,
+            "exact": self.exact,
+            "checked": self.checked,
+            "payload_bytes": self.payload_bytes,
+            "collectives": [dataclasses.asdict(c) for c in self.collectives],
+            "missing": [_declared_dict(d) for d in self.missing],
+        }
+
+    def to_json(self) -> str:
+        """Return the report as canonical JSON: sorted keys, no blanks, so that equal is equal."""
+        return json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
+
+    def __str__(self) -> str:
+        return "\n".join([*_table(self.collectives), self.verdict()])
+
+    def verdict(self) -> str:
+        """Return the proof in one line."""
+        if not self.ok:
+            return f"proof FAILED: {'; '.join(_faults(self))}"
+        if not self.collectives:
+            return "proof: no collective in the program"
+        number = _plural(len(self.collectives), "collective")
+        origins = Counter(c.origin for c in self.collectives)
+        by_origin = ", ".join(f"{count} {origin}" for origin, count in sorted(origins.items()))
+        sent = f"{number}, {format_bytes(self.payload_bytes)} payload a call"
+        if not self.checked:
+            return (
+                f"not proved: {sent}, nothing looks added ({by_origin}), but there is no traced "
+                "program to compare with"
+            )
+        rest = "" if self.exact else "; not exact: autodiff or opaque calls communicate"
+        return f"proof: {sent}, all declared ({by_origin}); nothing was added{rest}"
+
+
+def _declared_dict(declared: Declared) -> dict[str, Any]:
+    row = dataclasses.asdict(declared)
+    return {name: value for name, value in row.items() if name not in ("groups", "pairs")}
+
+
+def format_bytes(number: int) -> str:
+    """Write a number of bytes with three digits and its decimal unit.
+
+    Example:
+      >>> format_bytes(1664300)
+      '1.66 MB'
+    """
+    size, unit = float(number), "B"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if size < 999.5:
+            break
+        size, unit = size / 1000, larger
+    return f"{number} B" if unit == "B" else f"{size:.3g} {unit}"
+
+
+def shorten(text: str, width: int) -> str:
+    """Cut the middle out of a text that is longer than `width`."""
+    if len(text) <= width:
+        return text
+    tail = (width - 2) // 2
+    return f"{text[: width - 2 - tail]}..{text[len(text) - tail :]}"
+
+
+def _plural(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "s")
+
+
+def _faults(report: Report) -> list[str]:
+    faults = []
+    if report.unexplained:
+        total = _plural(len(report.collectives), "collective")
+        named = [_name(c) for c in report.unexplained]
+        faults.append(f"{len(named)} of {total} unexplained: {_some(named)}")
+    if report.missing:
+        named = [f"{d.tag or d.primitive} over {'+'.join(d.axes)} at {d.source or '?'}"
+                 for d in report.missing]
+        faults.append(f"{len(named)} declared but missing: {_some(named)}")
+    return faults
+
+
+def _name(row: Collective) -> str:
+    axes = f" over {'+'.join(row.axes)}" if row.axes else ""
+    place = f" at {row.source}" if row.source else ""
+    note = f": {row.note}" if row.note else ""
+    return f"{row.kind}{axes}{place} ({row.origin}{note})"
+
+
+def _some(named: list[str]) -> str:
+    more = len(named) - _NAMED_IN_VERDICT
+    return ", ".join(named[:_NAMED_IN_VERDICT]) + (f" and {more} more" if more > 0 else "")
+
+
+def _table(rows: tuple[Collective, ...]) -> list[str]:
+    if not rows:
+        return []
+    head = ("kind", "axes", "n", "dtype", "payload", "wire", "trips", "origin", "tags", "source")
+    cells = [_cells(row) for row in rows]
+    fixed = sum(max(len(c[i]) for c in [head, *cells]) for i in range(8)) + 2 * (len(head) - 1)
+    longest_source = max(len(c[9]) for c in [head, *cells])
+    room = max(_WIDTH - fixed, 12)
+    for_source = min(longest_source, max(room // 2, 6))
+    for_tags = max(room - for_source, 6)
+    cells = [[*c[:8], shorten(c[8], for_tags), shorten(c[9], for_source)] for c in cells]
+    align = ("left", "left", "right", "left", "right", "right", "right", "left", "left", "left")
+    text = tabulate(cells, head, tablefmt="simple", disable_numparse=True, colalign=align)
+    return text.splitlines()
+
+
+def _cells(row: Collective) -> list[str]:
+    dtype = row.dtype if row.dtype == row.wire_dtype else f"{row.dtype}>{row.wire_dtype}"
+    return [
+        _SHORT_KIND.get(row.kind, row.kind),
+        shorten("+".join(row.axes) or "-", 16),
+        str(row.group_size or "?"),
+        shorten(_short_dtypes(dtype), 9),
+        format_bytes(row.payload_bytes),
+        format_bytes(row.wire_bytes),
+        f"{row.trips}{'' if row.trips_known else '+'}",
+        row.origin if row.explained or row.origin in UNEXPLAINED else f"{row.origin}?",
+        ",".join(row.tags) or "-",
+        row.source or "-",
+    ]
+
+
+def _short_dtypes(names: str) -> str:
+    for long, short in (("bfloat", "bf"), ("float", "f"), ("uint", "u"), ("int", "i")):
+        names = names.replace(long, short)
+    return names.replace("complex", "c")
