@@ -1,0 +1,76 @@
+"""Adam with decoupled weight decay."""
+
+from functools import partial
+from typing import Any
+
+import jax
+
+from txcore import kernels
+from txcore.kernels import checks
+from txcore.optim import clipping, optimizer
+from txcore.optim.schedules import Schedule, as_schedule
+
+
+def adamw(
+    learning_rate: float | Schedule,
+    *,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.01,
+    clip_norm: float | None = None,
+) -> optimizer.Optimizer:
+    """Make Adam with decoupled weight decay.
+
+    The equations are those of `txcore.kernels.adamw`; the gradients are clipped first.
+
+    Args:
+      learning_rate: at least 0, or a schedule: step -> float32 scalar.
+      b1: decay of the first moment, in [0, 1).
+      b2: decay of the second moment, in [0, 1).
+      eps: added to the root of the second moment, at least 0.
+      weight_decay: at least 0.
+      clip_norm: the largest global norm of the gradients, above 0; None does not clip.
+
+    Returns:
+      The optimizer. Its state is {"m": ..., "v": ...}, float32 or wider.
+
+    Raises:
+      TypeError: `learning_rate` is neither a number nor a schedule.
+      ValueError: a number is out of its range.
+
+    Example:
+      >>> import txcore as tx
+      >>> optimizer = tx.optim.adamw(tx.optim.cosine(1e-3, total_steps=1000, warmup_steps=50))
+
+    References:
+      Loshchilov and Hutter, "Decoupled weight decay regularization", 2019.
+    """
+    rate = as_schedule("adamw", "learning_rate", learning_rate)
+    checks.in_range("adamw", "b1", b1, 0, 1)
+    checks.in_range("adamw", "b2", b2, 0, 1)
+    checks.in_range("adamw", "eps", eps, 0, float("inf"))
+    checks.in_range("adamw", "weight_decay", weight_decay, 0, float("inf"))
+    clipping.check_max_norm("adamw", "clip_norm", clip_norm)
+
+    def init(params: Any) -> Any:
+        # Twice, since a donated state may not hold one array under two names.
+        return {name: optimizer.zero_moments("adamw", params) for name in ("m", "v")}
+
+    def update(grads: Any, opt_state: Any, params: Any, *, step: jax.Array) -> tuple[Any, Any]:
+        leaf_update = partial(
+            kernels.adamw,
+            step=step,
+            learning_rate=rate(step),
+            b1=b1,
+            b2=b2,
+            eps=eps,
+            weight_decay=weight_decay,
+        )
+        grads = clipping.clip_whole("adamw", grads, clip_norm)
+        params, m, v = optimizer.update_leaves(
+            "adamw", leaf_update, params, grads, opt_state["m"], opt_state["v"]
+        )
+        return params, {"m": m, "v": v}
+
+    return optimizer.Optimizer(init, update)

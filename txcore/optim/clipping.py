@@ -1,0 +1,85 @@
+"""Clipping by the norm of all gradients together."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from txcore.optim import optimizer
+
+
+def global_norm(tree: Any) -> jax.Array:
+    """Compute the Euclidean norm of all the leaves of a tree taken as one vector.
+
+    It is that of the leaves as this device holds them: no collective is added.
+
+    Args:
+      tree: pytree of floating-point arrays, any shapes.
+
+    Returns:
+      Scalar, float32 or wider; 0 for an empty tree, inf or nan where the leaves are.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import txcore as tx
+      >>> float(tx.optim.global_norm({"w": jnp.array([3.0, 0.0]), "b": jnp.array(4.0)}))
+      5.0
+    """
+    total = jnp.zeros((), jnp.float32)
+    for leaf in jax.tree.leaves(tree):
+        dtype = jnp.promote_types(jnp.result_type(leaf), jnp.float32)
+        total = total + jnp.sum(jnp.square(jnp.asarray(leaf, dtype)))
+    return jnp.sqrt(total)
+
+
+def clip_by_global_norm(tree: Any, max_norm: float) -> Any:
+    """Scale a tree down to a global norm of `max_norm` where it is larger.
+
+    A norm that is not finite makes every leaf NaN: scaling by max_norm / inf would turn the
+    finite gradients of a diverged step into zeros, and hide it.
+
+    Args:
+      tree: pytree of floating-point arrays, any shapes.
+      max_norm: above 0.
+
+    Returns:
+      The tree, each leaf in its own dtype.
+
+    Raises:
+      ValueError: `max_norm` is not above 0.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import txcore as tx
+      >>> tx.optim.clip_by_global_norm(jnp.array([3.0, 4.0]), 1.0).round(3).tolist()
+      [0.6000000238418579, 0.800000011920929]
+
+    References:
+      Pascanu et al., "On the difficulty of training recurrent neural networks", 2013.
+    """
+    check_max_norm("clip_by_global_norm", "max_norm", max_norm)
+    norm = global_norm(tree)
+    factor = jnp.where(jnp.isfinite(norm), jnp.minimum(1, max_norm / norm), jnp.nan)
+    return jax.tree.map(lambda leaf: (leaf * factor).astype(jnp.result_type(leaf)), tree)
+
+
+def clip_whole(op: str, grads: Any, max_norm: float | None) -> Any:
+    """Clip gradients that must be whole on this device; None leaves them alone."""
+    if max_norm is None:
+        return grads
+    optimizer.refuse_parts(
+        f"{op}: clip_norm",
+        grads,
+        "leave clip_norm out and scale the gradients with tx.optim.clip_by_global_norm if the "
+        "norm of each device's own part is meant",
+    )
+    return clip_by_global_norm(grads, max_norm)
+
+
+def check_max_norm(op: str, option: str, max_norm: float | None) -> None:
+    """Refuse a largest norm that is not above 0."""
+    if max_norm is not None and not max_norm > 0:
+        raise ValueError(
+            f"{op}: {option} must be above 0; got {max_norm!r}. A usual value is 1.0"
+            f"{'; None does not clip' if option == 'clip_norm' else ''}."
+        )

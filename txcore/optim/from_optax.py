@@ -1,0 +1,107 @@
+"""Optimizers made elsewhere; optax itself is not imported."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from txcore import _compat
+from txcore.optim.optimizer import Optimizer, check_like_params, refuse_parts
+
+
+def from_optax(transformation: Any, *, elementwise: bool = False) -> Optimizer:
+    """Make an optimizer of an optax GradientTransformation.
+
+    Args:
+      transformation: an object with optax's `init(params)` and `update(grads, state, params)`.
+      elementwise: whether each element's update depends on that element alone. Say so to use
+        it on gradients of which each device holds a part: optax's global norm, for one, would
+        be that of each part by itself.
+
+    Returns:
+      The optimizer. Gradients are cast to the parameters' dtypes first; the state keeps its
+      dtypes, so that no step compiles twice.
+
+    Raises:
+      TypeError: `transformation` has no `init` and `update`.
+
+    Example:
+      >>> import optax
+      >>> import txcore as tx
+      >>> optimizer = tx.optim.from_optax(optax.lion(1e-4), elementwise=True)
+    """
+    if not _is_transformation(transformation):
+        raise TypeError(_refusal("from_optax: transformation must be", transformation))
+
+    def init(params: Any) -> Any:
+        return jax.tree.map(_strong, transformation.init(params))
+
+    def update(grads: Any, opt_state: Any, params: Any, *, step: jax.Array) -> tuple[Any, Any]:
+        check_like_params("from_optax", "gradients", grads, params)
+        if not elementwise:
+            refuse_parts(
+                "from_optax",
+                grads,
+                "pass from_optax(..., elementwise=True) if each element's update depends on "
+                "that element alone",
+            )
+        grads = jax.tree.map(_cast_like, grads, params)
+        changes, new_state = transformation.update(grads, opt_state, params)
+        new_params = jax.tree.map(lambda p, c: _cast_like(p + c, p), params, changes)
+        return new_params, jax.tree.map(_cast_like, new_state, opt_state)
+
+    return Optimizer(init, update)
+
+
+def as_optimizer(x: Any) -> Optimizer:
+    """Return an optimizer for what a user gave as one.
+
+    Args:
+      x: an `Optimizer`, or any optax GradientTransformation.
+
+    Returns:
+      The optimizer.
+
+    Raises:
+      TypeError: `x` is neither.
+
+    Example:
+      >>> import optax
+      >>> import txcore as tx
+      >>> optimizer = tx.optim.as_optimizer(optax.adam(1e-3))
+    """
+    if isinstance(x, Optimizer):
+        return x
+    if _is_transformation(x):
+        return from_optax(x)
+    raise TypeError(_refusal("optimizer must be a tx.optim optimizer or", x))
+
+
+def _is_transformation(x: Any) -> bool:
+    return callable(getattr(x, "init", None)) and callable(getattr(x, "update", None))
+
+
+def _refusal(required: str, given: Any) -> str:
+    name = getattr(given, "__name__", None)
+    if callable(given) and name is not None:
+        return (
+            f"{required} an optax GradientTransformation; got the function {name!r}. "
+            f"Call it with its options, for example {name}(0.01)."
+        )
+    return (
+        f"{required} an optax GradientTransformation (with init and update); got "
+        f"{type(given).__name__}: {given!r}. Pass tx.optim.sgd(0.01), for example."
+    )
+
+
+def _strong(leaf: Any) -> jax.Array:
+    # A weak type would become a strong one in the first update, and compile the step again.
+    if _compat.is_key_array(leaf):
+        return leaf
+    return jnp.asarray(leaf, jnp.result_type(leaf))
+
+
+def _cast_like(leaf: Any, like: Any) -> jax.Array:
+    if _compat.is_key_array(leaf):
+        return leaf
+    return jnp.asarray(leaf, jnp.result_type(like))

@@ -1,0 +1,126 @@
+"""What an optimizer is, and how one goes over the leaves of a tree."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from txcore import _compat
+
+
+class Update(Protocol):
+    """One update: (grads, opt_state, params, *, step) -> (new params, new opt_state)."""
+
+    def __call__(
+        self, grads: Any, opt_state: Any, params: Any, *, step: jax.Array
+    ) -> tuple[Any, Any]:
+        """Return the new parameters and the new state, of the same shapes and dtypes."""
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """Hold the two pure functions that make an optimizer.
+
+    Args:
+      init: params -> opt_state, a pytree of arrays.
+      update: (grads, opt_state, params, *, step) -> (new params, new opt_state), both with the
+        structure, shapes and dtypes that they came with; `step` is an int32 scalar, the number
+        of updates done before this one.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import txcore as tx
+      >>> optimizer, params = tx.optim.sgd(0.5), {"w": jnp.ones(2)}
+      >>> state = optimizer.init(params)
+      >>> params, state = optimizer.update({"w": jnp.ones(2)}, state, params, step=jnp.int32(0))
+      >>> params["w"].tolist()
+      [0.5, 0.5]
+    """
+
+    init: Callable[[Any], Any]
+    update: Update
+
+
+def zero_moments(op: str, params: Any) -> Any:
+    """Return zeros like `params` in float32 or wider, or refuse what cannot be trained."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+            raise TypeError(
+                f"{op}: every parameter must have a floating-point dtype; params"
+                f"{jax.tree_util.keystr(path)} has {jnp.result_type(leaf)}. Keep what is not "
+                "trained out of the parameters (engine.create_state takes it as extra=)."
+            )
+    return jax.tree.map(_zero_moment, params)
+
+
+def _zero_moment(param: Any) -> jax.Array:
+    dtype = jnp.promote_types(jnp.result_type(param), jnp.float32)
+    zeros = jnp.zeros(jnp.shape(param), dtype)
+    return _compat.match_varying(zeros, param)[0]  # a shard's moment is a shard
+
+
+def update_leaves(
+    op: str, function: Callable[..., tuple[jax.Array, ...]], params: Any, grads: Any, *moments: Any
+) -> tuple[Any, ...]:
+    """Return the trees that `function(param, grad, *moments)` gives, leaf by leaf.
+
+    Args:
+      op: the optimizer's name, for the errors.
+      function: returns the new param and the new moments of one leaf.
+      params: the parameters.
+      grads: the gradients.
+      *moments: the trees of the optimizer's state.
+
+    Returns:
+      The new parameters and moments, with the structure of `params`.
+
+    Raises:
+      ValueError: a tree's leaves are not those of `params`, or differ in shape.
+    """
+    for what, tree in (("gradients", grads), *(("optimizer state", m) for m in moments)):
+        check_like_params(op, what, tree, params)
+    columns = [jax.tree.leaves(tree) for tree in (params, grads, *moments)]
+    rows = [function(*row) for row in zip(*columns, strict=True)]
+    structure = jax.tree.structure(params)
+    return tuple(
+        jax.tree.unflatten(structure, [row[i] for row in rows]) for i in range(1 + len(moments))
+    )
+
+
+def check_like_params(op: str, what: str, tree: Any, params: Any) -> None:
+    """Refuse a tree whose leaves' paths or shapes differ from those of the parameters."""
+    given, required = _shapes(tree), _shapes(params)
+    if given == required:
+        return
+    for path in sorted(given.keys() ^ required.keys()):
+        has, lacks = (what, "parameters") if path in given else ("parameters", what)
+        raise ValueError(
+            f"{op}: {what} must have the leaves of the parameters; leaf {path or 'itself'} is "
+            f"in the {has} and not in the {lacks}. Differentiate with respect to the whole of "
+            "the parameters that init was given."
+        )
+    path = next(path for path in given if given[path] != required[path])
+    raise ValueError(
+        f"{op}: {what} must have the shapes of the parameters; leaf {path or 'itself'} has "
+        f"{given[path]}, its parameter {required[path]}. Reduce gradients without changing "
+        "their shape, and call init again when the parameters change."
+    )
+
+
+def refuse_parts(op: str, grads: Any, remedy: str) -> None:
+    """Refuse gradients of which each device holds a part: their norm here is not the norm."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
+        axes = sorted(_compat.varying_axes(leaf))
+        if axes:
+            raise ValueError(
+                f"{op} needs gradients that are whole and equal on every device; leaf "
+                f"{jax.tree_util.keystr(path) or 'itself'} varies along {', '.join(axes)}. "
+                f"Reduce it first (tx.pmean), or {remedy}."
+            )
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path): jnp.shape(leaf) for path, leaf in leaves}

@@ -1,0 +1,72 @@
+"""Stochastic gradient descent."""
+
+from functools import partial
+from typing import Any
+
+import jax
+
+from txcore import kernels
+from txcore.kernels import checks
+from txcore.optim import clipping, optimizer
+from txcore.optim.schedules import Schedule, as_schedule
+
+
+def sgd(
+    learning_rate: float | Schedule,
+    *,
+    momentum: float = 0.0,
+    nesterov: bool = False,
+    weight_decay: float = 0.0,
+    clip_norm: float | None = None,
+) -> optimizer.Optimizer:
+    """Make stochastic gradient descent, with momentum where it is not 0.
+
+    The equations are those of `txcore.kernels.sgd_momentum`; the gradients are clipped first.
+
+    Args:
+      learning_rate: at least 0, or a schedule: step -> float32 scalar.
+      momentum: in [0, 1); 0 keeps no velocity.
+      nesterov: whether to look ahead along the velocity; needs a momentum.
+      weight_decay: L2 coefficient added to the gradient, at least 0.
+      clip_norm: the largest global norm of the gradients, above 0; None does not clip.
+
+    Returns:
+      The optimizer. Its state is {} or {"velocity": ...}, float32 or wider.
+
+    Raises:
+      TypeError: `learning_rate` is neither a number nor a schedule.
+      ValueError: a number is out of its range.
+
+    Example:
+      >>> import txcore as tx
+      >>> optimizer = tx.optim.sgd(0.02, momentum=0.9)
+
+    References:
+      Sutskever et al., "On the importance of initialization and momentum in deep learning", 2013.
+    """
+    rate = as_schedule("sgd", "learning_rate", learning_rate)
+    checks.in_range("sgd", "momentum", momentum, 0, 1)
+    checks.in_range("sgd", "weight_decay", weight_decay, 0, float("inf"))
+    clipping.check_max_norm("sgd", "clip_norm", clip_norm)
+    if nesterov and not momentum:
+        raise ValueError("sgd: nesterov=True needs a momentum above 0; got 0. Pass momentum=0.9.")
+
+    def init(params: Any) -> Any:
+        velocity = optimizer.zero_moments("sgd", params)
+        return {"velocity": velocity} if momentum else {}
+
+    def update(grads: Any, opt_state: Any, params: Any, *, step: jax.Array) -> tuple[Any, Any]:
+        leaf_update = partial(
+            kernels.sgd_momentum,
+            learning_rate=rate(step),
+            momentum=momentum,
+            nesterov=nesterov,
+            weight_decay=weight_decay,
+        )
+        grads = clipping.clip_whole("sgd", grads, clip_norm)
+        # Without momentum the velocity is zero before every update, and none is kept.
+        velocity = opt_state["velocity"] if momentum else optimizer.zero_moments("sgd", params)
+        params, velocity = optimizer.update_leaves("sgd", leaf_update, params, grads, velocity)
+        return params, {"velocity": velocity} if momentum else {}
+
+    return optimizer.Optimizer(init, update)
