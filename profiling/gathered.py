@@ -4,6 +4,8 @@ jax types the result of an all_gather as varying, though it is equal on all devi
 axis; so a psum of it is legal and silently n times too large. Types cannot tell; this walk can.
 """
 
+import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -12,7 +14,7 @@ from typing import Any
 from jax.extend import core
 
 from txcore import _compat
-from txcore.profiling import source
+from txcore.profiling import meshes, source
 from txcore.profiling.jaxpr import axes_of, sub_jaxprs
 
 _GATHERS = ("all_gather", "all_gather_invariant", "all_gather_reduced")
@@ -63,8 +65,9 @@ def reductions_of_gathered(jaxpr: Any) -> list[Finding]:
 
 
 def _in_shard_map(eqn: Any, body: Any) -> Iterator[Finding]:
-    for axis in map(str, eqn.params["mesh"].shape):
-        walk = _Walk(axis, {})
+    sizes = dict(meshes.sizes_of(eqn.params["mesh"]))
+    for axis in sizes:
+        walk = _Walk(axis, sizes, {}, {})
         # An argument whose spec does not name the axis is the same along it.
         walk.run(body, [_of_spec(spec, axis) for spec in eqn.params["in_specs"]])
         yield from walk.findings.values()
@@ -77,15 +80,22 @@ def _of_spec(spec: Any, axis: str) -> _Along:
 
 @dataclass(frozen=True)
 class _Walk:
-    """A forward walk for one axis; `findings` by the id of the equation that was found."""
+    """A forward walk for one axis of a mesh of `sizes`.
+
+    findings: by the id of the equation that was found.
+    divisors: of each value that is only ever divided by one number, that number.
+    """
 
     axis: str
+    sizes: dict[str, int]
     findings: dict[int, Finding]
+    divisors: dict[Any, float]
 
     def run(self, jaxpr: Any, inputs: Sequence[_Along]) -> list[_Along]:
         """Return how a jaxpr's outputs relate to the axis, from how its inputs do."""
         known: dict[Any, _Along] = dict.fromkeys(jaxpr.constvars, _Along.SAME)
         known.update(zip(jaxpr.invars, inputs, strict=True))
+        self.divisors.update(_divisors(jaxpr))
 
         def read(var: Any) -> _Along:
             is_literal = isinstance(var, core.Literal)
@@ -113,12 +123,19 @@ class _Walk:
             return value
         if eqn.params.get("axis_index_groups") is not None:
             return _Along.DIFFERS
-        if name in _REDUCTIONS and value is _Along.GATHERED and _is_users_sum(eqn):
+        is_wrong = value is _Along.GATHERED and not self._is_mean(eqn, axes)
+        if name in _REDUCTIONS and is_wrong and "transpose(" not in _compat.eqn_name_stack(eqn):
             place = source.shorten(_compat.eqn_frames(eqn))
             self.findings[id(eqn)] = Finding(_compat.eqn_tag(eqn), self.axis, name, place)
         if name in _GATHERS:
             return _Along.GATHERED
         return _Along.SAME if name in _SAME_AFTER else _Along.DIFFERS
+
+    def _is_mean(self, eqn: Any, axes: tuple[str, ...]) -> bool:
+        if (_compat.eqn_tag(eqn) or "").startswith("pmean/"):
+            return True
+        count = math.prod(self.sizes.get(axis, 1) for axis in axes)
+        return all(self.divisors.get(out) == count for out in eqn.outvars)  # jax.lax.pmean
 
     def _call(self, eqn: Any, inner: list[Any], inputs: list[_Along]) -> list[_Along]:
         """Go through a call with one body of the same arguments (jit, remat, custom_vjp...)."""
@@ -130,9 +147,10 @@ class _Walk:
 
     def scan(self, eqn: Any, inputs: list[_Along]) -> list[_Along]:
         """Repeat a scan's body until its carry settles."""
-        consts, carries = eqn.params["num_consts"], eqn.params["num_carry"]
+        consts, carries = _compat.scan_counts(eqn)
         body = eqn.params["jaxpr"].jaxpr
-        fixed, carry, xs = inputs[:consts], inputs[consts : consts + carries], inputs[consts + carries :]
+        fixed, rest = inputs[:consts], inputs[consts:]
+        carry, xs = rest[:carries], rest[carries:]
         settled = self._settle(lambda c: self.run(body, [*fixed, *c, *xs])[:carries], carry)
         return [*settled, *self.run(body, [*fixed, *settled, *xs])[carries:]]
 
@@ -166,10 +184,15 @@ class _Walk:
             carry = after
 
 
-def _is_users_sum(eqn: Any) -> bool:
-    if (_compat.eqn_tag(eqn) or "").startswith("pmean/"):
-        return False
-    return "transpose(" not in _compat.eqn_name_stack(eqn)
+def _divisors(jaxpr: Any) -> dict[Any, float]:
+    variables = [v for eqn in jaxpr.eqns for v in eqn.invars] + list(jaxpr.outvars)
+    uses = Counter(v for v in variables if not isinstance(v, core.Literal))
+    divided = (eqn.invars for eqn in jaxpr.eqns if eqn.primitive.name == "div")
+    return {
+        value: float(by.val)
+        for value, by in divided
+        if isinstance(by, core.Literal) and not isinstance(value, core.Literal) and uses[value] == 1
+    }
 
 
 def _differs(walk: _Walk, eqn: Any, inputs: list[_Along]) -> list[_Along]:

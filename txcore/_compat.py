@@ -140,3 +140,11 @@ def live_jaxpr(jaxpr: Any) -> Any:
 
     dce = getattr(partial_eval, "dce_jaxpr", None)
     return dce(jaxpr, [True] * len(jaxpr.outvars))[0] if dce is not None else jaxpr
+
+
+def scan_counts(eqn: Any) -> tuple[int, int]:
+    """Return how many of a scan equation's inputs are constants, and how many its carry."""
+    if "ft_in" in eqn.params:  # since 0.11 a tree of (constants, carry, scanned)
+        constants, carry, _ = map(list, eqn.params["ft_in"].unpack())
+        return len(constants), len(carry)
+    return int(eqn.params["num_consts"]), int(eqn.params["num_carry"])
