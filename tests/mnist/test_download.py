@@ -202,12 +202,13 @@ def test_what_came_before_a_failure_is_kept(tmp_path, mirrors, monkeypatch):
     assert {path.name for path in tmp_path.iterdir()} == set(BODIES) - {f"{last}.gz"}
 
 
-def test_a_full_disk_leaves_nothing(tmp_path, mirrors, monkeypatch):
-    def full(descriptor):
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+def test_a_full_disk_leaves_nothing(tmp_path, mirrors, monkeypatch, step):
+    def full(*arguments):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     mirrors("200")
-    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(os, step, full)
     assert failure(tmp_path) == (
         f"{tmp_path}: required a folder to write to, with 12 MB free, found no space left on "
         "device; name another with --data-dir or TXCORE_DATA"
