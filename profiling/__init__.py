@@ -4,7 +4,9 @@ Works on programs that were never written with txcore; imports nothing of it but
 """
 
 if __name__ == "profiling":  # found by its folder, not as the installed package
-    raise ImportError("'profiling' is installed as txcore.profiling: write 'import txcore.profiling'")
+    raise ImportError(
+        "'profiling' is installed as txcore.profiling: write 'import txcore.profiling'"
+    )
 
 from txcore.profiling.audit import AutoShardingError as AutoShardingError
 from txcore.profiling.audit import assert_no_auto_sharding as assert_no_auto_sharding

@@ -7,7 +7,7 @@ axis; so a psum of it is legal and silently n times too large. Types cannot tell
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import Any
 
@@ -15,7 +15,7 @@ from jax.extend import core
 
 from txcore import _compat
 from txcore.profiling import meshes, source
-from txcore.profiling.jaxpr import axes_of, sub_jaxprs
+from txcore.profiling.jaxpr import axes_of, made_by_autodiff, path_of, sub_jaxprs
 
 _GATHERS = ("all_gather", "all_gather_invariant", "all_gather_reduced")
 _REDUCTIONS = ("psum", "psum_invariant", "reduce_scatter")
@@ -53,21 +53,23 @@ def reductions_of_gathered(jaxpr: Any) -> list[Finding]:
     Returns:
       One finding for each equation and axis.
     """
-    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
-    found: list[Finding] = []
+    return list(dict.fromkeys(_search(getattr(jaxpr, "jaxpr", jaxpr), "")))
+
+
+def _search(jaxpr: Any, path: str) -> Iterator[Finding]:
     for eqn in jaxpr.eqns:
+        inner_path = path_of(eqn, path)
         for inner in sub_jaxprs(eqn):
             if eqn.primitive.name == "shard_map":
-                found += _in_shard_map(eqn, inner)
+                yield from _in_shard_map(eqn, inner, inner_path)
             else:
-                found += reductions_of_gathered(inner)
-    return list(dict.fromkeys(found))
+                yield from _search(inner, inner_path)
 
 
-def _in_shard_map(eqn: Any, body: Any) -> Iterator[Finding]:
+def _in_shard_map(eqn: Any, body: Any, path: str) -> Iterator[Finding]:
     sizes = dict(meshes.sizes_of(eqn.params["mesh"]))
     for axis in sizes:
-        walk = _Walk(axis, sizes, {}, {})
+        walk = _Walk(axis, sizes, path, {}, {})
         # An argument whose spec does not name the axis is the same along it.
         walk.run(body, [_of_spec(spec, axis) for spec in eqn.params["in_specs"]])
         yield from walk.findings.values()
@@ -82,12 +84,14 @@ def _of_spec(spec: Any, axis: str) -> _Along:
 class _Walk:
     """A forward walk for one axis of a mesh of `sizes`.
 
+    path: the jax transformations around the jaxpr that is walked.
     findings: by the id of the equation that was found.
     divisors: of each value that is only ever divided by one number, that number.
     """
 
     axis: str
     sizes: dict[str, int]
+    path: str
     findings: dict[int, Finding]
     divisors: dict[Any, float]
 
@@ -108,10 +112,11 @@ class _Walk:
 
     def _eqn(self, eqn: Any, inputs: list[_Along]) -> list[_Along]:
         name = eqn.primitive.name.removesuffix("_start")
+        within = replace(self, path=path_of(eqn, self.path))
         if rule := _STRUCTURED.get(name):
-            return rule(self, eqn, inputs)
+            return rule(within, eqn, inputs)
         if inner := sub_jaxprs(eqn):
-            return self._call(eqn, inner, inputs)
+            return within._call(eqn, inner, inputs)
         if axes := axes_of(eqn.params):
             return [self._collective(eqn, name, axes, max(inputs, default=_Along.SAME))] * len(
                 eqn.outvars
@@ -124,7 +129,7 @@ class _Walk:
         if eqn.params.get("axis_index_groups") is not None:
             return _Along.DIFFERS
         is_wrong = value is _Along.GATHERED and not self._is_mean(eqn, axes)
-        if name in _REDUCTIONS and is_wrong and "transpose(" not in _compat.eqn_name_stack(eqn):
+        if name in _REDUCTIONS and is_wrong and not made_by_autodiff(path_of(eqn, self.path)):
             place = source.shorten(_compat.eqn_frames(eqn))
             self.findings[id(eqn)] = Finding(_compat.eqn_tag(eqn), self.axis, name, place)
         if name in _GATHERS:

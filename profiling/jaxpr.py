@@ -68,12 +68,13 @@ class Declared:
 
 @dataclass(frozen=True)
 class _Scope:
-    """What surrounds an equation: the mesh, how often it runs, which axes are manual."""
+    """What surrounds an equation: the mesh, which axes are manual, how often it runs, its path."""
 
     sizes: meshes.Sizes = ()
     manual: frozenset[str] = frozenset()
     trips: int = 1
     trips_known: bool = True
+    path: str = ""
 
     @property
     def size_known(self) -> bool:
@@ -140,8 +141,10 @@ def _walk(jaxpr: Any, scope: _Scope, depends: set[Any]) -> Iterator[Declared]:
             yield from _declare(eqn, kind, name, scope, inputs)
         for inner in sub_jaxprs(eqn):
             alike = len(inner.invars) == len(inputs)
-            flags = inputs if alike and name not in ("scan", "while") else [any(inputs)] * len(
-                inner.invars
+            flags = (
+                inputs
+                if alike and name not in ("scan", "while")
+                else [any(inputs)] * len(inner.invars)
             )
             reached = {v for v, flag in zip(inner.invars, flags, strict=True) if flag}
             yield from _walk(inner, _enter(eqn, scope), reached)
@@ -153,6 +156,7 @@ def _is_in(var: Any, depends: set[Any]) -> bool:
 
 def _enter(eqn: Any, scope: _Scope) -> _Scope:
     name = eqn.primitive.name
+    scope = replace(scope, path=path_of(eqn, scope.path))
     if name == "scan":
         return replace(scope, trips=scope.trips * int(eqn.params["length"]))
     if name == "while":
@@ -188,7 +192,7 @@ def _declare(
             trips=scope.trips,
             tag=tag,
             source=source.shorten(_compat.eqn_frames(eqn)),
-            autodiff=tag is None and "transpose(" in _compat.eqn_name_stack(eqn),
+            autodiff=tag is None and made_by_autodiff(path_of(eqn, scope.path)),
             elements=scale * elements,
             trips_known=scope.trips_known,
             size_known=scope.size_known,
@@ -196,6 +200,19 @@ def _declare(
             groups=groups,
             pairs=pairs,
         )
+
+
+def path_of(eqn: Any, outer: str) -> str:
+    """Return the jax transformations that made an equation, `outer` being those around it."""
+    return f"{outer}/{_compat.eqn_name_stack(eqn)}"
+
+
+def made_by_autodiff(path: str) -> bool:
+    """Tell from its path whether autodiff's transposition made an op.
+
+    A forward pass that is rematerialized runs inside a transposed one, but the user wrote it.
+    """
+    return "transpose(" in path and "rematted_computation" not in path
 
 
 def axes_of(params: Mapping[str, Any]) -> tuple[str, ...]:

@@ -27,7 +27,10 @@ class Matched:
 
 
 def match(
-    ops: Sequence[Op], origins: Sequence[str], declared: Sequence[Declared], live: Sequence[Declared]
+    ops: Sequence[Op],
+    origins: Sequence[str],
+    declared: Sequence[Declared],
+    live: Sequence[Declared],
 ) -> Matched:
     """Match compiled collectives with declared ones.
 

@@ -26,12 +26,10 @@ collective. So `match.py` compares the result with the traced program.
 import re
 
 from txcore.profiling.hlo import Op
-from txcore.profiling.jaxpr import KIND_OF
+from txcore.profiling.jaxpr import KIND_OF, made_by_autodiff
 
 UNEXPLAINED = ("partitioner", "boundary", "unknown")
 _MERGED = re.compile(r"\(([^()]*:.*)\)$")
-# Inside a rematerialized forward pass the path has "transpose(" too, but the user wrote the op.
-_REMATERIALIZED = "rematted_computation"
 
 
 def origin_of(op: Op) -> tuple[str, str]:
@@ -54,8 +52,7 @@ def origin_of(op: Op) -> tuple[str, str]:
         return "txcore", ""
     if inserted:
         return "boundary", ""
-    made_by_autodiff = "transpose(" in op.op_name and _REMATERIALIZED not in op.op_name
-    return ("autodiff" if made_by_autodiff else "user"), ""
+    return ("autodiff" if made_by_autodiff(op.op_name) else "user"), ""
 
 
 def _last_parts(op_name: str) -> list[str]:

@@ -171,8 +171,10 @@ def _faults(report: Report) -> list[str]:
         named = [_name(c) for c in report.unexplained]
         faults.append(f"{len(named)} of {total} unexplained: {_some(named)}")
     if report.missing:
-        named = [f"{d.tag or d.primitive} over {'+'.join(d.axes)} at {d.source or '?'}"
-                 for d in report.missing]
+        named = [
+            f"{d.tag or d.primitive} over {'+'.join(d.axes)} at {d.source or '?'}"
+            for d in report.missing
+        ]
         faults.append(f"{len(named)} declared but missing: {_some(named)}")
     return faults
 
