@@ -142,7 +142,7 @@ def _contents(path: pathlib.Path, limit: int) -> bytes:
         ) from None
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
-        raise data_error(path, "a file to read", reason, _again(path)) from None
+        raise data_error(path, "a file to read", reason, "give one that you may read") from None
 
 
 def _read_up_to(file: io.BufferedIOBase, limit: int) -> bytes:

@@ -170,7 +170,7 @@ def test_images_for_labels(tmp_path):
 
 
 def test_no_file(tmp_path):
-    with pytest.raises(idx.DataError, match="required a file to read, found no such file"):
+    with pytest.raises(idx.DataError, match="found no such file or directory; give one that"):
         idx.read_labels(tmp_path / "nothing.gz")
 
 
