@@ -62,5 +62,5 @@ def _last_parts(op_name: str) -> list[str]:
     """
     if merged := _MERGED.search(op_name):
         return [name.rsplit("/", 1)[-1] for name in merged[1].split(":")]
-    path, slash, last = op_name.rpartition("/")
+    _, slash, last = op_name.rpartition("/")
     return [last if slash else ""]

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from txcore._compat import TAG_KEY
 from txcore.profiling.hlo import attributes, opaque
 from txcore.profiling.hlo.groups import Groups, canonical, parse_groups, parse_pairs
-from txcore.profiling.hlo.text import KINDS, Computation, Instruction, Module, read_modules
-from txcore.profiling.hlo.trips import Trips, runs
+from txcore.profiling.hlo.text import KINDS, Instruction, Module, read_modules
+from txcore.profiling.hlo.trips import ONCE, Trips, runs
 from txcore.profiling.hlo.types import HloError, Shape, parse_shapes
 
 _MARK = "is_spmd_generated"
@@ -37,7 +37,7 @@ class Op:
     op_name: str = ""
     frames: tuple[tuple[str, int], ...] = ()
     target: str = ""
-    trips: Trips = Trips(1)
+    trips: Trips = ONCE
     problem: str = ""
 
     @property

@@ -120,7 +120,8 @@ def _mesh_groups(sizes: str, ids: str | None, axes: str) -> Groups:
         raise HloError(f"device_ids=({(ids or '')[:40]}) are not those of a mesh of {count}")
     wanted = [_AXIS_REF.fullmatch(part) for part in axes.split(",") if part.strip()]
     # Each axis is split in (major, chosen, minor) parts; a whole axis is (1, all, 1).
-    parts, chosen = [], []
+    parts: list[int] = []
+    chosen: list[int] = []
     for name, size in mesh.items():
         refs = [ref for ref in wanted if ref is not None and ref[1] == name]
         for part, is_chosen in _split_axis(name, size, refs):

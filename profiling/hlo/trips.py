@@ -17,6 +17,9 @@ class Trips:
     known: bool = True
 
 
+ONCE = Trips(1)
+
+
 def runs(module: Module) -> dict[str, Trips]:
     """Count how often each computation runs, loops multiplied and calls added.
 
@@ -59,7 +62,7 @@ def _calls(instructions: tuple[Instruction, ...], module: Module) -> list[tuple[
 
 def _trips(instruction: Instruction) -> Trips:
     if instruction.opcode != "while":
-        return Trips(1)
+        return ONCE
     count = attributes.trip_count(instruction)
     return Trips(1, known=False) if count is None else Trips(count)
 
