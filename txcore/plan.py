@@ -82,7 +82,9 @@ class Plan:
         def spec(path: Any, _: Any) -> P:
             key = getattr(path[0], "key", None) if path else None
             declared = self.batch.get(key) if isinstance(key, str) else None
-            return _without_size_one(declared or P(self.data_axes or None), mesh)
+            if declared is None:
+                declared = P(self.data_axes or None)
+            return _without_size_one(declared, mesh)
 
         return jax.tree_util.tree_map_with_path(spec, batch)
 

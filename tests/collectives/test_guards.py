@@ -70,7 +70,7 @@ BAD = [
     (
         lambda x: tx.reduce_scatter(x[:6], "data"),
         ValueError,
-        "tx.reduce_scatter over 'data' needs dim=0 of x divisible by 4, got shape (6,): pad it to 8",
+        "tx.reduce_scatter over 'data' needs dim=0 of x divisible by 4, got shape (6,): pad it",
     ),
     (
         lambda x: tx.all_to_all(x[None, :6], "data", split_dim=1, concat_dim=0),

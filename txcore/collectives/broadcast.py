@@ -62,9 +62,8 @@ def _root_coordinates(root: int, axes: tuple[str, ...]) -> dict[str, int]:
         raise TypeError(f"tx.broadcast needs root= an int, got {root!r}") from None
     size = _leaves.axes_size(axes)
     if not 0 <= rank < size:
-        raise ValueError(
-            f"tx.broadcast over {', '.join(map(repr, axes))} needs root= 0 to {size - 1}, got {rank}"
-        )
+        names = ", ".join(map(repr, axes))
+        raise ValueError(f"tx.broadcast over {names} needs root= 0 to {size - 1}, got {rank}")
     shape = tuple(_compat.axis_size(a) or 1 for a in axes)
     return {a: int(c) for a, c in zip(axes, np.unravel_index(rank, shape), strict=True)}
 

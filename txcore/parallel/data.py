@@ -20,7 +20,8 @@ def example_mean(
     Args:
       values: shape (batch,), one number for each example of this device; floating point.
       mask: shape (batch,), 1 for real examples and 0 for padding; None if all are real.
-        Values of padding may be anything, also NaN.
+        A NaN in the value of padding does not reach the mean, but one inside the model still
+        reaches its gradient (0 * NaN): pad inputs with finite numbers.
       axis: the data axes.
 
     Returns:

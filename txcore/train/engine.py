@@ -214,14 +214,14 @@ class Engine:
         if evaluate and done:
             self._evaluate_in_fit(progress, evaluate, state)
             progress.stop_clock()
-        progress.tell_end()
+        progress.tell("end", {})
         return state
 
     def _evaluate_in_fit(
         self, progress: loop.Progress, evaluate: loop.Evaluate, state: TrainState
     ) -> None:
         progress.stop_clock()
-        progress.tell("eval", evaluate(state), 0.0, 0.0)
+        progress.tell("eval", evaluate(state))
         progress.start_clock()
 
     def audit(self, step: StepFn, state: TrainState, batch: Any) -> Report:

@@ -90,22 +90,21 @@ class Progress:
         self.done += 1
         self.seconds += elapsed
         self.examples += examples
-        self.tell("step", host, elapsed * 1e3, examples / elapsed if elapsed else 0.0)
+        self.tell("step", host)
 
-    def tell(self, kind: str, metrics: Metrics, step_ms: float, rate: float) -> None:
+    def tell(self, kind: str, metrics: Metrics) -> None:
         """Send a record to the loggers."""
-        compile_s = self.compile_seconds()
         record = Record(
-            kind, self.done, self.total_steps, metrics, self.seconds, step_ms, rate, compile_s
+            kind,
+            self.done,
+            self.total_steps,
+            metrics,
+            self.seconds,
+            self.examples,
+            self.compile_seconds(),
         )
         for logger in self.loggers:
             logger(record)
-
-    def tell_end(self) -> None:
-        """Send the last record: means over the whole run."""
-        mean_ms = 1e3 * self.seconds / max(self.done, 1)
-        rate = self.examples / self.seconds if self.seconds else 0.0
-        self.tell("end", {}, mean_ms, rate)
 
 
 def to_host(metrics: Any) -> Metrics:

@@ -19,9 +19,13 @@ class Record:
     total_steps: int | None  # None where the data's length is unknown
     metrics: Metrics  # Python floats, or lists for arrays
     seconds: float  # of training so far; compilation and evaluation left out
-    step_ms: float  # of this step; at the end, the mean
-    examples_per_second: float  # since the record before; at the end, of the whole run
+    examples: int  # real ones, so far
     compile_seconds: float  # of the engine so far
+
+    @property
+    def examples_per_second(self) -> float:
+        """Mean throughput so far."""
+        return self.examples / self.seconds if self.seconds else 0.0
 
     @property
     def eta_s(self) -> float | None:
@@ -47,7 +51,7 @@ class Basic:
 
     Example:
       >>> log = tx.loggers.Basic()
-      >>> log(tx.loggers.Record("step", 100, 400, {"loss": 0.25}, 2.0, 20.0, 6400.0, 1.0))
+      >>> log(tx.loggers.Record("step", 100, 400, {"loss": 0.25}, 2.0, 12800, 1.0))
       step   100/400   25.0%  loss 0.2500    20.0 ms    6,400 examples/s  ETA 0:06
     """
 
@@ -57,6 +61,7 @@ class Basic:
         if every < 1:
             raise ValueError(f"Basic needs every= at least 1, got {every}")
         self._every, self._unit, self._stream = every, unit, stream
+        self._last: Record | None = None
 
     def __call__(self, record: Record) -> None:
         """Print the record if it is due."""
@@ -66,12 +71,13 @@ class Basic:
         due = record.kind != "step" or last or record.step == 1 or record.step % self._every == 0
         if not due and not terminal:
             return
+        text = format_line(record, self._last, self._unit)
         if terminal:
-            stream.write("\r\033[K")
-        text = format_line(record, self._unit)
-        stream.write(text if due else f"{_bar(record)}{text}")
-        stream.write("\n" if due else "")
+            text = "\r\033[K" + ("" if due else _bar(record)) + text
+        stream.write(text + ("\n" if due else ""))
         stream.flush()
+        if due:
+            self._last = None if record.kind == "end" else record
 
 
 def _bar(record: Record, width: int = 20) -> str:
@@ -81,20 +87,29 @@ def _bar(record: Record, width: int = 20) -> str:
     return f"[{'#' * filled}{'.' * (width - filled)}] "
 
 
-def format_line(record: Record, unit: str = "examples") -> str:
-    """Return the record as one aligned line."""
+def format_line(record: Record, since: Record | None, unit: str) -> str:
+    """Return the record as one aligned line; the pace is that since the record `since`."""
     total = f"/{record.total_steps}" if record.total_steps is not None else ""
     parts = [f"{record.kind:<4} {record.step:>5}{total}"]
     if record.total_steps:
         parts.append(f"{100 * record.step / record.total_steps:5.1f}%")
     parts += [f"{key} {_number(value)}" for key, value in record.metrics.items()]
+    if record.kind == "end":
+        since = None
     if record.kind != "eval":
-        parts.append(f"{record.step_ms:6.1f} ms {record.examples_per_second:8,.0f} {unit}/s")
+        parts.append(_pace(record, since, unit))
     if record.kind == "step" and record.eta_s is not None:
         parts.append(f"ETA {int(record.eta_s) // 60}:{int(record.eta_s) % 60:02d}")
     if record.kind == "end":
         parts.append(f"{record.seconds:.1f} s, and {record.compile_seconds:.1f} s to compile")
     return "  ".join(parts)
+
+
+def _pace(record: Record, since: Record | None, unit: str) -> str:
+    before = (since.step, since.seconds, since.examples) if since is not None else (0, 0.0, 0)
+    steps, seconds = record.step - before[0], record.seconds - before[1]
+    rate = (record.examples - before[2]) / seconds if seconds else 0.0
+    return f"{1e3 * seconds / max(steps, 1):6.1f} ms {rate:8,.0f} {unit}/s"
 
 
 def _number(value: Any) -> str:
@@ -113,7 +128,7 @@ class JSONL:
     Example:
       >>> import json, pathlib, tempfile
       >>> path = pathlib.Path(tempfile.mkdtemp()) / "log.jsonl"
-      >>> tx.loggers.JSONL(path)(tx.loggers.Record("step", 1, 2, {"loss": 0.5}, 1., 1., 64., 0.))
+      >>> tx.loggers.JSONL(path)(tx.loggers.Record("step", 1, 2, {"loss": 0.5}, 1.0, 64, 0.0))
       >>> json.loads(path.read_text())["metrics"]
       {'loss': 0.5}
     """

@@ -1,0 +1,291 @@
+"""Train on MNIST with explicit collectives, and prove which ones the compiled step contains.
+
+    python examples/mnist/train.py --model cnn --devices 2
+
+One device, several devices in one process, or several processes started by hand:
+
+    python examples/mnist/train.py --coordinator 127.0.0.1:12345 --num-processes 2 --process-id 0
+    python examples/mnist/train.py --coordinator 127.0.0.1:12345 --num-processes 2 --process-id 1
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+STARTED = time.perf_counter()
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import models  # noqa: E402
+from batches import batches_per_epoch, epoch_batches  # noqa: E402
+from dataset import NAMES, Dataset, load  # noqa: E402
+
+import txcore as tx  # noqa: E402
+from txcore import _compat, kernels, launch  # noqa: E402
+
+EVAL_BATCH = 1000
+BASE_BATCH = 64  # the batch to which --lr-scaling linear refers
+LEARNING_RATES = {"sgd": 0.02, "adamw": 1e-3}
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    add = parser.add_argument
+    add("--model", default="cnn", choices=list(models.MODELS))
+    add("--dropout", type=float, help="replaces the model's dropout rates; 0 leaves them out")
+    add("--devices", default="all", help="1, N or all; simulates CPU devices where needed")
+    add("--batch-size", type=int, default=128, help="of the global batch")
+    add("--learning-rate", type=float, help="default: 0.02 for sgd, 0.001 for adamw")
+    add("--optimizer", default="sgd", choices=list(LEARNING_RATES), help="sgd has momentum 0.9")
+    add("--lr-scaling", default="none", choices=["none", "linear"], help="rate x batch / 64")
+    add("--warmup", type=int, default=0, help="steps of linear warm-up")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--steps", type=int)
+    length.add_argument("--epochs", type=int, help="default: 3")
+    add("--eval-every", type=int, help="steps between evaluations; default: an epoch")
+    add("--precision", default="float32", choices=["float32", "bfloat16"])
+    add("--seed", type=int, default=0)
+    add("--dataset", default="auto", choices=NAMES)
+    add("--data-dir", help="folder of the MNIST files; default: TXCORE_DATA, or data/mnist")
+    add("--train-size", type=int, help="train on the first N examples only")
+    add("--log-dir", help="write DIR/train.jsonl")
+    add("--results", help="write a JSON file")
+    add("--audit", default=True, action=argparse.BooleanOptionalAction)
+    add("--coordinator", help="host:port of process 0")
+    add("--num-processes", type=int)
+    add("--process-id", type=int)
+    return parser.parse_args(argv)
+
+
+def choose_devices(wanted: str, num_processes: int) -> list[Any]:
+    """Return the devices to train on; simulate CPU devices where there are fewer real ones."""
+    if wanted == "all":
+        return jax.devices()
+    if not wanted.isdigit() or int(wanted) < 1:
+        raise ValueError(f"--devices must be a number from 1 on, or all, got {wanted!r}")
+    count = int(wanted)
+    if count % num_processes:
+        raise ValueError(
+            f"--devices {count} cannot be shared equally by {num_processes} processes: use a "
+            f"multiple of {num_processes}"
+        )
+    local = count // num_processes
+    _compat.simulate_cpu_devices(local)
+    devices = jax.devices() if jax.device_count() >= count else jax.devices("cpu")
+    if devices[0].platform == "cpu" and local > 1:
+        say(f"simulating {local} CPU devices" + (" a process" if num_processes > 1 else ""))
+    return devices[:count]
+
+
+def say(text: str) -> None:
+    """Print on rank 0."""
+    if jax.process_index() == 0:
+        print(text, flush=True)
+
+
+def make_steps(layers: tuple[models.Layer, ...]) -> tuple[Any, Callable[..., Any]]:
+    """Return the training step and the evaluation step of a model."""
+
+    def forward(state: tx.TrainState, params: Any, batch: Any, keys: Any = None) -> jax.Array:
+        cast = state.precision.cast
+        return models.apply(layers, cast(params), cast(batch["image"]), keys)
+
+    @tx.step_fn
+    def train_step(state: tx.TrainState, batch: Any) -> Any:
+        keys = state.example_keys(batch) if models.uses_dropout(layers) else None
+
+        def loss_of(params: Any) -> jax.Array:
+            logits = forward(state, params, batch, keys)
+            losses = kernels.cross_entropy(logits, batch["label"])
+            return tx.example_mean(losses, batch["mask"], axis="data")
+
+        loss, grads = tx.value_and_grad(loss_of)(state.params)
+        grads, state = state.sync_gradients(grads)
+        return state.apply_gradients(grads=grads), {"loss": tx.pmean(loss, "data", name="loss")}
+
+    def eval_step(state: tx.TrainState, batch: Any) -> Any:
+        logits = forward(state, state.params, batch)
+        right = (jnp.argmax(logits, axis=-1) == batch["label"]).astype(jnp.float32)
+        accuracy = tx.example_mean(right, batch["mask"], axis="data")
+        return {"test_accuracy": tx.pmean(accuracy, "data", name="test_accuracy")}
+
+    return train_step, eval_step
+
+
+def make_optimizer(args: argparse.Namespace) -> tx.optim.Optimizer:
+    """Return the optimizer with its learning rate, scaled and warmed up as asked for."""
+    rate = LEARNING_RATES[args.optimizer] if args.learning_rate is None else args.learning_rate
+    if args.lr_scaling == "linear":
+        rate = tx.optim.linear_scaling(rate, args.batch_size, BASE_BATCH)
+    schedule = tx.optim.warmup(rate, args.warmup) if args.warmup else rate
+    if args.optimizer == "adamw":
+        return tx.optim.adamw(schedule)
+    return tx.optim.sgd(schedule, momentum=0.9)
+
+
+class Data:
+    """The batches of this process: the same global order for any number of devices."""
+
+    def __init__(self, data: Dataset, args: argparse.Namespace, device_count: int) -> None:
+        self._data, self._args = data, args
+        size = len(data.train_labels) if args.train_size is None else args.train_size
+        if not 1 <= size <= len(data.train_labels):
+            raise ValueError(
+                f"--train-size must be from 1 to {len(data.train_labels)}, got {args.train_size}"
+            )
+        if args.batch_size < 1 or args.batch_size % device_count:
+            raise ValueError(
+                f"--batch-size {args.batch_size} cannot be shared equally by {device_count} "
+                f"devices: use a positive multiple of {device_count}"
+            )
+        self._size = size
+        self.steps_per_epoch = batches_per_epoch(size, args.batch_size)
+        self._eval_batch = -(-EVAL_BATCH // device_count) * device_count
+        self._part = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+
+    def train(self, epoch: int) -> Iterable[Any]:
+        """Return the batches of one epoch."""
+        images, labels = self._data.train_images, self._data.train_labels
+        return epoch_batches(
+            images[: self._size],
+            labels[: self._size],
+            batch_size=self._args.batch_size,
+            seed=self._args.seed,
+            epoch=epoch,
+            **self._part,
+        )
+
+    def test(self) -> Iterable[Any]:
+        """Return the test set in order."""
+        return epoch_batches(
+            self._data.test_images,
+            self._data.test_labels,
+            batch_size=self._eval_batch,
+            seed=0,
+            epoch=0,
+            shuffle=False,
+            **self._part,
+        )
+
+
+class History:
+    """A logger that keeps what --results writes."""
+
+    def __init__(self) -> None:
+        self.loss_curve: list[float] = []
+        self.test_accuracy: float | None = None
+        self.seconds_to_99: float | None = None
+        self.end: tx.loggers.Record | None = None
+
+    def __call__(self, record: tx.loggers.Record) -> None:
+        """Keep a record."""
+        match record.kind:
+            case "step":
+                self.loss_curve.append(record.metrics["loss"])
+            case "eval":
+                self.test_accuracy = record.metrics["test_accuracy"]
+                if self.seconds_to_99 is None and record.metrics["test_accuracy"] >= 0.99:
+                    self.seconds_to_99 = seconds_since_start()
+            case "end":
+                self.end = record
+
+
+def seconds_since_start() -> float:
+    """Return this process's age; where the system does not tell it, the script's."""
+    try:
+        ticks = int(pathlib.Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        uptime = float(pathlib.Path("/proc/uptime").read_text().split()[0])
+        return uptime - ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, IndexError):
+        return time.perf_counter() - STARTED
+
+
+def train(args: argparse.Namespace) -> int:
+    """Run the training, and return the exit code: 1 if the proof failed."""
+    layers = models.layers_of(args.model, args.dropout)
+    if args.coordinator or args.num_processes is not None or args.process_id is not None:
+        tx.initialize(args.coordinator, args.num_processes, args.process_id)
+    devices = choose_devices(args.devices, args.num_processes or 1)
+    dataset = load(
+        args.dataset,
+        args.data_dir,
+        rank=jax.process_index(),
+        barrier=tx.barrier,
+        agree=lambda own: launch.share("dataset", own),
+    )
+    data = Data(dataset, args, len(devices))
+    history = History()
+    loggers: list[tx.loggers.Logger] = [tx.loggers.Basic(unit="images"), history]
+    if args.log_dir:
+        loggers.append(tx.loggers.JSONL(pathlib.Path(args.log_dir) / "train.jsonl"))
+    engine = tx.Engine(
+        mesh=tx.MeshSpec(devices=devices, axes=("data",)),
+        plan=tx.Plan(data_parallel=tx.DP(axis="data")),
+        optimizer=make_optimizer(args),
+        loggers=loggers,
+        precision=args.precision,
+        seed=args.seed,
+    )
+    say(
+        f"{args.model} on {dataset.name}: {len(devices)} x {devices[0].device_kind}, "
+        f"{jax.process_count()} process(es), global batch {args.batch_size}, {args.precision}"
+    )
+    train_step, eval_step = make_steps(layers)
+    steps = args.steps
+    if steps is None:
+        steps = (3 if args.epochs is None else args.epochs) * data.steps_per_epoch
+    state = engine.fit(
+        train_step,
+        engine.create_state(models.init(layers, args.seed)),
+        data.train,
+        steps=steps,
+        evaluate=lambda state: engine.evaluate(eval_step, state, data.test()),
+        eval_every=args.eval_every or data.steps_per_epoch,
+    )
+    report = engine.audit(train_step, state, next(iter(data.train(0)))) if args.audit else None
+    if jax.process_index() == 0:
+        write_results(args, history, report)
+        if history.test_accuracy is not None:
+            print(f"test accuracy {100 * history.test_accuracy:.2f}% on {dataset.name}")
+        if report is not None:
+            print(report)
+    return 0 if report is None or report.ok else 1
+
+
+def write_results(args: argparse.Namespace, history: History, report: Any) -> None:
+    """Write what --results asks for."""
+    if not args.results:
+        return
+    end = history.end
+    results = {
+        "test_accuracy": history.test_accuracy,
+        "loss_curve": history.loss_curve,
+        "images_per_second": end.examples_per_second if end else None,
+        "compile_seconds": end.compile_seconds if end else None,
+        "seconds_to_99": history.seconds_to_99,
+        "audit_ok": report.ok if report is not None else None,
+        "collectives": report.to_dict()["collectives"] if report is not None else None,
+    }
+    path = pathlib.Path(args.results)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the script; an error that the user can mend is one line."""
+    args = parse(argv)
+    try:
+        return train(args)
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
+        print(f"train.py: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,277 @@
+"""The engine: right numbers on any number of devices, one compilation, nothing deleted."""
+
+import io
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import toys
+
+import txcore as tx
+
+
+@pytest.mark.parametrize("masked", [0, 5], ids=["whole", "masked"])
+@pytest.mark.parametrize("n", [1, 2, 8])
+def test_a_step_equals_float64_numpy(n, masked):
+    engine = toys.engine(n)
+    batch = toys.batch(masked=masked)
+    state, metrics = toys.train_step(engine.create_state(toys.params()), batch)
+    wanted, loss = toys.reference_step(toys.params(), batch)
+    np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
+    for key in wanted:
+        np.testing.assert_allclose(state.params[key], wanted[key], rtol=1e-4, atol=1e-6)
+    assert int(state.step) == 1
+
+
+def test_loss_curves_agree_on_meshes_with_other_axes():
+    curves = []
+    for mesh in (
+        toys.mesh(1),
+        toys.mesh(4),
+        toys.mesh(4, ("data", "model"), (2, 2)),
+        toys.mesh(4, ("a", "data"), (1, 4)),
+    ):
+        engine = toys.engine(0, mesh=mesh)
+        state, curve = engine.create_state(toys.params()), []
+        for i in range(20):
+            state, metrics = toys.train_step(state, toys.batch(seed=i, masked=i % 4))
+            curve.append(float(metrics["loss"]))
+        curves.append(curve)
+    for curve in curves[1:]:
+        np.testing.assert_allclose(curve, curves[0], rtol=1e-4)
+    assert curves[0][-1] < curves[0][0] / 2
+
+
+def test_batch_over_two_data_axes():
+    plan = tx.Plan(data_parallel=tx.DP(axis=("host", "data")))
+    engine = toys.engine(0, mesh=toys.mesh(8, ("host", "data"), (2, 4)), plan=plan)
+
+    @tx.step_fn
+    def step(state, batch):
+        def loss_of(params):
+            losses = toys.losses(params, batch)
+            return tx.example_mean(losses, batch["mask"], axis=("host", "data"))
+
+        loss, grads = tx.value_and_grad(loss_of)(state.params)
+        grads, state = state.sync_gradients(grads)
+        return state.apply_gradients(grads=grads), {"loss": tx.pmean(loss, ("host", "data"))}
+
+    batch = toys.batch(masked=3)
+    state, metrics = step(engine.create_state(toys.params()), batch)
+    wanted, loss = toys.reference_step(toys.params(), batch)
+    np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
+    np.testing.assert_allclose(state.params["w1"], wanted["w1"], rtol=1e-4)
+
+
+def test_plan_may_shard_a_leaf_of_the_batch_otherwise():
+    from jax.sharding import PartitionSpec as P
+
+    plan = tx.Plan(data_parallel=tx.DP("data"), batch={"table": P(None, "data"), "all": P()})
+    engine = toys.engine(2, plan=plan)
+
+    @tx.step_fn
+    def step(state, batch):
+        assert batch["table"].shape == (3, 4)
+        assert batch["all"].shape == (5,)
+        total = tx.psum(batch["table"].sum(), "data") + batch["all"].sum()
+        return state.replace(extra=state.extra + 1), {"total": total}
+
+    batch = {"x": np.zeros(4), "table": np.ones((3, 8)), "all": np.ones(5)}
+    state, metrics = step(engine.create_state(toys.params(), extra=jnp.zeros(())), batch)
+    assert float(metrics["total"]) == 29
+    assert float(state.extra) == 1
+
+
+def test_nothing_of_the_callers_is_deleted():
+    """create_state twice, a step, then params still alive and equal; one step, two engines."""
+    params = jax.tree.map(jnp.asarray, toys.params())
+    placed = jax.device_put(params, toys.mesh(2).sharding())
+    one, two = toys.engine(1), toys.engine(2)
+    a, b, c = one.create_state(params), one.create_state(params), two.create_state(placed)
+    batch = jax.tree.map(jnp.asarray, toys.batch())
+    a, _ = toys.train_step(a, batch)
+    c, _ = toys.train_step(c, batch)
+    b, _ = toys.train_step(b, batch)
+    for key, value in toys.params().items():
+        np.testing.assert_array_equal(params[key], value)
+        np.testing.assert_array_equal(placed[key], value)
+        np.testing.assert_array_equal(a.params[key], b.params[key])
+        np.testing.assert_allclose(a.params[key], c.params[key], rtol=1e-5)
+    np.testing.assert_array_equal(batch["x"], toys.batch()["x"])
+
+
+def test_compiles_once_in_1000_steps_over_several_epochs():
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, _, **__: (
+            compiled.append(event) if event.endswith("compile_duration") else None
+        )
+    )
+    engine = toys.engine(2, optimizer=tx.optim.sgd(0.01, momentum=0.9))
+    data = [toys.batch(seed=i) for i in range(9)] + [toys.batch(masked=7)]
+    state = engine.create_state(toys.params())
+    jax.block_until_ready(state)
+    compiled.clear()
+    state = engine.fit(toys.train_step, state, data, steps=1000)
+    assert int(state.step) == 1000
+    assert len([c for c in compiled if "backend_compile" in c]) == 1, compiled
+
+
+def test_no_collective_in_the_program_of_one_device():
+    engine = toys.engine(1)
+    report = engine.audit(toys.train_step, engine.create_state(toys.params()), toys.batch())
+    assert report.collectives == ()
+    assert report.ok
+
+
+def test_audit_accounts_for_every_byte():
+    engine = toys.engine(2)
+    report = engine.audit(toys.train_step, engine.create_state(toys.params()), toys.batch())
+    assert report.ok
+    assert report.exact
+    assert {c.origin for c in report.collectives} == {"txcore"}
+    gradients = sum(4 * p.size for p in toys.params().values())
+    assert report.payload_bytes == gradients + 4 + 4  # the loss, the count of real examples
+
+
+def test_evaluate_is_the_mean_over_real_examples():
+    data = [toys.batch(seed=1), toys.batch(seed=2, masked=11)]
+    values = [toys.reference_step(toys.params(), b)[1] for b in data]
+    wanted = (16 * values[0] + 5 * values[1]) / 21
+    for n in (1, 4):
+        engine = toys.engine(n)
+        state = engine.create_state(toys.params())
+        for step in (toys.eval_step, tx.step_fn(toys.eval_step)):
+            metrics = engine.evaluate(step, state, data)
+            np.testing.assert_allclose(metrics["loss"], wanted, rtol=1e-5)
+        assert not state.step.is_deleted()
+    without_mask = engine.evaluate(
+        lambda state, x: {"mean": tx.pmean(x.mean(), "data")}, state, [np.arange(8.0)]
+    )
+    assert without_mask == {"mean": 3.5}
+
+
+def test_dropout_is_the_same_on_any_number_of_devices():
+    @tx.step_fn
+    def step(state, batch):
+        keys = state.example_keys(batch)
+        noise = jax.vmap(lambda key: jax.random.normal(key))(keys)
+        return state.replace(step=state.step + 1), {
+            "noise": tx.all_gather(noise, "data", invariant=True)
+        }
+
+    curves = []
+    for n in (1, 2, 8):
+        engine = toys.engine(n, seed=7)
+        state = engine.create_state(toys.params())
+        rows = []
+        for _ in range(3):
+            state, metrics = step(state, np.zeros(16, np.float32))
+            rows.append(np.asarray(metrics["noise"]))
+        curves.append(np.stack(rows))
+    np.testing.assert_array_equal(curves[0], curves[1])
+    np.testing.assert_array_equal(curves[0], curves[2])
+    assert len(np.unique(curves[0])) == 48  # another number for each example and step
+    other = toys.engine(1, seed=8)
+    _, metrics = step(other.create_state(toys.params()), np.zeros(16, np.float32))
+    assert not np.any(np.isin(metrics["noise"], curves[0]))
+
+
+def test_bfloat16_computes_in_bfloat16_and_stores_and_sends_float32():
+    @tx.step_fn
+    def step(state, batch):
+        def loss_of(params):
+            cast = state.precision.cast(params)
+            assert {leaf.dtype for leaf in jax.tree.leaves(cast)} == {jnp.dtype("bfloat16")}
+            return toys.local_loss(cast, state.precision.cast(batch))
+
+        loss, grads = tx.value_and_grad(loss_of)(state.params)
+        grads, state = state.sync_gradients(grads)
+        return state.apply_gradients(grads=grads), {"loss": tx.pmean(loss, "data")}
+
+    engine = toys.engine(2, precision="bfloat16")
+    state = engine.create_state(toys.params())
+    report = engine.audit(step, state, toys.batch())
+    assert {c.dtype for c in report.collectives} == {"float32", "int32"}
+    state, _ = step(state, toys.batch())
+    wanted, _ = toys.reference_step(toys.params(), toys.batch())
+    assert state.params["w1"].dtype == jnp.float32
+    np.testing.assert_allclose(state.params["w1"], wanted["w1"], rtol=0.1, atol=0.02)
+
+
+def test_optax_gives_what_optax_gives():
+    import optax
+
+    engine = toys.engine(2, optimizer=optax.adam(1e-2))
+    state = engine.create_state(toys.params())
+    params = jax.tree.map(jnp.asarray, toys.params())
+    optimizer = optax.adam(1e-2)
+    opt_state = optimizer.init(params)
+    for i in range(5):
+        batch = toys.batch(seed=i)
+        state, _ = toys.train_step(state, batch)
+        grads = jax.grad(lambda p, b=batch: jnp.mean(toys.losses(p, b)))(params)
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        params = optax.apply_updates(params, updates)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), state.params, params)
+
+
+def test_fit_tells_the_loggers(tmp_path):
+    records, out = [], io.StringIO()
+    path = tmp_path / "logs" / "train.jsonl"
+    loggers = [records.append, tx.loggers.Basic(every=4, stream=out), tx.loggers.JSONL(path)]
+    engine = toys.engine(2, loggers=loggers)
+    state = engine.create_state(toys.params())
+    data = [toys.batch(seed=i) for i in range(5)]
+    state = engine.fit(
+        toys.train_step,
+        state,
+        lambda epoch: data,
+        steps=10,
+        evaluate=lambda s: engine.evaluate(toys.eval_step, s, data),
+        eval_every=5,
+    )
+    kinds = [r.kind for r in records]
+    assert kinds == ["step"] * 5 + ["eval"] + ["step"] * 5 + ["eval", "end"]
+    assert [r.step for r in records if r.kind == "step"] == list(range(1, 11))
+    end = records[-1]
+    times = [r.seconds for r in records]
+    assert times == sorted(times)
+    assert times[4] == times[5]  # evaluation is no training time
+    assert end.examples == 160
+    assert end.examples_per_second == 160 / end.seconds
+    assert end.compile_seconds > 0
+    lines = out.getvalue().splitlines()
+    assert [line.split()[1] for line in lines if line.startswith("step")] == [
+        "1/10",
+        "4/10",
+        "8/10",
+        "10/10",
+    ]
+    written = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [w["kind"] for w in written] == kinds
+    assert written[0]["metrics"]["loss"] == records[0].metrics["loss"]
+
+
+def test_basic_draws_a_bar_on_a_terminal():
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    out = Terminal()
+    log = tx.loggers.Basic(every=100, stream=out)
+    log(tx.loggers.Record("step", 50, 200, {"loss": 0.5}, 1.0, 100, 0.0))
+    assert "[#####...............] step" in out.getvalue()
+    assert "25.0%  loss 0.5000" in out.getvalue()
+    assert not out.getvalue().endswith("\n")
+
+
+def test_epochs_and_data_that_ends():
+    engine = toys.engine(1)
+    data = [toys.batch(seed=i) for i in range(3)]
+    state = engine.fit(toys.train_step, engine.create_state(toys.params()), data, epochs=2)
+    assert int(state.step) == 6
+    with pytest.raises(ValueError, match="the data ended after 3 batches: pass a list of batches"):
+        engine.fit(toys.train_step, state, iter(data), steps=4)
