@@ -23,7 +23,8 @@ lint: setup  ## ruff and mypy over everything
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy -p txcore
-	$(BIN)/mypy examples tests benchmarks
+	$(BIN)/mypy examples/*.py examples/mnist
+	$(BIN)/mypy tests benchmarks
 
 bench: setup  ## run the benchmark suites
 	$(BIN)/python -m pytest benchmarks --benchmark-enable --benchmark-only $(BENCH_ARGS)

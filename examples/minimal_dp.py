@@ -1,5 +1,7 @@
 """Data parallelism in ten lines: python examples/minimal_dp.py."""
 
+from typing import Any
+
 import jax
 import numpy as np
 
@@ -14,7 +16,7 @@ engine = tx.Engine(
 
 
 @tx.step_fn
-def train_step(state, batch):
+def train_step(state: tx.TrainState, batch: Any) -> Any:
     """Fit y = 3 x by least squares; the two pmeans are all that is sent."""
     loss, grads = tx.value_and_grad(lambda w: ((w * batch["x"] - batch["y"]) ** 2).mean())(
         state.params

@@ -116,17 +116,17 @@ def assert_plans_agree(
         for i in (0, 1):
             states[i], found = step(states[i], batch)
             metrics.append(jax.tree.map(np.asarray, found))
-        _compare(f"step {number}: metrics", *metrics, sizes, rtol, atol)
+        _compare(f"step {number}: metrics", metrics, sizes, rtol, atol)
     updates = [
         jax.tree.map(lambda new, old: np.asarray(new, np.float64) - old, s.stored_params, before)
         for s in states
     ]
-    _compare(f"update of params over {len(batches)} steps: params", *updates, sizes, rtol, atol)
+    _compare(f"update of params over {len(batches)} steps: params", updates, sizes, rtol, atol)
 
 
-def _compare(what: str, a: Any, b: Any, sizes: set[int], rtol: float, atol: float) -> None:
-    paths = jax.tree_util.tree_flatten_with_path(a)[0]
-    for (path, left), right in zip(paths, jax.tree.leaves(b), strict=True):
+def _compare(what: str, both: list[Any], sizes: set[int], rtol: float, atol: float) -> None:
+    paths = jax.tree_util.tree_flatten_with_path(both[0])[0]
+    for (path, left), right in zip(paths, jax.tree.leaves(both[1]), strict=True):
         left, right = np.asarray(left, np.float64), np.asarray(right, np.float64)
         scale = float(np.max(np.abs(left), initial=0.0))
         if np.allclose(right, left, rtol=rtol, atol=atol * max(scale, 1e-30), equal_nan=True):

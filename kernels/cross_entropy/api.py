@@ -55,5 +55,7 @@ def cross_entropy(
             f"and labels the same dims without classes; got logits {logits.shape}, labels "
             f"{labels.shape}. Pass one class index for each row of logits."
         )
+    if labels.dtype.itemsize < 4:  # uint8 labels, say, cannot count 300 classes
+        labels = labels.astype(jnp.int32)
     run = registry.resolve("cross_entropy", implementation, {"xla": xla.cross_entropy})
     return run(*_compat.match_varying(logits, labels))

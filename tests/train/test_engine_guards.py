@@ -245,7 +245,7 @@ CALLS = [
         ),
         ValueError,
         "batch['mask'] has 64 examples, which 3 devices along axis 'data' cannot share equally: "
-        "use a batch size divisible by 3, or pad the batch and set its mask",
+        "use a size divisible by 3, or pad it (and set the mask)",
     ),
     (
         lambda: toys.engine(2, plan=tx.Plan(data_parallel=tx.DP(axis="batch"))),

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
 from txcore.mesh import MeshSpec
 from txcore.plan import Plan
@@ -26,14 +26,12 @@ def shard_batch(batch: Any, mesh: MeshSpec, plan: Plan) -> Any:
     Raises:
       ValueError: a dim is not divisible by the devices that share it, or a leaf has no dim.
     """
-    specs = plan.batch_specs(batch, mesh)
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(batch)
-    specs_flat = treedef.flatten_up_to(specs)
-    placed = [
-        _place(leaf, NamedSharding(mesh.mesh, spec), f"batch{jax.tree_util.keystr(path)}")
-        for (path, leaf), spec in zip(leaves, specs_flat, strict=True)
-    ]
-    return treedef.unflatten(placed)
+
+    def place(path: Any, leaf: Any, spec: PartitionSpec) -> jax.Array:
+        where = f"batch{jax.tree_util.keystr(path)}"
+        return _place(leaf, NamedSharding(mesh.mesh, spec), where)
+
+    return jax.tree_util.tree_map_with_path(place, batch, plan.batch_specs(batch, mesh))
 
 
 def _place(leaf: Any, sharding: NamedSharding, where: str) -> jax.Array:
@@ -55,15 +53,13 @@ def _check_divisible(shape: tuple[int, ...], sharding: NamedSharding, where: str
     # Several processes give only their own part, which their own devices share.
     processes = jax.process_count()
     for dim, entry in enumerate(spec):
-        axes = entry if isinstance(entry, tuple) else (entry,)
-        size = math.prod(mesh.shape[a] for a in axes if a is not None)
-        if shape[dim] * (processes if dim == 0 else 1) % size:
+        axes = tuple(a for a in (entry if isinstance(entry, tuple) else (entry,)) if a is not None)
+        size = math.prod(mesh.shape[a] for a in axes)
+        length = shape[dim] * (processes if dim == 0 else 1)
+        if length % size:
+            names = ", ".join(map(repr, axes))
+            what = "examples" if dim == 0 else f"in dim {dim}"
             raise ValueError(
-                f"{where} has {shape[dim]} examples, which {size} devices along axis "
-                f"{', '.join(repr(a) for a in axes)} cannot share equally: use a batch size "
-                f"divisible by {size}, or pad the batch and set its mask"
-                if dim == 0
-                else f"{where} has {shape[dim]} in dim {dim}, which is not divisible by the {size} "
-                f"devices along axis {', '.join(repr(a) for a in axes)}: pad it or change "
-                "Plan(batch=...)"
+                f"{where} has {length} {what}, which {size} devices along axis {names} cannot "
+                f"share equally: use a size divisible by {size}, or pad it (and set the mask)"
             )

@@ -138,15 +138,15 @@ def _describe(out: Any) -> str:
 
 def _check_state(fn: Callable[..., Any], old: TrainState, new: TrainState) -> TrainState:
     """Refuse a state that would not fit the next step (it would compile anew each time)."""
-    old_leaves, old_tree = jax.tree_util.tree_flatten_with_path(old)
-    new_leaves, new_tree = jax.tree_util.tree_flatten(new)
+    old_tree: Any = jax.tree.structure(old)
+    new_tree: Any = jax.tree.structure(new)
     if old_tree != new_tree:
         raise ValueError(
             f"{fn.__name__} needs to return a state with the structure it was given, {old_tree}, "
             f"got {new_tree}: create what it adds in engine.create_state(params, extra=...)"
         )
-    out = []
-    for (path, before), after in zip(old_leaves, new_leaves, strict=True):
+
+    def check(path: Any, before: Any, after: Any) -> jax.Array:
         where = f"state{jax.tree_util.keystr(path)}"
         after = jax.numpy.asarray(after)
         if (after.shape, after.dtype) != (before.shape, before.dtype):
@@ -160,8 +160,9 @@ def _check_state(fn: Callable[..., Any], old: TrainState, new: TrainState) -> Tr
                 f"{where} varies along axis {', '.join(map(repr, sorted(axes)))}: reduce it, "
                 "for example with tx.pmean"
             )
-        out.append(lax.convert_element_type(after, before.dtype))  # drops a weak type
-    return new_tree.unflatten(out)
+        return lax.convert_element_type(after, before.dtype)  # drops a weak type
+
+    return jax.tree_util.tree_map_with_path(check, old, new)
 
 
 def _check_metrics(metrics: dict[str, Any]) -> dict[str, Any]:

@@ -137,7 +137,8 @@ def _scope_of(method: str) -> Scope:
 
 def check_gradients(grads: Any, params: Any) -> None:
     """Refuse gradients that do not fit the stored parameters in structure, shape and axes."""
-    given, wanted = jax.tree.structure(grads), jax.tree.structure(params)
+    given: Any = jax.tree.structure(grads)
+    wanted: Any = jax.tree.structure(params)
     if given != wanted:
         raise ValueError(
             f"apply_gradients needs gradients with the structure of the parameters, {wanted}, "
