@@ -9,10 +9,15 @@ from typing import Any
 from tabulate import tabulate
 
 from txcore.profiling.jaxpr import Declared
-from txcore.profiling.origin import UNEXPLAINED
 
 _WIDTH = 100
-_SHORT_KIND = {"collective-permute": "permute", "collective-broadcast": "broadcast"}
+_HEAD = ("kind", "axes", "n", "dtype", "payload", "wire", "trips", "origin", "tags", "source")
+_ALIGN = ("left", "left", "right", "left", "right", "right", "right", "left", "left", "left")
+_SHORT_KIND = {
+    "collective-permute": "permute",
+    "collective-broadcast": "broadcast",
+    "ragged-all-to-all": "ragged-a2a",
+}
 _NAMED_IN_VERDICT = 3
 
 
@@ -87,8 +92,7 @@ class Report:
     @property
     def exact(self) -> bool:
         """Tell whether it is ok, was checked, and nothing is left to autodiff or opaque."""
-        hidden = any(c.origin in ("autodiff", "opaque") for c in self.collectives)
-        return self.ok and self.checked and not hidden
+        return self.ok and self.checked and not _inexact(self.collectives)
 
     @property
     def payload_bytes(self) -> int:
@@ -128,8 +132,16 @@ class Report:
                 f"not proved: {sent}, nothing looks added ({by_origin}), but there is no traced "
                 "program to compare with"
             )
-        rest = "" if self.exact else "; not exact: autodiff or opaque calls communicate"
-        return f"proof: {sent}, all declared ({by_origin}); nothing was added{rest}"
+        proved = f"proof: {sent}, all declared ({by_origin}); nothing was added"
+        return "; not exact: ".join([proved, *_inexact(self.collectives)])
+
+
+def _inexact(rows: tuple[Collective, ...]) -> list[str]:
+    """Say in at most one text what keeps an audit that is ok from being exact."""
+    count = Counter(c.origin for c in rows)
+    texts = {"autodiff": "left to autodiff", "opaque": "hidden in opaque calls"}
+    said = [f"{count[origin]} {text}" for origin, text in texts.items() if count[origin]]
+    return [", ".join(said)] if said else []
 
 
 def _declared_dict(declared: Declared) -> dict[str, Any]:
@@ -194,30 +206,30 @@ def _some(named: list[str]) -> str:
 def _table(rows: tuple[Collective, ...]) -> list[str]:
     if not rows:
         return []
-    head = ("kind", "axes", "n", "dtype", "payload", "wire", "trips", "origin", "tags", "source")
-    cells = [_cells(row) for row in rows]
-    fixed = sum(max(len(c[i]) for c in [head, *cells]) for i in range(8)) + 2 * (len(head) - 1)
-    longest_source = max(len(c[9]) for c in [head, *cells])
-    room = max(_WIDTH - fixed, 12)
-    for_source = min(longest_source, max(room // 2, 6))
-    for_tags = max(room - for_source, 6)
-    cells = [[*c[:8], shorten(c[8], for_tags), shorten(c[9], for_source)] for c in cells]
-    align = ("left", "left", "right", "left", "right", "right", "right", "left", "left", "left")
-    text = tabulate(cells, head, tablefmt="simple", disable_numparse=True, colalign=align)
-    return text.splitlines()
+    cells = [list(_HEAD), *map(_cells, rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(_HEAD))]
+    # The last two columns share what the others and the blanks between them leave.
+    room = _WIDTH - sum(widths[:-2]) - 2 * (len(_HEAD) - 1)
+    for_source = min(widths[-1], max(room // 2, room - widths[-2]))
+    for row in cells:
+        row[-2:] = [shorten(row[-2], room - for_source), shorten(row[-1], for_source)]
+    # As a row of its own the head costs no padding, which tabulate adds to real headers.
+    table = tabulate(cells, tablefmt="plain", disable_numparse=True, colalign=_ALIGN)
+    lines = [line.rstrip() for line in table.splitlines()]
+    return [lines[0], "-" * max(map(len, lines)), *lines[1:]]
 
 
 def _cells(row: Collective) -> list[str]:
     dtype = row.dtype if row.dtype == row.wire_dtype else f"{row.dtype}>{row.wire_dtype}"
     return [
         _SHORT_KIND.get(row.kind, row.kind),
-        shorten("+".join(row.axes) or "-", 16),
+        shorten("+".join(row.axes) or "-", 12),
         str(row.group_size or "?"),
-        shorten(_short_dtypes(dtype), 9),
+        shorten(_short_dtypes(dtype), 8),
         format_bytes(row.payload_bytes),
         format_bytes(row.wire_bytes),
         f"{row.trips}{'' if row.trips_known else '+'}",
-        row.origin if row.explained or row.origin in UNEXPLAINED else f"{row.origin}?",
+        row.origin,
         ",".join(row.tags) or "-",
         row.source or "-",
     ]
