@@ -1,4 +1,4 @@
-"""The updates as elementwise XLA, which fuses each into one pass over memory."""
+"""The updates as elementwise XLA, for its compiler to fuse."""
 
 import math
 

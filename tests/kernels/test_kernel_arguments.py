@@ -1,0 +1,221 @@
+"""What the ops refuse, and the words they use."""
+
+import doctest
+import pathlib
+import re
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from txcore import kernels
+from txcore.kernels import registry
+
+X, W, B = jnp.zeros((2, 6, 6, 3)), jnp.zeros((3, 3, 3, 4)), jnp.zeros(4)
+M = jnp.zeros((5, 7))
+ADAM = {"step": 0, "learning_rate": 0.1, "b1": 0.9, "b2": 0.999, "eps": 1e-8, "weight_decay": 0.0}
+SGD = {"learning_rate": 0.1, "momentum": 0.9}
+V = jnp.zeros(3)
+
+BAD = {
+    "image without batch": (
+        ValueError,
+        lambda: kernels.conv2d(X[0], W, B),
+        "conv2d: x must have the dims (batch, height, width, in_channels), w (filter_height, "
+        "filter_width, in_channels, out_channels) and b (out_channels,); got x (6, 6, 3), "
+        "w (3, 3, 3, 4), b (4,). Add a batch dim to a single image",
+    ),
+    "channels first": (
+        ValueError,
+        lambda: kernels.conv2d(jnp.zeros((2, 3, 6, 6)), W, B),
+        "same in_channels (x's last dim, w's dim 2); got x (2, 3, 6, 6), w (3, 3, 3, 4), b (4,). "
+        "The layouts are NHWC and HWIO: transpose others.",
+    ),
+    "bias of another size": (
+        ValueError,
+        lambda: kernels.conv2d(X, W, jnp.zeros(5)),
+        "conv2d: b must have w's out_channels (w's last dim); got x (2, 6, 6, 3)",
+    ),
+    "two dtypes": (
+        TypeError,
+        lambda: kernels.conv2d(X, W.astype(jnp.bfloat16), B),
+        "conv2d: x, w, b must have one dtype; got x float32, w bfloat16, b float32. Cast them",
+    ),
+    "integer images": (
+        TypeError,
+        lambda: kernels.conv2d(X.astype(jnp.uint8), W, B),
+        "conv2d: x must have a floating-point dtype; got uint8. Cast it, for example "
+        "x.astype(jnp.float32).",
+    ),
+    "activation": (
+        ValueError,
+        lambda: kernels.conv2d(X, W, B, activation="gelu"),
+        "conv2d: activation must be one of None, 'relu'; got 'gelu'.",
+    ),
+    "pool": (
+        ValueError,
+        lambda: kernels.conv2d(X, W, B, pool=3),
+        "conv2d: pool must be one of None, 2; got 3.",
+    ),
+    "padding": (
+        ValueError,
+        lambda: kernels.conv2d(X, W, B, padding=1),
+        "conv2d: padding must be one of 'SAME', 'VALID'; got 1.",
+    ),
+    "filter larger than the image": (
+        ValueError,
+        lambda: kernels.conv2d(X, jnp.zeros((7, 7, 3, 4)), B, padding="VALID"),
+        "the output before pooling must be at least 1x1 for pool=None, and no dim of w may be 0; "
+        "got an output of 0x0 from x (2, 6, 6, 3), w (7, 7, 3, 4) with padding='VALID'.",
+    ),
+    "nothing to pool": (
+        ValueError,
+        lambda: kernels.conv2d(X[:, :1], W, B, pool=2),
+        "at least 2x2 for pool=2, and no dim of w may be 0; got an output of 1x6",
+    ),
+    "dense unflattened": (
+        ValueError,
+        lambda: kernels.dense(X, M, jnp.zeros(7)),
+        "dense: x's last dim must equal w's first, and w's last dim b's length; got x "
+        "(2, 6, 6, 3), w (5, 7), b (7,). Flatten images first",
+    ),
+    "dense bias": (
+        ValueError,
+        lambda: kernels.dense(M, M.T, M),
+        "and b (out_features,); got x (5, 7), w (7, 5), b (5, 7).",
+    ),
+    "dense dtype": (
+        TypeError,
+        lambda: kernels.dense(M, M.T, jnp.zeros(5, jnp.float16)),
+        "dense: x, w, b must have one dtype; got x float32, w float32, b float16.",
+    ),
+    "one-hot labels": (
+        TypeError,
+        lambda: kernels.cross_entropy(M, M),
+        "labels must have an integer dtype; got float32. Pass the class index, not a one-hot row",
+    ),
+    "labels of another length": (
+        ValueError,
+        lambda: kernels.cross_entropy(M, jnp.zeros(4, int)),
+        "got logits (5, 7), labels (4,). Pass one class index for each row of logits.",
+    ),
+    "no class": (
+        ValueError,
+        lambda: kernels.cross_entropy(jnp.zeros((5, 0)), jnp.zeros(5, int)),
+        "with at least one class",
+    ),
+    "velocity of another shape": (
+        ValueError,
+        lambda: kernels.sgd_momentum(V, V, M, **SGD),
+        "sgd_momentum: param, grad, velocity must have one shape; got param (3,), grad (3,), "
+        "velocity (5, 7). Pass the state that belongs to this parameter.",
+    ),
+    "momentum of one": (
+        ValueError,
+        lambda: kernels.sgd_momentum(V, V, V, learning_rate=0.1, momentum=1.0),
+        "sgd_momentum: momentum must be a finite number in [0, 1); got 1.0.",
+    ),
+    "negative rate": (
+        ValueError,
+        lambda: kernels.adamw(V, V, V, V, **{**ADAM, "learning_rate": -1}),
+        "adamw: learning_rate must be a finite number at least 0; got -1.",
+    ),
+    "b2 of one": (
+        ValueError,
+        lambda: kernels.adamw(V, V, V, V, **{**ADAM, "b2": 1}),
+        "adamw: b2 must be a finite number in [0, 1); got 1.",
+    ),
+    "eps": (
+        ValueError,
+        lambda: kernels.adamw(V, V, V, V, **{**ADAM, "eps": float("nan")}),
+        "adamw: eps must be a finite number at least 0; got nan.",
+    ),
+    "integer param": (
+        TypeError,
+        lambda: kernels.adamw(V.astype(int), V, V, V, **ADAM),
+        "adamw: param must have a floating-point dtype; got int32.",
+    ),
+}
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_bad_arguments_are_refused(bad):
+    error, call, text = BAD[bad]
+    with pytest.raises(error, match=re.escape(text)):
+        call()
+
+
+@pytest.mark.parametrize("name", ["pallas", "triton"])
+@pytest.mark.parametrize(
+    "op, call",
+    {
+        "conv2d": lambda name: kernels.conv2d(X, W, B, implementation=name),
+        "dense": lambda name: kernels.dense(M, M.T, jnp.zeros(5), implementation=name),
+        "cross_entropy": lambda name: kernels.cross_entropy(
+            M, jnp.zeros(5, int), implementation=name
+        ),
+    }.items(),
+)
+def test_an_implementation_that_an_op_lacks_is_refused(op, call, name):
+    text = (
+        f"{op}: implementation={name!r} was asked for, and {op} has no {name} kernel; it has "
+        "'xla'. Pass one of those, or leave implementation out to have one chosen."
+    )
+    with pytest.raises(NotImplementedError, match=re.escape(text)):
+        call(name)
+
+
+def test_an_unknown_implementation_is_refused():
+    text = (
+        "conv2d: implementation must be None or one of 'xla', 'pallas', 'triton'; got 'cuda'. "
+        "Leave it out to have one chosen."
+    )
+    with pytest.raises(ValueError, match=re.escape(text)):
+        kernels.conv2d(X, W, B, implementation="cuda")
+
+
+def test_the_named_implementation_is_the_one_that_runs():
+    choices = {"xla": lambda: "xla", "triton": lambda: "triton"}
+    assert registry.resolve("op", "triton", choices)() == "triton"
+    assert registry.resolve("op", None, choices)() == "xla"
+    assert registry.resolve("op", "xla", choices)() == "xla"
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
+def test_compiler_options(platform):
+    options = kernels.compiler_options(platform)
+    assert bool(options) == (platform == "cpu")
+    if platform == jax.default_backend():  # an option that jax does not know would raise here
+        f = jax.jit(lambda: kernels.conv2d(X, W, B), compiler_options=options)
+        assert f().shape == (2, 6, 6, 4)
+
+
+def test_the_bare_name_is_refused():
+    code = "import sys; sys.path.insert(0, '.'); import kernels"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "'kernels' is installed as txcore.kernels: write 'import txcore.kernels'" in done.stderr
+
+
+def test_the_kernels_import_nothing_else_of_txcore():
+    files = list(pathlib.Path(kernels.__file__).parent.rglob("*.py"))
+    lines = [line for file in files for line in file.read_text().splitlines()]
+    imports = [line for line in lines if re.match(r"(from|import) txcore", line)]
+    assert len(files) > 10
+    assert len(imports) > 10
+    allowed = r"from txcore import _compat$|from txcore\.kernels"
+    assert [line for line in imports if not re.match(allowed, line)] == []
+
+
+def test_every_example_in_the_docstrings_runs():
+    modules = [m for name, m in sys.modules.items() if name.startswith("txcore.kernels")]
+    results = [doctest.testmod(m) for m in modules]
+    assert sum(r.attempted for r in results) >= 15
+    assert not any(r.failed for r in results)
+
+
+def test_numpy_dtypes_pass():
+    out = kernels.dense(np.ones((2, 5), np.float32), np.ones((5, 3), np.float32), np.zeros(3, "f4"))
+    np.testing.assert_array_equal(out, np.full((2, 3), 5.0))
