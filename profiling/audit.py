@@ -110,7 +110,7 @@ def audit_text(hlo: str, *, mesh: meshes.MeshLike | None = None) -> Report:
         raise TypeError(f"audit_text needs HLO text, but got a {type(hlo).__name__}")
     sizes = (meshes.sizes_of(mesh),) if mesh is not None else ()
     ops = find_collectives(hlo, devices=_largest(sizes))
-    if not ops and "HloModule" not in hlo:
+    if "HloModule" not in hlo and all(op.kind == "unknown" for op in ops):
         raise ValueError(
             "audit_text needs the text of an HLO module, which begins with 'HloModule', but got "
             f"{hlo[:40]!r}: pass compiled.as_text() or an XLA dump"

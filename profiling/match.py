@@ -8,7 +8,7 @@ a twin of its size is left and nothing is missing.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from txcore.profiling.hlo import Op
@@ -88,10 +88,11 @@ def _excess(ops: Sequence[Op], declared: Sequence[Declared]) -> int:
 def _surplus(places: list[int], ops: Sequence[Op], declared: Sequence[Declared]) -> set[int]:
     """Pick the ops to blame for a surplus: least credible first, all of the same credibility."""
     blamed: set[int] = set()
+    if _excess([ops[p] for p in places], declared) <= 0:
+        return blamed
     for suspects in _least_credible_first(places, ops, declared):
         suspects = suspects - blamed
-        left = [p for p in places if p not in blamed]
-        excess = _excess([ops[p] for p in left], declared)
+        excess = _excess([ops[p] for p in places if p not in blamed], declared)
         if excess <= 0:
             break
         exact = [p for p in suspects if _sent([ops[p]], declared)[0] == excess]
@@ -102,22 +103,18 @@ def _surplus(places: list[int], ops: Sequence[Op], declared: Sequence[Declared])
 
 def _least_credible_first(
     places: list[int], ops: Sequence[Op], declared: Sequence[Declared]
-) -> list[set[int]]:
-    """Order by credibility: tags that nobody declared, tags sent more than declared, the rest."""
-    tags = {p: frozenset[str | None](ops[p].tags or (None,)) for p in places}
+) -> Iterator[set[int]]:
+    """Yield ops by credibility: tags nobody declared, tags with more than declared, the rest."""
+    by_tags: dict[frozenset[str | None], list[int]] = defaultdict(list)
+    for p in places:
+        by_tags[frozenset(ops[p].tags or (None,))].append(p)
     declared_tags = {d.tag for d in declared}
-    strange = {p for p in places if not tags[p] <= declared_tags}
-    over = {
-        p
-        for p in places
-        if _excess(
-            [ops[q] for q in places if tags[q] == tags[p]],
-            [d for d in declared if d.tag in tags[p]],
-        )
-        > 0
-    }
-    untagged = {p for p in places if not ops[p].tags}
-    return [strange, over, untagged, set(places)]
+    yield {p for tags, same in by_tags.items() if not tags <= declared_tags for p in same}
+    for tags, same in by_tags.items():
+        if _excess([ops[p] for p in same], [d for d in declared if d.tag in tags]) > 0:
+            yield set(same)
+    yield set(by_tags.get(frozenset({None}), ()))
+    yield set(places)
 
 
 def _missing(ops: Sequence[Op], declared: Sequence[Declared]) -> list[Declared]:

@@ -2,7 +2,8 @@
 
 Only what an audit needs is kept: each instruction's name, opcode, type, and the rest of its line,
 which `attributes.py` reads for the few instructions that matter. So the time is linear in the
-length of the text. A line that cannot be read and names a collective is kept as unreadable.
+length of the text. An instruction that cannot be read is kept as such: it may have been a
+collective.
 """
 
 import re
@@ -23,12 +24,15 @@ KINDS = (
 
 _NAME = r"\s*(?:ROOT\s+)?%?([\w.\-]+)\s*=\s*"
 _INSTRUCTION = re.compile(_NAME + r"([a-z]\w*\[[^\[\]]*\](?:\{[^{}]*\})?)\s+([a-z][\w\-]*)(\(.*)")
-_TUPLE_INSTRUCTION = re.compile(_NAME + r"(?=\()")
+_TUPLE_INSTRUCTION = re.compile(_NAME + r"b?(?=\()")  # b(...) is the type of a buffer
 _OPCODE = re.compile(r"\s*([a-z][\w\-]*)(\(.*)")
 _COMPUTATION = re.compile(r"(ENTRY\s+)?%?([\w.\-]+)\s*(?:\(.*)?\{\s*$")
 _COUNT = re.compile(r"\b(num_partitions|replica_count)=(\d+)")
 _QUOTED = re.compile(r'"(?:[^"\\]|\\.)*+"')
-_LOOKS_LIKE_COLLECTIVE = re.compile("|".join(KINDS))
+# A damaged line: the beginning of an instruction, or a trace of a collective.
+_LOOKS_DAMAGED = re.compile(
+    "|".join((*KINDS, "replica_groups=", "source_target_pairs=", r"^\s*(?:ROOT\s+)?%[\w.\-]+\s*="))
+)
 _TABLE_ROW = re.compile(r"(\d+)\s+(.*)")
 
 
@@ -123,8 +127,13 @@ def _read_line(draft: _Draft, line: str) -> None:
         _close_computation(draft)
         draft.table = ""
         draft.computation, draft.is_entry = header[2], bool(header[1])
-    elif _LOOKS_LIKE_COLLECTIVE.search(_QUOTED.sub('""', line)):
+    elif _LOOKS_DAMAGED.search(_unquoted(line)):
         draft.unreadable.append(line.strip())
+
+
+def _unquoted(line: str) -> str:
+    # With an odd number of quotes nobody knows what is inside of them.
+    return line if line.count('"') % 2 else _QUOTED.sub('""', line)
 
 
 def read_instruction(line: str) -> Instruction | None:

@@ -293,6 +293,10 @@ def test_stack_frames_in_a_circle_end():
         ("%r = f32[8,4] all-reduse(%x), replica_groups={{0,1}}", "unknown form"),
         ("%r = f32[8,4] all-gather-done(%x)", "unknown form"),
         ("%r = (f32[8,4] all-to-all(%x), replica_groups={}", "cannot be read"),
+        ("%r = f32[8,4] all-red", "cannot be read"),
+        ("%r = f32[8", "cannot be read"),
+        ('ROOT %r"x = f32[8,4] all-reduce(%x), metadata={op_name="a"}', "cannot be read"),
+        ("r/ f32[8,4] all-re(%x), replica_groups={{0,1}}", "cannot be read"),
     ],
 )
 def test_what_looks_like_a_collective_and_cannot_be_read_is_unknown(line, problem):
@@ -305,6 +309,8 @@ def test_text_that_only_names_a_collective_is_none():
     body = (
         f"  %r = f32[8,4] all-reduce(%x), {REPLICAS}, to_apply=%add\n"
         "  %g = f32[8,4] get-tuple-element(%all-reduce.1), index=0\n"
+        "  %b = b(f32[8,4]{1,0}) copy(%x)\n"
+        "  %l = s32[2,2] constant({ { 1, 2 },\n  { 3, 4 } })\n"
         '  %c = f32[8,4] copy(%r), metadata={op_name="all-reduce(x), replica-groups"}'
     )
     assert len(find_collectives(module(body))) == 1
@@ -364,3 +370,13 @@ def test_100_000_lines_take_a_few_seconds():
     start = time.perf_counter()
     assert len(find_collectives(text)) == 2000
     assert time.perf_counter() - start < 5
+
+
+def test_damaged_text_neither_crashes_nor_hides_the_collective():
+    line = f"  %r = f32[8,4]{{1,0}} all-reduce(%x), {REPLICAS}, to_apply=%add"
+    name_ends = line.index("=")
+    for cut in range(name_ends + 1, len(line)):
+        assert len(find_collectives(module(line[:cut]))) == 1
+    for place in range(name_ends + 1, len(line)):
+        for character in '(){}[]"=,%~':
+            find_collectives(module(line[:place] + character + line[place + 1 :]))
