@@ -58,8 +58,9 @@ def audit(fn: Callable[..., Any] | jax.stages.Compiled, *args: Any) -> Report:
             f"audit needs a jax function or a jax.stages.Compiled, but got a {type(fn).__name__}: "
             "call audit(fn, *args), or audit_text(hlo) for text"
         )
-    # Anything that can be traced, and a function that was wrapped after jax.jit cannot.
-    traced = (fn if hasattr(fn, "trace") else jax.jit(fn)).trace(*args)
+    is_jitted = hasattr(fn, "trace") and hasattr(fn, "lower")
+    jitted: Any = fn if is_jitted else jax.jit(fn)
+    traced = jitted.trace(*args)
     return audit_compiled(traced.lower().compile(), traced.jaxpr)
 
 

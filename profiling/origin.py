@@ -23,13 +23,11 @@ A line can lie: jax 0.10 prints no mark, and its partitioner copies op_name and 
 collective. So `match.py` compares the result with the traced program.
 """
 
-import re
-
 from txcore.profiling.hlo import Op
+from txcore.profiling.hlo.attributes import split_outside
 from txcore.profiling.jaxpr import KIND_OF, made_by_autodiff
 
 UNEXPLAINED = ("partitioner", "boundary", "unknown")
-_MERGED = re.compile(r"\(([^()]*:.*)\)$")
 
 
 def origin_of(op: Op) -> tuple[str, str]:
@@ -58,9 +56,13 @@ def origin_of(op: Op) -> tuple[str, str]:
 def _last_parts(op_name: str) -> list[str]:
     """Return the last part of each op that was merged; an argument's name, without a path, is "".
 
-    XLA writes the path of merged ops as "jit(f)/(shard_map/psum:reduce_sum)".
+    XLA writes the path of merged ops as "jit(f)/shard_map/(transpose(jvp())/psum:reduce_sum)".
     """
-    if merged := _MERGED.search(op_name):
-        return [name.rsplit("/", 1)[-1] for name in merged[1].split(":")]
-    _, slash, last = op_name.rpartition("/")
-    return [last if slash else ""]
+    parts = split_outside(op_name, "/")
+    if len(parts) < 2:
+        return [""]
+    last = parts[-1]
+    if not (last.startswith("(") and last.endswith(")")):
+        return [last]
+    merged = split_outside(last[1:-1], ":")
+    return [path.rsplit("/", 1)[-1] for path in merged] or [""]

@@ -25,6 +25,8 @@ def row_of(op: Op, declared: Sequence[Declared], sizes: Sequence[meshes.Sizes]) 
     origin, note = origin_of(op)
     axes, group_size = _axes(op, sizes)
     meant = [d for d in declared if d.tag in (op.tags or (None,))]
+    if origin == "txcore" and _is_merged_with_autodiff(op, declared, meant):
+        origin, note = "autodiff", "merged with a collective that autodiff made, without a tag"
     scale = group_size if op.kind == "all-gather" else 1
     dtypes = [_dtype(shape, scale, meant) for shape in op.operands]
     sources = {d.source for d in meant}
@@ -45,6 +47,14 @@ def row_of(op: Op, declared: Sequence[Declared], sizes: Sequence[meshes.Sizes]) 
         trips_known=op.trips.known,
         note=note,
     )
+
+
+def _is_merged_with_autodiff(
+    op: Op, declared: Sequence[Declared], meant: Sequence[Declared]
+) -> bool:
+    """Tell whether more was merged into a tagged op than its tags declare, autodiff's too."""
+    more = op.elements > sum(d.elements for d in meant)
+    return more and any(d.autodiff for d in declared)
 
 
 def _axes(op: Op, sizes: Sequence[meshes.Sizes]) -> tuple[tuple[str, ...], int]:

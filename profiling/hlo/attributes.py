@@ -37,15 +37,15 @@ def split(instruction: Instruction) -> tuple[str, str]:
     return instruction.rest[1 : end - 1], instruction.rest[end:]
 
 
-def split_operands(operands: str) -> list[str]:
-    """Split a list of operands at its outer commas."""
+def split_outside(text: str, separator: str) -> list[str]:
+    """Split a text at the separators that are outside of all brackets; drop empty parts."""
     parts, depth, start = [], 0, 0
-    for i, char in enumerate(operands):
+    for i, char in enumerate(text):
         depth += (char in "([{") - (char in ")]}")
-        if char == "," and depth == 0:
-            parts.append(operands[start:i].strip())
+        if char == separator and depth == 0:
+            parts.append(text[start:i].strip())
             start = i + 1
-    return [p for p in [*parts, operands[start:].strip()] if p]
+    return [p for p in [*parts, text[start:].strip()] if p]
 
 
 def callees(instruction: Instruction) -> tuple[str, ...]:

@@ -156,7 +156,7 @@ def _read_op(instruction: Instruction, kind: str, context: _Context) -> Op:
 
 
 def _shapes(operands: str, kind: str, context: _Context) -> tuple[Shape, ...]:
-    parts = attributes.split_operands(operands)
+    parts = attributes.split_outside(operands, ",")
     if not parts:
         raise HloError("no operands")
     # The other operands are buffers to write to and offsets, which nobody sends.

@@ -1,5 +1,6 @@
 """Programs in which communication gets in unasked, and ones in which a tag lies: all flagged."""
 
+import contextlib
 import re
 
 import jax
@@ -237,6 +238,24 @@ def test_autodiffs_own_reduction_is_a_class_of_its_own():
     assert report.ok
     assert not report.exact
     assert str(report).endswith("nothing was added; not exact: 1 left to autodiff")
+
+
+@pytest.mark.parametrize("name", [None, "psum/loss"])
+def test_autodiffs_reduction_merged_with_a_users_is_not_taken_for_declared(name):
+    mesh = mesh_of(data=4, model=2)
+
+    def step(w, x):
+        grads = jax.grad(lambda w: ((x @ w) ** 2).sum())(w)
+        with tag(name) if name else contextlib.nullcontext():
+            return grads, lax.psum(x.sum(), "data")
+
+    fn = on(mesh, (P(), P("data")), P())(step)
+    report = audit(fn, shape(mesh, P(), 4, 4), shape(mesh, P("data"), 8, 4))
+    (row,) = report.collectives
+    assert row.origin == "autodiff"
+    assert row.payload_bytes == 64 + 4
+    assert report.ok
+    assert not report.exact
 
 
 def test_autodiffs_reduction_inside_a_scan_is_autodiffs():

@@ -141,6 +141,11 @@ ENTRY %main (x: f32[8]) -> f32[8] {
          'metadata={op_name="jit(f)/(shard_map/psum_invariant:reduce_sum)"}', "partitioner"),
         ('frontend_attributes={txcore="psum/x,psum/y"}, '
          'metadata={op_name="jit(f)/(shard_map/psum_invariant:shard_map/psum)"}', "txcore"),
+        ('metadata={op_name="jit(f)/shard_map/(transpose(jvp())/psum_invariant:psum)"}',
+         "autodiff"),
+        ('metadata={op_name="jit(f)/(shard_map/psum:shard_map/psum)"}', "user"),
+        ('metadata={op_name="jit(f)/(/:/)"}', "boundary"),
+        ('metadata={op_name="jit(f)/()"}', "boundary"),
         ('metadata={op_name="jit(f)/reduce_sum"}', "partitioner"),
         ('metadata={op_name="jit(f)/shard_map"}', "boundary"),
         ('frontend_attributes={is_spmd_generated="true"}, metadata={op_name="params"}', "boundary"),
