@@ -11,11 +11,9 @@ from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import Any
 
-from jax.extend import core
-
 from txcore import _compat
 from txcore.profiling import meshes, source
-from txcore.profiling.jaxpr import axes_of, made_by_autodiff, path_of, sub_jaxprs
+from txcore.profiling.jaxpr import axes_of, is_literal, made_by_autodiff, path_of, sub_jaxprs
 
 _GATHERS = ("all_gather", "all_gather_invariant", "all_gather_reduced")
 _REDUCTIONS = ("psum", "psum_invariant", "reduce_scatter")
@@ -102,8 +100,7 @@ class _Walk:
         self.divisors.update(_divisors(jaxpr))
 
         def read(var: Any) -> _Along:
-            is_literal = isinstance(var, core.Literal)
-            return _Along.SAME if is_literal else known.get(var, _Along.DIFFERS)
+            return _Along.SAME if is_literal(var) else known.get(var, _Along.DIFFERS)
 
         for eqn in jaxpr.eqns:
             outputs = self._eqn(eqn, [read(v) for v in eqn.invars])
@@ -191,12 +188,12 @@ class _Walk:
 
 def _divisors(jaxpr: Any) -> dict[Any, float]:
     variables = [v for eqn in jaxpr.eqns for v in eqn.invars] + list(jaxpr.outvars)
-    uses = Counter(v for v in variables if not isinstance(v, core.Literal))
+    uses = Counter(v for v in variables if not is_literal(v))
     divided = (eqn.invars for eqn in jaxpr.eqns if eqn.primitive.name == "div")
     return {
         value: float(by.val)
         for value, by in divided
-        if isinstance(by, core.Literal) and not isinstance(value, core.Literal) and uses[value] == 1
+        if is_literal(by) and not is_literal(value) and uses[value] == 1
     }
 
 

@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend import core
 
 from txcore import _compat
 from txcore.profiling import meshes, source
@@ -123,7 +122,14 @@ def sub_jaxprs(eqn: Any) -> list[Any]:
     """Return the jaxprs in an equation's parameters, a kernel's body left out."""
     if eqn.primitive.name in _KERNELS:
         return []
-    return [_open(jaxpr) for jaxpr in core.jaxprs_in_params(eqn.params)]
+    listed = (p if isinstance(p, tuple | list) else (p,) for p in eqn.params.values())
+    return [_open(p) for values in listed for p in values if hasattr(_open(p), "eqns")]
+
+
+def is_literal(var: Any) -> bool:
+    """Tell whether an input of an equation is a constant written into it."""
+    # jax.extend.core names the class, but importing it imports all of Pallas.
+    return hasattr(var, "val")
 
 
 def _open(jaxpr: Any) -> Any:
@@ -151,7 +157,7 @@ def _walk(jaxpr: Any, scope: _Scope, depends: set[Any]) -> Iterator[Declared]:
 
 
 def _is_in(var: Any, depends: set[Any]) -> bool:
-    return not isinstance(var, core.Literal) and var in depends
+    return not is_literal(var) and var in depends
 
 
 def _enter(eqn: Any, scope: _Scope) -> _Scope:

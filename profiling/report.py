@@ -6,8 +6,6 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from tabulate import tabulate
-
 from txcore.profiling.jaxpr import Declared
 
 _WIDTH = 100
@@ -204,6 +202,8 @@ def _some(named: list[str]) -> str:
 
 
 def _table(rows: tuple[Collective, ...]) -> list[str]:
+    from tabulate import tabulate  # here, since importing txcore must cost little
+
     if not rows:
         return []
     cells = [list(_HEAD), *map(_cells, rows)]
