@@ -44,7 +44,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--learning-rate", type=float, help="default: 0.02 for sgd, 0.001 for adamw")
     add("--optimizer", default="sgd", choices=list(LEARNING_RATES), help="sgd has momentum 0.9")
     add("--lr-scaling", default="none", choices=["none", "linear"], help="rate x batch / 64")
-    add("--warmup", type=int, default=0, help="steps of linear warm-up")
+    add("--warmup", type=int, default=100, help="steps of linear warm-up; default: 100")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--steps", type=int)
     length.add_argument("--epochs", type=int, help="default: 3")
@@ -76,8 +76,11 @@ def choose_devices(wanted: str, num_processes: int) -> list[Any]:
             f"multiple of {num_processes}"
         )
     local = count // num_processes
-    _compat.simulate_cpu_devices(local)
+    if not _compat.backend_started():
+        _compat.simulate_cpu_devices(local)
     devices = jax.devices() if jax.device_count() >= count else jax.devices("cpu")
+    if len(devices) < count:
+        raise ValueError(f"--devices {count}: this jax has started with {len(devices)} devices")
     if devices[0].platform == "cpu" and local > 1:
         say(f"simulating {local} CPU devices" + (" a process" if num_processes > 1 else ""))
     return devices[:count]

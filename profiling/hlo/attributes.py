@@ -23,6 +23,7 @@ _CALLS = re.compile(
 )
 _TRIP_COUNT = re.compile(r'known_trip_count\\?"?\s*[:=]\s*\{\s*\\?"?n\\?"?\s*[:=]\s*\\?"?(\d+)')
 _NAME = re.compile(r"[\w.\-]+")
+_COMMENT = re.compile(r"/\*.*?\*/")  # XLA counts the elements of long lists: /*index=5*/
 
 
 def split(instruction: Instruction) -> tuple[str, str]:
@@ -34,7 +35,7 @@ def split(instruction: Instruction) -> tuple[str, str]:
     end = closing(instruction.rest, 0)
     if end is None:
         raise HloError(f"the operands of {instruction.name} do not end")
-    return instruction.rest[1 : end - 1], instruction.rest[end:]
+    return _COMMENT.sub("", instruction.rest[1 : end - 1]), instruction.rest[end:]
 
 
 def split_outside(text: str, separator: str) -> list[str]:

@@ -380,3 +380,13 @@ def test_damaged_text_neither_crashes_nor_hides_the_collective():
     for place in range(name_ends + 1, len(line)):
         for character in '(){}[]"=,%~':
             find_collectives(module(line[:place] + character + line[place + 1 :]))
+
+
+def test_the_counts_that_xla_prints_in_long_lists_are_no_names():
+    names = [f"%x{i}" for i in range(7)]
+    body = "\n".join(f"  {n} = f32[{i + 1}]{{0}} parameter({i + 2})" for i, n in enumerate(names))
+    operands = ", ".join(names[:5] + [f"/*index=5*/{names[5]}", names[6]])
+    types = ", ".join(f"{'/*index=5*/' * (i == 5)}f32[{i + 1}]{{0}}" for i in range(7))
+    line = f"  %r = ({types}) all-reduce({operands}), replica_groups={{}}, to_apply=%add"
+    (op,) = find_collectives(module(f"{body}\n{line}"))
+    assert (op.kind, op.elements) == ("all-reduce", 28)
