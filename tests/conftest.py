@@ -10,6 +10,7 @@ from txcore import _compat
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 _compat.simulate_cpu_devices(8)
+jax.devices()  # start the backend, so that no test changes the number
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 MNIST = ROOT.parent / "shared" / "mnist"

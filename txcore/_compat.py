@@ -28,6 +28,8 @@ def tracks_varying(axis: str) -> bool:
     """Tell whether jax tracks varying axes here (not under check_vma=False or vmap)."""
     # The index along an axis varies along it by definition: if its type does not say so,
     # nothing's type does.
+    if axis not in bound_axes():  # an axis of vmap: its index is typed, its data is not
+        return False
     index = jax.eval_shape(lambda: lax.axis_index(axis))
     return axis in varying_axes(index)
 

@@ -16,14 +16,15 @@ BAD = [
     (
         lambda x: tx.psum(tx.psum(x, "data"), "data", name="loss"),
         ValueError,
-        "tx.psum over axis 'data': loss does not vary along it, so it is reduced already (or the "
-        "same everywhere) and another reduction would count it 4 times. Remove this tx.psum; if "
-        "the sum of 4 copies is meant, write tx.psum(tx.vary(x, 'data'), 'data')",
+        "tx.psum over axis 'data': loss does not vary along it: it is reduced already, or the "
+        "same on every device. Another reduction would multiply it by 4: remove one. If it is "
+        "meant all the same, reduce tx.vary(x, 'data')",
     ),
     (
         lambda x: tx.pmean({"w": {"b": tx.pmean(x, "data")}}, "data", name="grads"),
         ValueError,
-        "tx.pmean over axis 'data': grads['w']['b'] does not vary along it",
+        "tx.pmean over axis 'data': grads['w']['b'] does not vary along it: it is reduced already, "
+        "or the same on every device. Another reduction would change nothing: remove one",
     ),
     (
         lambda x: tx.reduce_scatter(jnp.ones(8), "data"),
@@ -33,8 +34,8 @@ BAD = [
     (
         lambda x: tx.psum(1, "data"),
         TypeError,
-        "tx.psum of the Python number 1 (x) would multiply it by the axis size: it is the same "
-        "on every device. For the number of devices use tx.axis_size",
+        "tx.psum needs arrays, got the Python number 1 at x: it is the same on every device, so "
+        "there is nothing to reduce. For the number of devices use tx.axis_size",
     ),
     (
         lambda x: tx.psum(x, "model"),
@@ -206,3 +207,20 @@ def test_vary_is_idempotent_axis_by_axis():
     x = shards({"data": 2, "model": 2})
     got = sharded(f, {"data": 2, "model": 2})(x)
     np.testing.assert_array_equal(got, np.broadcast_to(x.sum(0), x.shape))
+
+
+@pytest.mark.parametrize("op", ["psum", "pmax", "broadcast", "all_gather", "shift"])
+def test_an_axis_of_vmap_inside_shard_map(op):
+    """jax types vmapped data as invariant there: nothing could be told, so it is refused."""
+
+    def f(x):
+        return jax.vmap(lambda v: getattr(tx, op)(v, "rows"), axis_name="rows")(x)
+
+    x = shards({"data": 2}, (4, 4))
+    text = f"tx.{op} over 'rows', an axis of jax.vmap, inside a shard_map or step over 'data'"
+    with pytest.raises(ValueError, match=re.escape(text)):
+        jax.eval_shape(sharded(f, {"data": 2}, jit=False), x)
+    if op in ("psum", "pmax"):
+        reduce = {"psum": np.sum, "pmax": np.max}[op]
+        got = sharded(f, {"data": 2}, check_vma=False)(x)
+        np.testing.assert_array_equal(got, np.broadcast_to(reduce(x, 1, keepdims=True), x.shape))

@@ -39,6 +39,10 @@ def test_bool_is_counted_by_psum_and_kept_by_broadcast():
     x = shards({"data": 4}) > 0
     summed = sharded(lambda v: tx.psum(v, "data"), {"data": 4})(x)
     np.testing.assert_array_equal(summed, np.broadcast_to(x.sum(0), x.shape))
+    for n in (1, 4):
+        parts = sharded(lambda v: tx.reduce_scatter(v, "data", mean=True), {"data": n})(x[:n])
+        assert parts.dtype == np.float32
+        np.testing.assert_array_equal(np.concatenate(parts), x[:n].mean(0))
     sent = sharded(lambda v: tx.broadcast(v, "data", root=3), {"data": 4})(x)
     assert sent.dtype == bool
     np.testing.assert_array_equal(sent, np.broadcast_to(x[3], x.shape))

@@ -91,4 +91,3 @@ def test_jax_psum_of_a_mean_is_caught_too():
         tx.testing.assert_plans_agree(
             step, toys.params(), [toys.batch()], engines=(toys.engine(1), toys.engine(2))
         )
-    assert np.isfinite(toys.batch()["x"]).all()

@@ -38,7 +38,26 @@ def check_axes(op: str, axis: Any) -> tuple[str, ...]:
     for name in axes:
         if _compat.axis_size(name) is None:
             raise NameError(_unbound(op, name))
+        _refuse_vmap_axis(op, name)
     return axes
+
+
+def names_of(axes: Iterable[str]) -> str:
+    """Return axes as one would write them in a call: 'data', or ('data', 'model')."""
+    axes = tuple(axes)
+    return repr(axes[0] if len(axes) == 1 else axes)
+
+
+def _refuse_vmap_axis(op: str, axis: str) -> None:
+    bound = _compat.bound_axes()
+    if axis in bound or not any(map(_compat.tracks_varying, bound)):
+        return
+    raise ValueError(
+        f"tx.{op} over {axis!r}, an axis of jax.vmap, inside a shard_map or step over "
+        f"{', '.join(map(repr, bound))}: jax does not track along which axes vmapped values vary "
+        "there. Reduce the vmapped dim with jax.numpy outside the vmap, or use "
+        "jax.shard_map(..., check_vma=False)"
+    )
 
 
 def _unbound(op: str, axis: str) -> str:
@@ -101,8 +120,9 @@ def _tag(op: str, label: str, path: Any) -> str:
 def _check_leaf(op: str, value: Any, where: str, verb: str) -> jax.Array:
     if isinstance(value, (bool, int, float, complex)) and verb == "reduce":
         raise TypeError(
-            f"tx.{op} of the Python number {value!r} ({where}) would multiply it by the axis "
-            "size: it is the same on every device. For the number of devices use tx.axis_size"
+            f"tx.{op} needs arrays, got the Python number {value!r} at {where}: it is the same on "
+            "every device, so there is nothing to reduce. For the number of devices use "
+            "tx.axis_size"
         )
     if _compat.is_key_array(value):
         raise TypeError(
@@ -117,7 +137,7 @@ def _check_leaf(op: str, value: Any, where: str, verb: str) -> jax.Array:
     return jnp.asarray(value)
 
 
-def reduced_axes(op: str, leaf: Leaf, axes: tuple[str, ...]) -> tuple[str, ...]:
+def reduced_axes(op: str, leaf: Leaf, axes: tuple[str, ...], *, mean: bool) -> tuple[str, ...]:
     """Return the axes to reduce `leaf` over; refuse those along which it does not vary.
 
     An axis of size 1 along which the value does not vary needs no collective.
@@ -128,11 +148,11 @@ def reduced_axes(op: str, leaf: Leaf, axes: tuple[str, ...]) -> tuple[str, ...]:
         if size == 1 and not varying:
             continue
         if varying is False:
+            effect = "change nothing" if mean else f"multiply it by {size}"
             raise ValueError(
-                f"tx.{op} over axis {axis!r}: {leaf.where} does not vary along it, so it is "
-                f"reduced already (or the same everywhere) and another reduction would count it "
-                f"{size} times. Remove this tx.{op}; if the sum of {size} copies is meant, "
-                f"write tx.{op}(tx.vary(x, {axis!r}), {axis!r})"
+                f"tx.{op} over axis {axis!r}: {leaf.where} does not vary along it: it is reduced "
+                f"already, or the same on every device. Another reduction would {effect}: remove "
+                f"one. If it is meant all the same, reduce tx.vary(x, {axis!r})"
             )
         kept.append(axis)
     return tuple(kept)
@@ -161,6 +181,12 @@ def vary_leaf(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     """Cast `x` to vary along those of `axes` that it does not vary along yet."""
     missing = tuple(a for a in axes if varies(x, a) is False)
     return _compat.cast_to_varying(x, missing) if missing else x
+
+
+def divide(total: jax.Array, size: int) -> jax.Array:
+    """Return total / size, floating point whatever `size` is."""
+    exact = size == 1 and jnp.issubdtype(total.dtype, jnp.inexact)
+    return total if exact else total / size
 
 
 def check_dim(op: str, option: str, dim: Any, leaf: Leaf) -> int:

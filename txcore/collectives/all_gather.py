@@ -24,7 +24,8 @@ def all_gather(
 
     Transpose: `reduce_scatter` over the same axis and dim. With `invariant=True` the
     result's cotangent is the same on every device, and the transpose only slices it: no
-    collective in the backward pass.
+    collective in the backward pass. With check_vma=False there is no such type, and the
+    transpose is `reduce_scatter` again: a factor of the axis size for a gradient taken inside.
 
     Args:
       x: pytree of arrays, each with at least one dim.

@@ -21,7 +21,8 @@ def broadcast(
     Equation: `y[i] = x[root]`, as `psum(where(axis_index == root, x, 0))`: an all-reduce, for
     which jax has an invariant type and a transpose on every platform. The result is invariant.
 
-    Transpose: the cotangent arrives at `root`; the other devices get 0.
+    Transpose: the cotangent arrives at `root`; the other devices get 0. With check_vma=False
+    the sum of all devices' cotangents does.
 
     Args:
       x: pytree of arrays, any shape. A leaf that does not vary along an axis is the root's

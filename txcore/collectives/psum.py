@@ -43,7 +43,7 @@ def psum(x: Any, axis: str | tuple[str, ...], *, name: str | None = None) -> Any
     References:
       Shoeybi et al., Megatron-LM, 2019, section 3 (the conjugate f and g).
     """
-    return _reduce("psum", x, axis, name, _psum)
+    return _reduce("psum", x, axis, name, mean=False)
 
 
 def pmean(x: Any, axis: str | tuple[str, ...], *, name: str | None = None) -> Any:
@@ -51,7 +51,8 @@ def pmean(x: Any, axis: str | tuple[str, ...], *, name: str | None = None) -> An
 
     Equation: `pmean(x) = psum(x) / axis_size`. The result is invariant along `axis`.
 
-    Transpose: the cotangent divided by the axis size, cast to varying.
+    Transpose: the cotangent divided by the axis size, cast to varying. With check_vma=False
+    pmean itself, so a gradient taken inside gains a factor of the axis size.
 
     Args:
       x: pytree of numeric arrays, any shape, each varying along `axis`.
@@ -70,14 +71,16 @@ def pmean(x: Any, axis: str | tuple[str, ...], *, name: str | None = None) -> An
       >>> tx.testing.run_sharded(f, np.arange(4.0), axes={"data": 4}, out_specs=P())
       array([1.5], dtype=float32)
     """
-    return _reduce("pmean", x, axis, name, _pmean)
+    return _reduce("pmean", x, axis, name, mean=True)
 
 
-def _reduce(op: str, x: Any, axis: Any, name: str | None, reduce: Any) -> Any:
+def _reduce(op: str, x: Any, axis: str | tuple[str, ...], name: str | None, *, mean: bool) -> Any:
     axes = _leaves.check_axes(op, axis)
 
     def one(leaf: Leaf) -> jax.Array:
-        return reduce(leaf.value, _leaves.reduced_axes(op, leaf, axes))
+        kept = _leaves.reduced_axes(op, leaf, axes, mean=mean)
+        total = _psum(leaf.value, kept)
+        return _leaves.divide(total, _leaves.axes_size(kept)) if mean else total
 
     return _leaves.map_leaves(op, x, one, name=name, verb="reduce")
 
@@ -86,9 +89,3 @@ def _psum(value: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     if value.dtype == jnp.bool_:
         value = value.astype(jnp.int32)
     return lax.psum(value, axes) if axes else value
-
-
-def _pmean(value: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-    total, size = _psum(value, axes), _leaves.axes_size(axes)
-    exact = size == 1 and jnp.issubdtype(total.dtype, jnp.inexact)
-    return total if exact else total / size

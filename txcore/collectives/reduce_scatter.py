@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from txcore.collectives import _leaves
@@ -28,11 +29,11 @@ def reduce_scatter(
       x: pytree of numeric arrays, each varying along `axis`; `dim` divisible by the size.
       axis: mesh axis name, or a tuple of names, scattered in row-major order.
       dim: the array dim to scatter.
-      mean: divide by the axis size.
+      mean: divide by the axis size; integers become floating point.
       name: label of the operation's tag; letters, digits and `_ . / -`.
 
     Returns:
-      This device's shards; `dim` is shorter by the axis size.
+      This device's shards; `dim` is shorter by the axis size. Bool counts as int32.
 
     Raises:
       ValueError: a leaf does not vary along `axis`, lacks `dim`, or its dim is indivisible.
@@ -51,12 +52,13 @@ def reduce_scatter(
     def one(leaf: Leaf) -> jax.Array:
         at = _leaves.check_dim("reduce_scatter", "dim", dim, leaf)
         _leaves.check_divisible("reduce_scatter", "dim", at, leaf, axes)
-        _leaves.reduced_axes("reduce_scatter", leaf, axes)
+        _leaves.reduced_axes("reduce_scatter", leaf, axes, mean=mean)
         value, kept = _leaves.moved_axes(leaf, axes)
-        if not kept:
-            return value
-        shard = lax.psum_scatter(value, kept, scatter_dimension=at, tiled=True)
-        return shard / _leaves.axes_size(kept) if mean else shard
+        if value.dtype == jnp.bool_:
+            value = value.astype(jnp.int32)
+        if kept:
+            value = lax.psum_scatter(value, kept, scatter_dimension=at, tiled=True)
+        return _leaves.divide(value, _leaves.axes_size(kept)) if mean else value
 
     return _leaves.map_leaves("reduce_scatter", x, one, name=name, verb="reduce")
 

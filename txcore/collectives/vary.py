@@ -14,8 +14,9 @@ def vary(x: Any, axis: str | tuple[str, ...], *, name: str | None = None) -> Any
 
     Equation: `y[i] = x`. Also named `pvary`.
 
-    Transpose: `psum` over those axes that were added, under this call's tag. Cast parameters
-    before differentiating to get local gradients and reduce them once, yourself.
+    Transpose: `psum` over those axes that were added, under this call's tag; identity with
+    check_vma=False. Cast parameters before differentiating to get local gradients and reduce
+    them once, yourself.
 
     Args:
       x: pytree of arrays. Axes that a leaf varies along already are left as they are.
