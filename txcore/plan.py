@@ -55,6 +55,19 @@ class Plan:
     data_parallel: DP | None = None
     batch: Mapping[str, P] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if self.data_parallel is not None and not isinstance(self.data_parallel, DP):
+            raise TypeError(
+                f"Plan needs data_parallel= a tx.DP or None, got {self.data_parallel!r}: write "
+                "tx.Plan(data_parallel=tx.DP(axis=...))"
+            )
+        for key, spec in self.batch.items():
+            if not isinstance(spec, P):
+                raise TypeError(
+                    f"Plan needs batch= PartitionSpecs by key, got {spec!r} for {key!r}: write "
+                    f"jax.sharding.PartitionSpec({spec!r})"
+                )
+
     @property
     def data_axes(self) -> tuple[str, ...]:
         """The axes over which the batch is sharded and gradients are averaged."""
@@ -78,15 +91,25 @@ class Plan:
 
     def batch_specs(self, batch: Any, mesh: MeshSpec) -> Any:
         """Return the spec of each leaf of `batch`, with axes of size 1 left out."""
+        whole = P(self.data_axes) if self.data_axes else P()
 
         def spec(path: Any, _: Any) -> P:
-            key = getattr(path[0], "key", None) if path else None
-            declared = self.batch.get(key) if isinstance(key, str) else None
-            if declared is None:
-                declared = P(self.data_axes or None)
-            return _without_size_one(declared, mesh)
+            return _without_size_one(self.batch.get(top_key(path), whole), mesh)
 
+        keys = {top_key(path) for path, _ in jax.tree_util.tree_flatten_with_path(batch)[0]}
+        if unknown := sorted(set(self.batch) - keys):
+            raise ValueError(
+                f"Plan(batch=...) declares {', '.join(map(repr, unknown))}, but the batch has "
+                f"{', '.join(sorted(map(repr, keys)))} at its top: name those"
+            )
         return jax.tree_util.tree_map_with_path(spec, batch)
+
+
+def top_key(path: Any) -> str:
+    """Return the first key of a leaf's path: a dict's key or a field's name, else ""."""
+    entry = path[0] if path else None
+    key = getattr(entry, "key", getattr(entry, "name", ""))
+    return key if isinstance(key, str) else ""
 
 
 def _spec_axes(spec: P) -> list[str]:

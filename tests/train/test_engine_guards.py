@@ -108,7 +108,8 @@ BAD = [
         unreduced_metric,
         ValueError,
         "metrics['loss'] varies along axis 'data': it is one device's value, not the global one. "
-        "Report tx.pmean(..., 'data') of a mean, or tx.psum(..., 'data') of a count",
+        "Report tx.pmean(..., 'data') of a mean, tx.psum(..., 'data') of a count, and what is made "
+        "of the parameters alone from state.stored_params",
     ),
     (
         missing_leaf,
@@ -130,7 +131,8 @@ BAD = [
         varying_extra,
         ValueError,
         "train_step needs to return a state that is the same on every device, but state.extra "
-        "varies along axis 'data': reduce it, for example with tx.pmean",
+        "varies along axis 'data': reduce it, for example with tx.pmean, or make it of "
+        "state.stored_params (state.params varies by design)",
     ),
     (
         other_dtype,
@@ -254,7 +256,11 @@ CALLS = [
         ValueError,
         "precision must be one of 'float32', 'bfloat16', got 'float8'",
     ),
-    (lambda: toys.engine(2, seed=-1), ValueError, "Engine needs seed= from 0 to 2**32 - 1, got -1"),
+    (
+        lambda: toys.engine(2, seed=-1),
+        ValueError,
+        "Engine needs seed= an int from 0 to 2**32 - 1, got -1",
+    ),
     (
         lambda: tx.Engine(mesh=jax.devices(), plan=tx.Plan(), optimizer=tx.optim.sgd(0.1)),
         TypeError,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Scope:
-    """The step that is being traced: its data axes, and the mesh axes of size 1.
+    """The step that is being traced: its data axes, the mesh axes of size 1, its batch.
 
     The engine leaves axes of size 1 out of every spec, so nothing varies along them and no
     collective over them is in the program.
@@ -16,6 +16,7 @@ class Scope:
 
     data_axes: tuple[str, ...]
     left_out: frozenset[str]
+    examples: int  # on this device
 
 
 _scope: contextvars.ContextVar[Scope | None] = contextvars.ContextVar("txcore_scope", default=None)

@@ -45,18 +45,18 @@ def example_mean(
             f"tx.example_mean needs values (and mask) of shape (batch,), got {given}: reduce each "
             "example to one number first"
         )
+    axes = _leaves.check_axes("example_mean", axis)
     values = values.astype(jnp.promote_types(values.dtype, jnp.float32))
     if mask is None:
         return jnp.mean(values)
     # where, not a product: 0 * NaN is NaN.
     local = jnp.sum(jnp.where(mask != 0, values, jnp.zeros_like(values)))
-    count = global_count(mask, axis).astype(values.dtype)
-    return axis_size(axis) * local / jnp.maximum(count, 1)
+    count = global_count(mask, axes).astype(values.dtype)
+    return axis_size(axes) * local / jnp.maximum(count, 1)
 
 
-def global_count(mask: jax.Array, axis: str | tuple[str, ...]) -> jax.Array:
-    """Count the real examples of the global batch (int32 scalar, invariant along `axis`)."""
-    axes = _leaves.check_axes("example_mean", axis)
+def global_count(mask: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """Count the real examples of the global batch (int32 scalar, invariant along `axes`)."""
     local = jnp.sum(mask != 0, dtype=jnp.int32)
     # A mask that is the same on every device still counts once for each device's examples.
     local = _leaves.vary_leaf(local, tuple(a for a in axes if axis_size(a) > 1))

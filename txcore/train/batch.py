@@ -1,4 +1,4 @@
-"""Placing a host batch on the mesh."""
+"""A batch: which of its leaves hold examples, and how it is placed on the mesh."""
 
 import math
 from typing import Any
@@ -8,7 +8,19 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from txcore.mesh import MeshSpec
-from txcore.plan import Plan
+from txcore.plan import Plan, top_key
+
+
+def examples(batch: Any, plan: Plan) -> tuple[int, Any]:
+    """Return how many examples `batch` holds, and its mask (None where all are real).
+
+    Examples lie along the leading dim of those leaves for which the plan declares no other
+    layout; the mask is the leaf "mask" at the top of a dict, named tuple or dataclass.
+    """
+    leaves = jax.tree_util.tree_flatten_with_path(batch)[0]
+    mask = next((leaf for path, leaf in leaves if top_key(path) == "mask"), None)
+    counts = [leaf.shape[0] for path, leaf in leaves if top_key(path) not in plan.batch]
+    return (int(counts[0]) if counts else 1), mask
 
 
 def shard_batch(batch: Any, mesh: MeshSpec, plan: Plan) -> Any:
@@ -16,7 +28,8 @@ def shard_batch(batch: Any, mesh: MeshSpec, plan: Plan) -> Any:
 
     Args:
       batch: pytree of host arrays; the leading dim is the global batch in one process, this
-        process's part of it in several. Arrays on the mesh with the right sharding pass.
+        process's part of it in several. They are copied: a buffer may be filled anew at once.
+        Arrays that lie on the mesh in the right layout are taken as they are.
       mesh: the mesh.
       plan: the plan.
 
@@ -37,7 +50,8 @@ def shard_batch(batch: Any, mesh: MeshSpec, plan: Plan) -> Any:
 def _place(leaf: Any, sharding: NamedSharding, where: str) -> jax.Array:
     if isinstance(leaf, jax.Array) and leaf.committed and leaf.sharding == sharding:
         return leaf
-    host = np.asarray(leaf)
+    # A copy, since on CPU jax would use the caller's memory itself while steps are under way.
+    host = np.array(leaf)
     _check_divisible(host.shape, sharding, where)
     if jax.process_count() == 1:
         return jax.device_put(host, sharding)

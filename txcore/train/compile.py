@@ -10,11 +10,13 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from txcore import _compat
+from txcore.collectives._leaves import names_of
 from txcore.collectives._scope import Scope, tracing
 from txcore.mesh import MeshSpec
 from txcore.parallel.data import global_count
 from txcore.plan import Plan
 from txcore.profiling.gathered import reductions_of_gathered
+from txcore.train.batch import examples
 from txcore.train.state import TrainState
 
 
@@ -62,9 +64,9 @@ def compile_eval_step(
         if not isinstance(metrics, dict):
             raise TypeError(
                 f"engine.evaluate needs a step that returns a dict of metrics, got "
-                f"{_describe(metrics)} from {fn.__name__}"
+                f"{_describe(metrics)} from {name_of(fn)}"
             )
-        mask = batch.get("mask") if isinstance(batch, dict) else None
+        mask = examples(batch, plan)[1]
         count = None
         if mask is not None:
             count = global_count(mask, axes) if axes else (mask != 0).sum()
@@ -84,16 +86,14 @@ def _compile(
     options: dict[str, Any],
     donate: bool,
 ) -> CompiledStep:
-    scope = Scope(
-        data_axes=plan.active_data_axes(mesh),
-        left_out=frozenset(a for a, n in mesh.shape.items() if n == 1),
-    )
+    data_axes = plan.active_data_axes(mesh)
+    left_out = frozenset(a for a, n in mesh.shape.items() if n == 1)
 
     def sharded(state: TrainState, batch: Any) -> Any:
-        with tracing(scope):
+        with tracing(Scope(data_axes, left_out, examples(batch, plan)[0])):
             return body(state, batch)
 
-    sharded.__name__ = fn.__name__  # the HLO module's name
+    sharded.__name__ = name_of(fn)  # the HLO module's name
     started = time.perf_counter()
     mapped = jax.shard_map(
         sharded,
@@ -114,7 +114,7 @@ def _check_reductions(jaxpr: Any, mesh: MeshSpec) -> None:
             f"{found.tag or found.primitive} over axis {found.axis!r} ({found.source}) reduces a "
             f"value that tx.all_gather made equal on every device, which multiplies it by {size}. "
             "Remove the reduction: compute with the gathered value directly, and use "
-            "tx.all_gather(..., invariant=True) where it leaves the step"
+            "tx.all_gather(..., invariant=True) where it leaves the step (a mean of it: tx.pmean)"
         )
 
 
@@ -124,10 +124,15 @@ def _check_train_output(fn: Callable[..., Any], out: Any) -> tuple[TrainState, d
         if isinstance(state, TrainState) and isinstance(metrics, dict):
             return state, metrics
     raise TypeError(
-        f"{fn.__name__} needs to return (state, metrics), the state that apply_gradients "
+        f"{name_of(fn)} needs to return (state, metrics), the state that apply_gradients "
         f"returned and a dict, got {_describe(out)}"
         + ("; run a step that returns metrics only with engine.evaluate" * isinstance(out, dict))
     )
+
+
+def name_of(fn: Any) -> str:
+    """Return what errors and profiles call a step; a functools.partial has no name."""
+    return getattr(fn, "__name__", None) or name_of(getattr(fn, "func", type(fn)))
 
 
 def _describe(out: Any) -> str:
@@ -142,7 +147,7 @@ def _check_state(fn: Callable[..., Any], old: TrainState, new: TrainState) -> Tr
     new_tree: Any = jax.tree.structure(new)
     if old_tree != new_tree:
         raise ValueError(
-            f"{fn.__name__} needs to return a state with the structure it was given, {old_tree}, "
+            f"{name_of(fn)} needs to return a state with the structure it was given, {old_tree}, "
             f"got {new_tree}: create what it adds in engine.create_state(params, extra=...)"
         )
 
@@ -151,14 +156,14 @@ def _check_state(fn: Callable[..., Any], old: TrainState, new: TrainState) -> Tr
         after = jax.numpy.asarray(after)
         if (after.shape, after.dtype) != (before.shape, before.dtype):
             raise ValueError(
-                f"{fn.__name__} needs to return {where} as {before.dtype}{list(before.shape)}, as "
+                f"{name_of(fn)} needs to return {where} as {before.dtype}{list(before.shape)}, as "
                 f"it was given, got {after.dtype}{list(after.shape)}"
             )
         if axes := _compat.varying_axes(after):
             raise ValueError(
-                f"{fn.__name__} needs to return a state that is the same on every device, but "
-                f"{where} varies along axis {', '.join(map(repr, sorted(axes)))}: reduce it, "
-                "for example with tx.pmean"
+                f"{name_of(fn)} needs to return a state that is the same on every device, but "
+                f"{where} varies along axis {names_of(sorted(axes))}: reduce it, for example with "
+                "tx.pmean, or make it of state.stored_params (state.params varies by design)"
             )
         return lax.convert_element_type(after, before.dtype)  # drops a weak type
 
@@ -169,10 +174,11 @@ def _check_metrics(metrics: dict[str, Any]) -> dict[str, Any]:
     for path, value in jax.tree_util.tree_flatten_with_path(metrics)[0]:
         axes = _compat.varying_axes(jax.numpy.asarray(value))
         if axes:
-            names = ", ".join(map(repr, sorted(axes)))
+            names = names_of(sorted(axes))
             raise ValueError(
                 f"metrics{jax.tree_util.keystr(path)} varies along axis {names}: it is one "
-                f"device's value, not the global one. Report tx.pmean(..., {names}) of a mean, or "
-                f"tx.psum(..., {names}) of a count"
+                f"device's value, not the global one. Report tx.pmean(..., {names}) of a mean, "
+                f"tx.psum(..., {names}) of a count, and what is made of the parameters alone from "
+                "state.stored_params"
             )
     return jax.tree.map(jax.numpy.asarray, metrics)

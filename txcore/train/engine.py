@@ -7,14 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from txcore import _compat
 from txcore.kernels import compiler_options as default_compiler_options
 from txcore.mesh import MeshSpec
 from txcore.optim import as_optimizer
 from txcore.plan import Plan
 from txcore.profiling.audit import Report, audit_compiled
 from txcore.train import fit as loop
-from txcore.train.batch import shard_batch
-from txcore.train.compile import CompiledStep, compile_eval_step, compile_train_step
+from txcore.train.batch import examples, shard_batch
+from txcore.train.compile import CompiledStep, compile_eval_step, compile_train_step, name_of
 from txcore.train.loggers import Logger, Metrics
 from txcore.train.precision import Precision
 from txcore.train.state import TrainState
@@ -63,11 +64,13 @@ class Engine:
             )
         if not isinstance(plan, Plan):
             raise TypeError(f"Engine needs plan= a tx.Plan, got {type(plan).__name__}")
-        if not 0 <= seed < 2**32:
-            raise ValueError(f"Engine needs seed= from 0 to 2**32 - 1, got {seed}")
+        if not isinstance(seed, int) or not 0 <= seed < 2**32:
+            raise ValueError(f"Engine needs seed= an int from 0 to 2**32 - 1, got {seed}")
         plan.validate(mesh)
         self.mesh, self.plan = mesh, plan
         self.optimizer = as_optimizer(optimizer)
+        if callable(loggers):
+            raise TypeError("Engine needs loggers= a list of loggers, got one: write [logger]")
         self.loggers = tuple(loggers)
         self.precision = Precision(precision) if isinstance(precision, str) else precision
         self.seed = seed
@@ -98,7 +101,7 @@ class Engine:
         arrays = {
             "step": np.zeros((), np.int32),
             "stored_params": params,
-            "opt_state": self.optimizer.init(params),
+            "opt_state": _copies(self.optimizer.init(params), "optimizer state"),
             "seed": np.asarray(self.seed, np.uint32),
             "extra": extra,
         }
@@ -147,20 +150,24 @@ class Engine:
           ValueError: no batch, or a metric that still varies along an axis.
           TypeError: the step returns something else than a dict.
         """
-        totals: dict[str, Any] = {}
-        examples = 0
+        totals: list[Any] = []
+        structure: Any = None
+        seen = 0
         for host in data:
             batch = shard_batch(host, self.mesh, self.plan)
             metrics, count = self._compiled(compile_eval_step, step, state, batch).call(
                 state, batch
             )
-            weight = int(count) if count is not None else jax.tree.leaves(batch)[0].shape[0]
-            examples += weight
-            for key, value in jax.device_get(metrics).items():
-                totals[key] = totals.get(key, 0.0) + weight * np.asarray(value, np.float64)
-        if not examples:
+            weight = int(count) if count is not None else examples(batch, self.plan)[0]
+            if weight:  # a batch of padding alone has no mean
+                means = [np.asarray(m, np.float64) for m in jax.tree.leaves(metrics)]
+                totals = [
+                    t + weight * m for t, m in zip(totals or [0.0] * len(means), means, strict=True)
+                ]
+            structure, seen = jax.tree.structure(metrics), seen + weight
+        if not seen:
             raise ValueError("engine.evaluate needs at least one real example, got none in data")
-        return {key: (total / examples).tolist() for key, total in totals.items()}
+        return jax.tree.unflatten(structure, [(total / seen).tolist() for total in totals])
 
     def fit(
         self,
@@ -199,30 +206,32 @@ class Engine:
             )
         loggers = self.loggers if jax.process_index() == 0 else ()
         progress = loop.Progress(loggers, total, lambda: self.compile_seconds)
-        done = 0
+        done = evaluated = 0
         for host in loop.batches(data, steps, epochs):
             batch = shard_batch(host, self.mesh, self.plan)
+            compiled_before = len(self._steps)
             compiled = self._compiled(compile_train_step, step, state, batch)
-            if done == 0:
-                progress.start_clock()  # only now: compiling is no training time
+            if done == 0 or len(self._steps) > compiled_before:
+                progress.stop_clock()  # compiling is no training time
+                progress.start_clock()
             state, metrics = compiled.call(state, batch)
-            progress.add(metrics, loop.count_examples(host, batch))
+            progress.add(metrics, loop.real_examples(host, batch, self.plan))
             done += 1
-            if evaluate and eval_every and done % eval_every == 0 and done != total:
-                self._evaluate_in_fit(progress, evaluate, state)
+            if evaluate and eval_every and done % eval_every == 0:
+                evaluated = self._evaluate_in_fit(progress, evaluate, state)
         progress.stop_clock()
-        if evaluate and done:
+        if evaluate and evaluated != done:
             self._evaluate_in_fit(progress, evaluate, state)
-            progress.stop_clock()
         progress.tell("end", {})
         return state
 
     def _evaluate_in_fit(
         self, progress: loop.Progress, evaluate: loop.Evaluate, state: TrainState
-    ) -> None:
+    ) -> int:
         progress.stop_clock()
-        progress.tell("eval", evaluate(state))
+        progress.tell("eval", loop.to_host(evaluate(state)))
         progress.start_clock()
+        return progress.done
 
     def audit(self, step: StepFn, state: TrainState, batch: Any) -> Report:
         """Account for every collective of the compiled step.
@@ -255,7 +264,7 @@ class Engine:
             self._steps[key] = compiled
         if state.step.is_deleted():
             raise ValueError(
-                f"the state given to {fn.__name__} was donated to an earlier step: keep the "
+                f"the state given to {name_of(fn)} was donated to an earlier step: keep the "
                 "state that the step returns, state, metrics = step(state, batch)"
             )
         return compiled
@@ -268,10 +277,16 @@ def _signature(tree: Any) -> Any:
 
 def _copies(tree: Any, what: str) -> Any:
     def copy(path: Any, leaf: Any) -> np.ndarray:
+        where = f"{what}{jax.tree_util.keystr(path)}"
+        if _compat.is_key_array(leaf):
+            raise TypeError(
+                f"create_state needs arrays of numbers, got PRNG keys at {where}: pass "
+                "jax.random.key_data(keys), and wrap them in the step"
+            )
         if not isinstance(leaf, (jax.Array, np.ndarray, np.generic, int, float)):
             raise TypeError(
-                f"create_state needs arrays, got {type(leaf).__name__} at "
-                f"{what}{jax.tree_util.keystr(path)}"
+                f"create_state needs arrays, got {type(leaf).__name__} at {where}: convert it "
+                "with numpy.asarray"
             )
         dtype = jax.dtypes.canonicalize_dtype(np.asarray(leaf).dtype)
         return np.array(leaf, dtype=dtype)

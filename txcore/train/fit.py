@@ -9,6 +9,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from txcore.plan import Plan
+from txcore.train.batch import examples
 from txcore.train.loggers import Logger, Metrics, Record
 from txcore.train.state import TrainState
 
@@ -109,15 +111,14 @@ class Progress:
 
 def to_host(metrics: Any) -> Metrics:
     """Return metrics as Python floats (lists for arrays), waiting for the devices."""
-    return {key: np.asarray(value).tolist() for key, value in jax.device_get(metrics).items()}
+    return jax.tree.map(lambda value: np.asarray(value).tolist(), metrics)
 
 
-def count_examples(host: Any, placed: Any) -> int:
+def real_examples(host: Any, placed: Any, plan: Plan) -> int:
     """Return the real examples of a global batch; `host` is this process's part of it.
 
     In several processes it is an estimate by this process's mask: throughput needs no
     communication of its own.
     """
-    total = int(jax.tree.leaves(placed)[0].shape[0])
-    mask = host.get("mask") if isinstance(host, dict) else None
+    total, mask = examples(placed, plan)[0], examples(host, plan)[1]
     return round(total * float(np.mean(mask != 0))) if isinstance(mask, np.ndarray) else total

@@ -1,6 +1,7 @@
 """Loggers: functions of a record. An engine calls them on rank 0 alone."""
 
 import json
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -140,4 +141,13 @@ class JSONL:
         """Append the record."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(record)) + "\n")
+            file.write(json.dumps(_finite(asdict(record))) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    """Return `value` with null for NaN and infinities, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

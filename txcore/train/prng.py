@@ -20,8 +20,6 @@ def example_keys(key: jax.Array, count: int, data_axes: tuple[str, ...]) -> jax.
     # Inside a step the axes are those with more than one device; without any, all is local.
     first = axis_index(data_axes) * count if data_axes else jnp.int32(0)
     places = first + jnp.arange(count, dtype=jnp.int32)
-    for axis in data_axes:
-        key = jax.random.wrap_key_data(
-            _leaves.vary_leaf(jax.random.key_data(key), (axis,)), impl=jax.random.key_impl(key)
-        )
+    data = _leaves.vary_leaf(jax.random.key_data(key), data_axes)
+    key = jax.random.wrap_key_data(data, impl=jax.random.key_impl(key))
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, places)

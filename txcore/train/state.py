@@ -7,6 +7,7 @@ import jax
 
 from txcore import _compat
 from txcore.collectives import vary
+from txcore.collectives._leaves import names_of
 from txcore.collectives._scope import Scope, current_scope
 from txcore.optim import Optimizer
 from txcore.parallel import sync_gradients
@@ -69,18 +70,26 @@ class TrainState:
         """Return one random key for each example of `batch`, the same under every plan.
 
         Args:
-          batch: this device's part of the batch: a pytree whose leaves have a leading batch dim.
+          batch: the batch that the step was given, whole: to train in microbatches, make the
+            keys first and split them like the batch.
 
         Returns:
           Typed keys of shape (batch,), a function of the run's seed, the step, and the
           example's place in the global batch.
 
         Raises:
+          ValueError: `batch` holds no leaf with one row for each example of this device.
           RuntimeError: called outside a step.
         """
         scope = _scope_of("example_keys")
-        count = jax.tree.leaves(batch)[0].shape[0]
-        return prng.example_keys(self.key, count, scope.data_axes)
+        sizes = [leaf.shape[:1] for leaf in jax.tree.leaves(batch)]
+        if (scope.examples,) not in sizes:
+            raise ValueError(
+                f"state.example_keys needs the whole batch of this device, {scope.examples} "
+                f"examples, got leading dims {sizes}: make the keys before splitting the batch "
+                "into microbatches, and split them with it"
+            )
+        return prng.example_keys(self.key, scope.examples, scope.data_axes)
 
     def sync_gradients(self, grads: Any, *, name: str = "grads") -> tuple[Any, "TrainState"]:
         """Reduce local gradients as the plan says: their mean over its data axes.
@@ -154,9 +163,10 @@ def check_gradients(grads: Any, params: Any) -> None:
             )
         unreduced = _compat.varying_axes(grad) - _compat.varying_axes(param)
         if unreduced:
-            axis = ", ".join(repr(a) for a in sorted(unreduced))
+            axis = names_of(sorted(unreduced))
             raise ValueError(
                 f"apply_gradients needs reduced gradients: the gradient of {where} varies along "
                 f"axis {axis}, so it was never reduced there. Write grads = tx.pmean(grads, "
-                f"{axis}), or grads, state = state.sync_gradients(grads), before apply_gradients"
+                f"{axis}), or grads, state = state.sync_gradients(grads), before apply_gradients "
+                "(terms made of the parameters themselves: take state.stored_params)"
             )

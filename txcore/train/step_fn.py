@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from txcore.train.compile import name_of
 from txcore.train.state import TrainState
 
 
@@ -13,6 +14,7 @@ class StepFn:
     def __init__(self, fn: Callable[[TrainState, Any], Any]) -> None:
         self.fn = fn
         functools.update_wrapper(self, fn)
+        self.__name__ = name_of(fn)
 
     def __call__(self, state: TrainState, batch: Any) -> Any:
         """Run one step on the engine that made `state`; `state` is donated."""
@@ -22,8 +24,6 @@ class StepFn:
                 f"{type(state).__name__}"
             )
         return state.engine.run(self, state, batch)
-
-    __name__: str
 
 
 def step_fn(fn: Callable[[TrainState, Any], Any]) -> StepFn:
