@@ -1,15 +1,16 @@
 """For tests of models and steps: run something sharded, and compare two plans."""
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
-if TYPE_CHECKING:
-    from txcore.train import Engine, StepFn
+from txcore.optim import Optimizer
+from txcore.train import Engine, StepFn
 
 
 def run_sharded(
@@ -61,25 +62,28 @@ def run_sharded(
 
 
 def assert_plans_agree(
-    step: "StepFn",
+    step: StepFn,
     params: Any,
     batches: Iterable[Any],
     *,
-    engines: tuple["Engine", "Engine"],
+    engines: tuple[Engine, Engine],
+    extra: Any = None,
     rtol: float = 1e-4,
     atol: float = 1e-6,
 ) -> None:
     """Check that a step gives the same numbers on two engines, leaf by leaf.
 
     Runs the step over the batches on both, from the same parameters and seed, and compares
-    metrics after each step, and the parameters' updates at the end. An exact plan changes
-    where work happens, never the numbers.
+    after each step the metrics, the gradients that the optimizer was given (adamw and clipping
+    would hide a wrong factor in its result), the updated parameters and the extra state. An
+    exact plan changes where work happens, never the numbers.
 
     Args:
       step: the training step.
       params: initial parameters.
       batches: the global batches; a few with different data.
       engines: two engines with different meshes or plans, the first the reference.
+      extra: initial model state that is not trained.
       rtol: relative tolerance.
       atol: absolute tolerance, as a share of the leaf's largest value.
 
@@ -93,48 +97,85 @@ def assert_plans_agree(
       ...     loss, grads = tx.value_and_grad(lambda w: jax.numpy.mean(w * batch))(state.params)
       ...     grads, state = state.sync_gradients(grads)
       ...     return state.apply_gradients(grads=grads), {"loss": tx.pmean(loss, "data")}
-
       >>> def engine(n):
       ...     return tx.Engine(mesh=tx.MeshSpec(jax.devices()[:n]), plan=tx.Plan(tx.DP("data")),
       ...                      optimizer=tx.optim.sgd(0.1))
       >>> tx.testing.assert_plans_agree(
       ...     step, np.float32(2), [np.arange(8.0)], engines=(engine(1), engine(4)))
     """
-    reference, other = engines
-    if reference.seed != other.seed:
+    seeds = [engine.seed for engine in engines]
+    if seeds[0] != seeds[1]:
         raise ValueError(
-            f"assert_plans_agree needs engines with one seed, got {reference.seed} and {other.seed}"
+            f"assert_plans_agree needs engines with one seed, got {seeds[0]} and {seeds[1]}"
         )
     sizes = {n for e in engines for n in (*e.mesh.shape.values(), e.mesh.size) if n > 1}
-    batches = list(batches)
-    if not batches:
-        raise ValueError("assert_plans_agree needs at least one batch, got none")
-    states = [engine.create_state(params) for engine in engines]
-    before = jax.tree.map(np.asarray, states[0].stored_params)
+    states = [_recording(engine).create_state(params, extra) for engine in engines]
+    number = -1
     for number, batch in enumerate(batches):
-        metrics = []
+        before = [_host(state.stored_params) for state in states]
+        metrics: list[Any] = [None, None]
         for i in (0, 1):
-            states[i], found = step(states[i], batch)
-            metrics.append(jax.tree.map(np.asarray, found))
-        _compare(f"step {number}: metrics", metrics, sizes, rtol, atol)
-    updates = [
-        jax.tree.map(lambda new, old: np.asarray(new, np.float64) - old, s.stored_params, before)
-        for s in states
-    ]
-    _compare(f"update of params over {len(batches)} steps: params", updates, sizes, rtol, atol)
+            states[i], metrics[i] = step(states[i], batch)
+        compare = _Comparison(f"step {number}", sizes, rtol, atol)
+        compare("metrics", *map(_host, metrics))
+        compare("gradients of params", *(_host(s.opt_state["grads"]) for s in states))
+        after = [_host(s.stored_params) for s in states]
+        updates = [
+            jax.tree.map(np.subtract, new, old) for new, old in zip(after, before, strict=True)
+        ]
+        compare("update of params", *updates)
+        compare("extra", *(_host(s.extra) for s in states))
+    if number < 0:
+        raise ValueError("assert_plans_agree needs at least one batch, got none")
 
 
-def _compare(what: str, both: list[Any], sizes: set[int], rtol: float, atol: float) -> None:
-    paths = jax.tree_util.tree_flatten_with_path(both[0])[0]
-    for (path, left), right in zip(paths, jax.tree.leaves(both[1]), strict=True):
-        left, right = np.asarray(left, np.float64), np.asarray(right, np.float64)
-        scale = float(np.max(np.abs(left), initial=0.0))
-        if np.allclose(right, left, rtol=rtol, atol=atol * max(scale, 1e-30), equal_nan=True):
-            continue
-        raise AssertionError(
-            f"{what}{jax.tree_util.keystr(path)} differs between the plans: "
-            + _explain(left, right, sizes)
-        )
+def _host(tree: Any) -> Any:
+    return jax.tree.map(lambda x: np.asarray(x, np.float64), tree)
+
+
+def _recording(engine: Engine) -> Engine:
+    """Return an engine like `engine` whose optimizer state keeps the gradients of the last step."""
+    inner = engine.optimizer
+
+    def init(params: Any) -> Any:
+        zeros = jax.tree.map(np.zeros_like, params)
+        return {"inner": inner.init(params), "grads": zeros}
+
+    def update(grads: Any, opt_state: Any, params: Any, *, step: jax.Array) -> Any:
+        params, state = inner.update(grads, opt_state["inner"], params, step=step)
+        kept = jax.tree.map(lambda g, old: g.astype(old.dtype), grads, opt_state["grads"])
+        return params, {"inner": state, "grads": kept}
+
+    return engine.with_optimizer(Optimizer(init, update))
+
+
+@dataclass(frozen=True)
+class _Comparison:
+    """Compare two trees of float64 arrays; `sizes` are the numbers of devices that may explain."""
+
+    when: str
+    sizes: set[int]
+    rtol: float
+    atol: float
+
+    def __call__(self, what: str, first: Any, second: Any) -> None:
+        if jax.tree.structure(first) != jax.tree.structure(second):  # type: ignore[operator]
+            raise AssertionError(
+                f"{self.when}: {what} have another structure under the second plan: "
+                f"{jax.tree.structure(first)} and {jax.tree.structure(second)}"
+            )
+        paths = jax.tree_util.tree_flatten_with_path(first)[0]
+        for (path, left), right in zip(paths, jax.tree.leaves(second), strict=True):
+            where = f"{self.when}: {what}{jax.tree_util.keystr(path)}"
+            if left.shape != right.shape:
+                raise AssertionError(f"{where} has shape {left.shape} and {right.shape}")
+            if not (np.isfinite(left).all() and np.isfinite(right).all()):
+                raise AssertionError(f"{where} is not finite: such values cannot be compared")
+            scale = float(np.max(np.abs(left), initial=1e-30))
+            if not np.allclose(right, left, rtol=self.rtol, atol=self.atol * scale):
+                raise AssertionError(
+                    f"{where} differs between the plans: {_explain(left, right, self.sizes)}"
+                )
 
 
 def _explain(left: np.ndarray, right: np.ndarray, sizes: set[int]) -> str:

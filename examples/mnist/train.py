@@ -26,7 +26,7 @@ from batches import batches_per_epoch, epoch_batches  # noqa: E402
 from dataset import NAMES, Dataset, load  # noqa: E402
 
 import txcore as tx  # noqa: E402
-from txcore import _compat, kernels, launch  # noqa: E402
+from txcore import kernels, launch  # noqa: E402
 
 EVAL_BATCH = 1000
 BASE_BATCH = 64  # the batch to which --lr-scaling linear refers
@@ -76,14 +76,30 @@ def choose_devices(wanted: str, num_processes: int) -> list[Any]:
             f"multiple of {num_processes}"
         )
     local = count // num_processes
-    if not _compat.backend_started():
-        _compat.simulate_cpu_devices(local)
+    if not launch.backend_started():
+        launch.simulate_cpu_devices(local)
     devices = jax.devices() if jax.device_count() >= count else jax.devices("cpu")
     if len(devices) < count:
         raise ValueError(f"--devices {count}: this jax has started with {len(devices)} devices")
     if devices[0].platform == "cpu" and local > 1:
         say(f"simulating {local} CPU devices" + (" a process" if num_processes > 1 else ""))
     return devices[:count]
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse numbers out of range before anything is loaded."""
+    for name, low in (("steps", 0), ("epochs", 0), ("warmup", 0), ("eval_every", 1)):
+        value = getattr(args, name)
+        if value is not None and value < low:
+            flag = name.replace("_", "-")
+            raise ValueError(f"--{flag} must be a count from {low} on, got {value}")
+    if args.learning_rate is not None and not args.learning_rate >= 0:
+        raise ValueError(f"--learning-rate must be a number from 0 on, got {args.learning_rate}")
+    if not 0 <= args.seed < 2**32:
+        raise ValueError(f"--seed must be from 0 to {2**32 - 1}, got {args.seed}")
+    if args.results:
+        # Now, and not after an hour of training.
+        pathlib.Path(args.results).parent.mkdir(parents=True, exist_ok=True)
 
 
 def say(text: str) -> None:
@@ -211,6 +227,7 @@ def seconds_since_start() -> float:
 
 def train(args: argparse.Namespace) -> int:
     """Run the training, and return the exit code: 1 if the proof failed."""
+    check(args)
     layers = models.layers_of(args.model, args.dropout)
     if args.coordinator or args.num_processes is not None or args.process_id is not None:
         tx.initialize(args.coordinator, args.num_processes, args.process_id)
@@ -275,9 +292,8 @@ def write_results(args: argparse.Namespace, history: History, report: Any) -> No
         "audit_ok": report.ok if report is not None else None,
         "collectives": report.to_dict()["collectives"] if report is not None else None,
     }
-    path = pathlib.Path(args.results)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    text = json.dumps(results, indent=1) + "\n"
+    pathlib.Path(args.results).write_text(text, encoding="utf-8")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -285,7 +301,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     try:
         return train(args)
-    except (ValueError, TypeError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         print(f"train.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
 

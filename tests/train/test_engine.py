@@ -275,3 +275,100 @@ def test_epochs_and_data_that_ends():
     assert int(state.step) == 6
     with pytest.raises(ValueError, match="the data ended after 3 batches: pass a list of batches"):
         engine.fit(toys.train_step, state, iter(data), steps=4)
+
+
+def test_a_host_buffer_may_be_filled_anew_at_once():
+    """fit reads ahead while steps are under way: it must not train on what comes later."""
+    raw = np.zeros(512 * 512 + 16, np.float32)
+    start = -raw.ctypes.data % 64 // 4  # jax uses aligned host memory without a copy
+    buffer = raw[start : start + 512 * 512].reshape(512, 512)
+
+    def data(epoch):
+        for i in range(8):
+            buffer[:] = i
+            yield buffer
+
+    @tx.step_fn
+    def step(state, x):
+        slow = jax.lax.fori_loop(0, 20, lambda _, y: y @ x * 0 + x, x)
+        return state.replace(step=state.step + 1), {"mean": tx.pmean(slow.mean(), "data")}
+
+    seen = []
+    engine = toys.engine(1, loggers=[seen.append])
+    engine.fit(step, engine.create_state(toys.params()), data, steps=8)
+    assert [r.metrics["mean"] for r in seen[:-1]] == list(range(8))
+
+
+def test_evaluate_finds_the_examples_and_the_mask():
+    """A leaf in another layout is no example; a mask counts in a named tuple too."""
+    from collections import namedtuple
+
+    from jax.sharding import PartitionSpec as P
+
+    plan = tx.Plan(data_parallel=tx.DP("data"), batch={"a": P()})
+    engine = toys.engine(2, plan=plan)
+    state = engine.create_state(toys.params())
+    data = [{"a": np.zeros(3), "x": np.full(16, 0.0)}, {"a": np.zeros(3), "x": np.full(8, 1.0)}]
+    metrics = engine.evaluate(
+        lambda s, b: {"deep": {"mean": tx.pmean(b["x"].mean(), "data")}}, state, data
+    )
+    assert metrics == {"deep": {"mean": pytest.approx(1 / 3)}}
+
+    Batch = namedtuple("Batch", ["x", "mask"])
+    engine = toys.engine(2)
+    state = engine.create_state(toys.params())
+    nothing = Batch(np.full(8, np.nan), np.zeros(8))
+    data = [Batch(np.full(8, 2.0), np.ones(8)), Batch(np.full(8, 9.0), np.eye(8)[0]), nothing]
+
+    def mean(s, b):
+        return {"mean": tx.pmean(tx.example_mean(b.x, b.mask, axis="data"), "data")}
+
+    assert engine.evaluate(mean, state, data) == {"mean": pytest.approx((8 * 2 + 9) / 9)}
+
+
+def test_gradients_of_microbatches_add_up():
+    """Accumulation: the counts of the microbatches add up, by example_mean of the whole batch."""
+
+    @tx.step_fn
+    def step(state, batch):
+        keys = state.example_keys(batch)
+        assert len(keys) == len(batch["mask"])
+        parts = jax.tree.map(lambda x: x.reshape(2, -1, *x.shape[1:]), batch)
+
+        def loss_of(params):
+            losses = jax.lax.map(lambda part: toys.losses(params, part), parts)
+            return tx.example_mean(losses.reshape(-1), batch["mask"], axis="data")
+
+        loss, grads = tx.value_and_grad(loss_of)(state.params)
+        grads, state = state.sync_gradients(grads)
+        return state.apply_gradients(grads=grads), {"loss": tx.pmean(loss, "data")}
+
+    batch = toys.batch(masked=5)
+    wanted, _ = toys.reference_step(toys.params(), batch)
+    engine = toys.engine(2)
+    state, _ = step(engine.create_state(toys.params()), batch)
+    np.testing.assert_allclose(state.params["w1"], wanted["w1"], rtol=1e-4, atol=1e-6)
+
+
+def test_fit_evaluates_once_after_the_last_step():
+    records = []
+    engine = toys.engine(1, loggers=[records.append])
+    data = [toys.batch()] * 4
+    engine.fit(
+        toys.train_step,
+        engine.create_state(toys.params()),
+        lambda epoch: data,
+        epochs=1,
+        evaluate=lambda state: {"v": jnp.float32(0.5)},
+        eval_every=2,
+    )
+    assert [r.kind for r in records] == ["step"] * 2 + ["eval"] + ["step"] * 2 + ["eval", "end"]
+    assert records[2].metrics == {"v": 0.5}
+
+
+def test_jsonl_writes_null_for_nan(tmp_path):
+    path = tmp_path / "log.jsonl"
+    tx.loggers.JSONL(path)(
+        tx.loggers.Record("step", 1, 2, {"a": {"b": [1.0, np.nan]}}, 1.0, 8, 0.0)
+    )
+    assert json.loads(path.read_text())["metrics"] == {"a": {"b": [1.0, None]}}

@@ -353,3 +353,61 @@ def test_evaluate_refuses_what_is_no_metric():
         engine.evaluate(toys.eval_step, state, [])
     with pytest.raises(ValueError, match=re.escape("metrics['loss'] varies along axis 'data'")):
         engine.evaluate(lambda s, b: {"loss": b["x"].mean()}, state, [toys.batch()])
+
+
+def test_keys_of_a_microbatch_are_refused():
+    @tx.step_fn
+    def step(state, batch):
+        state.example_keys(batch["x"][:4])
+        return state, {}
+
+    engine = toys.engine(2)
+    text = (
+        "state.example_keys needs the whole batch of this device, 8 examples, got leading dims "
+        "[(4,)]: make the keys before splitting the batch into microbatches"
+    )
+    with pytest.raises(ValueError, match=re.escape(text)):
+        step(engine.create_state(toys.params()), toys.batch())
+
+
+def test_a_layout_for_a_leaf_that_the_batch_lacks():
+    plan = tx.Plan(data_parallel=tx.DP("data"), batch={"nope": jax.P()})
+    engine = toys.engine(2, plan=plan)
+    text = (
+        "Plan(batch=...) declares 'nope', but the batch has 'mask', 'x', 'y' at its top: name those"
+    )
+    with pytest.raises(ValueError, match=re.escape(text)):
+        toys.train_step(engine.create_state(toys.params()), toys.batch())
+
+
+def test_gradients_that_autodiff_summed_are_refused():
+    """Differentiating state.stored_params: jax sums the gradients by itself, silently N times."""
+
+    @tx.step_fn
+    def step(state, batch):
+        loss, grads = jax.value_and_grad(toys.local_loss)(state.stored_params, batch)
+        return ok(state, loss, grads)
+
+    engine = toys.engine(2)
+    text = "autodiff put a psum of 8 elements over axis 'data' into the backward pass (toys.py:"
+    with pytest.raises(ValueError, match=re.escape(text)):
+        step(engine.create_state(toys.params()), toys.batch())
+    one = toys.engine(1)
+    step(one.create_state(toys.params()), toys.batch())  # one device has nothing to sum
+
+
+def test_a_reduction_inside_the_loss_without_vary_is_refused():
+    @tx.step_fn
+    def step(state, batch):
+        def loss_of(params):
+            hidden = batch["x"] @ params["w1"]
+            return ((hidden - tx.pmean(hidden.mean(0), "data")) ** 2).mean()
+
+        loss, grads = tx.value_and_grad(loss_of)(state.params)
+        grads, state = state.sync_gradients(grads)
+        return state.apply_gradients(grads=grads), {"loss": tx.pmean(loss, "data")}
+
+    engine = toys.engine(2)
+    text = "A value that was reduced inside the loss needs tx.vary(x, 'data') before it meets"
+    with pytest.raises(ValueError, match=re.escape(text)):
+        step(engine.create_state(toys.params()), toys.batch())

@@ -3,6 +3,7 @@
 import re
 
 import jax
+import numpy as np
 import pytest
 import toys
 from jax import lax
@@ -54,9 +55,7 @@ def test_names_the_ratio(how, text):
     engines = (toys.engine(1), toys.engine(4))
     with pytest.raises(AssertionError, match=re.escape(text)) as caught:
         tx.testing.assert_plans_agree(wrong_by(how), toys.params(), [toys.batch()], engines=engines)
-    assert "update of params over 1 steps: params['w1'] differs between the plans" in str(
-        caught.value
-    )
+    assert "step 0: gradients of params['w1'] differs between the plans" in str(caught.value)
 
 
 def test_names_a_difference_without_a_ratio():
@@ -89,4 +88,60 @@ def test_jax_psum_of_a_mean_is_caught_too():
     with pytest.raises(AssertionError, match="= N for N = 2 devices"):
         tx.testing.assert_plans_agree(
             step, toys.params(), [toys.batch()], engines=(toys.engine(1), toys.engine(2))
+        )
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [tx.optim.adamw(1e-3), tx.optim.sgd(0.1, clip_norm=0.1)],
+    ids=["adamw", "clip_norm"],
+)
+def test_an_optimizer_that_ignores_scale_hides_nothing(optimizer):
+    engines = (toys.engine(1, optimizer=optimizer), toys.engine(4, optimizer=optimizer))
+    step = wrong_by(lambda g: tx.psum(g, "data"))
+    with pytest.raises(AssertionError, match="= N for N = 4 devices"):
+        tx.testing.assert_plans_agree(step, toys.params(), [toys.batch()], engines=engines)
+
+
+def reporting(metric):
+    """A step that reports `metric` and changes nothing."""
+
+    @tx.step_fn
+    def step(state, batch):
+        return state.replace(step=state.step + 1), {"x": metric(batch["y"])}
+
+    return step
+
+
+@pytest.mark.parametrize(
+    "metric,text",
+    [
+        (lambda y: tx.psum(y.sum() * 0 + 1, "data") * np.inf, "metrics['x'] is not finite"),
+        (lambda y: tx.psum(y, "data"), "metrics['x'] has shape (16,) and (8,)"),
+    ],
+    ids=["infinite", "another shape"],
+)
+def test_what_cannot_be_equal_is_a_difference(metric, text):
+    with pytest.raises(AssertionError, match=re.escape(text)):
+        tx.testing.assert_plans_agree(
+            reporting(metric),
+            toys.params(),
+            [toys.batch()],
+            engines=(toys.engine(1), toys.engine(2)),
+        )
+
+
+def test_extra_state_is_compared():
+    @tx.step_fn
+    def step(state, batch):
+        count = tx.psum(batch["y"].sum() * 0 + 1, "data")
+        return state.replace(step=state.step + 1, extra=state.extra + count), {"one": count * 0}
+
+    with pytest.raises(AssertionError, match=r"step 0: extra differs .* ratio second/first 2"):
+        tx.testing.assert_plans_agree(
+            step,
+            toys.params(),
+            [toys.batch()],
+            extra=np.float32(0),
+            engines=(toys.engine(1), toys.engine(2)),
         )

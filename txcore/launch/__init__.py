@@ -1,5 +1,7 @@
 """Starting several processes, and what they tell each other before any computation."""
 
+from txcore._compat import backend_started as backend_started
+from txcore._compat import simulate_cpu_devices as simulate_cpu_devices
 from txcore.launch.initialize import initialize as initialize
 from txcore.launch.store import barrier as barrier
 from txcore.launch.store import share as share

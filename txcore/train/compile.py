@@ -15,7 +15,6 @@ from txcore.collectives._scope import Scope, tracing
 from txcore.mesh import MeshSpec
 from txcore.parallel.data import global_count
 from txcore.plan import Plan
-from txcore.profiling.gathered import reductions_of_gathered
 from txcore.train.batch import examples
 from txcore.train.state import TrainState
 
@@ -102,12 +101,17 @@ def _compile(
         out_specs=P(),
     )
     traced = jax.jit(mapped, donate_argnums=(0,) if donate else ()).trace(state, batch)
-    _check_reductions(traced.jaxpr, mesh)
+    _check_reductions(traced.jaxpr, mesh, data_axes)
     compiled = traced.lower().compile(compiler_options=options)
     return CompiledStep(compiled, traced.jaxpr, time.perf_counter() - started)
 
 
-def _check_reductions(jaxpr: Any, mesh: MeshSpec) -> None:
+def _check_reductions(jaxpr: Any, mesh: MeshSpec, data_axes: tuple[str, ...]) -> None:
+    """Refuse the reductions that types cannot tell to be wrong."""
+    # Imported when first needed: the audit's readers would be a third of `import txcore`.
+    from txcore.profiling.gathered import reductions_of_gathered
+    from txcore.profiling.jaxpr import inventory
+
     for found in reductions_of_gathered(jaxpr):
         size = mesh.shape[found.axis]
         raise ValueError(
@@ -116,6 +120,17 @@ def _check_reductions(jaxpr: Any, mesh: MeshSpec) -> None:
             "Remove the reduction: compute with the gathered value directly, and use "
             "tx.all_gather(..., invariant=True) where it leaves the step (a mean of it: tx.pmean)"
         )
+    for made in inventory(jaxpr, live_only=True):
+        axes = [a for a in made.axes if a in data_axes]
+        if made.autodiff and made.primitive == "psum_invariant" and axes:
+            names = names_of(axes)
+            raise ValueError(
+                f"autodiff put a psum of {made.elements} elements over axis {names} into the "
+                f"backward pass ({made.source}): something is differentiated that does not vary "
+                "along it. Gradients of state.stored_params come out summed over the devices: "
+                "take state.params. A value that was reduced inside the loss needs tx.vary(x, "
+                f"{names}) before it meets the batch, so that its transpose is yours"
+            )
 
 
 def _check_train_output(fn: Callable[..., Any], out: Any) -> tuple[TrainState, dict[str, Any]]:

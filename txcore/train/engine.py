@@ -1,7 +1,7 @@
 """The engine: runs steps on a mesh by a plan."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,6 @@ from txcore.kernels import compiler_options as default_compiler_options
 from txcore.mesh import MeshSpec
 from txcore.optim import as_optimizer
 from txcore.plan import Plan
-from txcore.profiling.audit import Report, audit_compiled
 from txcore.train import fit as loop
 from txcore.train.batch import examples, shard_batch
 from txcore.train.compile import CompiledStep, compile_eval_step, compile_train_step, name_of
@@ -20,6 +19,9 @@ from txcore.train.loggers import Logger, Metrics
 from txcore.train.precision import Precision
 from txcore.train.state import TrainState
 from txcore.train.step_fn import StepFn
+
+if TYPE_CHECKING:
+    from txcore.profiling import Report
 
 
 class Engine:
@@ -78,6 +80,17 @@ class Engine:
             compiler_options = default_compiler_options(mesh.devices[0].platform)
         self._options = dict(compiler_options)
         self._steps: dict[Any, CompiledStep] = {}
+
+    def with_optimizer(self, optimizer: Any) -> "Engine":
+        """Return an engine that differs in its optimizer alone, without loggers."""
+        return Engine(
+            mesh=self.mesh,
+            plan=self.plan,
+            optimizer=optimizer,
+            precision=self.precision,
+            seed=self.seed,
+            compiler_options=self._options,
+        )
 
     @property
     def compile_seconds(self) -> float:
@@ -233,7 +246,7 @@ class Engine:
         progress.start_clock()
         return progress.done
 
-    def audit(self, step: StepFn, state: TrainState, batch: Any) -> Report:
+    def audit(self, step: StepFn, state: TrainState, batch: Any) -> "Report":
         """Account for every collective of the compiled step.
 
         Args:
@@ -244,6 +257,8 @@ class Engine:
         Returns:
           A `txcore.profiling.Report`; `report.ok` is the proof.
         """
+        from txcore.profiling import audit_compiled  # not needed to train: see compile.py
+
         batch = shard_batch(batch, self.mesh, self.plan)
         compiled = self._compiled(compile_train_step, step, state, batch)
         return audit_compiled(compiled.call, compiled.jaxpr, self.mesh.mesh)
