@@ -1,7 +1,9 @@
 """The engine: right numbers on any number of devices, one compilation, nothing deleted."""
 
+import gc
 import io
 import json
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -372,3 +374,13 @@ def test_jsonl_writes_null_for_nan(tmp_path):
         tx.loggers.Record("step", 1, 2, {"a": {"b": [1.0, np.nan]}}, 1.0, 8, 0.0)
     )
     assert json.loads(path.read_text())["metrics"] == {"a": {"b": [1.0, None]}}
+
+
+def test_an_engine_goes_when_its_owner_lets_it_go():
+    engine = toys.engine(2)
+    state, _ = toys.train_step(engine.create_state(toys.params()), toys.batch())
+    engine.evaluate(toys.eval_step, state, [toys.batch()])
+    gone = weakref.ref(engine)
+    del engine, state
+    gc.collect()
+    assert gone() is None

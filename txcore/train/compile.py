@@ -1,6 +1,7 @@
 """From a step function to a checked, compiled program for one mesh, plan and batch shape."""
 
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -37,11 +38,11 @@ def compile_train_step(
     plan: Plan,
     options: dict[str, Any],
 ) -> CompiledStep:
-    """Compile `fn(state, batch) -> (state, metrics)`; the state is donated."""
+    """Compile `fn(state, batch) -> (state, metrics)` as arrays to arrays; they are donated."""
 
     def body(state: TrainState, batch: Any) -> Any:
         new, metrics = _check_train_output(fn, fn(state, batch))
-        return _check_state(fn, state, new), _check_metrics(metrics)
+        return _check_state(fn, state, new).arrays, _check_metrics(metrics)
 
     return _compile(body, fn, state, batch, mesh=mesh, plan=plan, options=options, donate=True)
 
@@ -88,9 +89,13 @@ def _compile(
     data_axes = plan.active_data_axes(mesh)
     left_out = frozenset(a for a, n in mesh.shape.items() if n == 1)
 
-    def sharded(state: TrainState, batch: Any) -> Any:
+    # jax's caches keep the structure of what a program is given for ever. So it is given the
+    # state's arrays alone, without the engine: that one goes when its owner lets it go.
+    engine = weakref.proxy(state.engine)
+
+    def sharded(arrays: dict[str, Any], batch: Any) -> Any:
         with tracing(Scope(data_axes, left_out, examples(batch, plan)[0])):
-            return body(state, batch)
+            return body(TrainState(**arrays, engine=engine), batch)
 
     sharded.__name__ = name_of(fn)  # the HLO module's name
     started = time.perf_counter()
@@ -100,7 +105,7 @@ def _compile(
         in_specs=(P(), plan.batch_specs(batch, mesh)),
         out_specs=P(),
     )
-    traced = jax.jit(mapped, donate_argnums=(0,) if donate else ()).trace(state, batch)
+    traced = jax.jit(mapped, donate_argnums=(0,) if donate else ()).trace(state.arrays, batch)
     _check_reductions(traced.jaxpr, mesh, data_axes)
     compiled = traced.lower().compile(compiler_options=options)
     return CompiledStep(compiled, traced.jaxpr, time.perf_counter() - started)

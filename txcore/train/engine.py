@@ -145,7 +145,9 @@ class Engine:
           ValueError, TypeError: what the step does wrong, found before anything runs.
         """
         batch = shard_batch(batch, self.mesh, self.plan)
-        return self._compiled(compile_train_step, step, state, batch).call(state, batch)
+        compiled = self._compiled(compile_train_step, step, state, batch)
+        arrays, metrics = compiled.call(state.arrays, batch)
+        return state.replace(**arrays), metrics
 
     def evaluate(self, step: Any, state: TrainState, data: Iterable[Any]) -> Metrics:
         """Average a step's metrics over batches, weighted by their real examples.
@@ -168,9 +170,8 @@ class Engine:
         seen = 0
         for host in data:
             batch = shard_batch(host, self.mesh, self.plan)
-            metrics, count = self._compiled(compile_eval_step, step, state, batch).call(
-                state, batch
-            )
+            compiled = self._compiled(compile_eval_step, step, state, batch)
+            metrics, count = compiled.call(state.arrays, batch)
             weight = int(count) if count is not None else examples(batch, self.plan)[0]
             if weight:  # a batch of padding alone has no mean
                 means = [np.asarray(m, np.float64) for m in jax.tree.leaves(metrics)]
@@ -227,7 +228,8 @@ class Engine:
             if done == 0 or len(self._steps) > compiled_before:
                 progress.stop_clock()  # compiling is no training time
                 progress.start_clock()
-            state, metrics = compiled.call(state, batch)
+            arrays, metrics = compiled.call(state.arrays, batch)
+            state = state.replace(**arrays)
             progress.add(metrics, loop.real_examples(host, batch, self.plan))
             done += 1
             if evaluate and eval_every and done % eval_every == 0:
@@ -270,7 +272,7 @@ class Engine:
         if not isinstance(state, TrainState) or state.engine is not self:
             raise ValueError("this engine runs states that its create_state made, got another")
         fn = step.fn if isinstance(step, StepFn) else step
-        key = (compile_step, fn, _signature(state), _signature(batch))
+        key = (compile_step, fn, _signature(state.arrays), _signature(batch))
         compiled = self._steps.get(key)
         if compiled is None:
             compiled = compile_step(

@@ -42,6 +42,11 @@ class TrainState:
     engine: Runner = field(metadata={"static": True})
 
     @property
+    def arrays(self) -> dict[str, Any]:
+        """The fields that hold arrays, by name: the state without its engine."""
+        return {name: getattr(self, name) for name in _ARRAYS}
+
+    @property
     def params(self) -> Any:
         """The parameters; inside a step, typed as varying along the data axes.
 
