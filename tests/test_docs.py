@@ -174,8 +174,11 @@ def test_commands_of_several_processes(page, tmp_path):
     processes = [
         subprocess.Popen(
             [sys.executable, script, *train_arguments(line)],
-            **{"cwd": tmp_path, "env": environment(), "text": True},
-            **{"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT},
+            cwd=tmp_path,
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
         for line in lines
     ]
