@@ -1,6 +1,5 @@
 """Joining processes: what is refused, what one process alone does, and two real ones over gloo."""
 
-import doctest
 import json
 import os
 import pathlib
@@ -36,14 +35,6 @@ def never_joins(monkeypatch):
         raise AssertionError("jax.distributed.initialize was called")
 
     monkeypatch.setattr(jax.distributed, "initialize", joined)
-
-
-@pytest.mark.parametrize("name", ["initialize", "store"])
-def test_doctests(name):
-    module = sys.modules[f"txcore.launch.{name}"]
-    result = doctest.testmod(module, extraglobs={"tx": tx})
-    assert result.attempted
-    assert not result.failed
 
 
 @pytest.mark.parametrize(
