@@ -83,8 +83,8 @@ class MeshSpec:
 
         Example:
           >>> mesh = tx.MeshSpec(devices=jax.devices()[:2], axes=("data",))
-          >>> jax.device_put(np.arange(4.0), mesh.sharding("data")).sharding.spec
-          PartitionSpec('data',)
+          >>> jax.device_put(np.arange(4.0), mesh.sharding("data")).sharding.spec[0]
+          'data'
         """
         return NamedSharding(self.mesh, PartitionSpec(*spec))
 

@@ -1,6 +1,5 @@
 """What the ops refuse, and the words they use."""
 
-import doctest
 import pathlib
 import re
 import subprocess
@@ -207,13 +206,6 @@ def test_the_kernels_import_nothing_else_of_txcore():
     assert len(imports) > 10
     allowed = r"from txcore import _compat$|from txcore\.kernels"
     assert [line for line in imports if not re.match(allowed, line)] == []
-
-
-def test_every_example_in_the_docstrings_runs():
-    modules = [m for name, m in sys.modules.items() if name.startswith("txcore.kernels")]
-    results = [doctest.testmod(m) for m in modules]
-    assert sum(r.attempted for r in results) >= 15
-    assert not any(r.failed for r in results)
 
 
 def test_numpy_dtypes_pass():

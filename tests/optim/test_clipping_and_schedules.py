@@ -1,9 +1,7 @@
 """Clipping and schedules against NumPy and optax."""
 
-import doctest
 import math
 import re
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -240,10 +238,3 @@ def test_as_optimizer_takes_ours_and_optax():
     ours = tx.optim.sgd(0.1)
     assert tx.optim.as_optimizer(ours) is ours
     assert isinstance(tx.optim.as_optimizer(optax.adam(0.1)), tx.optim.Optimizer)
-
-
-def test_every_example_in_the_docstrings_runs():
-    modules = [m for name, m in sys.modules.items() if name.startswith("txcore.optim.")]
-    results = [doctest.testmod(m) for m in modules]
-    assert sum(r.attempted for r in results) >= 20
-    assert not any(r.failed for r in results)

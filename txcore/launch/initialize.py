@@ -4,8 +4,6 @@ import jax
 
 from txcore import _compat
 
-LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
-
 
 def initialize(
     coordinator: str | None = None,
@@ -55,7 +53,8 @@ def initialize(
             "but a backend has started already: call it first"
         )
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    local = coordinator is not None and coordinator.rpartition(":")[0] in LOOPBACK
+    host = (coordinator or "").rpartition(":")[0]
+    local = host.startswith("127.") or host in ("localhost", "[::1]")
     jax.distributed.initialize(
         coordinator_address=coordinator,
         num_processes=num_processes,

@@ -23,8 +23,8 @@ class Precision:
       ValueError: an unknown policy.
 
     Example:
-      >>> tx.Precision("bfloat16").cast({"w": np.ones(2, np.float32), "label": np.ones(2, int)})
-      {'w': Array([1, 1], dtype=bfloat16), 'label': array([1, 1])}
+      >>> tx.Precision("bfloat16").cast({"a": np.ones(2, np.float32), "label": np.ones(2, int)})
+      {'a': Array([1, 1], dtype=bfloat16), 'label': array([1, 1])}
     """
 
     compute: str = "float32"
