@@ -55,9 +55,9 @@ def test_float64_is_computed_in_float64():
         p, g, m, v = arrays(4, jnp.float64)
         got = kernels.adamw(p, g, m, v, step=jnp.int32(3), **ADAM)
         check(got, oracles.adamw(p, g, m, v, step=3, **ADAM), (jnp.float64,) * 3, 1e-13)
-        got = kernels.sgd_momentum(p, g, v, learning_rate=0.1, momentum=0.9)
+        moved = kernels.sgd_momentum(p, g, v, learning_rate=0.1, momentum=0.9)
         truth = oracles.sgd_momentum(p, g, v, learning_rate=0.1, momentum=0.9)
-        check(got, truth, (jnp.float64,) * 2, 1e-13)
+        check(moved, truth, (jnp.float64,) * 2, 1e-13)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
