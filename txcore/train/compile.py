@@ -29,7 +29,7 @@ class CompiledStep:
     seconds: float
 
 
-def compile_train_step(
+def compile_step(
     fn: Callable[..., Any],
     state: TrainState,
     batch: Any,
@@ -37,55 +37,14 @@ def compile_train_step(
     mesh: MeshSpec,
     plan: Plan,
     options: dict[str, Any],
+    train: bool,
 ) -> CompiledStep:
-    """Compile `fn(state, batch) -> (state, metrics)` as arrays to arrays; they are donated."""
+    """Check and compile a step, as a function of the state's arrays and the batch.
 
-    def body(state: TrainState, batch: Any) -> Any:
-        new, metrics = _check_train_output(fn, fn(state, batch))
-        return _check_state(fn, state, new).arrays, _check_metrics(metrics)
-
-    return _compile(body, fn, state, batch, mesh=mesh, plan=plan, options=options, donate=True)
-
-
-def compile_eval_step(
-    fn: Callable[..., Any],
-    state: TrainState,
-    batch: Any,
-    *,
-    mesh: MeshSpec,
-    plan: Plan,
-    options: dict[str, Any],
-) -> CompiledStep:
-    """Compile `fn(state, batch) -> metrics` to return the metrics and the examples' count."""
-    axes = plan.active_data_axes(mesh)
-
-    def body(state: TrainState, batch: Any) -> Any:
-        metrics = fn(state, batch)
-        if not isinstance(metrics, dict):
-            raise TypeError(
-                f"engine.evaluate needs a step that returns a dict of metrics, got "
-                f"{_describe(metrics)} from {name_of(fn)}"
-            )
-        mask = examples(batch, plan)[1]
-        count = None
-        if mask is not None:
-            count = global_count(mask, axes) if axes else (mask != 0).sum()
-        return _check_metrics(metrics), count
-
-    return _compile(body, fn, state, batch, mesh=mesh, plan=plan, options=options, donate=False)
-
-
-def _compile(
-    body: Callable[..., Any],
-    fn: Callable[..., Any],
-    state: TrainState,
-    batch: Any,
-    *,
-    mesh: MeshSpec,
-    plan: Plan,
-    options: dict[str, Any],
-    donate: bool,
-) -> CompiledStep:
+    To train, `fn(state, batch) -> (state, metrics)` becomes a program that returns the new
+    arrays and the metrics, and whose state is donated. Else `fn(state, batch) -> metrics`
+    becomes one that returns the metrics and the number of real examples (None without a mask).
+    """
     data_axes = plan.active_data_axes(mesh)
     left_out = frozenset(a for a, n in mesh.shape.items() if n == 1)
 
@@ -95,7 +54,11 @@ def _compile(
 
     def sharded(arrays: dict[str, Any], batch: Any) -> Any:
         with tracing(Scope(data_axes, left_out, examples(batch, plan)[0])):
-            return body(TrainState(**arrays, engine=engine), batch)
+            before = TrainState(**arrays, engine=engine)
+            out = fn(before, batch)
+            if train:
+                return _check_train_output(fn, before, out)
+            return _check_metrics_alone(fn, out), _count(batch, plan, data_axes)
 
     sharded.__name__ = name_of(fn)  # the HLO module's name
     started = time.perf_counter()
@@ -105,7 +68,7 @@ def _compile(
         in_specs=(P(), plan.batch_specs(batch, mesh)),
         out_specs=P(),
     )
-    traced = jax.jit(mapped, donate_argnums=(0,) if donate else ()).trace(state.arrays, batch)
+    traced = jax.jit(mapped, donate_argnums=(0,) if train else ()).trace(state.arrays, batch)
     _check_reductions(traced.jaxpr, mesh, data_axes)
     compiled = traced.lower().compile(compiler_options=options)
     return CompiledStep(compiled, traced.jaxpr, time.perf_counter() - started)
@@ -138,15 +101,31 @@ def _check_reductions(jaxpr: Any, mesh: MeshSpec, data_axes: tuple[str, ...]) ->
             )
 
 
-def _check_train_output(fn: Callable[..., Any], out: Any) -> tuple[TrainState, dict[str, Any]]:
+def _count(batch: Any, plan: Plan, data_axes: tuple[str, ...]) -> jax.Array | None:
+    mask = examples(batch, plan)[1]
+    if mask is None:
+        return None
+    return global_count(mask, data_axes) if data_axes else (mask != 0).sum()
+
+
+def _check_train_output(fn: Callable[..., Any], before: TrainState, out: Any) -> Any:
     if isinstance(out, tuple) and len(out) == 2:
         state, metrics = out
         if isinstance(state, TrainState) and isinstance(metrics, dict):
-            return state, metrics
+            return _check_state(fn, before, state).arrays, _check_metrics(metrics)
     raise TypeError(
         f"{name_of(fn)} needs to return (state, metrics), the state that apply_gradients "
         f"returned and a dict, got {_describe(out)}"
         + ("; run a step that returns metrics only with engine.evaluate" * isinstance(out, dict))
+    )
+
+
+def _check_metrics_alone(fn: Callable[..., Any], out: Any) -> Any:
+    if isinstance(out, dict):
+        return _check_metrics(out)
+    raise TypeError(
+        f"engine.evaluate needs a step that returns a dict of metrics, got {_describe(out)} "
+        f"from {name_of(fn)}"
     )
 
 

@@ -14,7 +14,7 @@ from txcore.optim import as_optimizer
 from txcore.plan import Plan
 from txcore.train import fit as loop
 from txcore.train.batch import examples, shard_batch
-from txcore.train.compile import CompiledStep, compile_eval_step, compile_train_step, name_of
+from txcore.train.compile import CompiledStep, compile_step, name_of
 from txcore.train.loggers import Logger, Metrics
 from txcore.train.precision import Precision
 from txcore.train.state import TrainState
@@ -145,7 +145,7 @@ class Engine:
           ValueError, TypeError: what the step does wrong, found before anything runs.
         """
         batch = shard_batch(batch, self.mesh, self.plan)
-        compiled = self._compiled(compile_train_step, step, state, batch)
+        compiled = self._compiled(step, state, batch, train=True)
         arrays, metrics = compiled.call(state.arrays, batch)
         return state.replace(**arrays), metrics
 
@@ -165,23 +165,21 @@ class Engine:
           ValueError: no batch, or a metric that still varies along an axis.
           TypeError: the step returns something else than a dict.
         """
-        totals: list[Any] = []
-        structure: Any = None
+        parts: list[Any] = []
         seen = 0
         for host in data:
             batch = shard_batch(host, self.mesh, self.plan)
-            compiled = self._compiled(compile_eval_step, step, state, batch)
+            compiled = self._compiled(step, state, batch, train=False)
             metrics, count = compiled.call(state.arrays, batch)
             weight = int(count) if count is not None else examples(batch, self.plan)[0]
             if weight:  # a batch of padding alone has no mean
-                means = [np.asarray(m, np.float64) for m in jax.tree.leaves(metrics)]
-                totals = [
-                    t + weight * m for t, m in zip(totals or [0.0] * len(means), means, strict=True)
-                ]
-            structure, seen = jax.tree.structure(metrics), seen + weight
+                parts.append(
+                    jax.tree.map(lambda m, w=weight: w * np.asarray(m, np.float64), metrics)
+                )
+                seen += weight
         if not seen:
             raise ValueError("engine.evaluate needs at least one real example, got none in data")
-        return jax.tree.unflatten(structure, [(total / seen).tolist() for total in totals])
+        return jax.tree.map(lambda *part: (sum(part) / seen).tolist(), *parts)
 
     def fit(
         self,
@@ -224,7 +222,7 @@ class Engine:
         for host in loop.batches(data, steps, epochs):
             batch = shard_batch(host, self.mesh, self.plan)
             compiled_before = len(self._steps)
-            compiled = self._compiled(compile_train_step, step, state, batch)
+            compiled = self._compiled(step, state, batch, train=True)
             if done == 0 or len(self._steps) > compiled_before:
                 progress.stop_clock()  # compiling is no training time
                 progress.start_clock()
@@ -262,21 +260,25 @@ class Engine:
         from txcore.profiling import audit_compiled  # not needed to train: see compile.py
 
         batch = shard_batch(batch, self.mesh, self.plan)
-        compiled = self._compiled(compile_train_step, step, state, batch)
+        compiled = self._compiled(step, state, batch, train=True)
         return audit_compiled(compiled.call, compiled.jaxpr, self.mesh.mesh)
 
-    def _compiled(
-        self, compile_step: Any, step: Any, state: TrainState, batch: Any
-    ) -> CompiledStep:
+    def _compiled(self, step: Any, state: TrainState, batch: Any, *, train: bool) -> CompiledStep:
         """Return the step compiled for these shapes; compile it the first time."""
         if not isinstance(state, TrainState) or state.engine is not self:
             raise ValueError("this engine runs states that its create_state made, got another")
         fn = step.fn if isinstance(step, StepFn) else step
-        key = (compile_step, fn, _signature(state.arrays), _signature(batch))
+        key = (train, fn, _signature(state.arrays), _signature(batch))
         compiled = self._steps.get(key)
         if compiled is None:
             compiled = compile_step(
-                fn, state, batch, mesh=self.mesh, plan=self.plan, options=self._options
+                fn,
+                state,
+                batch,
+                mesh=self.mesh,
+                plan=self.plan,
+                options=self._options,
+                train=train,
             )
             self._steps[key] = compiled
         if state.step.is_deleted():
