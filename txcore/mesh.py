@@ -46,9 +46,11 @@ class MeshSpec:
         self,
         devices: Sequence[jax.Device] | None = None,
         axes: Sequence[str] = ("data",),
-        shape: Sequence[int] | None = None,
+        shape: int | Sequence[int] | None = None,
     ) -> None:
         names = _check_names(axes)
+        if devices is not None and len(set(devices)) != len(devices):
+            raise ValueError(f"MeshSpec needs each device once, got devices={list(devices)}")
         count = jax.device_count() if devices is None else len(devices)
         sizes = _check_shape(shape, names, count)
         types = (AxisType.Explicit,) * len(names)  # a mismatched spec is an error, no reshard
@@ -148,7 +150,7 @@ def _check_names(axes: Sequence[str]) -> tuple[str, ...]:
 
 
 def _check_shape(
-    shape: Sequence[int] | None, names: tuple[str, ...], count: int
+    shape: int | Sequence[int] | None, names: tuple[str, ...], count: int
 ) -> tuple[int, ...]:
     if count == 0:
         raise ValueError("MeshSpec needs at least one device, got devices=[]")
@@ -159,7 +161,7 @@ def _check_shape(
                 f"the number of devices, {count}"
             )
         return (count,)
-    sizes = tuple(int(s) for s in shape)
+    sizes = (shape,) if isinstance(shape, int) else tuple(int(s) for s in shape)
     if len(sizes) != len(names) or min(sizes) < 1:
         raise ValueError(
             f"MeshSpec needs shape= one positive size for each of the axes {names}, got {shape!r}"

@@ -326,6 +326,21 @@ CALLS = [
         ValueError,
         "fit needs eval_every= at least 1 and evaluate= with it, got eval_every=5",
     ),
+    (
+        lambda: tx.value_and_grad(toys.local_loss, axis="data")(params=toys.params()),
+        NameError,
+        "tx.value_and_grad needs mesh axis 'data', but no mesh axis is bound here",
+    ),
+    (
+        lambda: toys.engine(2, precision=jnp.bfloat16),
+        ValueError,
+        "precision must be one of 'float32', 'bfloat16', got <class",
+    ),
+    (
+        lambda: tx.MeshSpec(devices=[jax.devices()[0]] * 2),
+        ValueError,
+        "MeshSpec needs each device once, got devices=",
+    ),
     (lambda: tx.loggers.Basic(every=0), ValueError, "Basic needs every= at least 1, got 0"),
 ]
 
@@ -334,6 +349,16 @@ CALLS = [
 def test_bad_calls(call, error, text):
     with pytest.raises(error, match=re.escape(text)):
         call()
+
+
+def test_arguments_to_differentiate_by_position():
+    @tx.step_fn
+    def step(state, batch):
+        tx.value_and_grad(lambda p: 0.0)(p=state.params)
+
+    engine = toys.engine(2)
+    with pytest.raises(TypeError, match=r"by position, got keyword arguments only: p"):
+        step(engine.create_state(toys.params()), toys.batch())
 
 
 def test_a_donated_state_is_named():

@@ -58,6 +58,11 @@ def value_and_grad(
 
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         axes = _data_axes(axis)
+        if not args:
+            raise TypeError(
+                "tx.value_and_grad needs the arguments to differentiate by position, got keyword "
+                f"arguments only: {', '.join(kwargs) or 'none'}"
+            )
         if axes:
             at = {n % len(args) for n in nums}
             args = tuple(vary(a, axes, name="params") if i in at else a for i, a in enumerate(args))

@@ -74,7 +74,7 @@ class Engine:
         if callable(loggers):
             raise TypeError("Engine needs loggers= a list of loggers, got one: write [logger]")
         self.loggers = tuple(loggers)
-        self.precision = Precision(precision) if isinstance(precision, str) else precision
+        self.precision = precision if isinstance(precision, Precision) else Precision(precision)
         self.seed = seed
         if compiler_options is None:
             compiler_options = default_compiler_options(mesh.devices[0].platform)

@@ -30,7 +30,7 @@ class Precision:
     compute: str = "float32"
 
     def __post_init__(self) -> None:
-        if self.compute not in POLICIES:
+        if not isinstance(self.compute, str) or self.compute not in POLICIES:
             names = ", ".join(map(repr, POLICIES))
             raise ValueError(f"precision must be one of {names}, got {self.compute!r}")
 
