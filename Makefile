@@ -14,7 +14,7 @@ $(SETUP): pyproject.toml
 	touch $@
 
 mnist: setup  ## train the CNN on two devices and show which collectives the step contains
-	$(BIN)/python examples/mnist/train.py --model cnn --devices 2 --epochs 3 $(MNIST_ARGS)
+	$(BIN)/python examples/mnist/train.py --model cnn --devices 2 $(MNIST_ARGS)
 
 test: setup  ## run the tests
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

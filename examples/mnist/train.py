@@ -30,6 +30,7 @@ from txcore import kernels, launch  # noqa: E402
 
 EVAL_BATCH = 1000
 BASE_BATCH = 64  # the batch to which --lr-scaling linear refers
+EPOCHS = {"mnist": 3, "digits": 20}
 LEARNING_RATES = {"sgd": 0.02, "adamw": 1e-3}
 
 
@@ -47,7 +48,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--warmup", type=int, default=100, help="steps of linear warm-up; default: 100")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--steps", type=int)
-    length.add_argument("--epochs", type=int, help="default: 3")
+    length.add_argument("--epochs", type=int, help="default: 3 of MNIST, 20 of the few digits")
     add("--eval-every", type=int, help="steps between evaluations; default: an epoch")
     add("--precision", default="float32", choices=["float32", "bfloat16"])
     add("--seed", type=int, default=0)
@@ -259,7 +260,8 @@ def train(args: argparse.Namespace) -> int:
     train_step, eval_step = make_steps(layers)
     steps = args.steps
     if steps is None:
-        steps = (3 if args.epochs is None else args.epochs) * data.steps_per_epoch
+        epochs = EPOCHS[dataset.name] if args.epochs is None else args.epochs
+        steps = epochs * data.steps_per_epoch
     state = engine.fit(
         train_step,
         engine.create_state(models.init(layers, args.seed)),
