@@ -3,6 +3,7 @@
 import gc
 import io
 import json
+import time
 import weakref
 
 import jax
@@ -384,3 +385,15 @@ def test_an_engine_goes_when_its_owner_lets_it_go():
     del engine, state
     gc.collect()
     assert gone() is None
+
+
+def test_compiling_another_batch_shape_is_no_training_time():
+    records = []
+    engine = toys.engine(1, loggers=[records.append])
+    data = [toys.batch()] * 4 + [toys.batch(size=24)] * 2
+    state = engine.create_state(toys.params())
+    started = time.perf_counter()
+    engine.fit(toys.train_step, state, data, steps=6)
+    wall = time.perf_counter() - started
+    assert records[-1].compile_seconds > 0
+    assert records[-1].seconds + records[-1].compile_seconds <= wall

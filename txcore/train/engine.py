@@ -221,10 +221,8 @@ class Engine:
         done = evaluated = 0
         for host in loop.batches(data, steps, epochs):
             batch = shard_batch(host, self.mesh, self.plan)
-            compiled_before = len(self._steps)
             compiled = self._compiled(step, state, batch, train=True)
-            if done == 0 or len(self._steps) > compiled_before:
-                progress.stop_clock()  # compiling is no training time
+            if done == 0:
                 progress.start_clock()
             arrays, metrics = compiled.call(state.arrays, batch)
             state = state.replace(**arrays)

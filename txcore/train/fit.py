@@ -56,7 +56,7 @@ def batches(data: Data, steps: int | None, epochs: int | None) -> Iterator[Any]:
 
 @dataclass
 class Progress:
-    """Turn the metrics of finished steps into records, and time them."""
+    """Turn the metrics of finished steps into records, and time them, compilation left out."""
 
     loggers: tuple[Logger, ...]
     total_steps: int | None
@@ -69,7 +69,10 @@ class Progress:
 
     def start_clock(self) -> None:
         """Count time from now on."""
-        self._mark = time.perf_counter()
+        self._mark = self._now()
+
+    def _now(self) -> float:
+        return time.perf_counter() - self.compile_seconds()
 
     def stop_clock(self) -> None:
         """Wait for the steps that are under way, and stop counting."""
@@ -86,7 +89,7 @@ class Progress:
     def _finish_one(self) -> None:
         metrics, examples = self.pending.popleft()
         host = to_host(metrics)
-        now = time.perf_counter()
+        now = self._now()
         elapsed = now - self._mark if self._mark is not None else 0.0
         self._mark = now if self._mark is not None else None
         self.done += 1
