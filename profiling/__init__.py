@@ -15,4 +15,6 @@ from txcore.profiling.audit import audit_compiled as audit_compiled
 from txcore.profiling.audit import audit_text as audit_text
 from txcore.profiling.jaxpr import Declared as Declared
 from txcore.profiling.report import Collective as Collective
+from txcore.profiling.report import Fate as Fate
+from txcore.profiling.report import Part as Part
 from txcore.profiling.report import Report as Report

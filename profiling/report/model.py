@@ -1,4 +1,4 @@
-"""The result of an audit: one row for each collective, and the verdict."""
+"""The result of an audit as data: rows, their parts, the fates of what was declared."""
 
 import dataclasses
 import json
@@ -8,20 +8,35 @@ from typing import Any
 
 from txcore.profiling.jaxpr import Declared
 
-_WIDTH = 100
-_HEAD = ("kind", "axes", "n", "dtype", "payload", "wire", "trips", "origin", "tags", "source")
-_ALIGN = ("left", "left", "right", "left", "right", "right", "right", "left", "left", "left")
-_SHORT_KIND = {
-    "collective-permute": "permute",
-    "collective-broadcast": "broadcast",
-    "ragged-all-to-all": "ragged-a2a",
-}
 _NAMED_IN_VERDICT = 3
 
 
 @dataclass(frozen=True)
+class Part:
+    """One array of a compiled collective, as far as it can be told apart from the others.
+
+    Attributes:
+      tag: txcore's tag of it, or "".
+      dtype: as declared; the compiled one where no declaration matches.
+      wire_dtype: as compiled.
+      elements: of S (times n for an all-gather).
+      payload_bytes: S of one execution in the declared dtype.
+      source: "file.py:12", or "".
+      fates: what became of its declaration: see `Fate`; empty where none matches.
+    """
+
+    tag: str
+    dtype: str
+    wire_dtype: str
+    elements: int
+    payload_bytes: int
+    source: str
+    fates: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Collective:
-    """One collective of a compiled program.
+    """One collective of a compiled program; of a merged one, what has one origin.
 
     With S as in nccl-tests: the operands' bytes on one device, times n for an all-gather.
 
@@ -44,6 +59,8 @@ class Collective:
       explained: False where nobody asked for it (`Report.unexplained`).
       trips_known: False in a loop whose length is not known: then `trips` is the least.
       note: where the witnesses disagree or something could not be read, what.
+      op: the HLO instruction's name; two rows share it where origins were merged into one op.
+      parts: its arrays, in the compiled order.
     """
 
     kind: str
@@ -61,6 +78,26 @@ class Collective:
     explained: bool = True
     trips_known: bool = True
     note: str = ""
+    op: str = ""
+    parts: tuple[Part, ...] = ()
+
+
+@dataclass(frozen=True)
+class Fate:
+    """What became of one declared operand in the compiled program.
+
+    Attributes:
+      declared: what the traced program asks for.
+      fates: "kept", "combined" (into one op with others), "split" (into several), "promoted" (to
+        a wider dtype), "hoisted" (out of a loop), "deduplicated" (an equal one does its work),
+        "rewritten" (as another kind), "eliminated" (nothing used it, or it was a constant) or
+        "missing"; several where several things were done to it.
+      rows: places in `Report.collectives` of what it became; empty where it is gone.
+    """
+
+    declared: Declared
+    fates: tuple[str, ...]
+    rows: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -71,11 +108,17 @@ class Report:
       collectives: every collective of the compiled program.
       missing: those that the traced program declares and the compiled one lacks.
       checked: whether there was a traced program to compare with; a dump has none.
+      fates: what became of each collective that the traced program declares, in its order.
+      mesh: the axes of the program's (first) mesh and their sizes.
+      target: what it was compiled for: "cpu:8", "tpu:v5p:16x16x16"; "" where unknown.
     """
 
     collectives: tuple[Collective, ...]
     missing: tuple[Declared, ...] = ()
     checked: bool = True
+    fates: tuple[Fate, ...] = ()
+    mesh: tuple[tuple[str, int], ...] = ()
+    target: str = ""
 
     @property
     def unexplained(self) -> tuple[Collective, ...]:
@@ -97,15 +140,27 @@ class Report:
         """Return the payload of one call of the program: S times trips, of all collectives."""
         return sum(c.payload_bytes * c.trips for c in self.collectives)
 
+    @property
+    def wire_bytes(self) -> int:
+        """Return what each device sends in one call of the program."""
+        return sum(c.wire_bytes * c.trips for c in self.collectives)
+
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain lists, numbers and strings."""
         return {
             "ok": self.ok,
             "exact": self.exact,
             "checked": self.checked,
+            "target": self.target,
+            "mesh": dict(self.mesh),
             "payload_bytes": self.payload_bytes,
+            "wire_bytes": self.wire_bytes,
             "collectives": [dataclasses.asdict(c) for c in self.collectives],
             "missing": [_declared_dict(d) for d in self.missing],
+            "fates": [
+                {"declared": _declared_dict(f.declared), "fates": f.fates, "rows": f.rows}
+                for f in self.fates
+            ],
         }
 
     def to_json(self) -> str:
@@ -113,7 +168,9 @@ class Report:
         return json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
 
     def __str__(self) -> str:
-        return "\n".join([*_table(self.collectives), self.verdict()])
+        from txcore.profiling.report.table import table  # tabulate, which importing must not cost
+
+        return "\n".join([*table(self.collectives), self.verdict()])
 
     def verdict(self) -> str:
         """Return the proof in one line."""
@@ -162,14 +219,6 @@ def format_bytes(number: int) -> str:
     return f"{number} B" if unit == "B" else f"{size:.3g} {unit}"
 
 
-def shorten(text: str, width: int) -> str:
-    """Cut the middle out of a text that is longer than `width`."""
-    if len(text) <= width:
-        return text
-    tail = (width - 2) // 2
-    return f"{text[: width - 2 - tail]}..{text[len(text) - tail :]}"
-
-
 def _plural(number: int, noun: str) -> str:
     return f"{number} {noun}" + ("" if number == 1 else "s")
 
@@ -199,43 +248,3 @@ def _name(row: Collective) -> str:
 def _some(named: list[str]) -> str:
     more = len(named) - _NAMED_IN_VERDICT
     return ", ".join(named[:_NAMED_IN_VERDICT]) + (f" and {more} more" if more > 0 else "")
-
-
-def _table(rows: tuple[Collective, ...]) -> list[str]:
-    from tabulate import tabulate  # here, since importing txcore must cost little
-
-    if not rows:
-        return []
-    cells = [list(_HEAD), *map(_cells, rows)]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(_HEAD))]
-    # The last two columns share what the others and the blanks between them leave.
-    room = _WIDTH - sum(widths[:-2]) - 2 * (len(_HEAD) - 1)
-    for_source = min(widths[-1], max(room // 2, room - widths[-2]))
-    for row in cells:
-        row[-2:] = [shorten(row[-2], room - for_source), shorten(row[-1], for_source)]
-    # As a row of its own the head costs no padding, which tabulate adds to real headers.
-    table = tabulate(cells, tablefmt="plain", disable_numparse=True, colalign=_ALIGN)
-    lines = [line.rstrip() for line in table.splitlines()]
-    return [lines[0], "-" * max(map(len, lines)), *lines[1:]]
-
-
-def _cells(row: Collective) -> list[str]:
-    dtype = row.dtype if row.dtype == row.wire_dtype else f"{row.dtype}>{row.wire_dtype}"
-    return [
-        _SHORT_KIND.get(row.kind, row.kind),
-        shorten("+".join(row.axes) or "-", 12),
-        str(row.group_size or "?"),
-        shorten(_short_dtypes(dtype), 8),
-        format_bytes(row.payload_bytes),
-        format_bytes(row.wire_bytes),
-        f"{row.trips}{'' if row.trips_known else '+'}",
-        row.origin,
-        ",".join(row.tags) or "-",
-        row.source or "-",
-    ]
-
-
-def _short_dtypes(names: str) -> str:
-    for long, short in (("bfloat", "bf"), ("float", "f"), ("uint", "u"), ("int", "i")):
-        names = names.replace(long, short)
-    return names.replace("complex", "c")
