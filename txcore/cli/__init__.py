@@ -1,0 +1,45 @@
+"""The command line: each command is a module here, with `add(commands)` and its function."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from txcore.cli import env, inspect
+from txcore.cli.load import BadInput
+
+_COMMANDS = (inspect, env)
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise BadInput(f"{message} (see {self.prog} --help)")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+      argv: the arguments, by default the process's.
+
+    Returns:
+      The exit code: 0, or 1 where an inspected program has unexplained or missing collectives,
+      or 2 for bad input, with one line on stderr.
+    """
+    try:
+        options = _parser().parse_args(argv)
+        command: Callable[[argparse.Namespace], int] = options.command
+        return command(options)
+    except BadInput as error:
+        print(f"txcore: error: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="txcore", description="Explicit collectives for JAX, and their proof.")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    for command in _COMMANDS:
+        command.add(commands)
+    return parser
