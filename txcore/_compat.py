@@ -1,6 +1,7 @@
 """Every difference between the supported jax versions (0.10 to 0.12), and nothing else."""
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -150,3 +151,21 @@ def scan_counts(eqn: Any) -> tuple[int, int]:
         constants, carry, _ = map(list, eqn.params["ft_in"].unpack())
         return len(constants), len(carry)
     return int(eqn.params["num_consts"]), int(eqn.params["num_carry"])
+
+
+@contextlib.contextmanager
+def no_persistent_cache() -> Iterator[None]:
+    """Compile without jax's compilation cache on disk inside this context."""
+    from jax.experimental.compilation_cache import compilation_cache
+
+    if not jax.config.jax_compilation_cache_dir or not jax.config.jax_enable_compilation_cache:
+        yield
+        return
+    # jax reads the setting once per process: reset_cache makes it read it again.
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", True)
+        compilation_cache.reset_cache()
