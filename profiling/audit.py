@@ -82,7 +82,8 @@ def audit_compiled(
     ops = find_collectives(compiled.as_text() or "", devices=_largest(sizes))
     if jaxpr is None:
         return _report(ops, None, (), sizes)
-    return _report(ops, inventory(jaxpr), inventory(jaxpr, live_only=True), sizes)
+    declared = inventory(jaxpr)
+    return _report(ops, declared, [d for d in declared if d.live], sizes)
 
 
 def audit_text(hlo: str, *, mesh: meshes.MeshLike | None = None) -> Report:

@@ -13,7 +13,8 @@ from typing import Any
 
 from txcore import _compat
 from txcore.profiling import meshes, source
-from txcore.profiling.jaxpr import axes_of, is_literal, made_by_autodiff, path_of, sub_jaxprs
+from txcore.profiling.jaxpr import axes_of, made_by_autodiff, path_of, sub_jaxprs
+from txcore.profiling.values import is_literal
 
 _GATHERS = ("all_gather", "all_gather_invariant", "all_gather_reduced")
 _REDUCTIONS = ("psum", "psum_invariant", "reduce_scatter")

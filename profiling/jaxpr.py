@@ -1,6 +1,7 @@
 """The collectives that a traced program declares, before the compiler has seen it."""
 
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,6 +12,8 @@ import numpy as np
 from txcore import _compat
 from txcore.profiling import meshes, source
 from txcore.profiling.hlo import Groups
+from txcore.profiling.reshards import collectives_of_reshard
+from txcore.profiling.values import Numbering, Value, is_literal
 
 # jax's primitives by the HLO op that they lower to; a "_start" of an async pair is the same.
 _KINDS = {
@@ -33,7 +36,8 @@ _KERNELS = ("pallas_call", "core_map")  # their bodies are not collectives betwe
 class Declared:
     """One operand of one collective of a traced program.
 
-    kind: the HLO op it lowers to ("all-reduce"); primitive: jax's name ("psum").
+    kind: the HLO op it lowers to ("all-reduce"); primitive: jax's name ("psum"; "reshard" for
+      what an explicit reshard will need).
     axes: mesh axes as the program names them; group_size: devices along them.
     dtype: jax's name ("float32").
     payload_bytes: S of one execution: the operand's bytes on one device, times n for all_gather.
@@ -61,6 +65,8 @@ class Declared:
     trips_known: bool = True
     size_known: bool = True
     foldable: bool = False
+    live: bool = True
+    operand: int = field(default=-1, repr=False, compare=False)
     groups: Groups = field(default=(), repr=False)
     pairs: tuple[tuple[int, int], ...] = field(default=(), repr=False)
 
@@ -80,7 +86,7 @@ class _Scope:
         return all(size == 1 or name in self.manual for name, size in self.sizes)
 
 
-def inventory(jaxpr: Any, *, live_only: bool = False) -> tuple[Declared, ...]:
+def inventory(jaxpr: Any) -> tuple[Declared, ...]:
     """List the collectives of a traced program, in the order in which it traced them.
 
     Goes through shard_map, jit, scan (times its length), while, every branch of cond, remat,
@@ -88,7 +94,6 @@ def inventory(jaxpr: Any, *, live_only: bool = False) -> tuple[Declared, ...]:
 
     Args:
       jaxpr: a Jaxpr or ClosedJaxpr, as `jax.jit(f).trace(*args).jaxpr`.
-      live_only: leave out those whose result nothing uses.
 
     Returns:
       One `Declared` for each operand of each collective.
@@ -102,9 +107,28 @@ def inventory(jaxpr: Any, *, live_only: bool = False) -> tuple[Declared, ...]:
       [('all-reduce', ('data',), 16)]
     """
     jaxpr = _open(jaxpr)
-    if live_only:
-        jaxpr = _compat.live_jaxpr(jaxpr)
-    return tuple(_walk(jaxpr, _Scope(), set(jaxpr.invars)))
+    used = Counter(map(_line_of, _top(_compat.live_jaxpr(jaxpr))))
+    found = []
+    for declared in _top(jaxpr):
+        line = _line_of(declared)
+        found.append(declared if used[line] > 0 else replace(declared, live=False))
+        used[line] -= 1
+    return tuple(found)
+
+
+def _top(jaxpr: Any) -> Iterator[Declared]:
+    numbering = Numbering()
+    known = {v: numbering.fresh(depends=True) for v in jaxpr.invars}
+    known |= {v: numbering.fresh(depends=False) for v in jaxpr.constvars}
+    return _walk(jaxpr, _Scope(), known, numbering)
+
+
+def _line_of(declared: Declared) -> tuple[object, ...]:
+    """Return what two declarations share that no reader could tell apart."""
+    # Groups and pairs come from a cache: the same ones are the same object.
+    d = declared
+    who = d.kind, d.primitive, d.axes, d.tag, d.source, id(d.groups), id(d.pairs)
+    return *who, d.elements, d.dtype, d.trips
 
 
 def meshes_of(jaxpr: Any) -> tuple[meshes.Sizes, ...]:
@@ -126,38 +150,45 @@ def sub_jaxprs(eqn: Any) -> list[Any]:
     return [_open(p) for values in listed for p in values if hasattr(_open(p), "eqns")]
 
 
-def is_literal(var: Any) -> bool:
-    """Tell whether an input of an equation is a constant written into it."""
-    # jax.extend.core names the class, but importing it imports all of Pallas.
-    return hasattr(var, "val")
-
-
 def _open(jaxpr: Any) -> Any:
     return getattr(jaxpr, "jaxpr", jaxpr)
 
 
-def _walk(jaxpr: Any, scope: _Scope, depends: set[Any]) -> Iterator[Declared]:
-    """Yield the collectives of a jaxpr; `depends` are the values that depend on its inputs."""
+def _walk(
+    jaxpr: Any, scope: _Scope, known: dict[Any, Value], numbering: Numbering
+) -> Iterator[Declared]:
+    """Yield the collectives of a jaxpr; `known` has the values of its inputs, and gets the rest."""
+
+    def value(var: Any) -> Value:
+        return numbering.literal(var) if is_literal(var) else known[var]
+
     for eqn in jaxpr.eqns:
-        inputs = [_is_in(v, depends) for v in eqn.invars]
-        if any(inputs) or eqn.primitive.name == "axis_index":
-            depends.update(eqn.outvars)
+        inputs = [value(v) for v in eqn.invars]
+        known.update(zip(eqn.outvars, numbering.results(eqn, inputs), strict=True))
         name = eqn.primitive.name.removesuffix("_start")
         if kind := KIND_OF.get(name):
             yield from _declare(eqn, kind, name, scope, inputs)
+        elif name == "reshard":
+            yield from _declare_reshard(eqn, scope, inputs)
         for inner in sub_jaxprs(eqn):
-            alike = len(inner.invars) == len(inputs)
-            flags = (
-                inputs
-                if alike and name not in ("scan", "while")
-                else [any(inputs)] * len(inner.invars)
-            )
-            reached = {v for v, flag in zip(inner.invars, flags, strict=True) if flag}
-            yield from _walk(inner, _enter(eqn, scope), reached)
+            values = _passed(eqn, inner, inputs, numbering)
+            yield from _walk(inner, _enter(eqn, scope), values, numbering)
 
 
-def _is_in(var: Any, depends: set[Any]) -> bool:
-    return not is_literal(var) and var in depends
+def _passed(
+    eqn: Any, inner: Any, inputs: Sequence[Value], numbering: Numbering
+) -> dict[Any, Value]:
+    """Return the values of an inner jaxpr's inputs: a call's are the outer ones, a loop's new."""
+    name = eqn.primitive.name
+    values = list(inputs)
+    if name == "shard_map":
+        specs = eqn.params["in_specs"]
+        values = [numbering.shard(v, spec) for v, spec in zip(inputs, specs, strict=True)]
+    elif len(inner.invars) != len(inputs) or name in ("scan", "while"):
+        depends = any(v.depends for v in inputs)
+        values = [numbering.fresh(depends) for _ in inner.invars]
+    known = dict(zip(inner.invars, values, strict=True))
+    return known | {v: numbering.fresh(depends=False) for v in inner.constvars}
 
 
 def _enter(eqn: Any, scope: _Scope) -> _Scope:
@@ -175,7 +206,7 @@ def _enter(eqn: Any, scope: _Scope) -> _Scope:
 
 
 def _declare(
-    eqn: Any, kind: str, primitive: str, scope: _Scope, depends: list[bool]
+    eqn: Any, kind: str, primitive: str, scope: _Scope, inputs: Sequence[Value]
 ) -> Iterator[Declared]:
     named = axes_of(eqn.params)
     axes = tuple(a for a in named if any(a == name for name, _ in scope.sizes))
@@ -184,8 +215,8 @@ def _declare(
     tag = _compat.eqn_tag(eqn)
     groups, pairs = _partners(eqn.params, kind, scope.sizes, axes)
     size = len(groups[0]) if groups else meshes.count(scope.sizes, axes)
-    operands = zip(eqn.invars, depends, strict=True)
-    for var, varies in list(operands)[: 1 if kind == "ragged-all-to-all" else None]:
+    operands = zip(eqn.invars, inputs, strict=True)
+    for var, value in list(operands)[: 1 if kind == "ragged-all-to-all" else None]:
         elements, dtype = _extent(var.aval)
         scale = size if kind == "all-gather" else 1
         yield Declared(
@@ -202,9 +233,32 @@ def _declare(
             elements=scale * elements,
             trips_known=scope.trips_known,
             size_known=scope.size_known,
-            foldable=size == 1 or not varies,
+            foldable=size == 1 or not value.depends,
+            operand=value.number,
             groups=groups,
             pairs=pairs,
+        )
+
+
+def _declare_reshard(eqn: Any, scope: _Scope, inputs: Sequence[Value]) -> Iterator[Declared]:
+    for wanted in collectives_of_reshard(eqn.invars[0].aval, eqn.params["dst_sharding"]):
+        elements, dtype = wanted.elements, np.dtype(wanted.dtype)
+        yield Declared(
+            kind=wanted.kind,
+            primitive="reshard",
+            axes=wanted.axes,
+            group_size=len(wanted.groups[0]),
+            dtype=dtype.name,
+            payload_bytes=elements * dtype.itemsize,
+            trips=scope.trips,
+            tag=None,
+            source=source.shorten(_compat.eqn_frames(eqn)),
+            autodiff=False,
+            elements=elements,
+            trips_known=scope.trips_known,
+            foldable=True,  # the compiler may get what it needs in another way
+            operand=inputs[0].number,
+            groups=wanted.groups,
         )
 
 

@@ -59,6 +59,7 @@ def device_groups(
     return canonical(row[list(group)].tolist() for row in rows for group in index_groups)
 
 
+@functools.lru_cache(maxsize=4096)
 def device_pairs(
     sizes: Sizes, axes: tuple[str, ...], perm: tuple[tuple[int, int], ...]
 ) -> tuple[tuple[int, int], ...]:

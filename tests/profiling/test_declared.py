@@ -2,8 +2,11 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import pytest
 from audit_cases import P, mesh_of, on, tag, vary
 from jax import lax
+from jax.sharding import AxisType, Mesh, NamedSharding
 
 from txcore.profiling.jaxpr import inventory, meshes_of
 
@@ -99,15 +102,14 @@ def test_tag_source_and_autodiff():
     assert forward.source == f"test_declared.py:{loss.__code__.co_firstlineno + 2}"
 
 
-def test_live_only_leaves_out_what_nothing_uses():
+def test_live_means_that_something_uses_it():
     def body(x):
         lax.psum(x[0], "data")
         return vary(lax.psum(x, "data"), "data", "model")
 
     mesh = mesh_of(data=4, model=2)
     jaxpr = jax.jit(on(mesh, P(("data", "model")), P(("data", "model")))(body)).trace(ROWS).jaxpr
-    assert len(inventory(jaxpr)) == 2
-    assert len(inventory(jaxpr, live_only=True)) == 1
+    assert [(d.elements, d.live) for d in inventory(jaxpr)] == [(16, False), (16, True)]
 
 
 def test_groups_of_an_axis():
@@ -144,3 +146,52 @@ def test_meshes_are_found_once_each():
     double = on(mesh, P("data"), P("data"))(lambda x: x * 2)
     jaxpr = jax.jit(lambda x: double(double(x))).trace(ROWS).jaxpr
     assert meshes_of(jaxpr) == ((("data", 8),),)
+
+
+def test_equal_operands_have_one_number():
+    def body(x):
+        outs = [lax.psum(v, "data") for v in (x * 2 + 1, 1 + x * 2, x * 3, jax.jit(jnp.sin)(x))]
+        return sum(outs) + lax.psum(jax.jit(jnp.sin)(x), "data")
+
+    first, again, other, sine, sine_again = (
+        d.operand for d in declared(body, mesh_of(data=8), out_specs=P())
+    )
+    assert first == again and sine == sine_again
+    assert len({first, other, sine}) == 3
+
+
+def test_shards_of_one_array_by_different_specs_are_different_values():
+    mesh = mesh_of(data=4, model=2)
+
+    def body(x, y):
+        return lax.psum(x[:1, :8], "data"), lax.psum(y[:1, :8], "data")
+
+    specs = (P("data", None), P("data", "model"))
+    fn = on(mesh, specs, (P(), P(None, "model")))(body)
+    first, second = inventory(jax.jit(lambda x: fn(x, x)).trace(ROWS).jaxpr)
+    assert first.operand != second.operand
+
+
+@pytest.mark.parametrize(
+    "before, after, kind, axes, elements",
+    [(P("data"), P(), "all-gather", ("data",), 8 * 16),
+     (P("data", "model"), P("data"), "all-gather", ("model",), 2 * 16),
+     (P("data"), P(None, "data"), "all-to-all", ("data",), 2 * 16),
+     (P(("data", "model")), P(), "all-gather", ("data", "model"), 8 * 16)],
+)  # fmt: skip
+def test_a_reshard_declares_what_it_needs(before, after, kind, axes, elements):
+    devices = np.array(jax.devices()).reshape(4, 2)
+    mesh = Mesh(devices, ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
+    x = jax.ShapeDtypeStruct((8, 16), jnp.float32, sharding=NamedSharding(mesh, before))
+    with jax.set_mesh(mesh):
+        jaxpr = jax.jit(lambda x: jax.sharding.reshard(x, after)).trace(x).jaxpr
+    (found,) = inventory(jaxpr)
+    assert (found.kind, found.axes, found.elements) == (kind, axes, elements)
+    assert (found.primitive, found.payload_bytes) == ("reshard", 4 * elements)
+
+
+def test_a_reshard_that_only_slices_declares_nothing():
+    mesh = Mesh(np.array(jax.devices()), ("data",), axis_types=(AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        jaxpr = jax.jit(lambda x: jax.sharding.reshard(x, P("data"))).trace(ROWS).jaxpr
+    assert inventory(jaxpr) == ()

@@ -88,9 +88,9 @@ def _check_reductions(jaxpr: Any, mesh: MeshSpec, data_axes: tuple[str, ...]) ->
             "Remove the reduction: compute with the gathered value directly, and use "
             "tx.all_gather(..., invariant=True) where it leaves the step (a mean of it: tx.pmean)"
         )
-    for made in inventory(jaxpr, live_only=True):
+    for made in inventory(jaxpr):
         axes = [a for a in made.axes if a in data_axes]
-        if made.autodiff and made.primitive == "psum_invariant" and axes:
+        if made.live and made.autodiff and made.primitive == "psum_invariant" and axes:
             names = names_of(axes)
             raise ValueError(
                 f"autodiff put a psum of {made.elements} elements over axis {names} into the "

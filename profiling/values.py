@@ -1,0 +1,80 @@
+"""Number the values of a traced program, so that equal ones have equal numbers.
+
+Two collectives of equal operands are one after the compiler's common subexpression elimination;
+this tells which those are. Source: Briggs, Cooper, Simpson, "Value Numbering", 1997.
+"""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+_COMMUTE = ("add", "mul", "max", "min", "and", "or", "xor")
+
+
+def is_literal(var: Any) -> bool:
+    """Tell whether an input of an equation is a constant written into it."""
+    # jax.extend.core names the class, but importing it imports all of Pallas.
+    return hasattr(var, "val")
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """One value: its `number`, and whether it depends on the program's inputs."""
+
+    number: int
+    depends: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Numbering:
+    """The numbers given so far, by what computes them."""
+
+    known: dict[Any, int] = field(default_factory=dict)
+    counter: "itertools.count[int]" = field(default_factory=itertools.count)
+
+    def fresh(self, depends: bool) -> Value:
+        """Return a value that equals no other."""
+        return Value(next(self.counter), depends)
+
+    def results(self, eqn: Any, inputs: Sequence[Value]) -> list[Value]:
+        """Return the values of an equation's outputs, from those of its inputs."""
+        name = eqn.primitive.name
+        depends = any(v.depends for v in inputs) or name == "axis_index"
+        numbers = [v.number for v in inputs]
+        if name in _COMMUTE:
+            numbers.sort()
+        key = (name, _frozen(eqn.params), tuple(numbers))
+        return [Value(self._number((key, i)), depends) for i in range(len(eqn.outvars))]
+
+    def shard(self, value: Value, spec: Any) -> Value:
+        """Return the value of one device's shard of an array."""
+        return Value(self._number(("shard", str(spec), value.number)), value.depends)
+
+    def literal(self, var: Any) -> Value:
+        """Return the value of a constant written into an equation."""
+        content = np.asarray(var.val)
+        is_small = content.size <= 1 and content.dtype != object
+        key = (str(var.aval), content.tobytes()) if is_small else id(var.val)
+        return Value(self._number(("literal", key)), False)
+
+    def _number(self, key: Any) -> int:
+        number = self.known.get(key)
+        if number is None:
+            number = self.known[key] = next(self.counter)
+        return number
+
+
+def _frozen(params: dict[str, Any]) -> tuple[Any, ...]:
+    # An unhashable parameter is equal to itself alone; jax shares the jaxprs of equal calls.
+    return tuple((name, _hashable(value)) for name, value in params.items())
+
+
+def _hashable(value: Any) -> Any:
+    try:
+        hash(value)
+    except TypeError:
+        return id(value)
+    return value
