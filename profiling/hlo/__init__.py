@@ -2,6 +2,7 @@
 
 from txcore.profiling.hlo.collectives import Op, find_collectives
 from txcore.profiling.hlo.groups import Groups, canonical
+from txcore.profiling.hlo.inputs import Input
 from txcore.profiling.hlo.text import KINDS, Computation, Instruction, Module, read_modules
 from txcore.profiling.hlo.types import HloError, Shape, parse_shapes
 
@@ -10,6 +11,7 @@ __all__ = [
     "Computation",
     "Groups",
     "HloError",
+    "Input",
     "Instruction",
     "Module",
     "Op",

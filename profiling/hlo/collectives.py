@@ -1,16 +1,17 @@
 """Find every collective of an HLO module, with its operands, groups, trips and witnesses."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from txcore._compat import TAG_KEY
 from txcore.profiling.hlo import attributes, opaque
+from txcore.profiling.hlo.graph import Graph
 from txcore.profiling.hlo.groups import Groups, canonical, parse_groups, parse_pairs
+from txcore.profiling.hlo.inputs import MARK, Input, inputs_of
 from txcore.profiling.hlo.text import KINDS, Instruction, Module, read_modules
 from txcore.profiling.hlo.trips import ONCE, Trips, runs
-from txcore.profiling.hlo.types import HloError, Shape, parse_shapes
+from txcore.profiling.hlo.types import HloError, Shape
 
-_MARK = "is_spmd_generated"
 _GROUPS = "replica_groups="
 _PAIRS = "source_target_pairs="
 
@@ -21,15 +22,16 @@ class Op:
 
     kind: HLO's name without "-start"; "custom-call" for a call that can communicate unseen,
       "unknown" for a line that could not be read (then `problem` says why).
-    operands: the arrays each device puts in, of one execution.
+    inputs: the arrays each device puts in, of one execution.
     groups: the devices that talk to each other, by their place in the program's mesh.
     pairs: a permute's (source, target) devices; then `groups` is empty.
     tags, marked, op_name, frames: what the line says about where it comes from.
+    computation: the name of the computation that it is in.
     """
 
     name: str
     kind: str
-    operands: tuple[Shape, ...] = ()
+    inputs: tuple[Input, ...] = ()
     groups: Groups = ()
     pairs: tuple[tuple[int, int], ...] = ()
     tags: tuple[str, ...] = ()
@@ -39,6 +41,12 @@ class Op:
     target: str = ""
     trips: Trips = ONCE
     problem: str = ""
+    computation: str = ""
+
+    @property
+    def operands(self) -> tuple[Shape, ...]:
+        """Return the shapes of the inputs."""
+        return tuple(i.shape for i in self.inputs)
 
     @property
     def group_size(self) -> int:
@@ -75,26 +83,28 @@ def find_collectives(text: str, *, devices: int = 1) -> tuple[Op, ...]:
 
 
 def _of_module(module: Module, devices: int) -> Iterator[Op]:
-    trips = runs(module)
+    graph = Graph(module)
+    trips = runs(graph)
     opcodes = frozenset(i.opcode for c in module.computations.values() for i in c.instructions)
     devices = max(devices, module.num_partitions * module.replica_count)
-    for computation in module.computations.values():
-        types = {i.name: i.type for i in computation.instructions}
-        context = _Context(module, opcodes, types, devices)
+    for name, computation in module.computations.items():
+        context = _Context(graph, opcodes, name, devices)
         for instruction in computation.instructions:
             if kind := _kind(instruction, context):
-                yield replace(_read(instruction, kind, context), trips=trips[computation.name])
+                op = _read(instruction, kind, context)
+                yield replace(op, trips=trips[name], computation=name)
         for line in computation.unreadable:
-            yield Op(line[:40], "unknown", problem=f"cannot be read: {line[:120]}")
+            problem = f"cannot be read: {line[:120]}"
+            yield Op(line[:40], "unknown", problem=problem, computation=name)
 
 
 @dataclass(frozen=True, slots=True)
 class _Context:
-    """Where an instruction stands: `types` are those of its computation, by name."""
+    """Where an instruction stands: in the computation of that name."""
 
-    module: Module
+    graph: Graph
     opcodes: frozenset[str]
-    types: Mapping[str, str]
+    computation: str
     devices: int
 
 
@@ -106,7 +116,7 @@ def _kind(instruction: Instruction, context: _Context) -> str | None:
         has_start = {f"{kind}-start", "async-start"} & context.opcodes
         return None if has_start else "unknown"  # half of a pair: its start was lost
     if kind in KINDS:
-        return None if _is_wrapper(instruction, kind, context.module) else kind
+        return None if _is_wrapper(instruction, kind, context.graph.module) else kind
     if opcode == "custom-call":
         return opcode if opaque.can_communicate(instruction.rest) else None
     if opcode == "send":  # its recv is the same transfer
@@ -139,39 +149,30 @@ def _read_op(instruction: Instruction, kind: str, context: _Context) -> Op:
         name=instruction.name,
         kind=kind,
         tags=tuple(t for t in witnesses.get(TAG_KEY, "").split(",") if t),
-        marked=witnesses.get(_MARK) == "true",
+        marked=witnesses.get(MARK) == "true",
         op_name=attributes.op_name(rest),
-        frames=tuple(attributes.source_frames(rest, context.module)),
+        frames=tuple(attributes.source_frames(rest, context.graph.module)),
         target=attributes.custom_call_target(rest),
     )
     if kind == "custom-call":
         return op
-    op = replace(op, operands=_shapes(operands, kind, context))
+    sent = _sent(operands, rest, kind)
+    inputs = inputs_of(instruction, sent, context.computation, context.graph)
+    op = replace(op, inputs=inputs)
     if kind == "collective-permute":
         return replace(op, pairs=parse_pairs(_value(rest, _PAIRS)))
     if kind == "send":
         return op
     groups = parse_groups(_value(rest, _GROUPS), context.devices)
-    return replace(op, groups=_on_devices(groups, rest, kind, context.module))
+    return replace(op, groups=_on_devices(groups, rest, kind, context.graph.module))
 
 
-def _shapes(operands: str, kind: str, context: _Context) -> tuple[Shape, ...]:
+def _sent(operands: str, rest: str, kind: str) -> list[str]:
+    """Return the operands that are sent; others are buffers to write to, offsets and tokens."""
     parts = attributes.split_outside(operands, ",")
-    if not parts:
-        raise HloError("no operands")
-    # The other operands are buffers to write to and offsets, which nobody sends.
-    in_place_permute = kind == "collective-permute" and len(parts) == 4
-    if in_place_permute or kind in ("ragged-all-to-all", "send"):
-        parts = parts[:1]
-    return tuple(shape for part in parts for shape in _operand(part, context.types))
-
-
-def _operand(text: str, types: Mapping[str, str]) -> tuple[Shape, ...]:
-    if "[" in text:  # older XLA prints each operand's type before its name
-        return parse_shapes(text)
-    if (found := types.get(text.removeprefix("%"))) is None:
-        raise HloError(f"operand {text[:40]!r} is not defined")
-    return parse_shapes(found)
+    # An in-place permute names a slice of its first operand; a combined one has many whole ones.
+    in_place_permute = kind == "collective-permute" and "slice_sizes=" in rest
+    return parts[:1] if in_place_permute or kind in ("ragged-all-to-all", "send") else parts
 
 
 def _value(rest: str, key: str) -> str:

@@ -22,7 +22,7 @@ KINDS = (
     "collective-broadcast",
 )
 
-_NAME = r"\s*(?:ROOT\s+)?%?([\w.\-]+)\s*=\s*"
+_NAME = r"\s*(ROOT\s+)?%?([\w.\-]+)\s*=\s*"
 _INSTRUCTION = re.compile(_NAME + r"([a-z]\w*\[[^\[\]]*\](?:\{[^{}]*\})?)\s+([a-z][\w\-]*)(\(.*)")
 _TUPLE_INSTRUCTION = re.compile(_NAME + r"b?(?=\()")  # b(...) is the type of a buffer
 _OPCODE = re.compile(r"\s*([a-z][\w\-]*)(\(.*)")
@@ -44,6 +44,7 @@ class Instruction:
     opcode: str
     type: str
     rest: str
+    is_root: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,13 +140,13 @@ def _unquoted(line: str) -> str:
 def read_instruction(line: str) -> Instruction | None:
     """Split one line into name, type, opcode and the rest, or return None where it has none."""
     if found := _INSTRUCTION.match(line):
-        return Instruction(found[1], found[3], found[2], found[4])
+        return Instruction(found[2], found[4], found[3], found[5], bool(found[1]))
     if not (start := _TUPLE_INSTRUCTION.match(line)):
         return None
     end = closing(line, start.end())
     if end is None or not (opcode := _OPCODE.match(line, end)):
         return None
-    return Instruction(start[1], opcode[1], line[start.end() : end], opcode[2])
+    return Instruction(start[2], opcode[1], line[start.end() : end], opcode[2], bool(start[1]))
 
 
 _BRACKET = re.compile(r'[()]|"(?:[^"\\]|\\.)*+"')

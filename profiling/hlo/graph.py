@@ -1,0 +1,131 @@
+"""Look instructions up by name, use and caller; each table is made when first asked for."""
+
+import re
+from collections import defaultdict
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from txcore.profiling.hlo import attributes
+from txcore.profiling.hlo.text import Computation, Instruction, Module
+from txcore.profiling.hlo.types import HloError
+
+CALLERS = frozenset({"fusion", "call", "while", "conditional", "custom-call", "map"})
+_ELEMENT = re.compile(r"%?([\w.\-]+)\), index=(\d+)")
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """`instruction`, in the computation named `caller`, runs the one named `callee`."""
+
+    caller: str
+    callee: str
+    instruction: Instruction
+
+
+@dataclass(frozen=True)
+class Graph:
+    """The instructions of one module by what they are looked up with."""
+
+    module: Module
+    _scopes: dict[str, "Scope"] = field(default_factory=dict)
+
+    @cached_property
+    def calls(self) -> tuple[Call, ...]:
+        """Every call in the module; a fusion's, a loop's and an async start's too."""
+        known = self.module.computations
+        return tuple(
+            Call(caller.name, callee, instruction)
+            for caller in known.values()
+            for instruction in caller.instructions
+            # An async pair's -done and -update name the computation of their -start again.
+            if instruction.opcode in CALLERS or instruction.opcode.endswith("-start")
+            for callee in attributes.callees(instruction)
+            if callee in known
+        )
+
+    @cached_property
+    def _callers(self) -> dict[str, list[Call]]:
+        callers = defaultdict(list)
+        for call in self.calls:
+            callers[call.callee].append(call)
+        return callers
+
+    def only_caller(self, computation: str) -> Call | None:
+        """Return what runs a computation, or None where nothing or several do."""
+        callers = self._callers.get(computation, [])
+        return callers[0] if len(callers) == 1 else None
+
+    def scope(self, computation: str) -> "Scope":
+        """Return the lookups within one computation."""
+        if (found := self._scopes.get(computation)) is None:
+            found = self._scopes[computation] = Scope(self.module.computations[computation])
+        return found
+
+
+@dataclass(frozen=True)
+class Scope:
+    """The instructions of one computation by what they are looked up with."""
+
+    computation: Computation
+
+    @cached_property
+    def by_name(self) -> dict[str, Instruction]:
+        """Each instruction by its name."""
+        return {i.name: i for i in self.computation.instructions}
+
+    @cached_property
+    def users(self) -> dict[str, list[Instruction]]:
+        """The instructions that have an operand of a name."""
+        users = defaultdict(list)
+        for instruction in self.computation.instructions:
+            for name in dict.fromkeys(operand_names(instruction)):
+                users[name].append(instruction)
+        return users
+
+    @cached_property
+    def elements(self) -> dict[str, dict[int, Instruction]]:
+        """Of each tuple, by its name: what takes an element of it, by the element's number."""
+        elements: dict[str, dict[int, Instruction]] = defaultdict(dict)
+        for instruction in self.computation.instructions:
+            is_one = instruction.opcode == "get-tuple-element"
+            if is_one and (found := _ELEMENT.search(instruction.rest)):
+                elements[found[1]].setdefault(int(found[2]), instruction)
+        return elements
+
+    @cached_property
+    def dones(self) -> dict[str, Instruction]:
+        """Of each asynchronous start, by its name: what waits for it."""
+        return {
+            name: i
+            for i in self.computation.instructions
+            if i.opcode.endswith("-done")
+            for name in operand_names(i)[:1]
+        }
+
+    @cached_property
+    def parameters(self) -> dict[int, Instruction]:
+        """The computation's parameters by their number."""
+        found = (i for i in self.computation.instructions if i.opcode == "parameter")
+        numbered = ((i.rest[1:].split(")")[0], i) for i in found)
+        return {int(number): i for number, i in numbered if number.isdecimal()}
+
+    @cached_property
+    def root(self) -> Instruction | None:
+        """The instruction whose value the computation returns."""
+        instructions = self.computation.instructions
+        marked = (i for i in instructions if i.is_root)
+        return next(marked, instructions[-1] if instructions else None)
+
+
+def operand_names(instruction: Instruction) -> list[str]:
+    """Return the names of an instruction's operands; none where they cannot be read."""
+    try:
+        operands, _ = attributes.split(instruction)
+    except HloError:
+        return []
+    return [operand_name(part) for part in attributes.split_outside(operands, ",")]
+
+
+def operand_name(text: str) -> str:
+    """Return the name in a printed operand, which older XLA precedes with its type."""
+    return text[text.rfind(" ") + 1 :].removeprefix("%")
