@@ -4,8 +4,8 @@ from collections import defaultdict
 from dataclasses import dataclass
 
 from txcore.profiling.hlo import attributes
-from txcore.profiling.hlo.graph import Graph
-from txcore.profiling.hlo.text import Instruction
+from txcore.profiling.hlo.graph import Call, Graph
+from txcore.profiling.hlo.loops import counted_trips
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ def runs(graph: Graph) -> dict[str, Trips]:
     callers: dict[str, list[tuple[str, Trips]]] = defaultdict(list)
     for call in graph.calls:
         calls[call.caller].append(call.callee)
-        callers[call.callee].append((call.caller, _trips(call.instruction)))
+        callers[call.callee].append((call.caller, trips_of(call, graph)))
     for name in _callers_first(calls):
         incoming = [
             Trips(total[caller].count * trips.count, total[caller].known and trips.known)
@@ -49,10 +49,13 @@ def runs(graph: Graph) -> dict[str, Trips]:
     return total
 
 
-def _trips(instruction: Instruction) -> Trips:
-    if instruction.opcode != "while":
+def trips_of(call: Call, graph: Graph) -> Trips:
+    """Return how often one call runs what it calls: once, but for a loop."""
+    if call.instruction.opcode != "while":
         return ONCE
-    count = attributes.trip_count(instruction)
+    count = attributes.trip_count(call.instruction)
+    if count is None:
+        count = counted_trips(call.instruction, graph.scope(call.caller), graph)
     return Trips(1, known=False) if count is None else Trips(count)
 
 

@@ -1,0 +1,109 @@
+"""Count the trips of a loop that counts up to a bound, where the compiler does not print them.
+
+XLA for TPU prints no `known_trip_count`. What jax's scan and fori_loop compile to can be read from
+the loop itself: its counter starts at a constant, grows by one and is less than a constant.
+"""
+
+import re
+from dataclasses import dataclass
+
+from txcore.profiling.hlo.graph import Graph, Scope, operand_names
+from txcore.profiling.hlo.text import Instruction
+
+_SAME_VALUE = ("copy", "bitcast", "reshape", "copy-done", "copy-start", "opt-barrier")
+_CONDITION = re.compile(r"\bcondition=%?([\w.\-]+)")
+_BODY = re.compile(r"\bbody=%?([\w.\-]+)")
+_CONSTANT = re.compile(r"\((-?\d+)\)")
+_INDEX = re.compile(r"\bindex=(\d+)")
+
+
+@dataclass(frozen=True, slots=True)
+class _Carried:
+    """The element of a loop's tuple with this number."""
+
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Loop:
+    """A loop: the instruction's own scope, and those of what it runs."""
+
+    instruction: Instruction
+    outside: Scope
+    condition: Scope
+    body: Scope
+
+
+def counted_trips(instruction: Instruction, scope: Scope, graph: Graph) -> int | None:
+    """Return how often a while loop runs, or None where it is no such loop.
+
+    Args:
+      instruction: the loop.
+      scope: the computation that it is in.
+      graph: its module.
+    """
+    names = [found[1] for p in (_CONDITION, _BODY) if (found := p.search(instruction.rest))]
+    if len(names) != 2 or not all(name in graph.module.computations for name in names):
+        return None
+    loop = _Loop(instruction, scope, graph.scope(names[0]), graph.scope(names[1]))
+    test = loop.condition.root
+    if test is None or test.opcode != "compare" or "direction=LT" not in test.rest:
+        return None
+    counter, bound = (_value(name, loop.condition) for name in operand_names(test))
+    if not isinstance(counter, _Carried) or not _grows_by_one(counter, loop.body):
+        return None
+    if isinstance(bound, _Carried):
+        is_kept = _value(_result(bound, loop.body), loop.body) == bound
+        bound = _initial(bound, loop) if is_kept else None
+    first = _initial(counter, loop)
+    return max(0, bound - first) if isinstance(bound, int) and isinstance(first, int) else None
+
+
+def _value(name: str | None, scope: Scope) -> int | _Carried | None:
+    """Return what a name stands for in a loop's computation, or outside, where it is simple."""
+    instruction = _origin(name, scope)
+    if instruction is None:
+        return None
+    if instruction.opcode == "constant" and (number := _CONSTANT.match(instruction.rest)):
+        return int(number[1])
+    if instruction.opcode == "get-tuple-element" and (index := _INDEX.search(instruction.rest)):
+        whole = _origin(operand_names(instruction)[0], scope)
+        is_argument = whole is not None and whole.opcode == "parameter"
+        return _Carried(int(index[1])) if is_argument else None
+    return None
+
+
+def _origin(name: str | None, scope: Scope) -> Instruction | None:
+    """Return the instruction behind a name, past those that leave its value as it is."""
+    for _ in scope.by_name:  # damaged text may define a value by itself
+        instruction = scope.by_name.get(name or "")
+        if instruction is None or instruction.opcode not in _SAME_VALUE:
+            return instruction
+        name = next(iter(operand_names(instruction)), None)
+    return None
+
+
+def _grows_by_one(counter: _Carried, body: Scope) -> bool:
+    step = _origin(_result(counter, body), body)
+    if step is None or step.opcode != "add":
+        return False
+    added = [_value(name, body) for name in operand_names(step)]
+    return added in ([counter, 1], [1, counter])
+
+
+def _result(carried: _Carried, body: Scope) -> str | None:
+    root = body.root
+    return _element(root.name if root is not None else None, carried, body)
+
+
+def _initial(carried: _Carried, loop: _Loop) -> int | _Carried | None:
+    whole = next(iter(operand_names(loop.instruction)), None)
+    return _value(_element(whole, carried, loop.outside), loop.outside)
+
+
+def _element(name: str | None, carried: _Carried, scope: Scope) -> str | None:
+    whole = _origin(name, scope)
+    if whole is None or whole.opcode != "tuple":
+        return None
+    names = operand_names(whole)
+    return names[carried.index] if carried.index < len(names) else None
