@@ -1,0 +1,18 @@
+"""The lock file: what a program sends, reviewed like a snapshot, checked against growth.
+
+    report = audit(fn, *args)
+    lock.update("collectives.lock.json", report)        # once, and after each wanted change
+    lock.check("collectives.lock.json", report).ok      # False on any growth
+
+`txcore lock update|check` and the pytest fixture `collectives_lock` do the same.
+"""
+
+from txcore.profiling.lock.diff import Change as Change
+from txcore.profiling.lock.diff import compare as compare
+from txcore.profiling.lock.gate import Outcome as Outcome
+from txcore.profiling.lock.gate import check as check
+from txcore.profiling.lock.gate import update as update
+from txcore.profiling.lock.model import Entry as Entry
+from txcore.profiling.lock.model import Lock as Lock
+from txcore.profiling.lock.model import LockError as LockError
+from txcore.profiling.lock.model import lock_of as lock_of

@@ -1,0 +1,130 @@
+"""Check a program against its lock file, and update the file."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from txcore.profiling.lock.diff import Change, compare, lines
+from txcore.profiling.lock.file import dumps, read, write
+from txcore.profiling.lock.model import Lock, LockError, lock_of, target_of
+from txcore.profiling.report import Report
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a check or an update came to: `text` says why; `changed` if the lock differs."""
+
+    ok: bool
+    changed: bool
+    text: str
+
+
+def check(path: str | os.PathLike[str], report: Report, *, exact: bool = False) -> Outcome:
+    """Compare a program with its lock file.
+
+    Args:
+      path: the lock file.
+      report: of `audit`, on the target that is to be checked.
+      exact: fail on what shrank or is gone, too.
+
+    Returns:
+      Not ok where the report is not, where anything grew (an entry that the lock lacks, more
+      bytes, more executions), or where an axis is over its budget.
+
+    Raises:
+      LockError: the file cannot be read, or has nothing for the report's target.
+    """
+    locks = read(path)
+    target = target_of(report)
+    if target not in locks:
+        has = ", ".join(sorted(locks)) or "none"
+        raise LockError(f"{path} has no section {target!r} (it has: {has}): update it on this one")
+    if not report.ok:
+        return Outcome(False, True, str(report))
+    locked = locks[target]
+    changes = compare(locked, lock_of(report))
+    over = over_budget(report, locked.budgets)
+    ok = not over and not any(change.grew or exact for change in changes)
+    said = [*lines(changes), *over, *_summary(changes, locked, exact)]
+    return Outcome(ok, bool(changes), "\n".join(said))
+
+
+def update(
+    path: str | os.PathLike[str], report: Report, *, budgets: Mapping[str, int | None] | None = None
+) -> Outcome:
+    """Write what a program sends into its lock file, which need not exist yet.
+
+    Other targets' sections stay as they are, and so do the budgets that are not given.
+
+    Args:
+      path: the lock file.
+      report: of `audit`, on the target that is to be locked.
+      budgets: bytes on the wire that each device may send in one call, by mesh axis; None takes
+        an axis's budget away. What is sent over several axes counts for each of them, and what is
+        sent over groups that are none of the mesh's axes counts for all.
+
+    Returns:
+      Not ok, and nothing is written, where the report is not ok or over a budget.
+
+    Raises:
+      LockError: the file cannot be read or written, or a budget's axis is not in the mesh.
+    """
+    locks = read(path) if os.path.lexists(path) else {}
+    if not report.ok:
+        return Outcome(False, False, str(report))
+    new = lock_of(report)
+    old = locks.get(new.target, Lock(new.target, ()))
+    new = replace(new, budgets=_with_budgets(old.budgets, budgets or {}, report))
+    if over := over_budget(report, new.budgets):
+        return Outcome(False, False, "\n".join([*over, f"{path} is left as it was"]))
+    changed = locks.get(new.target) != new
+    write(path, dumps([*{**locks, new.target: new}.values()]))
+    said = f"{path}: {len(new.entries)} locked for {new.target}" + (
+        "" if changed else ", as before"
+    )
+    return Outcome(True, changed, "\n".join([*lines(compare(old, new)), said]))
+
+
+def over_budget(report: Report, budgets: Mapping[str, int]) -> list[str]:
+    """Say for which axes a program is over its budget, or cannot be proved to be within it."""
+    found = []
+    for axis, most in sorted(budgets.items()):
+        rows = [row for row in report.collectives if axis in row.axes or not row.axes]
+        sent = sum(row.wire_bytes * row.trips for row in rows)
+        if sent > most:
+            found.append(
+                f"over budget: each device sends {sent:,} B a call over {axis}, at most {most:,} B "
+                "are allowed"
+            )
+        elif endless := [row for row in rows if not row.trips_known]:
+            found.append(
+                f"no proof of the budget of {axis}: the {endless[0].kind} at "
+                f"{endless[0].source or '?'} runs in a loop of unknown length"
+            )
+    return found
+
+
+def _with_budgets(
+    old: Mapping[str, int], given: Mapping[str, int | None], report: Report
+) -> dict[str, int]:
+    axes = [name for name, _ in report.mesh]
+    for axis in given:
+        if axis not in axes:
+            has = f"has {', '.join(axes)}" if axes else "is none"
+            raise LockError(f"a budget needs an axis of the mesh, which {has}, but got {axis!r}")
+    return {axis: most for axis, most in {**old, **given}.items() if most is not None}
+
+
+def _summary(changes: Sequence[Change], locked: Lock, exact: bool) -> list[str]:
+    total, grown = len(changes), sum(change.grew for change in changes)
+    if grown:
+        return [f"lock: {grown} of {total} changed entries grew: review, then update the lock"]
+    if changes and exact:
+        return [f"lock: {total} smaller or gone, and it has to be exact: update the lock"]
+    if changes:
+        return [f"lock: nothing grew; {total} smaller or gone: update the lock to keep that"]
+    return [f"lock: {_entries(locked)} as locked for {locked.target}"]
+
+
+def _entries(lock: Lock) -> str:
+    return f"{len(lock.entries)} {'entry' if len(lock.entries) == 1 else 'entries'}"
