@@ -49,7 +49,8 @@ def counted_trips(instruction: Instruction, scope: Scope, graph: Graph) -> int |
     test = loop.condition.root
     if test is None or test.opcode != "compare" or "direction=LT" not in test.rest:
         return None
-    counter, bound = (_value(name, loop.condition) for name in operand_names(test))
+    compared = [_value(name, loop.condition) for name in operand_names(test)]
+    counter, bound = compared if len(compared) == 2 else (None, None)
     if not isinstance(counter, _Carried) or not _grows_by_one(counter, loop.body):
         return None
     if isinstance(bound, _Carried):
@@ -67,7 +68,7 @@ def _value(name: str | None, scope: Scope) -> int | _Carried | None:
     if instruction.opcode == "constant" and (number := _CONSTANT.match(instruction.rest)):
         return int(number[1])
     if instruction.opcode == "get-tuple-element" and (index := _INDEX.search(instruction.rest)):
-        whole = _origin(operand_names(instruction)[0], scope)
+        whole = _origin(next(iter(operand_names(instruction)), None), scope)
         is_argument = whole is not None and whole.opcode == "parameter"
         return _Carried(int(index[1])) if is_argument else None
     return None

@@ -66,6 +66,8 @@ def test_the_compilers_own_count_goes_first():
     "old, new",
     [
         ("direction=LT", "direction=NE"),
+        ("compare(%j, %last)", "compare(%j)"),
+        ("get-tuple-element(%q), index=0", "get-tuple-element(), index=0"),
         ("compare(%j, %last)", "compare(%last, %j)"),
         ("%one = s32[] constant(1)", "%one = s32[] constant(2)"),
         ("add(%i, %one)", "multiply(%i, %one)"),
