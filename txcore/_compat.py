@@ -13,7 +13,11 @@ TAG_KEY = "txcore"  # the frontend attribute that carries a collective's tag int
 
 def varying_axes(x: Any) -> frozenset[str]:
     """Return the mesh axes along which the type of `x` says that it varies."""
-    aval = jax.typeof(x)
+    return varying_axes_of(jax.typeof(x))
+
+
+def varying_axes_of(aval: Any) -> frozenset[str]:
+    """Return the mesh axes along which an array type says that its values vary."""
     manual = getattr(aval, "manual_axis_type", None)
     if manual is not None:
         return frozenset(manual.varying)
@@ -169,3 +173,51 @@ def no_persistent_cache() -> Iterator[None]:
     finally:
         jax.config.update("jax_enable_compilation_cache", True)
         compilation_cache.reset_cache()
+
+
+def compilation_seams() -> dict[str, tuple[Any, str]]:
+    """Return where jax lowers, compiles, asks for its disk cache and places arrays.
+
+    Private, since the public hook (jax.extend.xla.register_hlo_module_transformation) is given no
+    traced program, turns every exception into a JaxRuntimeError, is skipped by the disk cache, and
+    on 0.10 never runs for TPU and GPU targets.
+
+    Returns:
+      (owner, attribute) of each function, by what it does.
+
+    Raises:
+      RuntimeError: this jax has moved one of them.
+    """
+    from jax._src import compilation_cache, dispatch
+    from jax._src.interpreters import pxla
+
+    seams = {
+        "lower": (pxla, "lower_sharding_computation"),
+        "compile": (getattr(pxla, "MeshComputation", None), "compile"),
+        "uses_disk_cache": (compilation_cache, "is_cache_used"),
+        "place": (dispatch, "_device_put_impl"),
+    }
+    for owner, name in seams.values():
+        if not callable(getattr(owner, name, None)):
+            raise RuntimeError(
+                f"watching compilations needs {name} of jax 0.10 to 0.12, but jax "
+                f"{jax.__version__} does not have it: use an older jax, or audit the function"
+            )
+    return seams
+
+
+def marks_partitioner() -> bool:
+    """Tell whether XLA marks the collectives that its partitioner adds (since jax 0.11)."""
+    return jax.__version_info__ >= (0, 11)
+
+
+def executable_shardings(executable: Any) -> tuple[list[Any], list[Any]]:
+    """Return the shardings of the arguments and results of what jax's lowering compiles to."""
+    both = (getattr(executable, name, None) for name in ("_in_shardings", "_out_shardings"))
+    arguments, results = (list(shardings or ()) for shardings in both)
+    return arguments, results
+
+
+def lowered_name(lowered: Any) -> str:
+    """Return the name of the program that jax has lowered ("jit(step)")."""
+    return str(getattr(lowered, "_name", "a program"))
