@@ -1,0 +1,6 @@
+"""Machines to compile for, whether or not they are here."""
+
+from txcore.profiling.targets.chips import CHIPS as CHIPS
+from txcore.profiling.targets.chips import Chip as Chip
+from txcore.profiling.targets.target import Target as Target
+from txcore.profiling.targets.target import parse_target as parse_target
