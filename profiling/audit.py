@@ -1,17 +1,17 @@
 """Account for every collective of a compiled program: `audit`, `audit_text` and what they share."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import jax
 
+from txcore import _compat
 from txcore.profiling import meshes
 from txcore.profiling.hlo import Op, find_collectives
 from txcore.profiling.jaxpr import Declared, inventory, meshes_of
-from txcore.profiling.match import by_key, key_of, match
-from txcore.profiling.report import Collective, Report
-from txcore.profiling.rows import row_of
+from txcore.profiling.match import match
+from txcore.profiling.report import Report
+from txcore.profiling.rows import rows_of
 
 
 class AutoShardingError(AssertionError):
@@ -81,9 +81,8 @@ def audit_compiled(
     sizes = _meshes(compiled, jaxpr, mesh)
     ops = find_collectives(compiled.as_text() or "", devices=_largest(sizes))
     if jaxpr is None:
-        return _report(ops, None, (), sizes)
-    declared = inventory(jaxpr)
-    return _report(ops, declared, [d for d in declared if d.live], sizes)
+        return _report(ops, None, sizes)
+    return _report(ops, inventory(jaxpr), sizes)
 
 
 def audit_text(hlo: str, *, mesh: meshes.MeshLike | None = None) -> Report:
@@ -117,7 +116,7 @@ def audit_text(hlo: str, *, mesh: meshes.MeshLike | None = None) -> Report:
             "audit_text needs the text of an HLO module, which begins with 'HloModule', but got "
             f"{hlo[:40]!r}: pass compiled.as_text() or an XLA dump"
         )
-    return _report(ops, None, (), sizes)
+    return _report(ops, None, sizes)
 
 
 def assert_no_auto_sharding(fn: Callable[..., Any] | jax.stages.Compiled, *args: Any) -> Report:
@@ -156,22 +155,14 @@ def _largest(sizes: Sequence[meshes.Sizes]) -> int:
 
 
 def _report(
-    ops: Sequence[Op],
-    declared: Sequence[Declared] | None,
-    live: Sequence[Declared],
-    sizes: Sequence[meshes.Sizes],
+    ops: Sequence[Op], declared: Sequence[Declared] | None, sizes: Sequence[meshes.Sizes]
 ) -> Report:
-    wanted = by_key(declared or ())
-    rows = [row_of(op, wanted.get(key_of(op), ()), sizes) for op in ops]
-    if declared is None:
-        return Report(tuple(rows), checked=False)
-    matched = match(ops, [row.origin for row in rows], declared, live)
-    for place in matched.surplus:
-        rows[place] = _without_match(rows[place])
-    return Report(tuple(rows), matched.missing)
-
-
-def _without_match(row: Collective) -> Collective:
-    claim = f"claims the tag {','.join(row.tags)}" if row.tags else f"looks like {row.origin}"
-    note = f"{claim}, but the traced program does not declare it"
-    return replace(row, origin="partitioner", explained=False, note=note)
+    matched = match(ops, declared or (), marks=_compat.marks_partitioner())
+    rows, fates = rows_of(ops, matched, declared, sizes)
+    return Report(
+        rows,
+        missing=tuple(f.declared for f in fates if "missing" in f.fates),
+        checked=declared is not None,
+        fates=fates,
+        mesh=sizes[0] if sizes else (),
+    )

@@ -29,6 +29,7 @@ _KINDS = {
     "collective-broadcast": ("pbroadcast",),
 }
 KIND_OF = {primitive: kind for kind, names in _KINDS.items() for primitive in names}
+RESHARD = "reshard"
 _KERNELS = ("pallas_call", "core_map")  # their bodies are not collectives between devices
 
 
@@ -168,7 +169,7 @@ def _walk(
         name = eqn.primitive.name.removesuffix("_start")
         if kind := KIND_OF.get(name):
             yield from _declare(eqn, kind, name, scope, inputs)
-        elif name == "reshard":
+        elif name == RESHARD:
             yield from _declare_reshard(eqn, scope, inputs)
         for inner in sub_jaxprs(eqn):
             values = _passed(eqn, inner, inputs, numbering)
@@ -241,13 +242,14 @@ def _declare(
 
 
 def _declare_reshard(eqn: Any, scope: _Scope, inputs: Sequence[Value]) -> Iterator[Declared]:
+    sizes = meshes.sizes_of(eqn.params["dst_sharding"].mesh)
     for wanted in collectives_of_reshard(eqn.invars[0].aval, eqn.params["dst_sharding"]):
         elements, dtype = wanted.elements, np.dtype(wanted.dtype)
         yield Declared(
             kind=wanted.kind,
-            primitive="reshard",
+            primitive=RESHARD,
             axes=wanted.axes,
-            group_size=len(wanted.groups[0]),
+            group_size=meshes.count(sizes, wanted.axes),
             dtype=dtype.name,
             payload_bytes=elements * dtype.itemsize,
             trips=scope.trips,

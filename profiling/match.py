@@ -1,137 +1,331 @@
-"""Compare the collectives of a compiled program with those that the traced one declares.
+"""Match the collectives of a compiled program one to one with those that the traced one declares.
 
-Per kind and groups of devices the elements sent in one call (S times trips) are compared:
-elements and not bytes, since compilers promote dtypes. More than declared: the surplus has no
-match, whatever its tag says. Less: a declared operand without a compiled one of its size is
-missing; where the compiler merged equal ones, dropped dead ones or moved them out of a loop,
-a twin of its size is left and nothing is missing.
+Both sides are broken down into single arrays: a `Unit` is one of a compiled op, a `Declared` one
+of a traced equation. Each is used once. A pair has the devices that talk to each other, the kind,
+the tag and the elements in common (elements and not bytes, since compilers promote dtypes). What
+compilers do to a collective is undone from the plain to the rare:
+
+1. kept as declared, or merged with others into one op (its arrays are told apart)
+2. joined with others into one flat array, or cut into several
+3. moved out of a loop (fewer trips), or its loop unrolled (several, with the same trips together)
+4. sharded further by the partitioner, in a shard_map that leaves axes to it
+5. rewritten as another kind that does the same
+6. without its tag, where the compiler marks what it adds itself and did not mark this
+
+What is left of the compiled program is unexplained, whatever its tag says. What is left of the
+traced one is missing, unless nothing uses it, an equal one does its work, or it has none to do.
 """
 
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from txcore.profiling.hlo import Op
-from txcore.profiling.jaxpr import Declared
-from txcore.profiling.origin import UNEXPLAINED
+import jax.numpy as jnp
 
-Key = tuple[object, ...]
+from txcore.profiling.hlo import Op
+from txcore.profiling.jaxpr import RESHARD, Declared
+from txcore.profiling.units import Unit, units_of
+
+# What may stand in the place of a kind, with the same S: a sum of which a part is used, a sum and
+# a slice of it, each one's part among zeros and a sum, and so on.
+_REWRITTEN = {
+    "all-reduce": ("reduce-scatter",),
+    "reduce-scatter": ("all-reduce",),
+    "all-gather": ("all-reduce", "collective-broadcast"),
+    "collective-broadcast": ("all-reduce", "collective-permute"),
+}
 
 
 @dataclass(frozen=True)
 class Matched:
-    """`surplus`: places of the ops that no declaration explains; `missing`: declared, not there."""
+    """What was found: `links` has, for each unit, the places of the declarations it carries out.
 
-    surplus: frozenset[int]
-    missing: tuple[Declared, ...]
+    `fates` are those of the declarations, in their order; see `txcore.profiling.Fate`.
+    """
+
+    units: tuple[Unit, ...]
+    links: tuple[tuple[int, ...], ...]
+    fates: tuple[tuple[str, ...], ...]
 
 
-def match(
-    ops: Sequence[Op],
-    origins: Sequence[str],
-    declared: Sequence[Declared],
-    live: Sequence[Declared],
-) -> Matched:
+def match(ops: Sequence[Op], declared: Sequence[Declared], *, marks: bool) -> Matched:
     """Match compiled collectives with declared ones.
 
     Args:
       ops: the compiled program's, as `find_collectives` returns them.
-      origins: the origin of each by its own line, as `origin_of` returns it.
-      declared: all that the traced program declares.
-      live: those of them whose result is used; only they can be missing.
+      declared: what the traced program declares, as `inventory` returns it.
+      marks: whether this compiler marks the collectives that it adds itself.
 
     Returns:
-      What has no match on either side.
+      The arrays of the compiled ops, what each carries out, and what became of the declared ones.
     """
-    wanted, needed = by_key(declared), by_key(live)
-    compiled: dict[Key, list[int]] = defaultdict(list)
-    for place, op in enumerate(ops):
-        if op.kind not in ("unknown", "custom-call"):
-            compiled[key_of(op)].append(place)
-    surplus: set[int] = set()
-    for key, places in compiled.items():
-        credible = [p for p in places if origins[p] not in UNEXPLAINED and origins[p] != "reshard"]
-        surplus |= _surplus(credible, ops, wanted.get(key, []))
-    missing: list[Declared] = []
-    for key, wanted_here in needed.items():
-        missing += _missing([ops[p] for p in compiled.get(key, [])], wanted_here)
-    return Matched(frozenset(surplus), tuple(missing))
+    work = _Match(ops, declared, marks)
+    for rule in _PLAIN:
+        work.join(rule)
+    work.take_apart()
+    work.sum_up()
+    for rule in (_LOOPS, _SHARDED, _REWRITE, *((_UNTAGGED,) if marks else ())):
+        work.join(rule)
+    work.join(_RESHARD, reshards=True)
+    work.settle_reshards()
+    work.settle_loops()
+    work.settle_doubts()
+    places = sorted(work.units, key=lambda i: work.units[i].op)
+    links = tuple(tuple(work.links.get(i, ())) for i in places)
+    units = tuple(work.units[i] for i in places)
+    return Matched(units, links, _fates(units, links, work))
 
 
-def key_of(op: Op | Declared) -> Key:
-    """Return what a compiled and a declared collective must have in common: kind and devices."""
-    return op.kind, op.groups, op.pairs
+@dataclass(frozen=True)
+class _Rule:
+    """What a unit (with one of its claims) and a declaration must have in common, to be joined."""
+
+    of_unit: Callable[[Unit, str | None], Hashable]
+    of_declared: Callable[[Declared], Hashable]
+    fits: Callable[[Unit, Declared], bool] = lambda unit, declared: True
 
 
-def by_key(declared: Iterable[Declared]) -> dict[Key, list[Declared]]:
-    """Group declared collectives by `key_of`."""
-    found: dict[Key, list[Declared]] = defaultdict(list)
-    for d in declared:
-        found[key_of(d)].append(d)
-    return found
+def _enough_trips(unit: Unit, d: Declared) -> bool:
+    return unit.trips.count <= d.trips or not (unit.trips.known and d.trips_known)
 
 
-def _sent(ops: Sequence[Op], declared: Sequence[Declared]) -> tuple[int, int]:
-    """Return the elements sent by both; of one execution each where a loop's trips are unknown."""
-    known = all(op.trips.known for op in ops) and all(d.trips_known for d in declared)
-    return (
-        sum(op.elements * (op.trips.count if known else 1) for op in ops),
-        sum(d.elements * (d.trips if known else 1) for d in declared),
-    )
+_MATCHED = ("txcore", "user", "autodiff")
+# A reshard of an argument carries the argument's name, as one at the program's edge does.
+_MATCHED_RESHARDS = (RESHARD, "boundary")
+_PLAIN = (
+    _Rule(
+        lambda u, tag: (u.kind, tag, u.elements, u.trips.count, u.source),
+        lambda d: (d.kind, d.tag, d.elements, d.trips, d.source),
+    ),
+    _Rule(
+        lambda u, tag: (u.kind, tag, u.elements, u.trips.count),
+        lambda d: (d.kind, d.tag, d.elements, d.trips),
+    ),
+)
+_LOOPS = _Rule(
+    lambda u, tag: (u.kind, tag, u.elements), lambda d: (d.kind, d.tag, d.elements), _enough_trips
+)
+_SHARDED = _Rule(
+    lambda u, tag: (u.kind, tag, u.trips.count),
+    lambda d: (d.kind, d.tag, d.trips),
+    lambda u, d: not d.size_known and u.elements > 0 and d.elements % u.elements == 0,
+)
+_REWRITE = _Rule(
+    lambda u, tag: (tag, u.elements, u.trips.count),
+    lambda d: (d.tag, d.elements, d.trips),
+    lambda u, d: u.kind in _REWRITTEN.get(d.kind, ()),
+)
+_RESHARD = _Rule(
+    lambda u, tag: (u.kind, u.elements, u.trips.count),
+    lambda d: (d.kind, d.elements, d.trips),
+)
+_UNTAGGED = _Rule(
+    lambda u, tag: (u.kind, u.elements, u.trips.count, tag is None),
+    lambda d: (d.kind, d.elements, d.trips, True),
+)
 
 
-def _excess(ops: Sequence[Op], declared: Sequence[Declared]) -> int:
-    compiled, wanted = _sent(ops, declared)
-    return compiled - wanted
+class _Match:
+    """The work in progress: which units and declarations are still open, and who does what."""
+
+    def __init__(self, ops: Sequence[Op], declared: Sequence[Declared], marks: bool):
+        self.declared = declared
+        self.units = dict(enumerate(units_of(ops)))
+        self.links: dict[int, list[int]] = {}  # of a unit, the declarations
+        self.left = [d.trips for d in declared]  # executions that no unit carries out yet
+        numbers: dict[Hashable, int] = {}
+        self.op_devices = [_number(numbers, op) for op in ops]
+        self.devices = [_number(numbers, d) for d in declared]
+        self.order = _by_credibility(declared, self.devices, marks)
+
+    def open_units(self, *, reshards: bool = False) -> list[int]:
+        """Return the units that a collective (or a reshard) could explain, and none does."""
+        origins = _MATCHED_RESHARDS if reshards else _MATCHED
+        may_match = (i for i, u in self.units.items() if u.doubtful or u.origin in origins)
+        return [i for i in may_match if i not in self.links]
+
+    def open_declared(self, *, reshards: bool = False) -> list[int]:
+        """Return the declarations that are not wholly carried out, the most credible first."""
+        asked = (i for i in self.order if (self.declared[i].primitive == RESHARD) == reshards)
+        return [i for i in asked if self.left[i] > 0]
+
+    def link(self, unit: int, declared: Iterable[int]) -> None:
+        """Note that a unit carries out these declarations, as often as it runs."""
+        self.links[unit] = list(declared)
+        trips = self.units[unit].trips
+        for i in self.links[unit]:
+            known = trips.known and self.declared[i].trips_known
+            self.left[i] -= trips.count if known else self.left[i]
+
+    def join(self, rule: _Rule, *, reshards: bool = False) -> None:
+        """Match one to one what a rule finds equal."""
+        waiting: dict[Hashable, list[int]] = defaultdict(list)
+        for i in reversed(self.open_declared(reshards=reshards)):
+            waiting[self.devices[i], rule.of_declared(self.declared[i])].append(i)
+        for unit in self.open_units(reshards=reshards):
+            u = self.units[unit]
+            for tag in u.claims:
+                found = waiting.get((self.op_devices[u.op], rule.of_unit(u, tag)), [])
+                if (i := self._first(found, u, rule)) is not None:
+                    self.link(unit, [i])
+                    break
+
+    def _first(self, waiting: list[int], unit: Unit, rule: _Rule) -> int | None:
+        while waiting and self.left[waiting[-1]] <= 0:
+            waiting.pop()
+        still = (i for i in reversed(waiting) if self.left[i] > 0)
+        return next((i for i in still if rule.fits(unit, self.declared[i])), None)
+
+    def take_apart(self) -> None:
+        """Put a flat array's pieces in its place, where it is not declared and one of them is."""
+        flat = {i: self.units[i] for i in self.open_units() if self.units[i].pieces}
+        pieces: dict[int, range] = {}
+        for i, unit in flat.items():
+            del self.units[i]
+            start = max(self.units, default=-1) + 1
+            pieces[i] = range(max(start, i + 1), max(start, i + 1) + len(unit.pieces))
+            self.units |= dict(zip(pieces[i], unit.pieces, strict=True))
+        for rule in _PLAIN:
+            self.join(rule)
+        for i, unit in flat.items():
+            if not any(piece in self.links for piece in pieces[i]):
+                for piece in pieces[i]:
+                    del self.units[piece]
+                self.units[i] = unit
+
+    def sum_up(self) -> None:
+        """Match by sums: arrays that were joined into a flat one, and one that was cut up."""
+        units, declared = self._alike()
+        for key, places in units.items():
+            for unit in places:
+                claims = self.units[unit].claims
+                parts = [i for i in declared.get(key, ()) if self.declared[i].tag in claims]
+                parts = [i for i in parts if self.left[i] > 0]
+                if sum(self.declared[i].elements for i in parts) == self.units[unit].elements:
+                    self.link(unit, parts)
+        for key, wanted in declared.items():
+            by_tag: dict[str | None, list[int]] = defaultdict(list)
+            for i in wanted:
+                if self.left[i] > 0:
+                    by_tag[self.declared[i].tag].append(i)
+            for tag, whole in by_tag.items():
+                parts = [i for i in units.get(key, ()) if self.units[i].claims == (tag,)]
+                parts = [i for i in parts if i not in self.links]
+                sent = sum(self.units[i].elements for i in parts)
+                if parts and sent == sum(self.declared[i].elements for i in whole):
+                    for part in parts:
+                        self.link(part, whole)
+
+    def _alike(self) -> tuple[dict[Hashable, list[int]], dict[Hashable, list[int]]]:
+        """Group what is open by kind, devices and trips."""
+        units: dict[Hashable, list[int]] = defaultdict(list)
+        declared: dict[Hashable, list[int]] = defaultdict(list)
+        for i in self.open_units():
+            u = self.units[i]
+            units[u.kind, self.op_devices[u.op], u.trips.count].append(i)
+        for i in self.open_declared():
+            d = self.declared[i]
+            declared[d.kind, self.devices[i], d.trips].append(i)
+        return units, declared
+
+    def settle_reshards(self) -> None:
+        """Believe a line that names a reshard where the program has one at that place."""
+        by_source = {d.source: i for i, d in enumerate(self.declared) if d.primitive == RESHARD}
+        for unit in self.open_units(reshards=True):
+            u = self.units[unit]
+            if u.origin == RESHARD and u.source in by_source:
+                self.links[unit] = [by_source[u.source]]
+
+    def settle_loops(self) -> None:
+        """Keep several units of one declaration only where they run as often as it, together."""
+        of_declared = self.units_of_declared()
+        for i, units in of_declared.items():
+            same = [u for u in units if self.units[u].elements == self.declared[i].elements]
+            if len(same) > 1 and self.left[i] != 0:
+                for unit in same[1:]:
+                    del self.links[unit]
+
+    def settle_doubts(self) -> None:
+        """Believe the mark of an op of which every array has a match: one of them is too much."""
+        doubtful: dict[int, list[int]] = defaultdict(list)
+        for i, u in self.units.items():
+            if u.doubtful:
+                doubtful[u.op].append(i)
+        for units in doubtful.values():
+            if all(i in self.links for i in units):
+                for i in units:
+                    del self.links[i]
+
+    def units_of_declared(self) -> dict[int, list[int]]:
+        """Return the units that carry out each declaration."""
+        found: dict[int, list[int]] = defaultdict(list)
+        for unit, declared in self.links.items():
+            for i in declared:
+                found[i].append(unit)
+        return found
 
 
-def _surplus(places: list[int], ops: Sequence[Op], declared: Sequence[Declared]) -> set[int]:
-    """Pick the ops to blame for a surplus: least credible first, all of the same credibility."""
-    blamed: set[int] = set()
-    if _excess([ops[p] for p in places], declared) <= 0:
-        return blamed
-    for suspects in _least_credible_first(places, ops, declared):
-        suspects = suspects - blamed
-        excess = _excess([ops[p] for p in places if p not in blamed], declared)
-        if excess <= 0:
-            break
-        exact = [p for p in suspects if _sent([ops[p]], declared)[0] == excess]
-        # Of two that look alike nobody can tell which one was added: blame both.
-        blamed |= {exact[0]} if len(exact) == 1 else suspects
-    return blamed
+def _number(numbers: dict[Hashable, int], one: Op | Declared) -> int:
+    """Return a number for the devices that talk to each other: equal for equal ones."""
+    return numbers.setdefault((one.groups, one.pairs), len(numbers))
 
 
-def _least_credible_first(
-    places: list[int], ops: Sequence[Op], declared: Sequence[Declared]
-) -> Iterator[set[int]]:
-    """Yield ops by credibility: tags nobody declared, tags with more than declared, the rest."""
-    by_tags: dict[frozenset[str | None], list[int]] = defaultdict(list)
-    for p in places:
-        by_tags[frozenset(ops[p].tags or (None,))].append(p)
-    declared_tags = {d.tag for d in declared}
-    yield {p for tags, same in by_tags.items() if not tags <= declared_tags for p in same}
-    for tags, same in by_tags.items():
-        if _excess([ops[p] for p in same], [d for d in declared if d.tag in tags]) > 0:
-            yield set(same)
-    yield set(by_tags.get(frozenset({None}), ()))
-    yield set(places)
+def _by_credibility(declared: Sequence[Declared], devices: Sequence[int], marks: bool) -> list[int]:
+    """Order declarations by how likely the compiler kept them: those of dead values last.
+
+    Where a partitioner that does not mark its work could act, a dead one and the double of
+    another are left out: the compiler drops them, and what looks like them is the partitioner's.
+    """
+    strict = not marks and not all(d.size_known for d in declared)
+    seen: set[Hashable] = set()
+    kept: list[int] = []
+    for i, d in enumerate(declared):
+        value = d.kind, devices[i], d.operand
+        if not strict or (d.live and value not in seen):
+            kept.append(i)
+        seen.add(value)
+    return sorted(kept, key=lambda i: not declared[i].live)
 
 
-def _missing(ops: Sequence[Op], declared: Sequence[Declared]) -> list[Declared]:
-    """Return the declared operands that are absent, of one key."""
-    if _excess(ops, declared) >= 0:
-        return []  # merged, split or combined: all the elements are there
-    sizes = {
-        shape.elements * (op.group_size if op.kind == "all-gather" else 1)
-        for op in ops
-        for shape in op.operands
+def _fates(
+    units: Sequence[Unit], links: Sequence[Sequence[int]], work: _Match
+) -> tuple[tuple[str, ...], ...]:
+    carried: dict[int, list[Unit]] = defaultdict(list)
+    shared = Counter(unit.op for unit, link in zip(units, links, strict=True) for _ in link)
+    for unit, link in zip(units, links, strict=True):
+        for i in link:
+            carried[i].append(unit)
+    twins = {_twin(work, i, work.declared[i].operand) for i in carried}
+    sums = {_twin(work, i, work.declared[i].elements) for i in carried}
+    fates = []
+    for i, d in enumerate(work.declared):
+        if i in carried:
+            fates.append(_fate_of_kept(d, carried[i], shared))
+        elif not d.live or d.foldable:
+            fates.append(("eliminated",))
+        elif _twin(work, i, d.operand) in twins:
+            fates.append(("deduplicated",))
+        elif d.kind == "all-reduce" and _twin(work, i, d.elements) in sums:
+            fates.append(("reassociated",))
+        else:
+            fates.append(("missing",))
+    return tuple(fates)
+
+
+def _twin(work: _Match, place: int, what: int) -> Hashable:
+    return work.declared[place].kind, work.devices[place], what
+
+
+def _fate_of_kept(d: Declared, units: Sequence[Unit], shared: Mapping[int, int]) -> tuple[str, ...]:
+    trips = sum(u.trips.count for u in units)
+    known = d.trips_known and all(u.trips.known for u in units)
+    is_cut = any(u.elements < d.elements for u in units) and d.size_known
+    fates = {
+        "combined": any(shared[u.op] > 1 for u in units) and not is_cut,
+        "split": is_cut,
+        "unrolled": len(units) > 1 and not is_cut,
+        "hoisted": known and not is_cut and trips < d.trips,
+        "rewritten": any(u.kind != d.kind for u in units),
+        "promoted": any(u.shape.bits > 8 * jnp.dtype(d.dtype).itemsize for u in units),
     }
-    tags = [d.tag for d in declared]
-    tags_there = {tag for op in ops for tag in op.tags}
-
-    def is_there(d: Declared) -> bool:
-        if d.elements in sizes or (ops and not d.size_known):
-            return True
-        return d.tag in tags_there and tags.count(d.tag) == 1  # the compiler sends less of it
-
-    return [d for d in declared if not d.foldable and not is_there(d)]
+    return tuple(name for name, is_so in fates.items() if is_so) or ("kept",)

@@ -11,7 +11,10 @@ from txcore.profiling.hlo import Groups
 
 @dataclass(frozen=True)
 class Wanted:
-    """One collective that a reshard needs; `elements` is S as in nccl-tests."""
+    """One collective that a reshard needs; `elements` is S as in nccl-tests.
+
+    Where several ways lead to the other sharding, `kind` is "reshard" and nothing else is known.
+    """
 
     kind: str
     axes: tuple[str, ...]
@@ -24,7 +27,7 @@ def collectives_of_reshard(aval: Any, target: Any) -> Iterator[Wanted]:
     """Yield the collectives that bring an array to another sharding.
 
     Axes that leave the spec are gathered; axes that only change their dim are an all-to-all;
-    axes that are new cost nothing. Where both happen at once several ways exist: none is named.
+    axes that are new cost nothing.
 
     Args:
       aval: the array's type, with its sharding.
@@ -42,11 +45,15 @@ def collectives_of_reshard(aval: Any, target: Any) -> Iterator[Wanted]:
     local = aval.size // parts
     if gone and not moved and not new:
         n = meshes.count(sizes, gone)
-        groups = meshes.device_groups(sizes, gone)
-        yield Wanted("all-gather", gone, n * local, str(aval.dtype), groups)
+        yield Wanted("all-gather", gone, n * local, str(aval.dtype), _groups(sizes, gone))
     elif moved and not gone and not new:
-        groups = meshes.device_groups(sizes, moved)
-        yield Wanted("all-to-all", moved, local, str(aval.dtype), groups)
+        yield Wanted("all-to-all", moved, local, str(aval.dtype), _groups(sizes, moved))
+    elif gone or moved:
+        yield Wanted("reshard", gone + moved, 0, str(aval.dtype), ())
+
+
+def _groups(sizes: meshes.Sizes, axes: tuple[str, ...]) -> Groups:
+    return meshes.device_groups(sizes, axes)
 
 
 def _dim_of(spec: Any) -> dict[str, int]:

@@ -1,60 +1,170 @@
-"""Turn a compiled collective, and what the traced program declares like it, into a report's row."""
+"""Turn the matched arrays of a compiled program into a report's rows."""
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import jax.numpy as jnp
 
-from txcore.profiling import meshes, source
-from txcore.profiling.hlo import Op, Shape
-from txcore.profiling.jaxpr import Declared
-from txcore.profiling.origin import UNEXPLAINED, origin_of
-from txcore.profiling.report import Collective
+from txcore.profiling import meshes
+from txcore.profiling.bandwidth import wire_bytes
+from txcore.profiling.hlo import Op
+from txcore.profiling.hlo.trips import Trips
+from txcore.profiling.jaxpr import RESHARD, Declared
+from txcore.profiling.match import Matched
+from txcore.profiling.origin import UNEXPLAINED
+from txcore.profiling.report import Collective, Fate, Part
+from txcore.profiling.units import Unit
 
 
-def row_of(op: Op, declared: Sequence[Declared], sizes: Sequence[meshes.Sizes]) -> Collective:
-    """Describe one compiled collective.
+@dataclass(frozen=True)
+class _Array:
+    """One unit, the declarations that it carries out, and the verdict over it."""
+
+    unit: Unit
+    places: tuple[int, ...]
+    declared: tuple[Declared, ...]
+    fates: tuple[str, ...]
+    origin: str
+    explained: bool
+    note: str
+
+
+def rows_of(
+    ops: Sequence[Op],
+    matched: Matched,
+    declared: Sequence[Declared] | None,
+    sizes: Sequence[meshes.Sizes],
+) -> tuple[tuple[Collective, ...], tuple[Fate, ...]]:
+    """Describe compiled collectives, and what became of the declared ones.
 
     Args:
-      op: the collective.
-      declared: those of the same kind and groups of devices that the traced program declares.
-      sizes: the meshes whose axes may name its groups; the first that fits does.
+      ops: the compiled program's.
+      matched: their arrays, and what each carries out.
+      declared: what they were compared with; None where there was nothing.
+      sizes: the meshes whose axes may name an op's groups; the first that fits does.
 
     Returns:
-      Its row, with the origin that its own line gives it.
+      A row for each op and origin of its arrays, and a fate for each declaration.
     """
-    origin, note = origin_of(op)
+    rows: list[Collective] = []
+    rows_of_declared: dict[int, list[int]] = {}
+    arrays = _arrays(matched, declared)
+    for place, same_op in itertools.groupby(arrays, key=lambda a: a.unit.op):
+        by_verdict: dict[tuple[str, bool], list[_Array]] = {}
+        for array in same_op:
+            by_verdict.setdefault((array.origin, array.explained), []).append(array)
+        for alike in by_verdict.values():
+            for i in dict.fromkeys(i for array in alike for i in array.places):
+                rows_of_declared.setdefault(i, []).append(len(rows))
+            rows.append(_row(ops[place], alike, sizes, merged=len(by_verdict) > 1))
+    fates = (
+        Fate(d, matched.fates[i], tuple(rows_of_declared.get(i, ())))
+        for i, d in enumerate(declared or ())
+    )
+    return tuple(rows), tuple(fates)
+
+
+def _arrays(matched: Matched, declared: Sequence[Declared] | None) -> Iterator[_Array]:
+    for unit, places in zip(matched.units, matched.links, strict=True):
+        of = tuple(declared[i] for i in places) if declared is not None else ()
+        fates = dict.fromkeys(fate for i in places for fate in matched.fates[i])
+        verdict = _by_its_line(unit) if declared is None else _by_match(unit, of)
+        yield _Array(unit, places, of, tuple(fates), *verdict)
+
+
+def _by_its_line(unit: Unit) -> tuple[str, bool, str]:
+    origin = "partitioner" if unit.doubtful else unit.origin
+    return origin, origin not in UNEXPLAINED, unit.note
+
+
+def _by_match(unit: Unit, declared: Sequence[Declared]) -> tuple[str, bool, str]:
+    """Return the origin that the match gives an array, whether it is explained, and a note."""
+    if declared:
+        origin = _origin_of_declared(declared)
+        differs = unit.origin not in (origin, "reshard", "boundary")
+        return origin, True, f"its own line looks like {unit.origin}" if differs else ""
+    if unit.origin in (*UNEXPLAINED, "opaque"):
+        return unit.origin, unit.origin == "opaque", unit.note
+    tags = [tag for tag in unit.claims if tag]
+    claim = f"claims the tag {','.join(tags)}" if tags else f"looks like {unit.origin}"
+    return "partitioner", False, f"{claim}, but the traced program does not declare it"
+
+
+def _origin_of_declared(declared: Sequence[Declared]) -> str:
+    if any(d.autodiff for d in declared):
+        return "autodiff"
+    if all(d.primitive == RESHARD for d in declared):
+        return "reshard"
+    return "txcore" if any(d.tag for d in declared) else "user"
+
+
+def _row(
+    op: Op, arrays: Sequence[_Array], sizes: Sequence[meshes.Sizes], *, merged: bool
+) -> Collective:
     axes, group_size = _axes(op, sizes)
-    meant = [d for d in declared if d.tag in (op.tags or (None,))]
-    if origin == "txcore" and _is_merged_with_autodiff(op, declared, meant):
-        origin, note = "autodiff", "merged with a collective that autodiff made, without a tag"
-    scale = group_size if op.kind == "all-gather" else 1
-    dtypes = [_dtype(shape, scale, meant) for shape in op.operands]
-    sources = {d.source for d in meant}
+    parts = tuple(part for array in arrays for part in _parts(array, group_size))
+    trips = _trips(op, arrays)
+    notes = [array.note for array in arrays] + ["merged into one op with others"] * merged
+    on_wire = (group_size if op.kind == "all-gather" else 1) * sum(
+        array.unit.shape.bytes for array in arrays
+    )
+    sources = {part.source for part in parts}
+    first = arrays[0]
     return Collective(
         kind=op.kind,
-        origin=origin,
-        tags=op.tags,
+        origin=first.origin,
+        tags=tuple(dict.fromkeys(part.tag for part in parts if part.tag)),
         axes=axes,
         group_size=group_size,
-        dtype=",".join(dict.fromkeys(dtypes)),
-        wire_dtype=",".join(dict.fromkeys(shape.dtype for shape in op.operands)),
-        payload_bytes=scale * sum(map(_bytes, op.operands, dtypes)),
-        wire_bytes=_wire_bytes(op, group_size),
-        trips=op.trips.count,
-        source=sources.pop() if len(sources) == 1 else source.shorten(op.frames),
+        dtype=",".join(dict.fromkeys(part.dtype for part in parts)),
+        wire_dtype=",".join(dict.fromkeys(part.wire_dtype for part in parts)),
+        payload_bytes=sum(part.payload_bytes for part in parts),
+        wire_bytes=wire_bytes(op.kind, max(group_size, 1), on_wire),
+        trips=trips.count,
+        source=sources.pop() if len(sources) == 1 else first.unit.source,
         op_name=op.op_name,
-        explained=origin not in UNEXPLAINED,
-        trips_known=op.trips.known,
-        note=note,
+        explained=first.explained,
+        trips_known=trips.known,
+        note="; ".join(dict.fromkeys(filter(None, notes))),
+        op=op.name,
+        parts=parts,
     )
 
 
-def _is_merged_with_autodiff(
-    op: Op, declared: Sequence[Declared], meant: Sequence[Declared]
-) -> bool:
-    """Tell whether more was merged into a tagged op than its tags declare, autodiff's too."""
-    more = op.elements > sum(d.elements for d in meant)
-    return more and any(d.autodiff for d in declared)
+def _parts(array: _Array, group_size: int) -> Iterator[Part]:
+    unit, wire = array.unit, array.unit.shape.dtype
+    if len(array.declared) > 1 and sum(d.elements for d in array.declared) == unit.elements:
+        for d in array.declared:  # joined into one flat array, of which nothing shows the parts
+            yield Part(
+                d.tag or "", d.dtype, wire, d.elements, d.payload_bytes, d.source, array.fates
+            )
+        return
+    scale = group_size if unit.kind == "all-gather" else 1
+    dtypes = {d.dtype for d in array.declared} or {wire}
+    sources = {d.source for d in array.declared} or {unit.source}
+    tags = [d.tag for d in array.declared] or [tag for tag in unit.claims if tag]
+    dtype = dtypes.pop() if len(dtypes) == 1 else wire
+    is_same = dtype == wire
+    payload = scale * unit.shape.bytes if is_same else unit.elements * jnp.dtype(dtype).itemsize
+    yield Part(
+        tag=",".join(dict.fromkeys(filter(None, tags))),
+        dtype=dtype,
+        wire_dtype=wire,
+        elements=unit.elements,
+        payload_bytes=payload,
+        source=sources.pop() if len(sources) == 1 else unit.source,
+        fates=array.fates,
+    )
+
+
+def _trips(op: Op, arrays: Sequence[_Array]) -> Trips:
+    """Return how often an op runs: a loop whose length only the traced program has is known."""
+    declared = [d for array in arrays for d in array.declared]
+    traced = {d.trips for d in declared if d.trips_known}
+    if op.trips.known or len(traced) != 1 or not all(d.trips_known for d in declared):
+        return op.trips
+    return Trips(traced.pop())
 
 
 def _axes(op: Op, sizes: Sequence[meshes.Sizes]) -> tuple[tuple[str, ...], int]:
@@ -67,22 +177,3 @@ def _axes(op: Op, sizes: Sequence[meshes.Sizes]) -> tuple[tuple[str, ...], int]:
         if axes is not None:
             return axes, op.group_size or meshes.count(mesh, axes)
     return (), op.group_size
-
-
-def _dtype(shape: Shape, scale: int, meant: Sequence[Declared]) -> str:
-    """Return the dtype that was declared for an operand, by its size where several may be meant."""
-    same_size = {d.dtype for d in meant if d.elements == scale * shape.elements}
-    dtypes = same_size or {d.dtype for d in meant}
-    return dtypes.pop() if len(dtypes) == 1 else shape.dtype
-
-
-def _bytes(shape: Shape, dtype: str) -> int:
-    return shape.bytes if dtype == shape.dtype else shape.elements * jnp.dtype(dtype).itemsize
-
-
-def _wire_bytes(op: Op, n: int) -> int:
-    if op.kind == "all-reduce":
-        return -(-2 * (n - 1) * op.bytes // n)
-    if op.kind in ("all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all"):
-        return -(-(n - 1) * op.bytes // n)
-    return op.bytes

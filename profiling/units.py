@@ -1,0 +1,80 @@
+"""The arrays of compiled collectives: what is matched with the declared ones."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from txcore.profiling import source
+from txcore.profiling.hlo import Input, Op, Shape
+from txcore.profiling.hlo.trips import ONCE, Trips
+from txcore.profiling.origin import origin_of
+
+_NOTHING = Shape("", (0,), 0)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One array of a compiled collective.
+
+    op: its op's place in the list of ops.
+    elements: S as in nccl-tests (times n for an all-gather).
+    claims: the tags that it may have, None standing for no tag; of an array that was merged with
+      others, and of which nothing else is left, those of all.
+    origin, note: what its own line says of where it comes from.
+    doubtful: its op was marked as the partitioner's, but nothing tells which of its arrays is.
+    pieces: what it was concatenated from; the program may have done it itself.
+    """
+
+    op: int
+    kind: str
+    shape: Shape
+    elements: int
+    trips: Trips = ONCE
+    claims: tuple[str | None, ...] = (None,)
+    op_name: str = ""
+    source: str = ""
+    origin: str = "unknown"
+    note: str = ""
+    doubtful: bool = False
+    pieces: tuple["Unit", ...] = ()
+
+
+def units_of(ops: Sequence[Op]) -> Iterator[Unit]:
+    """Yield the arrays of compiled collectives, in order; an op without arrays is one, empty."""
+    for place, op in enumerate(ops):
+        for one in _inputs(op):
+            yield _unit(place, op, one)
+
+
+def _inputs(op: Op) -> tuple[Input, ...]:
+    if op.kind == "all-to-all" and len(op.inputs) == op.group_size > 1:
+        # One array, printed as the parts that go to each device.
+        first = op.inputs[0]
+        whole = replace(first.shape, dims=(len(op.inputs), *first.shape.dims))
+        return (replace(first, shape=whole),)
+    return op.inputs or (Input(_NOTHING),)
+
+
+def _unit(place: int, op: Op, one: Input, *, is_piece: bool = False) -> Unit:
+    # Of a merged array that says nothing itself, the op's line tells what it may be.
+    is_merged = is_piece or len(op.inputs) > 1
+    has_own = bool(one.tag or one.op_name or one.marked)
+    tags = tuple(t for t in one.tag.split(",") if t) if has_own else op.tags
+    op_name = one.op_name or op.op_name
+    doubtful = op.marked and (bool(one.pieces) or (is_merged and not has_own))
+    marked = not doubtful and (one.marked if has_own else op.marked)
+    origin, note = origin_of(replace(op, tags=tags, op_name=op_name, marked=marked))
+    may_be_untagged = not tags or len(tags) > 1 or (is_merged and not has_own)
+    return Unit(
+        op=place,
+        kind=op.kind,
+        shape=one.shape,
+        elements=(op.group_size if op.kind == "all-gather" else 1) * one.shape.elements,
+        trips=op.trips,
+        claims=(*tags, None) if may_be_untagged else tags,
+        op_name=op_name,
+        source=source.shorten(op.frames),
+        origin=origin,
+        note=note,
+        doubtful=doubtful,
+        pieces=tuple(_unit(place, op, piece, is_piece=True) for piece in one.pieces),
+    )
