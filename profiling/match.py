@@ -166,8 +166,8 @@ class _Match:
             u = self.units[unit]
             for tag in u.claims:
                 found = waiting.get((self.op_devices[u.op], rule.of_unit(u, tag)), [])
-                if (i := self._first(found, u, rule)) is not None:
-                    self.link(unit, [i])
+                if (chosen := self._first(found, u, rule)) is not None:
+                    self.link(unit, [chosen])
                     break
 
     def _first(self, waiting: list[int], unit: Unit, rule: _Rule) -> int | None:

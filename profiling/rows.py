@@ -82,7 +82,7 @@ def _by_match(unit: Unit, declared: Sequence[Declared]) -> tuple[str, bool, str]
     """Return the origin that the match gives an array, whether it is explained, and a note."""
     if declared:
         origin = _origin_of_declared(declared)
-        differs = unit.origin not in (origin, "reshard", "boundary")
+        differs = unit.has_own_line and unit.origin not in (origin, "reshard", "boundary")
         return origin, True, f"its own line looks like {unit.origin}" if differs else ""
     if unit.origin in (*UNEXPLAINED, "opaque"):
         return unit.origin, unit.origin == "opaque", unit.note

@@ -19,7 +19,8 @@ class Unit:
     elements: S as in nccl-tests (times n for an all-gather).
     claims: the tags that it may have, None standing for no tag; of an array that was merged with
       others, and of which nothing else is left, those of all.
-    origin, note: what its own line says of where it comes from.
+    origin, note: what its line says of where it comes from.
+    has_own_line: the line speaks of this array alone, not of all that were merged into its op.
     doubtful: its op was marked as the partitioner's, but nothing tells which of its arrays is.
     pieces: what it was concatenated from; the program may have done it itself.
     """
@@ -34,6 +35,7 @@ class Unit:
     source: str = ""
     origin: str = "unknown"
     note: str = ""
+    has_own_line: bool = True
     doubtful: bool = False
     pieces: tuple["Unit", ...] = ()
 
@@ -75,6 +77,7 @@ def _unit(place: int, op: Op, one: Input, *, is_piece: bool = False) -> Unit:
         source=source.shorten(op.frames),
         origin=origin,
         note=note,
+        has_own_line=has_own or not is_merged,
         doubtful=doubtful,
         pieces=tuple(_unit(place, op, piece, is_piece=True) for piece in one.pieces),
     )
