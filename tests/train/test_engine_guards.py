@@ -436,3 +436,100 @@ def test_a_reduction_inside_the_loss_without_vary_is_refused():
     text = "A value that was reduced inside the loss needs tx.vary(x, 'data') before it meets"
     with pytest.raises(ValueError, match=re.escape(text)):
         step(engine.create_state(toys.params()), toys.batch())
+
+
+def psum_of(v):
+    return tx.vary(tx.psum(v, "data", name="total"), "data")
+
+
+def alike(found):
+    return tx.pmax(found, "data")
+
+
+def by_cond(select):
+    """A metric that only the first device computes; `select(predicate, x)` chooses how."""
+
+    def body(state, batch, loss, grads):
+        value = select(tx.axis_index("data") == 0, batch["x"].sum())
+        metrics = {"loss": tx.pmean(loss, "data"), "value": tx.pmean(value, "data")}
+        return state.apply_gradients(grads=tx.pmean(grads, "data")), metrics
+
+    return body
+
+
+def lying(cast):
+    def select(first, x):
+        return tx.vary(jax.lax.cond(first, lambda v: 2 * v, lambda v: 3 * v, cast(1.0)), "data")
+
+    return by_cond(select)
+
+
+DIVERGING = [
+    (
+        by_cond(lambda first, x: jax.lax.cond(first, psum_of, lambda v: v, x)),
+        by_cond(lambda first, x: jnp.where(first, psum_of(x), x)),
+        r"^psum/total over data at test_engine_guards\.py:\d+ inside the cond at "
+        r"test_engine_guards\.py:\d+, whose predicate differs along axis 'data': all devices of "
+        r"its group would wait for those that do not come\. Compute it on every device and select "
+        r"with jax\.numpy\.where \(or jax\.lax\.select\), or make the predicate the same on every "
+        r"device first: tx\.pmax\(predicate, 'data'\)$",
+    ),
+    (
+        by_cond(
+            lambda first, x: jax.lax.while_loop(lambda c: c < 9, lambda c: c + psum_of(x) ** 2, x)
+        ),
+        by_cond(
+            lambda first, x: jax.lax.while_loop(
+                lambda c: alike(c < 9), lambda c: c + psum_of(x) ** 2, x
+            )
+        ),
+        "psum/total over data at .* inside the while at",
+    ),
+    (
+        by_cond(
+            lambda first, x: jax.lax.cond(
+                first, lambda v: tx.shift(v, "data", name="ring"), lambda v: v, x
+            )
+        ),
+        by_cond(
+            lambda first, x: jax.lax.cond(
+                alike(first),
+                lambda v: tx.shift(v, "data", name="ring"),
+                lambda v: v,
+                x,
+            )
+        ),
+        "^shift/ring over data at .*: all devices would wait for those that do not come",
+    ),
+    (
+        lying(lambda w: w),
+        lying(lambda w: tx.vary(jnp.float32(w), "data")),
+        r"^an output of the cond at test_engine_guards\.py:\d+ is typed as the same along axis "
+        r"'data', along which its predicate differs: the devices hold different values, and "
+        r"gradients through it come out wrong\. Cast what goes in first: tx\.vary\(x, 'data'\) of "
+        r"each operand or initial value that the output is made of$",
+    ),
+]
+
+
+@pytest.mark.parametrize("bad,good,text", DIVERGING, ids=["cond", "while", "permute", "lie"])
+def test_diverging_predicates_are_refused_and_the_advice_works(bad, good, text):
+    engine = toys.engine(2)
+    state = engine.create_state(toys.params())
+    with pytest.raises(ValueError, match=text):
+        step_of(bad)(state, toys.batch())
+    assert not state.step.is_deleted()  # nothing ran
+    _, metrics = step_of(good)(state, toys.batch())
+    assert np.isfinite(metrics["value"])
+
+
+def test_diverging_predicates_are_refused_in_evaluation_too():
+    def eval_step(state, batch):
+        first, x = tx.axis_index("data") == 0, batch["x"].sum()
+        return {"x": tx.pmean(jax.lax.cond(first, psum_of, lambda v: v, x), "data")}
+
+    engine = toys.engine(2)
+    with pytest.raises(ValueError, match="inside the cond at"):
+        engine.evaluate(eval_step, engine.create_state(toys.params()), [toys.batch()])
+    engine = toys.engine(1)  # one device has nobody to wait for
+    assert engine.evaluate(eval_step, engine.create_state(toys.params()), [toys.batch()])

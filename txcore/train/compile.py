@@ -70,6 +70,7 @@ def compile_step(
     )
     traced = jax.jit(mapped, donate_argnums=(0,) if train else ()).trace(state.arrays, batch)
     _check_reductions(traced.jaxpr, mesh, data_axes)
+    _check_predicates(traced.jaxpr)
     compiled = traced.lower().compile(compiler_options=options)
     return CompiledStep(compiled, traced.jaxpr, time.perf_counter() - started)
 
@@ -99,6 +100,25 @@ def _check_reductions(jaxpr: Any, mesh: MeshSpec, data_axes: tuple[str, ...]) ->
                 "take state.params. A value that was reduced inside the loss needs tx.vary(x, "
                 f"{names}) before it meets the batch, so that its transpose is yours"
             )
+
+
+def _check_predicates(jaxpr: Any) -> None:
+    """Refuse what hangs or lies where devices branch or loop differently."""
+    from txcore.profiling.predicates import divergences  # as above
+
+    for found in divergences(jaxpr):
+        if found.problem == "lies":
+            raise ValueError(
+                f"{found}: the devices hold different values, and gradients through it come out "
+                f"wrong. Cast what goes in first: tx.vary(x, {found.axis!r}) of each operand or "
+                "initial value that the output is made of"
+            )
+        whom = "all devices" if found.kind == "collective-permute" else "all devices of its group"
+        raise ValueError(
+            f"{found}: {whom} would wait for those that do not come. Compute it on every device "
+            "and select with jax.numpy.where (or jax.lax.select), or make the predicate the same "
+            f"on every device first: tx.pmax(predicate, {found.axis!r})"
+        )
 
 
 def _count(batch: Any, plan: Plan, data_axes: tuple[str, ...]) -> jax.Array | None:
