@@ -1,6 +1,7 @@
 """Account for every collective of a compiled program: `audit`, `audit_text` and what they share."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -80,9 +81,8 @@ def audit_compiled(
     """
     sizes = _meshes(compiled, jaxpr, mesh)
     ops = find_collectives(compiled.as_text() or "", devices=_largest(sizes))
-    if jaxpr is None:
-        return _report(ops, None, sizes)
-    return _report(ops, inventory(jaxpr), sizes)
+    report = _report(ops, None if jaxpr is None else inventory(jaxpr), sizes)
+    return replace(report, target=_devices(compiled))
 
 
 def audit_text(hlo: str, *, mesh: meshes.MeshLike | None = None) -> Report:
@@ -148,6 +148,13 @@ def _meshes(
     shardings = jax.tree.leaves((compiled.input_shardings, compiled.output_shardings))
     named = (s for s in shardings if isinstance(s, jax.sharding.NamedSharding))
     return tuple(dict.fromkeys(meshes.sizes_of(s.mesh) for s in named))
+
+
+def _devices(compiled: jax.stages.Compiled) -> str:
+    """Name what a program was compiled for by its devices: "cpu:8"; "" where it names none."""
+    shardings = jax.tree.leaves((compiled.input_shardings, compiled.output_shardings))
+    devices = {device for sharding in shardings for device in sharding.device_set}
+    return f"{next(iter(devices)).platform}:{len(devices)}" if devices else ""
 
 
 def _largest(sizes: Sequence[meshes.Sizes]) -> int:
