@@ -8,7 +8,8 @@ from txcore.profiling.hlo.text import Instruction, Module, closing
 from txcore.profiling.hlo.types import HloError
 
 # Values may be quoted and hold any bracket; possessive repeats keep damaged lines linear.
-_BLOCK = r"=\{((?:[^{}\"]|\"(?:[^\"\\]|\\.)*+\"|\{[^{}]*+\})*+)\}"
+_NESTED = r"\{(?:[^{}]|\{[^{}]*+\})*+\}"  # _xla_send_recv_source_target_pairs={{0,1},{1,0}}
+_BLOCK = r"=\{((?:[^{}\"]|\"(?:[^\"\\]|\\.)*+\"|" + _NESTED + r")*+)\}"
 _FRONTEND = re.compile(r"\bfrontend_attributes" + _BLOCK)
 _METADATA = re.compile(r"\bmetadata" + _BLOCK)
 _FRONTEND_PAIR = re.compile(r"([\w.\-]+)=\"((?:[^\"\\]|\\.)*+)\"")

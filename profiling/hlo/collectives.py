@@ -3,17 +3,18 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from txcore._compat import TAG_KEY
 from txcore.profiling.hlo import attributes, opaque
-from txcore.profiling.hlo.graph import Graph
+from txcore.profiling.hlo.graph import Graph, Value
 from txcore.profiling.hlo.groups import Groups, canonical, parse_groups, parse_pairs
-from txcore.profiling.hlo.inputs import MARK, Input, inputs_of
+from txcore.profiling.hlo.inputs import Input, inputs_of, witnesses, words_of
+from txcore.profiling.hlo.stepwise import is_later_step
 from txcore.profiling.hlo.text import KINDS, Instruction, Module, read_modules
 from txcore.profiling.hlo.trips import ONCE, Trips, runs
 from txcore.profiling.hlo.types import HloError, Shape
 
 _GROUPS = "replica_groups="
 _PAIRS = "source_target_pairs="
+_PAIRS_OF_SEND = "_xla_send_recv_source_target_pairs="
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,16 +114,24 @@ def _kind(instruction: Instruction, context: _Context) -> str | None:
     opcode = instruction.opcode
     kind = opcode.removesuffix("-start").removesuffix("-done")
     if kind in KINDS and opcode.endswith("-done"):
-        has_start = {f"{kind}-start", "async-start"} & context.opcodes
-        return None if has_start else "unknown"  # half of a pair: its start was lost
+        return _half_of(f"{kind}-start", context)
     if kind in KINDS:
+        if is_later_step(instruction, context.computation, context.graph):
+            return None
         return None if _is_wrapper(instruction, kind, context.graph.module) else kind
     if opcode == "custom-call":
         return opcode if opaque.can_communicate(instruction.rest) else None
-    if opcode == "send":  # its recv is the same transfer
-        return opcode if "is_host_transfer=true" not in instruction.rest else None
+    if opcode in ("send", "recv"):  # two halves of one transfer; only the send counts
+        if "is_host_transfer=true" in instruction.rest:
+            return None
+        return "send" if opcode == "send" else _half_of("send", context)
     is_like_one = any(key in instruction.rest for key in (_GROUPS, _PAIRS))
     return "unknown" if is_like_one and not opcode.startswith("async-") else None
+
+
+def _half_of(counted: str, context: _Context) -> str | None:
+    """Return None for the half of a pair that does not count, unless the other half was lost."""
+    return None if {counted, "async-start"} & context.opcodes else "unknown"
 
 
 def _is_wrapper(instruction: Instruction, kind: str, module: Module) -> bool:
@@ -144,27 +153,35 @@ def _read(instruction: Instruction, kind: str, context: _Context) -> Op:
 
 def _read_op(instruction: Instruction, kind: str, context: _Context) -> Op:
     operands, rest = attributes.split(instruction)
-    witnesses = attributes.frontend_attributes(rest)
+    here = Value(context.graph.scope(context.computation), instruction)
+    lines = witnesses(here, context.graph)
+    words = words_of(lines)
     op = Op(
         name=instruction.name,
         kind=kind,
-        tags=tuple(t for t in witnesses.get(TAG_KEY, "").split(",") if t),
-        marked=witnesses.get(MARK) == "true",
-        op_name=attributes.op_name(rest),
-        frames=tuple(attributes.source_frames(rest, context.graph.module)),
+        tags=tuple(t for t in words.tag.split(",") if t),
+        marked=words.marked,
+        op_name=words.op_name,
+        frames=_frames(lines, context.graph.module),
         target=attributes.custom_call_target(rest),
     )
     if kind == "custom-call":
         return op
-    sent = _sent(operands, rest, kind)
-    inputs = inputs_of(instruction, sent, context.computation, context.graph)
-    op = replace(op, inputs=inputs)
+    op = replace(op, inputs=inputs_of(here, _sent(operands, rest, kind), words, context.graph))
     if kind == "collective-permute":
         return replace(op, pairs=parse_pairs(_value(rest, _PAIRS)))
     if kind == "send":
-        return op
+        # XLA for GPU writes a permute as sends and receives where it pipelines it.
+        is_permute = _PAIRS_OF_SEND in rest
+        pairs = parse_pairs(_value(rest, _PAIRS_OF_SEND)) if is_permute else ()
+        return replace(op, kind="collective-permute" if is_permute else kind, pairs=pairs)
     groups = parse_groups(_value(rest, _GROUPS), context.devices)
     return replace(op, groups=_on_devices(groups, rest, kind, context.graph.module))
+
+
+def _frames(lines: list[Instruction], module: Module) -> tuple[tuple[str, int], ...]:
+    each = (tuple(attributes.source_frames(line.rest, module)) for line in lines)
+    return next((frames for frames in each if frames), ())
 
 
 def _sent(operands: str, rest: str, kind: str) -> list[str]:

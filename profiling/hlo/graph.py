@@ -55,6 +55,25 @@ class Graph:
         callers = self._callers.get(computation, [])
         return callers[0] if len(callers) == 1 else None
 
+    def called(self, instruction: Instruction) -> "Scope | None":
+        """Return the first computation that an instruction runs, or None where it runs none."""
+        names = attributes.callees(instruction)
+        return self.scope(names[0]) if names and names[0] in self.module.computations else None
+
+    @cached_property
+    def _custom_calls(self) -> "dict[str, list[Value]]":
+        found: dict[str, list[Value]] = defaultdict(list)
+        for computation in self.module.computations.values():
+            for instruction in computation.instructions:
+                if instruction.opcode == "custom-call":
+                    target = attributes.custom_call_target(instruction.rest)
+                    found[target].append(Value(self.scope(computation.name), instruction))
+        return found
+
+    def custom_calls(self, target: str) -> "list[Value]":
+        """Return the custom calls to a target."""
+        return self._custom_calls.get(target, [])
+
     def scope(self, computation: str) -> "Scope":
         """Return the lookups within one computation."""
         if (found := self._scopes.get(computation)) is None:
@@ -94,11 +113,11 @@ class Scope:
 
     @cached_property
     def dones(self) -> dict[str, Instruction]:
-        """Of each asynchronous start, by its name: what waits for it."""
+        """Of each asynchronous start, by its name: what goes on with it."""
         return {
             name: i
             for i in self.computation.instructions
-            if i.opcode.endswith("-done")
+            if i.opcode.endswith(("-done", "-update"))
             for name in operand_names(i)[:1]
         }
 
@@ -115,6 +134,14 @@ class Scope:
         instructions = self.computation.instructions
         marked = (i for i in instructions if i.is_root)
         return next(marked, instructions[-1] if instructions else None)
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """What an instruction computes, in its computation."""
+
+    scope: Scope
+    instruction: Instruction
 
 
 def operand_names(instruction: Instruction) -> list[str]:
