@@ -2,13 +2,16 @@
 
 import dataclasses
 import json
+import os
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
 from txcore.profiling.jaxpr import Declared
+from txcore.profiling.predicates import Divergence
 
 _NAMED_IN_VERDICT = 3
+_DIVERGENT = {"hangs": "that not all devices reach", "lies": "of a false type"}
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,35 @@ class Fate:
 
 
 @dataclass(frozen=True)
+class PlanLine:
+    """What a plan predicts of a program, and what was found of it.
+
+    Attributes:
+      what: "gradients"; beyond the plan the collective's tag, or else its jax primitive.
+      kind: HLO's name ("all-reduce").
+      axes: the mesh axes.
+      dtype: as declared ("float32").
+      payload_bytes: S of one step, as in nccl-tests, as predicted; 0 beyond the plan.
+      found_bytes: as much of it as the program has; beyond the plan, all of it.
+      eliminated_bytes: as much of it as was declared, and the compiler could do without (the
+        gradient of a parameter that the loss does not use is a constant).
+    """
+
+    what: str
+    kind: str
+    axes: tuple[str, ...]
+    dtype: str
+    payload_bytes: int
+    found_bytes: int
+    eliminated_bytes: int = 0
+
+    @property
+    def ok(self) -> bool:
+        """Tell whether all that the plan predicts is there."""
+        return self.found_bytes + self.eliminated_bytes >= self.payload_bytes
+
+
+@dataclass(frozen=True)
 class Report:
     """What an audit found; print it to read it.
 
@@ -111,6 +143,8 @@ class Report:
       fates: what became of each collective that the traced program declares, in its order.
       mesh: the axes of the program's (first) mesh and their sizes.
       target: what it was compiled for: "cpu:8", "tpu:v5p:16x16x16"; "" where unknown.
+      divergent: what hangs or lies under a cond or while whose predicate differs.
+      plan: what an engine's plan predicts, line by line, and then what is beyond it.
     """
 
     collectives: tuple[Collective, ...]
@@ -119,6 +153,8 @@ class Report:
     fates: tuple[Fate, ...] = ()
     mesh: tuple[tuple[str, int], ...] = ()
     target: str = ""
+    divergent: tuple[Divergence, ...] = ()
+    plan: tuple[PlanLine, ...] = ()
 
     @property
     def unexplained(self) -> tuple[Collective, ...]:
@@ -127,8 +163,9 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        """Tell whether nothing is unexplained and nothing missing."""
-        return not self.unexplained and not self.missing
+        """Tell whether nothing is unexplained, missing, divergent, or short of the plan."""
+        faults = self.unexplained or self.missing or self.divergent
+        return not faults and all(line.ok for line in self.plan)
 
     @property
     def exact(self) -> bool:
@@ -161,11 +198,28 @@ class Report:
                 {"declared": _declared_dict(f.declared), "fates": f.fates, "rows": f.rows}
                 for f in self.fates
             ],
+            "divergent": [dataclasses.asdict(d) for d in self.divergent],
+            "plan": [dataclasses.asdict(line) for line in self.plan],
         }
 
     def to_json(self) -> str:
         """Return the report as canonical JSON: sorted keys, no blanks, so that equal is equal."""
         return json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
+
+    def to_html(self, path: str | os.PathLike[str], other: "Report | None" = None) -> None:
+        """Write the report as one HTML page that needs no network and no script.
+
+        Args:
+          path: the file; it is replaced whole or stays as it is.
+          other: an earlier report; the page then shows what changed since.
+
+        Raises:
+          FileNotFoundError: the file's folder does not exist.
+          TypeError: `other` is no report.
+        """
+        from txcore.profiling.report.html import write_html
+
+        write_html(self, path, other)
 
     def __str__(self) -> str:
         from txcore.profiling.report.table import table  # tabulate, which importing must not cost
@@ -187,8 +241,16 @@ class Report:
                 f"not proved: {sent}, nothing looks added ({by_origin}), but there is no traced "
                 "program to compare with"
             )
-        proved = f"proof: {sent}, all declared ({by_origin}); nothing was added"
+        proved = f"proof: {sent}, all declared ({by_origin}){_as_planned(self.plan)}"
+        proved += "; nothing was added"
         return "; not exact: ".join([proved, *_inexact(self.collectives)])
+
+
+def _as_planned(plan: tuple[PlanLine, ...]) -> str:
+    if not any(line.payload_bytes for line in plan):
+        return ""
+    beyond = sum(line.found_bytes for line in plan if not line.payload_bytes)
+    return ", as the plan predicts" + (f" and {format_bytes(beyond)} beyond" if beyond else "")
 
 
 def _inexact(rows: tuple[Collective, ...]) -> list[str]:
@@ -235,6 +297,15 @@ def _faults(report: Report) -> list[str]:
             for d in report.missing
         ]
         faults.append(f"{len(named)} declared but missing: {_some(named)}")
+    for problem, text in _DIVERGENT.items():
+        if named := [str(d) for d in report.divergent if d.problem == problem]:
+            faults.append(f"{len(named)} {text}: {_some(named)}")
+    faults += [
+        f"the plan predicts {line.payload_bytes:,} B of {line.what} ({line.dtype} {line.kind} over "
+        f"{'+'.join(line.axes)}), found {line.found_bytes + line.eliminated_bytes:,} B"
+        for line in report.plan
+        if not line.ok
+    ]
     return faults
 
 

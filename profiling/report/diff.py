@@ -1,0 +1,196 @@
+"""What changed between two reports."""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from txcore.profiling.report.model import Collective, Report, format_bytes
+from txcore.profiling.report.table import shorten
+
+_WIDTH = 100
+_SIGNS = {"added": "+", "removed": "-", "grown": "^", "shrunk": "v"}
+_Key = tuple[str, str, tuple[str, ...], str, str]
+
+
+@dataclass(frozen=True)
+class Amount:
+    """What the rows under one key come to in one call of the program.
+
+    Attributes:
+      rows: how many there are.
+      payload_bytes: S times trips.
+      wire_bytes: what each device sends.
+    """
+
+    rows: int = 0
+    payload_bytes: int = 0
+    wire_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Change:
+    """How much one kind of communication changed.
+
+    Attributes:
+      change: "added", "removed", "grown", "shrunk" or "same"; by wire bytes, then by payload.
+      name: the tags, else the source, else the op_name.
+      kind, axes, dtype, origin: as of `Collective`.
+      explained: False where the later report's rows (else the earlier's) are unexplained.
+      before: in the earlier report.
+      after: in the later report.
+    """
+
+    change: str
+    name: str
+    kind: str
+    axes: tuple[str, ...]
+    dtype: str
+    origin: str
+    explained: bool
+    before: Amount
+    after: Amount
+
+    @property
+    def wire_growth(self) -> int:
+        """Return by how many bytes what each device sends has grown."""
+        return self.after.wire_bytes - self.before.wire_bytes
+
+
+def diff(before: Report, after: Report) -> tuple[Change, ...]:
+    """Compare two reports by (tags or source, kind, axes, dtype, origin).
+
+    Args:
+      before: the earlier report.
+      after: the later one.
+
+    Returns:
+      One change for each key of either report: largest change of the wire bytes first, then by
+      key; what stayed the same comes last.
+
+    Example:
+      >>> row = Collective("all-reduce", "txcore", ("grads",), ("data",), 2, "float32", "float32",
+      ...     64, 64, 1, "train.py:40", "jit(step)/psum")
+      >>> [(c.change, c.name, c.wire_growth) for c in diff(Report(()), Report((row,)))]
+      [('added', 'grads', 64)]
+    """
+    old, new = _by_key(before.collectives), _by_key(after.collectives)
+    changes = [_change(key, old.get(key, []), new.get(key, [])) for key in {**old, **new}]
+    return tuple(sorted(changes, key=_rank))
+
+
+def diff_text(changes: Sequence[Change]) -> str:
+    """Write changes for the terminal, in lines of at most 100 columns.
+
+    Args:
+      changes: what `diff` returned.
+
+    Returns:
+      A table of what changed, and one line that counts it.
+
+    Example:
+      >>> print(diff_text(diff(Report(()), Report(()))))
+      no change: 0 B on the wire of each device in a call
+    """
+    changed = [c for c in changes if c.change != "same"]
+    return "\n".join([*_table(changed), summary(changes)])
+
+
+def summary(changes: Sequence[Change]) -> str:
+    """Count the changes and the bytes in one line.
+
+    Args:
+      changes: what `diff` returned.
+
+    Returns:
+      "1 added, 2 same: 64 B -> 128 B on the wire of each device in a call".
+    """
+    counts = Counter(c.change for c in changes)
+    before = format_bytes(sum(c.before.wire_bytes for c in changes))
+    after = format_bytes(sum(c.after.wire_bytes for c in changes))
+    if set(counts) <= {"same"}:
+        return f"no change: {after} on the wire of each device in a call"
+    said = ", ".join(f"{counts[name]} {name}" for name in (*_SIGNS, "same") if counts[name])
+    return f"{said}: {before} -> {after} on the wire of each device in a call"
+
+
+def signed(number: int) -> str:
+    """Write a difference of bytes with its sign.
+
+    Example:
+      >>> signed(-1500), signed(0)
+      ('-1.5 kB', '0 B')
+    """
+    sign = {True: "+", False: "-"}[number > 0] if number else ""
+    return sign + format_bytes(abs(number))
+
+
+def _by_key(rows: Iterable[Collective]) -> dict[_Key, list[Collective]]:
+    groups: dict[_Key, list[Collective]] = {}
+    for row in rows:
+        name = ",".join(row.tags) or row.source or row.op_name or "?"
+        key = (name, row.kind, row.axes, row.dtype, row.origin)
+        groups.setdefault(key, []).append(row)
+    return groups
+
+
+def _change(key: _Key, old: Sequence[Collective], new: Sequence[Collective]) -> Change:
+    before, after = _amount(old), _amount(new)
+    explained = all(row.explained for row in new or old)
+    return Change(_verb(before, after), *key, explained, before, after)
+
+
+def _amount(rows: Sequence[Collective]) -> Amount:
+    return Amount(
+        len(rows),
+        sum(row.payload_bytes * row.trips for row in rows),
+        sum(row.wire_bytes * row.trips for row in rows),
+    )
+
+
+def _verb(before: Amount, after: Amount) -> str:
+    if not before.rows:
+        return "added"
+    if not after.rows:
+        return "removed"
+    old, new = ((a.wire_bytes, a.payload_bytes) for a in (before, after))
+    if old == new:
+        return "same"
+    return "grown" if new > old else "shrunk"
+
+
+def _rank(change: Change) -> tuple[bool, int, str, str, tuple[str, ...], str, str]:
+    same = change.change == "same"
+    key = (change.name, change.kind, change.axes, change.dtype, change.origin)
+    return same, -abs(change.wire_growth), *key
+
+
+def _table(changed: Sequence[Change]) -> list[str]:
+    """Lay out the cells; the name takes what the others leave of the width."""
+    if not changed:
+        return []
+    head = ["", "kind", "axes", "dtype", "origin", "before", "after", "change", "name"]
+    cells = [head, *map(_cells, changed)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
+    room = _WIDTH - sum(widths[:-1]) - 2 * (len(head) - 1)
+    lines = []
+    for row in cells:
+        padded = [
+            cell.rjust(width) if 5 <= i <= 7 else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row[:-1], widths[:-1], strict=True))
+        ]
+        lines.append("  ".join([*padded, shorten(row[-1], room)]).rstrip())
+    return [lines[0], "-" * max(map(len, lines)), *lines[1:]]
+
+
+def _cells(change: Change) -> list[str]:
+    return [
+        _SIGNS[change.change],
+        shorten(change.kind, 18),
+        shorten("+".join(change.axes) or "-", 12),
+        shorten(change.dtype, 8),
+        change.origin if change.explained else f"{change.origin}!",
+        format_bytes(change.before.wire_bytes) if change.before.rows else "-",
+        format_bytes(change.after.wire_bytes) if change.after.rows else "-",
+        signed(change.wire_growth),
+        change.name,
+    ]

@@ -1,0 +1,1 @@
+"""The sections of the HTML page; `txcore.profiling.report.html` puts them together."""

@@ -1,0 +1,60 @@
+"""Markup in which every text is escaped unless it is markup already."""
+
+import html
+from collections.abc import Iterable
+
+_VOID = ("input", "meta")
+
+
+class Html(str):
+    """Markup, to be written as it is; any other string is text, which `el` escapes."""
+
+    __slots__ = ()
+
+
+def text(value: object) -> Html:
+    r"""Escape a value, and write out what cannot be seen or would reorder the text around it.
+
+    Example:
+      >>> text('<b title="\u202e">')
+      '&lt;b title=&quot;\\u202e&quot;&gt;'
+    """
+    if isinstance(value, Html):
+        return value
+    shown = str(value)
+    if not shown.isprintable():
+        shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in shown)
+    return Html(html.escape(shown))
+
+
+def join(children: Iterable[object], between: str = "") -> Html:
+    """Concatenate children; None and "" leave no trace."""
+    return Html(between.join(text(child) for child in children if child not in (None, "")))
+
+
+def el(name: str, /, *children: object, **attributes: object) -> Html:
+    """Write one element.
+
+    Args:
+      name: "td".
+      *children: markup or texts; None is left out.
+      **attributes: `class_="a"` is class="a", `data_axes=1` is data-axes="1"; True is written as
+        a bare name, None and False not at all.
+
+    Returns:
+      The element.
+
+    Example:
+      >>> el("td", "a < b", el("i", class_="x", hidden=True), id=None)
+      '<td>a &lt; b<i class="x" hidden></i></td>'
+    """
+    written = "".join(_attribute(key, value) for key, value in attributes.items())
+    end = "" if name in _VOID else f"</{name}>"
+    return Html(f"<{name}{written}>{join(children)}{end}")
+
+
+def _attribute(key: str, value: object) -> str:
+    if value is None or value is False:
+        return ""
+    key = key.rstrip("_").replace("_", "-")
+    return f" {key}" if value is True else f' {key}="{text(value)}"'
