@@ -1,4 +1,4 @@
-"""Programs in which communication gets in unasked, and ones in which a tag lies: all flagged."""
+"""What an audit says of communication that nobody declared; the programs are in the corpus."""
 
 import contextlib
 import re
@@ -7,167 +7,15 @@ import jax
 import jax.numpy as jnp
 import pytest
 from audit_cases import P, mesh_of, on, shape, tag, vary
+from corpus.corpus_lies import LIES
 from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding
 
-from txcore.profiling import AutoShardingError, assert_no_auto_sharding, audit, audit_compiled
-
-# jax 0.10 names the op that wanted the data; since 0.11 a reshard of an argument carries the
-# argument's name instead, so there the two classes cannot be told apart.
-MARKS = jax.__version_info__ >= (0, 11)
-RESHARDED_ARGUMENT = {"boundary"} if MARKS else {"partitioner"}
-ADDED = {}
-
-
-def added(*kinds, origin=frozenset({"partitioner"})):
-    def register(build):
-        ADDED[build.__name__] = (build, set(kinds), set(origin))
-        return build
-
-    return register
-
-
-@added("all-reduce")
-def matmul(mesh):
-    args = shape(mesh, P(None, "data"), 8, 8), shape(mesh, P("data"), 8, 8)
-    return jnp.dot, args
-
-
-@added("all-gather", origin=RESHARDED_ARGUMENT)
-def sharding_constraint(mesh):
-    whole = NamedSharding(mesh, P())
-    return lambda x: lax.with_sharding_constraint(x, whole) * 2, (shape(mesh, P("data"), 8),)
-
-
-@added("all-gather", origin={"boundary", "partitioner"})
-def out_shardings(mesh):
-    fn = jax.jit(lambda x: x * 2, out_shardings=NamedSharding(mesh, P()))
-    return fn, (shape(mesh, P("data"), 8),)
-
-
-@added("all-gather", origin={"boundary"})
-def shard_map_boundary(mesh):
-    return on(mesh, P(), P())(lambda x: x * 2), (shape(mesh, P("data"), 8, 8),)
-
-
-@added("all-reduce")
-def gather(mesh):
-    args = shape(mesh, P("data"), 64), jax.ShapeDtypeStruct((2,), jnp.int32)
-    return lambda x, i: x[i], args
-
-
-@added("all-gather", origin=RESHARDED_ARGUMENT)
-def sort(mesh):
-    return jnp.sort, (shape(mesh, P("data"), 64),)
-
-
-@added("all-gather", origin=RESHARDED_ARGUMENT)
-def cumsum(mesh):
-    return jnp.cumsum, (shape(mesh, P("data"), 64),)
-
-
-@added("collective-permute")
-def conv_halo(mesh):
-    def conv(x, w):
-        return lax.conv_general_dilated(
-            x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
-        )
-
-    args = shape(mesh, P(None, "data"), 1, 16, 4, 1), shape(mesh, P(), 3, 3, 1, 1)
-    return conv, args
-
-
-@added("all-reduce")
-def at_set(mesh):
-    args = shape(mesh, P("data"), 64), jax.ShapeDtypeStruct((2,), jnp.int32)
-    return lambda x, i: x.at[i].set(x[0]), args
-
-
-@added("collective-permute")
-def roll(mesh):
-    return lambda x: jnp.roll(x, 1), (shape(mesh, P("data"), 64),)
-
-
-@added("all-reduce")
-def mean_of_a_batch(mesh):
-    return lambda x: x.mean(), (shape(mesh, P("data"), 64),)
-
-
-@added("all-reduce")
-def gradient_of_replicated_weights(mesh):
-    def loss(w, x):
-        return ((x @ w) ** 2).sum()
-
-    return jax.grad(loss), (shape(mesh, P(), 4, 4), shape(mesh, P("data"), 8, 4))
-
-
-@added("all-gather", origin={"boundary", "partitioner"})
-def partial_auto(mesh):
-    """The partitioner shards what an explicit shard_map over one axis leaves to it."""
-
-    def body(x):
-        with tag("all_gather/x"):
-            return lax.all_gather(x, "data", tiled=True)
-
-    args = (shape(mesh, P("data", "model"), 8, 8),)
-    return on(mesh, P("data"), P("data"), axis_names={"data"})(body), args
-
-
-@added("all-reduce")
-def matmul_under_a_tag(mesh):
-    def dot(x, y):
-        with tag("psum/x"):
-            return x @ y
-
-    return dot, (shape(mesh, P(None, "data"), 8, 8), shape(mesh, P("data"), 8, 8))
-
-
-@added("all-reduce")
-def sum_under_the_tag_of_a_real_one(mesh):
-    """A real psum, and the partitioner's sum of as many elements under the same tag."""
-
-    def body(v):
-        with tag("psum/x"):
-            return lax.psum(v[0], "data")
-
-    def total(x):
-        real = on(mesh, P("data"), P())(body)(x)
-        with tag("psum/x"):
-            return jnp.sin(real + 1) + jnp.sum(x * jnp.sin(real), 0)
-
-    return total, (shape(mesh, P("data"), 8, 8),)
-
-
-@added("all-reduce")
-def merged_with_a_real_psum(mesh):
-    """The combiner makes one op of the user's psum and the partitioner's sum."""
-
-    def body(v):
-        with tag("psum/x"):
-            return lax.psum(v, "data")
-
-    def both(x):
-        return on(mesh, P("data"), P())(body)(x), (x * 3).sum(0)
-
-    return both, (shape(mesh, P("data"), 8, 8),)
-
-
-@pytest.mark.parametrize("name", ADDED)
-def test_added_communication_is_flagged(name):
-    build, kinds, origins = ADDED[name]
-    fn, args = build(mesh_of(data=4, model=2))
-    report = audit(fn, *args)
-    assert {c.kind for c in report.unexplained} == kinds
-    assert {c.origin for c in report.unexplained} <= origins
-    assert report.checked
-    assert not report.ok
-    assert "proof FAILED" in str(report)
-    with pytest.raises(AutoShardingError, match="exactly the declared collectives"):
-        assert_no_auto_sharding(fn, *args)
+from txcore.profiling import audit, audit_compiled
 
 
 def test_a_real_psum_under_the_same_tag_stays_explained():
-    fn, args = sum_under_the_tag_of_a_real_one(mesh_of(data=4, model=2))
+    fn, args = LIES["sum_under_the_tag_of_a_real_one"].build(mesh_of(data=8))
     report = audit(fn, *args)
     assert [c.explained for c in report.collectives] == [True, False]
     assert {c.tags for c in report.collectives} == {("psum/x",)}
