@@ -1,6 +1,7 @@
 """Account for every collective of a compiled program: `audit`, `audit_text` and what they share."""
 
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +12,7 @@ from txcore.profiling import meshes
 from txcore.profiling.hlo import Op, find_collectives
 from txcore.profiling.jaxpr import Declared, inventory, meshes_of
 from txcore.profiling.match import match
+from txcore.profiling.program import Program, compile_for_target, compile_program, machine_of
 from txcore.profiling.report import Report
 from txcore.profiling.rows import rows_of
 
@@ -27,42 +29,116 @@ class AutoShardingError(AssertionError):
         self.report = report
 
 
-def audit(fn: Callable[..., Any] | jax.stages.Compiled, *args: Any) -> Report:
+def audit(
+    fn: Callable[..., Any] | jax.stages.Compiled,
+    *args: Any,
+    target: str | None = None,
+    mesh: Mapping[str, int] | None = None,
+    after_spmd: bool = False,
+) -> Report:
     """Compile a function and account for every collective in the result.
 
     Args:
       fn: any jax function, jitted or not, or an already compiled one (`jax.stages.Compiled`),
         which cannot be compared with its traced program any more (`report.checked` is False).
+        With `target` a function `build(mesh) -> (fn, args)`.
       *args: its arguments; arrays or `jax.ShapeDtypeStruct`s, with shardings where they have one.
-        None with a compiled function.
+        None with a compiled function or a target.
+      target: a machine to compile for, which need not be here: "tpu:v5p:16x16x16",
+        "cuda:h100:64x8" (hosts x GPUs), "cpu:8"; see `txcore.profiling.targets`.
+      mesh: the target's axes and their sizes, `{"data": 512, "model": 8}`; needed with `target`,
+        unless `build` takes no argument and makes its own mesh.
+      after_spmd: account for the module as it is right after SPMD partitioning, where each
+        collective is still by itself, instead of the optimized one.
 
     Returns:
       The report. Nothing is executed.
 
     Raises:
-      TypeError: `fn` is not callable, or arguments came with a compiled function.
+      TypeError: `fn` is not callable, or options do not go together.
+      ValueError: no such target, or a mesh that does not fit it.
+      ImportError, RuntimeError: the target's compiler is missing or does not work.
 
     Example:
       >>> import jax.numpy as jnp
       >>> print(audit(jnp.sin, jnp.ones(3)))
       proof: no collective in the program
+      >>> def build(mesh):
+      ...     rows = jax.sharding.NamedSharding(mesh, P("data"))
+      ...     return jnp.cumsum, (jax.ShapeDtypeStruct((8,), jnp.float32, sharding=rows),)
+      >>> report = audit(build, target="cpu:4", mesh={"data": 4})
+      >>> report.ok, report.target, report.mesh
+      (False, 'cpu:4', (('data', 4),))
     """
     if isinstance(fn, jax.stages.Compiled):
-        if args:
-            raise TypeError(
-                "audit needs a compiled function alone, since it was compiled for its arguments, "
-                f"but got {len(args)} more: call audit(compiled)"
-            )
+        _check_compiled_alone(args, target, mesh, after_spmd)
         return audit_compiled(fn)
     if not callable(fn):
         raise TypeError(
             f"audit needs a jax function or a jax.stages.Compiled, but got a {type(fn).__name__}: "
             "call audit(fn, *args), or audit_text(hlo) for text"
         )
-    is_jitted = hasattr(fn, "trace") and hasattr(fn, "lower")
-    jitted: Any = fn if is_jitted else jax.jit(fn)
-    traced = jitted.trace(*args)
-    return audit_compiled(traced.lower().compile(), traced.jaxpr)
+    if target is None:
+        if mesh is not None:
+            raise TypeError(
+                "audit needs target= with mesh=: call audit(build, target=..., mesh=...), or give "
+                "the arguments of audit(fn, *args) shardings on a mesh"
+            )
+        program = compile_program(fn, args, keep_partitioned=after_spmd)
+        return audit_program(program, after_spmd=after_spmd)
+    _check_build(fn, args, mesh)
+    program = compile_for_target(fn, target, mesh, keep_partitioned=after_spmd)
+    return audit_program(program, after_spmd=after_spmd)
+
+
+def audit_program(program: Program, *, after_spmd: bool = False) -> Report:
+    """Account for every collective of a program.
+
+    Args:
+      program: from `compile_program` or `compile_for_target`.
+      after_spmd: as for `audit`; the program must have kept its partitioned module.
+
+    Returns:
+      The report.
+    """
+    sizes = _meshes(program.compiled, program.jaxpr, None)
+    text = (program.partitioned if after_spmd else "") or program.compiled.as_text() or ""
+    ops = find_collectives(text, devices=_largest(sizes))
+    return replace(_report(ops, inventory(program.jaxpr), sizes), target=program.target)
+
+
+def _check_compiled_alone(args: Any, target: Any, mesh: Any, after_spmd: bool) -> None:
+    if args:
+        raise TypeError(
+            "audit needs a compiled function alone, since it was compiled for its arguments, "
+            f"but got {len(args)} more: call audit(compiled)"
+        )
+    if target is not None or mesh is not None or after_spmd:
+        raise TypeError(
+            "audit needs a compiled function alone, since it was compiled for its machine, but "
+            "got target=, mesh= or after_spmd= too: give it the function itself"
+        )
+
+
+def _check_build(build: Callable[..., Any], args: Any, mesh: Any) -> None:
+    if args:
+        raise TypeError(
+            "with target= audit needs build(mesh), which returns (fn, args), alone, but got "
+            f"{len(args)} arguments more: return them from build"
+        )
+    given = () if mesh is None else (mesh,)
+    try:
+        inspect.signature(build).bind(*given)
+    except TypeError:
+        wanted = (
+            'give the sizes of its axes, mesh={"data": 8}'
+            if mesh is None
+            else "leave mesh= out, or let build take it"
+        )
+        raise TypeError(
+            f"with target= audit calls build({'mesh' * bool(given)}), but this one does not take "
+            f"{len(given)} arguments: {wanted}"
+        ) from None
 
 
 def audit_compiled(
@@ -82,7 +158,7 @@ def audit_compiled(
     sizes = _meshes(compiled, jaxpr, mesh)
     ops = find_collectives(compiled.as_text() or "", devices=_largest(sizes))
     report = _report(ops, None if jaxpr is None else inventory(jaxpr), sizes)
-    return replace(report, target=_devices(compiled))
+    return replace(report, target=machine_of(compiled))
 
 
 def audit_text(hlo: str, *, mesh: meshes.MeshLike | None = None) -> Report:
@@ -119,20 +195,28 @@ def audit_text(hlo: str, *, mesh: meshes.MeshLike | None = None) -> Report:
     return _report(ops, None, sizes)
 
 
-def assert_no_auto_sharding(fn: Callable[..., Any] | jax.stages.Compiled, *args: Any) -> Report:
+def assert_no_auto_sharding(
+    fn: Callable[..., Any] | jax.stages.Compiled,
+    *args: Any,
+    target: str | None = None,
+    mesh: Mapping[str, int] | None = None,
+) -> Report:
     """Audit a function and raise unless every collective in it was asked for.
 
     Args:
       fn: as for `audit`.
       *args: as for `audit`.
+      target: as for `audit`.
+      mesh: as for `audit`.
 
     Returns:
       The report, which is ok.
 
     Raises:
       AutoShardingError: something is unexplained or missing; its text has the table.
+      TypeError, ValueError, ImportError, RuntimeError: as `audit`.
     """
-    report = audit(fn, *args)
+    report = audit(fn, *args, target=target, mesh=mesh)
     if not report.ok:
         raise AutoShardingError(report)
     return report
@@ -148,13 +232,6 @@ def _meshes(
     shardings = jax.tree.leaves((compiled.input_shardings, compiled.output_shardings))
     named = (s for s in shardings if isinstance(s, jax.sharding.NamedSharding))
     return tuple(dict.fromkeys(meshes.sizes_of(s.mesh) for s in named))
-
-
-def _devices(compiled: jax.stages.Compiled) -> str:
-    """Name what a program was compiled for by its devices: "cpu:8"; "" where it names none."""
-    shardings = jax.tree.leaves((compiled.input_shardings, compiled.output_shardings))
-    devices = {device for sharding in shardings for device in sharding.device_set}
-    return f"{next(iter(devices)).platform}:{len(devices)}" if devices else ""
 
 
 def _largest(sizes: Sequence[meshes.Sizes]) -> int:

@@ -1,0 +1,141 @@
+"""A function and its arguments, traced, lowered and compiled, here or for another machine."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from txcore.profiling.dump import compile_with_partitioned
+from txcore.profiling.targets import Target, parse_target
+
+
+@dataclass(frozen=True)
+class Program:
+    """One function on its way to a machine.
+
+    Attributes:
+      jaxpr: what was traced.
+      lowered: what was given to the compiler.
+      compiled: what came out.
+      partitioned: the module right after SPMD partitioning; "" where it was not to be kept, or
+        nothing was partitioned.
+      target: what it was compiled for: "cpu:8", "tpu:v5p:16x16x16".
+    """
+
+    jaxpr: Any
+    lowered: jax.stages.Lowered
+    compiled: jax.stages.Compiled
+    partitioned: str
+    target: str
+
+
+def compile_program(
+    fn: Callable[..., Any], args: Sequence[Any], *, keep_partitioned: bool = False
+) -> Program:
+    """Trace and compile a function for the devices of its arguments.
+
+    Args:
+      fn: any jax function, jitted or not.
+      args: its arguments; arrays or `jax.ShapeDtypeStruct`s.
+      keep_partitioned: whether to keep the module right after SPMD partitioning.
+
+    Returns:
+      The program. Nothing is executed.
+
+    Example:
+      >>> compile_program(jnp.sin, (jnp.ones(3),)).target
+      'cpu:1'
+    """
+    return _compile(fn, args, {}, "", keep_partitioned)
+
+
+def compile_for_target(
+    build: Callable[..., Any],
+    target: str,
+    mesh: Mapping[str, int] | None,
+    *,
+    keep_partitioned: bool = False,
+) -> Program:
+    """Trace and compile what `build` returns for a machine that need not be here.
+
+    Args:
+      build: `build(mesh) -> (fn, args)` with the target's mesh, args with shardings on it; or
+        `build() -> (fn, args)`, which makes its own (`parse_target(...).mesh(...)`).
+      target: see `parse_target`.
+      mesh: size of each axis; None for a `build` that takes no mesh.
+      keep_partitioned: whether to keep the module right after SPMD partitioning.
+
+    Returns:
+      The program.
+
+    Raises:
+      TypeError: `build` is no such function.
+      ValueError: no such target, a mesh that does not fit it, or a function that was not
+        compiled for its devices.
+      ImportError, RuntimeError: the target's compiler is missing or does not work.
+    """
+    found = parse_target(target)
+    if not callable(build):
+        raise TypeError(
+            "with target= audit needs a function build(mesh) that returns (fn, args), got a "
+            f"{type(build).__name__}: a compiled program was compiled for its machine already"
+        )
+    built = build() if mesh is None else build(found.mesh(mesh))
+    if not (isinstance(built, tuple) and len(built) == 2 and callable(built[0])):
+        raise TypeError(
+            "with target= audit needs a function build(mesh) that returns (fn, args), but it "
+            f"returned a {type(built).__name__}"
+        )
+    fn, args = built
+    shapes, options = _shapes(args, found), found.compiler_options
+    program = _compile(fn, shapes, options, target, keep_partitioned)
+    if not devices_of(program.compiled) <= set(found.devices):
+        raise ValueError(
+            f"the function was not compiled for {target}, but for {machine_of(program.compiled)}: "
+            "give its arguments shardings on the mesh that build(mesh) got, as "
+            "jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P(...)))"
+        )
+    return program
+
+
+def _compile(
+    fn: Callable[..., Any],
+    args: Sequence[Any],
+    options: Mapping[str, Any],
+    target: str,
+    keep_partitioned: bool,
+) -> Program:
+    is_jitted = hasattr(fn, "trace") and hasattr(fn, "lower")
+    jitted: Any = fn if is_jitted else jax.jit(fn)
+    traced = jitted.trace(*args)
+    lowered = traced.lower()
+    if keep_partitioned:
+        compiled, partitioned = compile_with_partitioned(lowered, options)
+    else:
+        compiled, partitioned = lowered.compile(compiler_options=dict(options)), ""
+    return Program(traced.jaxpr, lowered, compiled, partitioned, target or machine_of(compiled))
+
+
+def _shapes(args: Sequence[Any], target: Target) -> Any:
+    """Return the arguments as shapes where they lie on other devices than the target's."""
+    there = set(target.devices)
+
+    def shape(leaf: Any) -> Any:
+        if isinstance(leaf, jax.Array) and not leaf.sharding.device_set <= there:
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+        return leaf
+
+    return jax.tree.map(shape, args)
+
+
+def devices_of(compiled: jax.stages.Compiled) -> set[jax.Device]:
+    """Return the devices of a compiled program's arguments and results."""
+    shardings = jax.tree.leaves((compiled.input_shardings, compiled.output_shardings))
+    return {device for sharding in shardings for device in sharding.device_set}
+
+
+def machine_of(compiled: jax.stages.Compiled) -> str:
+    """Name what a program was compiled for by its devices: "cpu:8"; "" where it names none."""
+    devices = devices_of(compiled)
+    return f"{next(iter(devices)).platform}:{len(devices)}" if devices else ""
