@@ -79,9 +79,7 @@ def update(
         return Outcome(False, False, "\n".join([*over, f"{path} is left as it was"]))
     changed = locks.get(new.target) != new
     write(path, dumps([*{**locks, new.target: new}.values()]))
-    said = f"{path}: {len(new.entries)} locked for {new.target}" + (
-        "" if changed else ", as before"
-    )
+    said = f"{path}: {_entries(new)} locked for {new.target}{'' if changed else ', as before'}"
     return Outcome(True, changed, "\n".join([*lines(compare(old, new)), said]))
 
 

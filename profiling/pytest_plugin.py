@@ -1,0 +1,100 @@
+"""The pytest fixture `collectives_lock`: what a program sends, as a snapshot beside its test.
+
+Write in the conftest.py at the root of the tests, for pytest imports no jax in other projects:
+
+    pytest_plugins = ["txcore.profiling.pytest_plugin"]
+
+The locks are `__collectives__/FILE.TEST.lock.json` beside each test file: commit them.
+`pytest --update-collectives` writes them; see `txcore.profiling.lock` for what is in them.
+"""
+
+import hashlib
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from txcore.profiling import Report, audit, lock
+
+_SHOWN = "collectives_lock"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the option that writes locks."""
+    parser.getgroup("txcore").addoption(
+        "--update-collectives",
+        action="store_true",
+        help="write the lock files of the tests that run and use collectives_lock",
+    )
+
+
+@pytest.fixture
+def collectives_lock(request: pytest.FixtureRequest) -> Callable[..., Report]:
+    """Return a function that holds a program to its lock file.
+
+    It is called as `collectives_lock(report)` or `collectives_lock(fn, *args)`, which audits
+    `fn`, with the keywords `name` (needed where a test locks several programs) and `exact` (fail
+    where less is sent, too). It returns the report.
+
+    The test fails where the program's communication grew or is not proved, and where there is no
+    lock file yet: only `pytest --update-collectives` writes one.
+    """
+    used: set[Path] = set()
+
+    def hold(program: Any, *args: Any, name: str = "", exact: bool = False) -> Report:
+        report = _report(program, args)
+        path = _path(request.node, name)
+        if path in used:
+            pytest.fail("collectives_lock holds two programs of this test to one file: give name=")
+        used.add(path)
+        outcome = _run(path, report, exact, request)
+        if not outcome.ok:
+            pytest.fail(outcome.text, pytrace=False)
+        if outcome.changed:
+            request.node.user_properties.append((_SHOWN, f"{request.node.nodeid}\n{outcome.text}"))
+        return report
+
+    return hold
+
+
+def _report(program: Any, args: tuple[Any, ...]) -> Report:
+    if not isinstance(program, Report):
+        return audit(program, *args)
+    if args:
+        raise TypeError(
+            f"collectives_lock needs a report alone or a function with its arguments, but got a "
+            f"report and {len(args)} more: leave them out"
+        )
+    return program
+
+
+def _run(path: Path, report: Report, exact: bool, request: pytest.FixtureRequest) -> lock.Outcome:
+    try:
+        if not request.config.getoption("--update-collectives"):
+            return lock.check(path, report, exact=exact)
+        path.parent.mkdir(exist_ok=True)
+        return lock.update(path, report)
+    except lock.LockError as error:
+        text = f"{error}; pytest --update-collectives writes what the test sends now"
+        return lock.Outcome(ok=False, changed=False, text=text)
+
+
+def _path(node: pytest.Item, name: str) -> Path:
+    test = ".".join([*node.nodeid.split("::")[1:], *([name] if name else [])])
+    readable = re.sub(r"[^A-Za-z0-9_.,=\[\]-]", "_", test)[:120]
+    if readable != test:  # two tests must not share a file
+        readable += "." + hashlib.sha256(test.encode()).hexdigest()[:8]
+    return node.path.parent / "__collectives__" / f"{node.path.stem}.{readable}.lock.json"
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Show what was written, and what shrank."""
+    # User properties reach the main process of pytest-xdist, too.
+    passed = terminalreporter.stats.get("passed", [])
+    texts = [text for report in passed for key, text in report.user_properties if key == _SHOWN]
+    if texts:
+        terminalreporter.section("collectives")
+        for text in texts:
+            terminalreporter.write_line(text)
