@@ -11,9 +11,11 @@ compiled anew.
 | all   | an already compiled `jax.stages.Compiled` that is called: nothing is compiled. Audit it |
 | all   | threads that the block starts: a gate holds for its own thread                        |
 | all   | arrays fetched to the host (`numpy.asarray`), and uncommitted ones that are placed    |
-| 0.11+ | `jax.sharding.reshard` of a program's argument shows as "boundary": XLA renames it    |
-| 0.10  | of a program lowered before the block: an op under the tag of a user's, in a         |
-|       | shard_map that leaves axes to the partitioner (XLA marks it since 0.11)               |
+| 0.11+ | `jax.sharding.reshard` inside a program may show as "boundary" or "partitioner": XLA  |
+|       | names the op after the argument or the next operation                                |
+
+A program that was lowered before the block comes without its traced one. Then the partitioner's
+mark decides; jax 0.10 has none, so there the gate refuses such a program if it communicates at all.
 """
 
 import contextlib
@@ -157,8 +159,6 @@ _blocks = 0
 _said = False  # that the disk cache is not used: once while there are blocks
 _originals: dict[str, Any] = {}
 _traced: "weakref.WeakKeyDictionary[Any, Any]" = weakref.WeakKeyDictionary()
-# Kept beyond the blocks: jax keeps a refused program's lowering, and a later block gets that.
-_reports: "weakref.WeakKeyDictionary[Any, Report]" = weakref.WeakKeyDictionary()
 
 
 @contextlib.contextmanager
@@ -210,21 +210,18 @@ def _watcher(watch: Callable[..., Any], original: Callable[..., Any]) -> Callabl
     return watched
 
 
-def _lower(original: Callable[..., Any], jaxpr: Any, *args: Any, **kwargs: Any) -> Any:
-    lowered = original(jaxpr, *args, **kwargs)
+def _lower(original: Callable[..., Any], *args: Any, jaxpr: Any, **kwargs: Any) -> Any:
+    lowered = original(*args, jaxpr=jaxpr, **kwargs)
     _traced[lowered] = jaxpr
     return lowered
 
 
-def _compile(original: Callable[..., Any], lowered: Any, *args: Any, **options: Any) -> Any:
-    executable = original(lowered, *args, **options)
-    jaxpr, as_lowered = _traced.get(lowered), not args and not options
-    report = _reports.get(lowered) if jaxpr is None and as_lowered else None
-    if report is None:
-        report = audit_compiled(_as_compiled(executable), jaxpr)
-    if as_lowered:
-        _reports[lowered] = report
-    _refuse(report, f"compiling {_compat.lowered_name(lowered)}")
+def _compile(original: Callable[..., Any], lowered: Any, *args: Any, **kwargs: Any) -> Any:
+    executable = original(lowered, *args, **kwargs)
+    report = audit_compiled(_as_compiled(executable), _traced.get(lowered))
+    name = _compat.lowered_name(lowered)
+    _refuse(report, f"compiling {name}")
+    _refuse_untraced(report, name)
     return executable
 
 
@@ -275,9 +272,26 @@ def _refuse(report: Report, doing: str) -> None:
     """Raise where a report has rows whose origin this thread's blocks refuse."""
     rows = tuple(row for row in report.collectives if _origin(row) in _refused.value)
     if rows:
-        error = AutoShardingError(report)
-        error.args = (_text(rows, doing),)
-        raise error
+        raise _error(report, _text(rows, doing))
+
+
+def _refuse_untraced(report: Report, name: str) -> None:
+    """Raise where nothing can tell the author's collectives from the partitioner's."""
+    if report.checked or not report.collectives or _compat.marks_partitioner():
+        return
+    if "partitioner" in _refused.value:
+        raise _error(
+            report,
+            f"no_auto_collectives needs the traced program of {name} to tell its author's "
+            f"collectives from the partitioner's, which jax {jax.__version__} does not mark, but "
+            "it was lowered outside of the block: lower it inside",
+        )
+
+
+def _error(report: Report, text: str) -> AutoShardingError:
+    error = AutoShardingError(report)
+    error.args = (text,)
+    return error
 
 
 def _origin(row: Collective) -> str:

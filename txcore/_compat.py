@@ -188,11 +188,11 @@ def compilation_seams() -> dict[str, tuple[Any, str]]:
     Raises:
       RuntimeError: this jax has moved one of them.
     """
-    from jax._src import compilation_cache, dispatch
+    from jax._src import compilation_cache, dispatch, pjit
     from jax._src.interpreters import pxla
 
     seams = {
-        "lower": (pxla, "lower_sharding_computation"),
+        "lower": (pjit, "_resolve_and_lower"),
         "compile": (getattr(pxla, "MeshComputation", None), "compile"),
         "uses_disk_cache": (compilation_cache, "is_cache_used"),
         "place": (dispatch, "_device_put_impl"),
