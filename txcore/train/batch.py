@@ -47,27 +47,64 @@ def shard_batch(batch: Any, mesh: MeshSpec, plan: Plan) -> Any:
     return jax.tree_util.tree_map_with_path(place, batch, plan.batch_specs(batch, mesh))
 
 
+def global_shapes(shard: Any, mesh: MeshSpec, plan: Plan) -> Any:
+    """Return the shapes of the global batch of which `shard` is one data shard, on the mesh.
+
+    Args:
+      shard: pytree of arrays or shapes: what one member of the data axes gets of each leaf.
+      mesh: the mesh; its devices need not be here.
+      plan: the plan.
+
+    Returns:
+      `jax.ShapeDtypeStruct`s with shardings.
+
+    Raises:
+      ValueError: a dim is not divisible by the devices that share it, or a leaf has no dim.
+    """
+
+    def shape(path: Any, leaf: Any, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
+        leaf = leaf if hasattr(leaf, "shape") and hasattr(leaf, "dtype") else np.asarray(leaf)
+        sizes = list(leaf.shape)
+        for dim, axes in zip(range(len(sizes)), map(_axes_of, spec), strict=False):
+            sizes[dim] *= math.prod(mesh.shape[a] for a in axes if a in plan.data_axes)
+        sharding = NamedSharding(mesh.mesh, spec)
+        _check_divisible(tuple(sizes), sharding, f"batch{jax.tree_util.keystr(path)}", processes=1)
+        dtype = jax.dtypes.canonicalize_dtype(leaf.dtype)
+        return jax.ShapeDtypeStruct(tuple(sizes), dtype, sharding=sharding)
+
+    return jax.tree_util.tree_map_with_path(shape, shard, plan.batch_specs(shard, mesh))
+
+
+def shapes_on(arrays: Any, mesh: MeshSpec) -> Any:
+    """Return the shapes of arrays, laid out on `mesh` as they are on their own."""
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=mesh.sharding(*x.sharding.spec)),
+        arrays,
+    )
+
+
 def _place(leaf: Any, sharding: NamedSharding, where: str) -> jax.Array:
     if isinstance(leaf, jax.Array) and leaf.committed and leaf.sharding == sharding:
         return leaf
     # A copy, since on CPU jax would use the caller's memory itself while steps are under way.
     host = np.array(leaf)
-    _check_divisible(host.shape, sharding, where)
+    # Several processes give only their own part, which their own devices share.
+    _check_divisible(host.shape, sharding, where, jax.process_count())
     if jax.process_count() == 1:
         return jax.device_put(host, sharding)
     return jax.make_array_from_process_local_data(sharding, host)
 
 
-def _check_divisible(shape: tuple[int, ...], sharding: NamedSharding, where: str) -> None:
+def _check_divisible(
+    shape: tuple[int, ...], sharding: NamedSharding, where: str, processes: int
+) -> None:
     mesh, spec = sharding.mesh, sharding.spec
     if len(shape) < len(spec):
         raise ValueError(
             f"{where} needs at least {len(spec)} dims to be sharded by {spec}, got shape {shape}"
         )
-    # Several processes give only their own part, which their own devices share.
-    processes = jax.process_count()
     for dim, entry in enumerate(spec):
-        axes = tuple(a for a in (entry if isinstance(entry, tuple) else (entry,)) if a is not None)
+        axes = _axes_of(entry)
         size = math.prod(mesh.shape[a] for a in axes)
         length = shape[dim] * (processes if dim == 0 else 1)
         if length % size:
@@ -77,3 +114,8 @@ def _check_divisible(shape: tuple[int, ...], sharding: NamedSharding, where: str
                 f"{where} has {length} {what}, which {size} devices along axis {names} cannot "
                 f"share equally: use a size divisible by {size}, or pad it (and set the mask)"
             )
+
+
+def _axes_of(entry: Any) -> tuple[str, ...]:
+    """Return the axes that one entry of a PartitionSpec names."""
+    return tuple(a for a in (entry if isinstance(entry, tuple) else (entry,)) if a is not None)

@@ -1,6 +1,7 @@
 """The engine: runs steps on a mesh by a plan."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -13,7 +14,7 @@ from txcore.mesh import MeshSpec
 from txcore.optim import as_optimizer
 from txcore.plan import Plan
 from txcore.train import fit as loop
-from txcore.train.batch import examples, shard_batch
+from txcore.train.batch import examples, global_shapes, shapes_on, shard_batch
 from txcore.train.compile import CompiledStep, compile_step, name_of
 from txcore.train.loggers import Logger, Metrics
 from txcore.train.precision import Precision
@@ -76,6 +77,7 @@ class Engine:
         self.loggers = tuple(loggers)
         self.precision = precision if isinstance(precision, Precision) else Precision(precision)
         self.seed = seed
+        self._given_options = compiler_options
         if compiler_options is None:
             compiler_options = default_compiler_options(mesh.devices[0].platform)
         self._options = dict(compiler_options)
@@ -244,27 +246,99 @@ class Engine:
         progress.start_clock()
         return progress.done
 
-    def audit(self, step: StepFn, state: TrainState, batch: Any) -> "Report":
-        """Account for every collective of the compiled step.
+    def audit(
+        self,
+        step: StepFn,
+        state: TrainState,
+        batch: Any,
+        *,
+        target: str | None = None,
+        mesh: Mapping[str, int] | None = None,
+    ) -> "Report":
+        """Account for every collective of the compiled step, here or on another machine.
 
         Args:
           step: the training step.
           state: a state that this engine made; it is not used up.
-          batch: a batch as for `run`.
+          batch: a batch as for `run`; with `target` one data shard of it, as arrays or shapes.
+          target: a machine to compile for, which need not be here: "tpu:v5p:16x16x16",
+            "cuda:h100:64x8" (hosts x GPUs), "cpu:8".
+          mesh: the target's axes and their sizes, `{"data": 512}`; needed with `target`.
 
         Returns:
           A `txcore.profiling.Report`; `report.ok` is the proof.
+
+        Raises:
+          ValueError: no such target, or a mesh that does not fit it or the plan.
+          TypeError: one of `target` and `mesh` without the other.
+          ImportError, RuntimeError: the target's compiler is missing or does not work.
+
+        Example:
+          >>> engine = tx.Engine(mesh=tx.MeshSpec(jax.devices()[:2]), plan=tx.Plan(tx.DP("data")),
+          ...                    optimizer=tx.optim.sgd(0.1))
+          >>> state = engine.create_state({"w": np.zeros(3, np.float32)})
+          >>> @tx.step_fn
+          ... def step(state, batch):
+          ...     loss_of = lambda params: tx.example_mean((batch @ params["w"]) ** 2, axis="data")
+          ...     loss, grads = tx.value_and_grad(loss_of)(state.params)
+          ...     state = state.apply_gradients(grads=tx.pmean(grads, "data"))
+          ...     return state, {"loss": tx.pmean(loss, "data")}
+          >>> shard = np.ones((4, 3), np.float32)
+          >>> report = engine.audit(step, state, shard, target="cpu:8", mesh={"data": 8})
+          >>> report.ok, report.target, report.payload_bytes
+          (True, 'cpu:8', 16)
         """
+        if (target is None) != (mesh is None):
+            raise TypeError(
+                "engine.audit needs target= and mesh= together, as target='cuda:h100:8', "
+                f"mesh={{'data': 8}}, got {target=}, {mesh=}"
+            )
+        if target is not None and mesh is not None:
+            return self._audit_on_target(step, state, batch, target, mesh)
+        batch = shard_batch(batch, self.mesh, self.plan)
+        return self._report(self._compiled(step, state, batch, train=True), state)
+
+    def _audit_on_target(
+        self, step: StepFn, state: TrainState, batch: Any, target: str, sizes: Mapping[str, int]
+    ) -> "Report":
+        from txcore.profiling.targets import parse_target
+
+        self._check_own(state)
+        machine = parse_target(target)
+        devices = machine.mesh(sizes).devices.flat
+        there = Engine(
+            mesh=MeshSpec(list(devices), tuple(sizes), tuple(sizes.values())),
+            plan=self.plan,
+            optimizer=self.optimizer,
+            precision=self.precision,
+            seed=self.seed,
+            compiler_options=self._given_options,
+        )
+        arrays = {name: shapes_on(x, there.mesh) for name, x in state.arrays.items()}
+        state = TrainState(**arrays, engine=there)
+        compiled = compile_step(
+            step.fn if isinstance(step, StepFn) else step,
+            state,
+            global_shapes(batch, there.mesh, self.plan),
+            mesh=there.mesh,
+            plan=there.plan,
+            options={**there._options, **machine.compiler_options},
+            train=True,
+        )
+        return replace(there._report(compiled, state), target=target)
+
+    def _report(self, compiled: CompiledStep, state: TrainState) -> "Report":
         from txcore.profiling import audit_compiled  # not needed to train: see compile.py
 
-        batch = shard_batch(batch, self.mesh, self.plan)
-        compiled = self._compiled(step, state, batch, train=True)
         return audit_compiled(compiled.call, compiled.jaxpr, self.mesh.mesh)
+
+    def _check_own(self, state: TrainState) -> None:
+        if not isinstance(state, TrainState) or state.engine is not self:
+            raise ValueError("this engine runs states that its create_state made, got another")
 
     def _compiled(self, step: Any, state: TrainState, batch: Any, *, train: bool) -> CompiledStep:
         """Return the step compiled for these shapes; compile it the first time."""
-        if not isinstance(state, TrainState) or state.engine is not self:
-            raise ValueError("this engine runs states that its create_state made, got another")
+        self._check_own(state)
         fn = step.fn if isinstance(step, StepFn) else step
         key = (train, fn, _signature(state.arrays), _signature(batch))
         compiled = self._steps.get(key)
