@@ -116,7 +116,7 @@ class Machine:
         return min(link, network * local), queue
 
 
-def machine_of(chip: Chip, devices: Sequence[Any]) -> Machine:
+def machine_on(chip: Chip, devices: Sequence[Any]) -> Machine:
     """Return the machine that a program's devices are on.
 
     Args:

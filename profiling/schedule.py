@@ -16,7 +16,7 @@ from txcore.profiling.bandwidth import wire_bytes
 from txcore.profiling.hlo import find_collectives, read_modules
 from txcore.profiling.hlo.graph import Graph
 from txcore.profiling.machine import Machine
-from txcore.profiling.timeline import Flight, Program
+from txcore.profiling.timeline import Flight, Timeline
 
 
 @dataclass(frozen=True)
@@ -135,12 +135,12 @@ def schedule(hlo: str, *, machine: Machine | None = None, devices: int = 1) -> S
             "schedule needs a scheduled module, whose header says is_scheduled=true, but got "
             f"{header[:60]!r}: pass compiled.as_text() or the last of XLA's dumps"
         )
-    program = Program(Graph(modules[0]), find_collectives(hlo, devices=devices), machine)
+    timeline = Timeline(Graph(modules[0]), find_collectives(hlo, devices=devices), machine)
     computations = modules[0].computations.values()
     entry = next((c.name for c in computations if c.is_entry), None)
     if entry is None:
         raise ValueError(f"the module {modules[0].name} has no ENTRY computation: pass it whole")
-    run = program.run(entry)
+    run = timeline.run(entry)
     is_timed = machine is not None
     return Schedule(
         overlaps=tuple(_overlap(flight, is_timed) for flight in run.flights),

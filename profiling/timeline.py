@@ -54,7 +54,7 @@ class Run:
     is_exact: bool = True
 
 
-class Program:
+class Timeline:
     """A module whose computations are walked when first asked for."""
 
     def __init__(self, graph: Graph, ops: Sequence[Op], machine: Machine | None):

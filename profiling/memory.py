@@ -1,0 +1,54 @@
+"""How much of a device's memory a compiled program needs, as its compiler says."""
+
+from dataclasses import dataclass
+
+import jax
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one device.
+
+    Attributes:
+      arguments: of the program's arguments.
+      results: of what it returns, donated memory included.
+      reused: of the results that take the place of donated arguments.
+      temporaries: of what lives only while it runs.
+      code: of the program itself; 0 where the platform does not say.
+      peak: the most at one time, as the compiler estimates it; where it does not, the sum of all
+        but what is reused.
+    """
+
+    arguments: int
+    results: int
+    reused: int
+    temporaries: int
+    code: int
+    peak: int
+
+
+def memory_of(compiled: jax.stages.Compiled) -> Memory | None:
+    """Read what a compiler says of the memory that its program needs.
+
+    Args:
+      compiled: the program.
+
+    Returns:
+      The bytes on one device, or None where this platform says nothing.
+
+    Example:
+      >>> found = memory_of(jax.jit(lambda x: x + 1).lower(jnp.ones(1000)).compile())
+      >>> found.arguments, found.results
+      (4000, 4000)
+    """
+    said = compiled.memory_analysis()
+    if said is None:
+        return None
+
+    def size(name: str) -> int:
+        return int(getattr(said, f"{name}_in_bytes", 0) or 0)
+
+    arguments, results, reused = size("argument_size"), size("output_size"), size("alias_size")
+    temporaries, code = size("temp_size"), size("generated_code_size")
+    whole = arguments + results - reused + temporaries + code
+    return Memory(arguments, results, reused, temporaries, code, size("peak_memory") or whole)
