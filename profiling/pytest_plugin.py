@@ -34,21 +34,24 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def collectives_lock(request: pytest.FixtureRequest) -> Callable[..., Report]:
     """Return a function that holds a program to its lock file.
 
-    It is called as `collectives_lock(report)` or `collectives_lock(fn, *args)`, which audits
-    `fn`, with the keywords `name` (needed where a test locks several programs) and `exact` (fail
-    where less is sent, too). It returns the report.
+    It is called as `collectives_lock(report)`, or as `collectives_lock(fn, *args, target=...,
+    mesh=...)`, whose arguments are `audit`'s. Keywords of its own are `name`, which is needed where
+    a test locks several programs for one target, and `exact`, which fails where less is sent, too.
+    It returns the report.
 
     The test fails where the program's communication grew or is not proved, and where there is no
     lock file yet: only `pytest --update-collectives` writes one.
     """
-    used: set[Path] = set()
+    used: set[tuple[Path, str]] = set()
 
-    def hold(program: Any, *args: Any, name: str = "", exact: bool = False) -> Report:
-        report = _report(program, args)
+    def hold(
+        program: Any, *args: Any, name: str = "", exact: bool = False, **options: Any
+    ) -> Report:
+        report = _report(program, args, options)
         path = _path(request.node, name)
-        if path in used:
-            pytest.fail("collectives_lock holds two programs of this test to one file: give name=")
-        used.add(path)
+        if (path, lock.target_of(report)) in used:
+            pytest.fail("collectives_lock holds two programs of this test to one lock: give name=")
+        used.add((path, lock.target_of(report)))
         outcome = _run(path, report, exact, request)
         if not outcome.ok:
             pytest.fail(outcome.text, pytrace=False)
@@ -59,13 +62,13 @@ def collectives_lock(request: pytest.FixtureRequest) -> Callable[..., Report]:
     return hold
 
 
-def _report(program: Any, args: tuple[Any, ...]) -> Report:
+def _report(program: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Report:
     if not isinstance(program, Report):
-        return audit(program, *args)
-    if args:
+        return audit(program, *args, **options)
+    if more := [*map(repr, args), *options]:
         raise TypeError(
-            f"collectives_lock needs a report alone or a function with its arguments, but got a "
-            f"report and {len(args)} more: leave them out"
+            "collectives_lock needs a report alone or a function with its arguments, but got a "
+            f"report and {', '.join(more)}: leave them out"
         )
     return program
 
@@ -74,7 +77,6 @@ def _run(path: Path, report: Report, exact: bool, request: pytest.FixtureRequest
     try:
         if not request.config.getoption("--update-collectives"):
             return lock.check(path, report, exact=exact)
-        path.parent.mkdir(exist_ok=True)
         return lock.update(path, report)
     except lock.LockError as error:
         text = f"{error}; pytest --update-collectives writes what the test sends now"

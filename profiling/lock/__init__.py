@@ -16,3 +16,4 @@ from txcore.profiling.lock.model import Entry as Entry
 from txcore.profiling.lock.model import Lock as Lock
 from txcore.profiling.lock.model import LockError as LockError
 from txcore.profiling.lock.model import lock_of as lock_of
+from txcore.profiling.lock.model import target_of as target_of

@@ -139,7 +139,7 @@ def _to_dict(entry: Entry) -> Mapping[str, Any]:
 
 
 def write(path: str | os.PathLike[str], text: str) -> None:
-    """Replace a file in one step, so that nobody ever reads half of it.
+    """Replace a file in one step, so that nobody ever reads half of it; make its folder.
 
     Raises:
       LockError: it cannot be written.
@@ -147,6 +147,7 @@ def write(path: str | os.PathLike[str], text: str) -> None:
     target = os.path.realpath(path)
     draft = f"{target}.{secrets.token_hex(4)}.tmp"
     try:
+        os.makedirs(os.path.dirname(target), exist_ok=True)
         with open(draft, "x", encoding="utf-8", newline="\n") as file:
             file.write(text)
         os.replace(draft, target)

@@ -20,8 +20,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
 ROWS = int(os.environ.get("ROWS", "8"))
 
-def program(body=lambda x: jax.lax.psum(x, "data"), wrap=True):
-    mesh = Mesh(np.array(jax.devices()[:2]), ("data",), axis_types=(AxisType.Auto,))
+def program(body=lambda x: jax.lax.psum(x, "data"), wrap=True, mesh=None):
+    mesh = mesh or Mesh(np.array(jax.devices()[:2]), ("data",), axis_types=(AxisType.Auto,))
     x = jax.ShapeDtypeStruct((ROWS, 4), jnp.float32, sharding=NamedSharding(mesh, P("data")))
     if not wrap:
         return body, x
@@ -39,11 +39,20 @@ class TestStep:
 def test_two(collectives_lock):
     collectives_lock(*program())
     collectives_lock(*program(lambda x: jax.lax.pmax(x, "data")), name="largest", exact=True)
+
+def test_targets(collectives_lock):
+    def build(mesh):
+        fn, x = program(mesh=mesh)
+        return fn, (x,)
+
+    for size in (2, 4):
+        collectives_lock(build, target=f"cpu:{size}", mesh={"data": size})
 """
 )
 FILES = [
     "test_step.TestStep.test_total[1].lock.json",
     "test_step.TestStep.test_total[a_b].196e15bd.lock.json",
+    "test_step.test_targets.lock.json",
     "test_step.test_two.largest.lock.json",
     "test_step.test_two.lock.json",
 ]
@@ -67,7 +76,7 @@ def locks(pytester):
 
 def test_nothing_is_locked_unasked(project, pytester):
     result = project()
-    result.assert_outcomes(failed=3)
+    result.assert_outcomes(failed=4)
     result.stdout.fnmatch_lines(
         ["*cannot read *test_two.lock.json: No such file or directory; pytest --update-c*"]
     )
@@ -76,27 +85,28 @@ def test_nothing_is_locked_unasked(project, pytester):
 
 def test_updating_checking_and_growing(project, pytester, monkeypatch):
     result = project(TESTS, "--update-collectives")
-    result.assert_outcomes(passed=3)
+    result.assert_outcomes(passed=4)
     result.stdout.fnmatch_lines(
         ["*= collectives =*", "*::test_two", "+ test_step.py  all-reduce  data  float32  64 B*",
          "*test_two.lock.json: 1 entry locked for cpu:2 data=2"]
     )  # fmt: skip
     written = locks(pytester)
     assert sorted(written) == sorted(FILES)
-    assert "cpu:2 data=2" in json.loads(written[FILES[0]])["targets"]
+    assert [*json.loads(written[FILES[0]])["targets"]] == ["cpu:2 data=2"]
+    assert [*json.loads(written[FILES[2]])["targets"]] == ["cpu:2 data=2", "cpu:4 data=4"]
 
     result = project()
-    result.assert_outcomes(passed=3)
+    result.assert_outcomes(passed=4)
     result.stdout.no_fnmatch_line("*= collectives =*")
 
     monkeypatch.setenv("ROWS", "16")
     result = project()
-    result.assert_outcomes(failed=3)
+    result.assert_outcomes(failed=4)
     result.stdout.fnmatch_lines(["~ test_step.py  all-reduce  data  float32  64 B -> 128 B  x1*"])
 
     monkeypatch.setenv("ROWS", "4")  # less passes, but for the one that is exact
     result = project()
-    result.assert_outcomes(passed=2, failed=1)
+    result.assert_outcomes(passed=3, failed=1)
     result.stdout.fnmatch_lines(["lock: nothing grew; 1 smaller or gone: update*"])
     assert locks(pytester) == written
 
@@ -107,13 +117,14 @@ BAD = {
         "proof FAILED: 1 of 1 collective unexplained*",
     ),
     "a report and more": (
-        "from txcore.profiling import audit\n    collectives_lock(audit(*program()), 3)",
+        "from txcore.profiling import audit\n"
+        "    collectives_lock(audit(*program()), 3, target='cpu:2')",
         "*TypeError: collectives_lock needs a report alone or a function with its arguments, but "
-        "got a report and 1 more: leave them out",
+        "got a report and 3, target: leave them out",
     ),
     "one file twice": (
         "collectives_lock(*program())\n    collectives_lock(*program())",
-        "*Failed: collectives_lock holds two programs of this test to one file: give name=*",
+        "*Failed: collectives_lock holds two programs of this test to one lock: give name=*",
     ),
 }
 
@@ -133,7 +144,7 @@ def test_a_damaged_lock_fails_and_is_not_overwritten(project, pytester):
     path.write_text("{")
     for options in ([], ["--update-collectives"]):
         result = project(TESTS, *options, "-k", "test_two")
-        result.assert_outcomes(failed=1, deselected=2)
+        result.assert_outcomes(failed=1, deselected=3)
         result.stdout.fnmatch_lines([f"*{FILES[-1]} is not JSON (*): restore it, or delete and*"])
     assert path.read_text() == "{"
 

@@ -5,10 +5,10 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from txcore.cli import env, inspect
+from txcore.cli import env, inspect, lock
 from txcore.cli.load import BadInput
 
-_COMMANDS = (inspect, env)
+_COMMANDS = (inspect, lock, env)
 
 
 class _Parser(argparse.ArgumentParser):

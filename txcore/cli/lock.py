@@ -1,0 +1,108 @@
+"""`txcore lock`: hold a program to the communication that its lock file has."""
+
+import argparse
+import re
+from typing import TYPE_CHECKING, Any
+
+from txcore.cli.load import (
+    BadInput,
+    axes,
+    build,
+    first_line,
+    load,
+    mesh_of,
+    positive,
+    simulate_devices,
+)
+
+if TYPE_CHECKING:
+    from txcore.profiling import Report
+
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9}
+_UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+
+def add(commands: Any) -> None:
+    """Add the command to the parser's subparsers."""
+    parser = commands.add_parser("lock", help="check a program's communication, or write it down")
+    actions = parser.add_subparsers(required=True, metavar="update|check")
+    update = actions.add_parser("update", help="write what the program sends into its lock file")
+    update.add_argument(
+        "--budget",
+        type=_budget,
+        action="append",
+        default=[],
+        metavar="AXIS=SIZE",
+        help="bytes on the wire that each device may send in one call, as data=2MB or data=none; "
+        "kept by later updates",
+    )
+    update.set_defaults(command=_update)
+    check = actions.add_parser("check", help="exit 1 if the program sends more than its lock has")
+    check.add_argument("--exact", action="store_true", help="exit 1 if it sends less, too")
+    check.set_defaults(command=_check)
+    for action in (update, check):
+        action.add_argument("factory", metavar="MODULE:FACTORY", help="as for inspect")
+        action.add_argument("--mesh", type=axes, metavar="data=2,model=2", help="the mesh's axes")
+        action.add_argument("--devices", type=positive, metavar="N", help="simulate N CPU devices")
+        action.add_argument(
+            "--file",
+            metavar="FILE",
+            help="the lock file (default __collectives__/MODULE.FACTORY.lock.json)",
+        )
+
+
+def _budget(text: str) -> tuple[str, int | None]:
+    axis, _, size = text.partition("=")
+    number = re.fullmatch(r"(\d+(?:\.\d+)?) ?([A-Za-z]*)", size)
+    unit = number and _UNITS.get(number[2].lower())
+    if not axis.isidentifier() or not (unit or size == "none"):
+        raise argparse.ArgumentTypeError(
+            f"needs an axis and a size, as data=2MB, data=1.5GiB or data=none, but got {text!r}"
+        )
+    return axis, round(float(number[1]) * unit) if number and unit else None
+
+
+def _update(options: argparse.Namespace) -> int:
+    from txcore.profiling import lock
+
+    budgets = dict(options.budget)
+    if len(budgets) < len(options.budget):
+        raise BadInput("--budget needs each axis once, but got one twice")
+    report = _report(options)
+    try:
+        outcome = lock.update(_file(options), report, budgets=budgets)
+    except lock.LockError as error:
+        raise BadInput(str(error)) from error
+    print(outcome.text)
+    return 0 if outcome.ok else 1
+
+
+def _check(options: argparse.Namespace) -> int:
+    from txcore.profiling import lock
+
+    report = _report(options)
+    try:
+        outcome = lock.check(_file(options), report, exact=options.exact)
+    except lock.LockError as error:
+        raise BadInput(f"{error}; txcore lock update writes what the program sends now") from error
+    print(outcome.text)
+    return 0 if outcome.ok else 1
+
+
+def _file(options: argparse.Namespace) -> str:
+    default = f"__collectives__/{options.factory.replace(':', '.')}.lock.json"
+    return default if options.file is None else options.file
+
+
+def _report(options: argparse.Namespace) -> "Report":
+    from txcore.profiling import audit
+
+    simulate_devices(options.devices)
+    mesh = mesh_of(options.mesh) if options.mesh else None
+    fn, args = build(load(options.factory), options.factory, mesh)
+    try:
+        return audit(fn, *args)
+    except Exception as error:
+        raise BadInput(
+            f"{options.factory}: the function does not compile: {first_line(error)}"
+        ) from error
