@@ -38,6 +38,30 @@ class DP:
 
 
 @dataclass(frozen=True)
+class Predicted:
+    """Communication that a plan brings with it, of one step.
+
+    Attributes:
+      what: what is sent ("gradients").
+      kind: HLO's name of the collective ("all-reduce").
+      axes: the mesh axes, all of them of more than one device.
+      dtype: jax's name of the dtype ("float32").
+      elements: those of each array, as it enters into S.
+    """
+
+    what: str
+    kind: str
+    axes: tuple[str, ...]
+    dtype: str
+    elements: tuple[int, ...]
+
+    @property
+    def payload_bytes(self) -> int:
+        """S as in nccl-tests: of an all-reduce, the bytes of the arrays on one device."""
+        return sum(self.elements) * jax.numpy.dtype(self.dtype).itemsize
+
+
+@dataclass(frozen=True)
 class Plan:
     """State what is parallel over which mesh axis.
 
@@ -89,6 +113,35 @@ class Plan:
         """Return the data axes that have more than one device."""
         return tuple(a for a in self.data_axes if mesh.shape[a] > 1)
 
+    def predict(self, params: Any, mesh: MeshSpec) -> tuple[Predicted, ...]:
+        """Predict what the plan itself makes a training step communicate.
+
+        The loss, metrics and whatever else a step reduces come on top.
+
+        Args:
+          params: pytree of the parameters, arrays or `jax.ShapeDtypeStruct`s. Gradients have
+            their dtypes, whatever the precision policy computes in (see `tx.Precision`);
+            integers have none.
+          mesh: the devices and their axes.
+
+        Returns:
+          For data parallelism one all-reduce of the gradients over the data axes for each dtype;
+          nothing over axes of one device.
+
+        Raises:
+          ValueError: the plan names an axis that `mesh` does not have.
+
+        Example:
+          >>> mesh = tx.MeshSpec(jax.devices()[:2], axes=("data",))
+          >>> params = {"w": np.zeros((3, 4), np.float32), "b": np.zeros(4, np.float32)}
+          >>> for p in tx.Plan(data_parallel=tx.DP("data")).predict(params, mesh):
+          ...     print(p.what, p.kind, p.axes, p.dtype, p.elements, p.payload_bytes)
+          gradients all-reduce ('data',) float32 (4, 12) 64
+        """
+        self.validate(mesh)
+        axes = self.active_data_axes(mesh)
+        return _reduced_gradients(params, axes) if axes else ()
+
     def batch_specs(self, batch: Any, mesh: MeshSpec) -> Any:
         """Return the spec of each leaf of `batch`, with axes of size 1 left out."""
         whole = P(self.data_axes) if self.data_axes else P()
@@ -103,6 +156,17 @@ class Plan:
                 f"{', '.join(sorted(map(repr, keys)))} at its top: name those"
             )
         return jax.tree_util.tree_map_with_path(spec, batch)
+
+
+def _reduced_gradients(params: Any, axes: tuple[str, ...]) -> tuple[Predicted, ...]:
+    sizes: dict[str, list[int]] = {}
+    for leaf in jax.tree.leaves(jax.eval_shape(lambda tree: tree, params)):
+        if leaf.size and jax.numpy.issubdtype(leaf.dtype, jax.numpy.inexact):
+            sizes.setdefault(leaf.dtype.name, []).append(leaf.size)
+    return tuple(
+        Predicted("gradients", "all-reduce", axes, dtype, tuple(elements))
+        for dtype, elements in sizes.items()
+    )
 
 
 def top_key(path: Any) -> str:

@@ -1,5 +1,6 @@
 """What hangs or lies under a cond or while whose predicate differs is found; the rest is not."""
 
+import json
 import os
 import pathlib
 import subprocess
@@ -11,6 +12,7 @@ import pytest
 from audit_cases import P, mesh_of, on, tag, vary
 from jax import lax
 
+from txcore.profiling import Report
 from txcore.profiling.predicates import Divergence, divergences
 
 HERE = pathlib.Path(__file__).name
@@ -306,3 +308,19 @@ def test_it_really_hangs(inside):
     else:
         assert ran.returncode != 0
         assert "Termination timeout" in ran.stderr
+
+
+def test_a_report_that_diverges_is_not_ok_and_says_so():
+    hangs = Divergence(
+        *("hangs", "data", "psum/total", "all-reduce", ("data",), "a.py:3", "while", "a.py:1")
+    )
+    lies = Divergence("lies", "data", "cond", "cond", (), "a.py:9", "cond", "a.py:9")
+    report = Report((), divergent=(hangs, lies))
+    assert not report.ok
+    assert report.verdict() == (
+        "proof FAILED: 1 that not all devices reach: psum/total over data at a.py:3 inside the "
+        "while at a.py:1, whose predicate differs along axis 'data'; 1 of a false type: an output "
+        "of the cond at a.py:9 is typed as the same along axis 'data', along which its predicate "
+        "differs"
+    )
+    assert [d["problem"] for d in json.loads(report.to_json())["divergent"]] == ["hangs", "lies"]

@@ -328,9 +328,12 @@ class Engine:
         return replace(there._report(compiled, state), target=target)
 
     def _report(self, compiled: CompiledStep, state: TrainState) -> "Report":
-        from txcore.profiling import audit_compiled  # not needed to train: see compile.py
+        # Not needed to train: see compile.py.
+        from txcore.profiling import audit_compiled
+        from txcore.profiling.prediction import against_plan
 
-        return audit_compiled(compiled.call, compiled.jaxpr, self.mesh.mesh)
+        report = audit_compiled(compiled.call, compiled.jaxpr, self.mesh.mesh)
+        return against_plan(report, self.plan.predict(state.stored_params, self.mesh))
 
     def _check_own(self, state: TrainState) -> None:
         if not isinstance(state, TrainState) or state.engine is not self:
