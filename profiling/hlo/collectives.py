@@ -11,6 +11,7 @@ from txcore.profiling.hlo.stepwise import is_later_step
 from txcore.profiling.hlo.text import KINDS, Instruction, Module, read_modules
 from txcore.profiling.hlo.trips import ONCE, Trips, runs
 from txcore.profiling.hlo.types import HloError, Shape
+from txcore.profiling.hlo.wanted import maker, wanted_by
 
 _GROUPS = "replica_groups="
 _PAIRS = "source_target_pairs="
@@ -27,6 +28,8 @@ class Op:
     groups: the devices that talk to each other, by their place in the program's mesh.
     pairs: a permute's (source, target) devices; then `groups` is empty.
     tags, marked, op_name, frames: what the line says about where it comes from.
+    wanted_by, wanted_frames: op_name and source of the op that wanted the data, where the line
+      names none.
     computation: the name of the computation that it is in.
     """
 
@@ -39,6 +42,8 @@ class Op:
     marked: bool = False
     op_name: str = ""
     frames: tuple[tuple[str, int], ...] = ()
+    wanted_by: str = ""
+    wanted_frames: tuple[tuple[str, int], ...] = ()
     target: str = ""
     trips: Trips = ONCE
     problem: str = ""
@@ -167,7 +172,10 @@ def _read_op(instruction: Instruction, kind: str, context: _Context) -> Op:
     )
     if kind == "custom-call":
         return op
-    op = replace(op, inputs=inputs_of(here, _sent(operands, rest, kind), words, context.graph))
+    if "/" not in words.op_name or words.op_name.endswith("/shard_map"):
+        op = _with_user(op, here, context.graph)
+    inputs = inputs_of(here, _sent(operands, rest, kind), words, context.graph)
+    op = _with_words_of(replace(op, inputs=inputs))
     if kind == "collective-permute":
         return replace(op, pairs=parse_pairs(_value(rest, _PAIRS)))
     if kind == "send":
@@ -177,6 +185,29 @@ def _read_op(instruction: Instruction, kind: str, context: _Context) -> Op:
         return replace(op, kind="collective-permute" if is_permute else kind, pairs=pairs)
     groups = parse_groups(_value(rest, _GROUPS), context.devices)
     return replace(op, groups=_on_devices(groups, rest, kind, context.graph.module))
+
+
+def _with_user(op: Op, here: Value, graph: Graph) -> Op:
+    """Name what wanted the data; at a program's end, where that is nothing, what made it."""
+    user = wanted_by(here, graph)
+    near = user or maker(here)
+    frames = tuple(attributes.source_frames(near.rest, graph.module)) if near else ()
+    return replace(
+        op, wanted_by=attributes.op_name(user.rest) if user else "", wanted_frames=frames
+    )
+
+
+def _with_words_of(op: Op) -> Op:
+    """Let a silent op speak with its arrays' words: older XLA for GPU merged them without any."""
+    if op.tags or op.op_name:
+        return op
+    said = [*op.inputs, *(piece for i in op.inputs for piece in i.pieces)]
+    tags = tuple(dict.fromkeys(i.tag for i in said if i.tag))
+    op_name = next((i.op_name for i in said if i.op_name), "")
+    inputs = op.inputs
+    if len(inputs) == 1:
+        inputs = (replace(inputs[0], tag=",".join(tags), op_name=op_name),)
+    return replace(op, tags=tags, op_name=op_name, inputs=inputs)
 
 
 def _frames(lines: list[Instruction], module: Module) -> tuple[tuple[str, int], ...]:

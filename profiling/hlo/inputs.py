@@ -19,6 +19,10 @@ from txcore.profiling.hlo.text import Instruction
 from txcore.profiling.hlo.types import HloError, Shape, parse_shapes
 
 _MARK = "is_spmd_generated"
+_OF_A_COLLECTIVE = re.compile(
+    r"(?:unreduced_)?"
+    r"(?:psum|pmax|pmin|all_gather|reduce_scatter|all_to_all|ppermute|pbroadcast)(?:_\w+|2)?$"
+)
 _SLICE = re.compile(r"\bslice=\{\[(\d+):(\d+)\]\}")
 
 
@@ -93,11 +97,18 @@ def inputs_of(
     # out, and on GPU their order is another. So each array has the words of its own element.
     result = results(collective, graph)[-1]
     elements = result.scope.elements.get(result.instruction.name, {})
-    said = [elements.get(i) for i in range(len(shapes))]
-    return tuple(
-        _said(_words_after(Value(result.scope, e), words, graph) if e else Words(), shape)
-        for e, shape in zip(said, shapes, strict=True)
-    )
+    parts = [elements.get(i) for i in range(len(shapes))]
+    said = [_words_after(Value(result.scope, e), words, graph) if e else Words() for e in parts]
+    return tuple(map(_said, _with_the_last_tag(said, words.tag.split(",")), shapes))
+
+
+def _with_the_last_tag(said: list[Words], tags: list[str]) -> list[Words]:
+    """Give the one array that is silent the one tag that none of the others has."""
+    silent = [i for i, words in enumerate(said) if words == Words()]
+    left = set(tags) - {words.tag for words in said}
+    if len(tags) != len(said) or len(silent) != 1 or len(left) != 1:
+        return said
+    return [Words(tag=left.pop()) if i == silent[0] else words for i, words in enumerate(said)]
 
 
 def _said(words: Words, shape: Shape) -> Input:
@@ -113,18 +124,21 @@ def _shapes(operand: str, scope: Scope) -> tuple[Shape, ...]:
 
 
 def _words_after(value: Value, whole: Words, graph: Graph) -> Words:
-    """Return what a part of a collective's result says, or the first view of it that speaks.
-
-    A view may be the program's own next step: it must name a tag or the primitive of the whole.
-    """
+    """Return what a part of a collective's result says, or the first view of it that speaks."""
     for view in views(value, graph):
         words = words_of([view.instruction])
-        by_tag = words.tag in whole.tag.split(",") if words.tag else not whole.tag
-        if (words.tag or words.op_name) and view == value:
-            return words
-        if by_tag and words.op_name and _primitive(words) == _primitive(whole):
+        if (words.tag or words.op_name) and (view == value or _are_of(whole, words)):
             return words
     return Words()
+
+
+def _are_of(whole: Words, words: Words) -> bool:
+    """Tell whether a view speaks of the collective, and not of the program's own next step."""
+    if words.tag and whole.tag and words.tag not in whole.tag.split(","):
+        return False
+    if whole.op_name:
+        return _primitive(words) == _primitive(whole)
+    return bool(_OF_A_COLLECTIVE.match(_primitive(words)))
 
 
 def _primitive(words: Words) -> str:

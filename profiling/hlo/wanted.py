@@ -1,0 +1,45 @@
+"""Which op wanted the data that a collective brings.
+
+A collective that the partitioner inserts on an argument has the argument's name, or none. The
+first instruction after it that has a path of jax's own is the op that it was inserted for.
+"""
+
+from txcore.profiling.hlo import attributes
+from txcore.profiling.hlo.follow import results
+from txcore.profiling.hlo.graph import Graph, Value, operand_names
+from txcore.profiling.hlo.text import Instruction
+
+_FARTHEST = 64  # instructions to look at; a damaged text may lead in a circle
+
+
+def wanted_by(collective: Value, graph: Graph) -> Instruction | None:
+    """Return the nearest instruction that uses a value and has another path; None without one."""
+    own = attributes.op_name(collective.instruction.rest)
+    reached = [collective]
+    seen = {collective.instruction.name}
+    for value in reached:
+        for after in (*results(value, graph)[1:], *_users(value)):
+            name = attributes.op_name(after.instruction.rest)
+            if "/" in name and name != own:
+                return after.instruction
+            if after.instruction.name not in seen and len(reached) < _FARTHEST:
+                seen.add(after.instruction.name)
+                reached.append(after)
+    return None
+
+
+def maker(collective: Value) -> Instruction | None:
+    """Return the nearest instruction that computes a collective's operand and has a path."""
+    value = collective.instruction
+    for _ in range(_FARTHEST):
+        names = operand_names(value)
+        found = collective.scope.by_name.get(names[0]) if names else None
+        if found is None or "/" in attributes.op_name(found.rest):
+            return found
+        value = found
+    return None
+
+
+def _users(value: Value) -> list[Value]:
+    users = value.scope.users.get(value.instruction.name, ())
+    return [Value(value.scope, user) for user in users]
