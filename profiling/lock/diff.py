@@ -29,6 +29,13 @@ class Change:
         )
 
     @property
+    def entry(self) -> Entry:
+        """Return what it is now, or what it was."""
+        entry = self.new or self.old
+        assert entry is not None, "a change has an old or a new entry"
+        return entry
+
+    @property
     def sign(self) -> str:
         """Return "+" for a new entry, "-" for one that is gone, "~" for a changed one."""
         return "+" if self.old is None else "-" if self.new is None else "~"
@@ -78,8 +85,7 @@ def lines(changes: Sequence[Change]) -> list[str]:
 
 
 def _cells(change: Change) -> list[str]:
-    entry = change.new or change.old
-    assert entry is not None, "a change has an old or a new entry"
+    entry = change.entry
     return [
         f"{change.sign} {entry.tag or entry.source or '?'}",
         shorten(entry.kind.removeprefix("collective-"), 14),
@@ -95,7 +101,7 @@ def _cells(change: Change) -> list[str]:
 def _bytes(change: Change) -> str:
     old, new = change.old, change.new
     if old is None or new is None or old.payload_bytes == new.payload_bytes:
-        return format_bytes((new or old).payload_bytes)  # type: ignore[union-attr]
+        return format_bytes(change.entry.payload_bytes)
     before, after = format_bytes(old.payload_bytes), format_bytes(new.payload_bytes)
     if before != after:
         return f"{before} -> {after}"

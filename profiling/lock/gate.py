@@ -32,7 +32,8 @@ def check(path: str | os.PathLike[str], report: Report, *, exact: bool = False) 
       bytes, more executions), or where an axis is over its budget.
 
     Raises:
-      LockError: the file cannot be read, or has nothing for the report's target.
+      LockError: the file cannot be read, or has nothing for the report's target; a budget's axis
+        is not in the mesh; the report was not compared with a traced program.
     """
     locks = read(path)
     target = target_of(report)
@@ -45,7 +46,7 @@ def check(path: str | os.PathLike[str], report: Report, *, exact: bool = False) 
     changes = compare(locked, lock_of(report))
     over = over_budget(report, locked.budgets)
     ok = not over and not any(change.grew or exact for change in changes)
-    said = [*lines(changes), *over, *_summary(changes, locked, exact)]
+    said = [*lines(changes), _summary(changes, locked, exact), *over]
     return Outcome(ok, bool(changes), "\n".join(said))
 
 
@@ -61,20 +62,24 @@ def update(
       report: of `audit`, on the target that is to be locked.
       budgets: bytes on the wire that each device may send in one call, by mesh axis; None takes
         an axis's budget away. What is sent over several axes counts for each of them, and what is
-        sent over groups that are none of the mesh's axes counts for all.
+        sent over groups that are none of the mesh's axes counts for all. Opaque calls count
+        nothing, since nobody knows what they send; they are in the lock, so that a new one is
+        growth.
 
     Returns:
       Not ok, and nothing is written, where the report is not ok or over a budget.
 
     Raises:
-      LockError: the file cannot be read or written, or a budget's axis is not in the mesh.
+      LockError: the file cannot be read or written; a budget's axis is not in the mesh; the report
+        was not compared with a traced program.
     """
     locks = read(path) if os.path.lexists(path) else {}
     if not report.ok:
         return Outcome(False, False, str(report))
     new = lock_of(report)
     old = locks.get(new.target, Lock(new.target, ()))
-    new = replace(new, budgets=_with_budgets(old.budgets, budgets or {}, report))
+    wanted = {**old.budgets, **(budgets or {})}
+    new = replace(new, budgets={axis: most for axis, most in wanted.items() if most is not None})
     if over := over_budget(report, new.budgets):
         return Outcome(False, False, "\n".join([*over, f"{path} is left as it was"]))
     changed = locks.get(new.target) != new
@@ -85,16 +90,21 @@ def update(
 
 def over_budget(report: Report, budgets: Mapping[str, int]) -> list[str]:
     """Say for which axes a program is over its budget, or cannot be proved to be within it."""
+    axes = [name for name, _ in report.mesh]
     found = []
     for axis, most in sorted(budgets.items()):
+        if axis not in axes:
+            has = f"has {', '.join(axes)}" if axes else "is none"
+            raise LockError(f"a budget needs an axis of the mesh, which {has}, but got {axis!r}")
         rows = [row for row in report.collectives if axis in row.axes or not row.axes]
         sent = sum(row.wire_bytes * row.trips for row in rows)
+        endless = [row for row in rows if row.wire_bytes and not row.trips_known]
         if sent > most:
             found.append(
                 f"over budget: each device sends {sent:,} B a call over {axis}, at most {most:,} B "
                 "are allowed"
             )
-        elif endless := [row for row in rows if not row.trips_known]:
+        elif endless:
             found.append(
                 f"no proof of the budget of {axis}: the {endless[0].kind} at "
                 f"{endless[0].source or '?'} runs in a loop of unknown length"
@@ -102,26 +112,15 @@ def over_budget(report: Report, budgets: Mapping[str, int]) -> list[str]:
     return found
 
 
-def _with_budgets(
-    old: Mapping[str, int], given: Mapping[str, int | None], report: Report
-) -> dict[str, int]:
-    axes = [name for name, _ in report.mesh]
-    for axis in given:
-        if axis not in axes:
-            has = f"has {', '.join(axes)}" if axes else "is none"
-            raise LockError(f"a budget needs an axis of the mesh, which {has}, but got {axis!r}")
-    return {axis: most for axis, most in {**old, **given}.items() if most is not None}
-
-
-def _summary(changes: Sequence[Change], locked: Lock, exact: bool) -> list[str]:
+def _summary(changes: Sequence[Change], locked: Lock, exact: bool) -> str:
     total, grown = len(changes), sum(change.grew for change in changes)
     if grown:
-        return [f"lock: {grown} of {total} changed entries grew: review, then update the lock"]
+        return f"lock: {grown} of {total} changed entries grew: review, then update the lock"
     if changes and exact:
-        return [f"lock: {total} smaller or gone, and it has to be exact: update the lock"]
+        return f"lock: {total} smaller or gone, and it has to be exact: update the lock"
     if changes:
-        return [f"lock: nothing grew; {total} smaller or gone: update the lock to keep that"]
-    return [f"lock: {_entries(locked)} as locked for {locked.target}"]
+        return f"lock: nothing grew; {total} smaller or gone: update the lock to keep that"
+    return f"lock: {_entries(locked)} as locked for {locked.target}"
 
 
 def _entries(lock: Lock) -> str:

@@ -275,3 +275,25 @@ def test_a_budget_of_no_axis(tmp_path):
         budgeted(tmp_path / "lock.json", 1, 600, axis="modle")
     with pytest.raises(LockError, match="which is none, but got 'data'"):
         update(tmp_path / "lock.json", report_of(mesh=()), budgets={"data": 1})
+    path = tmp_path / "edited.json"
+    budgeted(path, 1, 600)
+    path.write_text(path.read_text().replace('{"data": 600}', '{"modle": 600}'))
+    with pytest.raises(LockError, match="but got 'modle'"):
+        check(path, OLD)
+    assert update(path, OLD, budgets={"modle": None}).ok
+    assert '"budgets": {}' in path.read_text()
+
+
+def test_opaque_calls_count_nothing_but_are_locked(tmp_path):
+    path = tmp_path / "lock.json"
+    budgeted(path, 600, 600)
+    opaque = row(
+        kind="custom-call", origin="opaque", tags=(), axes=(), dtype="", payload_bytes=0,
+        wire_bytes=0, trips=1, trips_known=False,
+    )  # fmt: skip
+    outcome = check(path, report_of(PSUM, rows=(ROW, opaque)))
+    assert not outcome.ok
+    assert outcome.text.splitlines() == [
+        "+ train.py  custom-call  -  -  0 B  x1+  opaque  train.py:40",
+        "lock: 1 of 1 changed entries grew: review, then update the lock",
+    ]
