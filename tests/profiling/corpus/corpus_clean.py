@@ -1,7 +1,8 @@
 """Explicit programs: the collectives that they ask for, their bytes counted by hand.
 
 Payload is nccl-tests' S: the bytes of the operand on one device, times n for an all-gather.
-`rows(mesh)` is one row of 16 numbers on each of 8 devices: 64 bytes of float32.
+`rows(mesh)` is one row of 16 numbers on each of 8 devices: 64 bytes of float32. XLA for TPU turns
+scatters as small as these into sums, of the same payload.
 """
 
 from collections.abc import Mapping
@@ -35,13 +36,11 @@ class Clean(Program):
 
     moves: what is on the wire on CPU; elsewhere: on another platform, where its compiler does
       what that of CPU does not (merge equal collectives, leave out those that need no wire).
-    platforms: those that can compile it.
     """
 
     moves: tuple[Moves, ...] = ()
     elsewhere: Mapping[str, tuple[Moves, ...]] = field(default_factory=dict)
     exact: bool = True
-    platforms: tuple[str, ...] = ("cpu", "tpu", "cuda")
 
     def moves_on(self, platform: str) -> tuple[Moves, ...]:
         return self.elsewhere.get(platform, self.moves)
@@ -136,7 +135,7 @@ def tx_all_gather_invariant(mesh):
     return on(mesh, P(AXES), P())(body), (rows(mesh),)
 
 
-@clean(scattered(64, "pipe"))
+@clean(scattered(64, "pipe"), elsewhere={"tpu": (reduced(64, "pipe"),)})
 def tx_reduce_scatter(mesh):
     return per_device(mesh, lambda x: tx.reduce_scatter(x, "pipe", dim=1, mean=True))
 
@@ -215,7 +214,7 @@ def all_gather_to_invarying(mesh):
     return on(mesh, P(AXES), P(("data", "model")))(body), (rows(mesh),)
 
 
-@clean(scattered(64, "data", "model"))
+@clean(scattered(64, "data", "model"), elsewhere={"tpu": (reduced(64, "data", "model"),)})
 def psum_scatter_tiled(mesh):
     def body(x):
         return lax.psum_scatter(x, ("data", "model"), scatter_dimension=1, tiled=True)
@@ -223,7 +222,7 @@ def psum_scatter_tiled(mesh):
     return per_device(mesh, body)
 
 
-@clean(scattered(64, "data"))
+@clean(scattered(64, "data"), elsewhere={"tpu": (reduced(64, "data"),)})
 def psum_scatter_untiled(mesh):
     def body(x):
         return lax.psum_scatter(x.reshape(2, 8), "data", scatter_dimension=0)[None]
@@ -264,9 +263,7 @@ def pshuffle(mesh):
     return per_device(mesh, lambda x: lax.pshuffle(x, "data", [1, 3, 0, 2]))
 
 
-@clean(
-    Moves("collective-broadcast", ("data",), "float32", 64), axes=GRID, platforms=("cuda", "tpu")
-)
+@clean(Moves("collective-broadcast", ("data",), "float32", 64), axes=GRID, platforms=("cuda",))
 def pbroadcast(mesh):
     return per_device(mesh, lambda x: lax.pbroadcast(x, ("data",), 2), check_vma=False)
 
@@ -308,7 +305,12 @@ def bfloat16_sum(mesh):
     return per_device(mesh, lambda x: vary(lax.psum(x, "data"), *AXES), jnp.bfloat16)
 
 
-@clean(gathered(2 * 32, "data", dtype="bfloat16"), scattered(32, "model", dtype="bfloat16"))
+@clean(
+    *[gathered(2 * 32, "data", dtype="bfloat16"), scattered(32, "model", dtype="bfloat16")],
+    elsewhere={
+        "tpu": (gathered(2 * 32, "data", dtype="bfloat16"), reduced(32, "model", dtype="bfloat16"))
+    },
+)
 def bfloat16_gather_and_scatter(mesh):
     def body(x):
         whole = lax.all_gather(x, "data", tiled=True)
@@ -377,13 +379,41 @@ def two_merged_and_one_of_another_axis(mesh):
             b = lax.psum(jnp.sin(x), "data")
         with tag("psum/c"):
             c = lax.psum(jnp.cos(x), "model")
-        return vary(a, *AXES) + vary(b, *AXES) + vary(c, *AXES)
+        return vary(a, *AXES) * vary(b, *AXES) * vary(c, *AXES)
+
+    return per_device(mesh, body)
+
+
+@clean(
+    *[reduced(64, "data"), reduced(64, "data")],
+    elsewhere={"tpu": (reduced(64, "data"),), "cuda": (reduced(64, "data"),)},
+)
+def sum_of_two_sums(mesh):
+    """Two psums whose results are added are one psum of the sum, where the compiler sees it."""
+
+    def body(x):
+        return tx.vary(tx.psum(x, "data") + tx.psum(jnp.sin(x), "data"), AXES)
 
     return per_device(mesh, body)
 
 
 @clean(gathered(2 * 64, "data"), gathered(2 * 64, "data"))
 def two_gathers(mesh):
+    def body(x):
+        a = lax.all_gather(x, "data", tiled=True)
+        b = lax.all_gather(jnp.sin(x), "data", tiled=True)
+        return a.sum(0)[None], b.max(0)[None]
+
+    return per_device(mesh, body)
+
+
+@clean(
+    *[gathered(2 * 64, "data"), gathered(2 * 64, "data")],
+    elsewhere={"cuda": (gathered(2 * 64, "data"),)},
+)
+def product_of_two_gathers(mesh):
+    """XLA for GPU multiplies first and gathers the product."""
+
     def body(x):
         a = lax.all_gather(x, "data", tiled=True)
         b = lax.all_gather(jnp.sin(x), "data", tiled=True)
@@ -437,7 +467,10 @@ def nested_scan(mesh):
     return per_device(mesh, body)
 
 
-@clean(gathered(2 * 64, "model", trips=4), scattered(2 * 64, "model", trips=4))
+@clean(
+    *[gathered(2 * 64, "model", trips=4), scattered(2 * 64, "model", trips=4)],
+    elsewhere={"tpu": (reduced(2 * 64, "model", trips=4), reduced(2 * 64, "model", trips=4))},
+)
 def scan_that_unrolls_by_two(mesh):
     def body(x):
         def step(carry, _):
@@ -502,8 +535,11 @@ def fori_loop(mesh):
 
 # --- derivatives ---
 
+GATHER_AND_SCATTER = gathered(2 * 64, "data"), scattered(2 * 64, "data")
+GATHER_AND_SUM = {"tpu": (gathered(2 * 64, "data"), reduced(2 * 64, "data"))}
 
-@clean(gathered(2 * 64, "data"), scattered(2 * 64, "data"))
+
+@clean(*GATHER_AND_SCATTER, elsewhere=GATHER_AND_SUM)
 def remat(mesh):
     """Declared twice, the gather of the weights is done once: its operand is the same."""
 
@@ -539,7 +575,7 @@ def custom_vjp(mesh):
     return per_device(mesh, body)
 
 
-@clean(gathered(2 * 64, "data"), scattered(2 * 64, "data"))
+@clean(*GATHER_AND_SCATTER, elsewhere=GATHER_AND_SUM)
 def gradient_through_all_gather(mesh):
     """The transpose, a reduce-scatter, carries the gather's tag."""
 
@@ -549,7 +585,7 @@ def gradient_through_all_gather(mesh):
     return per_device(mesh, body)
 
 
-@clean(gathered(2 * 64, "data"), scattered(2 * 64, "data"), exact=False)
+@clean(*GATHER_AND_SCATTER, elsewhere=GATHER_AND_SUM, exact=False)
 def gradient_through_a_plain_all_gather(mesh):
     def body(x):
         return jax.grad(lambda x: jnp.sin(lax.all_gather(x, "data", tiled=True)).sum())(x)
@@ -557,7 +593,10 @@ def gradient_through_a_plain_all_gather(mesh):
     return per_device(mesh, body)
 
 
-@clean(scattered(64, "data"), gathered(64, "data"))
+@clean(
+    *[scattered(64, "data"), gathered(64, "data")],
+    elsewhere={"tpu": (reduced(64, "data"), reduced(64, "data"))},
+)
 def gradient_through_reduce_scatter(mesh):
     def body(x):
         return jax.grad(lambda x: jnp.sin(tx.reduce_scatter(x, "data", dim=1)).sum())(x)
@@ -710,9 +749,9 @@ def ffi_call(mesh):
     return per_device(mesh, body)
 
 
-@clean(reduced(64, "data"), platforms=("cpu",))
+@clean(reduced(64, "data"), platforms=("cpu", "tpu"))
 def pure_callback(mesh):
-    """For a machine that is not there, there is no Python to call back."""
+    """jax lowers callbacks for a GPU only where there is one."""
 
     def body(x):
         out = jax.ShapeDtypeStruct(x.shape, x.dtype)
@@ -766,7 +805,11 @@ def txcore_over_an_axis_of_size_one(mesh):
     return on(mesh, P("data"), P("data"))(body), (shape(mesh, P("data"), 8, 16),)
 
 
-@clean(reduced(64, "data"), reduced(64), axes={"data": 8, "one": 1})
+@clean(
+    *[reduced(64, "data"), reduced(64)],
+    elsewhere={"tpu": (reduced(64, "data"),), "cuda": (reduced(64, "data"),)},
+    axes={"data": 8, "one": 1},
+)
 def plain_jax_over_an_axis_of_size_one(mesh):
     """The compiler of CPU keeps it, in groups of one device."""
     return per_device(mesh, lambda x: vary(lax.psum(lax.psum(x, "data"), "one"), "data", "one"))
@@ -856,7 +899,11 @@ def ring_attention(mesh):
     return per_device(mesh, body, jnp.float32, jnp.float32, jnp.float32)
 
 
-@clean(gathered(8 * 64, "data"), scattered(128 * 4, "data"), reduced(4, "data"), axes=LINE)
+@clean(
+    *[gathered(8 * 64, "data"), scattered(8 * 64, "data"), reduced(4, "data")],
+    elsewhere={"tpu": (gathered(8 * 64, "data"), reduced(8 * 64, "data"), reduced(4, "data"))},
+    axes=LINE,
+)
 def zero_step(mesh):
     """Weights in shards: gathered for use, their gradient scattered."""
 
@@ -871,7 +918,11 @@ def zero_step(mesh):
     return on(mesh, (P("data"), P("data")), (P("data"), P()))(body), args
 
 
-@clean(scattered(8 * 64, "data"), gathered(8 * 64, "data"), axes=LINE)
+@clean(
+    *[scattered(8 * 64, "data"), gathered(8 * 64, "data")],
+    elsewhere={"tpu": (reduced(8 * 64, "data"), gathered(8 * 64, "data"))},
+    axes=LINE,
+)
 def zero_one_update(mesh):
     """Whole weights: the gradient is scattered, the update of each shard gathered."""
 

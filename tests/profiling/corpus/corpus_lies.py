@@ -45,11 +45,13 @@ def psum_of(mesh, text):
 def partial_auto_gather(mesh):
     """The partitioner gathers what an explicit gather over one axis leaves sharded."""
 
-    def body(x):
-        with tag("all_gather/x"):
-            return lax.all_gather(x, "data", tiled=True)  # <-- here
+    def fn(x):
+        def body(x):
+            with tag("all_gather/x"):
+                return lax.all_gather(x, "data", tiled=True)
 
-    fn = on(mesh, P("data"), P("data"), axis_names={"data"})(body)  # <-- here
+        return on(mesh, P("data"), P("data"), axis_names={"data"})(body)(x)  # <-- here
+
     return fn, (shape(mesh, P("data", "model"), 8, 8),)
 
 
@@ -155,6 +157,17 @@ def merged_with_a_real_one_under_its_tag(mesh):
     def fn(x):
         with tag("psum/x"):
             return psum_of(mesh, "psum/x")(x), (x * 3).sum(0)  # <-- here
+
+    return fn, (shape(mesh, P("data"), 8, 16),)
+
+
+@lie(axes=LINE)
+def added_to_a_real_one(mesh):
+    """On TPU and GPU one op is left: both are summed on each device, then by the user's psum."""
+
+    def fn(x):
+        real = psum_of(mesh, "psum/x")(x)[0]
+        return real + (x * 3).sum(0)  # <-- here
 
     return fn, (shape(mesh, P("data"), 8, 16),)
 

@@ -24,11 +24,13 @@ class Program:
     """A program, and the axes of the mesh that it wants.
 
     limits: what cannot be told of it, and why, by jax version ("0.10") or platform ("tpu").
+    platforms: those whose compiler takes it.
     """
 
     build: Build
     axes: Mapping[str, int]
     limits: Mapping[str, str] = field(default_factory=dict)
+    platforms: tuple[str, ...] = ("cpu", "tpu", "cuda")
 
     def span(self) -> dict[str, str]:
         """Return the program's source by its lines as an audit names them, "file.py:12"."""
