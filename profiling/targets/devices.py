@@ -52,7 +52,7 @@ def cpu_devices(target: str) -> tuple[jax.Device, ...]:
     if needed > len(devices):
         raise RuntimeError(
             f"the target {target!r} needs {needed} CPU devices, but this process has "
-            f"{len(devices)}: give --devices {needed} to txcore, or before jax's first use call "
+            f"{len(devices)}: before jax's first use call "
             f'jax.config.update("jax_num_cpu_devices", {needed})'
         )
     return tuple(devices[:needed])

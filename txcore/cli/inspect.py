@@ -3,16 +3,7 @@
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from txcore.cli.load import (
-    BadInput,
-    axes,
-    build,
-    first_line,
-    load,
-    mesh_of,
-    positive,
-    simulate_devices,
-)
+from txcore.cli.load import BadInput, add_program, compile_factory, first_line, positive
 
 if TYPE_CHECKING:
     from txcore.profiling import Report
@@ -23,15 +14,14 @@ _MOST_BYTES = 1 << 30
 def add(commands: Any) -> None:
     """Add the command to the parser's subparsers."""
     parser = commands.add_parser("inspect", help="list the collectives of a compiled program")
-    parser.add_argument(
-        "factory",
-        nargs="?",
-        metavar="MODULE:FACTORY",
-        help="FACTORY() or, with --mesh, FACTORY(mesh) returns (fn, args); args may be shapes",
-    )
+    add_program(parser, optional=True)
     parser.add_argument("--hlo", metavar="FILE", help="read this text of compiled HLO instead")
-    parser.add_argument("--mesh", type=axes, metavar="data=2,model=2", help="the mesh's axes")
-    parser.add_argument("--devices", type=positive, metavar="N", help="simulate N CPU devices")
+    parser.add_argument(
+        "--after-spmd",
+        action="store_true",
+        help="list them as they are right after partitioning, each by itself",
+    )
+    parser.add_argument("--html", metavar="FILE", help="write the report as a page, too")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.add_argument(
         "--max-bytes",
@@ -44,15 +34,33 @@ def add(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Print the report; return 1 where it is not ok."""
-    if (options.factory is None) == (options.hlo is None):
-        raise BadInput("inspect needs either MODULE:FACTORY or --hlo FILE")
-    if options.hlo is not None and options.devices is not None:
-        raise BadInput("--devices is for MODULE:FACTORY: a file was compiled for its own devices")
-    if options.hlo is None and options.max_bytes is not None:
-        raise BadInput("--max-bytes is for --hlo FILE, and there is none")
+    _check(options)
     report = _of_factory(options) if options.hlo is None else _of_file(options)
+    if options.html is not None:
+        _write_page(report, options.html)
     print(report.to_json() if options.json else report)
     return 0 if report.ok else 1
+
+
+def _check(options: argparse.Namespace) -> None:
+    if (options.factory is None) == (options.hlo is None):
+        raise BadInput("inspect needs either MODULE:FACTORY or --hlo FILE")
+    for name in ("devices", "target") if options.hlo is not None else ():
+        if getattr(options, name) is not None:
+            raise BadInput(
+                f"--{name} is for MODULE:FACTORY: a file was compiled for its own devices"
+            )
+    if options.hlo is not None and options.after_spmd:
+        raise BadInput("--after-spmd is for MODULE:FACTORY: a file holds one stage of a program")
+    if options.hlo is None and options.max_bytes is not None:
+        raise BadInput("--max-bytes is for --hlo FILE, and there is none")
+
+
+def _write_page(report: "Report", path: str) -> None:
+    try:
+        report.to_html(path)
+    except OSError as error:
+        raise BadInput(f"cannot write {path}: {error.strerror or error}") from None
 
 
 def _of_file(options: argparse.Namespace) -> "Report":
@@ -83,15 +91,7 @@ def _read_text(path: str, most_bytes: int) -> str:
 
 
 def _of_factory(options: argparse.Namespace) -> "Report":
-    from txcore.profiling import audit
+    from txcore.profiling.audit import audit_program
 
-    simulate_devices(options.devices)
-    factory = load(options.factory)
-    mesh = mesh_of(options.mesh) if options.mesh else None
-    fn, args = build(factory, options.factory, mesh)
-    try:
-        return audit(fn, *args)
-    except Exception as error:
-        raise BadInput(
-            f"{options.factory}: the function does not compile: {first_line(error)}"
-        ) from error
+    program = compile_factory(options, keep_partitioned=options.after_spmd)
+    return audit_program(program, after_spmd=options.after_spmd)

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # the real imports are in the functions: `txcore --help` must not wait for jax
     import jax
 
+    from txcore.profiling.program import Program
+
 
 class BadInput(Exception):
     """What was given cannot be used; its text is the one line that the user sees."""
@@ -37,17 +39,80 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def add_program(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:
+    """Add MODULE:FACTORY to a command's parser, and the options that say where it runs."""
+    parser.add_argument(
+        "factory",
+        nargs="?" if optional else None,
+        metavar="MODULE:FACTORY",
+        help="FACTORY() or, with --mesh, FACTORY(mesh) returns (fn, args); args may be shapes",
+    )
+    parser.add_argument("--mesh", type=axes, metavar="data=2,model=2", help="the mesh's axes")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--devices", type=positive, metavar="N", help="simulate N CPU devices")
+    where.add_argument(
+        "--target",
+        metavar="T",
+        help="compile for a machine that need not be here: tpu:v5p:16x16x16, cuda:h100:64x8 "
+        "(hosts x GPUs)",
+    )
+
+
+def compile_factory(options: argparse.Namespace, *, keep_partitioned: bool = False) -> "Program":
+    """Build and compile what `add_program` read.
+
+    Raises:
+      BadInput: something of it cannot be used, or the function does not compile.
+    """
+    from txcore.profiling.program import compile_for_target, compile_program
+
+    simulate_devices(options.devices)
+    factory = load(options.factory)
+    if options.target is not None:
+        mesh = _target_mesh(options.target, options.mesh)
+    else:
+        mesh = mesh_of(options.mesh) if options.mesh else None
+    fn, args = build(factory, options.factory, mesh)
+    try:
+        if options.target is None:
+            return compile_program(fn, args, keep_partitioned=keep_partitioned)
+        return compile_for_target(
+            lambda: (fn, args), options.target, None, keep_partitioned=keep_partitioned
+        )
+    except Exception as error:
+        raise BadInput(
+            f"{options.factory}: the function does not compile: {first_line(error)}"
+        ) from error
+
+
+def _target_mesh(target: str, sizes: dict[str, int] | None) -> "jax.sharding.Mesh | None":
+    from txcore import _compat
+    from txcore.profiling.targets import parse_target
+
+    try:
+        found = parse_target(target)
+        if found.platform == "cpu" and not _compat.backend_started():
+            simulate_devices(found.size)
+        found.devices  # noqa: B018  (a compiler that is missing, before the factory runs)
+        return found.mesh(sizes) if sizes else None
+    except (ValueError, ImportError, RuntimeError) as error:
+        raise BadInput(f"--target: {error}") from error
+
+
 def simulate_devices(count: int | None) -> None:
     """Simulate `--devices` CPU devices; None leaves the platform as it is."""
     from txcore import _compat
 
     if count is None:
         return
-    os.environ["JAX_PLATFORMS"] = "cpu"
+    import jax
+
     try:
         _compat.simulate_cpu_devices(count)
     except RuntimeError as error:
         raise BadInput(f"--devices {count}: {first_line(error)}") from error
+    jax.config.update("jax_platforms", "cpu")
+    os.environ["JAX_PLATFORMS"] = "cpu"  # for processes that the factory starts
 
 
 def load(factory: str) -> Callable[..., Any]:
