@@ -11,7 +11,7 @@ from txcore import _compat
 from txcore.profiling import meshes
 from txcore.profiling.hlo import Op, find_collectives
 from txcore.profiling.jaxpr import Declared, inventory, meshes_of
-from txcore.profiling.match import match
+from txcore.profiling.match import Matched, match, with_better_names
 from txcore.profiling.program import Program, compile_for_target, compile_program, machine_of
 from txcore.profiling.report import Report
 from txcore.profiling.rows import rows_of
@@ -102,9 +102,17 @@ def audit_program(program: Program, *, after_spmd: bool = False) -> Report:
       The report.
     """
     sizes = _meshes(program.compiled, program.jaxpr, None)
-    text = (program.partitioned if after_spmd else "") or program.compiled.as_text() or ""
-    ops = find_collectives(text, devices=_largest(sizes))
-    return replace(_report(ops, inventory(program.jaxpr), sizes), target=program.target)
+    declared = inventory(program.jaxpr)
+    ops = _read(program.partitioned if after_spmd else "", sizes) or _read(
+        program.compiled.as_text() or "", sizes
+    )
+    matched = match(ops, declared, marks=_compat.marks_partitioner())
+    report = _report(ops, matched, declared, sizes)
+    if report.unexplained and not after_spmd and (early := _read(program.partition(), sizes)):
+        # What was merged or moved since, and for which op it was inserted, only that one shows.
+        before = match(early, declared, marks=_compat.marks_partitioner())
+        report = _report(ops, with_better_names(matched, ops, before, early), declared, sizes)
+    return replace(report, target=program.target)
 
 
 def _check_compiled_alone(args: Any, target: Any, mesh: Any, after_spmd: bool) -> None:
@@ -156,9 +164,10 @@ def audit_compiled(
       The report.
     """
     sizes = _meshes(compiled, jaxpr, mesh)
-    ops = find_collectives(compiled.as_text() or "", devices=_largest(sizes))
-    report = _report(ops, None if jaxpr is None else inventory(jaxpr), sizes)
-    return replace(report, target=machine_of(compiled))
+    ops = _read(compiled.as_text() or "", sizes)
+    declared = None if jaxpr is None else inventory(jaxpr)
+    matched = match(ops, declared or (), marks=_compat.marks_partitioner())
+    return replace(_report(ops, matched, declared, sizes), target=machine_of(compiled))
 
 
 def audit_text(hlo: str, *, mesh: meshes.MeshLike | None = None) -> Report:
@@ -186,13 +195,13 @@ def audit_text(hlo: str, *, mesh: meshes.MeshLike | None = None) -> Report:
     if not isinstance(hlo, str):
         raise TypeError(f"audit_text needs HLO text, but got a {type(hlo).__name__}")
     sizes = (meshes.sizes_of(mesh),) if mesh is not None else ()
-    ops = find_collectives(hlo, devices=_largest(sizes))
+    ops = _read(hlo, sizes)
     if "HloModule" not in hlo and all(op.kind == "unknown" for op in ops):
         raise ValueError(
             "audit_text needs the text of an HLO module, which begins with 'HloModule', but got "
             f"{hlo[:40]!r}: pass compiled.as_text() or an XLA dump"
         )
-    return _report(ops, None, sizes)
+    return _report(ops, match(ops, (), marks=True), None, sizes)
 
 
 def assert_no_auto_sharding(
@@ -238,10 +247,16 @@ def _largest(sizes: Sequence[meshes.Sizes]) -> int:
     return max((meshes.count(s, tuple(name for name, _ in s)) for s in sizes), default=1)
 
 
+def _read(text: str, sizes: Sequence[meshes.Sizes]) -> tuple[Op, ...]:
+    return find_collectives(text, devices=_largest(sizes))
+
+
 def _report(
-    ops: Sequence[Op], declared: Sequence[Declared] | None, sizes: Sequence[meshes.Sizes]
+    ops: Sequence[Op],
+    matched: Matched,
+    declared: Sequence[Declared] | None,
+    sizes: Sequence[meshes.Sizes],
 ) -> Report:
-    matched = match(ops, declared or (), marks=_compat.marks_partitioner())
     rows, fates = rows_of(ops, matched, declared, sizes)
     return Report(
         rows,

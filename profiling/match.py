@@ -18,12 +18,13 @@ traced one is missing, unless nothing uses it, an equal one does its work, or it
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax.numpy as jnp
 
 from txcore.profiling.hlo import Op
 from txcore.profiling.jaxpr import RESHARD, Declared
+from txcore.profiling.origin import UNEXPLAINED
 from txcore.profiling.units import Unit, units_of
 
 # What may stand in the place of a kind, with the same S: a sum of which a part is used, a sum and
@@ -66,7 +67,8 @@ def match(ops: Sequence[Op], declared: Sequence[Declared], *, marks: bool) -> Ma
     work.sum_up()
     for rule in (_LOOPS, _SHARDED, _REWRITE, *((_UNTAGGED,) if marks else ())):
         work.join(rule)
-    work.join(_RESHARD, reshards=True)
+    for origin in _MATCHED_RESHARDS:
+        work.join(_RESHARD, origins=(origin,))
     work.settle_reshards()
     work.settle_loops()
     work.settle_doubts()
@@ -90,8 +92,8 @@ def _enough_trips(unit: Unit, d: Declared) -> bool:
 
 
 _MATCHED = ("txcore", "user", "autodiff")
-# A reshard of an argument carries the argument's name, as one at the program's edge does.
-_MATCHED_RESHARDS = (RESHARD, "boundary")
+# XLA names what a reshard needs after it, after the argument, or after what made it.
+_MATCHED_RESHARDS = (RESHARD, "boundary", "partitioner")
 _PLAIN = (
     _Rule(
         lambda u, tag: (u.kind, tag, u.elements, u.trips.count, u.source),
@@ -138,9 +140,8 @@ class _Match:
         self.devices = [_number(numbers, d) for d in declared]
         self.order = _by_credibility(declared, self.devices, marks)
 
-    def open_units(self, *, reshards: bool = False) -> list[int]:
-        """Return the units that a collective (or a reshard) could explain, and none does."""
-        origins = _MATCHED_RESHARDS if reshards else _MATCHED
+    def open_units(self, origins: Sequence[str] = _MATCHED) -> list[int]:
+        """Return the units of these origins that nothing explains yet."""
         may_match = (i for i, u in self.units.items() if u.doubtful or u.origin in origins)
         return [i for i in may_match if i not in self.links]
 
@@ -157,18 +158,24 @@ class _Match:
             known = trips.known and self.declared[i].trips_known
             self.left[i] -= trips.count if known else self.left[i]
 
-    def join(self, rule: _Rule, *, reshards: bool = False) -> None:
-        """Match one to one what a rule finds equal."""
+    def join(self, rule: _Rule, origins: Sequence[str] = _MATCHED) -> None:
+        """Match one to one what a rule finds equal, collectives or reshards by the origins."""
+        reshards = origins != _MATCHED
         waiting: dict[Hashable, list[int]] = defaultdict(list)
         for i in reversed(self.open_declared(reshards=reshards)):
             waiting[self.devices[i], rule.of_declared(self.declared[i])].append(i)
-        for unit in self.open_units(reshards=reshards):
+        refused: set[Hashable] = set()  # of many units that fit nothing, only the first is tried
+        for unit in self.open_units(origins):
             u = self.units[unit]
             for tag in u.claims:
-                found = waiting.get((self.op_devices[u.op], rule.of_unit(u, tag)), [])
+                key = self.op_devices[u.op], rule.of_unit(u, tag)
+                if (*key, u.elements, u.trips) in refused:
+                    continue
+                found = waiting.get(key, [])
                 if (chosen := self._first(found, u, rule)) is not None:
                     self.link(unit, [chosen])
                     break
+                refused.add((*key, u.elements, u.trips))
 
     def _first(self, waiting: list[int], unit: Unit, rule: _Rule) -> int | None:
         while waiting and self.left[waiting[-1]] <= 0:
@@ -197,24 +204,26 @@ class _Match:
         """Match by sums: arrays that were joined into a flat one, and one that was cut up."""
         units, declared = self._alike()
         for key, places in units.items():
+            by_tag = self._by_tag(declared.get(key, ()))
+            sums = {t: sum(self.declared[i].elements for i in of) for t, of in by_tag.items()}
             for unit in places:
-                claims = self.units[unit].claims
-                parts = [i for i in declared.get(key, ()) if self.declared[i].tag in claims]
-                parts = [i for i in parts if self.left[i] > 0]
-                if sum(self.declared[i].elements for i in parts) == self.units[unit].elements:
-                    self.link(unit, parts)
+                claims = [tag for tag in self.units[unit].claims if tag in by_tag]
+                if claims and sum(sums[t] for t in claims) == self.units[unit].elements:
+                    self.link(unit, [i for t in claims for i in by_tag.pop(t)])
         for key, wanted in declared.items():
-            by_tag: dict[str | None, list[int]] = defaultdict(list)
-            for i in wanted:
-                if self.left[i] > 0:
-                    by_tag[self.declared[i].tag].append(i)
-            for tag, whole in by_tag.items():
+            for tag, whole in self._by_tag(i for i in wanted if self.left[i] > 0).items():
                 parts = [i for i in units.get(key, ()) if self.units[i].claims == (tag,)]
                 parts = [i for i in parts if i not in self.links]
                 sent = sum(self.units[i].elements for i in parts)
                 if parts and sent == sum(self.declared[i].elements for i in whole):
                     for part in parts:
                         self.link(part, whole)
+
+    def _by_tag(self, places: Iterable[int]) -> dict[str | None, list[int]]:
+        found: dict[str | None, list[int]] = defaultdict(list)
+        for i in places:
+            found[self.declared[i].tag].append(i)
+        return found
 
     def _alike(self) -> tuple[dict[Hashable, list[int]], dict[Hashable, list[int]]]:
         """Group what is open by kind, devices and trips."""
@@ -231,9 +240,9 @@ class _Match:
     def settle_reshards(self) -> None:
         """Believe a line that names a reshard where the program has one at that place."""
         by_source = {d.source: i for i, d in enumerate(self.declared) if d.primitive == RESHARD}
-        for unit in self.open_units(reshards=True):
+        for unit in self.open_units((RESHARD,)):
             u = self.units[unit]
-            if u.origin == RESHARD and u.source in by_source:
+            if u.source in by_source:
                 self.links[unit] = [by_source[u.source]]
 
     def settle_loops(self) -> None:
@@ -263,6 +272,47 @@ class _Match:
             for i in declared:
                 found[i].append(unit)
         return found
+
+
+def with_better_names(
+    final: Matched, ops: Sequence[Op], early: Matched, early_ops: Sequence[Op]
+) -> Matched:
+    """Take the origin and the source of what nobody declared from an earlier module.
+
+    Right after partitioning nothing is merged yet, and what uses an inserted collective shows
+    for which op it was inserted.
+
+    Args:
+      final: the match of the optimized module; ops: its collectives.
+      early: the match of the module right after partitioning; early_ops: its collectives.
+
+    Returns:
+      `final`, with other words on the units without a declaration.
+    """
+    names: dict[Hashable, list[Unit]] = defaultdict(list)
+    for unit, link in zip(early.units, early.links, strict=True):
+        if not link:
+            for key in _same_array(unit, early_ops[unit.op]):
+                names[key].append(unit)
+    used: set[int] = set()
+    units = []
+    for unit, link in zip(final.units, final.links, strict=True):
+        is_named = unit.origin == "partitioner" and unit.has_own_line
+        keys = () if link or is_named else _same_array(unit, ops[unit.op])
+        found = (u for key in keys for u in names[key] if id(u) not in used)
+        if (named := next(found, None)) is not None:
+            used.add(id(named))
+            # What looks like the user's and is not his was inserted for what uses it.
+            is_known = named.origin in UNEXPLAINED
+            line = named.source if is_known else named.wanted_source or named.source
+            unit = replace(unit, origin=named.origin, source=line, note=named.note)
+        units.append(unit)
+    return replace(final, units=tuple(units))
+
+
+def _same_array(unit: Unit, op: Op) -> tuple[Hashable, ...]:
+    exact = unit.kind, op.groups, op.pairs, unit.elements
+    return (*exact, unit.op_name), exact, exact[1:]  # the kind may have been rewritten
 
 
 def _number(numbers: dict[Hashable, int], one: Op | Declared) -> int:

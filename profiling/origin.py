@@ -28,6 +28,7 @@ from txcore.profiling.hlo.attributes import split_outside
 from txcore.profiling.jaxpr import KIND_OF, made_by_autodiff
 
 UNEXPLAINED = ("partitioner", "boundary", "unknown")
+_EDGES = {"", "shard_map"}
 
 
 def origin_of(op: Op) -> tuple[str, str]:
@@ -37,20 +38,24 @@ def origin_of(op: Op) -> tuple[str, str]:
     if op.kind == "custom-call":
         return "opaque", f"custom call {op.target or '(no target)'} can communicate unseen"
     ends = _last_parts(op.op_name)
+    note = f"carries the tag {','.join(op.tags)} of another op" if op.tags else ""
+    if is_inserted(op):
+        ends = _last_parts(op.wanted_by)
+        if "reshard" in ends:
+            return "reshard", ""
+        return ("boundary" if set(ends) <= _EDGES else "partitioner"), note
     if "reshard" in ends:
         return "reshard", ""
-    inserted = all(end in ("", "shard_map") for end in ends)
-    foreign = [end for end in ends if end not in KIND_OF and end]
-    note = f"carries the tag {','.join(op.tags)} of another op" if op.tags else ""
-    if op.marked:
-        return ("boundary" if inserted else "partitioner"), note
-    if foreign and not (inserted and not op.tags):
+    if op.marked or any(end not in KIND_OF and end for end in ends):
         return "partitioner", note
     if op.tags:
         return "txcore", ""
-    if inserted:
-        return "boundary", ""
     return ("autodiff" if made_by_autodiff(op.op_name) else "user"), ""
+
+
+def is_inserted(op: Op) -> bool:
+    """Tell whether an op's own name says nothing of what it is for: it was put in for another."""
+    return (op.marked or not op.tags) and set(_last_parts(op.op_name)) <= _EDGES
 
 
 def _last_parts(op_name: str) -> list[str]:

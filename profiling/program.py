@@ -21,6 +21,7 @@ class Program:
       partitioned: the module right after SPMD partitioning; "" where it was not to be kept, or
         nothing was partitioned.
       target: what it was compiled for: "cpu:8", "tpu:v5p:16x16x16".
+      options: the compiler options that it was compiled with.
     """
 
     jaxpr: Any
@@ -28,6 +29,11 @@ class Program:
     compiled: jax.stages.Compiled
     partitioned: str
     target: str
+    options: Mapping[str, Any]
+
+    def partition(self) -> str:
+        """Return the module right after SPMD partitioning; compile again where it was not kept."""
+        return self.partitioned or compile_with_partitioned(self.lowered, self.options)[1]
 
 
 def compile_program(
@@ -114,7 +120,8 @@ def _compile(
         compiled, partitioned = compile_with_partitioned(lowered, options)
     else:
         compiled, partitioned = lowered.compile(compiler_options=dict(options)), ""
-    return Program(traced.jaxpr, lowered, compiled, partitioned, target or machine_of(compiled))
+    machine = target or machine_of(compiled)
+    return Program(traced.jaxpr, lowered, compiled, partitioned, machine, options)
 
 
 def _shapes(args: Sequence[Any], target: Target) -> Any:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from txcore.profiling import source
 from txcore.profiling.hlo import Input, Op, Shape
 from txcore.profiling.hlo.trips import ONCE, Trips
-from txcore.profiling.origin import origin_of
+from txcore.profiling.origin import UNEXPLAINED, is_inserted, origin_of
 
 _NOTHING = Shape("", (0,), 0)
 
@@ -20,8 +20,11 @@ class Unit:
     claims: the tags that it may have, None standing for no tag; of an array that was merged with
       others, and of which nothing else is left, those of all.
     origin, note: what its line says of where it comes from.
+    source, wanted_source: "file.py:12" of itself, and of what uses it.
+    source, wanted_source: "file.py:12" of itself, and of what uses it.
     has_own_line: the line speaks of this array alone, not of all that were merged into its op.
-    doubtful: its op was marked as the partitioner's, but nothing tells which of its arrays is.
+    doubtful: its op was merged with something of the partitioner's, and nothing tells which of
+      its arrays that is.
     pieces: what it was concatenated from; the program may have done it itself.
     """
 
@@ -33,6 +36,7 @@ class Unit:
     claims: tuple[str | None, ...] = (None,)
     op_name: str = ""
     source: str = ""
+    wanted_source: str = ""
     origin: str = "unknown"
     note: str = ""
     has_own_line: bool = True
@@ -62,9 +66,10 @@ def _unit(place: int, op: Op, one: Input, *, is_piece: bool = False) -> Unit:
     has_own = bool(one.tag or one.op_name or one.marked)
     tags = tuple(t for t in one.tag.split(",") if t) if has_own else op.tags
     op_name = one.op_name or op.op_name
-    doubtful = op.marked and (bool(one.pieces) or (is_merged and not has_own))
-    marked = not doubtful and (one.marked if has_own else op.marked)
-    origin, note = origin_of(replace(op, tags=tags, op_name=op_name, marked=marked))
+    line = replace(op, tags=tags, op_name=op_name, marked=one.marked if has_own else op.marked)
+    origin, note = origin_of(line)
+    doubtful = origin in UNEXPLAINED and (bool(one.pieces) or (is_merged and not has_own))
+    wanted = source.shorten(op.wanted_frames)
     may_be_untagged = not tags or len(tags) > 1 or (is_merged and not has_own)
     return Unit(
         op=place,
@@ -74,7 +79,8 @@ def _unit(place: int, op: Op, one: Input, *, is_piece: bool = False) -> Unit:
         trips=op.trips,
         claims=(*tags, None) if may_be_untagged else tags,
         op_name=op_name,
-        source=source.shorten(op.frames),
+        source=wanted if is_inserted(line) and wanted else source.shorten(op.frames),
+        wanted_source=wanted,
         origin=origin,
         note=note,
         has_own_line=has_own or not is_merged,

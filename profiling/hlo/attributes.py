@@ -75,6 +75,12 @@ def op_name(attributes: str) -> str:
     return found[1] if found else ""
 
 
+def metadata(attributes: str) -> str:
+    """Return an op's metadata as printed: equal for ops that come from the same place."""
+    block = _METADATA.search(attributes)
+    return block[1] if block else ""
+
+
 def custom_call_target(attributes: str) -> str:
     """Return the function that a custom call runs, or ""."""
     found = _TARGET.search(attributes)

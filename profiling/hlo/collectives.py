@@ -11,10 +11,11 @@ from txcore.profiling.hlo.stepwise import is_later_step
 from txcore.profiling.hlo.text import KINDS, Instruction, Module, read_modules
 from txcore.profiling.hlo.trips import ONCE, Trips, runs
 from txcore.profiling.hlo.types import HloError, Shape
-from txcore.profiling.hlo.wanted import maker, wanted_by
+from txcore.profiling.hlo.wanted import full_name, maker, wanted_by
 
 _GROUPS = "replica_groups="
 _PAIRS = "source_target_pairs="
+_TARGET = "custom_call_target="
 _PAIRS_OF_SEND = "_xla_send_recv_source_target_pairs="
 
 
@@ -28,8 +29,8 @@ class Op:
     groups: the devices that talk to each other, by their place in the program's mesh.
     pairs: a permute's (source, target) devices; then `groups` is empty.
     tags, marked, op_name, frames: what the line says about where it comes from.
-    wanted_by, wanted_frames: op_name and source of the op that wanted the data, where the line
-      names none.
+    wanted_by, wanted_frames: op_name and source of the first op of another origin that uses the
+      result: what an inserted collective was inserted for.
     computation: the name of the computation that it is in.
     """
 
@@ -124,13 +125,13 @@ def _kind(instruction: Instruction, context: _Context) -> str | None:
         if is_later_step(instruction, context.computation, context.graph):
             return None
         return None if _is_wrapper(instruction, kind, context.graph.module) else kind
-    if opcode == "custom-call":
-        return opcode if opaque.can_communicate(instruction.rest) else None
+    if opcode in ("custom-call", "custom-call-start"):
+        return "custom-call" if opaque.can_communicate(instruction.rest) else None
     if opcode in ("send", "recv"):  # two halves of one transfer; only the send counts
         if "is_host_transfer=true" in instruction.rest:
             return None
         return "send" if opcode == "send" else _half_of("send", context)
-    is_like_one = any(key in instruction.rest for key in (_GROUPS, _PAIRS))
+    is_like_one = any(key in instruction.rest for key in (_GROUPS, _PAIRS, _TARGET))
     return "unknown" if is_like_one and not opcode.startswith("async-") else None
 
 
@@ -166,14 +167,13 @@ def _read_op(instruction: Instruction, kind: str, context: _Context) -> Op:
         kind=kind,
         tags=tuple(t for t in words.tag.split(",") if t),
         marked=words.marked,
-        op_name=words.op_name,
+        op_name=full_name(words.op_name, here, context.graph),
         frames=_frames(lines, context.graph.module),
         target=attributes.custom_call_target(rest),
     )
     if kind == "custom-call":
         return op
-    if "/" not in words.op_name or words.op_name.endswith("/shard_map"):
-        op = _with_user(op, here, context.graph)
+    op = _with_user(op, here, context.graph)
     inputs = inputs_of(here, _sent(operands, rest, kind), words, context.graph)
     op = _with_words_of(replace(op, inputs=inputs))
     if kind == "collective-permute":

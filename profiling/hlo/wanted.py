@@ -14,13 +14,13 @@ _FARTHEST = 64  # instructions to look at; a damaged text may lead in a circle
 
 def wanted_by(collective: Value, graph: Graph) -> Instruction | None:
     """Return the nearest instruction that uses a value and has another path; None without one."""
-    own = attributes.op_name(collective.instruction.rest)
+    own = attributes.metadata(collective.instruction.rest)
     reached = [collective]
     seen = {collective.instruction.name}
     for value in reached:
         for after in (*results(value, graph)[1:], *_users(value)):
-            name = attributes.op_name(after.instruction.rest)
-            if "/" in name and name != own:
+            says = attributes.metadata(after.instruction.rest)
+            if says != own and "/" in attributes.op_name(after.instruction.rest):
                 return after.instruction
             if after.instruction.name not in seen and len(reached) < _FARTHEST:
                 seen.add(after.instruction.name)
@@ -38,6 +38,24 @@ def maker(collective: Value) -> Instruction | None:
             return found
         value = found
     return None
+
+
+def full_name(op_name: str, value: Value, graph: Graph) -> str:
+    """Return an op_name with its caller's before it, as XLA writes it once a call is inlined.
+
+    Right after partitioning the body of a shard_map is a computation of its own, whose ops have
+    names from there on: "psum". That could be the name of an argument too.
+    """
+    scope = value.scope
+    for _ in range(_FARTHEST):
+        call = graph.only_caller(scope.computation.name)
+        if call is None or not op_name or op_name.startswith("jit("):
+            break
+        scope = graph.scope(call.caller)
+        if call.instruction.opcode == "call":
+            outer = attributes.op_name(call.instruction.rest)
+            op_name = f"{outer}/{op_name}" if "/" in outer else op_name
+    return op_name
 
 
 def _users(value: Value) -> list[Value]:
