@@ -179,7 +179,7 @@ def _watched() -> Iterator[None]:
 
 def _patch() -> None:
     seams = _compat.compilation_seams()
-    watchers = {
+    watchers: dict[str, Callable[..., Any]] = {
         "lower": _lower,
         "compile": _compile,
         "uses_disk_cache": _uses_disk_cache,
@@ -220,7 +220,7 @@ def _compile(original: Callable[..., Any], lowered: Any, *args: Any, **kwargs: A
     executable = original(lowered, *args, **kwargs)
     report = audit_compiled(_as_compiled(executable), _traced.get(lowered))
     name = _compat.lowered_name(lowered)
-    _refuse(report, f"compiling {name}")
+    _refuse(report, f"compiling {name}, called at {source.shorten(_frames())},")
     _refuse_untraced(report, name)
     return executable
 

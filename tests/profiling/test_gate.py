@@ -103,11 +103,15 @@ def test_the_error_names_the_program_op_axis_bytes_line_and_remedy():
     def total(x):
         return x.sum(0)
 
-    error = refused(jax.jit(total), put(mesh_of(data=4, model=2), P("data"), 8, 16))
-    lines = str(error).splitlines()
+    x = put(mesh_of(data=4, model=2), P("data"), 8, 16)
+
+    def call():
+        return jax.jit(total)(x)
+
+    lines = str(refused(call)).splitlines()
     assert lines[0] == (
-        "no_auto_collectives required that nobody communicates unasked, but compiling jit(total) "
-        "adds 1:"
+        "no_auto_collectives required that nobody communicates unasked, but compiling jit(total), "
+        f"called at {line_of(call, 1)}, adds 1:"
     )
     # 16 float32 sums on each of 4 devices; a ring sends 2 * 3/4 of them.
     row = ["all-reduce", "data", "4", "f32", "64", "B", "96", "B", "1", "partitioner", "-"]
