@@ -15,6 +15,7 @@ from txcore.profiling.jaxpr import axes_of, path_of, sub_jaxprs
 from txcore.profiling.values import is_literal
 
 GATHERS = ("all_gather", "all_gather_invariant", "all_gather_reduced")
+BRANCHING = ("cond", "while")
 _SAME_AFTER = ("psum", "psum_invariant", "pmax", "pmin", "pbroadcast")
 _KEEP = ("pvary", "pcast", "vary_unreduced_cast")
 _OPAQUE = ("pallas_call", "core_map", "ffi_call", "pure_callback", "io_callback")
@@ -69,18 +70,35 @@ Look = Callable[[Seen], Any]
 Found = TypeVar("Found")
 
 
-def search(jaxpr: Any, look: Callable[[Seen], Found | None]) -> list[Found]:
-    """Show every equation inside shard_maps to `look`, once for each axis of more than one device.
+def search(
+    jaxpr: Any, look: Callable[[Seen], Found | None], *, only_with: Sequence[str]
+) -> list[Found]:
+    """Show what matters inside shard_maps to `look`, for each axis of more than one device.
+
+    That is each equation that names mesh axes (collectives do) or holds others (cond, while...).
 
     Args:
       jaxpr: a Jaxpr or ClosedJaxpr.
       look: returns what it finds in an equation, or None. An equation of a loop may be shown
         several times; what is found the last time counts.
+      only_with: a program without any of these primitives has nothing to find: most have none,
+        and following every value takes a while.
 
     Returns:
       What was found, each once.
     """
-    return list(dict.fromkeys(_search(getattr(jaxpr, "jaxpr", jaxpr), "", look)))
+    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+    if not _has(jaxpr, only_with):
+        return []
+    return list(dict.fromkeys(_search(jaxpr, "", look)))
+
+
+def _has(jaxpr: Any, names: Sequence[str]) -> bool:
+    return any(
+        eqn.primitive.name.removesuffix("_start") in names
+        or any(_has(inner, names) for inner in sub_jaxprs(eqn))
+        for eqn in jaxpr.eqns
+    )
 
 
 def _search(jaxpr: Any, path: str, look: Look) -> Iterator[Any]:
@@ -139,16 +157,18 @@ class _Walk:
 
     def _eqn(self, eqn: Any, jaxpr: Any, inputs: list[Along]) -> list[Along]:
         name = eqn.primitive.name.removesuffix("_start")
+        axes, inner = axes_of(eqn.params), sub_jaxprs(eqn)
+        if name in _OPAQUE:
+            return self._opaque(eqn, inputs)
+        if not axes and not inner:
+            return [max(inputs, default=Along.SAME)] * len(eqn.outvars)
         within = self.enter(path=path_of(eqn, self.place.path))
-        axes = axes_of(eqn.params)
         splits = False
-        if name in ("cond", "while"):
+        if name in BRANCHING:
             outputs, splits = _branching(within, eqn, inputs)
         elif name == "scan":
             outputs = _scan(within, eqn, inputs)
-        elif name in _OPAQUE:
-            outputs = self._opaque(eqn, inputs)
-        elif inner := sub_jaxprs(eqn):
+        elif inner:
             outputs = within._call(eqn, inner, inputs)
         else:
             value = self._after(eqn, name, axes, max(inputs, default=Along.SAME))
@@ -189,12 +209,13 @@ class _Walk:
         return [max([value, *(r for result in results for r in result)])] * len(eqn.outvars)
 
     def settle(self, step: Callable[[list[Along]], list[Along]], carry: list[Along]) -> list[Along]:
-        """Repeat a loop's body until its carry settles."""
+        """Repeat a loop's body, whose first outputs are its carry, until those settle."""
         before = dict(self.findings)
         while True:
-            after = [max(a, b) for a, b in zip(carry, step(carry), strict=True)]
+            outputs = step(carry)
+            after = [max(a, b) for a, b in zip(carry, outputs, strict=False)]
             if after == carry:
-                return carry
+                return [*carry, *outputs[len(carry) :]]
             # Found with a carry that only the first trip has: it may come to differ later.
             self.findings.clear()
             self.findings.update(before)
@@ -204,10 +225,9 @@ class _Walk:
 def _scan(walk: _Walk, eqn: Any, inputs: list[Along]) -> list[Along]:
     consts, carries = _compat.scan_counts(eqn)
     body = eqn.params["jaxpr"].jaxpr
-    fixed, rest = inputs[:consts], inputs[consts:]
-    carry, xs = rest[:carries], rest[carries:]
-    settled = walk.settle(lambda c: walk.run(body, [*fixed, *c, *xs])[:carries], carry)
-    return [*settled, *walk.run(body, [*fixed, *settled, *xs])[carries:]]
+    fixed, carry = inputs[:consts], inputs[consts : consts + carries]
+    scanned = inputs[consts + carries :]
+    return walk.settle(lambda c: walk.run(body, [*fixed, *c, *scanned]), carry)
 
 
 def _branching(walk: _Walk, eqn: Any, inputs: list[Along]) -> tuple[list[Along], bool]:

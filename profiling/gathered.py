@@ -11,7 +11,7 @@ from typing import Any
 
 from txcore import _compat
 from txcore.profiling import source
-from txcore.profiling.along import Along, Seen, search
+from txcore.profiling.along import GATHERS, Along, Seen, search
 from txcore.profiling.jaxpr import made_by_autodiff
 from txcore.profiling.values import is_literal
 
@@ -40,7 +40,7 @@ def reductions_of_gathered(jaxpr: Any) -> list[Finding]:
     Returns:
       One finding for each equation and axis.
     """
-    return search(jaxpr, _wrong_sum)
+    return search(jaxpr, _wrong_sum, only_with=GATHERS)
 
 
 def _wrong_sum(seen: Seen) -> Finding | None:

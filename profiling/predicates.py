@@ -9,7 +9,7 @@ from typing import Any
 
 from txcore import _compat
 from txcore.profiling import source
-from txcore.profiling.along import Along, Seen, search
+from txcore.profiling.along import BRANCHING, Along, Seen, search
 from txcore.profiling.jaxpr import KIND_OF
 from txcore.profiling.values import is_literal
 
@@ -76,7 +76,8 @@ def divergences(jaxpr: Any) -> tuple[Divergence, ...]:
       >>> [(d.problem, d.name, d.axis) for d in divergences(jax.make_jaxpr(f)(jax.numpy.ones(2)))]
       [('hangs', 'psum', 'data')]
     """
-    return tuple(search(_compat.live_jaxpr(getattr(jaxpr, "jaxpr", jaxpr)), _look))
+    live = _compat.live_jaxpr(getattr(jaxpr, "jaxpr", jaxpr))
+    return tuple(search(live, _look, only_with=BRANCHING))
 
 
 def _look(seen: Seen) -> Divergence | None:
