@@ -75,6 +75,17 @@ def test_update_check_grow_and_shrink(capsys):
     assert FILE.read_text() == written.replace('"payload_bytes": 32', '"payload_bytes": 16')
 
 
+def test_another_target_is_another_section_of_the_file(capsys):
+    half = ["lock_factories:step", "--target", "cpu:4", "--mesh", "data=4"]
+    lock(capsys, "update", *STEP)
+    code, _, err = lock(capsys, "check", *half)
+    assert code == 2
+    assert f"{FILE} has no section 'cpu:4 data=4' (it has: cpu:8 data=4,model=2)" in err
+    assert lock(capsys, "update", *half)[0] == 0
+    assert lock(capsys, "check", *half)[0] == 0
+    assert lock(capsys, "check", *STEP)[0] == 0
+
+
 def test_a_program_without_collectives(capsys):
     assert lock(capsys, "update", "lock_factories:alone", "--file", "alone.json")[0] == 0
     assert lock(capsys, "check", "lock_factories:alone", "--file", "alone.json")[0] == 0
@@ -140,8 +151,10 @@ BAD = {
                       "--budget needs each axis once, but got one twice"),
     "no unit": (["update", *STEP, "--budget", "data=1XB"], "data=1.5GiB or data=none, but got"),
     "no size": (["update", *STEP, "--budget", "data"], "needs an axis and a size, as data=2MB"),
+    "endless": (["update", *STEP, "--budget", f"data={'9' * 400}"], "needs an axis and a size"),
     "negative": (["update", *STEP, "--budget", "data=-1"], "but got 'data=-1'"),
     "a budget to check": (["check", *STEP, "--budget", "data=1"], "unrecognized arguments"),
+    "no such target": (["check", *STEP, "--target", "tpu:v9:8"], "--target: "),
     "does not trace": (["check", "lock_factories:does_not_trace"],
                        "the function does not compile: AttributeError: "),
 }  # fmt: skip

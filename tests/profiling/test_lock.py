@@ -62,6 +62,14 @@ def test_an_entry_is_a_purpose_not_an_op():
     assert lock_of(report).entries[-1].places == ("train.py:40", "train.py:99")
 
 
+def test_one_unknown_loop_makes_the_sum_unknown():
+    report = report_of(PSUM, declared(trips_known=False), declared(tag="known"))
+    assert [(e.tag, e.trips_known) for e in lock_of(report).entries] == [
+        ("known", True),
+        ("psum/grads.w", False),
+    ]
+
+
 def test_what_sends_nothing_is_left_out():
     report = report_of(
         declared(axes=("pipe",), group_size=1),

@@ -4,16 +4,7 @@ import argparse
 import re
 from typing import TYPE_CHECKING, Any
 
-from txcore.cli.load import (
-    BadInput,
-    axes,
-    build,
-    first_line,
-    load,
-    mesh_of,
-    positive,
-    simulate_devices,
-)
+from txcore.cli.load import BadInput, add_program, compile_factory
 
 if TYPE_CHECKING:
     from txcore.profiling import Report
@@ -41,9 +32,7 @@ def add(commands: Any) -> None:
     check.add_argument("--exact", action="store_true", help="exit 1 if it sends less, too")
     check.set_defaults(command=_check)
     for action in (update, check):
-        action.add_argument("factory", metavar="MODULE:FACTORY", help="as for inspect")
-        action.add_argument("--mesh", type=axes, metavar="data=2,model=2", help="the mesh's axes")
-        action.add_argument("--devices", type=positive, metavar="N", help="simulate N CPU devices")
+        add_program(action)
         action.add_argument(
             "--file",
             metavar="FILE",
@@ -53,7 +42,7 @@ def add(commands: Any) -> None:
 
 def _budget(text: str) -> tuple[str, int | None]:
     axis, _, size = text.partition("=")
-    number = re.fullmatch(r"(\d+(?:\.\d+)?) ?([A-Za-z]*)", size)
+    number = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,15})?) ?([A-Za-z]*)", size)
     unit = number and _UNITS.get(number[2].lower())
     if not axis.isidentifier() or not (unit or size == "none"):
         raise argparse.ArgumentTypeError(
@@ -95,14 +84,6 @@ def _file(options: argparse.Namespace) -> str:
 
 
 def _report(options: argparse.Namespace) -> "Report":
-    from txcore.profiling import audit
+    from txcore.profiling.audit import audit_program
 
-    simulate_devices(options.devices)
-    mesh = mesh_of(options.mesh) if options.mesh else None
-    fn, args = build(load(options.factory), options.factory, mesh)
-    try:
-        return audit(fn, *args)
-    except Exception as error:
-        raise BadInput(
-            f"{options.factory}: the function does not compile: {first_line(error)}"
-        ) from error
+    return audit_program(compile_factory(options))
