@@ -13,6 +13,8 @@ from txcore.profiling.audit import assert_no_auto_sharding as assert_no_auto_sha
 from txcore.profiling.audit import audit as audit
 from txcore.profiling.audit import audit_compiled as audit_compiled
 from txcore.profiling.audit import audit_text as audit_text
+from txcore.profiling.costs import Costs as Costs
+from txcore.profiling.costs import costs as costs
 from txcore.profiling.gate import no_auto_collectives as no_auto_collectives
 from txcore.profiling.jaxpr import Declared as Declared
 from txcore.profiling.report import Collective as Collective

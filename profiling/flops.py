@@ -90,11 +90,17 @@ def _convolution(
         raise HloError(f"{instruction.name} has no dim_labels")
     sizes = [_by_label(labels[i + 1], shapes[role], instruction) for i, role in enumerate(roles)]
     inputs, filters, outputs = sizes
-    window = _window(instruction)
+    spatial = [str(number) for number in range(len(inputs) - 2)]
+    for dims, needed in (
+        (inputs, ["b", "f", *spatial]),
+        (filters, ["i", "o", *spatial]),
+        (outputs, spatial),
+    ):
+        if absent := set(needed) - set(dims):
+            raise HloError(f"{instruction.name} has no dim {min(absent)!r} in {labels[0]!r}")
+    window = _window(instruction, len(spatial))
     positions = math.prod(
-        _positions(inputs[d], filters[d], outputs[d], window.get(int(d), _Window()))
-        for d in outputs
-        if d.isdecimal()
+        _positions(inputs[d], filters[d], outputs[d], window[int(d)]) for d in spatial
     )
     features = inputs["f"] // _count("feature", instruction) * filters["o"]
     return first.dtype, 2 * features * (inputs["b"] // _count("batch", instruction)) * positions
@@ -121,24 +127,17 @@ class _Window:
     filter_dilation: int = 1
 
 
-def _window(instruction: Instruction) -> dict[int, _Window]:
+def _window(instruction: Instruction, dims: int) -> list[_Window]:
+    """Return how the window moves along each spatial dim: "size=3x3 stride=2x2 pad=0_1x0_1"."""
     found = _WINDOW.search(instruction.rest)
-    values = dict(part.split("=", 1) for part in found[1].split()) if found else {}
-    number = len(values.get("size", "").split("x"))
-
-    def each(key: str, default: str) -> list[int]:
-        return [
-            int(v.split("_")[0]) for v in values.get(key, "x".join([default] * number)).split("x")
-        ]
-
-    rows = zip(
-        each("stride", "1"),
-        each("pad", "0"),
-        each("lhs_dilate", "1"),
-        each("rhs_dilate", "1"),
-        strict=True,
-    )
-    return {i: _Window(*row) for i, row in enumerate(rows)}
+    said = dict(part.split("=", 1) for part in found[1].split() if "=" in part) if found else {}
+    defaults = {"stride": "1", "pad": "0", "lhs_dilate": "1", "rhs_dilate": "1"}
+    columns = [said.get(key, "x".join([value] * dims)) for key, value in defaults.items()]
+    try:
+        rows = [[int(v.split("_")[0]) for v in column.split("x") if v] for column in columns]
+        return [_Window(*row) for row in zip(*rows, strict=True)]
+    except ValueError:
+        raise HloError(f"{instruction.name} has no window of {dims} dims: {said}") from None
 
 
 @functools.lru_cache(maxsize=4096)

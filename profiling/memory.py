@@ -15,8 +15,8 @@ class Memory:
       reused: of the results that take the place of donated arguments.
       temporaries: of what lives only while it runs.
       code: of the program itself; 0 where the platform does not say.
-      peak: the most at one time, as the compiler estimates it; where it does not, the sum of all
-        but what is reused.
+      peak: the most at one time: the compiler's estimate, or the sum of all but what is reused
+        where that is larger (XLA for CPU leaves temporaries out of its estimate).
     """
 
     arguments: int
@@ -51,4 +51,4 @@ def memory_of(compiled: jax.stages.Compiled) -> Memory | None:
     arguments, results, reused = size("argument_size"), size("output_size"), size("alias_size")
     temporaries, code = size("temp_size"), size("generated_code_size")
     whole = arguments + results - reused + temporaries + code
-    return Memory(arguments, results, reused, temporaries, code, size("peak_memory") or whole)
+    return Memory(arguments, results, reused, temporaries, code, max(size("peak_memory"), whole))

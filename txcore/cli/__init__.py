@@ -5,10 +5,10 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from txcore.cli import dump, env, inspect, lock
+from txcore.cli import costs, dump, env, inspect, lock
 from txcore.cli.load import BadInput
 
-_COMMANDS = (inspect, dump, lock, env)
+_COMMANDS = (inspect, costs, dump, lock, env)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -1,0 +1,103 @@
+"""Times of single collectives and pieces of work on a toy chip, counted by hand."""
+
+import pytest
+
+from txcore.profiling.hlo import find_collectives
+from txcore.profiling.machine import Machine
+from txcore.profiling.targets import Chip
+from txcore.profiling.work import Work
+
+# A link sends 10 bytes a second, a network card 1.
+GPU = Chip("toy", 200.0, 100.0, 1e9, 50.0, 1, 10.0, 4, 1.0)
+TPU = Chip("toy", 200.0, 100.0, 1e9, 50.0, 4, 10.0, 256, None)
+HOSTS = Machine(GPU, tuple((i // 4,) for i in range(8)), latency=0.0)  # 2 hosts of 4
+TORUS = Machine(TPU, tuple((i // 4, i % 4) for i in range(8)), latency=0.0)  # 2 x 4
+
+
+def op(kind, who):
+    """Read a collective whose operand has 80 bytes."""
+    key = "source_target_pairs" if kind == "collective-permute" else "replica_groups"
+    (found,) = find_collectives(
+        "HloModule m, num_partitions=8\nENTRY %e (x: f32[20]) -> f32[20] {\n"
+        f"  %x = f32[20]{{0}} parameter(0)\n  ROOT %r = f32[20]{{0}} {kind}(%x), channel_id=1, "
+        f"{key}={who}, use_global_device_ids=true\n}}\n"
+    )
+    return found
+
+
+def seconds(machine, kind, who):
+    return machine.transfer(op(kind, who)).seconds
+
+
+ALL, ONE_HOST, PAIRS = "{{0,1,2,3,4,5,6,7}}", "{{0,1,2,3},{4,5,6,7}}", "{{0,4},{1,5},{2,6},{3,7}}"
+
+
+@pytest.mark.parametrize(
+    "kind, who, expected",
+    [
+        ("all-reduce", ONE_HOST, 80 * 6 / 4 / 10),
+        ("reduce-scatter", ONE_HOST, 80 * 3 / 4 / 10),
+        ("all-gather", ONE_HOST, 4 * 80 * 3 / 4 / 10),
+        ("all-to-all", ONE_HOST, 80 * 3 / 4 / 10),
+        # Four network cards in a host together send 4 bytes a second.
+        ("all-reduce", ALL, 80 * 14 / 8 / 4),
+        ("all-reduce", PAIRS, 80 / 1),  # one member in each host: its own card alone
+        # Each sends half of its 80 bytes to the other host.
+        ("all-to-all", ALL, 40 / 1),
+        ("collective-permute", "{{0,1},{1,2},{2,3},{3,0}}", 80 / 10),
+        ("collective-permute", "{{0,1},{3,4}}", 80 / 1),  # the slowest pair
+        ("all-reduce", "{{0},{1},{2},{3},{4},{5},{6},{7}}", 0),
+    ],
+)
+def test_hosts_of_gpus(kind, who, expected):
+    assert seconds(HOSTS, kind, who) == pytest.approx(expected)
+
+
+ROWS, COLUMNS = ONE_HOST, PAIRS  # lines of 4 and of 2 in the torus
+
+
+@pytest.mark.parametrize(
+    "kind, who, expected",
+    [
+        ("all-reduce", ROWS, 80 * 6 / 4 / 20),  # both ways round the ring
+        ("all-reduce", COLUMNS, 80 / 10),  # two neighbours have one link
+        ("all-reduce", ALL, 80 * 14 / 8 / 30),
+        # In a ring of 4 a byte goes 1 link far on average, over two links of each chip.
+        ("all-to-all", ROWS, 80 * 1 / 20),
+        ("all-to-all", COLUMNS, 80 * 0.5 / 10),
+        ("collective-permute", "{{0,1},{1,2},{2,3},{3,0}}", 80 / 10),
+        ("collective-permute", "{{0,2},{1,3},{2,0},{3,1}}", 80 * 2 / 10),
+        ("collective-permute", "{{0,5}}", 80 * 2 / 10),
+        ("collective-permute", "{{3,3}}", 80 / 10),
+    ],
+)
+def test_a_torus(kind, who, expected):
+    assert seconds(TORUS, kind, who) == pytest.approx(expected)
+
+
+def test_what_each_occupies():
+    assert TORUS.transfer(op("all-reduce", ROWS)).links == {"ici1"}
+    assert TORUS.transfer(op("all-reduce", COLUMNS)).links == {"ici0"}
+    assert TORUS.transfer(op("all-reduce", ALL)).links == {"ici0", "ici1"}
+    assert HOSTS.transfer(op("all-reduce", ROWS)).links == {"collectives"}
+
+
+def test_latency_is_that_of_the_rings_steps():
+    slow = Machine(GPU, HOSTS.places, latency=100.0)
+    for kind, steps in (("all-reduce", 6), ("reduce-scatter", 3)):
+        extra = seconds(slow, kind, ONE_HOST) - seconds(HOSTS, kind, ONE_HOST)
+        assert extra == pytest.approx(100 * steps)
+
+
+@pytest.mark.parametrize(
+    "work, expected",
+    [
+        (Work((("bfloat16", 400),), 50), 2.0),  # computing takes longer
+        (Work((("bfloat16", 400),), 150), 3.0),  # moving does
+        (Work((("float32", 400),)), 4.0),
+        (Work((("float8_e4m3fn", 400), ("float16", 200), ("float32", 100))), 4.0),
+        (Work(), 0.0),
+    ],
+)
+def test_the_roofline(work, expected):
+    assert HOSTS.compute_seconds(work) == pytest.approx(expected)

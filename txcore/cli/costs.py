@@ -1,0 +1,32 @@
+"""`txcore costs`: what a program sends, stores and computes, and the time that is predicted."""
+
+import argparse
+from typing import Any
+
+from txcore.cli.load import add_program, compile_factory, positive
+
+_AT_LEAST = 1 << 20
+
+
+def add(commands: Any) -> None:
+    """Add the command to the parser's subparsers."""
+    parser = commands.add_parser("costs", help="show a program's bytes, memory and predicted time")
+    add_program(parser)
+    parser.add_argument("--json", action="store_true", help="print the costs as JSON")
+    parser.add_argument(
+        "--at-least",
+        type=positive,
+        metavar="BYTES",
+        default=_AT_LEAST,
+        help=f"leave out replicated arrays that would save less (default {_AT_LEAST})",
+    )
+    parser.set_defaults(command=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print the costs; return 1 where the report of its collectives is not ok."""
+    from txcore.profiling.costs import costs_of
+
+    found = costs_of(compile_factory(options), at_least=options.at_least)
+    print(found.to_json() if options.json else f"{found}\n\n{found.report.verdict()}")
+    return 0 if found.report.ok else 1
