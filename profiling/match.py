@@ -92,8 +92,8 @@ def _enough_trips(unit: Unit, d: Declared) -> bool:
 
 
 _MATCHED = ("txcore", "user", "autodiff")
-# XLA names what a reshard needs after it, after the argument, or after what made it.
-_MATCHED_RESHARDS = (RESHARD, "boundary", "partitioner")
+# XLA names what a reshard needs after it, or after the argument that it reshards.
+_MATCHED_RESHARDS = (RESHARD, "boundary")
 _PLAIN = (
     _Rule(
         lambda u, tag: (u.kind, tag, u.elements, u.trips.count, u.source),
@@ -238,11 +238,11 @@ class _Match:
         return units, declared
 
     def settle_reshards(self) -> None:
-        """Believe a line that names a reshard where the program has one at that place."""
+        """Believe a line that is named after a reshard where the program has one at that place."""
         by_source = {d.source: i for i, d in enumerate(self.declared) if d.primitive == RESHARD}
         for unit in self.open_units((RESHARD,)):
             u = self.units[unit]
-            if u.source in by_source:
+            if u.source in by_source and u.op_name.endswith(RESHARD):
                 self.links[unit] = [by_source[u.source]]
 
     def settle_loops(self) -> None:
@@ -289,25 +289,34 @@ def with_better_names(
     Returns:
       `final`, with other words on the units without a declaration.
     """
-    names: dict[Hashable, list[Unit]] = defaultdict(list)
-    for unit, link in zip(early.units, early.links, strict=True):
-        if not link:
+    names: dict[Hashable, list[int]] = defaultdict(list)
+    for place, (unit, link) in enumerate(zip(early.units, early.links, strict=True)):
+        if not link or unit.origin == RESHARD:
             for key in _same_array(unit, early_ops[unit.op]):
-                names[key].append(unit)
+                names[key].append(place)
+    units, links, fates = list(final.units), list(final.links), list(final.fates)
     used: set[int] = set()
-    units = []
-    for unit, link in zip(final.units, final.links, strict=True):
-        is_named = unit.origin == "partitioner" and unit.has_own_line
-        keys = () if link or is_named else _same_array(unit, ops[unit.op])
-        found = (u for key in keys for u in names[key] if id(u) not in used)
-        if (named := next(found, None)) is not None:
-            used.add(id(named))
-            # What looks like the user's and is not his was inserted for what uses it.
-            is_known = named.origin in UNEXPLAINED
-            line = named.source if is_known else named.wanted_source or named.source
-            unit = replace(unit, origin=named.origin, source=line, note=named.note)
-        units.append(unit)
-    return replace(final, units=tuple(units))
+    for place, (unit, link) in enumerate(zip(final.units, final.links, strict=True)):
+        is_named = unit.origin == "partitioner" and unit.has_own_line and not unit.inserted
+        keys = () if link else _same_array(unit, ops[unit.op])
+        found = (i for key in keys for i in names[key] if i not in used)
+        if (named := next(found, None)) is None:
+            continue
+        used.add(named)
+        if early.links[named]:  # a reshard, which only the copy after it names
+            links[place] = early.links[named]
+            for i in links[place]:
+                fates[i] = ("kept",)
+        if not is_named or links[place]:
+            units[place] = _renamed(unit, early.units[named])
+    return Matched(tuple(units), tuple(links), tuple(fates))
+
+
+def _renamed(unit: Unit, early: Unit) -> Unit:
+    # What looks like the user's and is not was inserted for what uses it.
+    is_known = early.origin in (*UNEXPLAINED, RESHARD)
+    line = early.source if is_known else early.wanted_source or early.source
+    return replace(unit, origin=early.origin, source=line, note=early.note)
 
 
 def _same_array(unit: Unit, op: Op) -> tuple[Hashable, ...]:

@@ -39,14 +39,13 @@ def origin_of(op: Op) -> tuple[str, str]:
         return "opaque", f"custom call {op.target or '(no target)'} can communicate unseen"
     ends = _last_parts(op.op_name)
     note = f"carries the tag {','.join(op.tags)} of another op" if op.tags else ""
-    if is_inserted(op):
-        ends = _last_parts(op.wanted_by)
-        if "reshard" in ends:
-            return "reshard", ""
-        return ("boundary" if set(ends) <= _EDGES else "partitioner"), note
-    if "reshard" in ends:
+    wanted = _last_parts(op.wanted_by)
+    foreign = any(end and end not in KIND_OF for end in ends)
+    if "reshard" in ends or ("reshard" in wanted and (op.marked or foreign)):
         return "reshard", ""
-    if op.marked or any(end not in KIND_OF and end for end in ends):
+    if is_inserted(op):
+        return ("boundary" if set(wanted) <= _EDGES else "partitioner"), note
+    if op.marked or foreign:
         return "partitioner", note
     if op.tags:
         return "txcore", ""
@@ -55,7 +54,7 @@ def origin_of(op: Op) -> tuple[str, str]:
 
 def is_inserted(op: Op) -> bool:
     """Tell whether an op's own name says nothing of what it is for: it was put in for another."""
-    return (op.marked or not op.tags) and set(_last_parts(op.op_name)) <= _EDGES
+    return set(_last_parts(op.op_name)) <= _EDGES and (op.marked or not op.tags)
 
 
 def _last_parts(op_name: str) -> list[str]:

@@ -22,6 +22,7 @@ class Unit:
     origin, note: what its line says of where it comes from.
     source, wanted_source: "file.py:12" of itself, and of what uses it.
     source, wanted_source: "file.py:12" of itself, and of what uses it.
+    inserted: its own name does not say what for.
     has_own_line: the line speaks of this array alone, not of all that were merged into its op.
     doubtful: its op was merged with something of the partitioner's, and nothing tells which of
       its arrays that is.
@@ -39,6 +40,7 @@ class Unit:
     wanted_source: str = ""
     origin: str = "unknown"
     note: str = ""
+    inserted: bool = False
     has_own_line: bool = True
     doubtful: bool = False
     pieces: tuple["Unit", ...] = ()
@@ -69,7 +71,6 @@ def _unit(place: int, op: Op, one: Input, *, is_piece: bool = False) -> Unit:
     line = replace(op, tags=tags, op_name=op_name, marked=one.marked if has_own else op.marked)
     origin, note = origin_of(line)
     doubtful = origin in UNEXPLAINED and (bool(one.pieces) or (is_merged and not has_own))
-    wanted = source.shorten(op.wanted_frames)
     may_be_untagged = not tags or len(tags) > 1 or (is_merged and not has_own)
     return Unit(
         op=place,
@@ -79,11 +80,20 @@ def _unit(place: int, op: Op, one: Input, *, is_piece: bool = False) -> Unit:
         trips=op.trips,
         claims=(*tags, None) if may_be_untagged else tags,
         op_name=op_name,
-        source=wanted if is_inserted(line) and wanted else source.shorten(op.frames),
-        wanted_source=wanted,
+        source=_source(line, origin),
+        wanted_source=source.shorten(op.wanted_frames),
+        inserted=is_inserted(line),
         origin=origin,
         note=note,
         has_own_line=has_own or not is_merged,
         doubtful=doubtful,
         pieces=tuple(_unit(place, op, piece, is_piece=True) for piece in one.pieces),
     )
+
+
+def _source(op: Op, origin: str) -> str:
+    """Return the line of an op, or of what it was inserted for."""
+    own, wanted = source.shorten(op.frames), source.shorten(op.wanted_frames)
+    # A shard_map that leaves axes to the partitioner names what this one inserts inside.
+    is_inside = op.op_name.endswith("/shard_map") and origin == "partitioner" and own
+    return own if is_inside or not is_inserted(op) else wanted or own

@@ -162,12 +162,13 @@ def _read_op(instruction: Instruction, kind: str, context: _Context) -> Op:
     here = Value(context.graph.scope(context.computation), instruction)
     lines = witnesses(here, context.graph)
     words = words_of(lines)
+    words = replace(words, op_name=full_name(words.op_name, here, context.graph))
     op = Op(
         name=instruction.name,
         kind=kind,
         tags=tuple(t for t in words.tag.split(",") if t),
         marked=words.marked,
-        op_name=full_name(words.op_name, here, context.graph),
+        op_name=words.op_name,
         frames=_frames(lines, context.graph.module),
         target=attributes.custom_call_target(rest),
     )
@@ -190,10 +191,13 @@ def _read_op(instruction: Instruction, kind: str, context: _Context) -> Op:
 def _with_user(op: Op, here: Value, graph: Graph) -> Op:
     """Name what wanted the data; at a program's end, where that is nothing, what made it."""
     user = wanted_by(here, graph)
-    near = user or maker(here)
+    made = maker(here) if user is None else None
+    near = user or made
+    # Where the compiler chose the results' shardings, it gathers for what made them.
+    named = user or (made if graph.module.chooses_output_shardings else None)
     frames = tuple(attributes.source_frames(near.rest, graph.module)) if near else ()
     return replace(
-        op, wanted_by=attributes.op_name(user.rest) if user else "", wanted_frames=frames
+        op, wanted_by=attributes.op_name(named.rest) if named else "", wanted_frames=frames
     )
 
 

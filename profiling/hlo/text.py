@@ -28,11 +28,14 @@ _TUPLE_INSTRUCTION = re.compile(_NAME + r"b?(?=\()")  # b(...) is the type of a 
 _OPCODE = re.compile(r"\s*([a-z][\w\-]*)(\(.*)")
 _COMPUTATION = re.compile(r"(ENTRY\s+)?%?([\w.\-]+)\s*(?:\(.*)?\{\s*$")
 _COUNT = re.compile(r"\b(num_partitions|replica_count)=(\d+)")
+_CHOOSES = "allow_spmd_sharding_propagation_to_output={true"
 _QUOTED = re.compile(r'"(?:[^"\\]|\\.)*+"')
 # A damaged line: the beginning of an instruction, or a trace of a collective.
-_LOOKS_DAMAGED = re.compile(
-    "|".join((*KINDS, "replica_groups=", "source_target_pairs=", r"^\s*(?:ROOT\s+)?%[\w.\-]+\s*="))
-)
+_TRACES = ("replica_groups=", "source_target_pairs=", "custom_call_target=")
+_LOOKS_DAMAGED = re.compile("|".join((*KINDS, *_TRACES, r"^\s*(?:ROOT\s+)?%")))
+_LONE_NAME = re.compile(r"\s*(?:ROOT\s+)?[A-Za-z_][\w.\-]*\s*(?:=|$)")
+_COLLECTIVE = re.compile(rf"(?:{'|'.join(KINDS)})(?:-start)?\(|{'|'.join(_TRACES)}")
+_SECOND = re.compile(r"(?:^|[\s,)}])%?[\w.\-]+ = ")
 _TABLE_ROW = re.compile(r"(\d+)\s+(.*)")
 
 
@@ -59,13 +62,17 @@ class Computation:
 
 @dataclass(frozen=True, slots=True)
 class Module:
-    """One HLO module; `frames` are the source lines that its header numbers."""
+    """One HLO module; `frames` are the source lines that its header numbers.
+
+    chooses_output_shardings: the compiler was free to choose the shardings of the results.
+    """
 
     name: str
     num_partitions: int
     replica_count: int
     computations: Mapping[str, Computation]
     frames: Mapping[int, Frame]
+    chooses_output_shardings: bool = False
 
 
 @dataclass(slots=True)
@@ -74,6 +81,7 @@ class _Draft:
 
     name: str = ""
     counts: dict[str, int] = field(default_factory=dict)
+    chooses_output_shardings: bool = False
     computations: dict[str, Computation] = field(default_factory=dict)
     tables: dict[str, dict[int, str]] = field(default_factory=dict)
     table: str = ""
@@ -109,6 +117,9 @@ def _drafts(lines: Iterable[str]) -> Iterable[_Draft]:
             yield draft
             draft = _Draft(name=line.split(",")[0].removeprefix("HloModule").strip())
             draft.counts = {name: int(count) for name, count in _COUNT.findall(line)}
+            if _COLLECTIVE.search(_unquoted(line)):
+                draft.unreadable.append(line.strip())
+            draft.chooses_output_shardings = _CHOOSES in line
         else:
             _read_line(draft, line)
     yield draft
@@ -117,6 +128,10 @@ def _drafts(lines: Iterable[str]) -> Iterable[_Draft]:
 def _read_line(draft: _Draft, line: str) -> None:
     if instruction := read_instruction(line):
         draft.instructions.append(instruction)
+        if " = " in instruction.rest and _SECOND.search(_unquoted(instruction.rest)):
+            draft.unreadable.append(line.strip())  # two lines that lost what parted them
+    elif _COLLECTIVE.search(_unquoted(line)):
+        draft.unreadable.append(line.strip())
     elif line.startswith("}"):
         _close_computation(draft)
     elif line.rstrip() in TABLES:
@@ -128,7 +143,7 @@ def _read_line(draft: _Draft, line: str) -> None:
         _close_computation(draft)
         draft.table = ""
         draft.computation, draft.is_entry = header[2], bool(header[1])
-    elif _LOOKS_DAMAGED.search(_unquoted(line)):
+    elif _LOOKS_DAMAGED.search(_unquoted(line)) or (draft.instructions and _LONE_NAME.match(line)):
         draft.unreadable.append(line.strip())
 
 
@@ -182,4 +197,5 @@ def _finish(draft: _Draft) -> Module:
         replica_count=draft.counts.get("replica_count", 1),
         computations=draft.computations,
         frames=read_frames(draft.tables),
+        chooses_output_shardings=draft.chooses_output_shardings,
     )
