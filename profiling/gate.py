@@ -45,8 +45,6 @@ REFUSED = ("boundary", "partitioner", "reshard", "unknown")
 _MOST_ROWS = 10
 
 _log = logging.getLogger(__name__)
-# The origins that this thread's gates refuse. jax keeps it per thread and in its keys.
-_refused = jax.make_user_context(())
 
 
 def no_auto_collectives(*, allow: Iterable[str] = ()) -> "Gate":
@@ -146,10 +144,23 @@ def _entered() -> list[Any]:
     return _thread.entered
 
 
+@functools.cache
+def _context() -> Any:
+    """Return jax's context that holds what this thread's blocks refuse: part of all jax's keys."""
+    # Made by the first gate, not by the import: it makes jax trace everything once more.
+    return jax.make_user_context(())
+
+
+def _refused() -> tuple[str, ...]:
+    return _context().value
+
+
 @contextlib.contextmanager
 def _block(refused: frozenset[str]) -> Iterator[None]:
-    together = tuple(sorted(refused | set(_refused.value)))
-    with _watched(), _refused(together):
+    with _lock:
+        context = _context()
+    together = tuple(sorted(refused | set(_refused())))
+    with _watched(), context(together):
         yield
 
 
@@ -203,7 +214,7 @@ def _watcher(watch: Callable[..., Any], original: Callable[..., Any]) -> Callabl
     """Return `original`, watched in the threads that are in a block."""
 
     def watched(*args: Any, **kwargs: Any) -> Any:
-        if not _refused.value:
+        if not _refused():
             return original(*args, **kwargs)
         return watch(original, *args, **kwargs)
 
@@ -270,7 +281,7 @@ def _frames() -> Iterator[tuple[str, int]]:
 
 def _refuse(report: Report, doing: str) -> None:
     """Raise where a report has rows whose origin this thread's blocks refuse."""
-    rows = tuple(row for row in report.collectives if _origin(row) in _refused.value)
+    rows = tuple(row for row in report.collectives if _origin(row) in _refused())
     if rows:
         raise _error(report, _text(rows, doing))
 
@@ -279,7 +290,7 @@ def _refuse_untraced(report: Report, name: str) -> None:
     """Raise where nothing can tell the author's collectives from the partitioner's."""
     if report.checked or not report.collectives or _compat.marks_partitioner():
         return
-    if "partitioner" in _refused.value:
+    if "partitioner" in _refused():
         raise _error(
             report,
             f"no_auto_collectives needs the traced program of {name} to tell its author's "

@@ -332,10 +332,11 @@ def test_allow_lets_an_origin_through_and_no_other():
     fn, args = matmul(mesh)
     with no_auto_collectives(allow={"partitioner"}):
         jax.jit(fn)(*args)
-    refused(fn, *args, allow={"reshard"})
-    refused(*[boundary(mesh)[0], *boundary(mesh)[1]], allow={"partitioner", "reshard"})
-    with no_auto_collectives(allow=["partitioner", "boundary", "reshard", "unknown"]):
-        jax.jit(boundary(mesh)[0])(*boundary(mesh)[1])
+    refused(fn, *args, allow=["reshard", "boundary", "unknown"])
+    x, whole = args[0], NamedSharding(mesh, P())
+    refused(jax.device_put, x, whole, allow={"partitioner", "boundary", "unknown"})
+    with no_auto_collectives(allow=("partitioner", "boundary", "reshard", "unknown")):
+        jax.device_put(jax.jit(fn)(*args), whole)
 
 
 def test_an_explicit_reshard_needs_allow():

@@ -3,6 +3,8 @@
 import asyncio
 import logging
 import os
+import subprocess
+import sys
 import threading
 
 import jax
@@ -273,6 +275,18 @@ def test_without_a_disk_cache_nothing_is_said(caplog):
     with caplog.at_level(logging.WARNING, logger=LOG), no_auto_collectives():
         jax.jit(lambda x: x * 2)(1.0)
     assert not [r for r in caplog.records if r.name == LOG]
+
+
+def test_importing_it_does_not_make_jax_trace_again():
+    program = (
+        "import jax; traced = []\n"
+        "fn = jax.jit(lambda x: traced.append(1) or x * 2); fn(1.0)\n"
+        "from txcore.profiling import no_auto_collectives; fn(1.0)\n"
+        "print(len(traced))\n"
+    )
+    command = [sys.executable, "-c", program]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert ran.stdout.strip() == "1"
 
 
 def test_a_jax_that_cannot_be_watched_is_refused(monkeypatch):
