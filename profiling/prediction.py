@@ -38,9 +38,9 @@ class Prediction(Protocol):
 def against_plan(report: Report, predictions: Sequence[Prediction]) -> Report:
     """Return a report that says, line by line, whether the program does what a plan predicts.
 
-    A predicted array is found where the program declares a collective of its kind, dtype, axes
-    and size, whatever the compiler made of it; what is predicted over several axes may be done
-    axis by axis. Arrays that are left are found in buckets, by their total.
+    A predicted array is found where the program declares a collective of its kind, dtype and
+    size over its axes, together or one after the other, and maybe over more; whatever the
+    compiler made of it. Arrays that are left are found in buckets, by their total.
 
     Args:
       report: an audit that was compared with the traced program.
@@ -74,9 +74,7 @@ def _covered(
 ) -> tuple[dict[int, int], set[int]]:
     """Return the elements that each declaration covers along the worst axis, and who does any."""
     alike = {
-        i: d
-        for i, d in left.items()
-        if (d.kind, d.dtype) == (predicted.kind, predicted.dtype) and {*d.axes} <= {*predicted.axes}
+        i: d for i, d in left.items() if (d.kind, d.dtype) == (predicted.kind, predicted.dtype)
     }
     by_axis = [
         _cover(predicted.elements, {i: d for i, d in alike.items() if axis in d.axes})

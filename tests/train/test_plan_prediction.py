@@ -159,6 +159,25 @@ def test_two_data_axes(body):
     assert report.ok
 
 
+def test_an_axis_of_one_device_may_be_named():
+    mesh = toys.mesh(2, ("replica", "data"), (1, 2))
+    plan = tx.Plan(data_parallel=tx.DP(("replica", "data")))
+    report = audited(lambda g: tx.pmean(g, ("replica", "data")), mesh=mesh, plan=plan)
+    assert (report.plan[0].axes, report.plan[0].found_bytes) == (("data",), 160)
+    assert report.ok
+
+
+def test_without_a_prediction_the_verdict_names_no_plan():
+    @tx.step_fn
+    def step(state, batch):
+        return state, {"sum": tx.psum(tx.vary(batch["x"].sum(), "model"), "model", name="sum")}
+
+    engine = toys.engine(2, mesh=toys.mesh(2, ("model",)), plan=tx.Plan())
+    report = engine.audit(step, engine.create_state(toys.params()), toys.batch())
+    assert report.plan == (PlanLine("psum/sum", "all-reduce", ("model",), "float32", 0, 4),)
+    assert report.verdict().endswith("all declared (1 txcore); nothing was added")
+
+
 def test_a_reduction_in_another_dtype_is_short_of_the_plan():
     def body(grads):
         small = jax.tree.map(lambda g: g.astype(jnp.bfloat16), grads)
@@ -238,7 +257,7 @@ def one(elements, trips=1, axes=("data",), dtype="float32"):
         ([one(20, trips=4)], [20], 20),
         ([one(5, trips=4), one(5)], [5, 20], 25),
         ([one(20, axes=("model",))], [20], 0),
-        ([one(20, axes=("data", "model"))], [20], 0),
+        ([one(20, axes=("data", "model"))], [20], 20),
         ([one(20, dtype="bfloat16")], [20], 0),
         ([], [20], 0),
     ],
