@@ -34,6 +34,16 @@ def check(path: str | os.PathLike[str], report: Report, *, exact: bool = False) 
     Raises:
       LockError: the file cannot be read, or has nothing for the report's target; a budget's axis
         is not in the mesh; the report was not compared with a traced program.
+
+    Example:
+      >>> import tempfile
+      >>> from txcore.profiling import audit
+      >>> report = audit(jnp.sin, jnp.ones(3))
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     print(update(f"{folder}/sine.lock.json", report).ok)
+      ...     print(check(f"{folder}/sine.lock.json", report).text)
+      True
+      lock: 0 entries as locked for cpu:1
     """
     locks = read(path)
     target = target_of(report)
