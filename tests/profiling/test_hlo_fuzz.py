@@ -1,0 +1,135 @@
+"""Damaged modules: none crashes the reader or makes it hang, and none hides a collective.
+
+The rule: each line takes at most one damage; then there are at least as many ops, "unknown" ones
+among them, as before, less those of lines of which nothing was left (deleted, or cut before the
+name). A collective may count more often: half of an async pair that lost the other half, say.
+
+`TXCORE_FUZZ=20000` runs that many instead of a few hundred.
+"""
+
+import os
+import pathlib
+import re
+import time
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from txcore.profiling.hlo import find_collectives
+
+COUNT = int(os.environ.get("TXCORE_FUZZ", "300"))
+FIXTURES = pathlib.Path(__file__).parent / "fixtures" / "hlo"
+SECONDS = 10  # a bound on one module of at most 35 kB, which takes some 5 ms undamaged
+IS_COLLECTIVE = re.compile(
+    r"^\s+(?:ROOT )?%?[\w.\-]+ = .*\b(?:all-reduce|all-gather|reduce-scatter|all-to-all"
+    r"|collective-permute|collective-broadcast|send|custom-call)(?:-start)?\("
+)
+MODULES = [path.read_text() for path in sorted(FIXTURES.glob("*/*.hlo"))]
+CHARACTERS = st.sampled_from("(){}[]\"'=,%~ \\\n\r\t\0/:;#aR09é\u2028")
+
+
+def delete_character(draw, line):
+    at = draw(st.integers(0, len(line)))
+    return line[:at] + line[at + 1 :]
+
+
+def insert_character(draw, line):
+    at = draw(st.integers(0, len(line)))
+    return line[:at] + draw(CHARACTERS) + line[at:]
+
+
+def replace_character(draw, line):
+    at = draw(st.integers(0, len(line)))
+    return line[:at] + draw(CHARACTERS) + line[at + 1 :]
+
+
+def swap_characters(draw, line):
+    a, b = sorted(draw(st.tuples(*[st.integers(0, len(line) - 1)] * 2)))
+    return line if a == b else line[:a] + line[b] + line[a + 1 : b] + line[a] + line[b + 1 :]
+
+
+def truncate(draw, line):
+    return line[: draw(st.integers(0, len(line)))]
+
+
+def delete_token(draw, line):
+    tokens = line.split(" ")
+    del tokens[draw(st.integers(0, len(tokens) - 1))]
+    return " ".join(tokens)
+
+
+def duplicate_token(draw, line):
+    tokens = line.split(" ")
+    at = draw(st.integers(0, len(tokens) - 1))
+    return " ".join([*tokens[: at + 1], *tokens[at:]])
+
+
+def swap_tokens(draw, line):
+    tokens = line.split(" ")
+    a, b = draw(st.tuples(*[st.integers(0, len(tokens) - 1)] * 2))
+    tokens[a], tokens[b] = tokens[b], tokens[a]
+    return " ".join(tokens)
+
+
+def delete_line(draw, line):
+    return ""
+
+
+def duplicate_line(draw, line):
+    return f"{line}\n{line}"
+
+
+WITHIN_A_LINE = (
+    *(delete_character, insert_character, replace_character, swap_characters, truncate),
+    *(delete_token, duplicate_token, swap_tokens, delete_line, duplicate_line),
+)
+
+
+@st.composite
+def damaged_modules(draw):
+    """Return a module's text, the damaged one, and how many collectives' lines are gone."""
+    text = draw(st.sampled_from(MODULES))
+    lines = text.splitlines()
+    collective = [i for i, line in enumerate(lines) if IS_COLLECTIVE.match(line)]
+    others = [i for i, line in enumerate(lines) if line.strip() and i not in collective]
+    gone = 0
+    for among in draw(st.permutations([collective, others]))[: draw(st.integers(1, 2))]:
+        for place in draw(st.sets(st.sampled_from(among), min_size=1, max_size=3)):
+            damaged = draw(st.sampled_from(WITHIN_A_LINE))(draw, lines[place])
+            gone += place in collective and not damaged.strip()
+            lines[place] = damaged
+    a, b = draw(st.tuples(*[st.integers(0, len(lines) - 1)] * 2))
+    if draw(st.booleans()):
+        lines[a], lines[b] = lines[b], lines[a]
+    if draw(st.booleans()) and lines[a].strip():
+        lines[a : a + 2] = [" ".join(lines[a : a + 2])]  # the newline is gone
+    return text, "\n".join(lines), gone
+
+
+@settings(max_examples=COUNT, deadline=None, suppress_health_check=list(HealthCheck))
+@given(damaged_modules())
+def test_a_damaged_module_hides_no_collective(modules):
+    text, damaged, gone = modules
+    before = len(find_collectives(text))
+    start = time.perf_counter()
+    ops = find_collectives(damaged)
+    assert time.perf_counter() - start < SECONDS
+    assert len(ops) >= before - gone
+    assert all(op.problem for op in ops if op.kind == "unknown")
+
+
+@settings(max_examples=COUNT // 3, deadline=None)
+@given(st.text(alphabet=st.one_of(CHARACTERS, st.characters()), max_size=400))
+def test_any_text_can_be_read(text):
+    find_collectives(text)
+    find_collectives(f"HloModule m\n\nENTRY %e (x: f32[2]) -> f32[2] {{\n  %r = {text}\n}}\n")
+
+
+@pytest.mark.parametrize("character", list('(){}[]"\\=,%'))
+def test_a_long_run_of_any_character_takes_linear_time(character):
+    line = f"  %r = f32[8] all-reduce(%x), metadata={{op_name={character * 100_000}"
+    start = time.perf_counter()
+    (op,) = find_collectives(f"HloModule m\nENTRY %e {{\n{line}\n}}\n")
+    assert op.kind == "unknown"
+    assert time.perf_counter() - start < SECONDS
