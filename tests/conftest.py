@@ -9,6 +9,7 @@ import pytest
 from txcore import _compat
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])  # jax read it when imported
 _compat.simulate_cpu_devices(8)
 jax.devices()  # start the backend, so that no test changes the number
 
