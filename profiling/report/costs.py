@@ -10,7 +10,7 @@ from txcore.profiling.report.table import shorten
 from txcore.profiling.schedule import Overlap
 
 _WIDTH = 100
-_LONGEST_AXES = 16
+_LONGEST_AXES, _LONGEST_SHAPE = 12, 16
 
 
 def lines(costs: Costs) -> list[str]:
@@ -66,7 +66,8 @@ def _sent(costs: Costs) -> Iterator[str]:
 def _title(costs: Costs) -> str:
     mesh = ", ".join(f"{name}={size}" for name, size in costs.report.mesh)
     target = costs.report.target or "one device"
-    return f"one call on each device of {target}" + (f" ({mesh})" if mesh else "") + ":"
+    title = f"one call on each device of {target}" + (f" ({mesh})" if mesh else "") + ":"
+    return shorten(title, _WIDTH)
 
 
 def _memory(costs: Costs) -> Iterator[str]:
@@ -98,7 +99,7 @@ def _replicated(costs: Costs) -> Iterator[str]:
     rows = [
         [
             row.path,
-            "x".join(map(str, row.shape)),
+            shorten("x".join(map(str, row.shape)), _LONGEST_SHAPE),
             row.dtype,
             format_bytes(row.bytes),
             _axes(row.axes),
