@@ -18,7 +18,8 @@ GATHERS = ("all_gather", "all_gather_invariant", "all_gather_reduced")
 BRANCHING = ("cond", "while")
 _SAME_AFTER = ("psum", "psum_invariant", "pmax", "pmin", "pbroadcast")
 _KEEP = ("pvary", "pcast", "vary_unreduced_cast")
-_OPAQUE = ("pallas_call", "core_map", "ffi_call", "pure_callback", "io_callback")
+_REFS = ("get", "swap")
+_OPAQUE = ("pallas_call", "core_map", "ffi_call", "pure_callback", "io_callback", *_REFS)
 
 
 class Along(IntEnum):
@@ -168,8 +169,10 @@ class _Walk:
             outputs, splits = _branching(within, eqn, inputs)
         elif name == "scan":
             outputs = _scan(within, eqn, inputs)
+        elif name == "shard_map":
+            outputs = within.enter(tracked=_is_tracked(eqn)).call(eqn, inner, inputs)
         elif inner:
-            outputs = within._call(eqn, inner, inputs)
+            outputs = within.call(eqn, inner, inputs)
         else:
             value = self._after(eqn, name, axes, max(inputs, default=Along.SAME))
             outputs = [value] * len(eqn.outvars)
@@ -188,17 +191,19 @@ class _Walk:
         return Along.SAME if name in _SAME_AFTER else Along.DIFFERS
 
     def _opaque(self, eqn: Any, inputs: list[Along]) -> list[Along]:
-        """Believe the types of what cannot be looked into; without types nothing is known."""
+        """Believe the types of what is not followed; without them it follows from what goes in.
+
+        Not so what a mutable array holds: anything may have been written to it before.
+        """
         if self.place.tracked:
             typed = [self.place.axis in _compat.varying_axes_of(v.aval) for v in eqn.outvars]
             return [Along.DIFFERS if varies else Along.SAME for varies in typed]
-        value = Along.DIFFERS if any(inputs) else Along.SAME
+        is_same = not any(inputs) and eqn.primitive.name not in _REFS
+        value = Along.SAME if is_same else Along.DIFFERS
         return [value] * len(eqn.outvars)
 
-    def _call(self, eqn: Any, inner: list[Any], inputs: list[Along]) -> list[Along]:
+    def call(self, eqn: Any, inner: list[Any], inputs: list[Along]) -> list[Along]:
         """Go through a call with one body of the same arguments (jit, remat, custom_vjp...)."""
-        if eqn.primitive.name == "shard_map":
-            self = self.enter(tracked=_is_tracked(eqn))
         body = inner[0]
         fits = len(body.invars) == len(inputs) and len(body.outvars) == len(eqn.outvars)
         if len(inner) == 1 and fits:

@@ -8,6 +8,7 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from audit_cases import P, mesh_of, on, tag, vary
 from jax import lax
@@ -63,6 +64,16 @@ def scan(step, x):
     return lax.scan(lambda c, _: (step(c), None), x, None, length=3)[0]
 
 
+def through_a_ref(x):
+    ref = jax.new_ref(vary(jnp.zeros(()), "data"))
+    ref[...] = x.sum()
+    return ref[...]
+
+
+def called_back(x):
+    return jax.pure_callback(np.sin, jax.ShapeDtypeStruct((), jnp.float32), x)
+
+
 HANGS = {
     "psum by the index": lambda x: lax.cond(first(), psum, keep, x),
     "psum by the data": lambda x: lax.cond(x.sum() > 0, psum, keep, x),
@@ -93,6 +104,7 @@ HANGS = {
     "in a custom_vjp": doubled,
     "by a permuted value": lambda x: lax.cond(
         permute(psum(x)).sum() > 0, psum, keep, x),
+    "by a mutable array": lambda x: lax.cond(through_a_ref(x) > 0, psum, keep, x),
     "by a scattered value": lambda x: lax.cond(
         jnp.zeros(4).at[lax.axis_index("data")].set(1)[0] > 0, psum, keep, x),
 }  # fmt: skip
@@ -122,6 +134,8 @@ RIGHT = {
         jnp.zeros(4).at[1].add(psum(x).sum())[0] > 0, psum, keep, x),
     "by a solution": lambda x: lax.cond(
         jnp.linalg.solve(jnp.eye(2), jnp.ones(2))[0] > 0, psum, keep, x),
+    "by a callback on a sum": lambda x: lax.cond(
+        called_back(lax.psum(x.sum(), "data")) > 0, psum, keep, x),
     "dead code": lambda x: (lax.cond(first(), psum, keep, x), x)[1],
 }  # fmt: skip
 
