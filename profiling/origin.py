@@ -39,13 +39,13 @@ def origin_of(op: Op) -> tuple[str, str]:
         return "opaque", f"custom call {op.target or '(no target)'} can communicate unseen"
     ends = _last_parts(op.op_name)
     note = f"carries the tag {','.join(op.tags)} of another op" if op.tags else ""
-    wanted = _last_parts(op.wanted_by)
-    foreign = any(end and end not in KIND_OF for end in ends)
-    if "reshard" in ends or ("reshard" in wanted and (op.marked or foreign)):
+    # A compiler that marks what it inserts names it after its operand, an older one after its use.
+    wanted = _last_parts(op.wanted_by) if op.marked or "/" not in op.op_name else ends
+    if "reshard" in ends or ("reshard" in wanted and (op.marked or is_inserted(op))):
         return "reshard", ""
     if is_inserted(op):
         return ("boundary" if set(wanted) <= _EDGES else "partitioner"), note
-    if op.marked or foreign:
+    if op.marked or any(end and end not in KIND_OF for end in ends):
         return "partitioner", note
     if op.tags:
         return "txcore", ""

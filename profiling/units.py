@@ -94,6 +94,8 @@ def _unit(place: int, op: Op, one: Input, *, is_piece: bool = False) -> Unit:
 def _source(op: Op, origin: str) -> str:
     """Return the line of an op, or of what it was inserted for."""
     own, wanted = source.shorten(op.frames), source.shorten(op.wanted_frames)
-    # A shard_map that leaves axes to the partitioner names what this one inserts inside.
-    is_inside = op.op_name.endswith("/shard_map") and origin == "partitioner" and own
-    return own if is_inside or not is_inserted(op) else wanted or own
+    # Named after the shard_map where it is needed: by a compiler that does not mark it, or where
+    # the shard_map leaves axes to the partitioner.
+    at_its_use = not op.marked or origin == "partitioner"
+    is_named = op.op_name.endswith("/shard_map") and at_its_use and own
+    return own if is_named or not is_inserted(op) else wanted or own
