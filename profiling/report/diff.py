@@ -5,11 +5,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from txcore.profiling.report.model import Collective, Report, format_bytes
+from txcore.profiling.report.printable import printable
 from txcore.profiling.report.table import shorten
 
 _WIDTH = 100
+_HEAD = ("", "kind", "axes", "dtype", "origin", "wire a call", "name")
+_RIGHT = 5  # the column of figures
 _SIGNS = {"added": "+", "removed": "-", "grown": "^", "shrunk": "v"}
-_Key = tuple[str, str, tuple[str, ...], str, str]
+_Key = tuple[str, str, tuple[str, ...], str, str, bool]
 
 
 @dataclass(frozen=True)
@@ -33,9 +36,10 @@ class Change:
 
     Attributes:
       change: "added", "removed", "grown", "shrunk" or "same"; by wire bytes, then by payload.
-      name: the tags, else the source, else the op_name.
-      kind, axes, dtype, origin: as of `Collective`.
-      explained: False where the later report's rows (else the earlier's) are unexplained.
+      name: the tags; else the source's file without the line, which every edit would change;
+        else the op_name.
+      kind, axes, dtype, origin, explained: as of `Collective`.
+      places: "file.py:12" of each, in the later report where it is there at all.
       before: in the earlier report.
       after: in the later report.
     """
@@ -47,6 +51,7 @@ class Change:
     dtype: str
     origin: str
     explained: bool
+    places: tuple[str, ...]
     before: Amount
     after: Amount
 
@@ -57,7 +62,7 @@ class Change:
 
 
 def diff(before: Report, after: Report) -> tuple[Change, ...]:
-    """Compare two reports by (tags or source, kind, axes, dtype, origin).
+    """Compare two reports by (tags or source's file, kind, axes, dtype, origin, explained).
 
     Args:
       before: the earlier report.
@@ -127,16 +132,16 @@ def signed(number: int) -> str:
 def _by_key(rows: Iterable[Collective]) -> dict[_Key, list[Collective]]:
     groups: dict[_Key, list[Collective]] = {}
     for row in rows:
-        name = ",".join(row.tags) or row.source or row.op_name or "?"
-        key = (name, row.kind, row.axes, row.dtype, row.origin)
+        name = ",".join(row.tags) or row.source.rpartition(":")[0] or row.op_name or "?"
+        key = (name, row.kind, row.axes, row.dtype, row.origin, row.explained)
         groups.setdefault(key, []).append(row)
     return groups
 
 
 def _change(key: _Key, old: Sequence[Collective], new: Sequence[Collective]) -> Change:
     before, after = _amount(old), _amount(new)
-    explained = all(row.explained for row in new or old)
-    return Change(_verb(before, after), *key, explained, before, after)
+    places = tuple(dict.fromkeys(row.source for row in new or old if row.source))
+    return Change(_verb(before, after), *key, places, before, after)
 
 
 def _amount(rows: Sequence[Collective]) -> Amount:
@@ -158,24 +163,23 @@ def _verb(before: Amount, after: Amount) -> str:
     return "grown" if new > old else "shrunk"
 
 
-def _rank(change: Change) -> tuple[bool, int, str, str, tuple[str, ...], str, str]:
-    same = change.change == "same"
-    key = (change.name, change.kind, change.axes, change.dtype, change.origin)
-    return same, -abs(change.wire_growth), *key
+def _rank(change: Change) -> tuple[bool, int, _Key]:
+    c = change
+    key = (c.name, c.kind, c.axes, c.dtype, c.origin, c.explained)
+    return c.change == "same", -abs(c.wire_growth), key
 
 
 def _table(changed: Sequence[Change]) -> list[str]:
     """Lay out the cells; the name takes what the others leave of the width."""
     if not changed:
         return []
-    head = ["", "kind", "axes", "dtype", "origin", "before", "after", "change", "name"]
-    cells = [head, *map(_cells, changed)]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
-    room = _WIDTH - sum(widths[:-1]) - 2 * (len(head) - 1)
+    cells = [list(_HEAD), *map(_cells, changed)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(_HEAD))]
+    room = _WIDTH - sum(widths[:-1]) - 2 * (len(_HEAD) - 1)
     lines = []
     for row in cells:
         padded = [
-            cell.rjust(width) if 5 <= i <= 7 else cell.ljust(width)
+            cell.rjust(width) if i == _RIGHT else cell.ljust(width)
             for i, (cell, width) in enumerate(zip(row[:-1], widths[:-1], strict=True))
         ]
         lines.append("  ".join([*padded, shorten(row[-1], room)]).rstrip())
@@ -185,12 +189,25 @@ def _table(changed: Sequence[Change]) -> list[str]:
 def _cells(change: Change) -> list[str]:
     return [
         _SIGNS[change.change],
-        shorten(change.kind, 18),
-        shorten("+".join(change.axes) or "-", 12),
-        shorten(change.dtype, 8),
-        change.origin if change.explained else f"{change.origin}!",
-        format_bytes(change.before.wire_bytes) if change.before.rows else "-",
-        format_bytes(change.after.wire_bytes) if change.after.rows else "-",
-        signed(change.wire_growth),
-        change.name,
+        shorten(printable(change.kind.removeprefix("collective-")), 17),
+        shorten(printable("+".join(change.axes) or "-"), 12),
+        shorten(printable(change.dtype), 8),
+        shorten(printable(change.origin), 12) + ("" if change.explained else "!"),
+        _wire(change),
+        printable(_label(change)),
     ]
+
+
+def _wire(change: Change) -> str:
+    before, after = (format_bytes(a.wire_bytes) for a in (change.before, change.after))
+    if not (change.before.rows and change.after.rows):
+        return after if change.after.rows else before
+    return f"{before} -> {after}" if before != after else f"{before} {signed(change.wire_growth)}"
+
+
+def _label(change: Change) -> str:
+    """Name a change; one without a tag by where it is, as far as one place can say it."""
+    first, *more = change.places or (change.name,)
+    if not first.startswith(f"{change.name}:"):
+        return change.name
+    return f"{first} and {len(more)} more" if more else first

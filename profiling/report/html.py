@@ -14,6 +14,7 @@ from txcore.profiling.report.page.changes import changes_section
 from txcore.profiling.report.page.declared import fates_section, missing_section
 from txcore.profiling.report.page.markup import Html, el, join
 from txcore.profiling.report.page.mesh import mesh_section
+from txcore.profiling.report.page.plan import divergent_section, plan_section
 from txcore.profiling.report.page.rows import rows_section
 from txcore.profiling.report.page.traffic import traffic_section
 
@@ -61,8 +62,10 @@ def to_html(report: Report, other: Report | None = None, *, title: str = _TITLE)
         el("header", el("h1", title), _verdict(report), _facts(report)),
         changes_section(other, report, diff(other, report)) if other is not None else None,
         el("div", mesh_section(report), traffic_section(report), class_="side"),
+        divergent_section(report),
         rows_section(report),
         missing_section(report),
+        plan_section(report),
         fates_section(report),
         _footer(),
     )
@@ -89,7 +92,7 @@ def write_html(report: Report, path: str | os.PathLike[str], other: Report | Non
       FileNotFoundError: its folder does not exist.
       TypeError: as `to_html`.
     """
-    page, target = to_html(report, other), pathlib.Path(path)
+    page, target = to_html(report, other), pathlib.Path(path).resolve()
     if not target.parent.is_dir():
         raise FileNotFoundError(
             f"an HTML report needs an existing folder to be written into, but {target.parent} is "

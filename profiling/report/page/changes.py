@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from txcore.profiling.report.diff import Amount, Change, signed, summary
 from txcore.profiling.report.model import Report
 from txcore.profiling.report.page.figures import badge, over, size
-from txcore.profiling.report.page.markup import Html, el
+from txcore.profiling.report.page.markup import Html, el, join
 from txcore.profiling.report.page.rows import origin_badge
 
+_PLACES = 4
 _BADGES = {
     "added": ("+ added", "warn"),
     "removed": ("− removed", ""),
@@ -69,7 +70,7 @@ def _row(change: Change) -> Html:
         over(change.axes),
         change.dtype,
         origin_badge(change.origin, change.explained),
-        el("code", change.name.replace(",", ", ")),
+        _name(change),
         _bytes(change.before, change.before.payload_bytes),
         _bytes(change.after, change.after.payload_bytes),
         _bytes(change.before, change.before.wire_bytes),
@@ -77,6 +78,15 @@ def _row(change: Change) -> Html:
         signed(change.wire_growth).replace("-", "−"),
     )
     return el("tr", *(el("td", cell) for cell in cells))
+
+
+def _name(change: Change) -> Html:
+    """Write the tags, or the file, and where it is now; of many places the first."""
+    places = ", ".join(change.places[:_PLACES])
+    more = len(change.places) - _PLACES
+    where = f"{places} and {more} more" if more > 0 else places
+    name = el("code", change.name.replace(",", ", "))
+    return join([name, el("span", where, class_="source") if where else None])
 
 
 def _bytes(amount: Amount, number: int) -> Html | str:

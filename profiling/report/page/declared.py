@@ -5,11 +5,10 @@ from collections import Counter
 from txcore.profiling.jaxpr import Declared
 from txcore.profiling.report.model import Fate, Report
 from txcore.profiling.report.page.figures import badge, count, over, size
-from txcore.profiling.report.page.markup import Html, el, join
+from txcore.profiling.report.page.markup import Html, el, join, text
 
 _HEAD = ("Tag", "Primitive", "Axes", "n", "Dtype", "Payload", "Trips", "Source")
 _OPEN = 20  # fates up to which they are shown at once
-_GONE = ("missing", "eliminated")
 
 
 def missing_section(report: Report) -> Html:
@@ -76,13 +75,15 @@ def _cells(declared: Declared) -> tuple[object, ...]:
 
 
 def _fate(fate: Fate) -> Html:
-    badges = (badge(name, _colour(name, fate.declared)) for name in fate.fates)
+    names = (_name(name, fate.declared) for name in fate.fates)
     links = (el("a", row + 1, href=f"#r{row + 1}") for row in fate.rows)
-    cells = (*_cells(fate.declared), join(badges, " "), join(links, " ") or "–")
+    cells = (*_cells(fate.declared), join(names, ", "), join(links, " ") or "–")
     return el("tr", *(el("td", cell) for cell in cells))
 
 
-def _colour(fate: str, declared: Declared) -> str:
+def _name(fate: str, declared: Declared) -> Html:
+    """Mark a fate that somebody should look at."""
     if fate == "missing":
-        return "bad"
-    return "warn" if fate in _GONE and not declared.foldable else ""
+        return badge("✕ missing", "bad")
+    surprising = fate == "eliminated" and declared.live and not declared.foldable
+    return badge("! eliminated", "warn") if surprising else text(fate)

@@ -3,20 +3,24 @@
 from collections.abc import Sequence
 
 from txcore.profiling.report.model import Report, format_bytes
-from txcore.profiling.report.page.markup import Html, el, join
+from txcore.profiling.report.page.markup import Html, el, join, text
 
 AxisSet = tuple[str, ...]
 
 
 def size(number: int, *, at_least: bool = False) -> Html:
     """Write bytes for people, with the exact number for sorting and for the pointer."""
-    shown = f"{'≥ ' if at_least else ''}{format_bytes(number)}"
-    return el("data", shown, value=number, title=f"{number:,} bytes")
+    return _data(format_bytes(number), number, at_least)
 
 
 def count(number: int, *, at_least: bool = False) -> Html:
-    """Write a number with its thousands apart, and plain for sorting."""
-    return el("data", f"{'≥ ' if at_least else ''}{number:,}", value=number)
+    """Write a number with its thousands apart, and plain for sorting where that differs."""
+    return _data(f"{number:,}", number, at_least)
+
+
+def _data(shown: str, number: int, at_least: bool) -> Html:
+    shown = f"≥ {shown}" if at_least else shown
+    return text(shown) if shown == str(number) else el("data", shown, value=number)
 
 
 def dtypes(declared: str, wire: str) -> str:

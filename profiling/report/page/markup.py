@@ -3,6 +3,8 @@
 import html
 from collections.abc import Iterable
 
+from txcore.profiling.report.printable import printable
+
 _VOID = ("input", "meta")
 
 
@@ -21,10 +23,7 @@ def text(value: object) -> Html:
     """
     if isinstance(value, Html):
         return value
-    shown = str(value)
-    if not shown.isprintable():
-        shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in shown)
-    return Html(html.escape(shown))
+    return Html(html.escape(printable(str(value))))
 
 
 def join(children: Iterable[object], between: str = "") -> Html:

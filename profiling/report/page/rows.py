@@ -124,11 +124,14 @@ def _names(row: Collective) -> Html:
 
 
 def _more(row: Collective) -> list[Html]:
-    facts = [("HLO", row.op), ("op_name", row.op_name)]
+    facts: list[tuple[str, object]] = [("HLO", row.op), ("op_name", row.op_name)]
+    if len(row.parts) == 1:  # all else of it is the row's own
+        (part,) = row.parts
+        facts += [("elements", f"{part.elements:,}"), ("fates", ", ".join(part.fates))]
     if not row.parts and len(row.tags) > _TAGS_SHOWN:
         facts.append(("tags", tag_list(row.tags)))
-    listed = [join([el("dt", name), el("dd", el("code", fact))]) for name, fact in facts if fact]
-    return [el("dl", *listed), *([_parts(row.parts)] if row.parts else [])]
+    listed = [join([el("dt", name), el("dd", fact)]) for name, fact in facts if fact]
+    return [el("dl", *listed), *([_parts(row.parts)] if len(row.parts) > 1 else [])]
 
 
 def _parts(parts: Sequence[Part]) -> Html:
@@ -145,5 +148,5 @@ def _parts(parts: Sequence[Part]) -> Html:
         )
         for part in parts
     ]
-    heads = el("tr", *(el("th", name, scope="col") for name in head))
+    heads = el("tr", *(el("th", name) for name in head))
     return el("table", el("thead", heads), el("tbody", *lines), class_="parts")

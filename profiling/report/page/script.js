@@ -28,20 +28,23 @@ for (const row of rows) {
 
 function value(row, column) {
   const cell = row.rows[0].cells[column];
-  const number = cell.querySelector("data");
-  return number ? Number(number.value) : cell.textContent;
+  return cell.querySelector("data")?.value ?? cell.textContent;
+}
+
+function compare(a, b) {
+  const difference = Number(a) - Number(b);
+  return Number.isNaN(difference) ? (a < b ? -1 : Number(a > b)) : difference;
 }
 
 function sort(header, column) {
-  const numeric = rows.some((row) => typeof value(row, column) === "number");
-  const first = numeric && column > 0 ? "descending" : "ascending";
-  const second = first === "ascending" ? "descending" : "ascending";
+  const keyed = rows.map((row) => [value(row, column), row]);
+  const largestFirst = column > 0 && keyed.some(([key]) => !Number.isNaN(Number(key)));
+  const [first, second] = largestFirst ? ["descending", "ascending"] : ["ascending", "descending"];
   const order = header.ariaSort === first ? second : first;
   for (const other of table.tHead.rows[0].cells) other.removeAttribute("aria-sort");
   header.ariaSort = order;
   const sign = order === "ascending" ? 1 : -1;
-  const keyed = rows.map((row) => [value(row, column), row]);
-  keyed.sort(([a], [b]) => sign * (a < b ? -1 : a > b ? 1 : 0));
+  keyed.sort(([a], [b]) => sign * compare(a, b));
   table.append(...keyed.map(([, row]) => row));
 }
 
@@ -51,6 +54,11 @@ function sort(header, column) {
   button.append(...header.childNodes);
   header.append(button);
   button.addEventListener("click", () => sort(header, column));
+});
+
+document.addEventListener("pointerover", (event) => {
+  const figure = event.target.closest("data");
+  if (figure) figure.title = Number(figure.value).toLocaleString("en");
 });
 
 const form = document.querySelector(".filters");
