@@ -1,4 +1,4 @@
-"""The corpus under the gate: what communicates unasked does not get to run, the rest does."""
+"""Under the gate the added corpus does not get to run, and the error names class and line."""
 
 import contextlib
 
@@ -7,19 +7,20 @@ import jax.numpy as jnp
 import pytest
 from audit_cases import mesh_of
 from corpus.corpus_added import ADDED
-from corpus.corpus_clean import CLEAN
-from corpus.corpus_lies import LIES
 
 from txcore.profiling import AutoShardingError, no_auto_collectives
 
-ON_CPU = [name for name, program in CLEAN.items() if "cpu" in program.platforms]
+# The gate has the optimized module alone. XLA gives a reshard of an argument, a result or a
+# shard_map's operand no line or that of its operand, and since jax 0.11 no name: only the module
+# right after partitioning shows what wanted it, and only an audit has that.
+WITHOUT_LINE = ("out_shardings", "shard_map_argument", "between_two_shard_maps", "explicit_reshard")
 
 
 def on_arrays(program):
     """Return a program's function and ones in the place of its arguments' shapes."""
     fn, shapes = program.build(mesh_of(**program.axes))
     arrays = jax.tree.map(lambda s: jax.device_put(jnp.ones(s.shape, s.dtype), s.sharding), shapes)
-    return fn if getattr(program, "eager", False) else jax.jit(fn), arrays
+    return fn if program.eager else jax.jit(fn), arrays
 
 
 @pytest.mark.parametrize("name", ADDED)
@@ -30,27 +31,12 @@ def test_added(name):
     expected = contextlib.nullcontext() if passes else pytest.raises(AutoShardingError)
     with no_auto_collectives(), expected as error:
         fn(*arrays)
-    if not passes and not program.limit("cpu"):
+    if not passes and name not in WITHOUT_LINE:
         rows = [c for c in error.value.report.collectives if c.origin == program.origin]
         assert {c.source for c in rows} == program.marked()
 
 
-@pytest.mark.parametrize("name", [name for name in ADDED if ADDED[name].origin == "reshard"])
-def test_a_reshard_can_be_allowed(name):
-    fn, arrays = on_arrays(ADDED[name])
+def test_a_device_put_can_be_allowed():
+    fn, arrays = on_arrays(ADDED["device_put"])
     with no_auto_collectives(allow={"reshard"}):
-        fn(*arrays)
-
-
-@pytest.mark.parametrize("name", LIES)
-def test_lie(name):
-    fn, arrays = on_arrays(LIES[name])
-    with no_auto_collectives(), pytest.raises(AutoShardingError):
-        fn(*arrays)
-
-
-@pytest.mark.parametrize("name", ON_CPU)
-def test_clean(name):
-    fn, arrays = on_arrays(CLEAN[name])
-    with no_auto_collectives():
-        jax.block_until_ready(fn(*arrays))
+        assert fn(*arrays).is_fully_replicated

@@ -15,6 +15,7 @@ from audit_cases import P, on, shape, tag, vary
 from corpus.corpus_programs import Program
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.sharding import AxisType, Mesh
 
 import txcore as tx
 
@@ -769,6 +770,117 @@ def donated_argument(mesh):
 @clean(reduced(64, "data"))
 def unchecked_types(mesh):
     return per_device(mesh, lambda x: lax.psum(x, "data"), check_vma=False)
+
+
+@clean(reduced(64, "data"), permuted(64, "x"), axes=LINE)
+def two_meshes(mesh):
+    """The same devices under other names: each collective has the axes of its own mesh."""
+    other = Mesh(mesh.devices.reshape(4, 2), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
+
+    def fn(x):
+        total = on(mesh, P("data"), P("data"))(lambda x: vary(lax.psum(x, "data"), "data"))(x)
+        spec = P(("x", "y"))
+        return on(other, spec, spec)(lambda x: lax.ppermute(x, "x", ring(4)))(jnp.sin(total))
+
+    return fn, (shape(mesh, P("data"), 8, 16),)
+
+
+@clean(reduced(64, "data"), gathered(2 * 64, "model"), axes=GRID)
+def devices_in_another_order(mesh):
+    """Groups are of places in the mesh, whatever numbers the devices there have."""
+    backwards = Mesh(mesh.devices[::-1, ::-1], mesh.axis_names, axis_types=mesh.axis_types)
+
+    def body(x):
+        return vary(lax.psum(x, "data"), *GRID) + lax.all_gather(x, "model").sum(0)
+
+    return per_device(backwards, body)
+
+
+@clean(reduced(64, "data", trips=3), axes=LINE)
+def shard_map_inside_a_scan(mesh):
+    def fn(x):
+        def step(carry, _):
+            total = on(mesh, P("data"), P("data"))(lambda x: vary(lax.psum(x, "data"), "data"))
+            return jnp.sin(total(carry)), None
+
+        return lax.scan(step, x, None, length=3)[0]
+
+    return fn, (shape(mesh, P("data"), 8, 16),)
+
+
+@clean(permuted(64, "data"), reduced(64, "data"), axes=LINE)
+def vmap_of_shard_map(mesh):
+    def body(x):
+        return vary(lax.psum(jnp.sin(lax.ppermute(x, "data", ring(8))), "data"), "data")
+
+    fn = jax.vmap(on(mesh, P("data"), P("data"))(body), in_axes=1, out_axes=1)
+    return fn, (shape(mesh, P("data"), 8, 16),)
+
+
+@clean(
+    *[scattered(64, "data"), gathered(2 * 32, "data"), reduced(64, "data")],
+    elsewhere={"tpu": (reduced(64, "data"), reduced(64, "data"), reduced(64, "data"))},
+    exact=False,
+)
+def gradients_without_varying_types(mesh):
+    """With check_vma=False, where jax does not know what varies."""
+
+    def body(x):
+        def loss(x):
+            part = lax.psum_scatter(x, "data", scatter_dimension=1, tiled=True)
+            return (part * lax.stop_gradient(part)).sum()
+
+        return jax.grad(loss)(x) * vary(lax.psum(x, "data"), *AXES)
+
+    return per_device(mesh, body, check_vma=False)
+
+
+@clean()
+def nothing_is_sent(mesh):
+    """Sizes, indices and sums of Python numbers are known on each device."""
+
+    def body(x):
+        return x * lax.psum(1, "data") + lax.axis_index("model") * lax.axis_size("pipe")
+
+    return per_device(mesh, body)
+
+
+@clean(*[reduced(64 * (i + 1), "data") for i in range(12)], axes=LINE)
+def tree_of_twelve_shapes(mesh):
+    def body(x):
+        tree = {f"layer{i}": jnp.sin(jnp.tile(x, (i + 1, 1)) * (i + 1)) for i in range(12)}
+        return tx.psum(tree, "data")
+
+    return on(mesh, P("data"), P())(body), (shape(mesh, P("data"), 8, 16),)
+
+
+@clean(exchanged(16, "data", dtype="int8"), permuted(16, "model", dtype="int8"))
+def bytes_on_the_move(mesh):
+    def body(x):
+        x = lax.all_to_all(x, "data", 1, 0, tiled=True).reshape(1, 16)
+        return lax.ppermute(x * jnp.int8(3), "model", ring(2))
+
+    return per_device(mesh, body, jnp.int8)
+
+
+@clean(exchanged(32, "data", dtype="bfloat16"), permuted(32, "model", dtype="bfloat16"))
+def half_precision_on_the_move(mesh):
+    def body(x):
+        x = lax.all_to_all(x, "data", 1, 0, tiled=True).reshape(1, 16)
+        return lax.ppermute(x * jnp.bfloat16(3), "model", ring(2))
+
+    return per_device(mesh, body, jnp.bfloat16)
+
+
+@clean(gathered(8 * 8, "data", dtype="uint32"), axes=LINE)
+def random_keys(mesh):
+    """A key is two words of 32 bits."""
+
+    def body(words):
+        keys = jax.random.wrap_key_data(words)
+        return jax.random.key_data(lax.all_gather(keys, "data", tiled=True))[:1] * 2
+
+    return on(mesh, P("data"), P("data"))(body), (shape(mesh, P("data"), 8, 2, dtype=jnp.uint32),)
 
 
 # --- what the compiler may leave out or do once ---

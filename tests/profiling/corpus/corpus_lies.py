@@ -43,12 +43,12 @@ def psum_of(mesh, text):
 
 @lie()
 def partial_auto_gather(mesh):
-    """The partitioner gathers what an explicit gather over one axis leaves sharded."""
+    """The partitioner gathers along model, at the shard_map's edge or before the user's gather."""
 
     def fn(x):
         def body(x):
             with tag("all_gather/x"):
-                return lax.all_gather(x, "data", tiled=True)
+                return lax.all_gather(x, "data", tiled=True)  # <-- here
 
         return on(mesh, P("data"), P("data"), axis_names={"data"})(body)(x)  # <-- here
 
