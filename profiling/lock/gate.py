@@ -49,7 +49,7 @@ def check(path: str | os.PathLike[str], report: Report, *, exact: bool = False) 
     target = target_of(report)
     if target not in locks:
         has = ", ".join(sorted(locks)) or "none"
-        raise LockError(f"{path} has no section {target!r} (it has: {has}): update it on this one")
+        raise LockError(f"{path} has no section {target!r} (it has: {has}): lock this target first")
     if not report.ok:
         return Outcome(False, True, str(report))
     locked = locks[target]
