@@ -1,14 +1,19 @@
-"""How long a chip needs for a piece of work, and its network for a collective: lower bounds."""
+"""How long a chip at its peaks needs for a piece of work, and its network for a collective."""
 
+import functools
+import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from txcore.profiling.bandwidth import ring_steps, wire_bytes
-from txcore.profiling.hlo import Op
+from txcore.profiling.hlo import Groups, Op
 from txcore.profiling.targets.chips import Chip
 from txcore.profiling.work import Work
 
+_POINT_TO_POINT = ("collective-permute", "send")
+_ALL_TO_ALL = ("all-to-all", "ragged-all-to-all")
 _HALF_WIDTH = ("bfloat16", "float16", "int8", "uint8", "float8", "float4", "int4", "uint4")
 
 
@@ -32,7 +37,8 @@ class Machine:
       chip: its peaks.
       places: where the devices are, in the mesh's order: the coordinates in a TPU's torus; of a
         GPU the number of its host.
-      latency: seconds that each step of a ring takes at least.
+      latency: seconds that each message takes at least. None of the data sheets says it; a
+        microsecond is the order of magnitude of all of these networks.
     """
 
     chip: Chip
@@ -53,67 +59,92 @@ class Machine:
     def transfer(self, op: Op) -> Transfer:
         """Return how long a collective takes: its wire bytes at its rate, and its steps' latency.
 
-        Rings pass on all links along the dims of the torus that the group spans, and through the
-        network cards of all its GPUs in a host; see `_torus_rate` and `_hosts_rate` for others.
+        A ring passes on all links along the dims of the torus that the group spans, or through
+        the network cards of all its GPUs in a host. Its steps are those of one ring for each dim
+        of the torus; between GPUs, of one in each host and a tree of hosts.
         """
-        group = max(op.groups, key=len, default=())
-        n = max(len(group), 1)
-        sent = wire_bytes(op.kind, n, op.bytes)
+        sent = wire_bytes(op.kind, max(op.group_size, 1), op.bytes)
         if not sent:
             return Transfer(0.0, frozenset())
-        members = [group] if group else list(op.pairs)
-        spread = [[self.places[d] for d in some if d < len(self.places)] for some in members]
-        on_torus = self.chip.network_bytes_per_second is None
-        rate, links = (self._torus_rate if on_torus else self._hosts_rate)(op.kind, spread)
-        return Transfer(sent / rate + self.latency * ring_steps(op.kind, n), links)
+        members = op.groups or op.pairs
+        if (last := max(map(max, members), default=0)) >= len(self.places):
+            raise ValueError(
+                f"{op.name} is on device {last}, but the machine has {len(self.places)}: give the "
+                "devices of the program's mesh"
+            )
+        path = _path(self, op.kind, members)
+        return Transfer(sent / path.rate + self.latency * path.steps, path.links)
 
-    def _torus_rate(
-        self, kind: str, spread: Sequence[Sequence[tuple[int, ...]]]
-    ) -> tuple[float, frozenset[str]]:
-        """Return wire bytes per second along the dims of the torus that a group spans.
 
-        A permute takes the links of one way, as often as its longest hop; an all-to-all's bytes
-        each take the mean of the distances along the longest dim.
-        """
-        sizes = [1 + max(axis) for axis in zip(*self.places, strict=True)]
-        extents = {
-            dim: max(len({place[dim] for place in places}) for places in spread if places)
-            for dim in range(len(sizes))
-            if any(len({place[dim] for place in places}) > 1 for places in spread)
-        }
-        links = frozenset(f"ici{dim}" for dim in extents)
-        one = self.chip.link_bytes_per_second
-        ways = {dim: 1 if extent == 2 else 2 for dim, extent in extents.items()}
-        if not extents:
-            return one, links
-        if kind in ("collective-permute", "send"):
-            hops = max(_hops(places, sizes) for places in spread)
-            return one / max(hops, 1), links
-        if kind in ("all-to-all", "ragged-all-to-all"):
-            n = len(spread[0])
-            slowest = max((e * e // 4) / e / ways[dim] for dim, e in extents.items())
-            return (n - 1) / n * one / slowest, links
-        return one * min(sum(ways.values()), self.chip.links), links
+@dataclass(frozen=True)
+class _Path:
+    """Wire bytes per second, what is occupied, and how many messages follow each other."""
 
-    def _hosts_rate(
-        self, kind: str, spread: Sequence[Sequence[tuple[int, ...]]]
-    ) -> tuple[float, frozenset[str]]:
-        """Return wire bytes per second between GPUs; one collective at a time, as XLA runs them.
+    rate: float
+    links: frozenset[str]
+    steps: int
 
-        In a ring over several hosts the group's GPUs of a host share its traffic between their
-        network cards; in an all-to-all each sends all that goes to other hosts through its own.
-        """
-        queue = frozenset({"collectives"})
-        link, network = self.chip.link_bytes_per_second, self.chip.network_bytes_per_second
-        hosts = [[place[0] for place in places] for places in spread]
-        if network is None or all(len(set(some)) <= 1 for some in hosts):
-            return link, queue
-        if kind in ("collective-permute", "send"):
-            return network, queue
-        n, local = len(hosts[0]), min(hosts[0].count(host) for host in hosts[0])
-        if kind in ("all-to-all", "ragged-all-to-all"):
-            return min(link, network * (n - 1) / (n - local)), queue
-        return min(link, network * local), queue
+
+_Spread = Sequence[Sequence[tuple[int, ...]]]  # the places of each group, or permute's pair
+
+
+@functools.lru_cache(maxsize=1024)
+def _path(machine: Machine, kind: str, members: Groups) -> _Path:
+    if not members:  # a send, whose receiver is in another program
+        return _Path(machine.chip.link_bytes_per_second, frozenset(), 1)
+    spread = [[machine.places[device] for device in some] for some in members]
+    on_torus = machine.chip.network_bytes_per_second is None
+    return (_on_torus if on_torus else _on_hosts)(machine, kind, spread)
+
+
+def _on_torus(machine: Machine, kind: str, spread: _Spread) -> _Path:
+    """Return how a collective goes along the dims of a torus.
+
+    A permute takes the links of one way, as often as its longest hop; an all-to-all's bytes each
+    go a quarter of the longest dim far on average.
+    """
+    sizes = [1 + max(along) for along in zip(*machine.places, strict=True)]
+    extents = {
+        dim: extent
+        for dim in range(len(sizes))
+        if (extent := max(len({place[dim] for place in places}) for places in spread)) > 1
+    }
+    links = frozenset(f"ici{dim}" for dim in extents)
+    one = machine.chip.link_bytes_per_second
+    ways = {dim: 1 if extent == 2 else 2 for dim, extent in extents.items()}
+    if not extents:
+        return _Path(one, links, 1)
+    if kind in _POINT_TO_POINT:
+        hops = max(_hops(places, sizes) for places in spread)
+        return _Path(one / hops, links, hops)
+    steps = sum(ring_steps(kind, extent) for extent in extents.values())
+    if kind in _ALL_TO_ALL:
+        n = max(map(len, spread))
+        slowest = max((e * e // 4) / e / ways[dim] for dim, e in extents.items())
+        return _Path((n - 1) / n * one / slowest, links, steps)
+    return _Path(one * min(sum(ways.values()), machine.chip.links), links, steps)
+
+
+def _on_hosts(machine: Machine, kind: str, spread: _Spread) -> _Path:
+    """Return how a collective goes between GPUs; XLA runs one at a time.
+
+    In a ring over several hosts the group's GPUs of a host share its traffic between their
+    network cards; in an all-to-all each sends all that goes to other hosts through its own.
+    """
+    queue = frozenset({"collectives"})
+    link, network = machine.chip.link_bytes_per_second, machine.chip.network_bytes_per_second
+    hosts = [[place[0] for place in places] for places in spread]
+    n, most_hosts = max(map(len, hosts)), max(len(set(some)) for some in hosts)
+    if network is None or most_hosts == 1:
+        return _Path(link, queue, ring_steps(kind, n))
+    if kind in _POINT_TO_POINT:
+        return _Path(network, queue, 1)
+    # Of the GPUs in a host, the fewest that any group which leaves it has there.
+    local = min(min(Counter(some).values()) for some in hosts if len(set(some)) > 1)
+    if kind in _ALL_TO_ALL:
+        return _Path(min(link, network * (n - 1) / (n - local)), queue, n - 1)
+    over_hosts = math.ceil(math.log2(most_hosts)) * ring_steps(kind, 2)
+    return _Path(min(link, network * local), queue, ring_steps(kind, local) + over_hosts)
 
 
 def machine_on(chip: Chip, devices: Sequence[Any]) -> Machine:
@@ -134,7 +165,5 @@ def _is_half(dtype: str) -> bool:
 
 def _hops(places: Sequence[tuple[int, ...]], sizes: Sequence[int]) -> int:
     """Return the links between the two ends of a permute's pair, the short way round."""
-    if len(places) < 2:
-        return 0
     apart = [abs(a - b) for a, b in zip(*places, strict=True)]
     return sum(min(d, size - d) for d, size in zip(apart, sizes, strict=True))

@@ -6,6 +6,7 @@ once each, less what stays in on-chip memory (a memory space `S(1)` in the layou
 what a slice leaves where it is. A custom call's FLOPs are known for cuBLAS and cuDNN.
 """
 
+import functools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -63,6 +64,7 @@ def work_of(instruction: Instruction, scope: Scope, graph: Graph) -> Work:
     return Work(tuple(_fused_flops(fused, graph)), moved)
 
 
+@functools.lru_cache(maxsize=1 << 16)  # a large module has few different types
 def memory_bytes(type_: str) -> int:
     """Return the bytes of a printed type's arrays, without those in on-chip memory.
 

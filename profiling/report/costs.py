@@ -84,7 +84,7 @@ def _memory(costs: Costs) -> Iterator[str]:
     yield peak
     yield (
         f"  {format_bytes(found.arguments)} arguments, {format_bytes(found.results)} results "
-        f"({format_bytes(found.reused)} in donated arguments), "
+        f"({format_bytes(found.reused)} reuse arguments), "
         f"{format_bytes(found.temporaries)} temporaries, {format_bytes(found.code)} code"
     )
 
@@ -162,7 +162,7 @@ def _step(costs: Costs) -> Iterator[str]:
         f"{format_seconds(found.compute_seconds)} computing, "
         f"{format_seconds(found.exposed_seconds)} waiting ({found.hidden:.0%} hidden)"
     )
-    yield f"  {work}; at the chip's peaks, so a lower bound"
+    yield f"  {work}; at the chip's peaks, which no real step reaches"
 
 
 def _axes(axes: Sequence[str]) -> str:

@@ -92,7 +92,7 @@ def test_a_training_step_on_cpu():
     assert not any(overlap.is_async for overlap in found.schedule.overlaps)
     assert found.memory.arguments == 2 * matrix + 8 * 256 * 2
     assert found.memory.reused == 2 * matrix
-    # A batch of 8 rows a device is sharded; the weights are not.
+    # The batch is sharded; the weights are not.
     assert [r.path for r in found.replicated] == ["args[0][0]", "args[0][1]"]
     assert [r.saved_bytes for r in found.replicated] == [matrix * 7 // 8] * 2
     text = str(found)
@@ -248,8 +248,8 @@ def test_the_roofline_bounds_a_step_on_a_target(target, peak, memory, links):
 
 
 @pytest.mark.parametrize("target, peak, memory, links", TARGETS)
-def test_a_ring_hides_what_a_gather_does_not(target, peak, memory, links):
-    """Products on the parts of a matrix while the next part arrives: part of it is hidden."""
+def test_a_ring_of_permutes_is_partly_hidden(target, peak, memory, links):
+    """Products with one part of a matrix while the next part arrives."""
 
     def ring(mesh):
         def product(x, w):

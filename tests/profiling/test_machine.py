@@ -1,5 +1,7 @@
 """Times of single collectives and pieces of work on a toy chip, counted by hand."""
 
+import dataclasses
+
 import pytest
 
 from txcore.profiling.hlo import find_collectives
@@ -46,6 +48,7 @@ ALL, ONE_HOST, PAIRS = "{{0,1,2,3,4,5,6,7}}", "{{0,1,2,3},{4,5,6,7}}", "{{0,4},{
         ("all-to-all", ALL, 40 / 1),
         ("collective-permute", "{{0,1},{1,2},{2,3},{3,0}}", 80 / 10),
         ("collective-permute", "{{0,1},{3,4}}", 80 / 1),  # the slowest pair
+        ("all-reduce", "{{0,1},{3,4},{6,7}}", 80 / 1),  # the slowest group
         ("all-reduce", "{{0},{1},{2},{3},{4},{5},{6},{7}}", 0),
     ],
 )
@@ -75,6 +78,15 @@ def test_a_torus(kind, who, expected):
     assert seconds(TORUS, kind, who) == pytest.approx(expected)
 
 
+def test_a_send_to_another_program_takes_a_link():
+    (send,) = find_collectives(
+        "HloModule m\nENTRY %e (x: f32[20]) -> () {\n  %x = f32[20]{0} parameter(0)\n"
+        "  %t = token[] after-all()\n"
+        "  ROOT %r = (f32[20]{0}, u32[], token[]) send(%x, %t), channel_id=1\n}\n"
+    )
+    assert TORUS.transfer(send).seconds == HOSTS.transfer(send).seconds == 8.0
+
+
 def test_what_each_occupies():
     assert TORUS.transfer(op("all-reduce", ROWS)).links == {"ici1"}
     assert TORUS.transfer(op("all-reduce", COLUMNS)).links == {"ici0"}
@@ -82,11 +94,27 @@ def test_what_each_occupies():
     assert HOSTS.transfer(op("all-reduce", ROWS)).links == {"collectives"}
 
 
-def test_latency_is_that_of_the_rings_steps():
-    slow = Machine(GPU, HOSTS.places, latency=100.0)
-    for kind, steps in (("all-reduce", 6), ("reduce-scatter", 3)):
-        extra = seconds(slow, kind, ONE_HOST) - seconds(HOSTS, kind, ONE_HOST)
-        assert extra == pytest.approx(100 * steps)
+@pytest.mark.parametrize(
+    "machine, kind, who, steps",
+    [
+        (HOSTS, "all-reduce", ONE_HOST, 6),
+        (HOSTS, "reduce-scatter", ONE_HOST, 3),
+        (HOSTS, "all-reduce", ALL, 6 + 2),  # in each host, and between two
+        (HOSTS, "all-gather", ALL, 3 + 1),
+        (HOSTS, "collective-permute", "{{3,4}}", 1),
+        (TORUS, "all-reduce", ALL, 2 * (1 + 3)),  # along 2 and along 4
+        (TORUS, "collective-permute", "{{0,6}}", 3),
+    ],
+)
+def test_latency_is_that_of_the_steps(machine, kind, who, steps):
+    slow = dataclasses.replace(machine, latency=100.0)
+    extra = seconds(slow, kind, who) - seconds(machine, kind, who)
+    assert extra == pytest.approx(100 * steps)
+
+
+def test_a_device_that_the_machine_lacks_is_refused():
+    with pytest.raises(ValueError, match="device 7, but the machine has 4"):
+        Machine(GPU, HOSTS.places[:4]).transfer(op("all-reduce", ALL))
 
 
 @pytest.mark.parametrize(
