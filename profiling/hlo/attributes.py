@@ -24,6 +24,8 @@ _CALLS = re.compile(
 )
 _TRIP_COUNT = re.compile(r'known_trip_count\\?"?\s*[:=]\s*\{\s*\\?"?n\\?"?\s*[:=]\s*\\?"?(\d+)')
 _NAME = re.compile(r"[\w.\-]+")
+_PLAIN_OPERANDS = re.compile(r"\(([^()\"/]*)\)")  # most lines: names and commas only
+_ANY_BRACKET = re.compile(r"[()\[\]{}]")
 _COMMENT = re.compile(r"/\*.*?\*/")  # XLA counts the elements of long lists: /*index=5*/
 
 
@@ -33,14 +35,19 @@ def split(instruction: Instruction) -> tuple[str, str]:
     Raises:
       HloError: the operands' bracket is never closed.
     """
-    end = closing(instruction.rest, 0)
+    rest = instruction.rest
+    if plain := _PLAIN_OPERANDS.match(rest):
+        return plain[1], rest[plain.end() :]
+    end = closing(rest, 0)
     if end is None:
         raise HloError(f"the operands of {instruction.name} do not end")
-    return _COMMENT.sub("", instruction.rest[1 : end - 1]), instruction.rest[end:]
+    return _COMMENT.sub("", rest[1 : end - 1]), rest[end:]
 
 
 def split_outside(text: str, separator: str) -> list[str]:
     """Split a text at the separators that are outside of all brackets; drop empty parts."""
+    if not _ANY_BRACKET.search(text):
+        return [p.strip() for p in text.split(separator) if p.strip()]
     parts, depth, start = [], 0, 0
     for i, char in enumerate(text):
         depth += (char in "([{") - (char in ")]}")

@@ -13,6 +13,8 @@ from txcore.profiling.hlo.trips import ONCE, Trips, runs
 from txcore.profiling.hlo.types import HloError, Shape
 from txcore.profiling.hlo.wanted import full_name, maker, wanted_by
 
+_KIND_OF = {f"{kind}{start}": kind for kind in KINDS for start in ("", "-start")}
+_START_OF = {f"{kind}-done": f"{kind}-start" for kind in KINDS}
 _GROUPS = "replica_groups="
 _PAIRS = "source_target_pairs="
 _TARGET = "custom_call_target="
@@ -118,20 +120,20 @@ class _Context:
 def _kind(instruction: Instruction, context: _Context) -> str | None:
     """Return the kind of collective that an instruction is, or None where it is none to count."""
     opcode = instruction.opcode
-    kind = opcode.removesuffix("-start").removesuffix("-done")
-    if kind in KINDS and opcode.endswith("-done"):
-        return _half_of(f"{kind}-start", context)
-    if kind in KINDS:
+    if kind := _KIND_OF.get(opcode):
         if is_later_step(instruction, context.computation, context.graph):
             return None
         return None if _is_wrapper(instruction, kind, context.graph.module) else kind
+    if started := _START_OF.get(opcode):
+        return _half_of(started, context)
     if opcode in ("custom-call", "custom-call-start"):
         return "custom-call" if opaque.can_communicate(instruction.rest) else None
     if opcode in ("send", "recv"):  # two halves of one transfer; only the send counts
         if "is_host_transfer=true" in instruction.rest:
             return None
         return "send" if opcode == "send" else _half_of("send", context)
-    is_like_one = any(key in instruction.rest for key in (_GROUPS, _PAIRS, _TARGET))
+    rest = instruction.rest
+    is_like_one = _GROUPS in rest or _PAIRS in rest or _TARGET in rest
     return "unknown" if is_like_one and not opcode.startswith("async-") else None
 
 

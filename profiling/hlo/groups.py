@@ -32,7 +32,6 @@ def canonical(groups: Iterable[Iterable[int]]) -> Groups:
     return tuple(sorted(tuple(sorted(group)) for group in groups))
 
 
-@functools.lru_cache(maxsize=1024)
 def parse_groups(text: str, devices: int) -> Groups:
     """Read the replica groups at the beginning of `text`.
 
@@ -79,6 +78,7 @@ def _numbers(text: str) -> tuple[int, ...]:
     return tuple(int(n) for n in re.findall(r"\d+", text))
 
 
+@functools.lru_cache(maxsize=1024)
 def _listed(text: str, devices: int) -> Groups:
     groups = [_numbers(group) for group in re.findall(r"\{([\d,\s]*)\}", text)]
     groups = [group for group in groups if group] or [tuple(range(_bounded(devices)))]
@@ -101,6 +101,7 @@ def _ids(sizes: tuple[int, ...], order: tuple[int, ...] | None) -> np.ndarray:
     return (ids if order is None else ids.transpose(order)).reshape(-1)
 
 
+@functools.lru_cache(maxsize=1024)
 def _iota(text: str) -> Groups:
     form = _IOTA.match(text)
     if form is None:
@@ -112,6 +113,7 @@ def _iota(text: str) -> Groups:
     return canonical(ids.reshape(shape).tolist())
 
 
+@functools.lru_cache(maxsize=1024)
 def _mesh_groups(sizes: str, ids: str | None, axes: str) -> Groups:
     mesh = _axis_sizes(sizes)
     count = _bounded(math.prod(mesh.values()))

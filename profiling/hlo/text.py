@@ -126,11 +126,13 @@ def _drafts(lines: Iterable[str]) -> Iterable[_Draft]:
 
 
 def _read_line(draft: _Draft, line: str) -> None:
+    if not line:
+        return
     if instruction := read_instruction(line):
         draft.instructions.append(instruction)
         if " = " in instruction.rest and _SECOND.search(_unquoted(instruction.rest)):
             draft.unreadable.append(line.strip())  # two lines that lost what parted them
-    elif _COLLECTIVE.search(_unquoted(line)):
+    elif "=" in line and "(" in line and _COLLECTIVE.search(_unquoted(line)):
         draft.unreadable.append(line.strip())
     elif line.startswith("}"):
         _close_computation(draft)
