@@ -12,6 +12,7 @@ from txcore.profiling import meshes
 from txcore.profiling.hlo import Op, find_collectives
 from txcore.profiling.jaxpr import Declared, inventory, meshes_of
 from txcore.profiling.match import Matched, match, with_better_names
+from txcore.profiling.predicates import divergences
 from txcore.profiling.program import Program, compile_for_target, compile_program, machine_of
 from txcore.profiling.report import Report
 from txcore.profiling.rows import rows_of
@@ -112,7 +113,7 @@ def audit_program(program: Program, *, after_spmd: bool = False) -> Report:
         # What was merged or moved since, and for which op it was inserted, only that one shows.
         before = match(early, declared, marks=_compat.marks_partitioner())
         report = _report(ops, with_better_names(matched, ops, before, early), declared, sizes)
-    return replace(report, target=program.target)
+    return replace(report, target=program.target, divergent=divergences(program.jaxpr))
 
 
 def _check_compiled_alone(args: Any, target: Any, mesh: Any, after_spmd: bool) -> None:
@@ -167,7 +168,9 @@ def audit_compiled(
     ops = _read(compiled.as_text() or "", sizes)
     declared = None if jaxpr is None else inventory(jaxpr)
     matched = match(ops, declared or (), marks=_compat.marks_partitioner())
-    return replace(_report(ops, matched, declared, sizes), target=machine_of(compiled))
+    report = _report(ops, matched, declared, sizes)
+    divergent = () if jaxpr is None else divergences(jaxpr)
+    return replace(report, target=machine_of(compiled), divergent=divergent)
 
 
 def audit_text(hlo: str, *, mesh: meshes.MeshLike | None = None) -> Report:

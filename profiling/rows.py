@@ -102,7 +102,7 @@ def _origin_of_declared(declared: Sequence[Declared]) -> str:
 def _row(
     op: Op, arrays: Sequence[_Array], sizes: Sequence[meshes.Sizes], *, merged: bool
 ) -> Collective:
-    axes, group_size = _axes(op, sizes)
+    axes, group_size = _axes(op, _meant_first(sizes, arrays))
     parts = tuple(part for array in arrays for part in _parts(array, group_size))
     trips = _trips(op, arrays)
     notes = [array.note for array in arrays] + ["merged into one op with others"] * merged
@@ -165,6 +165,12 @@ def _trips(op: Op, arrays: Sequence[_Array]) -> Trips:
     if op.trips.known or len(traced) != 1 or not all(d.trips_known for d in declared):
         return op.trips
     return Trips(traced.pop())
+
+
+def _meant_first(sizes: Sequence[meshes.Sizes], arrays: Sequence[_Array]) -> list[meshes.Sizes]:
+    """Put the meshes first that have the axes that were declared."""
+    wanted = {axis for array in arrays for d in array.declared for axis in d.axes}
+    return sorted(sizes, key=lambda mesh: not wanted <= {name for name, _ in mesh})
 
 
 def _axes(op: Op, sizes: Sequence[meshes.Sizes]) -> tuple[tuple[str, ...], int]:
