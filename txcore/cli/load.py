@@ -93,7 +93,6 @@ def _target_mesh(target: str, sizes: dict[str, int] | None) -> "jax.sharding.Mes
         found = parse_target(target)
         if found.platform == "cpu" and not _compat.backend_started():
             simulate_devices(found.size)
-        found.devices  # noqa: B018  (a compiler that is missing, before the factory runs)
         return found.mesh(sizes) if sizes else None
     except (ValueError, ImportError, RuntimeError) as error:
         raise BadInput(f"--target: {error}") from error
