@@ -84,8 +84,11 @@ def traced(step, state):
 def run(program, state):
     for part in program:
         if isinstance(part, Loop):
-            body = part.body
-            state, _ = lax.scan(lambda s, _, b=body: (run(b, s), None), state, None, part.length)
+
+            def turn(state, _, body=part.body):
+                return run(body, state), None
+
+            state, _ = lax.scan(turn, state, None, part.length)
         else:
             result = traced(part, state).astype(jnp.float32)
             state = vary(jnp.tanh(result).sum() + state, *SIZES)
