@@ -12,7 +12,10 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 FOLDERS = {"txcore": "txcore", "kernels": "txcore.kernels", "profiling": "txcore.profiling"}
 LINKS = ("txcore/kernels", "txcore/profiling")
-CONTENTS = ("txcore/kernels/conv/xla.py", "txcore/profiling/hlo/text.py", "txcore/py.typed")
+CONTENTS = (
+    *("txcore/kernels/conv/xla.py", "txcore/profiling/hlo/text.py", "txcore/py.typed"),
+    *(f"txcore/profiling/report/page/{name}" for name in ("style.css", "script.js")),
+)
 
 
 def run(*command, cwd, code=0):

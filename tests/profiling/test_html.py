@@ -290,7 +290,7 @@ def test_what_changed_since_an_earlier_report():
     page = to_html(after, before)
     changes = page[page.index('id="changes"') : page.index("</section>")]
     assert "1 added, 1 removed, 1 grown, 1 same: 9 kB → 11 kB on the wire" in changes
-    assert before.verdict() in changes
+    assert f"<dt>Before</dt><dd>{before.verdict()}</dd>" in changes
     assert "1 unchanged" in changes
     lines = [Page(line).texts("td") for line in re.findall(r"<tr><td>.*?</tr>", changes)]
     figures = {line[5]: (line[0], *line[6:]) for line in lines if line[5]}

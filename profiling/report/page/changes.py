@@ -31,7 +31,7 @@ def changes_section(before: Report, after: Report, changes: Sequence[Change]) ->
     """
     changed = [c for c in changes if c.change != "same"]
     same = [c for c in changes if c.change == "same"]
-    place = f" ({before.target})" if before.target != after.target else ""
+    place = f" ({before.target})" if before.target not in ("", after.target) else ""
     return el(
         "section",
         el("h2", "Changes"),
