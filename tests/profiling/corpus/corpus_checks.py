@@ -41,6 +41,9 @@ def check_clean(program: Clean, report: Report, platform: str) -> None:
     places = {part.source for c in report.collectives for part in c.parts}
     assert places <= set(program.span())
     assert bool(places) == bool(moves)
+    for c in report.collectives:
+        assert sum(part.payload_bytes for part in c.parts) == c.payload_bytes
+    assert all(fate.fates and "missing" not in fate.fates for fate in report.fates)
 
 
 def check_lie(program: Program, report: Report, platform: str) -> None:
