@@ -36,7 +36,7 @@ _LOOKS_DAMAGED = re.compile("|".join((*KINDS, *_TRACES, r"^\s*(?:ROOT\s+)?%")))
 _LONE_NAME = re.compile(r"\s*(?:ROOT\s+)?[A-Za-z_][\w.\-]*\s*(?:=|$)")
 _COLLECTIVE = re.compile(rf"(?:{'|'.join(KINDS)})(?:-start)?\(|{'|'.join(_TRACES)}")
 _SECOND = re.compile(r"(?:^|[\s,)}])%?[\w.\-]+ = ")
-_TABLE_ROW = re.compile(r"(\d+)\s+(.*)")
+_TABLE_ROW = re.compile(r'(\d+)\s+("(?:[^"\\]|\\.)*+"|\{[^{}]*\})\s*$')
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,20 +132,20 @@ def _read_line(draft: _Draft, line: str) -> None:
         draft.instructions.append(instruction)
         if " = " in instruction.rest and _SECOND.search(_unquoted(instruction.rest)):
             draft.unreadable.append(line.strip())  # two lines that lost what parted them
-    elif "=" in line and "(" in line and _COLLECTIVE.search(_unquoted(line)):
+    elif draft.table and (row := _TABLE_ROW.match(line)):
+        draft.tables[draft.table][int(row[1])] = row[2]
+    elif "=" in line and "(" in line and _COLLECTIVE.search(line):
         draft.unreadable.append(line.strip())
     elif line.startswith("}"):
         _close_computation(draft)
     elif line.rstrip() in TABLES:
         draft.table = line.rstrip()
         draft.tables[draft.table] = {}
-    elif draft.table and (row := _TABLE_ROW.match(line)):
-        draft.tables[draft.table][int(row[1])] = row[2]
     elif header := _COMPUTATION.match(line):
         _close_computation(draft)
         draft.table = ""
         draft.computation, draft.is_entry = header[2], bool(header[1])
-    elif _LOOKS_DAMAGED.search(_unquoted(line)) or (draft.instructions and _LONE_NAME.match(line)):
+    elif _LOOKS_DAMAGED.search(line) or (draft.instructions and _LONE_NAME.match(line)):
         draft.unreadable.append(line.strip())
 
 
