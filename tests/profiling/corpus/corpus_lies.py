@@ -324,6 +324,90 @@ def wide_real_one_and_two_narrow_others(mesh):
     return fn, (shape(mesh, P("data"), 8, 16), shape(mesh, P("data"), 8, 16))
 
 
+@lie()
+def in_the_place_of_a_deduplicated_gather(mesh):
+    """Two equal gathers along model become one; the partitioner gathers along model under a tag."""
+
+    def fn(x, y):
+        def twice(v):
+            with tag("all_gather/x"):
+                a = lax.all_gather(v, "model", tiled=True)
+            with tag("all_gather/x"):
+                return a + lax.all_gather(v, "model", tiled=True)
+
+        def gather(v):
+            with tag("all_gather/x"):
+                return lax.all_gather(v, "data", tiled=True)  # <-- here
+
+        real = on(mesh, P(("data", "model")), P(("data", "model")))(twice)(y)
+        return real, on(mesh, P("data"), P("data"), axis_names={"data"})(gather)(x)  # <-- here
+
+    return fn, (shape(mesh, P("data", "model"), 8, 8), shape(mesh, P(("data", "model")), 64))
+
+
+@lie()
+def other_half_of_a_halved_one(mesh):
+    """Of 64 numbers that are declared the partitioner has the user send 32, and adds 32 itself."""
+
+    def fn(x, y):
+        def body(v):
+            with tag("psum/x"):
+                return lax.psum(v, "data")
+
+        half = on(mesh, P("data"), P(), axis_names={"data"})(body)(x)
+        with tag("psum/x"):
+            return half, jnp.sin(y).sum(0)  # <-- here
+
+    return fn, (shape(mesh, P("data", "model"), 16, 16), shape(mesh, P("data"), 4, 32))
+
+
+@lie(axes=LINE)
+def trips_that_add_up(mesh):
+    """Of five trips that are declared one is left, before the loop; four more are in another."""
+
+    def fn(x, w):
+        def step(carry, _):
+            return carry * 0.5 + psum_of(mesh, "psum/x")(w)[0], None
+
+        def added(carry, _):
+            with tag("psum/x"):
+                return carry * 0.5 + jnp.sin(carry + x).sum(0), None  # <-- here
+
+        first, _ = lax.scan(step, jnp.zeros(16), None, length=5)
+        return lax.scan(added, first, None, length=4)[0]
+
+    return fn, (shape(mesh, P("data"), 8, 16), shape(mesh, P("data"), 8, 16))
+
+
+@lie(axes=LINE)
+def in_the_place_of_an_added_one(mesh):
+    """TPU and GPU sum two psums that are added as one, and the partitioner's is another."""
+
+    def fn(x):
+        def body(v):
+            with tag("psum/x"):
+                return lax.psum(v, "data") + lax.psum(jnp.sin(v), "data")
+
+        real = on(mesh, P("data"), P())(body)(x)[0]
+        with tag("psum/x"):
+            return jnp.sin(real) * jnp.sum(x * jnp.cos(real), 0)  # <-- here
+
+    return fn, (shape(mesh, P("data"), 8, 16),)
+
+
+@lie(axes=LINE)
+def gather_as_a_sum_in_the_place_of_a_deduplicated_one(mesh):
+    """XLA for TPU gathers little by a sum, and that has neither mark nor name."""
+
+    def fn(x, y):
+        def twice(v):
+            return lax.psum(v, "data") * lax.psum(v, "data")
+
+        return on(mesh, P("data"), P())(twice)(x), jnp.sort(y * 2)  # <-- here
+
+    return fn, (shape(mesh, P("data"), 8, 64), shape(mesh, P("data"), 64))
+
+
 # --- under the name of a collective ---
 
 
