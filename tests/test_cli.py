@@ -35,6 +35,10 @@ def explicit(mesh):
     total = lambda x: jax.lax.psum(x, "data")
     return jax.shard_map(total, mesh=mesh, in_specs=P("data"), out_specs=P()), (arguments(mesh),)
 
+def twice(mesh):
+    totals = lambda x: (jax.lax.psum(x, "data"), jax.lax.psum(x[:1], "data"))
+    return jax.shard_map(totals, mesh=mesh, in_specs=P("data"), out_specs=P()), (arguments(mesh),)
+
 def automatic(mesh):
     return lambda x: x.sum(0), (arguments(mesh),)
 
@@ -86,6 +90,29 @@ def test_an_automatic_program_exits_1(factories, capsys):
     assert [(row["kind"], row["origin"]) for row in report["collectives"]] == [
         ("all-reduce", "partitioner")
     ]
+
+
+def test_a_target(factories, capsys):
+    where = ["--target", "cpu:8", "--mesh", "data=4,model=2"]
+    assert cli.main(["inspect", "cli_factories:explicit", *where, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["target"], report["mesh"]) == ("cpu:8", {"data": 4, "model": 2})
+    assert cli.main(["inspect", "cli_factories:automatic", *where]) == 1
+
+
+def test_after_partitioning(factories, capsys):
+    arguments = ["inspect", "cli_factories:twice", "--mesh", "data=4", "--json"]
+    rows = []
+    for option in ([], ["--after-spmd"]):
+        assert cli.main([*arguments, *option]) == 0
+        rows.append(len(json.loads(capsys.readouterr().out)["collectives"]))
+    assert rows == [1, 2]
+
+
+def test_a_page_beside_the_table(factories, capsys):
+    assert cli.main(["inspect", "cli_factories:sine", "--html", "page.html"]) == 0
+    assert capsys.readouterr().out == "proof: no collective in the program\n"
+    assert "no collective in the program" in pathlib.Path("page.html").read_text()
 
 
 @pytest.mark.parametrize("primitive, code", [("psum", 0), ("dot_general", 1)])
@@ -142,6 +169,24 @@ BAD = {
                  "cli_factories.py is longer than 10 bytes: raise --max-bytes"),
     "devices for a file": (["inspect", "--hlo", "binary", "--devices", "2"],
                            "--devices is for MODULE:FACTORY"),
+    "a target for a file": (["inspect", "--hlo", "binary", "--target", "cpu:8"],
+                            "--target is for MODULE:FACTORY"),
+    "a stage of a file": (["inspect", "--hlo", "binary", "--after-spmd"],
+                          "--after-spmd is for MODULE:FACTORY: a file holds one stage"),
+    "a target and devices": (["inspect", "a:b", "--target", "cpu:8", "--devices", "8"],
+                             "--devices: not allowed with argument --target"),
+    "no such target": (["inspect", "cli_factories:sine", "--target", "cuda:h1:8"],
+                       "--target: the target 'cuda:h1:8' names no known chip: use one of"),
+    "a target with too few": (["inspect", "cli_factories:explicit", "--target", "cpu:9",
+                               "--mesh", "data=9"], "needs 9 CPU devices, but this process has 8"),
+    "a mesh beside the target": (["inspect", "cli_factories:explicit", "--target", "cpu:8",
+                                  "--mesh", "data=4"], "--target: a mesh on cpu:8 needs axes"),
+    "a target without a mesh": (["inspect", "cli_factories:explicit", "--target", "cpu:8"],
+                                "does not take 0 arguments: give --mesh"),
+    "not on the target": (["inspect", "cli_factories:sine", "--target", "cpu:8"],
+                          "the function was not compiled for cpu:8, but for cpu:1: give its"),
+    "no folder for the page": (["inspect", "cli_factories:sine", "--html", "absent/page.html"],
+                               "cannot write absent/page.html: "),
     "a bound without a file": (["inspect", "a:b", "--max-bytes", "3"],
                                "--max-bytes is for --hlo FILE, and there is none"),
 }  # fmt: skip

@@ -194,6 +194,8 @@ MISUSED = {
                        TypeError, "audit needs a jax function"),
     "no such target": (lambda: audit(explicit, target="cpu", mesh={"data": 4}),
                        ValueError, "a target needs to be as"),
+    "a part of it": (lambda: audit(lambda: (jnp.sin, (jnp.ones(3),)), target="cpu:8"),
+                     ValueError, "the function was not compiled for cpu:8, but for cpu:1: give"),
     "elsewhere": (lambda: audit(lambda: explicit(parse_target("cpu:8").mesh({"data": 8})),
                                 target="cpu:4"),
                   ValueError, "the function was not compiled for cpu:4, but for cpu:8: give its"),
