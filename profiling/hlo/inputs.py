@@ -19,6 +19,7 @@ from txcore.profiling.hlo.text import Instruction
 from txcore.profiling.hlo.types import HloError, Shape, parse_shapes
 
 _MARK = "is_spmd_generated"
+_PRIMITIVES = re.compile(r"[\w.\-]+(?=:|\)*$)")  # "jit(f)/(dot_general:shard_map/psum)" has two
 _OF_A_COLLECTIVE = re.compile(
     r"(?:unreduced_)?"
     r"(?:psum|pmax|pmin|all_gather|reduce_scatter|all_to_all|ppermute|pbroadcast)(?:_\w+|2)?$"
@@ -136,13 +137,10 @@ def _are_of(whole: Words, words: Words) -> bool:
     """Tell whether a view speaks of the collective, and not of the program's own next step."""
     if words.tag and whole.tag and words.tag not in whole.tag.split(","):
         return False
+    primitive = words.op_name.rsplit("/", 1)[-1]
     if whole.op_name:
-        return _primitive(words) == _primitive(whole)
-    return bool(_OF_A_COLLECTIVE.match(_primitive(words)))
-
-
-def _primitive(words: Words) -> str:
-    return words.op_name.rsplit("/", 1)[-1]
+        return primitive in _PRIMITIVES.findall(whole.op_name)
+    return bool(_OF_A_COLLECTIVE.match(primitive))
 
 
 def _pieces(collective: Value, operand: str, words: Words, graph: Graph) -> tuple[Input, ...]:

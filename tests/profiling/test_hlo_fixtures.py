@@ -51,7 +51,7 @@ GATHERED = [
 ]
 AUTOMATIC = [
     # x @ w: each device has 256 x 256 and 256 x 128, so that the product is a partial sum.
-    reduced("float32 256,128", 4 * 256 * 128, marked=True),
+    reduced("float32 256,128 marked", 4 * 256 * 128, marked=True),
     reduced("float32 8,16 by.hand", 4 * 8 * 16, MODEL),
 ]
 # x=2, y=2, z=2: device = 4x + 2y + z; the i-th array has 128i elements on a device.
@@ -160,6 +160,24 @@ EXPECTED = {
     "cpu/automatic": AUTOMATIC,
     "gpu/automatic": AUTOMATIC,
     "tpu/automatic": AUTOMATIC,
+    "cpu/mixed": [
+        reduced(
+            "float32 256,128 marked, float32 16,16 by.hand",
+            4 * (256 * 128 + 16 * 16),
+            marked=True,
+        ),
+    ],
+    "gpu/mixed": [
+        reduced(
+            "float32 33024 by.hand marked [float32 32768 marked; float32 256 by.hand]",
+            4 * (256 * 128 + 16 * 16),
+            marked=True,
+        ),
+    ],
+    "tpu/mixed": [
+        reduced("float32 256,128 marked", 4 * 256 * 128, marked=True),
+        reduced("float32 16,16 by.hand", 4 * 16 * 16),
+    ],
     "cpu/axes": AXES,
     "gpu/axes": AXES,
     "tpu/axes": AXES,
@@ -179,6 +197,7 @@ def written(array):
         array.shape.dtype,
         ",".join(map(str, array.shape.dims)),
         array.tag.replace(",", "+"),
+        "marked" if array.marked else "",
         f"[{pieces}]" if pieces else "",
     ]
     return " ".join(word for word in words if word)
@@ -250,6 +269,11 @@ HANDMADE = {
         one("all-to-all", ((0, 1), (2, 3), (4, 5), (6, 7)), "float32 16", 64),
         reduced("float32 16", 64, MODEL, trips=7),
         one("all-gather", ((0, 2, 4, 6), (1, 3, 5, 7)), "float32 16", 4 * 64),
+    ],
+    # Two of different kinds behind one async-start, in a loop.
+    "nccl_group": [
+        reduced("float32 64 grad", 4 * 64, PAIRS, trips=3),
+        one("all-gather", ((0, 1, 2, 3),), "float32 16 param", 4 * 4 * 16, trips=3),
     ],
     # Sub-axes, device_ids, offsets that nobody sends, a kernel that says it sends, small types.
     "opaque_and_rare": [
