@@ -10,12 +10,13 @@ import jax
 from txcore import _compat
 from txcore.profiling import meshes
 from txcore.profiling.hlo import Op, find_collectives
-from txcore.profiling.jaxpr import Declared, inventory, meshes_of
-from txcore.profiling.match import Matched, match, with_better_names
+from txcore.profiling.jaxpr import Declared, inventory, is_one_shard_map, meshes_of
+from txcore.profiling.match import Matched, match
 from txcore.profiling.predicates import divergences
 from txcore.profiling.program import Program, compile_for_target, compile_program, machine_of
 from txcore.profiling.report import Report
 from txcore.profiling.rows import rows_of
+from txcore.profiling.stages import reconcile
 
 
 class AutoShardingError(AssertionError):
@@ -109,10 +110,11 @@ def audit_program(program: Program, *, after_spmd: bool = False) -> Report:
     )
     matched = match(ops, declared, marks=_compat.marks_partitioner())
     report = _report(ops, matched, declared, sizes)
-    if report.unexplained and not after_spmd and (early := _read(program.partition(), sizes)):
-        # What was merged or moved since, and for which op it was inserted, only that one shows.
+    # Where the partitioner had nothing to decide, the optimized module alone is enough.
+    is_plain = report.ok and is_one_shard_map(program.jaxpr)
+    if not (is_plain or after_spmd) and (early := _read(program.partition(), sizes)):
         before = match(early, declared, marks=_compat.marks_partitioner())
-        report = _report(ops, with_better_names(matched, ops, before, early), declared, sizes)
+        report = _report(ops, reconcile(matched, ops, before, early, declared), declared, sizes)
     return replace(report, target=program.target, divergent=divergences(program.jaxpr))
 
 

@@ -143,6 +143,18 @@ def meshes_of(jaxpr: Any) -> tuple[meshes.Sizes, ...]:
     return tuple(dict.fromkeys(found))
 
 
+def is_one_shard_map(jaxpr: Any) -> bool:
+    """Tell whether a program is one shard_map over all axes: the partitioner decides nothing."""
+    eqns = _open(jaxpr).eqns
+    if len(eqns) != 1:
+        return False
+    (eqn,) = eqns
+    if eqn.primitive.name == "shard_map":
+        manual = _manual_axes(eqn)
+        return all(size == 1 or name in manual for name, size in _sizes_of(eqn))
+    return eqn.primitive.name in ("jit", "pjit") and is_one_shard_map(sub_jaxprs(eqn)[0])
+
+
 def sub_jaxprs(eqn: Any) -> list[Any]:
     """Return the jaxprs in an equation's parameters, a kernel's body left out."""
     if eqn.primitive.name in _KERNELS:
@@ -200,10 +212,16 @@ def _enter(eqn: Any, scope: _Scope) -> _Scope:
     if name == "while":
         return replace(scope, trips_known=False)
     if name == "shard_map":
-        manual = eqn.params.get("newly_manual_axes", eqn.params.get("manual_axes", ()))
-        sizes = meshes.sizes_of(eqn.params["mesh"])
-        return replace(scope, sizes=sizes, manual=scope.manual | set(manual))
+        return replace(scope, sizes=_sizes_of(eqn), manual=scope.manual | _manual_axes(eqn))
     return scope
+
+
+def _manual_axes(eqn: Any) -> frozenset[str]:
+    return frozenset(eqn.params.get("newly_manual_axes", eqn.params.get("manual_axes", ())))
+
+
+def _sizes_of(eqn: Any) -> meshes.Sizes:
+    return meshes.sizes_of(eqn.params["mesh"])
 
 
 def _declare(

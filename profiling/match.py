@@ -18,14 +18,13 @@ traced one is missing, unless nothing uses it, an equal one does its work, or it
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import jax.numpy as jnp
 
 from txcore.profiling.hlo import Op
 from txcore.profiling.jaxpr import RESHARD, Declared
-from txcore.profiling.origin import UNEXPLAINED
-from txcore.profiling.units import Unit, units_of
+from txcore.profiling.units import Unit, reals, units_of
 
 # What may stand in the place of a kind, with the same S: a sum of which a part is used, a sum and
 # a slice of it, each one's part among zeros and a sum, and so on.
@@ -35,6 +34,9 @@ _REWRITTEN = {
     "all-gather": ("all-reduce", "collective-broadcast"),
     "collective-broadcast": ("all-reduce", "collective-permute"),
 }
+
+
+_LINEAR = ("all-reduce", "all-gather")  # one of a + b may stand for one of a and one of b
 
 
 @dataclass(frozen=True)
@@ -94,36 +96,42 @@ def _enough_trips(unit: Unit, d: Declared) -> bool:
 _MATCHED = ("txcore", "user", "autodiff")
 # XLA names what a reshard needs after it, or after the argument that it reshards.
 _MATCHED_RESHARDS = (RESHARD, "boundary")
+
+
+def _size(d: Declared) -> int:
+    return reals(d.elements, d.dtype)
+
+
 _PLAIN = (
     _Rule(
-        lambda u, tag: (u.kind, tag, u.elements, u.trips.count, u.source),
-        lambda d: (d.kind, d.tag, d.elements, d.trips, d.source),
+        lambda u, tag: (u.kind, tag, u.size, u.trips.count, u.source),
+        lambda d: (d.kind, d.tag, _size(d), d.trips, d.source),
     ),
     _Rule(
-        lambda u, tag: (u.kind, tag, u.elements, u.trips.count),
-        lambda d: (d.kind, d.tag, d.elements, d.trips),
+        lambda u, tag: (u.kind, tag, u.size, u.trips.count),
+        lambda d: (d.kind, d.tag, _size(d), d.trips),
     ),
 )
 _LOOPS = _Rule(
-    lambda u, tag: (u.kind, tag, u.elements), lambda d: (d.kind, d.tag, d.elements), _enough_trips
+    lambda u, tag: (u.kind, tag, u.size), lambda d: (d.kind, d.tag, _size(d)), _enough_trips
 )
 _SHARDED = _Rule(
     lambda u, tag: (u.kind, tag, u.trips.count),
     lambda d: (d.kind, d.tag, d.trips),
-    lambda u, d: not d.size_known and u.elements > 0 and d.elements % u.elements == 0,
+    lambda u, d: not d.size_known and u.size > 0 and _size(d) % u.size == 0,
 )
 _REWRITE = _Rule(
-    lambda u, tag: (tag, u.elements, u.trips.count),
-    lambda d: (d.tag, d.elements, d.trips),
+    lambda u, tag: (tag, u.size, u.trips.count),
+    lambda d: (d.tag, _size(d), d.trips),
     lambda u, d: u.kind in _REWRITTEN.get(d.kind, ()),
 )
 _RESHARD = _Rule(
-    lambda u, tag: (u.kind, u.elements, u.trips.count),
-    lambda d: (d.kind, d.elements, d.trips),
+    lambda u, tag: (u.kind, u.size, u.trips.count),
+    lambda d: (d.kind, _size(d), d.trips),
 )
 _UNTAGGED = _Rule(
-    lambda u, tag: (u.kind, u.elements, u.trips.count, tag is None),
-    lambda d: (d.kind, d.elements, d.trips, True),
+    lambda u, tag: (u.kind, u.size, u.trips.count, tag is None),
+    lambda d: (d.kind, _size(d), d.trips, True),
 )
 
 
@@ -169,13 +177,13 @@ class _Match:
             u = self.units[unit]
             for tag in u.claims:
                 key = self.op_devices[u.op], rule.of_unit(u, tag)
-                if (*key, u.elements, u.trips) in refused:
+                if (*key, u.size, u.trips) in refused:
                     continue
                 found = waiting.get(key, [])
                 if (chosen := self._first(found, u, rule)) is not None:
                     self.link(unit, [chosen])
                     break
-                refused.add((*key, u.elements, u.trips))
+                refused.add((*key, u.size, u.trips))
 
     def _first(self, waiting: list[int], unit: Unit, rule: _Rule) -> int | None:
         while waiting and self.left[waiting[-1]] <= 0:
@@ -205,17 +213,17 @@ class _Match:
         units, declared = self._alike()
         for key, places in units.items():
             by_tag = self._by_tag(declared.get(key, ()))
-            sums = {t: sum(self.declared[i].elements for i in of) for t, of in by_tag.items()}
+            sums = {t: sum(_size(self.declared[i]) for i in of) for t, of in by_tag.items()}
             for unit in places:
                 claims = [tag for tag in self.units[unit].claims if tag in by_tag]
-                if claims and sum(sums[t] for t in claims) == self.units[unit].elements:
+                if claims and sum(sums[t] for t in claims) == self.units[unit].size:
                     self.link(unit, [i for t in claims for i in by_tag.pop(t)])
         for key, wanted in declared.items():
             for tag, whole in self._by_tag(i for i in wanted if self.left[i] > 0).items():
                 parts = [i for i in units.get(key, ()) if self.units[i].claims == (tag,)]
                 parts = [i for i in parts if i not in self.links]
-                sent = sum(self.units[i].elements for i in parts)
-                if parts and sent == sum(self.declared[i].elements for i in whole):
+                sent = sum(self.units[i].size for i in parts)
+                if parts and sent == sum(_size(self.declared[i]) for i in whole):
                     for part in parts:
                         self.link(part, whole)
 
@@ -249,7 +257,7 @@ class _Match:
         """Keep several units of one declaration only where they run as often as it, together."""
         of_declared = self.units_of_declared()
         for i, units in of_declared.items():
-            same = [u for u in units if self.units[u].elements == self.declared[i].elements]
+            same = [u for u in units if self.units[u].size == _size(self.declared[i])]
             if len(same) > 1 and self.left[i] != 0:
                 for unit in same[1:]:
                     del self.links[unit]
@@ -272,56 +280,6 @@ class _Match:
             for i in declared:
                 found[i].append(unit)
         return found
-
-
-def with_better_names(
-    final: Matched, ops: Sequence[Op], early: Matched, early_ops: Sequence[Op]
-) -> Matched:
-    """Take the origin and the source of what nobody declared from an earlier module.
-
-    Right after partitioning nothing is merged yet, and what uses an inserted collective shows
-    for which op it was inserted.
-
-    Args:
-      final: the match of the optimized module; ops: its collectives.
-      early: the match of the module right after partitioning; early_ops: its collectives.
-
-    Returns:
-      `final`, with other words on the units without a declaration.
-    """
-    names: dict[Hashable, list[int]] = defaultdict(list)
-    for place, (unit, link) in enumerate(zip(early.units, early.links, strict=True)):
-        if not link or unit.origin == RESHARD:
-            for key in _same_array(unit, early_ops[unit.op]):
-                names[key].append(place)
-    units, links, fates = list(final.units), list(final.links), list(final.fates)
-    used: set[int] = set()
-    for place, (unit, link) in enumerate(zip(final.units, final.links, strict=True)):
-        is_named = unit.origin == "partitioner" and unit.has_own_line and not unit.inserted
-        keys = () if link else _same_array(unit, ops[unit.op])
-        found = (i for key in keys for i in names[key] if i not in used)
-        if (named := next(found, None)) is None:
-            continue
-        used.add(named)
-        if early.links[named]:  # a reshard, which only the copy after it names
-            links[place] = early.links[named]
-            for i in links[place]:
-                fates[i] = ("kept",)
-        if not is_named or links[place]:
-            units[place] = _renamed(unit, early.units[named])
-    return Matched(tuple(units), tuple(links), tuple(fates))
-
-
-def _renamed(unit: Unit, early: Unit) -> Unit:
-    # What looks like the user's and is not was inserted for what uses it.
-    is_known = early.origin in (*UNEXPLAINED, RESHARD)
-    line = early.source if is_known else early.wanted_source or early.source
-    return replace(unit, origin=early.origin, source=line, note=early.note)
-
-
-def _same_array(unit: Unit, op: Op) -> tuple[Hashable, ...]:
-    exact = unit.kind, op.groups, op.pairs, unit.elements
-    return (*exact, unit.op_name), exact, exact[1:]  # the kind may have been rewritten
 
 
 def _number(numbers: dict[Hashable, int], one: Op | Declared) -> int:
@@ -364,7 +322,7 @@ def _fates(
             fates.append(("eliminated",))
         elif _twin(work, i, d.operand) in twins:
             fates.append(("deduplicated",))
-        elif d.kind == "all-reduce" and _twin(work, i, d.elements) in sums:
+        elif d.kind in _LINEAR and _twin(work, i, d.elements) in sums:
             fates.append(("reassociated",))
         else:
             fates.append(("missing",))
@@ -378,7 +336,7 @@ def _twin(work: _Match, place: int, what: int) -> Hashable:
 def _fate_of_kept(d: Declared, units: Sequence[Unit], shared: Mapping[int, int]) -> tuple[str, ...]:
     trips = sum(u.trips.count for u in units)
     known = d.trips_known and all(u.trips.known for u in units)
-    is_cut = any(u.elements < d.elements for u in units) and d.size_known
+    is_cut = any(u.size < _size(d) for u in units) and d.size_known
     fates = {
         "combined": any(shared[u.op] > 1 for u in units) and not is_cut,
         "split": is_cut,

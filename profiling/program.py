@@ -7,6 +7,7 @@ from typing import Any
 import jax
 
 from txcore.profiling.dump import compile_with_partitioned
+from txcore.profiling.jaxpr import is_one_shard_map
 from txcore.profiling.targets import Target, parse_target
 
 
@@ -44,7 +45,8 @@ def compile_program(
     Args:
       fn: any jax function, jitted or not.
       args: its arguments; arrays or `jax.ShapeDtypeStruct`s.
-      keep_partitioned: whether to keep the module right after SPMD partitioning.
+      keep_partitioned: whether to keep the module right after SPMD partitioning in any case; it
+        is kept where the partitioner had anything to decide.
 
     Returns:
       The program. Nothing is executed.
@@ -96,7 +98,7 @@ def compile_for_target(
     fn, args = built
     shapes, options = _shapes(args, found), found.compiler_options
     program = _compile(fn, shapes, options, target, keep_partitioned)
-    if not devices_of(program.compiled) <= set(found.devices):
+    if devices_of(program.compiled) != set(found.devices):
         raise ValueError(
             f"the function was not compiled for {target}, but for {machine_of(program.compiled)}: "
             "give its arguments shardings on the mesh that build(mesh) got, as "
@@ -116,7 +118,7 @@ def _compile(
     jitted: Any = fn if is_jitted else jax.jit(fn)
     traced = jitted.trace(*args)
     lowered = traced.lower()
-    if keep_partitioned:
+    if keep_partitioned or not is_one_shard_map(traced.jaxpr):
         compiled, partitioned = compile_with_partitioned(lowered, options)
     else:
         compiled, partitioned = lowered.compile(compiler_options=dict(options)), ""

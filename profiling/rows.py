@@ -80,6 +80,8 @@ def _by_its_line(unit: Unit) -> tuple[str, bool, str]:
 
 def _by_match(unit: Unit, declared: Sequence[Declared]) -> tuple[str, bool, str]:
     """Return the origin that the match gives an array, whether it is explained, and a note."""
+    if unit.added:
+        return unit.origin, False, f"one that was added at {unit.added} was merged into it"
     if declared:
         origin = _origin_of_declared(declared)
         differs = unit.has_own_line and unit.origin not in (origin, "reshard", "boundary")
@@ -145,8 +147,12 @@ def _parts(array: _Array, group_size: int) -> Iterator[Part]:
     sources = {d.source for d in array.declared} or {unit.source}
     tags = [d.tag for d in array.declared] or [tag for tag in unit.claims if tag]
     dtype = dtypes.pop() if len(dtypes) == 1 else wire
-    is_same = dtype == wire
-    payload = scale * unit.shape.bytes if is_same else unit.elements * jnp.dtype(dtype).itemsize
+    payload = scale * unit.shape.bytes
+    if dtype != wire and not dtype.startswith("complex"):  # those are sent as two real numbers
+        payload = unit.elements * jnp.dtype(dtype).itemsize
+    if "rewritten" in array.fates and unit.elements not in {d.elements for d in array.declared}:
+        of_a_call = sum(d.payload_bytes * d.trips for d in array.declared)
+        payload = of_a_call // unit.trips.count
     yield Part(
         tag=",".join(dict.fromkeys(filter(None, tags))),
         dtype=dtype,

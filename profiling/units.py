@@ -27,6 +27,7 @@ class Unit:
     doubtful: its op was merged with something of the partitioner's, and nothing tells which of
       its arrays that is.
     pieces: what it was concatenated from; the program may have done it itself.
+    added: "file.py:12" of one that nobody declared and that was merged into this one, else "".
     """
 
     op: int
@@ -44,6 +45,17 @@ class Unit:
     has_own_line: bool = True
     doubtful: bool = False
     pieces: tuple["Unit", ...] = ()
+    added: str = ""
+
+    @property
+    def size(self) -> int:
+        """Return the real numbers that it holds: a compiler may send a complex one's apart."""
+        return reals(self.elements, self.shape.dtype)
+
+
+def reals(elements: int, dtype: str) -> int:
+    """Return how many real numbers an array of a dtype holds."""
+    return elements * (2 if dtype.startswith("complex") else 1)
 
 
 def units_of(ops: Sequence[Op]) -> Iterator[Unit]:
