@@ -1,0 +1,149 @@
+"""Put together what two modules of one program show.
+
+Right after partitioning every collective that anybody asked for, the user or the partitioner, is
+still by itself: that module decides who asked for what. The optimized module shows what is sent,
+after merging, moving and rewriting. So, where the optimized one alone leaves a doubt:
+
+- what nobody declared has its origin and line from the early module
+- what nobody declared there, and is not to be seen later, was merged into one that looks declared
+- what matches nothing later, though everything was declared early on, is a rewritten declared one
+"""
+
+from collections import defaultdict
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import replace
+
+from txcore.profiling.hlo import Op
+from txcore.profiling.jaxpr import RESHARD, Declared
+from txcore.profiling.match import Matched
+from txcore.profiling.origin import UNEXPLAINED
+from txcore.profiling.units import Unit, reals
+
+_LOST = (("missing",), ("reassociated",))
+
+
+def reconcile(
+    final: Matched,
+    ops: Sequence[Op],
+    early: Matched,
+    early_ops: Sequence[Op],
+    declared: Sequence[Declared],
+) -> Matched:
+    """Correct the match of the optimized module by that of the partitioned one.
+
+    Args:
+      final, ops: the match of the optimized module, and its collectives.
+      early, early_ops: those of the module right after partitioning.
+      declared: what both were matched with.
+
+    Returns:
+      The match of the optimized module, corrected.
+    """
+    state = _State(final, ops, early, early_ops, declared)
+    state.name_what_is_open()
+    state.find_what_is_hidden()
+    state.explain_rewritten()
+    return Matched(tuple(state.units), tuple(state.links), tuple(state.fates))
+
+
+class _State:
+    """The match of the optimized module while it is corrected."""
+
+    def __init__(
+        self,
+        final: Matched,
+        ops: Sequence[Op],
+        early: Matched,
+        early_ops: Sequence[Op],
+        declared: Sequence[Declared],
+    ):
+        self.ops, self.early, self.early_ops, self.declared = ops, early, early_ops, declared
+        self.units, self.links = list(final.units), list(final.links)
+        self.fates = list(final.fates)
+        paired = enumerate(zip(early.units, early.links, strict=True))
+        # A reshard that was asked for is known by the copy after it, which only this module has.
+        self.left = {i for i, (u, link) in paired if not link or u.origin == RESHARD}
+        self.added = {i for i in self.left if not early.links[i] and not _is_opaque(early.units[i])}
+
+    def name_what_is_open(self) -> None:
+        """Take origin and line of what nothing explains from the early module."""
+        names = self._by_array(self.left)
+        for place, unit in enumerate(self.units):
+            if self.links[place] or (i := self._take(names, unit)) is None:
+                continue
+            self.links[place] = self.early.links[i]
+            for d in self.links[place]:
+                self.fates[d] = ("kept",)
+            is_named = unit.origin == "partitioner" and unit.has_own_line and not unit.inserted
+            if not is_named or self.links[place]:
+                self.units[place] = _renamed(unit, self.early.units[i])
+
+    def find_what_is_hidden(self) -> None:
+        """Blame the declared ones that something added was merged into."""
+        names = self._by_array(self.left & self.added)
+        for place, unit in enumerate(self.units):
+            if self.links[place] and (i := self._take(names, unit)) is not None:
+                renamed = _renamed(unit, self.early.units[i])
+                self.units[place] = replace(unit, origin=renamed.origin, added=renamed.source)
+
+    def explain_rewritten(self) -> None:
+        """Explain what is open by what is lost, where nothing was added among those devices."""
+        added_on = {_devices(self.early_ops[self.early.units[i].op]) for i in self.added}
+        lost: dict[Hashable, list[int]] = defaultdict(list)
+        for i, d in enumerate(self.declared):
+            if self.fates[i] in _LOST and d.primitive != RESHARD:
+                lost[_devices(d)].append(i)
+        for place, unit in enumerate(self.units):
+            devices = _devices(self.ops[unit.op])
+            if self.links[place] or _is_opaque(unit) or devices in added_on:
+                continue
+            chosen = self._choose(unit, lost[devices])
+            self.links[place] = tuple(chosen)
+            for i in chosen:
+                lost[devices].remove(i)
+                self.fates[i] = ("rewritten",)
+
+    def _choose(self, unit: Unit, lost: Sequence[int]) -> list[int]:
+        """Return the declarations that a rewritten unit stands for, by size, else the next."""
+        sent = unit.size * unit.trips.count
+        sizes = {i: reals(d.elements, d.dtype) * d.trips for i in lost for d in [self.declared[i]]}
+        if same := [i for i in lost if sizes[i] == sent]:
+            return same[:1]
+        return list(lost) if sum(sizes.values()) == sent else list(lost[:1])
+
+    def _by_array(self, places: Iterable[int]) -> dict[Hashable, list[int]]:
+        found: dict[Hashable, list[int]] = defaultdict(list)
+        for i in sorted(places):
+            unit = self.early.units[i]
+            for key in _same_array(unit, self.early_ops[unit.op]):
+                found[key].append(i)
+        return found
+
+    def _take(self, names: dict[Hashable, list[int]], unit: Unit) -> int | None:
+        """Return the early array that a later one is, each once."""
+        keys = _same_array(unit, self.ops[unit.op])
+        found = next((i for key in keys for i in names[key] if i in self.left), None)
+        if found is not None:
+            self.left.remove(found)
+        return found
+
+
+def _same_array(unit: Unit, op: Op) -> tuple[Hashable, ...]:
+    exact = unit.kind, _devices(op), unit.size
+    return (*exact, unit.op_name), exact, exact[1:]  # the kind may have been rewritten
+
+
+def _devices(one: Op | Declared) -> Hashable:
+    return one.groups, one.pairs
+
+
+def _is_opaque(unit: Unit) -> bool:
+    return unit.kind in ("custom-call", "unknown")
+
+
+def _renamed(unit: Unit, early: Unit) -> Unit:
+    # What looks like the user's and is not was inserted for what uses it.
+    is_known = early.origin in (*UNEXPLAINED, RESHARD)
+    line = early.source if is_known else early.wanted_source or early.source
+    origin = early.origin if is_known else "partitioner"
+    return replace(unit, origin=origin, source=line, note=early.note)
