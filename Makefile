@@ -3,6 +3,8 @@ PYTHON ?= $(shell tools/newest-python)
 VENV ?= .venv
 BIN = $(VENV)/bin
 SETUP = $(VENV)/.installed
+# Compilers for TPUs and GPUs lie apart: beside them jax looks for the devices, and says so.
+TARGETS = $(VENV)-targets
 
 .PHONY: setup mnist test lint bench clean
 
@@ -16,8 +18,14 @@ $(SETUP): pyproject.toml
 mnist: setup  ## train the CNN on two devices and show which collectives the step contains
 	$(BIN)/python examples/mnist/train.py --model cnn --devices 2 $(MNIST_ARGS)
 
-test: setup  ## run the tests
+test: setup $(TARGETS)/.installed  ## run the tests, those that compile for absent machines last
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(TARGETS)/bin/python -m pytest tests/profiling/test_*target*.py
+
+$(TARGETS)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(TARGETS)
+	$(TARGETS)/bin/python -m pip install --quiet --editable ".[test,tpu-target,gpu-target]"
+	touch $@
 
 lint: setup  ## ruff and mypy over everything
 	$(BIN)/ruff check .
