@@ -31,5 +31,6 @@ def can_communicate(rest: str) -> bool:
     if target is None:
         return True
     if target[1] == _TPU_KERNEL:
-        return bool(_TPU_COMMUNICATES.search(rest))
+        is_cut = "custom_call_config" not in rest
+        return is_cut or bool(_TPU_COMMUNICATES.search(rest))
     return _COMPUTES.match(target[1]) is None

@@ -3,6 +3,7 @@
 The rule: each line takes at most one damage; then there are at least as many ops, "unknown" ones
 among them, as before, less those of lines of which nothing was left (deleted, or cut before the
 name). A collective may count more often: half of an async pair that lost the other half, say.
+Custom calls are left out of the count: which ones communicate is only in their own config.
 
 `TXCORE_FUZZ=20000` runs that many instead of a few hundred.
 """
@@ -24,7 +25,7 @@ FIXTURES = pathlib.Path(__file__).parent / "fixtures" / "hlo"
 SECONDS = 10  # a bound on one module of at most 35 kB, which takes some 5 ms undamaged
 IS_COLLECTIVE = re.compile(
     r"^\s+(?:ROOT )?%?[\w.\-]+ = .*\b(?:all-reduce|all-gather|reduce-scatter|all-to-all"
-    r"|collective-permute|collective-broadcast|send|custom-call)(?:-start)?\("
+    r"|collective-permute|collective-broadcast|send)(?:-start)?\("
 )
 MODULES = [path.read_text() for path in sorted(FIXTURES.glob("*/*.hlo"))]
 CHARACTERS = st.sampled_from("(){}[]\"'=,%~ \\\n\r\t\0/:;#aR09é\u2028")
@@ -129,11 +130,12 @@ def damaged_modules(draw):
 @settings(max_examples=COUNT, deadline=None, suppress_health_check=list(HealthCheck))
 @given(damaged_modules())
 def test_a_damaged_module_hides_no_collective(module):
-    known = len(find_collectives(module.before))
+    known = [op for op in find_collectives(module.before) if op.kind != "custom-call"]
     start = time.perf_counter()
     ops = find_collectives(module.after)
     assert time.perf_counter() - start < SECONDS
-    assert len(ops) >= known - module.gone, module.changed
+    found = [op for op in ops if op.kind != "custom-call"]
+    assert len(found) >= len(known) - module.gone, module.changed
     assert all(op.problem for op in ops if op.kind == "unknown")
 
 
