@@ -23,8 +23,9 @@ VERSION = f"{jax.__version_info__[0]}.{jax.__version_info__[1]}"
 class Program:
     """A program, and the axes of the mesh that it wants.
 
-    limits: what cannot be told of it, and why, by jax version ("0.10") or platform ("tpu").
-    platforms: those whose compiler takes it.
+    limits: why its class and line cannot be told, by where: a jax version ("0.10"), a platform
+      ("tpu") or "gate". That something was added can be told everywhere.
+    platforms: those that jax lowers it for.
     """
 
     build: Build
@@ -42,6 +43,6 @@ class Program:
         """Return the lines that an audit has to name."""
         return {place for place, line in self.span().items() if HERE in line}
 
-    def limit(self, platform: str) -> str:
-        """Return what cannot be told here, "" where everything can."""
-        return self.limits.get(platform) or self.limits.get(VERSION) or ""
+    def limit(self, where: str) -> str:
+        """Return why class and line cannot be told there with this jax, "" where they can."""
+        return self.limits.get(where, "") or self.limits.get(VERSION, "")
