@@ -67,7 +67,7 @@ def match(ops: Sequence[Op], declared: Sequence[Declared], *, marks: bool) -> Ma
         work.join(rule)
     work.take_apart()
     work.sum_up()
-    for rule in (_LOOPS, _SHARDED, _REWRITE, *((_UNTAGGED,) if marks else ())):
+    for rule in (_LOOPS, _SHARDED, _REWRITE, _PADDED, *((_UNTAGGED,) if marks else ())):
         work.join(rule)
     for origin in _MATCHED_RESHARDS:
         work.join(_RESHARD, origins=(origin,))
@@ -124,6 +124,12 @@ _REWRITE = _Rule(
     lambda u, tag: (tag, u.size, u.trips.count),
     lambda d: (d.tag, _size(d), d.trips),
     lambda u, d: u.kind in _REWRITTEN.get(d.kind, ()),
+)
+# XLA for TPU sends rows of 128.
+_PADDED = _Rule(
+    lambda u, tag: (u.kind, tag, u.trips.count),
+    lambda d: (d.kind, d.tag, d.trips),
+    lambda u, d: u.kind == "ragged-all-to-all" and u.size % max(_size(d), 1) == 0,
 )
 _RESHARD = _Rule(
     lambda u, tag: (u.kind, u.size, u.trips.count),
@@ -336,13 +342,17 @@ def _twin(work: _Match, place: int, what: int) -> Hashable:
 def _fate_of_kept(d: Declared, units: Sequence[Unit], shared: Mapping[int, int]) -> tuple[str, ...]:
     trips = sum(u.trips.count for u in units)
     known = d.trips_known and all(u.trips.known for u in units)
+
+    def is_alone(unit: Unit) -> bool:
+        return shared[unit.op] == 1
+
     is_cut = any(u.size < _size(d) for u in units) and d.size_known
     fates = {
-        "combined": any(shared[u.op] > 1 for u in units) and not is_cut,
+        "combined": not all(map(is_alone, units)) and not is_cut,
         "split": is_cut,
         "unrolled": len(units) > 1 and not is_cut,
         "hoisted": known and not is_cut and trips < d.trips,
-        "rewritten": any(u.kind != d.kind for u in units),
+        "rewritten": any(u.kind != d.kind or (is_alone(u) and u.size > _size(d)) for u in units),
         "promoted": any(u.shape.bits > 8 * jnp.dtype(d.dtype).itemsize for u in units),
     }
     return tuple(name for name, is_so in fates.items() if is_so) or ("kept",)

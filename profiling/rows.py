@@ -159,7 +159,7 @@ def _parts(array: _Array, group_size: int) -> Iterator[Part]:
         wire_dtype=wire,
         elements=unit.elements,
         payload_bytes=payload,
-        source=sources.pop() if len(sources) == 1 else unit.source,
+        source=unit.added or (sources.pop() if len(sources) == 1 else unit.source),
         fates=array.fates,
     )
 

@@ -89,27 +89,34 @@ class _State:
     def explain_rewritten(self) -> None:
         """Explain what is open by what is lost, where nothing was added among those devices."""
         added_on = {_devices(self.early_ops[self.early.units[i].op]) for i in self.added}
-        lost: dict[Hashable, list[int]] = defaultdict(list)
+        lost: dict[Hashable, dict[int, int]] = defaultdict(dict)  # what is not sent yet, by place
         for i, d in enumerate(self.declared):
             if self.fates[i] in _LOST and d.primitive != RESHARD:
-                lost[_devices(d)].append(i)
+                lost[_devices(d)][i] = reals(d.elements, d.dtype) * d.trips
         for place, unit in enumerate(self.units):
             devices = _devices(self.ops[unit.op])
             if self.links[place] or _is_opaque(unit) or devices in added_on:
                 continue
-            chosen = self._choose(unit, lost[devices])
-            self.links[place] = tuple(chosen)
-            for i in chosen:
-                lost[devices].remove(i)
+            self.links[place] = tuple(self._choose(unit, lost[devices]))
+            for i in self.links[place]:
                 self.fates[i] = ("rewritten",)
 
-    def _choose(self, unit: Unit, lost: Sequence[int]) -> list[int]:
-        """Return the declarations that a rewritten unit stands for, by size, else the next."""
+    def _choose(self, unit: Unit, lost: dict[int, int]) -> list[int]:
+        """Take the declarations that a rewritten unit stands for: by size, else the next."""
         sent = unit.size * unit.trips.count
-        sizes = {i: reals(d.elements, d.dtype) * d.trips for i in lost for d in [self.declared[i]]}
-        if same := [i for i in lost if sizes[i] == sent]:
-            return same[:1]
-        return list(lost) if sum(sizes.values()) == sent else list(lost[:1])
+        nearest = sorted(lost, key=lambda i: self.declared[i].source != unit.source)
+        whole = [i for i in nearest if lost[i] == sent]
+        of_a_loop = [i for i in nearest if lost[i] > sent and self._size(i) == unit.size]
+        if of_a_loop and not whole:
+            lost[of_a_loop[0]] -= sent
+            return of_a_loop[:1]
+        chosen = whole[:1] or (nearest if sum(lost.values()) == sent else nearest[:1])
+        for i in chosen:
+            del lost[i]
+        return chosen
+
+    def _size(self, place: int) -> int:
+        return reals(self.declared[place].elements, self.declared[place].dtype)
 
     def _by_array(self, places: Iterable[int]) -> dict[Hashable, list[int]]:
         found: dict[Hashable, list[int]] = defaultdict(list)

@@ -25,7 +25,6 @@ _CALLS = re.compile(
 _TRIP_COUNT = re.compile(r'known_trip_count\\?"?\s*[:=]\s*\{\s*\\?"?n\\?"?\s*[:=]\s*\\?"?(\d+)')
 _NAME = re.compile(r"[\w.\-]+")
 _PLAIN_OPERANDS = re.compile(r"\(([^()\"/]*)\)")  # most lines: names and commas only
-_ANY_BRACKET = re.compile(r"[()\[\]{}]")
 _COMMENT = re.compile(r"/\*.*?\*/")  # XLA counts the elements of long lists: /*index=5*/
 
 
@@ -42,19 +41,6 @@ def split(instruction: Instruction) -> tuple[str, str]:
     if end is None:
         raise HloError(f"the operands of {instruction.name} do not end")
     return _COMMENT.sub("", rest[1 : end - 1]), rest[end:]
-
-
-def split_outside(text: str, separator: str) -> list[str]:
-    """Split a text at the separators that are outside of all brackets; drop empty parts."""
-    if not _ANY_BRACKET.search(text):
-        return [p.strip() for p in text.split(separator) if p.strip()]
-    parts, depth, start = [], 0, 0
-    for i, char in enumerate(text):
-        depth += (char in "([{") - (char in ")]}")
-        if char == separator and depth == 0:
-            parts.append(text[start:i].strip())
-            start = i + 1
-    return [p for p in [*parts, text[start:].strip()] if p]
 
 
 def callees(instruction: Instruction) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from txcore.profiling.hlo.inputs import Input, inputs_of, witnesses, words_of
 from txcore.profiling.hlo.stepwise import is_later_step
 from txcore.profiling.hlo.text import KINDS, Instruction, Module, read_modules
 from txcore.profiling.hlo.trips import ONCE, Trips, runs
-from txcore.profiling.hlo.types import HloError, Shape
+from txcore.profiling.hlo.types import HloError, Shape, split_outside
 from txcore.profiling.hlo.wanted import full_name, maker, wanted_by
 
 _KIND_OF = {f"{kind}{start}": kind for kind in KINDS for start in ("", "-start")}
@@ -223,7 +223,7 @@ def _frames(lines: list[Instruction], module: Module) -> tuple[tuple[str, int], 
 
 def _sent(operands: str, rest: str, kind: str) -> list[str]:
     """Return the operands that are sent; others are buffers to write to, offsets and tokens."""
-    parts = attributes.split_outside(operands, ",")
+    parts = split_outside(operands, ",")
     # An in-place permute names a slice of its first operand; a combined one has many whole ones.
     in_place_permute = kind == "collective-permute" and "slice_sizes=" in rest
     return parts[:1] if in_place_permute or kind in ("ragged-all-to-all", "send") else parts

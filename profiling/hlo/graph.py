@@ -7,7 +7,7 @@ from functools import cached_property
 
 from txcore.profiling.hlo import attributes
 from txcore.profiling.hlo.text import Computation, Instruction, Module
-from txcore.profiling.hlo.types import HloError
+from txcore.profiling.hlo.types import HloError, split_outside
 
 CALLERS = frozenset({"fusion", "call", "while", "conditional", "custom-call", "map"})
 _ELEMENT = re.compile(r"%?([\w.\-]+)\), index=(\d+)")
@@ -150,7 +150,7 @@ def operand_names(instruction: Instruction) -> list[str]:
         operands, _ = attributes.split(instruction)
     except HloError:
         return []
-    return [operand_name(part) for part in attributes.split_outside(operands, ",")]
+    return [operand_name(part) for part in split_outside(operands, ",")]
 
 
 def operand_name(text: str) -> str:

@@ -16,7 +16,7 @@ from txcore.profiling.hlo.follow import concatenation, results, uses, views
 from txcore.profiling.hlo.graph import Graph, Scope, Value, operand_name
 from txcore.profiling.hlo.stepwise import last_step
 from txcore.profiling.hlo.text import Instruction
-from txcore.profiling.hlo.types import HloError, Shape, parse_shapes
+from txcore.profiling.hlo.types import HloError, Shape, parse_shapes, split_outside
 
 _MARK = "is_spmd_generated"
 _PRIMITIVES = re.compile(r"[\w.\-]+(?=:|\)*$)")  # "jit(f)/(dot_general:shard_map/psum)" has two
@@ -150,7 +150,7 @@ def _pieces(collective: Value, operand: str, words: Words, graph: Graph) -> tupl
         return ()
     try:
         operands, _ = attributes.split(joined.instruction)
-        parts = attributes.split_outside(operands, ",")
+        parts = split_outside(operands, ",")
         shapes = [shape for part in parts for shape in _shapes(part, joined.scope)]
     except HloError:
         return ()

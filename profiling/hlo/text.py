@@ -7,10 +7,11 @@ collective.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from txcore.profiling.hlo.frames import TABLES, Frame, read_frames
+from txcore.profiling.hlo.types import split_outside
 
 KINDS = (
     "all-reduce",
@@ -29,6 +30,7 @@ _OPCODE = re.compile(r"\s*([a-z][\w\-]*)(\(.*)")
 _COMPUTATION = re.compile(r"(ENTRY\s+)?%?([\w.\-]+)\s*(?:\(.*)?\{\s*$")
 _COUNT = re.compile(r"\b(num_partitions|replica_count)=(\d+)")
 _CHOOSES = "allow_spmd_sharding_propagation_to_output={true"
+_ELEMENT = re.compile(r"%([\w.\-]+)#(\d+)")
 _QUOTED = re.compile(r'"(?:[^"\\]|\\.)*+"')
 # A damaged line: the beginning of an instruction, or a trace of a collective.
 _TRACES = ("replica_groups=", "source_target_pairs=", "custom_call_target=")
@@ -184,11 +186,23 @@ def _close_computation(draft: _Draft) -> None:
         name = draft.computation
         if name in draft.computations:  # two of one name: keep both, lose nothing
             name = f"{name}#{len(draft.computations)}"
+        instructions = (*_elements(draft.instructions), *draft.instructions)
         draft.computations[name] = Computation(
-            name, draft.is_entry, tuple(draft.instructions), tuple(draft.unreadable)
+            name, draft.is_entry, instructions, tuple(draft.unreadable)
         )
     draft.computation, draft.is_entry = "", False
     draft.instructions, draft.unreadable = [], []
+
+
+def _elements(instructions: Sequence[Instruction]) -> Iterator[Instruction]:
+    """Yield an instruction for each tuple's element that is named short, %tuple#1, as operand."""
+    used = {found for i in instructions if "#" in i.rest for found in _ELEMENT.findall(i.rest)}
+    types = {i.name: split_outside(i.type[1:-1], ",") for i in instructions if i.type[:1] == "("}
+    for name, index in sorted(used):
+        if int(index) < len(types.get(name, ())):
+            rest = f"(%{name}), index={index}"
+            type_ = types[name][int(index)]
+            yield Instruction(f"{name}#{index}", "get-tuple-element", type_, rest)
 
 
 def _finish(draft: _Draft) -> Module:

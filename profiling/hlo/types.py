@@ -24,6 +24,7 @@ _DTYPES: dict[str, tuple[str, int]] = {
 # float8_e4m3fn prints as f8e4m3fn, float4_e2m1fn as f4e2m1fn.
 _SMALL_FLOAT = re.compile(r"f([468])(e\d+m\d+\w*)")
 _ARRAY = re.compile(r"([a-z]\w*)\[([^\[\]]*)\]")
+_ANY_BRACKET = re.compile(r"[()\[\]{}]")
 _COMMENT = re.compile(r"/\*.*?\*/")
 
 
@@ -78,3 +79,16 @@ def _dtype(name: str) -> tuple[str, int]:
     if small := _SMALL_FLOAT.fullmatch(name):
         return f"float{small[1]}_{small[2]}", int(small[1])
     raise HloError(f"unknown element type {name!r}")
+
+
+def split_outside(text: str, separator: str) -> list[str]:
+    """Split a text at the separators that are outside of all brackets; drop empty parts."""
+    if not _ANY_BRACKET.search(text):
+        return [p.strip() for p in text.split(separator) if p.strip()]
+    parts, depth, start = [], 0, 0
+    for i, char in enumerate(text):
+        depth += (char in "([{") - (char in ")]}")
+        if char == separator and depth == 0:
+            parts.append(text[start:i].strip())
+            start = i + 1
+    return [p for p in [*parts, text[start:].strip()] if p]
