@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
       argv: the arguments, by default the process's.
 
     Returns:
-      The exit code: 0, or 1 where an inspected program has unexplained or missing collectives,
+      The exit code: 0, or 1 where a program fails what the command holds it to,
       or 2 for bad input, with one line on stderr.
     """
     try:
