@@ -13,7 +13,7 @@ and what a runtime does in another order than the compiler's schedule.
 from dataclasses import dataclass
 
 from txcore.profiling.bandwidth import wire_bytes
-from txcore.profiling.hlo import find_collectives, read_modules
+from txcore.profiling.hlo import HloError, find_collectives, read_modules
 from txcore.profiling.hlo.graph import Graph
 from txcore.profiling.machine import Machine
 from txcore.profiling.timeline import Flight, Timeline
@@ -140,7 +140,10 @@ def schedule(hlo: str, *, machine: Machine | None = None, devices: int = 1) -> S
     entry = next((c.name for c in computations if c.is_entry), None)
     if entry is None:
         raise ValueError(f"the module {modules[0].name} has no ENTRY computation: pass it whole")
-    run = timeline.run(entry)
+    try:
+        run = timeline.run(entry)
+    except RecursionError:
+        raise HloError("a computation runs itself: the text is damaged") from None
     is_timed = machine is not None
     return Schedule(
         overlaps=tuple(_overlap(flight, is_timed) for flight in run.flights),

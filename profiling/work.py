@@ -153,8 +153,10 @@ def _part_read(parameter: Instruction | None, fused: Scope) -> int | None:
 
 def _written(instruction: Instruction, fused: Scope) -> int:
     root = fused.root
-    while root is not None and root.opcode in _RENAMES:
-        root = fused.by_name.get(operand_names(root)[0])
+    for _ in fused.by_name:  # damaged text may define a value by itself
+        if root is None or root.opcode not in _RENAMES:
+            break
+        root = fused.by_name.get(next(iter(operand_names(root)), ""))
     if root is not None and root.opcode == "dynamic-update-slice":
         names = operand_names(root)
         update = _type(names[1], fused) if len(names) > 1 else ""

@@ -256,6 +256,11 @@ def test_without_a_machine_only_work_is_counted():
     ]
 
 
+def test_a_value_defined_by_itself_ends():
+    fused = computation("f", "ROOT %l = f32[1] copy(%l)")
+    assert schedule(entry("%k = f32[1] fusion(), calls=%f", before=fused)).bytes == 4
+
+
 @pytest.mark.parametrize(
     "text, says",
     [
@@ -266,6 +271,8 @@ def test_without_a_machine_only_work_is_counted():
         (entry(dot().replace("%a, %a", "%lost, %a")), "d needs two operands that are defined"),
         (entry("%k = () call(%a), to_apply=%f",
                before=computation("f", "%l = () call(), to_apply=%f")), "f runs itself"),
+        (entry("%k = f32[] fusion(%x1), calls=%f",
+               before=computation("f", "%l = f32[] fusion(), calls=%f")), "runs itself: the text"),
     ],
 )  # fmt: skip
 def test_what_is_refused(text, says):

@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from txcore.cli.load import add_program, compile_factory, positive
+from txcore.cli.load import BadInput, add_program, compile_factory, first_line, positive
 
 _AT_LEAST = 1 << 20
 
@@ -27,6 +27,10 @@ def run(options: argparse.Namespace) -> int:
     """Print the costs; return 1 where the report of its collectives is not ok."""
     from txcore.profiling.costs import costs_of
 
-    found = costs_of(compile_factory(options), at_least=options.at_least)
+    program = compile_factory(options)
+    try:
+        found = costs_of(program, at_least=options.at_least)
+    except ValueError as error:
+        raise BadInput(f"{options.factory}: {first_line(error)}") from error
     print(found.to_json() if options.json else f"{found}\n\n{found.report.verdict()}")
     return 0 if found.report.ok else 1
