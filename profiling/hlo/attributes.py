@@ -22,6 +22,7 @@ _CALLS = re.compile(
     r"\b(?:calls|body|condition|to_apply|branch_computations|true_computation|false_computation"
     r"|called_computations|async_execution_computation)=(\{[^{}]*\}|%?[\w.\-]+)"
 )
+_CHANNEL = re.compile(r"\bchannel_id=(\d+)")
 _TRIP_COUNT = re.compile(r'known_trip_count\\?"?\s*[:=]\s*\{\s*\\?"?n\\?"?\s*[:=]\s*\\?"?(\d+)')
 _NAME = re.compile(r"[\w.\-]+")
 _PLAIN_OPERANDS = re.compile(r"\(([^()\"/]*)\)")  # most lines: names and commas only
@@ -72,6 +73,12 @@ def metadata(attributes: str) -> str:
     """Return an op's metadata as printed: equal for ops that come from the same place."""
     block = _METADATA.search(attributes)
     return block[1] if block else ""
+
+
+def channel(instruction: Instruction) -> str:
+    """Return the channel that an instruction talks on, or ""."""
+    found = _CHANNEL.search(instruction.rest)
+    return found[1] if found else ""
 
 
 def custom_call_target(attributes: str) -> str:

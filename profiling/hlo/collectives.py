@@ -18,6 +18,8 @@ _START_OF = {f"{kind}-done": f"{kind}-start" for kind in KINDS}
 _GROUPS = "replica_groups="
 _PAIRS = "source_target_pairs="
 _TARGET = "custom_call_target="
+_SENT = "_xla_send_recv_"
+_OTHER_HALVES = ("async-", "send-done", "recv-done")
 _PAIRS_OF_SEND = "_xla_send_recv_source_target_pairs="
 
 
@@ -133,8 +135,8 @@ def _kind(instruction: Instruction, context: _Context) -> str | None:
             return None
         return "send" if opcode == "send" else _half_of("send", context)
     rest = instruction.rest
-    is_like_one = _GROUPS in rest or _PAIRS in rest or _TARGET in rest
-    return "unknown" if is_like_one and not opcode.startswith("async-") else None
+    is_like_one = _GROUPS in rest or _PAIRS in rest or _TARGET in rest or _SENT in rest
+    return "unknown" if is_like_one and not opcode.startswith(_OTHER_HALVES) else None
 
 
 def _half_of(counted: str, context: _Context) -> str | None:

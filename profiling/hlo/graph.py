@@ -61,18 +61,20 @@ class Graph:
         return self.scope(names[0]) if names and names[0] in self.module.computations else None
 
     @cached_property
-    def _custom_calls(self) -> "dict[str, list[Value]]":
-        found: dict[str, list[Value]] = defaultdict(list)
-        for computation in self.module.computations.values():
+    def _into_custom_calls(self) -> "dict[tuple[str, str, str], list[Value]]":
+        found: dict[tuple[str, str, str], list[Value]] = defaultdict(list)
+        for name, computation in self.module.computations.items():
             for instruction in computation.instructions:
                 if instruction.opcode == "custom-call":
                     target = attributes.custom_call_target(instruction.rest)
-                    found[target].append(Value(self.scope(computation.name), instruction))
+                    for value in self.scope(name).operands(instruction):
+                        made_by = value.instruction
+                        found[target, made_by.opcode, attributes.channel(made_by)].append(value)
         return found
 
-    def custom_calls(self, target: str) -> "list[Value]":
-        """Return the custom calls to a target."""
-        return self._custom_calls.get(target, [])
+    def into_custom_calls(self, target: str, like: Instruction) -> "list[Value]":
+        """Return the operands of the calls of a target that have an op's opcode and channel."""
+        return self._into_custom_calls.get((target, like.opcode, attributes.channel(like)), [])
 
     def scope(self, computation: str) -> "Scope":
         """Return the lookups within one computation."""
@@ -86,6 +88,11 @@ class Scope:
     """The instructions of one computation by what they are looked up with."""
 
     computation: Computation
+
+    def operands(self, instruction: Instruction) -> "list[Value]":
+        """Return what makes the operands of an instruction, as far as it is known."""
+        found = (self.by_name.get(name) for name in operand_names(instruction))
+        return [Value(self, operand) for operand in found if operand is not None]
 
     @cached_property
     def by_name(self) -> dict[str, Instruction]:

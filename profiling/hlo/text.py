@@ -197,6 +197,8 @@ def _close_computation(draft: _Draft) -> None:
 def _elements(instructions: Sequence[Instruction]) -> Iterator[Instruction]:
     """Yield an instruction for each tuple's element that is named short, %tuple#1, as operand."""
     used = {found for i in instructions if "#" in i.rest for found in _ELEMENT.findall(i.rest)}
+    if not used:
+        return
     types = {i.name: split_outside(i.type[1:-1], ",") for i in instructions if i.type[:1] == "("}
     for name, index in sorted(used):
         if int(index) < len(types.get(name, ())):
