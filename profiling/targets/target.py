@@ -12,7 +12,6 @@ from jax.sharding import AxisType, Mesh
 from txcore.profiling.targets.chips import CHIPS, Chip
 from txcore.profiling.targets.devices import cpu_devices, gpu_devices, tpu_devices, tpu_grid
 
-_TORUS_DIMS = {"v4": 3, "v5p": 3, "v5e": 2, "v6e": 2}
 _FORMS = "'tpu:v5p:16x16x16', 'cuda:h100:64x8' (hosts x GPUs) or 'cpu:8'"
 
 
@@ -69,7 +68,7 @@ class Target:
           ImportError, RuntimeError: as for `devices`.
         """
         shape = tuple(sizes.values())
-        if not sizes or math.prod(shape) != self.size:
+        if not sizes or min(shape) < 1 or math.prod(shape) != self.size:
             given = ",".join(f"{name}={size}" for name, size in sizes.items()) or "no axis"
             raise ValueError(
                 f"a mesh on {self.name} needs axes whose sizes multiply to its {self.size} "
@@ -93,11 +92,14 @@ def parse_target(text: str) -> Target:
 
     Raises:
       ValueError: no such platform, chip or shape.
+      TypeError: it is no text.
 
     Example:
       >>> parse_target("cuda:h200:64x8").size, parse_target("tpu:v5p:16x16x16").size
       (512, 4096)
     """
+    if not isinstance(text, str):
+        raise TypeError(f"a target needs to be text as {_FORMS}, got a {type(text).__name__}")
     platform, *rest = text.split(":")
     if platform == "cpu" and len(rest) == 1:
         return Target(text, platform, _shape(text, rest[0], 1))
@@ -110,7 +112,7 @@ def parse_target(text: str) -> Target:
         raise ValueError(f"the target {text!r} names no known chip: use one of {known}")
     if platform == "cuda":
         return Target(text, platform, _hosts(text, sizes, chip), chip)
-    shape = _shape(text, sizes, _TORUS_DIMS[name])
+    shape = _shape(text, sizes, chip.links // 2)  # a torus has two links along each dim
     if math.prod(shape) > chip.linked:
         raise ValueError(
             f"the target {text!r} has {math.prod(shape)} chips, but a slice of {name} has at "

@@ -82,7 +82,12 @@ def test_a_mesh():
 
 @pytest.mark.parametrize(
     "sizes, given",
-    [({"data": 4}, "got data=4 = 4"), ({}, "got no axis = 1"), ({"a": 8, "b": 0}, "= 0")],
+    [
+        ({"data": 4}, "got data=4 = 4"),
+        ({}, "got no axis = 1"),
+        ({"a": 8, "b": 0}, "= 0"),
+        ({"a": -8, "b": -1}, "a=-8,b=-1"),
+    ],
 )
 def test_a_mesh_that_does_not_fit(sizes, given):
     with pytest.raises(ValueError) as error:
@@ -196,6 +201,8 @@ MISUSED = {
                        ValueError, "a target needs to be as"),
     "a part of it": (lambda: audit(lambda: (jnp.sin, (jnp.ones(3),)), target="cpu:8"),
                      ValueError, "the function was not compiled for cpu:8, but for cpu:1: give"),
+    "no text": (lambda: audit(explicit, target=8, mesh={"data": 8}),
+                TypeError, "a target needs to be text as 'tpu:v5p:16x16x16', "),
     "elsewhere": (lambda: audit(lambda: explicit(parse_target("cpu:8").mesh({"data": 8})),
                                 target="cpu:4"),
                   ValueError, "the function was not compiled for cpu:4, but for cpu:8: give its"),
