@@ -36,7 +36,7 @@ _REWRITTEN = {
 }
 
 
-_LINEAR = ("all-reduce", "all-gather")  # one of a + b may stand for one of a and one of b
+LINEAR = ("all-reduce", "all-gather")  # one of a + b may stand for one of a and one of b
 
 
 @dataclass(frozen=True)
@@ -328,7 +328,7 @@ def _fates(
             fates.append(("eliminated",))
         elif _twin(work, i, d.operand) in twins:
             fates.append(("deduplicated",))
-        elif d.kind in _LINEAR and _twin(work, i, d.elements) in sums:
+        elif d.kind in LINEAR and _twin(work, i, d.elements) in sums:
             fates.append(("reassociated",))
         else:
             fates.append(("missing",))

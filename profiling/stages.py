@@ -9,17 +9,29 @@ after merging, moving and rewriting. So, where the optimized one alone leaves a 
 - what matches nothing later, though everything was declared early on, is a rewritten declared one
 """
 
-from collections import defaultdict
-from collections.abc import Hashable, Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import replace
 
 from txcore.profiling.hlo import Op
 from txcore.profiling.jaxpr import RESHARD, Declared
-from txcore.profiling.match import Matched
+from txcore.profiling.match import LINEAR, Matched
 from txcore.profiling.origin import UNEXPLAINED
 from txcore.profiling.units import Unit, reals
 
 _LOST = (("missing",), ("reassociated",))
+_Way = Callable[[Unit, Hashable], Hashable]
+# What an array of the optimized module has in common with the early one that it was.
+_EXACT: tuple[_Way, ...] = (
+    lambda unit, devices: (unit.kind, devices, unit.size, unit.op_name),
+    lambda unit, devices: (unit.kind, devices, unit.size, unit.origin),
+    lambda unit, devices: (unit.kind, devices, unit.size),
+)
+_WAYS: tuple[_Way, ...] = (
+    *_EXACT,
+    lambda unit, devices: (devices, unit.size),  # rewritten as another kind
+    lambda unit, devices: devices,
+)
 
 
 def reconcile(
@@ -67,28 +79,45 @@ class _State:
 
     def name_what_is_open(self) -> None:
         """Take origin and line of what nothing explains from the early module."""
-        names = self._by_array(self.left)
-        for place, unit in enumerate(self.units):
-            if self.links[place] or (i := self._take(names, unit)) is None:
-                continue
+        alone = Counter(unit.op for unit in self.units)
+        for place, i in self._pair([p for p, link in enumerate(self.links) if not link]):
+            unit = self.units[place]
             self.links[place] = self.early.links[i]
             for d in self.links[place]:
                 self.fates[d] = ("kept",)
-            is_named = unit.origin == "partitioner" and unit.has_own_line and not unit.inserted
+            is_named = unit.origin == "partitioner" and not unit.inserted and alone[unit.op] == 1
             if not is_named or self.links[place]:
                 self.units[place] = _renamed(unit, self.early.units[i])
 
     def find_what_is_hidden(self) -> None:
         """Blame the declared ones that something added was merged into."""
-        names = self._by_array(self.left & self.added)
-        for place, unit in enumerate(self.units):
-            if self.links[place] and (i := self._take(names, unit)) is not None:
-                renamed = _renamed(unit, self.early.units[i])
-                self.units[place] = replace(unit, origin=renamed.origin, added=renamed.source)
+        self.left &= self.added
+        for place, i in self._pair([p for p, link in enumerate(self.links) if link], _EXACT):
+            unit, renamed = self.units[place], _renamed(self.units[place], self.early.units[i])
+            self.units[place] = replace(unit, origin=renamed.origin, added=renamed.source)
+
+    def _pair(
+        self, places: Sequence[int], ways: Sequence[_Way] = _WAYS
+    ) -> Iterator[tuple[int, int]]:
+        """Yield (array, early array) for what is the same in both modules, the surest first."""
+        open_places = list(places)
+        for way in ways:
+            waiting: dict[Hashable, list[int]] = defaultdict(list)
+            for i in sorted(self.left, reverse=True):
+                unit = self.early.units[i]
+                waiting[way(unit, _devices(self.early_ops[unit.op]))].append(i)
+            for place in list(open_places):
+                unit = self.units[place]
+                if found := waiting.get(way(unit, _devices(self.ops[unit.op]))):
+                    i = found.pop()
+                    self.left.remove(i)
+                    open_places.remove(place)
+                    yield place, i
 
     def explain_rewritten(self) -> None:
         """Explain what is open by what is lost, where nothing was added among those devices."""
-        added_on = {_devices(self.early_ops[self.early.units[i].op]) for i in self.added}
+        unseen = self.added & self.left
+        added_on = {_devices(self.early_ops[self.early.units[i].op]) for i in unseen}
         lost: dict[Hashable, dict[int, int]] = defaultdict(dict)  # what is not sent yet, by place
         for i, d in enumerate(self.declared):
             if self.fates[i] in _LOST and d.primitive != RESHARD:
@@ -100,6 +129,19 @@ class _State:
             self.links[place] = tuple(self._choose(unit, lost[devices]))
             for i in self.links[place]:
                 self.fates[i] = ("rewritten",)
+        self._settle_sums(lost)
+
+    def _settle_sums(self, lost: dict[Hashable, dict[int, int]]) -> None:
+        """Call what is still lost reassociated where a rewritten one of its size is left."""
+        rewritten = {
+            (d.kind, _devices(d), d.elements)
+            for d, fates in zip(self.declared, self.fates, strict=True)
+            if "rewritten" in fates and d.kind in LINEAR
+        }
+        for i in (i for of_devices in lost.values() for i in of_devices):
+            d = self.declared[i]
+            if (d.kind, _devices(d), d.elements) in rewritten:
+                self.fates[i] = ("reassociated",)
 
     def _choose(self, unit: Unit, lost: dict[int, int]) -> list[int]:
         """Take the declarations that a rewritten unit stands for: by size, else the next."""
@@ -117,27 +159,6 @@ class _State:
 
     def _size(self, place: int) -> int:
         return reals(self.declared[place].elements, self.declared[place].dtype)
-
-    def _by_array(self, places: Iterable[int]) -> dict[Hashable, list[int]]:
-        found: dict[Hashable, list[int]] = defaultdict(list)
-        for i in sorted(places):
-            unit = self.early.units[i]
-            for key in _same_array(unit, self.early_ops[unit.op]):
-                found[key].append(i)
-        return found
-
-    def _take(self, names: dict[Hashable, list[int]], unit: Unit) -> int | None:
-        """Return the early array that a later one is, each once."""
-        keys = _same_array(unit, self.ops[unit.op])
-        found = next((i for key in keys for i in names[key] if i in self.left), None)
-        if found is not None:
-            self.left.remove(found)
-        return found
-
-
-def _same_array(unit: Unit, op: Op) -> tuple[Hashable, ...]:
-    exact = unit.kind, _devices(op), unit.size
-    return (*exact, unit.op_name), exact, exact[1:]  # the kind may have been rewritten
 
 
 def _devices(one: Op | Declared) -> Hashable:
