@@ -75,6 +75,7 @@ class _State:
         paired = enumerate(zip(early.units, early.links, strict=True))
         # A reshard that was asked for is known by the copy after it, which only this module has.
         self.left = {i for i, (u, link) in paired if not link or u.origin == RESHARD}
+        self.blamed: set[int] = set()  # arrays that are something added
         self.added = {i for i in self.left if not early.links[i] and not _is_opaque(early.units[i])}
 
     def name_what_is_open(self) -> None:
@@ -85,6 +86,8 @@ class _State:
             self.links[place] = self.early.links[i]
             for d in self.links[place]:
                 self.fates[d] = ("kept",)
+            if i in self.added:
+                self.blamed.add(place)
             is_named = unit.origin == "partitioner" and not unit.inserted and alone[unit.op] == 1
             if not is_named or self.links[place]:
                 self.units[place] = _renamed(unit, self.early.units[i])
@@ -124,7 +127,8 @@ class _State:
                 lost[_devices(d)][i] = reals(d.elements, d.dtype) * d.trips
         for place, unit in enumerate(self.units):
             devices = _devices(self.ops[unit.op])
-            if self.links[place] or _is_opaque(unit) or devices in added_on:
+            is_open = not self.links[place] and place not in self.blamed
+            if not is_open or _is_opaque(unit) or devices in added_on:
                 continue
             self.links[place] = tuple(self._choose(unit, lost[devices]))
             for i in self.links[place]:

@@ -37,7 +37,7 @@ _TRACES = ("replica_groups=", "source_target_pairs=", "custom_call_target=")
 _LOOKS_DAMAGED = re.compile("|".join((*KINDS, *_TRACES, r"^\s*(?:ROOT\s+)?%")))
 _LONE_NAME = re.compile(r"\s*(?:ROOT\s+)?[A-Za-z_][\w.\-]*\s*(?:=|$)")
 _COLLECTIVE = re.compile(rf"(?:{'|'.join(KINDS)})(?:-start)?\(|{'|'.join(_TRACES)}")
-_SECOND = re.compile(r"(?:^|[\s,)}])%?[\w.\-]+ = ")
+_SECOND = re.compile(r"(?:^|[\s,)}])%?[\w.\-]+ = (?:[a-z]\w*\[|\()")
 _TABLE_ROW = re.compile(r'(\d+)\s+("(?:[^"\\]|\\.)*+"|\{[^{}]*\})\s*$')
 
 
