@@ -1,9 +1,10 @@
 """Damaged modules: none crashes the reader or makes it hang, and none hides a collective.
 
-The rule: each line takes at most one damage; then there are at least as many ops, "unknown" ones
-among them, as before, less those of lines of which nothing was left (deleted, or cut before the
-name). A collective may count more often: half of an async pair that lost the other half, say.
-Custom calls are left out of the count: which ones communicate is only in their own config.
+The rule: each line is damaged at one place at most, or has two tokens swapped; then there are at
+least as many ops, "unknown" ones among them, as before, less those of lines of which nothing was
+left (deleted, or cut before the name). A collective may count more often: half of an async pair
+that lost the other half, say. Custom calls are left out of the count: which ones communicate is
+only in their own config.
 
 `TXCORE_FUZZ=20000` runs that many instead of a few hundred.
 """
@@ -46,9 +47,9 @@ def replace_character(draw, line):
     return line[:at] + draw(CHARACTERS) + line[at + 1 :]
 
 
-def swap_characters(draw, line):
-    a, b = sorted(draw(st.tuples(*[st.integers(0, len(line) - 1)] * 2)))
-    return line if a == b else line[:a] + line[b] + line[a + 1 : b] + line[a] + line[b + 1 :]
+def swap_neighbours(draw, line):
+    at = draw(st.integers(0, max(0, len(line) - 2)))
+    return line[:at] + line[at : at + 2][::-1] + line[at + 2 :]
 
 
 def truncate(draw, line):
@@ -83,7 +84,7 @@ def duplicate_line(draw, line):
 
 
 WITHIN_A_LINE = (
-    *(delete_character, insert_character, replace_character, swap_characters, truncate),
+    *(delete_character, insert_character, replace_character, swap_neighbours, truncate),
     *(delete_token, duplicate_token, swap_tokens, delete_line, duplicate_line),
 )
 
