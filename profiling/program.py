@@ -116,7 +116,23 @@ def _compile(
 ) -> Program:
     is_jitted = hasattr(fn, "trace") and hasattr(fn, "lower")
     jitted: Any = fn if is_jitted else jax.jit(fn)
-    traced = jitted.trace(*args)
+    return compile_traced(jitted.trace(*args), options, target, keep_partitioned=keep_partitioned)
+
+
+def compile_traced(
+    traced: Any, options: Mapping[str, Any], target: str = "", *, keep_partitioned: bool = False
+) -> Program:
+    """Compile a traced function.
+
+    Args:
+      traced: `jax.jit(f).trace(*args)`.
+      options: XLA's compiler options.
+      target: what its devices are, "cpu:8"; by default what they say of themselves.
+      keep_partitioned: as for `compile_program`.
+
+    Returns:
+      The program.
+    """
     lowered = traced.lower()
     if keep_partitioned or not is_one_shard_map(traced.jaxpr):
         compiled, partitioned = compile_with_partitioned(lowered, options)

@@ -4,7 +4,7 @@ import time
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 from jax import lax
@@ -19,14 +19,21 @@ from txcore.plan import Plan
 from txcore.train.batch import examples
 from txcore.train.state import TrainState
 
+if TYPE_CHECKING:
+    from txcore.profiling.program import Program
+
 
 @dataclass(frozen=True)
 class CompiledStep:
-    """A compiled step, the program that it was traced to, and what compiling took."""
+    """A compiled step, with all that led to it, and what compiling took."""
 
-    call: jax.stages.Compiled
-    jaxpr: Any
+    program: "Program"
     seconds: float
+
+    @property
+    def call(self) -> jax.stages.Compiled:
+        """The compiled function."""
+        return self.program.compiled
 
 
 def compile_step(
@@ -45,6 +52,9 @@ def compile_step(
     arrays and the metrics, and whose state is donated. Else `fn(state, batch) -> metrics`
     becomes one that returns the metrics and the number of real examples (None without a mask).
     """
+    # Imported when first needed: the audit's readers would be a third of `import txcore`.
+    from txcore.profiling.program import compile_traced
+
     data_axes = plan.active_data_axes(mesh)
     left_out = frozenset(a for a, n in mesh.shape.items() if n == 1)
 
@@ -71,13 +81,12 @@ def compile_step(
     traced = jax.jit(mapped, donate_argnums=(0,) if train else ()).trace(state.arrays, batch)
     _check_reductions(traced.jaxpr, mesh, data_axes)
     _check_predicates(traced.jaxpr)
-    compiled = traced.lower().compile(compiler_options=options)
-    return CompiledStep(compiled, traced.jaxpr, time.perf_counter() - started)
+    program = compile_traced(traced, options)
+    return CompiledStep(program, time.perf_counter() - started)
 
 
 def _check_reductions(jaxpr: Any, mesh: MeshSpec, data_axes: tuple[str, ...]) -> None:
     """Refuse the reductions that types cannot tell to be wrong."""
-    # Imported when first needed: the audit's readers would be a third of `import txcore`.
     from txcore.profiling.gathered import reductions_of_gathered
     from txcore.profiling.jaxpr import inventory
 

@@ -329,10 +329,10 @@ class Engine:
 
     def _report(self, compiled: CompiledStep, state: TrainState) -> "Report":
         # Not needed to train: see compile.py.
-        from txcore.profiling import audit_compiled
+        from txcore.profiling.audit import audit_program
         from txcore.profiling.prediction import against_plan
 
-        report = audit_compiled(compiled.call, compiled.jaxpr, self.mesh.mesh)
+        report = audit_program(compiled.program)
         return against_plan(report, self.plan.predict(state.stored_params, self.mesh))
 
     def _check_own(self, state: TrainState) -> None:
