@@ -252,7 +252,7 @@ def _declare(
             elements=scale * elements,
             trips_known=scope.trips_known,
             size_known=scope.size_known,
-            foldable=size == 1 or not value.depends,
+            foldable=not value.depends or size == 1 or elements == 0 or scope.trips == 0,
             operand=value.number,
             groups=groups,
             pairs=pairs,

@@ -62,7 +62,8 @@ def _last_parts(op_name: str) -> list[str]:
 
     XLA writes the path of merged ops as "jit(f)/shard_map/(transpose(jvp())/psum:reduce_sum)".
     """
-    parts = split_outside(op_name, "/")
+    is_balanced = all(op_name.count(a) == op_name.count(b) for a, b in ("()", "[]", "{}"))
+    parts = split_outside(op_name, "/") if is_balanced else op_name.split("/")  # a scope's name
     if len(parts) < 2:
         return [""]
     last = parts[-1]

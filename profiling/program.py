@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 
+from txcore import _compat
 from txcore.profiling.dump import compile_with_partitioned
 from txcore.profiling.jaxpr import is_one_shard_map
 from txcore.profiling.targets import Target, parse_target
@@ -133,13 +134,13 @@ def compile_traced(
     Returns:
       The program.
     """
-    lowered = traced.lower()
-    if keep_partitioned or not is_one_shard_map(traced.jaxpr):
+    jaxpr, lowered = _compat.plain_jaxpr(traced.jaxpr), traced.lower()
+    if keep_partitioned or not is_one_shard_map(jaxpr):
         compiled, partitioned = compile_with_partitioned(lowered, options)
     else:
         compiled, partitioned = lowered.compile(compiler_options=dict(options)), ""
     machine = target or machine_of(compiled)
-    return Program(traced.jaxpr, lowered, compiled, partitioned, machine, options)
+    return Program(jaxpr, lowered, compiled, partitioned, machine, options)
 
 
 def _shapes(args: Sequence[Any], target: Target) -> Any:

@@ -9,7 +9,7 @@ after merging, moving and rewriting. So, where the optimized one alone leaves a 
 - what matches nothing later, though everything was declared early on, is a rewritten declared one
 """
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import replace
 
@@ -22,13 +22,10 @@ from txcore.profiling.units import Unit, reals
 _LOST = (("missing",), ("reassociated",))
 _Way = Callable[[Unit, Hashable], Hashable]
 # What an array of the optimized module has in common with the early one that it was.
-_EXACT: tuple[_Way, ...] = (
+_WAYS: tuple[_Way, ...] = (
     lambda unit, devices: (unit.kind, devices, unit.size, unit.op_name),
     lambda unit, devices: (unit.kind, devices, unit.size, unit.origin),
     lambda unit, devices: (unit.kind, devices, unit.size),
-)
-_WAYS: tuple[_Way, ...] = (
-    *_EXACT,
     lambda unit, devices: (devices, unit.size),  # rewritten as another kind
     lambda unit, devices: devices,
 )
@@ -80,31 +77,25 @@ class _State:
 
     def name_what_is_open(self) -> None:
         """Take origin and line of what nothing explains from the early module."""
-        alone = Counter(unit.op for unit in self.units)
         for place, i in self._pair([p for p, link in enumerate(self.links) if not link]):
-            unit = self.units[place]
             self.links[place] = self.early.links[i]
             for d in self.links[place]:
                 self.fates[d] = ("kept",)
             if i in self.added:
                 self.blamed.add(place)
-            is_named = unit.origin == "partitioner" and not unit.inserted and alone[unit.op] == 1
-            if not is_named or self.links[place]:
-                self.units[place] = _renamed(unit, self.early.units[i])
+            self.units[place] = _renamed(self.units[place], self.early.units[i])
 
     def find_what_is_hidden(self) -> None:
         """Blame the declared ones that something added was merged into."""
         self.left &= self.added
-        for place, i in self._pair([p for p, link in enumerate(self.links) if link], _EXACT):
+        for place, i in self._pair([p for p, link in enumerate(self.links) if link]):
             unit, renamed = self.units[place], _renamed(self.units[place], self.early.units[i])
             self.units[place] = replace(unit, origin=renamed.origin, added=renamed.source)
 
-    def _pair(
-        self, places: Sequence[int], ways: Sequence[_Way] = _WAYS
-    ) -> Iterator[tuple[int, int]]:
+    def _pair(self, places: Sequence[int]) -> Iterator[tuple[int, int]]:
         """Yield (array, early array) for what is the same in both modules, the surest first."""
         open_places = list(places)
-        for way in ways:
+        for way in _WAYS:
             waiting: dict[Hashable, list[int]] = defaultdict(list)
             for i in sorted(self.left, reverse=True):
                 unit = self.early.units[i]

@@ -221,3 +221,15 @@ def executable_shardings(executable: Any) -> tuple[list[Any], list[Any]]:
 def lowered_name(lowered: Any) -> str:
     """Return the name of the program that jax has lowered ("jit(step)")."""
     return str(getattr(lowered, "_name", "a program"))
+
+
+def plain_jaxpr(jaxpr: Any) -> Any:
+    """Return a traced program with the equations of which jax hides the inside written out.
+
+    Since 0.12 a custom_root, say, is one equation until jax lowers it.
+    """
+    from jax._src.interpreters import partial_eval  # private: no public name exists
+
+    inner = getattr(jaxpr, "jaxpr", jaxpr)
+    lower = getattr(partial_eval, "lower_jaxpr2", None)
+    return lower(inner) if lower is not None and getattr(inner, "is_high", False) else jaxpr

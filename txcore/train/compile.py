@@ -79,8 +79,9 @@ def compile_step(
         out_specs=P(),
     )
     traced = jax.jit(mapped, donate_argnums=(0,) if train else ()).trace(state.arrays, batch)
-    _check_reductions(traced.jaxpr, mesh, data_axes)
-    _check_predicates(traced.jaxpr)
+    jaxpr = _compat.plain_jaxpr(traced.jaxpr)
+    _check_reductions(jaxpr, mesh, data_axes)
+    _check_predicates(jaxpr)
     program = compile_traced(traced, options)
     return CompiledStep(program, time.perf_counter() - started)
 
