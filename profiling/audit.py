@@ -103,18 +103,13 @@ def audit_program(program: Program, *, after_spmd: bool = False) -> Report:
     Returns:
       The report.
     """
+    if not (after_spmd and program.partitioned):
+        report = audit_compiled(program.compiled, program.jaxpr, partition=program.partition)
+        return replace(report, target=program.target)
     sizes = _meshes(program.compiled, program.jaxpr, None)
-    declared = inventory(program.jaxpr)
-    ops = _read(program.partitioned if after_spmd else "", sizes) or _read(
-        program.compiled.as_text() or "", sizes
-    )
-    matched = match(ops, declared, marks=_compat.marks_partitioner())
+    ops, declared = _read(program.partitioned, sizes), inventory(program.jaxpr)
+    matched = _match(ops, declared, is_one_shard_map(program.jaxpr))
     report = _report(ops, matched, declared, sizes)
-    # Where the partitioner had nothing to decide, the optimized module alone is enough.
-    is_plain = report.ok and is_one_shard_map(program.jaxpr)
-    if not (is_plain or after_spmd) and (early := _read(program.partition(), sizes)):
-        before = match(early, declared, marks=_compat.marks_partitioner())
-        report = _report(ops, reconcile(matched, ops, before, early, declared), declared, sizes)
     return replace(report, target=program.target, divergent=divergences(program.jaxpr))
 
 
@@ -153,7 +148,11 @@ def _check_build(build: Callable[..., Any], args: Any, mesh: Any) -> None:
 
 
 def audit_compiled(
-    compiled: jax.stages.Compiled, jaxpr: Any = None, mesh: meshes.MeshLike | None = None
+    compiled: jax.stages.Compiled,
+    jaxpr: Any = None,
+    mesh: meshes.MeshLike | None = None,
+    *,
+    partition: Callable[[], str] | None = None,
 ) -> Report:
     """Account for every collective of a compiled program that was traced before.
 
@@ -162,17 +161,28 @@ def audit_compiled(
       jaxpr: what was traced, `jax.jit(f).trace(*args).jaxpr`; without it nothing can be compared.
       mesh: the mesh whose axes to name; by default those of the program's shard_maps, or of its
         arguments' and results' shardings.
+      partition: returns the text of the module right after SPMD partitioning. It is called where
+        the optimized module alone leaves a doubt; without it the doubt counts against the program.
 
     Returns:
       The report.
     """
     sizes = _meshes(compiled, jaxpr, mesh)
     ops = _read(compiled.as_text() or "", sizes)
-    declared = None if jaxpr is None else inventory(jaxpr)
-    matched = match(ops, declared or (), marks=_compat.marks_partitioner())
+    if jaxpr is None:
+        return replace(
+            _report(ops, _match(ops, (), True), None, sizes), target=machine_of(compiled)
+        )
+    declared, manual = inventory(jaxpr), is_one_shard_map(jaxpr)
+    matched = _match(ops, declared, manual)
     report = _report(ops, matched, declared, sizes)
-    divergent = () if jaxpr is None else divergences(jaxpr)
-    return replace(report, target=machine_of(compiled), divergent=divergent)
+    # Where the partitioner had nothing to decide, the optimized module alone is enough.
+    has_doubt = not (report.ok and manual)
+    if partition and has_doubt and (early := _read(partition(), sizes)):
+        before = _match(early, declared, manual)
+        better = reconcile(matched, ops, before, early, declared)
+        report = _report(ops, better, declared, sizes)
+    return replace(report, target=machine_of(compiled), divergent=divergences(jaxpr))
 
 
 def audit_text(hlo: str, *, mesh: meshes.MeshLike | None = None) -> Report:
@@ -206,7 +216,7 @@ def audit_text(hlo: str, *, mesh: meshes.MeshLike | None = None) -> Report:
             "audit_text needs the text of an HLO module, which begins with 'HloModule', but got "
             f"{hlo[:40]!r}: pass compiled.as_text() or an XLA dump"
         )
-    return _report(ops, match(ops, (), marks=True), None, sizes)
+    return _report(ops, _match(ops, (), True), None, sizes)
 
 
 def assert_no_auto_sharding(
@@ -254,6 +264,10 @@ def _largest(sizes: Sequence[meshes.Sizes]) -> int:
 
 def _read(text: str, sizes: Sequence[meshes.Sizes]) -> tuple[Op, ...]:
     return find_collectives(text, devices=_largest(sizes))
+
+
+def _match(ops: Sequence[Op], declared: Sequence[Declared], manual: bool) -> Matched:
+    return match(ops, declared, marks=_compat.marks_partitioner(), manual=manual)
 
 
 def _report(

@@ -2,12 +2,14 @@
 
 import pathlib
 import tempfile
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import jax
 
 from txcore import _compat
+
+C = TypeVar("C")
 
 
 def compile_with_partitioned(
@@ -16,7 +18,7 @@ def compile_with_partitioned(
     """Compile once, and return the program with its module right after SPMD partitioning.
 
     That module shows every collective as somebody asked for it, the user or the partitioner,
-    before the compiler merges, moves or removes any.
+    before the compiler merges, moves or rewrites any.
 
     Args:
       lowered: `jax.jit(f).lower(*args)`.
@@ -31,14 +33,25 @@ def compile_with_partitioned(
       >>> compiled(jnp.zeros(3)).tolist(), text
       ([0.0, 0.0, 0.0], '')
     """
+
+    def compile_(options: dict[str, Any]) -> jax.stages.Compiled:
+        return lowered.compile(compiler_options=options)
+
+    with _compat.no_persistent_cache():  # nothing is dumped on a hit
+        return dumping(compile_, options)
+
+
+def dumping(
+    compile_: Callable[[dict[str, Any]], C], options: Mapping[str, Any] | None = None
+) -> tuple[C, str]:
+    """Call what compiles with options that dump; return its result and the partitioned module."""
     with tempfile.TemporaryDirectory(prefix="txcore-") as folder:
-        dumping = {
+        dump = {
             "xla_dump_to": folder,
             "xla_dump_hlo_pass_re": "spmd-partitioning",  # tpu-spmd-partitioning on TPU
             "xla_dump_hlo_as_text": True,
         }
-        with _compat.no_persistent_cache():  # nothing is dumped on a hit
-            compiled = lowered.compile(compiler_options={**(options or {}), **dumping})
+        compiled = compile_({**(options or {}), **dump})
         # Module 0 ... pass 0, 1: the last is the outer module's last partitioning.
         found = sorted(pathlib.Path(folder).glob("*.after_*spmd-partitioning.before_*.txt"))
         return compiled, found[-1].read_text() if found else ""

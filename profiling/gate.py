@@ -11,8 +11,6 @@ compiled anew.
 | all   | an already compiled `jax.stages.Compiled` that is called: nothing is compiled. Audit it |
 | all   | threads that the block starts: a gate holds for its own thread                        |
 | all   | arrays fetched to the host (`numpy.asarray`), and uncommitted ones that are placed    |
-| 0.11+ | `jax.sharding.reshard` inside a program may show as "boundary" or "partitioner": XLA  |
-|       | names the op after the argument or the next operation                                |
 
 A program that was lowered before the block comes without its traced one. Then the partitioner's
 mark decides; jax 0.10 has none, so there the gate refuses such a program if it communicates at all.
@@ -35,6 +33,8 @@ import jax
 from txcore import _compat
 from txcore.profiling import source
 from txcore.profiling.audit import AutoShardingError, audit_compiled
+from txcore.profiling.dump import dumping
+from txcore.profiling.jaxpr import is_one_shard_map
 from txcore.profiling.moves import row_of_move
 from txcore.profiling.report import Collective, Report
 
@@ -223,17 +223,40 @@ def _watcher(watch: Callable[..., Any], original: Callable[..., Any]) -> Callabl
 
 def _lower(original: Callable[..., Any], *args: Any, jaxpr: Any, **kwargs: Any) -> Any:
     lowered = original(*args, jaxpr=jaxpr, **kwargs)
-    _traced[lowered] = jaxpr
+    _traced[lowered] = _compat.plain_jaxpr(jaxpr)
     return lowered
 
 
 def _compile(original: Callable[..., Any], lowered: Any, *args: Any, **kwargs: Any) -> Any:
-    executable = original(lowered, *args, **kwargs)
-    report = audit_compiled(_as_compiled(executable), _traced.get(lowered))
+    jaxpr = _traced.get(lowered)
+    executable, early = _compile_once(original, lowered, jaxpr, *args, **kwargs)
+
+    def partition() -> str:
+        return early or _with_partitioned(original, lowered, *args, **kwargs)[1]
+
+    report = audit_compiled(_as_compiled(executable), jaxpr, partition=partition)
     name = _compat.lowered_name(lowered)
     _refuse(report, f"compiling {name}, called at {source.shorten(_frames())},")
     _refuse_untraced(report, name)
     return executable
+
+
+def _compile_once(
+    original: Callable[..., Any], lowered: Any, jaxpr: Any, *args: Any, **kwargs: Any
+) -> tuple[Any, str]:
+    """Compile, and keep the partitioned module where the partitioner had anything to decide."""
+    if jaxpr is None or is_one_shard_map(jaxpr):
+        return original(lowered, *args, **kwargs), ""
+    return _with_partitioned(original, lowered, *args, **kwargs)
+
+
+def _with_partitioned(
+    original: Callable[..., Any], lowered: Any, compiler_options: Any = None, **kwargs: Any
+) -> tuple[Any, str]:
+    def compile_(options: dict[str, Any]) -> Any:
+        return original(lowered, compiler_options=options, **kwargs)
+
+    return dumping(compile_, compiler_options)
 
 
 @dataclass(frozen=True)

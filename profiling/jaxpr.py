@@ -1,5 +1,6 @@
 """The collectives that a traced program declares, before the compiler has seen it."""
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,7 +13,6 @@ import numpy as np
 from txcore import _compat
 from txcore.profiling import meshes, source
 from txcore.profiling.hlo import Groups
-from txcore.profiling.reshards import collectives_of_reshard
 from txcore.profiling.values import Numbering, Value, is_literal
 
 # jax's primitives by the HLO op that they lower to; a "_start" of an async pair is the same.
@@ -29,7 +29,8 @@ _KINDS = {
     "collective-broadcast": ("pbroadcast",),
 }
 KIND_OF = {primitive: kind for kind, names in _KINDS.items() for primitive in names}
-RESHARD = "reshard"
+# An explicit reshard: XLA chooses which collectives it takes, at most one of each whole array.
+RESHARD, RESHARD_OF_A_SUM = "reshard", "reshard of a sum"
 _KERNELS = ("pallas_call", "core_map")  # their bodies are not collectives between devices
 
 
@@ -37,8 +38,8 @@ _KERNELS = ("pallas_call", "core_map")  # their bodies are not collectives betwe
 class Declared:
     """One operand of one collective of a traced program.
 
-    kind: the HLO op it lowers to ("all-reduce"); primitive: jax's name ("psum"; "reshard" for
-      what an explicit reshard will need).
+    kind: the HLO op it lowers to ("all-reduce"), or "reshard", which the compiler translates;
+    primitive: jax's name ("psum").
     axes: mesh axes as the program names them; group_size: devices along them.
     dtype: jax's name ("float32").
     payload_bytes: S of one execution: the operand's bytes on one device, times n for all_gather.
@@ -182,7 +183,7 @@ def _walk(
         if kind := KIND_OF.get(name):
             yield from _declare(eqn, kind, name, scope, inputs)
         elif name == RESHARD:
-            yield from _declare_reshard(eqn, scope, inputs)
+            yield from _declare_reshard(eqn, scope, inputs[0])
         for inner in sub_jaxprs(eqn):
             values = _passed(eqn, inner, inputs, numbering)
             yield from _walk(inner, _enter(eqn, scope), values, numbering)
@@ -259,27 +260,29 @@ def _declare(
         )
 
 
-def _declare_reshard(eqn: Any, scope: _Scope, inputs: Sequence[Value]) -> Iterator[Declared]:
-    sizes = meshes.sizes_of(eqn.params["dst_sharding"].mesh)
-    for wanted in collectives_of_reshard(eqn.invars[0].aval, eqn.params["dst_sharding"]):
-        elements, dtype = wanted.elements, np.dtype(wanted.dtype)
-        yield Declared(
-            kind=wanted.kind,
-            primitive=RESHARD,
-            axes=wanted.axes,
-            group_size=meshes.count(sizes, wanted.axes),
-            dtype=dtype.name,
-            payload_bytes=elements * dtype.itemsize,
-            trips=scope.trips,
-            tag=None,
-            source=source.shorten(_compat.eqn_frames(eqn)),
-            autodiff=False,
-            elements=elements,
-            trips_known=scope.trips_known,
-            foldable=True,  # the compiler may get what it needs in another way
-            operand=inputs[0].number,
-            groups=wanted.groups,
-        )
+def _declare_reshard(eqn: Any, scope: _Scope, value: Value) -> Iterator[Declared]:
+    aval, target = eqn.invars[0].aval, eqn.params["dst_sharding"]
+    given = getattr(aval, "sharding", None)
+    if given is None or given == target:
+        return
+    sums = bool(getattr(given.spec, "unreduced", ()))
+    yield Declared(
+        kind=RESHARD_OF_A_SUM if sums else RESHARD,
+        primitive=RESHARD,
+        axes=tuple(name for name, size in meshes.sizes_of(given.mesh) if size > 1),
+        group_size=math.prod(size for _, size in meshes.sizes_of(given.mesh)),
+        dtype=np.dtype(aval.dtype).name,
+        payload_bytes=aval.size * np.dtype(aval.dtype).itemsize,
+        trips=scope.trips,
+        tag=None,
+        source=source.shorten(_compat.eqn_frames(eqn)),
+        autodiff=False,
+        elements=aval.size,
+        trips_known=scope.trips_known,
+        size_known=False,
+        foldable=True,
+        operand=value.number,
+    )
 
 
 def path_of(eqn: Any, outer: str) -> str:

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 
 from txcore.profiling.hlo import Op
-from txcore.profiling.jaxpr import RESHARD, Declared
+from txcore.profiling.jaxpr import RESHARD, RESHARD_OF_A_SUM, Declared
 from txcore.profiling.units import Unit, reals, units_of
 
 # What may stand in the place of a kind, with the same S: a sum of which a part is used, a sum and
@@ -51,27 +51,28 @@ class Matched:
     fates: tuple[tuple[str, ...], ...]
 
 
-def match(ops: Sequence[Op], declared: Sequence[Declared], *, marks: bool) -> Matched:
+def match(
+    ops: Sequence[Op], declared: Sequence[Declared], *, marks: bool, manual: bool = False
+) -> Matched:
     """Match compiled collectives with declared ones.
 
     Args:
       ops: the compiled program's, as `find_collectives` returns them.
       declared: what the traced program declares, as `inventory` returns it.
       marks: whether this compiler marks the collectives that it adds itself.
+      manual: whether the program leaves it nothing to add (`is_one_shard_map`).
 
     Returns:
       The arrays of the compiled ops, what each carries out, and what became of the declared ones.
     """
-    work = _Match(ops, declared, marks)
+    work = _Match(ops, declared, strict=not (marks or manual))
     for rule in _PLAIN:
         work.join(rule)
     work.take_apart()
     work.sum_up()
     for rule in (_LOOPS, _SHARDED, _REWRITE, _PADDED, *((_UNTAGGED,) if marks else ())):
         work.join(rule)
-    for origin in _MATCHED_RESHARDS:
-        work.join(_RESHARD, origins=(origin,))
-    work.settle_reshards()
+    work.explain_reshards()
     work.settle_loops()
     work.settle_doubts()
     places = sorted(work.units, key=lambda i: work.units[i].op)
@@ -94,8 +95,7 @@ def _enough_trips(unit: Unit, d: Declared) -> bool:
 
 
 _MATCHED = ("txcore", "user", "autodiff")
-# XLA names what a reshard needs after it, or after the argument that it reshards.
-_MATCHED_RESHARDS = (RESHARD, "boundary")
+_MOVES = ("all-gather", "all-to-all", "collective-permute")
 
 
 def _size(d: Declared) -> int:
@@ -131,10 +131,6 @@ _PADDED = _Rule(
     lambda d: (d.kind, d.tag, d.trips),
     lambda u, d: u.kind == "ragged-all-to-all" and u.size % max(_size(d), 1) == 0,
 )
-_RESHARD = _Rule(
-    lambda u, tag: (u.kind, u.size, u.trips.count),
-    lambda d: (d.kind, _size(d), d.trips),
-)
 _UNTAGGED = _Rule(
     lambda u, tag: (u.kind, u.size, u.trips.count, tag is None),
     lambda d: (d.kind, _size(d), d.trips, True),
@@ -144,7 +140,7 @@ _UNTAGGED = _Rule(
 class _Match:
     """The work in progress: which units and declarations are still open, and who does what."""
 
-    def __init__(self, ops: Sequence[Op], declared: Sequence[Declared], marks: bool):
+    def __init__(self, ops: Sequence[Op], declared: Sequence[Declared], *, strict: bool):
         self.declared = declared
         self.units = dict(enumerate(units_of(ops)))
         self.links: dict[int, list[int]] = {}  # of a unit, the declarations
@@ -152,17 +148,16 @@ class _Match:
         numbers: dict[Hashable, int] = {}
         self.op_devices = [_number(numbers, op) for op in ops]
         self.devices = [_number(numbers, d) for d in declared]
-        self.order = _by_credibility(declared, self.devices, marks)
+        self.order = _by_credibility(declared, self.devices, strict)
 
     def open_units(self, origins: Sequence[str] = _MATCHED) -> list[int]:
         """Return the units of these origins that nothing explains yet."""
         may_match = (i for i, u in self.units.items() if u.doubtful or u.origin in origins)
         return [i for i in may_match if i not in self.links]
 
-    def open_declared(self, *, reshards: bool = False) -> list[int]:
+    def open_declared(self) -> list[int]:
         """Return the declarations that are not wholly carried out, the most credible first."""
-        asked = (i for i in self.order if (self.declared[i].primitive == RESHARD) == reshards)
-        return [i for i in asked if self.left[i] > 0]
+        return [i for i in self.order if self.left[i] > 0]
 
     def link(self, unit: int, declared: Iterable[int]) -> None:
         """Note that a unit carries out these declarations, as often as it runs."""
@@ -172,14 +167,13 @@ class _Match:
             known = trips.known and self.declared[i].trips_known
             self.left[i] -= trips.count if known else self.left[i]
 
-    def join(self, rule: _Rule, origins: Sequence[str] = _MATCHED) -> None:
-        """Match one to one what a rule finds equal, collectives or reshards by the origins."""
-        reshards = origins != _MATCHED
+    def join(self, rule: _Rule) -> None:
+        """Match one to one what a rule finds equal."""
         waiting: dict[Hashable, list[int]] = defaultdict(list)
-        for i in reversed(self.open_declared(reshards=reshards)):
+        for i in reversed(self.open_declared()):
             waiting[self.devices[i], rule.of_declared(self.declared[i])].append(i)
         refused: set[Hashable] = set()  # of many units that fit nothing, only the first is tried
-        for unit in self.open_units(origins):
+        for unit in self.open_units():
             u = self.units[unit]
             for tag in u.claims:
                 key = self.op_devices[u.op], rule.of_unit(u, tag)
@@ -251,13 +245,18 @@ class _Match:
             declared[d.kind, self.devices[i], d.trips].append(i)
         return units, declared
 
-    def settle_reshards(self) -> None:
-        """Believe a line that is named after a reshard where the program has one at that place."""
-        by_source = {d.source: i for i, d in enumerate(self.declared) if d.primitive == RESHARD}
+    def explain_reshards(self) -> None:
+        """Explain what is at the line of an explicit reshard; the compiler chooses the ways."""
+        live = (i for i, d in enumerate(self.declared) if d.primitive == RESHARD and d.live)
+        asked = {self.declared[i].source: i for i in live}
         for unit in self.open_units((RESHARD,)):
             u = self.units[unit]
-            if u.source in by_source and u.op_name.endswith(RESHARD):
-                self.links[unit] = [by_source[u.source]]
+            if (place := asked.get(u.source)) is None:
+                continue
+            d = self.declared[place]
+            can_be = u.kind in _MOVES or d.kind == RESHARD_OF_A_SUM
+            if can_be and u.size <= _size(d) and u.trips.count <= d.trips:
+                self.links[unit] = [place]
 
     def settle_loops(self) -> None:
         """Keep several units of one declaration only where they run as often as it, together."""
@@ -293,16 +292,19 @@ def _number(numbers: dict[Hashable, int], one: Op | Declared) -> int:
     return numbers.setdefault((one.groups, one.pairs), len(numbers))
 
 
-def _by_credibility(declared: Sequence[Declared], devices: Sequence[int], marks: bool) -> list[int]:
+def _by_credibility(
+    declared: Sequence[Declared], devices: Sequence[int], strict: bool
+) -> list[int]:
     """Order declarations by how likely the compiler kept them: those of dead values last.
 
-    Where a partitioner that does not mark its work could act, a dead one and the double of
-    another are left out: the compiler drops them, and what looks like them is the partitioner's.
+    strict: a partitioner that does not mark its work could act. Then a dead one and the double of
+      another are left out: the compiler drops them, and what looks like them is the partitioner's.
     """
-    strict = not marks and not all(d.size_known for d in declared)
     seen: set[Hashable] = set()
     kept: list[int] = []
     for i, d in enumerate(declared):
+        if d.primitive == RESHARD:
+            continue
         value = d.kind, devices[i], d.operand
         if not strict or (d.live and value not in seen):
             kept.append(i)
@@ -320,9 +322,11 @@ def _fates(
             carried[i].append(unit)
     twins = {_twin(work, i, work.declared[i].operand) for i in carried}
     sums = {_twin(work, i, work.declared[i].elements) for i in carried}
-    fates = []
+    fates: list[tuple[str, ...]] = []
     for i, d in enumerate(work.declared):
-        if i in carried:
+        if d.primitive == RESHARD:
+            fates.append(("kept",) if i in carried else ("eliminated",))
+        elif i in carried:
             fates.append(_fate_of_kept(d, carried[i], shared))
         elif not d.live or d.foldable:
             fates.append(("eliminated",))

@@ -61,6 +61,7 @@ def rows_of(
     fates = (
         Fate(d, matched.fates[i], tuple(rows_of_declared.get(i, ())))
         for i, d in enumerate(declared or ())
+        if d.primitive != RESHARD  # of which only the rows tell what became
     )
     return tuple(rows), tuple(fates)
 

@@ -114,7 +114,7 @@ class _State:
         added_on = {_devices(self.early_ops[self.early.units[i].op]) for i in unseen}
         lost: dict[Hashable, dict[int, int]] = defaultdict(dict)  # what is not sent yet, by place
         for i, d in enumerate(self.declared):
-            if self.fates[i] in _LOST and d.primitive != RESHARD:
+            if self.fates[i] in _LOST:
                 lost[_devices(d)][i] = reals(d.elements, d.dtype) * d.trips
         for place, unit in enumerate(self.units):
             devices = _devices(self.ops[unit.op])

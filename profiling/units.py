@@ -106,6 +106,8 @@ def _unit(place: int, op: Op, one: Input, *, is_piece: bool = False) -> Unit:
 def _source(op: Op, origin: str) -> str:
     """Return the line of an op, or of what it was inserted for."""
     own, wanted = source.shorten(op.frames), source.shorten(op.wanted_frames)
+    if origin == "reshard" and not op.op_name.endswith("/reshard"):
+        return wanted
     # Named after the shard_map where it is needed: by a compiler that does not mark it, or where
     # the shard_map leaves axes to the partitioner.
     at_its_use = not op.marked or origin == "partitioner"

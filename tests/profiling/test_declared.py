@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from audit_cases import P, mesh_of, on, tag, vary
 from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -156,7 +155,8 @@ def test_equal_operands_have_one_number():
     first, again, other, sine, sine_again = (
         d.operand for d in declared(body, mesh_of(data=8), out_specs=P())
     )
-    assert first == again and sine == sine_again
+    assert first == again
+    assert sine == sine_again
     assert len({first, other, sine}) == 3
 
 
@@ -172,26 +172,21 @@ def test_shards_of_one_array_by_different_specs_are_different_values():
     assert first.operand != second.operand
 
 
-@pytest.mark.parametrize(
-    "before, after, kind, axes, elements",
-    [(P("data"), P(), "all-gather", ("data",), 8 * 16),
-     (P("data", "model"), P("data"), "all-gather", ("model",), 2 * 16),
-     (P("data"), P(None, "data"), "all-to-all", ("data",), 2 * 16),
-     (P(("data", "model")), P(), "all-gather", ("data", "model"), 8 * 16)],
-)  # fmt: skip
-def test_a_reshard_declares_what_it_needs(before, after, kind, axes, elements):
-    devices = np.array(jax.devices()).reshape(4, 2)
-    mesh = Mesh(devices, ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
-    x = jax.ShapeDtypeStruct((8, 16), jnp.float32, sharding=NamedSharding(mesh, before))
+def test_a_reshard_declares_itself():
+    mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("data", "model"),
+                axis_types=(AxisType.Explicit,) * 2)  # fmt: skip
+    x = jax.ShapeDtypeStruct((8, 16), jnp.float32, sharding=NamedSharding(mesh, P("data")))
     with jax.set_mesh(mesh):
-        jaxpr = jax.jit(lambda x: jax.sharding.reshard(x, after)).trace(x).jaxpr
+        jaxpr = jax.jit(lambda x: jax.sharding.reshard(x, P(None, "data"))).trace(x).jaxpr
     (found,) = inventory(jaxpr)
-    assert (found.kind, found.axes, found.elements) == (kind, axes, elements)
-    assert (found.primitive, found.payload_bytes) == ("reshard", 4 * elements)
+    assert (found.kind, found.primitive, found.elements, found.live) == (
+        "reshard", "reshard", 8 * 16, True,
+    )  # fmt: skip
 
 
-def test_a_reshard_that_only_slices_declares_nothing():
+def test_a_reshard_to_the_same_sharding_declares_nothing():
     mesh = Mesh(np.array(jax.devices()), ("data",), axis_types=(AxisType.Explicit,))
+    x = jax.ShapeDtypeStruct((8, 16), jnp.float32, sharding=NamedSharding(mesh, P("data")))
     with jax.set_mesh(mesh):
-        jaxpr = jax.jit(lambda x: jax.sharding.reshard(x, P("data"))).trace(ROWS).jaxpr
+        jaxpr = jax.jit(lambda x: jax.sharding.reshard(x, P("data"))).trace(x).jaxpr
     assert inventory(jaxpr) == ()

@@ -72,7 +72,10 @@ def test_collectives_are_still_by_themselves(temporary):
 
 def test_the_program_is_the_same_without_the_dump():
     lowered = two_sums()
-    plain, dumped = lowered.compile().as_text(), compile_with_partitioned(lowered)[0].as_text()
+    plain, dumped = (
+        lowered.compile().as_text(),
+        compile_with_partitioned(lowered)[0].as_text(),
+    )
     assert dumped == plain
 
 
