@@ -75,12 +75,16 @@ class Declared:
 
 @dataclass(frozen=True)
 class _Scope:
-    """What surrounds an equation: the mesh, which axes are manual, how often it runs, its path."""
+    """What surrounds an equation: the mesh, which axes are manual, how often it runs, its path.
+
+    foldable: the compiler may find that it never runs.
+    """
 
     sizes: meshes.Sizes = ()
     manual: frozenset[str] = frozenset()
     trips: int = 1
     trips_known: bool = True
+    foldable: bool = False
     path: str = ""
 
     @property
@@ -186,7 +190,7 @@ def _walk(
             yield from _declare_reshard(eqn, scope, inputs[0])
         for inner in sub_jaxprs(eqn):
             values = _passed(eqn, inner, inputs, numbering)
-            yield from _walk(inner, _enter(eqn, scope), values, numbering)
+            yield from _walk(inner, _enter(eqn, scope, inputs), values, numbering)
 
 
 def _passed(
@@ -200,18 +204,33 @@ def _passed(
         values = [numbering.shard(v, spec) for v, spec in zip(inputs, specs, strict=True)]
     elif len(inner.invars) != len(inputs) or name in ("scan", "while"):
         depends = any(v.depends for v in inputs)
-        values = [numbering.fresh(depends) for _ in inner.invars]
+        constants = _loop_constants(eqn, inner, inputs)
+        carried = len(inner.invars) - len(constants)
+        values = [*constants, *(numbering.fresh(depends) for _ in range(carried))]
     known = dict(zip(inner.invars, values, strict=True))
     return known | {v: numbering.fresh(depends=False) for v in inner.constvars}
 
 
-def _enter(eqn: Any, scope: _Scope) -> _Scope:
+def _loop_constants(eqn: Any, inner: Any, inputs: Sequence[Value]) -> Sequence[Value]:
+    """Return the inputs that are the same in every trip of a loop, which come first in its body."""
+    if eqn.primitive.name == "scan":
+        return inputs[: _compat.scan_counts(eqn)[0]]
+    if eqn.primitive.name == "while":
+        of_cond, of_body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+        is_cond = inner is _open(eqn.params["cond_jaxpr"])
+        return inputs[:of_cond] if is_cond else inputs[of_cond : of_cond + of_body]
+    return ()
+
+
+def _enter(eqn: Any, scope: _Scope, inputs: Sequence[Value]) -> _Scope:
     name = eqn.primitive.name
     scope = replace(scope, path=path_of(eqn, scope.path))
     if name == "scan":
         return replace(scope, trips=scope.trips * int(eqn.params["length"]))
     if name == "while":
         return replace(scope, trips_known=False)
+    if name == "cond" and not inputs[0].depends:
+        return replace(scope, foldable=True)  # the compiler knows which branch is taken
     if name == "shard_map":
         return replace(scope, sizes=_sizes_of(eqn), manual=scope.manual | _manual_axes(eqn))
     return scope
@@ -253,7 +272,7 @@ def _declare(
             elements=scale * elements,
             trips_known=scope.trips_known,
             size_known=scope.size_known,
-            foldable=not value.depends or size == 1 or elements == 0 or scope.trips == 0,
+            foldable=scope.foldable or not value.depends or 0 in (size - 1, elements, scope.trips),
             operand=value.number,
             groups=groups,
             pairs=pairs,

@@ -65,13 +65,17 @@ def match(
     Returns:
       The arrays of the compiled ops, what each carries out, and what became of the declared ones.
     """
-    work = _Match(ops, declared, strict=not (marks or manual))
-    for rule in _PLAIN:
-        work.join(rule)
-    work.take_apart()
-    work.sum_up()
-    for rule in (_LOOPS, _SHARDED, _REWRITE, _PADDED, *((_UNTAGGED,) if marks else ())):
-        work.join(rule)
+    work = _Match(ops, declared)
+    certain, doubtful = _by_credibility(declared, work.devices)
+    # What nothing uses and the double of another are mostly dropped. A partitioner that does not
+    # mark its work could pass for them, wherever it has work.
+    for work.order in (certain, doubtful) if marks or manual else (certain,):
+        for rule in _PLAIN:
+            work.join(rule)
+        work.take_apart()
+        work.sum_up()
+        for rule in (_LOOPS, _SHARDED, _REWRITE, _PADDED, *((_UNTAGGED,) if marks else ())):
+            work.join(rule)
     work.explain_reshards()
     work.settle_loops()
     work.settle_doubts()
@@ -140,7 +144,7 @@ _UNTAGGED = _Rule(
 class _Match:
     """The work in progress: which units and declarations are still open, and who does what."""
 
-    def __init__(self, ops: Sequence[Op], declared: Sequence[Declared], *, strict: bool):
+    def __init__(self, ops: Sequence[Op], declared: Sequence[Declared]):
         self.declared = declared
         self.units = dict(enumerate(units_of(ops)))
         self.links: dict[int, list[int]] = {}  # of a unit, the declarations
@@ -148,7 +152,7 @@ class _Match:
         numbers: dict[Hashable, int] = {}
         self.op_devices = [_number(numbers, op) for op in ops]
         self.devices = [_number(numbers, d) for d in declared]
-        self.order = _by_credibility(declared, self.devices, strict)
+        self.order: Sequence[int] = ()  # the declarations to consider, the first ones first
 
     def open_units(self, origins: Sequence[str] = _MATCHED) -> list[int]:
         """Return the units of these origins that nothing explains yet."""
@@ -156,7 +160,7 @@ class _Match:
         return [i for i in may_match if i not in self.links]
 
     def open_declared(self) -> list[int]:
-        """Return the declarations that are not wholly carried out, the most credible first."""
+        """Return the declarations that are not wholly carried out, in order."""
         return [i for i in self.order if self.left[i] > 0]
 
     def link(self, unit: int, declared: Iterable[int]) -> None:
@@ -200,7 +204,7 @@ class _Match:
             start = max(self.units, default=-1) + 1
             pieces[i] = range(max(start, i + 1), max(start, i + 1) + len(unit.pieces))
             self.units |= dict(zip(pieces[i], unit.pieces, strict=True))
-        for rule in _PLAIN:
+        for rule in (*_PLAIN, _LOOPS):
             self.join(rule)
         for i, unit in flat.items():
             if not any(piece in self.links for piece in pieces[i]):
@@ -293,23 +297,20 @@ def _number(numbers: dict[Hashable, int], one: Op | Declared) -> int:
 
 
 def _by_credibility(
-    declared: Sequence[Declared], devices: Sequence[int], strict: bool
-) -> list[int]:
-    """Order declarations by how likely the compiler kept them: those of dead values last.
-
-    strict: a partitioner that does not mark its work could act. Then a dead one and the double of
-      another are left out: the compiler drops them, and what looks like them is the partitioner's.
-    """
+    declared: Sequence[Declared], devices: Sequence[int]
+) -> tuple[list[int], list[int]]:
+    """Part the declarations: those that a compiler has to keep, and the dead and the doubles."""
     seen: set[Hashable] = set()
-    kept: list[int] = []
+    certain: list[int] = []
+    doubtful: list[int] = []
     for i, d in enumerate(declared):
         if d.primitive == RESHARD:
             continue
         value = d.kind, devices[i], d.operand
-        if not strict or (d.live and value not in seen):
-            kept.append(i)
-        seen.add(value)
-    return sorted(kept, key=lambda i: not declared[i].live)
+        (certain if d.live and value not in seen else doubtful).append(i)
+        if d.live:
+            seen.add(value)
+    return certain, doubtful
 
 
 def _fates(

@@ -81,6 +81,7 @@ class Module:
 class _Draft:
     """A module while its lines are read."""
 
+    has_header: bool = False
     name: str = ""
     counts: dict[str, int] = field(default_factory=dict)
     chooses_output_shardings: bool = False
@@ -117,7 +118,9 @@ def _drafts(lines: Iterable[str]) -> Iterable[_Draft]:
     for line in lines:
         if line.startswith("HloModule"):
             yield draft
-            draft = _Draft(name=line.split(",")[0].removeprefix("HloModule").strip())
+            draft = _Draft(
+                has_header=True, name=line.split(",")[0].removeprefix("HloModule").strip()
+            )
             draft.counts = {name: int(count) for name, count in _COUNT.findall(line)}
             if _COLLECTIVE.search(_unquoted(line)):
                 draft.unreadable.append(line.strip())
@@ -208,6 +211,10 @@ def _elements(instructions: Sequence[Instruction]) -> Iterator[Instruction]:
 
 
 def _finish(draft: _Draft) -> Module:
+    if draft.has_header and draft.computation:
+        draft.unreadable.append(f"the text ends inside of {draft.computation}")
+    elif draft.has_header and not any(c.is_entry for c in draft.computations.values()):
+        draft.unreadable.append(f"module {draft.name} has no ENTRY: the text is cut off")
     _close_computation(draft)
     return Module(
         name=draft.name,

@@ -9,6 +9,7 @@ from typing import Any
 
 from txcore.profiling.jaxpr import Declared
 from txcore.profiling.predicates import Divergence
+from txcore.profiling.report.printable import printable
 
 _NAMED_IN_VERDICT = 3
 _DIVERGENT = {"hangs": "that not all devices reach", "lies": "of a false type"}
@@ -229,9 +230,12 @@ class Report:
     def verdict(self) -> str:
         """Return the proof in one line."""
         if not self.ok:
-            return f"proof FAILED: {'; '.join(_faults(self))}"
+            return printable(f"proof FAILED: {'; '.join(_faults(self))}")
         if not self.collectives:
-            return "proof: no collective in the program"
+            unproved = (
+                "not proved: no collective found, but there is no traced program to compare with"
+            )
+            return "proof: no collective in the program" if self.checked else unproved
         number = _plural(len(self.collectives), "collective")
         origins = Counter(c.origin for c in self.collectives)
         by_origin = ", ".join(f"{count} {origin}" for origin, count in sorted(origins.items()))
@@ -273,7 +277,7 @@ def format_bytes(number: int) -> str:
       >>> format_bytes(1664300)
       '1.66 MB'
     """
-    size, unit = float(number), "B"
+    size, unit = float(min(number, 10**30)), "B"  # a damaged text may say anything
     for larger in ("kB", "MB", "GB", "TB"):
         if size < 999.5:
             break

@@ -3,6 +3,7 @@
 from tabulate import tabulate
 
 from txcore.profiling.report.model import Collective, format_bytes
+from txcore.profiling.report.printable import printable
 
 _WIDTH = 100
 _HEAD = ("kind", "axes", "n", "dtype", "payload", "wire", "trips", "origin", "tags", "source")
@@ -36,15 +37,19 @@ def _cells(row: Collective) -> list[str]:
     return [
         _SHORT_KIND.get(row.kind, row.kind),
         shorten("+".join(row.axes) or "-", 12),
-        str(row.group_size or "?"),
+        shorten(str(row.group_size or "?"), 12),
         shorten(_short_dtypes(dtype), 8),
         format_bytes(row.payload_bytes),
         format_bytes(row.wire_bytes),
-        f"{row.trips}{'' if row.trips_known else '+'}",
+        f"{_count(row.trips)}{'' if row.trips_known else '+'}",
         row.origin,
-        ",".join(row.tags) or "-",
-        row.source or "-",
+        printable(",".join(row.tags) or "-"),
+        printable(row.source or "-"),
     ]
+
+
+def _count(number: int) -> str:
+    return str(number) if number < 10**9 else "many"
 
 
 def _short_dtypes(names: str) -> str:
