@@ -36,7 +36,8 @@ _REWRITTEN = {
 }
 
 
-LINEAR = ("all-reduce", "all-gather")  # one of a + b may stand for one of a and one of b
+# One of a + b may stand for one of a and one of b.
+LINEAR = ("all-reduce", "reduce-scatter", "all-gather")
 
 
 @dataclass(frozen=True)

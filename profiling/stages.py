@@ -127,15 +127,15 @@ class _State:
         self._settle_sums(lost)
 
     def _settle_sums(self, lost: dict[Hashable, dict[int, int]]) -> None:
-        """Call what is still lost reassociated where a rewritten one of its size is left."""
-        rewritten = {
-            (d.kind, _devices(d), d.elements)
-            for d, fates in zip(self.declared, self.fates, strict=True)
-            if "rewritten" in fates and d.kind in LINEAR
-        }
+        """Say of what is still lost whether one like it that is sent does its work."""
+        carried = [self.declared[i] for i in {i for link in self.links for i in link}]
+        equal = {(d.kind, _devices(d), d.operand) for d in carried}
+        as_large = {(d.kind, _devices(d), d.elements) for d in carried if d.kind in LINEAR}
         for i in (i for of_devices in lost.values() for i in of_devices):
             d = self.declared[i]
-            if (d.kind, _devices(d), d.elements) in rewritten:
+            if (d.kind, _devices(d), d.operand) in equal:
+                self.fates[i] = ("deduplicated",)
+            elif (d.kind, _devices(d), d.elements) in as_large:
                 self.fates[i] = ("reassociated",)
 
     def _choose(self, unit: Unit, lost: dict[int, int]) -> list[int]:
