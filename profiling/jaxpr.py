@@ -285,18 +285,19 @@ def _declare_reshard(eqn: Any, scope: _Scope, value: Value) -> Iterator[Declared
     if given is None or given == target:
         return
     sums = bool(getattr(given.spec, "unreduced", ()))
+    elements, dtype = _extent(aval)
     yield Declared(
         kind=RESHARD_OF_A_SUM if sums else RESHARD,
         primitive=RESHARD,
         axes=tuple(name for name, size in meshes.sizes_of(given.mesh) if size > 1),
         group_size=math.prod(size for _, size in meshes.sizes_of(given.mesh)),
-        dtype=np.dtype(aval.dtype).name,
-        payload_bytes=aval.size * np.dtype(aval.dtype).itemsize,
+        dtype=dtype.name,
+        payload_bytes=elements * dtype.itemsize,
         trips=scope.trips,
         tag=None,
         source=source.shorten(_compat.eqn_frames(eqn)),
         autodiff=False,
-        elements=aval.size,
+        elements=elements,
         trips_known=scope.trips_known,
         size_known=False,
         foldable=True,

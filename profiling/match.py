@@ -16,15 +16,14 @@ What is left of the compiled program is unexplained, whatever its tag says. What
 traced one is missing, unless nothing uses it, an equal one does its work, or it has none to do.
 """
 
-from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
-import jax.numpy as jnp
-
+from txcore.profiling.fates import fates_of
 from txcore.profiling.hlo import Op
 from txcore.profiling.jaxpr import RESHARD, RESHARD_OF_A_SUM, Declared
-from txcore.profiling.units import Unit, reals, units_of
+from txcore.profiling.units import Unit, size_of, units_of
 
 # What may stand in the place of a kind, with the same S: a sum of which a part is used, a sum and
 # a slice of it, each one's part among zeros and a sum, and so on.
@@ -34,10 +33,6 @@ _REWRITTEN = {
     "all-gather": ("all-reduce", "collective-broadcast"),
     "collective-broadcast": ("all-reduce", "collective-permute"),
 }
-
-
-# One of a + b may stand for one of a and one of b.
-LINEAR = ("all-reduce", "reduce-scatter", "all-gather")
 
 
 @dataclass(frozen=True)
@@ -83,7 +78,7 @@ def match(
     places = sorted(work.units, key=lambda i: work.units[i].op)
     links = tuple(tuple(work.links.get(i, ())) for i in places)
     units = tuple(work.units[i] for i in places)
-    return Matched(units, links, _fates(units, links, work))
+    return Matched(units, links, fates_of(declared, work.devices, units, links))
 
 
 @dataclass(frozen=True)
@@ -103,42 +98,38 @@ _MATCHED = ("txcore", "user", "autodiff")
 _MOVES = ("all-gather", "all-to-all", "collective-permute")
 
 
-def _size(d: Declared) -> int:
-    return reals(d.elements, d.dtype)
-
-
 _PLAIN = (
     _Rule(
         lambda u, tag: (u.kind, tag, u.size, u.trips.count, u.source),
-        lambda d: (d.kind, d.tag, _size(d), d.trips, d.source),
+        lambda d: (d.kind, d.tag, size_of(d), d.trips, d.source),
     ),
     _Rule(
         lambda u, tag: (u.kind, tag, u.size, u.trips.count),
-        lambda d: (d.kind, d.tag, _size(d), d.trips),
+        lambda d: (d.kind, d.tag, size_of(d), d.trips),
     ),
 )
 _LOOPS = _Rule(
-    lambda u, tag: (u.kind, tag, u.size), lambda d: (d.kind, d.tag, _size(d)), _enough_trips
+    lambda u, tag: (u.kind, tag, u.size), lambda d: (d.kind, d.tag, size_of(d)), _enough_trips
 )
 _SHARDED = _Rule(
     lambda u, tag: (u.kind, tag, u.trips.count),
     lambda d: (d.kind, d.tag, d.trips),
-    lambda u, d: not d.size_known and u.size > 0 and _size(d) % u.size == 0,
+    lambda u, d: not d.size_known and u.size > 0 and size_of(d) % u.size == 0,
 )
 _REWRITE = _Rule(
     lambda u, tag: (tag, u.size, u.trips.count),
-    lambda d: (d.tag, _size(d), d.trips),
+    lambda d: (d.tag, size_of(d), d.trips),
     lambda u, d: u.kind in _REWRITTEN.get(d.kind, ()),
 )
 # XLA for TPU sends rows of 128.
 _PADDED = _Rule(
     lambda u, tag: (u.kind, tag, u.trips.count),
     lambda d: (d.kind, d.tag, d.trips),
-    lambda u, d: u.kind == "ragged-all-to-all" and u.size % max(_size(d), 1) == 0,
+    lambda u, d: u.kind == "ragged-all-to-all" and u.size % max(size_of(d), 1) == 0,
 )
 _UNTAGGED = _Rule(
     lambda u, tag: (u.kind, u.size, u.trips.count, tag is None),
-    lambda d: (d.kind, _size(d), d.trips, True),
+    lambda d: (d.kind, size_of(d), d.trips, True),
 )
 
 
@@ -218,7 +209,7 @@ class _Match:
         units, declared = self._alike()
         for key, places in units.items():
             by_tag = self._by_tag(declared.get(key, ()))
-            sums = {t: sum(_size(self.declared[i]) for i in of) for t, of in by_tag.items()}
+            sums = {t: sum(size_of(self.declared[i]) for i in of) for t, of in by_tag.items()}
             for unit in places:
                 claims = [tag for tag in self.units[unit].claims if tag in by_tag]
                 if claims and sum(sums[t] for t in claims) == self.units[unit].size:
@@ -228,7 +219,7 @@ class _Match:
                 parts = [i for i in units.get(key, ()) if self.units[i].claims == (tag,)]
                 parts = [i for i in parts if i not in self.links]
                 sent = sum(self.units[i].size for i in parts)
-                if parts and sent == sum(_size(self.declared[i]) for i in whole):
+                if parts and sent == sum(size_of(self.declared[i]) for i in whole):
                     for part in parts:
                         self.link(part, whole)
 
@@ -260,14 +251,14 @@ class _Match:
                 continue
             d = self.declared[place]
             can_be = u.kind in _MOVES or d.kind == RESHARD_OF_A_SUM
-            if can_be and u.size <= _size(d) and u.trips.count <= d.trips:
+            if can_be and u.size <= size_of(d) and u.trips.count <= d.trips:
                 self.links[unit] = [place]
 
     def settle_loops(self) -> None:
         """Keep several units of one declaration only where they run as often as it, together."""
         of_declared = self.units_of_declared()
         for i, units in of_declared.items():
-            same = [u for u in units if self.units[u].size == _size(self.declared[i])]
+            same = [u for u in units if self.units[u].size == size_of(self.declared[i])]
             if len(same) > 1 and self.left[i] != 0:
                 for unit in same[1:]:
                     del self.links[unit]
@@ -312,53 +303,3 @@ def _by_credibility(
         if d.live:
             seen.add(value)
     return certain, doubtful
-
-
-def _fates(
-    units: Sequence[Unit], links: Sequence[Sequence[int]], work: _Match
-) -> tuple[tuple[str, ...], ...]:
-    carried: dict[int, list[Unit]] = defaultdict(list)
-    shared = Counter(unit.op for unit, link in zip(units, links, strict=True) for _ in link)
-    for unit, link in zip(units, links, strict=True):
-        for i in link:
-            carried[i].append(unit)
-    twins = {_twin(work, i, work.declared[i].operand) for i in carried}
-    sums = {_twin(work, i, work.declared[i].elements) for i in carried}
-    fates: list[tuple[str, ...]] = []
-    for i, d in enumerate(work.declared):
-        if d.primitive == RESHARD:
-            fates.append(("kept",) if i in carried else ("eliminated",))
-        elif i in carried:
-            fates.append(_fate_of_kept(d, carried[i], shared))
-        elif not d.live or d.foldable:
-            fates.append(("eliminated",))
-        elif _twin(work, i, d.operand) in twins:
-            fates.append(("deduplicated",))
-        elif d.kind in LINEAR and _twin(work, i, d.elements) in sums:
-            fates.append(("reassociated",))
-        else:
-            fates.append(("missing",))
-    return tuple(fates)
-
-
-def _twin(work: _Match, place: int, what: int) -> Hashable:
-    return work.declared[place].kind, work.devices[place], what
-
-
-def _fate_of_kept(d: Declared, units: Sequence[Unit], shared: Mapping[int, int]) -> tuple[str, ...]:
-    trips = sum(u.trips.count for u in units)
-    known = d.trips_known and all(u.trips.known for u in units)
-
-    def is_alone(unit: Unit) -> bool:
-        return shared[unit.op] == 1
-
-    is_cut = any(u.size < _size(d) for u in units) and d.size_known
-    fates = {
-        "combined": not all(map(is_alone, units)) and not is_cut,
-        "split": is_cut,
-        "unrolled": len(units) > 1 and not is_cut,
-        "hoisted": known and not is_cut and trips < d.trips,
-        "rewritten": any(u.kind != d.kind or (is_alone(u) and u.size > _size(d)) for u in units),
-        "promoted": any(u.shape.bits > 8 * jnp.dtype(d.dtype).itemsize for u in units),
-    }
-    return tuple(name for name, is_so in fates.items() if is_so) or ("kept",)

@@ -13,11 +13,12 @@ from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import replace
 
+from txcore.profiling.fates import LINEAR
 from txcore.profiling.hlo import Op
 from txcore.profiling.jaxpr import RESHARD, Declared
-from txcore.profiling.match import LINEAR, Matched
+from txcore.profiling.match import Matched
 from txcore.profiling.origin import UNEXPLAINED
-from txcore.profiling.units import Unit, reals
+from txcore.profiling.units import Unit, size_of
 
 _LOST = (("missing",), ("reassociated",))
 _Way = Callable[[Unit, Hashable], Hashable]
@@ -115,7 +116,7 @@ class _State:
         lost: dict[Hashable, dict[int, int]] = defaultdict(dict)  # what is not sent yet, by place
         for i, d in enumerate(self.declared):
             if self.fates[i] in _LOST:
-                lost[_devices(d)][i] = reals(d.elements, d.dtype) * d.trips
+                lost[_devices(d)][i] = size_of(d) * d.trips
         for place, unit in enumerate(self.units):
             devices = _devices(self.ops[unit.op])
             is_open = not self.links[place] and place not in self.blamed
@@ -143,7 +144,9 @@ class _State:
         sent = unit.size * unit.trips.count
         nearest = sorted(lost, key=lambda i: self.declared[i].source != unit.source)
         whole = [i for i in nearest if lost[i] == sent]
-        of_a_loop = [i for i in nearest if lost[i] > sent and self._size(i) == unit.size]
+        of_a_loop = [
+            i for i in nearest if lost[i] > sent and size_of(self.declared[i]) == unit.size
+        ]
         if of_a_loop and not whole:
             lost[of_a_loop[0]] -= sent
             return of_a_loop[:1]
@@ -151,9 +154,6 @@ class _State:
         for i in chosen:
             del lost[i]
         return chosen
-
-    def _size(self, place: int) -> int:
-        return reals(self.declared[place].elements, self.declared[place].dtype)
 
 
 def _devices(one: Op | Declared) -> Hashable:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from txcore.profiling import source
 from txcore.profiling.hlo import Input, Op, Shape
 from txcore.profiling.hlo.trips import ONCE, Trips
+from txcore.profiling.jaxpr import Declared
 from txcore.profiling.origin import UNEXPLAINED, is_inserted, origin_of
 
 _NOTHING = Shape("", (0,), 0)
@@ -56,6 +57,11 @@ class Unit:
 def reals(elements: int, dtype: str) -> int:
     """Return how many real numbers an array of a dtype holds."""
     return elements * (2 if dtype.startswith("complex") else 1)
+
+
+def size_of(declared: Declared) -> int:
+    """Return the real numbers that a declared collective sends, as `Unit.size`."""
+    return reals(declared.elements, declared.dtype)
 
 
 def units_of(ops: Sequence[Op]) -> Iterator[Unit]:
