@@ -320,6 +320,8 @@ def test_text_that_only_names_a_collective_is_none():
     "target, config, is_opaque",
     [
         ("TopK", "", False),
+        ("GatherScatterIndicesBitpacked", "", False),
+        ("GatherScatterIndicesBitpackedAndSent", "", True),
         ("lapack_sgesdd_ffi", "", False),
         ("__onednn$matmul", "", False),
         ("xla_ffi_python_cpu_callback", "", False),

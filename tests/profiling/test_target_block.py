@@ -123,7 +123,7 @@ def test_the_block_s_automatic_twin(target):
     assert not report.ok
     # Updates gathered for the results' sharding: jax 0.10 calls that the edge of the program.
     assert {c.origin for c in report.unexplained} - {"boundary"} == {"partitioner"}
-    assert all(c.kind == "custom-call" for c in report.collectives if c.explained)
+    assert report.unexplained == report.collectives
     assert {c.source for c in report.unexplained} <= TWIN
     # At least the heads' and the hidden features' sums of each layer, and the gradients.
     assert sum(c.trips == SIZES.layers for c in report.unexplained) >= 4
