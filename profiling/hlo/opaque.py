@@ -8,7 +8,6 @@ _TARGET = re.compile(r'custom_call_target="((?:[^"\\]|\\.)*+)"')
 _COMPUTES = re.compile(
     r"lapack_|blas_|__cublas|__cudnn|__cusparse|cusolver|cudnn|cublas|hipblas|hipsolver|hiprand"
     r"|cu_|hip_|cuda_threefry|__onednn|__eigen|__ynn|__xnn|__triton|triton_kernel_call|__gpu\$xla"
-    r"|GatherScatterIndicesBitpacked"
     r"|TopK|__topk|ApproxTopK|PartialReduce|Eigh|Qr|Cholesky|LuDecomposition|Householder|ProductOf"
     r"|InspectSharding|Sharding|SPMDFullToShardShape|SPMDShardToFullShape|xla\.sdy\.|shape_assert"
     r"|LayoutConstraint|AllocateBuffer|MoveToHost|MoveToDevice|PinToDevice|Pin|Unpin|AssumeGather"
