@@ -1,6 +1,8 @@
 """Account for every collective of a compiled program: `audit`, `audit_text` and what they share."""
 
 import inspect
+import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -108,7 +110,7 @@ def audit_program(program: Program, *, after_spmd: bool = False) -> Report:
         return replace(report, target=program.target)
     sizes = _meshes(program.compiled, program.jaxpr, None)
     ops, declared = _read(program.partitioned, sizes), inventory(program.jaxpr)
-    matched = _match(ops, declared, is_one_shard_map(program.jaxpr))
+    matched = _match(ops, declared)
     report = _report(ops, matched, declared, sizes)
     return replace(report, target=program.target, divergent=divergences(program.jaxpr))
 
@@ -170,17 +172,14 @@ def audit_compiled(
     sizes = _meshes(compiled, jaxpr, mesh)
     ops = _read(compiled.as_text() or "", sizes)
     if jaxpr is None:
-        return replace(
-            _report(ops, _match(ops, (), True), None, sizes), target=machine_of(compiled)
-        )
-    declared, manual = inventory(jaxpr), is_one_shard_map(jaxpr)
-    matched = _match(ops, declared, manual)
+        return replace(_report(ops, _match(ops, ()), None, sizes), target=machine_of(compiled))
+    declared = inventory(jaxpr)
+    matched = _match(ops, declared)
     report = _report(ops, matched, declared, sizes)
     # Where the partitioner had nothing to decide, the optimized module alone is enough.
-    has_doubt = not (report.ok and manual)
+    has_doubt = not (report.ok and is_one_shard_map(jaxpr))
     if partition and has_doubt and (early := _read(partition(), sizes)):
-        before = _match(early, declared, manual)
-        better = reconcile(matched, ops, before, early, declared)
+        better = reconcile(matched, ops, _match(early, declared), early, declared)
         report = _report(ops, better, declared, sizes)
     return replace(report, target=machine_of(compiled), divergent=divergences(jaxpr))
 
@@ -210,13 +209,25 @@ def audit_text(hlo: str, *, mesh: meshes.MeshLike | None = None) -> Report:
     if not isinstance(hlo, str):
         raise TypeError(f"audit_text needs HLO text, but got a {type(hlo).__name__}")
     sizes = (meshes.sizes_of(mesh),) if mesh is not None else ()
+    _check_devices(hlo, _largest(sizes))
     ops = _read(hlo, sizes)
     if "HloModule" not in hlo and all(op.kind == "unknown" for op in ops):
         raise ValueError(
             "audit_text needs the text of an HLO module, which begins with 'HloModule', but got "
             f"{hlo[:40]!r}: pass compiled.as_text() or an XLA dump"
         )
-    return _report(ops, _match(ops, (), True), None, sizes)
+    return _report(ops, _match(ops, ()), None, sizes)
+
+
+def _check_devices(hlo: str, given: int) -> None:
+    """Refuse a mesh of another number of devices than the text's header says."""
+    header = hlo[: hlo.find("\n")]
+    counts = [int(n) for n in re.findall(r"\b(?:num_partitions|replica_count)=(\d{1,9})\b", header)]
+    if given > 1 and counts and math.prod(counts) != given:
+        raise ValueError(
+            f"audit_text needs a mesh of {math.prod(counts)} devices, as the module was compiled "
+            f"for, but got one of {given}: give the axes that it was compiled with"
+        )
 
 
 def assert_no_auto_sharding(
@@ -266,8 +277,8 @@ def _read(text: str, sizes: Sequence[meshes.Sizes]) -> tuple[Op, ...]:
     return find_collectives(text, devices=_largest(sizes))
 
 
-def _match(ops: Sequence[Op], declared: Sequence[Declared], manual: bool) -> Matched:
-    return match(ops, declared, marks=_compat.marks_partitioner(), manual=manual)
+def _match(ops: Sequence[Op], declared: Sequence[Declared]) -> Matched:
+    return match(ops, declared, marks=_compat.marks_partitioner())
 
 
 def _report(

@@ -47,25 +47,23 @@ class Matched:
     fates: tuple[tuple[str, ...], ...]
 
 
-def match(
-    ops: Sequence[Op], declared: Sequence[Declared], *, marks: bool, manual: bool = False
-) -> Matched:
+def match(ops: Sequence[Op], declared: Sequence[Declared], *, marks: bool) -> Matched:
     """Match compiled collectives with declared ones.
 
     Args:
       ops: the compiled program's, as `find_collectives` returns them.
       declared: what the traced program declares, as `inventory` returns it.
       marks: whether this compiler marks the collectives that it adds itself.
-      manual: whether the program leaves it nothing to add (`is_one_shard_map`).
 
     Returns:
       The arrays of the compiled ops, what each carries out, and what became of the declared ones.
     """
     work = _Match(ops, declared)
     certain, doubtful = _by_credibility(declared, work.devices)
-    # What nothing uses and the double of another are mostly dropped. A partitioner that does not
-    # mark its work could pass for them, wherever it has work.
-    for work.order in (certain, doubtful) if marks or manual else (certain,):
+    # What nothing uses and the double of another are mostly dropped. In a shard_map that leaves it
+    # axes, a partitioner that does not mark its work names it as theirs.
+    has_copies = not marks and not all(declared[i].size_known for i in (*certain, *doubtful))
+    for work.order in (certain,) if has_copies else (certain, doubtful):
         for rule in _PLAIN:
             work.join(rule)
         work.take_apart()

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from txcore.profiling.lock.model import Entry, Lock
 from txcore.profiling.report.model import format_bytes
+from txcore.profiling.report.printable import printable
 from txcore.profiling.report.table import shorten
 
 _WIDTH = 100
@@ -71,7 +72,7 @@ def lines(changes: Sequence[Change]) -> list[str]:
 
     if not changes:
         return []
-    cells = [_cells(change) for change in changes]
+    cells = [[printable(cell) for cell in _cells(change)] for change in changes]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     # The first and the last column share what the others and the blanks between them leave.
     room = _WIDTH - sum(widths[1:-1]) - 2 * (len(widths) - 1)

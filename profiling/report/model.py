@@ -239,7 +239,8 @@ class Report:
         number = _plural(len(self.collectives), "collective")
         origins = Counter(c.origin for c in self.collectives)
         by_origin = ", ".join(f"{count} {origin}" for origin, count in sorted(origins.items()))
-        sent = f"{number}, {format_bytes(self.payload_bytes)} payload a call"
+        least = "" if all(c.trips_known for c in self.collectives) else "at least "
+        sent = f"{number}, {least}{format_bytes(self.payload_bytes)} payload a call"
         if not self.checked:
             return (
                 f"not proved: {sent}, nothing looks added ({by_origin}), but there is no traced "

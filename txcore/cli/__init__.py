@@ -26,15 +26,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
       The exit code: 0, or 1 where a program fails what the command holds it to,
-      or 2 for bad input, with one line on stderr.
+      or 2 for bad input, with one line on stderr, or 130 after Ctrl-C.
     """
     try:
         options = _parser().parse_args(argv)
         command: Callable[[argparse.Namespace], int] = options.command
         return command(options)
     except BadInput as error:
-        print(f"txcore: error: {error}", file=sys.stderr)
+        print(f"txcore: error: {_printable(str(error))}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("txcore: interrupted", file=sys.stderr)
+        return 130
+
+
+def _printable(text: str) -> str:
+    """Write out the control characters that a file's name or content brought into an error."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def _parser() -> argparse.ArgumentParser:
