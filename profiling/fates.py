@@ -61,6 +61,7 @@ def _of_kept(d: Declared, units: Sequence[Unit], shared: Mapping[int, int]) -> t
     def is_alone(unit: Unit) -> bool:
         return shared[unit.op] == 1
 
+    bits = 8 * jnp.dtype(d.dtype).itemsize
     is_cut = any(u.size < size_of(d) for u in units) and d.size_known
     fates = {
         "combined": not all(map(is_alone, units)) and not is_cut,
@@ -68,6 +69,7 @@ def _of_kept(d: Declared, units: Sequence[Unit], shared: Mapping[int, int]) -> t
         "unrolled": len(units) > 1 and not is_cut,
         "hoisted": known and not is_cut and trips < d.trips,
         "rewritten": any(u.kind != d.kind or (is_alone(u) and u.size > size_of(d)) for u in units),
-        "promoted": any(u.shape.bits > 8 * jnp.dtype(d.dtype).itemsize for u in units),
+        "promoted": any(u.shape.bits > bits for u in units),
+        "narrowed": any(8 <= u.shape.bits < bits for u in units) and not is_cut,
     }
     return tuple(name for name, is_so in fates.items() if is_so) or ("kept",)

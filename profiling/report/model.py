@@ -92,10 +92,11 @@ class Fate:
 
     Attributes:
       declared: what the traced program asks for.
-      fates: "kept", "combined" (into one op with others), "split" (into several), "promoted" (to
-        a wider dtype), "hoisted" (out of a loop), "deduplicated" (an equal one does its work),
-        "rewritten" (as another kind), "eliminated" (nothing used it, or it was a constant) or
-        "missing"; several where several things were done to it.
+      fates: "kept", "combined" (into one op with others), "split" (into several), "unrolled" (from
+        a loop into several), "hoisted" (out of a loop), "rewritten" (as another kind or form),
+        "promoted" (to a wider dtype), "narrowed" (to a smaller one), "deduplicated" (an equal one
+        does its work), "reassociated" (one of a sum does the work of several), "eliminated"
+        (nothing used it, or it had no work) or "missing"; several where several things were done.
       rows: places in `Report.collectives` of what it became; empty where it is gone.
     """
 

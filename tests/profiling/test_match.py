@@ -331,3 +331,10 @@ def test_of_two_lines_each_finds_the_declaration_of_its_own_source():
     two = [declare(None, 8, source=f"step.py:{i}", operand=i) for i in (1, 2)]
     _, found = audited(module(*lines, extra=header + "\n"), two)
     assert [f.rows for f in found] == [(1,), (0,)]
+
+
+def test_narrowed():
+    text = module(line("all-reduce", ["bf16[8]"], ["%p0"], said("psum/a")), parameters=["bf16[8]"])
+    rows, found = audited(text, [declare("psum/a", 8)])
+    assert found[0].fates == ("narrowed",)
+    assert (rows[0].payload_bytes, rows[0].wire_bytes) == (32, 24)
