@@ -79,8 +79,8 @@ def test_100_steps_in_float64_give_one_curve(tmp_path, model):
 
     In float32 it is 2e-7 until by chance a ReLU's input changes its sign, or another maximum
     is the largest; from there on the trajectory is another one. (Weights changed by 1e-7 in
-    float64 move the loss by 3e-4 at step 100.) In float64 that chance is one in 1e8.
-    Every 32nd batch is masked.
+    float64 move the loss by 3e-4 at step 100.) In float64 that chance is smaller
+    as its rounding is, by 5e8. Every 32nd batch is masked.
     """
     args = ["--model", model, "--batch-size", "16", "--train-size", "500", "--warmup", "20"]
     check_one_curve(tmp_path, *args, rtol=1e-10, x64=True)
