@@ -31,6 +31,7 @@ _KINDS = {
 KIND_OF = {primitive: kind for kind, names in _KINDS.items() for primitive in names}
 # An explicit reshard: XLA chooses which collectives it takes, at most one of each whole array.
 RESHARD, RESHARD_OF_A_SUM = "reshard", "reshard of a sum"
+_NO_JAXPRS = frozenset({int, float, bool, str, type(None), np.dtype, frozenset})
 _KERNELS = ("pallas_call", "core_map")  # their bodies are not collectives between devices
 
 
@@ -113,13 +114,25 @@ def inventory(jaxpr: Any) -> tuple[Declared, ...]:
       [('all-reduce', ('data',), 16)]
     """
     jaxpr = _open(jaxpr)
-    used = Counter(map(_line_of, _top(_compat.live_jaxpr(jaxpr))))
+    live = _compat.live_jaxpr(jaxpr)
+    if _count(live) == _count(jaxpr):
+        return tuple(_top(jaxpr))
+    used = Counter(map(_line_of, _top(live)))
     found = []
     for declared in _top(jaxpr):
         line = _line_of(declared)
         found.append(declared if used[line] > 0 else replace(declared, live=False))
         used[line] -= 1
     return tuple(found)
+
+
+def _count(jaxpr: Any) -> int:
+    """Return how many equations of collectives and reshards a jaxpr has."""
+    return sum(
+        (eqn.primitive.name.removesuffix("_start") in KIND_OF or eqn.primitive.name == RESHARD)
+        + sum(map(_count, sub_jaxprs(eqn)))
+        for eqn in jaxpr.eqns
+    )
 
 
 def _top(jaxpr: Any) -> Iterator[Declared]:
@@ -164,8 +177,11 @@ def sub_jaxprs(eqn: Any) -> list[Any]:
     """Return the jaxprs in an equation's parameters, a kernel's body left out."""
     if eqn.primitive.name in _KERNELS:
         return []
-    listed = (p if isinstance(p, tuple | list) else (p,) for p in eqn.params.values())
-    return [_open(p) for values in listed for p in values if hasattr(_open(p), "eqns")]
+    listed = (p if type(p) in (tuple, list) else (p,) for p in eqn.params.values())
+    ones = (one for parameters in listed for one in parameters)
+    # Most are of the types that hold none, and asking each for an attribute would take long.
+    may_be = (_open(one) for one in ones if type(one) not in _NO_JAXPRS)
+    return [inner for inner in may_be if hasattr(inner, "eqns")]
 
 
 def _open(jaxpr: Any) -> Any:

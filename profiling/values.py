@@ -67,9 +67,13 @@ class Numbering:
         return number
 
 
-def _frozen(params: dict[str, Any]) -> tuple[Any, ...]:
-    # An unhashable parameter is equal to itself alone; jax shares the jaxprs of equal calls.
-    return tuple((name, _hashable(value)) for name, value in params.items())
+def _frozen(params: dict[str, Any]) -> Any:
+    values = tuple(params.values())
+    try:
+        hash(values)
+    except TypeError:  # one that is not hashable equals itself alone; jax shares equal jaxprs
+        return tuple(map(_hashable, values))
+    return values
 
 
 def _hashable(value: Any) -> Any:

@@ -188,7 +188,7 @@ BAD = {
     "no folder for the page": (["inspect", "cli_factories:sine", "--html", "absent/page.html"],
                                "cannot write absent/page.html: "),
     "a bound without a file": (["inspect", "a:b", "--max-bytes", "3"],
-                               "--max-bytes is for --hlo FILE, and there is none"),
+                               "--max-bytes is for --hlo FILE and --against FILE"),
 }  # fmt: skip
 
 
@@ -237,3 +237,22 @@ def test_help_names_the_commands(capsys):
     out = capsys.readouterr().out
     assert "inspect" in out
     assert "env" in out
+
+
+def test_what_changed_since_an_earlier_program(tmp_path, capsys):
+    (tmp_path / "old").mkdir()
+    before, after = write(tmp_path / "old", "psum"), write(tmp_path, "dot_general")
+    page = tmp_path / "page.html"
+    arguments = ["inspect", "--hlo", after, "--against", before, "--mesh", "data=2,model=2"]
+    assert cli.main([*arguments, "--html", str(page)]) == 1
+    out = capsys.readouterr().out
+    table, changes = out.split("since the earlier program:\n")
+    assert "proof FAILED" in table
+    assert changes.count("all-reduce") == 2  # the one that came, and the one that went
+    assert "partitioner" in page.read_text()
+
+
+def test_changes_are_not_json(tmp_path, capsys):
+    text = write(tmp_path, "psum")
+    assert cli.main(["inspect", "--hlo", text, "--against", text, "--json"]) == 2
+    assert "--against is for people" in capsys.readouterr().err

@@ -21,13 +21,16 @@ def add(commands: Any) -> None:
         action="store_true",
         help="list them as they are right after partitioning, each by itself",
     )
+    parser.add_argument(
+        "--against", metavar="FILE", help="show what changed since this text of compiled HLO"
+    )
     parser.add_argument("--html", metavar="FILE", help="write the report as a page, too")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.add_argument(
         "--max-bytes",
         type=positive,
         metavar="N",
-        help=f"refuse a longer --hlo file (default {_MOST_BYTES})",
+        help=f"refuse a longer file (default {_MOST_BYTES})",
     )
     parser.set_defaults(command=run)
 
@@ -35,11 +38,20 @@ def add(commands: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     """Print the report; return 1 where it is not ok."""
     _check(options)
-    report = _of_factory(options) if options.hlo is None else _of_file(options)
+    report = _of_factory(options) if options.hlo is None else _of_file(options, options.hlo)
+    earlier = None if options.against is None else _of_file(options, options.against)
     if options.html is not None:
-        _write_page(report, options.html)
+        _write_page(report, earlier, options.html)
     print(report.to_json() if options.json else report)
+    if earlier is not None:
+        print(_changes(earlier, report))
     return 0 if report.ok else 1
+
+
+def _changes(earlier: "Report", report: "Report") -> str:
+    from txcore.profiling.report.diff import diff, diff_text
+
+    return f"since the earlier program:\n{diff_text(diff(earlier, report))}"
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -52,29 +64,31 @@ def _check(options: argparse.Namespace) -> None:
             )
     if options.hlo is not None and options.after_spmd:
         raise BadInput("--after-spmd is for MODULE:FACTORY: a file holds one stage of a program")
-    if options.hlo is None and options.max_bytes is not None:
-        raise BadInput("--max-bytes is for --hlo FILE, and there is none")
+    if options.hlo is None and options.against is None and options.max_bytes is not None:
+        raise BadInput("--max-bytes is for --hlo FILE and --against FILE, and there is none")
+    if options.json and options.against is not None:
+        raise BadInput("--against is for people: compare the reports of two --json runs instead")
 
 
-def _write_page(report: "Report", path: str) -> None:
+def _write_page(report: "Report", earlier: "Report | None", path: str) -> None:
     try:
-        report.to_html(path)
+        report.to_html(path, earlier)
     except OSError as error:
         raise BadInput(f"cannot write {path}: {error.strerror or error}") from None
 
 
-def _of_file(options: argparse.Namespace) -> "Report":
+def _of_file(options: argparse.Namespace, path: str) -> "Report":
     import jax
 
     from txcore.profiling import audit_text
 
-    text = _read_text(options.hlo, options.max_bytes or _MOST_BYTES)
+    text = _read_text(path, options.max_bytes or _MOST_BYTES)
     sizes = options.mesh
     mesh = jax.sharding.AbstractMesh(tuple(sizes.values()), tuple(sizes)) if sizes else None
     try:
         return audit_text(text, mesh=mesh)
     except ValueError as error:
-        raise BadInput(f"{options.hlo}: {first_line(error)}") from error
+        raise BadInput(f"{path}: {first_line(error)}") from error
 
 
 def _read_text(path: str, most_bytes: int) -> str:
