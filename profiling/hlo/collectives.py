@@ -34,7 +34,7 @@ class Op:
     pairs: a permute's (source, target) devices; then `groups` is empty.
     tags, marked, op_name, frames: what the line says about where it comes from.
     wanted_by, wanted_frames: op_name and source of the first op of another origin that uses the
-      result: what an inserted collective was inserted for.
+      result, where the line does not say what it was inserted for.
     computation: the name of the computation that it is in.
     """
 
@@ -178,7 +178,8 @@ def _read_op(instruction: Instruction, kind: str, context: _Context) -> Op:
     )
     if kind == "custom-call":
         return op
-    op = _with_user(op, here, context.graph)
+    if words.marked or "/" not in words.op_name or words.op_name.endswith("/shard_map"):
+        op = _with_user(op, here, context.graph)  # else it says itself what it is for
     inputs = inputs_of(here, _sent(operands, rest, kind), words, context.graph)
     op = _with_words_of(replace(op, inputs=inputs))
     if kind == "collective-permute":
