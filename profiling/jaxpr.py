@@ -177,11 +177,13 @@ def sub_jaxprs(eqn: Any) -> list[Any]:
     """Return the jaxprs in an equation's parameters, a kernel's body left out."""
     if eqn.primitive.name in _KERNELS:
         return []
-    listed = (p if type(p) in (tuple, list) else (p,) for p in eqn.params.values())
-    ones = (one for parameters in listed for one in parameters)
-    # Most are of the types that hold none, and asking each for an attribute would take long.
-    may_be = (_open(one) for one in ones if type(one) not in _NO_JAXPRS)
-    return [inner for inner in may_be if hasattr(inner, "eqns")]
+    found: list[Any] = []
+    for parameter in eqn.params.values():
+        # Most are of the types that hold none, and asking each for an attribute would take long.
+        if type(parameter) not in _NO_JAXPRS:
+            ones = parameter if isinstance(parameter, tuple | list) else (parameter,)
+            found += [inner for inner in map(_open, ones) if hasattr(inner, "eqns")]
+    return found
 
 
 def _open(jaxpr: Any) -> Any:
