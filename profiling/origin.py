@@ -9,6 +9,7 @@ in something that is no collective (the compiler copies tags from the op that it
 | any  | (a line that cannot be read)         | any | unknown                              |
 | any  | (a custom call that can communicate) | any | opaque                               |
 | any  | reshard                              | any | reshard                              |
+| yes  | anything, but a reshard uses it      | any | reshard                              |
 | yes  | nothing, an argument, shard_map      | any | boundary                             |
 | yes  | anything else                        | any | partitioner                          |
 | no   | several ops, one no collective       | any | partitioner (merged with the user's) |
