@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 from audit_cases import P, on, shape
-from corpus.corpus_marks import RENAMED, UNNAMED, added
+from corpus.corpus_marks import UNNAMED, added
 from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding
 
@@ -33,7 +33,7 @@ def out_shardings(mesh):
     return jax.jit(fn, out_shardings=NamedSharding(mesh, P())), (shape(mesh, P("data"), 8),)
 
 
-@added("boundary", limits=RENAMED)
+@added("boundary")
 def shard_map_argument(mesh):
     def fn(x):
         return on(mesh, P(), P())(lambda x: x * 2)(x)  # <-- here
@@ -61,7 +61,7 @@ def shard_map_transposed(mesh):
     return fn, (shape(mesh, P("data"), 8, 8),)
 
 
-@added("boundary", limits=RENAMED)
+@added("boundary")
 def between_two_shard_maps(mesh):
     def fn(x):
         y = on(mesh, P("data"), P("data"))(jnp.sin)(x)
@@ -103,7 +103,7 @@ def device_put(mesh):
     return fn, (shape(mesh, P("data"), 8, 8),)
 
 
-@added("reshard", limits=RENAMED)
+@added("reshard")
 def explicit_reshard(mesh):
     explicit = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Explicit,) * 2)
 

@@ -22,9 +22,7 @@ class Added(Program):
 
 
 ADDED: dict[str, Added] = {}
-# What wanted the data is in the module right after partitioning, which only an audit has.
 UNNAMED = {"gate": "XLA gives what it inserts at a result neither name nor line"}
-RENAMED = {"gate": "since jax 0.11 XLA names it after the operand, not after what wanted it"}
 GRID = {"data": 4, "model": 2}
 
 
