@@ -277,12 +277,12 @@ def _as_compiled(executable: Any) -> Any:
 
 def _uses_disk_cache(original: Callable[..., bool], backend: Any) -> bool:
     global _said
-    if original(backend) and jax.config.jax_compilation_cache_dir and not _said:
+    if original(backend) and _compat.setting("jax_compilation_cache_dir") and not _said:
         _said = True
         _log.warning(
             "no_auto_collectives compiles without jax's compilation cache on disk (%s): it is "
             "neither read nor written inside of the block",
-            jax.config.jax_compilation_cache_dir,
+            _compat.setting("jax_compilation_cache_dir"),
         )
     return False
 

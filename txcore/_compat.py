@@ -67,6 +67,11 @@ def eqn_tag(eqn: Any) -> str | None:
     return metadata.get(TAG_KEY) if metadata else None
 
 
+def setting(name: str) -> Any:
+    """Return one of jax's settings ("jax_platforms"); jax 0.10 does not declare them as typed."""
+    return getattr(jax.config, name)
+
+
 def simulate_cpu_devices(count: int) -> None:
     """Make the CPU platform show `count` devices; call it before any backend starts.
 
@@ -162,7 +167,7 @@ def no_persistent_cache() -> Iterator[None]:
     """Compile without jax's compilation cache on disk inside this context."""
     from jax.experimental.compilation_cache import compilation_cache
 
-    if not jax.config.jax_compilation_cache_dir or not jax.config.jax_enable_compilation_cache:
+    if not setting("jax_compilation_cache_dir") or not setting("jax_enable_compilation_cache"):
         yield
         return
     # jax reads the setting once per process: reset_cache makes it read it again.

@@ -68,7 +68,7 @@ def tpu_grid(devices: Sequence[jax.Device], shape: tuple[int, ...]) -> np.ndarra
 def _topology(target: str, platform: str, name: str, **options: Any) -> tuple[jax.Device, ...]:
     from jax.experimental import topologies
 
-    if not (jax.config.jax_platforms or _compat.backend_started() or _has_accelerator()):
+    if not (_compat.setting("jax_platforms") or _compat.backend_started() or _has_accelerator()):
         # jax would try to use the devices that the compilers' packages promise, complain at
         # length, and drop the GPU plugin, its compiler with it.
         jax.config.update("jax_platforms", "cpu")
