@@ -22,8 +22,6 @@ class Unit:
       others, and of which nothing else is left, those of all.
     origin, note: what its line says of where it comes from.
     source, wanted_source: "file.py:12" of itself, and of what uses it.
-    source, wanted_source: "file.py:12" of itself, and of what uses it.
-    inserted: its own name does not say what for.
     has_own_line: the line speaks of this array alone, not of all that were merged into its op.
     doubtful: its op was merged with something of the partitioner's, and nothing tells which of
       its arrays that is.
@@ -42,7 +40,6 @@ class Unit:
     wanted_source: str = ""
     origin: str = "unknown"
     note: str = ""
-    inserted: bool = False
     has_own_line: bool = True
     doubtful: bool = False
     pieces: tuple["Unit", ...] = ()
@@ -100,7 +97,6 @@ def _unit(place: int, op: Op, one: Input, *, is_piece: bool = False) -> Unit:
         op_name=op_name,
         source=_source(line, origin),
         wanted_source=source.shorten(op.wanted_frames),
-        inserted=is_inserted(line),
         origin=origin,
         note=note,
         has_own_line=has_own or not is_merged,

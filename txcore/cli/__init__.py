@@ -33,16 +33,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         command: Callable[[argparse.Namespace], int] = options.command
         return command(options)
     except BadInput as error:
-        print(f"txcore: error: {_printable(str(error))}", file=sys.stderr)
+        # A file's name or content may bring control characters into an error.
+        from txcore.profiling.report.printable import printable
+
+        print(f"txcore: error: {printable(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("txcore: interrupted", file=sys.stderr)
         return 130
-
-
-def _printable(text: str) -> str:
-    """Write out the control characters that a file's name or content brought into an error."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def _parser() -> argparse.ArgumentParser:
