@@ -238,3 +238,17 @@ def plain_jaxpr(jaxpr: Any) -> Any:
     inner = getattr(jaxpr, "jaxpr", jaxpr)
     lower = getattr(partial_eval, "lower_jaxpr2", None)
     return lower(inner) if lower is not None and getattr(inner, "is_high", False) else jaxpr
+
+
+def mesh_device() -> tuple[str, str] | None:
+    """Return (platform, device kind) of the mesh in whose context this is traced, if it says."""
+    mesh = jax.sharding.get_abstract_mesh()
+    device = getattr(mesh, "abstract_device", None)
+    kind, platform = (getattr(device, name, None) for name in ("device_kind", "platform"))
+    return (platform or _platform_of(kind), kind) if isinstance(kind, str) else None
+
+
+def _platform_of(device_kind: str) -> str:
+    """Return the platform of a device kind, where an abstract device does not name it."""
+    kind = device_kind.lower()
+    return "cpu" if kind == "cpu" else "tpu" if kind.startswith("tpu") else "gpu"

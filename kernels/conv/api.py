@@ -12,6 +12,8 @@ from txcore.kernels.conv import xla
 Activation = Literal["relu"] | None
 Padding = Literal["SAME", "VALID"]
 
+KERNELS: registry.Kernels = {"xla": registry.Kernel(xla.conv2d)}
+
 
 def conv2d(
     x: ArrayLike,
@@ -65,8 +67,15 @@ def conv2d(
     checks.one_of("conv2d", "padding", padding, ("SAME", "VALID"))
     _check_shapes(x, w, b)
     _check_size(x, w, pool, padding)
-    run = registry.resolve("conv2d", implementation, {"xla": xla.conv2d})
-    return run(*_compat.match_varying(x, w, b), activation, pool, padding)
+    return registry.run(
+        "conv2d",
+        KERNELS,
+        *_compat.match_varying(x, w, b),
+        implementation=implementation,
+        activation=activation,
+        pool=pool,
+        padding=padding,
+    )
 
 
 def _check_shapes(x: jax.Array, w: jax.Array, b: jax.Array) -> None:

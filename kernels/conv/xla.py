@@ -11,11 +11,24 @@ from txcore.kernels import checks
 Residuals = tuple[jax.Array, jax.Array, jax.Array | None, jax.Array | None]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def conv2d(
-    x: jax.Array, w: jax.Array, b: jax.Array, activation: str | None, pool: int | None, padding: str
+    x: jax.Array,
+    w: jax.Array,
+    b: jax.Array,
+    *,
+    config: None,
+    activation: str | None,
+    pool: int | None,
+    padding: str,
 ) -> jax.Array:
     """Compute the op of `txcore.kernels.conv2d` on checked operands."""
+    return _conv2d(x, w, b, activation, pool, padding)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _conv2d(
+    x: jax.Array, w: jax.Array, b: jax.Array, activation: str | None, pool: int | None, padding: str
+) -> jax.Array:
     return _forward(x, w, b, activation, pool, padding)[0]
 
 
@@ -45,7 +58,7 @@ def _backward(
     return dx, dw, db
 
 
-conv2d.defvjp(_forward, _backward)
+_conv2d.defvjp(_forward, _backward)
 
 
 def _lax_conv(

@@ -8,6 +8,8 @@ from txcore import _compat
 from txcore.kernels import checks, registry
 from txcore.kernels.cross_entropy import xla
 
+KERNELS: registry.Kernels = {"xla": registry.Kernel(xla.cross_entropy)}
+
 
 def cross_entropy(
     logits: ArrayLike,
@@ -57,5 +59,9 @@ def cross_entropy(
         )
     if labels.dtype.itemsize < 4:  # uint8 labels, say, cannot count 300 classes
         labels = labels.astype(jnp.int32)
-    run = registry.resolve("cross_entropy", implementation, {"xla": xla.cross_entropy})
-    return run(*_compat.match_varying(logits, labels))
+    return registry.run(
+        "cross_entropy",
+        KERNELS,
+        *_compat.match_varying(logits, labels),
+        implementation=implementation,
+    )

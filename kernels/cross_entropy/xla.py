@@ -9,9 +9,13 @@ from txcore.kernels import checks
 Residuals = tuple[jax.Array, jax.Array, jax.Array]
 
 
-@jax.custom_vjp
-def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+def cross_entropy(logits: jax.Array, labels: jax.Array, *, config: None) -> jax.Array:
     """Compute the op of `txcore.kernels.cross_entropy` on checked operands."""
+    return _cross_entropy(logits, labels)
+
+
+@jax.custom_vjp
+def _cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     return _forward(logits, labels)[0]
 
 
@@ -31,7 +35,7 @@ def _backward(residuals: Residuals, g: jax.Array) -> tuple[jax.Array, None]:
     return gradient.astype(logits.dtype), None
 
 
-cross_entropy.defvjp(_forward, _backward)
+_cross_entropy.defvjp(_forward, _backward)
 
 
 def _is_label(logits: jax.Array, labels: jax.Array) -> jax.Array:

@@ -9,6 +9,8 @@ from txcore import _compat
 from txcore.kernels import checks, registry
 from txcore.kernels.dense import xla
 
+KERNELS: registry.Kernels = {"xla": registry.Kernel(xla.dense)}
+
 
 def dense(
     x: ArrayLike,
@@ -59,5 +61,10 @@ def dense(
             "dense: x's last dim must equal w's first, and w's last dim b's length; "
             f"{given} Flatten images first; transpose a weight stored as (out, in)."
         )
-    run = registry.resolve("dense", implementation, {"xla": xla.dense})
-    return run(*_compat.match_varying(x, w, b), activation)
+    return registry.run(
+        "dense",
+        KERNELS,
+        *_compat.match_varying(x, w, b),
+        implementation=implementation,
+        activation=activation,
+    )

@@ -12,9 +12,15 @@ Residuals = tuple[jax.Array, jax.Array, jax.Array | None]
 
 # Its own VJP, so that half-precision operands meet a cotangent of their own dtype in the
 # backward products (autodiff would mix it with float32), and the output serves as ReLU's mask.
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def dense(x: jax.Array, w: jax.Array, b: jax.Array, activation: str | None) -> jax.Array:
+def dense(
+    x: jax.Array, w: jax.Array, b: jax.Array, *, config: None, activation: str | None
+) -> jax.Array:
     """Compute the op of `txcore.kernels.dense` on checked operands."""
+    return _dense(x, w, b, activation)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _dense(x: jax.Array, w: jax.Array, b: jax.Array, activation: str | None) -> jax.Array:
     return _forward(x, w, b, activation)[0]
 
 
@@ -43,4 +49,4 @@ def _backward(
     return dx.astype(x.dtype), dw.astype(w.dtype), db.astype(g.dtype)
 
 
-dense.defvjp(_forward, _backward)
+_dense.defvjp(_forward, _backward)

@@ -1,0 +1,54 @@
+"""What the choice of an implementation may depend on."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Hold one call of an op, its values left out."""
+
+    op: str
+    platform: str  # "cpu", "gpu", "tpu"
+    device: str  # the device kind: "cpu", "NVIDIA H200", "TPU v5 lite"
+    shapes: tuple[tuple[int, ...], ...]
+    dtypes: tuple[str, ...]
+    options: tuple[tuple[str, Any], ...]
+
+    @staticmethod
+    def of(
+        op: str,
+        device: tuple[str, str],
+        operands: Sequence[jax.Array],
+        options: Mapping[str, Any],
+    ) -> "Problem":
+        """Describe a call on a device, given as (platform, device kind)."""
+        return Problem(
+            op,
+            *device,
+            tuple(tuple(x.shape) for x in operands),
+            tuple(str(x.dtype) for x in operands),
+            tuple(sorted(options.items())),
+        )
+
+    def option(self, name: str) -> Any:
+        """Return the value of one of the options."""
+        return dict(self.options)[name]
+
+    @property
+    def shape_class(self) -> tuple[tuple[int, ...], ...]:
+        """The shapes, the leading dim of each rounded up to a power of two.
+
+        What was measured at a batch of 64 serves batches of 33 to 64.
+        """
+        return tuple((1 << max(s[0] - 1, 0).bit_length(), *s[1:]) if s else s for s in self.shapes)
+
+    @property
+    def key(self) -> str:
+        """The name of the problem's class in a tuning cache."""
+        shapes = ",".join("x".join(map(str, s)) or "scalar" for s in self.shape_class)
+        options = ",".join(f"{name}={value}" for name, value in self.options)
+        return "|".join((self.op, self.device, ",".join(self.dtypes), shapes, options))
