@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from txcore import kernels
-from txcore.kernels import registry
 
 X, W, B = jnp.zeros((2, 6, 6, 3)), jnp.zeros((3, 3, 3, 4)), jnp.zeros(4)
 M = jnp.zeros((5, 7))
@@ -147,7 +146,6 @@ def test_bad_arguments_are_refused(bad):
         call()
 
 
-@pytest.mark.parametrize("name", ["pallas", "triton"])
 @pytest.mark.parametrize(
     "op, call",
     {
@@ -158,29 +156,13 @@ def test_bad_arguments_are_refused(bad):
         ),
     }.items(),
 )
-def test_an_implementation_that_an_op_lacks_is_refused(op, call, name):
-    text = (
-        f"{op}: implementation={name!r} was asked for, and {op} has no {name} kernel; it has "
-        "'xla'. Pass one of those, or leave implementation out to have one chosen."
-    )
-    with pytest.raises(NotImplementedError, match=re.escape(text)):
-        call(name)
-
-
-def test_an_unknown_implementation_is_refused():
-    text = (
-        "conv2d: implementation must be None or one of 'xla', 'pallas', 'triton'; got 'cuda'. "
-        "Leave it out to have one chosen."
-    )
-    with pytest.raises(ValueError, match=re.escape(text)):
-        kernels.conv2d(X, W, B, implementation="cuda")
-
-
-def test_the_named_implementation_is_the_one_that_runs():
-    choices = {"xla": lambda: "xla", "triton": lambda: "triton"}
-    assert registry.resolve("op", "triton", choices)() == "triton"
-    assert registry.resolve("op", None, choices)() == "xla"
-    assert registry.resolve("op", "xla", choices)() == "xla"
+def test_each_op_hands_its_implementation_on(op, call):
+    missing = f"{op}: implementation='triton' was asked for, but {op} has no triton kernel. Pass "
+    with pytest.raises(NotImplementedError, match=re.escape(missing)):
+        call("triton")
+    unknown = f"{op}: implementation must be None or one of 'xla', 'pallas', 'triton'; got 'cuda'."
+    with pytest.raises(ValueError, match=re.escape(unknown)):
+        call("cuda")
 
 
 @pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])

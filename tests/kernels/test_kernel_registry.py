@@ -1,0 +1,195 @@
+"""Which implementation runs: what was named, else what is known to be fast; and where."""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+from jax.sharding import PartitionSpec as P
+
+from txcore import kernels
+from txcore.kernels import registry
+from txcore.kernels.problem import Problem
+
+CPU = ("cpu", "cpu")
+SMALL = jax.ShapeDtypeStruct((60, 3), jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    rows: int = 8
+
+
+def refuse_odd(problem):
+    odd = problem.shapes[0][0] % 2
+    return f"its blocks need an even number of rows, given {problem.shapes[0][0]}" if odd else None
+
+
+def doubled(x, *, config, times=2):
+    return times * x
+
+
+def in_blocks(x, *, config, times=2):
+    return times * x + 0 * config.rows
+
+
+KERNELS: registry.Kernels = {
+    "xla": registry.Kernel(doubled),
+    "pallas": registry.Kernel(in_blocks, lambda problem: (Blocks(), Blocks(16)), refuse_odd),
+}
+
+
+def problem(rows=60, **options):
+    x = jax.ShapeDtypeStruct((rows, 3), jnp.float32)
+    return Problem.of("double", CPU, (x,), options)
+
+
+class TestChoice:
+    def test_nothing_named_and_nothing_known(self):
+        assert registry.choose(problem(), KERNELS, None) == registry.Choice(
+            "xla", None, "heuristic"
+        )
+
+    def test_a_name_takes_its_first_configuration(self):
+        chosen = registry.choose(problem(), KERNELS, "pallas")
+        assert chosen == registry.Choice("pallas", Blocks(8), "given")
+
+    def test_a_configuration(self):
+        chosen = registry.choose(problem(), KERNELS, "pallas", Blocks(4))
+        assert chosen == registry.Choice("pallas", Blocks(4), "given")
+
+    def test_a_name_that_is_not_the_best_is_taken(self):
+        assert registry.choose(problem(), KERNELS, "xla").implementation == "xla"
+
+
+REFUSED = {
+    "no such name": (
+        ValueError,
+        (problem(), "cuda", None),
+        "double: implementation must be None or one of 'xla', 'pallas', 'triton'; got 'cuda'. "
+        "Leave it out to have one chosen.",
+    ),
+    "none of that name here": (
+        NotImplementedError,
+        (problem(), "triton", None),
+        "double: implementation='triton' was asked for, but double has no triton kernel. "
+        "Pass 'xla' or 'pallas', or leave implementation out to have one chosen.",
+    ),
+    "cannot run this": (
+        NotImplementedError,
+        (problem(7), "pallas", None),
+        "double: implementation='pallas' was asked for, but its blocks need an even number of "
+        "rows, given 7. Pass 'xla', or leave implementation out to have one chosen.",
+    ),
+    "a configuration alone": (
+        ValueError,
+        (problem(), None, Blocks(4)),
+        "double: config= needs implementation= with it, got Blocks(rows=4) alone. Name the "
+        "implementation that it configures.",
+    ),
+    "a configuration of another": (
+        TypeError,
+        (problem(), "pallas", {"rows": 4}),
+        "double: implementation='pallas' takes config= a Blocks, got dict.",
+    ),
+    "a configuration of none": (
+        TypeError,
+        (problem(), "xla", Blocks()),
+        "double: implementation='xla' takes no config, got Blocks.",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_run_is_refused_with_the_reason(name):
+    error, (what, implementation, config), text = REFUSED[name]
+    with pytest.raises(error) as raised:
+        registry.choose(what, KERNELS, implementation, config)
+    assert str(raised.value) == text
+
+
+def test_run_hands_on_operands_options_and_configuration():
+    x = jnp.arange(6.0).reshape(2, 3)
+    for name in (None, "xla", "pallas"):
+        out = registry.run("double", KERNELS, x, implementation=name, times=3)
+        np.testing.assert_array_equal(out, 3 * x)
+    with pytest.raises(NotImplementedError, match="an even number of rows, given 1"):
+        registry.run("double", KERNELS, x[:1], implementation="pallas")
+
+
+def test_an_unknown_name_is_refused_by_a_public_op():
+    text = "dense: implementation must be None or one of 'xla', 'pallas', 'triton'; got 'fast'."
+    with pytest.raises(ValueError, match=re.escape(text)):
+        kernels.dense(jnp.ones((2, 2)), jnp.ones((2, 2)), jnp.ones(2), implementation="fast")
+
+
+class TestDevice:
+    def test_by_default_the_first_one(self):
+        assert registry.current_device() == CPU
+
+    @pytest.mark.parametrize(
+        "kind, platform",
+        [("NVIDIA H200", "gpu"), ("TPU v5 lite", "tpu"), ("cpu", "cpu"), ("AMD MI300X", "gpu")],
+    )
+    def test_a_mesh_of_absent_devices_decides(self, kind, platform):
+        absent = AbstractDevice(device_kind=kind, num_cores=None, platform=platform)
+        mesh = AbstractMesh((4,), ("data",), (AxisType.Auto,), abstract_device=absent)
+        with jax.sharding.use_abstract_mesh(mesh):
+            assert registry.current_device() == (platform, kind)
+        assert registry.current_device() == CPU
+
+    def test_the_mesh_of_a_shard_map_decides(self, monkeypatch):
+        seen = []
+        mesh = jax.make_mesh((2,), ("data",), (AxisType.Auto,))
+        monkeypatch.setattr(jax, "devices", None)  # the default device, which is not asked for
+
+        def note(x):
+            seen.append(registry.current_device())
+            return x
+
+        jax.jit(jax.shard_map(note, mesh=mesh, in_specs=P("data"), out_specs=P("data"))).lower(
+            jnp.ones(4)
+        )
+        assert seen == [CPU]
+
+    @pytest.mark.parametrize("device", ["cpu", jax.devices()[3]])
+    def test_a_default_device_decides(self, device):
+        with jax.default_device(device):
+            assert registry.current_device() == CPU
+
+    def test_what_a_kernel_is_asked_about_is_the_mesh_s_device(self):
+        asked = []
+
+        def refuse(problem):
+            asked.append((problem.platform, problem.device))
+            return "it is for no machine"
+
+        only = {
+            "xla": registry.Kernel(doubled),
+            "pallas": registry.Kernel(in_blocks, refuse=refuse),
+        }
+        absent = AbstractDevice(device_kind="NVIDIA H200", num_cores=None, platform="gpu")
+        mesh = AbstractMesh((1,), ("data",), (AxisType.Auto,), abstract_device=absent)
+        with (
+            jax.sharding.use_abstract_mesh(mesh),
+            pytest.raises(NotImplementedError, match=r"but it is for no machine\. Pass 'xla'"),
+        ):
+            registry.run("double", only, jnp.ones(3), implementation="pallas")
+        assert set(asked) == {("gpu", "NVIDIA H200")}
+
+
+class TestProblem:
+    def test_a_class_is_the_batch_rounded_up_to_a_power_of_two(self):
+        keys = {rows: problem(rows).key for rows in (32, 33, 60, 64, 65)}
+        assert keys[33] == keys[60] == keys[64]
+        assert len({keys[32], keys[64], keys[65]}) == 3
+        assert keys[64] == "double|cpu|float32|64x3|"
+
+    def test_options_and_scalars_are_part_of_it(self):
+        operands = (SMALL, jax.ShapeDtypeStruct((), jnp.int32))
+        what = Problem.of("op", ("gpu", "NVIDIA H200"), operands, {"pool": 2, "activation": None})
+        assert what.key == "op|NVIDIA H200|float32,int32|64x3,scalar|activation=None,pool=2"
+        assert what.option("pool") == 2
