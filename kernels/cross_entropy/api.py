@@ -1,4 +1,7 @@
-"""The public loss: what it takes and what it refuses."""
+"""The public loss of logits: what it takes and what it refuses."""
+
+import numbers
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -7,17 +10,34 @@ from jax.typing import ArrayLike
 from txcore import _compat
 from txcore.kernels import checks, registry
 from txcore.kernels.cross_entropy import xla
+from txcore.kernels.cross_entropy.blocks import ClassBlocks
 
-KERNELS: registry.Kernels = {"xla": registry.Kernel(xla.cross_entropy)}
+KERNELS: registry.Kernels = {"xla": registry.Kernel(xla.cross_entropy, xla.configs)}
 
 
 def cross_entropy(
     logits: ArrayLike,
     labels: ArrayLike,
     *,
+    label_smoothing: float = 0.0,
     implementation: registry.Implementation | None = None,
+    config: ClassBlocks | None = None,
 ) -> jax.Array:
     """Compute the softmax cross-entropy of each example, -log softmax(logits)[label].
+
+    With `label_smoothing` s and K classes the label's distribution is mixed with the uniform one
+    (Szegedy et al. 2016, https://arxiv.org/abs/1512.00567, section 7), as PyTorch does:
+
+        loss = (1 - s) * nll(label) + s / K * sum over the classes k of nll(k),
+        nll(k) = -log softmax(logits)[k]
+
+    Logits of -inf rule classes out: their probability and (without smoothing) their gradient
+    are 0. With smoothing their part of the loss is infinite, and so is the loss.
+
+    Many classes are looked at in blocks, once for the losses and once for the gradient, so that
+    neither probabilities nor half-precision logits are ever held in float32 as a whole. A block's
+    sums combine with the others' as in Milakov & Gimelshein 2018,
+    https://arxiv.org/abs/1805.02867. `linear_cross_entropy` does not even hold the logits.
 
     A label outside [0, classes) gives NaN, in the loss and in the gradient of its example: it
     cannot be refused, since labels are known only when the program runs. Reverse-mode
@@ -27,15 +47,18 @@ def cross_entropy(
     Args:
       logits: unnormalised log-probabilities, shape (..., classes), any floating dtype.
       labels: index of the true class, shape (...), any integer dtype.
+      label_smoothing: the weight s of the uniform distribution, a Python number in [0, 1].
       implementation: None for the fastest known, or "xla".
+      config: the block sizes, `ClassBlocks` for "xla"; None for the best known.
 
     Returns:
       The losses, shape (...), float32 (float64 for float64 logits).
 
     Raises:
-      TypeError: logits are not floating-point, or labels not integers.
-      ValueError: the shapes do not fit.
-      NotImplementedError: there is no such implementation of this op.
+      TypeError: logits are not floating-point, or labels not integers, or a configuration of
+        another implementation.
+      ValueError: the shapes do not fit, or label_smoothing is not in [0, 1].
+      NotImplementedError: there is no such implementation of this op, or it cannot run here.
 
     Example:
       >>> import jax.numpy as jnp
@@ -45,23 +68,40 @@ def cross_entropy(
       [2.3026, 2.3026]
     """
     (logits,) = checks.float_arrays("cross_entropy", logits=logits)
-    labels = jnp.asarray(labels)
-    if not jnp.issubdtype(labels.dtype, jnp.integer):
-        raise TypeError(
-            f"cross_entropy: labels must have an integer dtype; got {labels.dtype}. "
-            "Pass the class index, not a one-hot row (jnp.argmax(labels, -1) gives it)."
-        )
+    labels = class_indices("cross_entropy", labels)
+    smoothing = smoothing_weight("cross_entropy", label_smoothing)
     if logits.ndim < 1 or logits.shape[:-1] != labels.shape or logits.shape[-1] == 0:
         raise ValueError(
             "cross_entropy: logits must have the dims (..., classes) with at least one class, "
             f"and labels the same dims without classes; got logits {logits.shape}, labels "
             f"{labels.shape}. Pass one class index for each row of logits."
         )
-    if labels.dtype.itemsize < 4:  # uint8 labels, say, cannot count 300 classes
-        labels = labels.astype(jnp.int32)
     return registry.run(
         "cross_entropy",
         KERNELS,
         *_compat.match_varying(logits, labels),
         implementation=implementation,
+        config=config,
+        label_smoothing=smoothing,
     )
+
+
+def class_indices(op: str, labels: ArrayLike) -> jax.Array:
+    """Return the labels in a dtype that counts any number of classes, or refuse them."""
+    labels = jnp.asarray(labels)
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise TypeError(
+            f"{op}: labels must have an integer dtype; got {labels.dtype}. "
+            "Pass the class index, not a one-hot row (jnp.argmax(labels, -1) gives it)."
+        )
+    return labels.astype(jnp.int32) if labels.dtype.itemsize < 4 else labels
+
+
+def smoothing_weight(op: str, value: Any) -> float:
+    """Return label_smoothing as a float, or refuse it."""
+    if not isinstance(value, numbers.Real) or not 0 <= value <= 1:
+        raise ValueError(
+            f"{op}: label_smoothing must be a Python number in [0, 1], known when the program is "
+            f"traced; got {value!r}. Pass 0.1, say, or leave it out for none."
+        )
+    return float(value)

@@ -1,0 +1,99 @@
+"""The mathematics of the losses, by blocks of classes.
+
+What is known of a block of a row's scores combines with what is known of others in any order:
+the online normalizer of Milakov & Gimelshein 2018, https://arxiv.org/abs/1805.02867. Scores are
+only ever compared with the largest one, so that none overflows.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+class Stats(NamedTuple):
+    """Hold what is known of some classes' scores, for each row."""
+
+    top: jax.Array  # the largest score
+    total: jax.Array  # the sum of exp(score - top)
+    label: jax.Array  # the label's score; 0 where the label is not among these classes
+    lag: jax.Array | None  # the sum of top - score; None where nothing is smoothed
+
+
+class Normalizer(NamedTuple):
+    """Hold what turns a row's scores into log-probabilities: score - top - log_total."""
+
+    # Not as their sum: next to a large `top` that would lose the digits of log_total.
+    top: jax.Array
+    log_total: jax.Array
+
+
+def stats(
+    scores: jax.Array, is_label: jax.Array, counted: jax.Array | None, smoothing: float
+) -> Stats:
+    """Return what is known of one block of scores.
+
+    Args:
+      scores: shape (..., classes of the block).
+      is_label: whether a class is the row's label, the same shape.
+      counted: which of the classes to count, broadcasting against scores; None for all.
+      smoothing: the weight of the uniform distribution.
+    """
+    if counted is not None:
+        is_label &= counted
+        scores = jnp.where(counted, scores, -jnp.inf)
+    # Never -inf, which would make NaN of a block whose classes are all ruled out.
+    top = jnp.maximum(jnp.max(scores, -1), jnp.finfo(scores.dtype).min)
+    shifted = scores - top[..., None]
+    lag = None
+    if smoothing:
+        lag = -jnp.sum(shifted if counted is None else jnp.where(counted, shifted, 0), -1)
+    label = jnp.sum(jnp.where(is_label, scores, 0), -1)
+    return Stats(top, jnp.sum(jnp.exp(shifted), -1), label, lag)
+
+
+def combine(parts: Stats, counts: np.ndarray) -> Stats:
+    """Return what is known of all classes.
+
+    Args:
+      parts: what is known of each block, stacked along a new first dim.
+      counts: the number of classes that were counted in each block.
+    """
+    top = jnp.max(parts.top, 0)
+    rise = top - parts.top
+    lag = None
+    if parts.lag is not None:
+        weights = counts.reshape(-1, *(1,) * (rise.ndim - 1)).astype(rise.dtype)
+        lag = jnp.sum(parts.lag + weights * rise, 0)
+    total = jnp.sum(parts.total * jnp.exp(-rise), 0)
+    return Stats(top, total, jnp.sum(parts.label, 0), lag)
+
+
+def losses(
+    known: Stats, labels: jax.Array, classes: int, smoothing: float
+) -> tuple[jax.Array, Normalizer]:
+    """Return each row's loss, NaN for a label that is no class, and its normalizer."""
+    log_total = jnp.log(known.total)
+    log_total = jnp.where((labels >= 0) & (labels < classes), log_total, jnp.nan)
+    loss = log_total
+    if smoothing < 1:  # 0 times the score of a class that is ruled out would be NaN
+        loss += (1 - smoothing) * (known.top - known.label)
+    if known.lag is not None:
+        loss += smoothing / classes * known.lag
+    return loss, Normalizer(known.top, log_total)
+
+
+def gradient(
+    scores: jax.Array,
+    is_label: jax.Array,
+    normalizer: Normalizer,
+    g: jax.Array,
+    classes: int,
+    smoothing: float,
+) -> jax.Array:
+    """Return the gradient of a block of scores, given the cotangent g of the rows' losses."""
+    top, log_total = (part[..., None] for part in normalizer)
+    probability = jnp.exp(scores - top - log_total)
+    wanted = jnp.where(is_label, 1 - smoothing + smoothing / classes, smoothing / classes)
+    return (probability - wanted.astype(scores.dtype)) * g[..., None]
