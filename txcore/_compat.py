@@ -1,7 +1,8 @@
 """Every difference between the supported jax versions (0.10 to 0.12), and nothing else."""
 
 import contextlib
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -252,3 +253,47 @@ def _platform_of(device_kind: str) -> str:
     """Return the platform of a device kind, where an abstract device does not name it."""
     kind = device_kind.lower()
     return "cpu" if kind == "cpu" else "tpu" if kind.startswith("tpu") else "gpu"
+
+
+def shape_like(x: Any, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+    """Return the type of a kernel's result: of this shape, varying along the same axes as `x`."""
+    axes = getattr(jax.typeof(x), "manual_axis_type", None)
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=axes)
+
+
+def run_untracked(function: Callable[..., Any], *arrays: jax.Array) -> Any:
+    """Call a function whose inside does not say what varies; its results vary as the arrays do.
+
+    An interpreted Pallas kernel is such a function: jax traces it without varying axes, and then
+    refuses to run that on operands that have some (its loops' carries and literals have none).
+    Not to be differentiated, and without collectives: call it inside a custom VJP.
+
+    Args:
+      function: called with the arrays; returns a pytree of arrays.
+      *arrays: operands that vary along the same axes (`match_varying`).
+
+    Returns:
+      What the function returns, cast to vary along the arrays' axes.
+    """
+    axes = tuple(sorted(frozenset[str]().union(*(varying_axes(a) for a in arrays))))
+    if not axes:
+        return function(*arrays)
+    forget = _forget_varying()
+    results = function(*(forget.bind(a) for a in arrays))
+    return jax.tree.map(lambda result: cast_to_varying(result, axes), results)
+
+
+@functools.cache
+def _forget_varying() -> Any:
+    """Return the identity whose result is typed as invariant; it compiles to nothing."""
+    from jax.extend.core import Primitive
+    from jax.interpreters import batching, mlir
+
+    forget = Primitive("forget_varying")
+    forget.def_impl(lambda x: x)
+    forget.def_abstract_eval(
+        lambda aval: aval.update(manual_axis_type=type(aval.manual_axis_type)())
+    )
+    mlir.register_lowering(forget, lambda ctx, x: [x])
+    batching.primitive_batchers[forget] = lambda args, dims: (forget.bind(*args), dims[0])
+    return forget
