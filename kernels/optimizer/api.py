@@ -20,12 +20,14 @@ def sgd_momentum(
     momentum: float,
     nesterov: bool = False,
     weight_decay: float = 0.0,
+    grad_scale: ArrayLike = 1.0,
 ) -> tuple[jax.Array, jax.Array]:
     """Update an array by stochastic gradient descent with momentum.
 
-    With d = grad + weight_decay * param: velocity' = momentum * velocity + d, and param' =
-    param - learning_rate * velocity' (with `nesterov`: ... * (d + momentum * velocity')), which
-    is PyTorch's and optax's form. Computed in float32 or wider, each result rounded once.
+    With d = grad_scale * grad + weight_decay * param: velocity' = momentum * velocity + d, and
+    param' = param - learning_rate * velocity' (with `nesterov`: ... * (d + momentum *
+    velocity')), which is PyTorch's and optax's form. Computed in float32 or wider, each result
+    rounded once.
 
     Args:
       param: any shape and floating dtype.
@@ -35,6 +37,7 @@ def sgd_momentum(
       momentum: in [0, 1).
       nesterov: whether to look ahead along the new velocity.
       weight_decay: L2 coefficient added to the gradient, at least 0.
+      grad_scale: scalar, a number or an array, that multiplies the gradient before all else.
 
     Returns:
       The new param and velocity, in their own dtypes.
@@ -60,7 +63,9 @@ def sgd_momentum(
     checks.in_range(op, "learning_rate", learning_rate, 0, INFINITY)
     checks.in_range(op, "momentum", momentum, 0, 1)
     checks.in_range(op, "weight_decay", weight_decay, 0, INFINITY)
-    return xla.sgd_momentum(param, grad, velocity, learning_rate, momentum, nesterov, weight_decay)
+    return xla.sgd_momentum(
+        param, grad, velocity, learning_rate, momentum, nesterov, weight_decay, grad_scale
+    )
 
 
 def adamw(
@@ -75,12 +80,14 @@ def adamw(
     b2: float,
     eps: float,
     weight_decay: float,
+    grad_scale: ArrayLike = 1.0,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Update an array by Adam with decoupled weight decay.
 
-    m' = b1 m + (1 - b1) grad, v' = b2 v + (1 - b2) grad^2, and param' = param - learning_rate *
-    (mhat / (sqrt(vhat) + eps) + weight_decay * param), where mhat = m' / (1 - b1^t), vhat = v' /
-    (1 - b2^t), t = step + 1. Computed in float32 or wider, each result rounded once.
+    With g = grad_scale * grad: m' = b1 m + (1 - b1) g, v' = b2 v + (1 - b2) g^2, and param' =
+    param - learning_rate * (mhat / (sqrt(vhat) + eps) + weight_decay * param), where mhat = m' /
+    (1 - b1^t), vhat = v' / (1 - b2^t), t = step + 1. Computed in float32 or wider, each result
+    rounded once.
 
     Args:
       param: any shape and floating dtype.
@@ -93,6 +100,7 @@ def adamw(
       b2: decay of v, in [0, 1).
       eps: added to the root of vhat, at least 0.
       weight_decay: at least 0.
+      grad_scale: scalar, a number or an array, that multiplies the gradient before all else.
 
     Returns:
       The new param, m and v, in their own dtypes.
@@ -122,7 +130,7 @@ def adamw(
     checks.in_range(op, "b2", b2, 0, 1)
     checks.in_range(op, "eps", eps, 0, INFINITY)
     checks.in_range(op, "weight_decay", weight_decay, 0, INFINITY)
-    return xla.adamw(param, grad, m, v, step, learning_rate, b1, b2, eps, weight_decay)
+    return xla.adamw(param, grad, m, v, step, learning_rate, b1, b2, eps, weight_decay, grad_scale)
 
 
 def _check_shapes(op: str, **arrays: Any) -> None:

@@ -17,10 +17,11 @@ def sgd_momentum(
     momentum: float,
     nesterov: bool,
     weight_decay: float,
+    grad_scale: ArrayLike,
 ) -> tuple[jax.Array, jax.Array]:
     """Compute the op of `txcore.kernels.sgd_momentum` on checked operands."""
     p, g, v = _widen(param, grad, velocity)
-    g = g + weight_decay * p
+    g = g * jnp.asarray(grad_scale, p.dtype) + weight_decay * p
     v = momentum * v + g
     step = g + momentum * v if nesterov else v
     new = p - jnp.asarray(learning_rate, p.dtype) * step
@@ -38,9 +39,11 @@ def adamw(
     b2: float,
     eps: float,
     weight_decay: float,
+    grad_scale: ArrayLike,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Compute the op of `txcore.kernels.adamw` on checked operands."""
     p, g, new_m, new_v = _widen(param, grad, m, v)
+    g = g * jnp.asarray(grad_scale, p.dtype)
     count = jnp.asarray(step, p.dtype) + 1
     new_m = b1 * new_m + (1 - b1) * g
     new_v = b2 * new_v + (1 - b2) * g * g

@@ -4,6 +4,7 @@ from functools import partial
 from typing import Any
 
 import jax
+from jax.typing import ArrayLike
 
 from txcore import kernels
 from txcore.kernels import checks
@@ -57,7 +58,9 @@ def adamw(
         # Twice, since a donated state may not hold one array under two names.
         return {name: optimizer.zero_moments("adamw", params) for name in ("m", "v")}
 
-    def update(grads: Any, opt_state: Any, params: Any, *, step: jax.Array) -> tuple[Any, Any]:
+    def update(
+        grads: Any, opt_state: Any, params: Any, *, step: jax.Array, grad_scale: ArrayLike = 1.0
+    ) -> tuple[Any, Any]:
         leaf_update = partial(
             kernels.adamw,
             step=step,
@@ -66,8 +69,8 @@ def adamw(
             b2=b2,
             eps=eps,
             weight_decay=weight_decay,
+            grad_scale=clipping.clipping_scale("adamw", grads, clip_norm, grad_scale),
         )
-        grads = clipping.clip_whole("adamw", grads, clip_norm)
         params, m, v = optimizer.update_leaves(
             "adamw", leaf_update, params, grads, opt_state["m"], opt_state["v"]
         )

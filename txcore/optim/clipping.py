@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from txcore.optim import optimizer
 
@@ -58,22 +59,42 @@ def clip_by_global_norm(tree: Any, max_norm: float) -> Any:
       Pascanu et al., "On the difficulty of training recurrent neural networks", 2013.
     """
     check_max_norm("clip_by_global_norm", "max_norm", max_norm)
-    norm = global_norm(tree)
-    factor = jnp.where(jnp.isfinite(norm), jnp.minimum(1, max_norm / norm), jnp.nan)
+    factor = _factor(global_norm(tree), max_norm)
     return jax.tree.map(lambda leaf: (leaf * factor).astype(jnp.result_type(leaf)), tree)
 
 
-def clip_whole(op: str, grads: Any, max_norm: float | None) -> Any:
-    """Clip gradients that must be whole on this device; None leaves them alone."""
+def clipping_scale(
+    op: str, grads: Any, max_norm: float | None, grad_scale: ArrayLike = 1.0
+) -> ArrayLike:
+    """Return what gradients are to be multiplied by, so that no pass of its own clips them.
+
+    Args:
+      op: the optimizer's name, for the error.
+      grads: the gradients, not multiplied by anything yet.
+      max_norm: the largest norm of grad_scale * grads, or None not to clip; where it is given,
+        the gradients must be whole on this device.
+      grad_scale: scalar that the gradients are to be multiplied by in any case.
+
+    Returns:
+      The product of `grad_scale` and the factor of `clip_by_global_norm`.
+
+    Raises:
+      ValueError: `max_norm` is given, and a device holds a part of the gradients.
+    """
     if max_norm is None:
-        return grads
+        return grad_scale
     optimizer.refuse_parts(
         f"{op}: clip_norm",
         grads,
         "leave clip_norm out and scale the gradients with tx.optim.clip_by_global_norm if the "
         "norm of each device's own part is meant",
     )
-    return clip_by_global_norm(grads, max_norm)
+    scale = jnp.asarray(grad_scale)
+    return scale * _factor(global_norm(grads) * abs(scale), max_norm)
+
+
+def _factor(norm: jax.Array, max_norm: float) -> jax.Array:
+    return jnp.where(jnp.isfinite(norm), jnp.minimum(1, max_norm / norm), jnp.nan)
 
 
 def check_max_norm(op: str, option: str, max_norm: float | None) -> None:

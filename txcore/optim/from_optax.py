@@ -4,9 +4,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from txcore import _compat
-from txcore.optim.optimizer import Optimizer, check_like_params, refuse_parts
+from txcore.optim.optimizer import (
+    Optimizer,
+    check_like_params,
+    refuse_parts,
+    scale_gradients,
+)
 
 
 def from_optax(transformation: Any, *, elementwise: bool = False) -> Optimizer:
@@ -36,7 +42,9 @@ def from_optax(transformation: Any, *, elementwise: bool = False) -> Optimizer:
     def init(params: Any) -> Any:
         return jax.tree.map(_strong, transformation.init(params))
 
-    def update(grads: Any, opt_state: Any, params: Any, *, step: jax.Array) -> tuple[Any, Any]:
+    def update(
+        grads: Any, opt_state: Any, params: Any, *, step: jax.Array, grad_scale: ArrayLike = 1.0
+    ) -> tuple[Any, Any]:
         check_like_params("from_optax", "gradients", grads, params)
         if not elementwise:
             refuse_parts(
@@ -45,7 +53,7 @@ def from_optax(transformation: Any, *, elementwise: bool = False) -> Optimizer:
                 "pass from_optax(..., elementwise=True) if each element's update depends on "
                 "that element alone",
             )
-        grads = jax.tree.map(_cast_like, grads, params)
+        grads = jax.tree.map(_cast_like, scale_gradients(grads, grad_scale), params)
         changes, new_state = transformation.update(grads, opt_state, params)
         new_params = jax.tree.map(lambda p, c: _cast_like(p + c, p), params, changes)
         return new_params, jax.tree.map(_cast_like, new_state, opt_state)

@@ -2,21 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from txcore import _compat
-
-
-class Update(Protocol):
-    """One update: (grads, opt_state, params, *, step) -> (new params, new opt_state)."""
-
-    def __call__(
-        self, grads: Any, opt_state: Any, params: Any, *, step: jax.Array
-    ) -> tuple[Any, Any]:
-        """Return the new parameters and the new state, of the same shapes and dtypes."""
 
 
 @dataclass(frozen=True)
@@ -25,9 +17,11 @@ class Optimizer:
 
     Args:
       init: params -> opt_state, a pytree of arrays.
-      update: (grads, opt_state, params, *, step) -> (new params, new opt_state), both with the
-        structure, shapes and dtypes that they came with; `step` is an int32 scalar, the number
-        of updates done before this one.
+      update: (grads, opt_state, params, *, step, grad_scale=1.0) -> (new params, new opt_state),
+        both with the structure, shapes and dtypes that they came with; `step` is an int32
+        scalar, the number of updates done before this one, `grad_scale` a scalar that
+        multiplies the gradients before all else. The engine gives no grad_scale, so that an
+        `update` of your own may do without.
 
     Example:
       >>> import jax.numpy as jnp
@@ -40,7 +34,18 @@ class Optimizer:
     """
 
     init: Callable[[Any], Any]
-    update: Update
+    update: Callable[..., tuple[Any, Any]]
+
+
+def scale_gradients(grads: Any, grad_scale: ArrayLike) -> Any:
+    """Return the gradients times a scalar, in float32 or wider; a Python 1 leaves them alone."""
+    if isinstance(grad_scale, int | float) and grad_scale == 1:
+        return grads
+    return jax.tree.map(lambda g: _widened(g) * jnp.asarray(grad_scale, _widened(g).dtype), grads)
+
+
+def _widened(x: Any) -> jax.Array:
+    return jnp.asarray(x, jnp.promote_types(jnp.result_type(x), jnp.float32))
 
 
 def zero_moments(op: str, params: Any) -> Any:

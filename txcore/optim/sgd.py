@@ -4,6 +4,7 @@ from functools import partial
 from typing import Any
 
 import jax
+from jax.typing import ArrayLike
 
 from txcore import kernels
 from txcore.kernels import checks
@@ -55,15 +56,17 @@ def sgd(
         velocity = optimizer.zero_moments("sgd", params)
         return {"velocity": velocity} if momentum else {}
 
-    def update(grads: Any, opt_state: Any, params: Any, *, step: jax.Array) -> tuple[Any, Any]:
+    def update(
+        grads: Any, opt_state: Any, params: Any, *, step: jax.Array, grad_scale: ArrayLike = 1.0
+    ) -> tuple[Any, Any]:
         leaf_update = partial(
             kernels.sgd_momentum,
             learning_rate=rate(step),
             momentum=momentum,
             nesterov=nesterov,
             weight_decay=weight_decay,
+            grad_scale=clipping.clipping_scale("sgd", grads, clip_norm, grad_scale),
         )
-        grads = clipping.clip_whole("sgd", grads, clip_norm)
         # Without momentum the velocity is zero before every update, and none is kept.
         velocity = opt_state["velocity"] if momentum else optimizer.zero_moments("sgd", params)
         params, velocity = optimizer.update_leaves("sgd", leaf_update, params, grads, velocity)
