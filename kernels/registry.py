@@ -1,10 +1,13 @@
 """Which implementation of an op runs, with which configuration, and why."""
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 
 from txcore import _compat
 from txcore.kernels import tuning
@@ -12,6 +15,7 @@ from txcore.kernels.problem import Problem
 
 Implementation = Literal["xla", "pallas", "triton"]
 NAMES: tuple[Implementation, ...] = ("xla", "pallas", "triton")
+_COMPILED_FOR = {"pallas": ("gpu", "tpu"), "triton": ("gpu",)}  # "xla": for every platform
 
 
 @dataclass(frozen=True)
@@ -23,11 +27,15 @@ class Kernel:
       configs: the configurations worth trying for a problem, the best guess first; (None,) for
         an implementation that has none.
       refuse: why it cannot run a problem, or None where it can.
+      compiled_for: the platforms for which it is compiled; elsewhere it is interpreted, if
+        `refuse` lets it run at all, and runs only where it is named. By default those of its
+        name: all for "xla", "gpu" and "tpu" for "pallas", "gpu" for "triton".
     """
 
     run: Callable[..., Any]
     configs: Callable[[Problem], Sequence[Any]] = lambda problem: (None,)
     refuse: Callable[[Problem], str | None] = lambda problem: None
+    compiled_for: tuple[str, ...] | None = None
 
 
 Kernels = Mapping[Implementation, Kernel]
@@ -113,12 +121,70 @@ def _why_not(problem: Problem, kernels: Kernels, name: str) -> str | None:
 
 
 def _fastest(problem: Problem, kernels: Kernels) -> Choice:
-    for found in tuning.lookup(problem):
-        if _why_not(problem, kernels, found.implementation) is None:
-            guess = kernels[found.implementation].configs(problem)[0]
-            config = None if guess is None else tuning.config_of(type(guess), found)
-            return Choice(found.implementation, config, found.source)
+    for source, entry in tuning.lookup(problem):
+        name: Implementation = entry.implementation  # type: ignore[assignment]
+        if _why_not(problem, kernels, name) is not None or not is_compiled(problem, kernels, name):
+            continue
+        configs = kernels[name].configs(problem)
+        config = tuning.config_of(configs[0], problem.key, source, entry)
+        if config in configs:  # what was measured for another problem of the class may not fit
+            return Choice(name, config, source)
     return Choice("xla", kernels["xla"].configs(problem)[0], "heuristic")
+
+
+def is_compiled(problem: Problem, kernels: Kernels, name: Implementation) -> bool:
+    """Tell whether an implementation is compiled for a problem's platform, not interpreted."""
+    platforms = kernels[name].compiled_for or _COMPILED_FOR.get(name)
+    return platforms is None or problem.platform in platforms
+
+
+def candidates(
+    problem: Problem, kernels: Kernels, named: Sequence[str] | None = None
+) -> list[Choice]:
+    """List the implementations and configurations that can run a problem.
+
+    Args:
+      problem: what is to be computed, and where.
+      kernels: the op's implementations by name.
+      named: the implementations to list, interpreted ones too; None for all that are compiled.
+
+    Returns:
+      The candidates, the implementations in the order of `NAMES`.
+    """
+    return [
+        Choice(name, config, "given")
+        for name in NAMES
+        if _why_not(problem, kernels, name) is None
+        and (is_compiled(problem, kernels, name) if named is None else name in named)
+        for config in kernels[name].configs(problem)
+    ]
+
+
+Decide = Callable[[Problem, Kernels], Choice | None]
+_DECIDE: ContextVar[Decide] = ContextVar("_DECIDE", default=lambda problem, kernels: None)
+
+
+@contextlib.contextmanager
+def decided_by(decide: Decide) -> Iterator[None]:
+    """Let a function see every problem that is traced in this context, and choose for it.
+
+    For measuring: what it returns runs, whatever the call names; None leaves the choice as it is.
+    jax does not know of it: trace a function of its own in each such context.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from txcore import kernels
+      >>> seen = []
+      >>> with decided_by(lambda problem, kernels: seen.append(problem.op)):
+      ...     out = kernels.dense(jnp.ones((2, 3)), jnp.ones((3, 4)), jnp.zeros(4))
+      >>> seen
+      ['dense']
+    """
+    token = _DECIDE.set(decide)
+    try:
+        yield
+    finally:
+        _DECIDE.reset(token)
 
 
 def run(
@@ -132,7 +198,8 @@ def run(
     """Run an op by the implementation that `choose` gives.
 
     The operations are named "kernel.OP.IMPLEMENTATION" in the compiled program, for an audit and
-    a profile to show.
+    a profile to show, and so is the first operand (by `jax.ad_checkpoint.checkpoint_name`, which
+    compiles to nothing): once for each call, so that calls can be counted.
 
     Args:
       op: the op's public name.
@@ -146,6 +213,9 @@ def run(
       What the implementation returns.
     """
     problem = Problem.of(op, current_device(), operands, options)
-    choice = choose(problem, kernels, implementation, config)
-    with jax.named_scope(f"kernel.{op}.{choice.implementation}"):
-        return kernels[choice.implementation].run(*operands, config=choice.config, **options)
+    choice = _DECIDE.get()(problem, kernels) or choose(problem, kernels, implementation, config)
+    name = f"kernel.{op}.{choice.implementation}"
+    with jax.named_scope(name):
+        first = checkpoint_name(operands[0], name)
+        run = kernels[choice.implementation].run
+        return run(first, *operands[1:], config=choice.config, **options)

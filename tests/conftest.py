@@ -8,6 +8,7 @@ import pytest
 
 from txcore import _compat
 
+os.environ["TXCORE_TUNING"] = ""  # what was tuned on this machine changes no test
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])  # jax read it when imported
 _compat.simulate_cpu_devices(8)

@@ -1,0 +1,321 @@
+"""What was measured is used where it can run, and a file that cannot be used says why."""
+
+import dataclasses
+import json
+import os
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from txcore.kernels import registry, tuning
+from txcore.kernels.problem import Problem
+from txcore.kernels.tuning_file import Entry, TuningError, read, write
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    rows: int = 8
+    order: Literal["rows", "columns"] = "rows"
+    depth: int | None = None
+
+
+def configs(problem):
+    return [Blocks(rows) for rows in (8, 16) if rows <= problem.shapes[0][0]]
+
+
+def run(x, *, config):
+    return x
+
+
+KERNELS: registry.Kernels = {
+    "xla": registry.Kernel(run),
+    "pallas": registry.Kernel(run, configs, compiled_for=("cpu",)),
+    "triton": registry.Kernel(run, refuse=lambda problem: "it needs a GPU"),
+}
+INTERPRETED = {**KERNELS, "pallas": registry.Kernel(run, configs)}
+
+
+def problem(rows=60):
+    return Problem.of("scan", ("cpu", "cpu"), (jax.ShapeDtypeStruct((rows, 3), jnp.float32),), {})
+
+
+KEY = problem().key
+CONFIG = {"rows": 16, "order": "rows", "depth": None}
+LABEL = "pallas(rows=16, order=rows, depth=None)"
+BEST = Entry("pallas", CONFIG, {"xla": 20.0, LABEL: 12.5}, "0.10.2", "a laptop")
+XLA = Entry("xla", {}, {"xla": 3}, "0.10.2", "a laptop")
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    path = tmp_path / "folder" / "tuning.json"
+    monkeypatch.setenv("TXCORE_TUNING", str(path))
+    return path
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    def record(entries):
+        monkeypatch.setattr(tuning, "recorded", lambda platform: entries)
+
+    return record
+
+
+class TestChoice:
+    def test_the_file_then_what_is_recorded_then_the_guess(self, cache, recorded):
+        recorded({})
+        assert registry.choose(problem(), KERNELS, None).source == "heuristic"
+        recorded({KEY: BEST})
+        chosen = registry.choose(problem(), KERNELS, None)
+        assert chosen == registry.Choice("pallas", Blocks(16), "recorded")
+        write(cache, {KEY: XLA})
+        chosen = registry.choose(problem(), KERNELS, None)
+        assert chosen == registry.Choice("xla", None, str(cache))
+
+    def test_what_is_named_goes_before_the_file(self, cache):
+        write(cache, {KEY: BEST})
+        assert registry.choose(problem(), KERNELS, "xla").implementation == "xla"
+        chosen = registry.choose(problem(), KERNELS, "pallas", Blocks(8))
+        assert chosen.config == Blocks(8)
+
+    def test_it_serves_the_whole_class_and_no_other(self, cache):
+        write(cache, {KEY: BEST})
+        sources = {n: registry.choose(problem(n), KERNELS, None).source for n in (33, 64, 32, 65)}
+        assert sources == {33: str(cache), 64: str(cache), 32: "heuristic", 65: "heuristic"}
+
+    @pytest.mark.parametrize(
+        "entry",
+        [
+            Entry("triton", {}, {"triton": 1}, "0.11", "another machine"),
+            Entry("pallas", CONFIG | {"rows": 32}, {}, "0.11", "blocks that it does not try"),
+        ],
+    )
+    def test_what_cannot_run_is_passed_over(self, recorded, entry):
+        recorded({KEY: entry})
+        assert registry.choose(problem(), KERNELS, None).source == "heuristic"
+
+    def test_an_interpreted_kernel_runs_only_where_it_is_named(self, recorded):
+        recorded({KEY: BEST})
+        assert registry.choose(problem(), INTERPRETED, None).implementation == "xla"
+        assert registry.choose(problem(), INTERPRETED, "pallas").implementation == "pallas"
+
+    def test_an_op_without_a_kernel_of_that_name(self, recorded):
+        recorded({KEY: BEST})
+        assert registry.choose(problem(), {"xla": KERNELS["xla"]}, None).source == "heuristic"
+
+
+class TestCandidates:
+    def test_all_that_can_run_and_are_compiled(self):
+        found = registry.candidates(problem(), KERNELS)
+        assert [(c.implementation, c.config) for c in found] == [
+            ("xla", None),
+            ("pallas", Blocks(8)),
+            ("pallas", Blocks(16)),
+        ]
+        assert [c.implementation for c in registry.candidates(problem(), INTERPRETED)] == ["xla"]
+
+    def test_the_interpreted_ones_that_are_named(self):
+        found = registry.candidates(problem(8), INTERPRETED, ["pallas", "triton"])
+        assert [(c.implementation, c.config) for c in found] == [("pallas", Blocks(8))]
+
+    @pytest.mark.parametrize(
+        "name, platforms", [("xla", "cpu gpu tpu other"), ("pallas", "gpu tpu"), ("triton", "gpu")]
+    )
+    def test_what_is_compiled_by_default(self, name, platforms):
+        kernels = {name: registry.Kernel(run)}
+        compiled = [
+            platform
+            for platform in ("cpu", "gpu", "tpu", "other")
+            if registry.is_compiled(Problem.of("x", (platform, "kind"), (), {}), kernels, name)
+        ]
+        assert compiled == platforms.split()
+
+
+class TestPath:
+    def test_the_variable_then_the_cache_folder(self, monkeypatch):
+        monkeypatch.setenv("TXCORE_TUNING", "here.json")
+        assert tuning.cache_path() == "here.json"
+        monkeypatch.setenv("TXCORE_TUNING", "")
+        assert tuning.cache_path() is None
+        monkeypatch.delenv("TXCORE_TUNING")
+        monkeypatch.setenv("HOME", "/home/one")
+        monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
+        assert tuning.cache_path() == "/cache/txcore/tuning.json"
+        for ignored in ("", "relative"):
+            monkeypatch.setenv("XDG_CACHE_HOME", ignored)
+            assert tuning.cache_path() == "/home/one/.cache/txcore/tuning.json"
+
+    def test_none_reads_nothing(self, monkeypatch, recorded):
+        recorded({})
+        monkeypatch.setenv("TXCORE_TUNING", "")
+        monkeypatch.setattr(tuning, "read", None)
+        assert list(tuning.lookup(problem())) == []
+
+
+class TestFile:
+    def test_what_is_written_is_read(self, cache):
+        entries = {KEY: BEST, "another|key": XLA}
+        write(cache, entries)
+        assert read(cache) == entries
+        assert list(read(cache)) == sorted(entries)
+        first = cache.read_bytes()
+        write(cache, dict(reversed(entries.items())))
+        assert cache.read_bytes() == first
+        assert [path.name for path in cache.parent.iterdir()] == ["tuning.json"]
+
+    def test_no_entries(self, cache):
+        write(cache, {})
+        assert read(cache) == {}
+
+    def test_a_missing_file_is_an_empty_one(self, cache):
+        assert read(cache) == {}
+
+    def test_it_is_read_once_until_it_changes(self, cache, monkeypatch, recorded):
+        recorded({})
+        write(cache, {KEY: XLA})
+        reads = []
+        monkeypatch.setattr(tuning, "read", lambda path: reads.append(path) or read(path))
+        for _ in range(3):
+            assert list(tuning.lookup(problem())) == [(str(cache), XLA)]
+        assert len(reads) == 1
+        write(cache, {KEY: BEST})
+        assert list(tuning.lookup(problem())) == [(str(cache), BEST)]
+        cache.unlink()
+        assert list(tuning.lookup(problem())) == []
+        assert len(reads) == 3
+
+    def test_a_failed_write_leaves_the_file_and_no_draft(self, cache, monkeypatch):
+        write(cache, {KEY: XLA})
+        monkeypatch.setattr(os, "replace", lambda *paths: (_ for _ in ()).throw(OSError("full")))
+        text = f"the tuning file {cache} cannot be written (full): name another"
+        with pytest.raises(TuningError) as raised:
+            write(cache, {KEY: BEST})
+        assert str(raised.value) == text
+        assert read(cache) == {KEY: XLA}
+        assert [path.name for path in cache.parent.iterdir()] == ["tuning.json"]
+
+
+def document(**changes):
+    data = {"format": "txcore-tuning", "version": 1, "entries": {"a": dataclasses.asdict(BEST)}}
+    return json.dumps(data | changes)
+
+
+def with_entry(**changes):
+    return document(entries={"a": dataclasses.asdict(BEST) | changes})
+
+
+DAMAGED = {
+    "binary": (b"\xff\xfe", "must be text, and is not"),
+    "cut off": (document()[:-3], "must be JSON, and is not (Expecting ',' delimiter"),
+    "empty": ("", "must be JSON, and is not (Expecting value"),
+    "nested": ("[" * 100_000, "must be JSON, and is not ("),
+    "a list": ("[]", 'must have "format": "txcore-tuning", and has not'),
+    "another format": (document(format="x"), 'must have "format": "txcore-tuning", and has not'),
+    "another version": (document(version=2), "must have version 1 for this txcore, and has 2"),
+    "true as version": (document(version=True), "must have version 1 for this txcore, and has Tr"),
+    "no entries": (document(entries=[]), "must have an object as entries, and has []"),
+    "no entry": (document(entries={"a": 1}), "must have an object as entry 'a', and has 1"),
+    "a name twice": ('{"a": 1, "a": 2}', "must have each name once, and has 'a' twice"),
+    "not finite": (
+        with_entry(config={"rows": float("nan")}),
+        "must have finite numbers, and has N",
+    ),
+    "a field too many": (
+        with_entry(more=1),
+        "must have the fields implementation, config, microseconds, jax, machine in entry 'a', and "
+        "has 'config, implementation, jax, machine, microseconds, more'",
+    ),
+    "no such kernel": (
+        with_entry(implementation="cuda"),
+        "must have one of 'xla', 'pallas', 'triton' as implementation in entry 'a', and has 'cuda'",
+    ),
+    "an unhashable kernel": (with_entry(implementation=[]), "as implementation in entry 'a', and "),
+    "config": (with_entry(config=[]), "must have an object as config in entry 'a', and has []"),
+    "a config's value": (
+        with_entry(config={"rows": [1]}),
+        "must have an integer, text, true, false or null as config 'rows' in entry 'a', and has [",
+    ),
+    "a time of text": (
+        with_entry(microseconds={"xla": "1"}),
+        "must have positive numbers as microseconds in entry 'a', and has '1' for 'xla'",
+    ),
+    "a time of zero": (with_entry(microseconds={"xla": 0}), "and has 0 for 'xla'"),
+    "a time of 1e999": (with_entry(microseconds={"xla": 1}).replace(": 1}", ": 1e999}"), "has inf"),
+    "what was chosen has no time": (
+        with_entry(microseconds={"xla": 1}),
+        "must have microseconds of what it chooses in entry 'a', and has none",
+    ),
+    "jax": (with_entry(jax=11), "must have text as jax in entry 'a', and has 11"),
+    "a long machine": (with_entry(machine=["x" * 999]), f"and has ['{'x' * 75}..."),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_damaged_file_is_refused_with_what_to_do(name, cache):
+    content, reason = DAMAGED[name]
+    cache.parent.mkdir()
+    cache.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(TuningError) as raised:
+        registry.choose(problem(), KERNELS, None)
+    text = str(raised.value)
+    assert text.startswith(f"the tuning file {cache} ")
+    assert reason in text
+    assert text.endswith(
+        ". Delete it, and run `txcore tune` to measure anew, or name another by TXCORE_TUNING "
+        "(an empty one for none)."
+    )
+
+
+def test_a_long_file_is_refused(cache):
+    cache.parent.mkdir()
+    with open(cache, "wb") as file:
+        file.truncate((1 << 24) + 1)
+    with pytest.raises(TuningError, match="must have at most 16777216 bytes, and is longer"):
+        read(cache)
+
+
+def test_a_folder_is_refused(tmp_path):
+    with pytest.raises(TuningError, match=r"cannot be read \(Is a directory\)"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"rows": 16},
+        CONFIG | {"columns": 3},
+        CONFIG | {"rows": "16"},
+        CONFIG | {"rows": True},
+        CONFIG | {"order": "depth"},
+        CONFIG | {"depth": "1"},
+    ],
+    ids=str,
+)
+def test_a_configuration_of_another_class_is_refused(config, recorded):
+    recorded({KEY: dataclasses.replace(BEST, config=config)})
+    with pytest.raises(TuningError) as raised:
+        registry.choose(problem(), KERNELS, None)
+    assert str(raised.value) == (
+        "scan: the configuration of 'pallas' must have rows: int, order: "
+        f"typing.Literal['rows', 'columns'], depth: int | None; got {config} in recorded for "
+        f"{KEY!r}. Run `txcore tune scan` to measure anew, or delete the file."
+    )
+
+
+def test_a_configuration_for_what_has_none_is_refused(recorded):
+    recorded({KEY: Entry("xla", {"rows": 1}, {}, "", "")})
+    with pytest.raises(TuningError, match=r"'xla' must have nothing; got \{'rows': 1\}"):
+        registry.choose(problem(), KERNELS, None)
+
+
+@pytest.mark.parametrize("platform", ["cpu"])
+def test_what_comes_with_txcore_is_sound_and_there(platform):
+    path = os.path.join(os.path.dirname(tuning.__file__), "recorded", f"{platform}.json")
+    assert os.path.getsize(path) > 0
+    assert tuning.recorded(platform) == read(path)
+
+
+def test_no_record_of_a_platform_is_an_empty_one():
+    assert tuning.recorded("abacus") == {}
