@@ -35,6 +35,7 @@ from txcore.parallel import value_and_grad as value_and_grad
 from txcore.plan import DP as DP
 from txcore.plan import Plan as Plan
 from txcore.train import Engine as Engine
+from txcore.train import LossScale as LossScale
 from txcore.train import Precision as Precision
 from txcore.train import TrainState as TrainState
 from txcore.train import loggers as loggers

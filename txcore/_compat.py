@@ -297,3 +297,21 @@ def _forget_varying() -> Any:
     mlir.register_lowering(forget, lambda ctx, x: [x])
     batching.primitive_batchers[forget] = lambda args, dims: (forget.bind(*args), dims[0])
     return forget
+
+
+def needed(jaxpr: Any, outputs: list[bool]) -> tuple[bool, list[bool]]:
+    """Tell what the chosen outputs of a traced program are made of.
+
+    Args:
+      jaxpr: a Jaxpr or ClosedJaxpr.
+      outputs: for each output whether it is meant.
+
+    Returns:
+      Whether computing them takes any operation at all, and for each input whether they need it
+      (or may: what jax does not see through counts as needing everything).
+    """
+    from jax.interpreters import partial_eval
+
+    live, used = partial_eval.dce_jaxpr(getattr(jaxpr, "jaxpr", jaxpr), outputs)
+    inner = [getattr(eqn.params.get("jaxpr"), "eqns", [eqn]) for eqn in live.eqns]
+    return any(inner), used

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 class Scope:
     """The step that is being traced: its data axes, the mesh axes of size 1, its batch.
 
+    `scales_loss` says whether it computes in float16, so that its loss needs a scale.
+
     The engine leaves axes of size 1 out of every spec, so nothing varies along them and no
     collective over them is in the program.
     """
@@ -17,6 +19,7 @@ class Scope:
     data_axes: tuple[str, ...]
     left_out: frozenset[str]
     examples: int  # on this device
+    scales_loss: bool
 
 
 _scope: contextvars.ContextVar[Scope | None] = contextvars.ContextVar("txcore_scope", default=None)

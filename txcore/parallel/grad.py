@@ -4,6 +4,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from txcore.collectives import _leaves, axis_size, vary
 from txcore.collectives._scope import current_scope
@@ -17,6 +19,7 @@ def value_and_grad(
     *,
     has_aux: bool = False,
     axis: Axis | None = None,
+    loss_scale: jax.Array | float | None = None,
 ) -> Callable[..., Any]:
     """Differentiate a local loss; gradients come out local, for you to reduce once.
 
@@ -24,19 +27,30 @@ def value_and_grad(
     inserts no reduction of its own (`jax.grad` of replicated arguments returns gradients
     that are summed already).
 
+    With `loss_scale` the loss is multiplied by it, in float32 or wider, before it is
+    differentiated, and the gradients are divided by it again. Only inside the backward pass are
+    they scaled: what comes out is float32, so that nothing is lost by unscaling at once, and
+    means the same in every precision to whoever clips, logs or accumulates it. A gradient that
+    overflowed stays inf or nan.
+
     Args:
       f: function that returns a scalar loss (or `(loss, aux)`) of this device's examples.
       argnums: which arguments to differentiate.
       has_aux: whether `f` returns `(loss, aux)`.
       axis: the data axes; inside a step they are the plan's and need not be named.
+      loss_scale: `state.loss_scale`, which a step in float16 needs and which is None in others;
+        elsewhere any number above 0.
 
     Returns:
       A function that returns `(loss, gradients)`, or `((loss, aux), gradients)`; both vary
-      along the data axes.
+      along the data axes, and neither is scaled.
 
     Raises:
       ValueError: the loss is already reduced along a data axis (averaging its gradients on
-        top would give 1/N of the truth), or no data axes are known.
+        top would give 1/N of the truth), no data axes are known, or a step in float16 passes no
+        loss_scale.
+      TypeError: loss_scale is no scalar; or, with one, the loss is not floating-point or the
+        gradients would come out in float16.
 
     Example:
       >>> def f(w, x):
@@ -46,18 +60,25 @@ def value_and_grad(
       ...     f, np.float32(3), np.arange(4.0), axes={"data": 4}, in_specs=(P(), P("data")),
       ...     out_specs=P())
       array(1.5, dtype=float32)
+
+    References:
+      Micikevicius et al., "Mixed precision training", 2018, section 3.2 (loss scaling).
     """
+    _check_scale(loss_scale)
 
     def checked(*args: Any, **kwargs: Any) -> Any:
         out = f(*args, **kwargs)
-        _check_local(out[0] if has_aux else out, _data_axes(axis))
-        return out
+        loss, aux = out if has_aux else (out, None)
+        _check_local(loss, _data_axes(axis))
+        return out if loss_scale is None else (_scaled(loss, loss_scale), (loss, aux))
 
-    differentiated = jax.value_and_grad(checked, argnums, has_aux=has_aux)
+    scaled = loss_scale is not None
+    differentiated = jax.value_and_grad(checked, argnums, has_aux=has_aux or scaled)
     nums = (argnums,) if isinstance(argnums, int) else tuple(argnums)
 
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         axes = _data_axes(axis)
+        _check_needed_scale(loss_scale)
         if not args:
             raise TypeError(
                 "tx.value_and_grad needs the arguments to differentiate by position, got keyword "
@@ -66,7 +87,11 @@ def value_and_grad(
         if axes:
             at = {n % len(args) for n in nums}
             args = tuple(vary(a, axes, name="params") if i in at else a for i, a in enumerate(args))
-        return differentiated(*args, **kwargs)
+        value, gradients = differentiated(*args, **kwargs)
+        if loss_scale is None:
+            return value, gradients
+        loss, aux = value[1]
+        return (loss, aux) if has_aux else loss, _unscaled(gradients, loss_scale)
 
     return wrapped
 
@@ -77,6 +102,7 @@ def grad(
     *,
     has_aux: bool = False,
     axis: Axis | None = None,
+    loss_scale: jax.Array | float | None = None,
 ) -> Callable[..., Any]:
     """Differentiate a local loss like `value_and_grad`, without returning the loss.
 
@@ -85,12 +111,13 @@ def grad(
       argnums: as for `value_and_grad`.
       has_aux: as for `value_and_grad`.
       axis: as for `value_and_grad`.
+      loss_scale: as for `value_and_grad`.
 
     Returns:
       A function that returns the gradients, or `(gradients, aux)`.
 
     Raises:
-      ValueError: as `value_and_grad`.
+      ValueError, TypeError: as `value_and_grad`.
 
     Example:
       >>> def f(x):
@@ -98,7 +125,7 @@ def grad(
       >>> tx.testing.run_sharded(f, np.arange(4.0), axes={"data": 4})
       array([0., 2., 4., 6.], dtype=float32)
     """
-    both = value_and_grad(f, argnums, has_aux=has_aux, axis=axis)
+    both = value_and_grad(f, argnums, has_aux=has_aux, axis=axis, loss_scale=loss_scale)
 
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         value, gradients = both(*args, **kwargs)
@@ -122,10 +149,56 @@ def _data_axes(axis: Axis | None) -> tuple[str, ...]:
 
 def _check_local(loss: Any, axes: tuple[str, ...]) -> None:
     for a in axes:
-        if _leaves.varies(jax.numpy.asarray(loss), a) is False:
+        if _leaves.varies(jnp.asarray(loss), a) is False:
             raise ValueError(
                 f"tx.value_and_grad needs a loss that is local along data axis {a!r}, but the loss "
                 f"does not vary along it: it is reduced or gathered already, and tx.pmean of "
                 f"its gradients would give 1/{axis_size(a)} of the truth. Return the local loss, "
                 f"and apply tx.pmean(..., {a!r}) to loss and gradients afterwards"
             )
+
+
+def _check_scale(loss_scale: Any) -> None:
+    if isinstance(loss_scale, (int, float)) and not isinstance(loss_scale, bool):
+        usable = 0 < loss_scale < float("inf")
+    elif isinstance(loss_scale, (jax.Array, np.ndarray, np.generic)):
+        usable = loss_scale.shape == () and jnp.issubdtype(loss_scale.dtype, jnp.floating)
+    else:
+        usable = loss_scale is None
+    if not usable:
+        raise TypeError(
+            "tx.value_and_grad needs loss_scale= state.loss_scale, or another floating-point "
+            f"scalar above 0, got {loss_scale!r}"
+        )
+
+
+def _check_needed_scale(loss_scale: Any) -> None:
+    scope = current_scope()
+    if loss_scale is None and scope is not None and scope.scales_loss:
+        raise ValueError(
+            "a step in float16 needs tx.value_and_grad(f, loss_scale=state.loss_scale) (or tx.grad "
+            "with it), got no loss_scale: gradients below 6e-8 would come out as zeros. The same "
+            "line works in every precision"
+        )
+
+
+def _scaled(loss: Any, loss_scale: Any) -> jax.Array:
+    loss = jnp.asarray(loss)
+    if not jnp.issubdtype(loss.dtype, jnp.floating):
+        raise TypeError(f"tx.value_and_grad needs a floating-point loss to scale, got {loss.dtype}")
+    # A loss of 3 times a scale of 65536 is more than float16 holds.
+    return loss.astype(jnp.promote_types(loss.dtype, jnp.float32)) * loss_scale
+
+
+def _unscaled(gradients: Any, loss_scale: Any) -> Any:
+    def one(path: Any, gradient: jax.Array) -> jax.Array:
+        if gradient.dtype == jnp.float16:
+            raise TypeError(
+                "tx.value_and_grad needs arguments in float32 to unscale their gradients without "
+                f"loss, got float16 at {jax.tree_util.keystr(path) or 'the argument'}: keep the "
+                "parameters in float32, and cast them inside the function that is differentiated, "
+                "by state.precision.cast(params)"
+            )
+        return (gradient / loss_scale).astype(gradient.dtype)
+
+    return jax.tree_util.tree_map_with_path(one, gradients)

@@ -1,6 +1,7 @@
 """Training: the engine, the state, the step, and what they need."""
 
 from txcore.train.engine import Engine as Engine
+from txcore.train.loss_scale import LossScale as LossScale
 from txcore.train.precision import Precision as Precision
 from txcore.train.state import TrainState as TrainState
 from txcore.train.step_fn import StepFn as StepFn

@@ -17,6 +17,7 @@ from txcore.mesh import MeshSpec
 from txcore.parallel.data import global_count
 from txcore.plan import Plan
 from txcore.train.batch import examples
+from txcore.train.loss_scale import select
 from txcore.train.state import TrainState
 
 if TYPE_CHECKING:
@@ -57,13 +58,14 @@ def compile_step(
 
     data_axes = plan.active_data_axes(mesh)
     left_out = frozenset(a for a, n in mesh.shape.items() if n == 1)
+    scales_loss = state.precision.scaling is not None
 
     # jax's caches keep the structure of what a program is given for ever. So it is given the
     # state's arrays alone, without the engine: that one goes when its owner lets it go.
     engine = weakref.proxy(state.engine)
 
     def sharded(arrays: dict[str, Any], batch: Any) -> Any:
-        with tracing(Scope(data_axes, left_out, examples(batch, plan)[0])):
+        with tracing(Scope(data_axes, left_out, examples(batch, plan)[0], scales_loss)):
             before = TrainState(**arrays, engine=engine)
             out = fn(before, batch)
             if train:
@@ -82,6 +84,8 @@ def compile_step(
     jaxpr = _compat.plain_jaxpr(traced.jaxpr)
     _check_reductions(jaxpr, mesh, data_axes)
     _check_predicates(jaxpr)
+    if train and scales_loss:
+        _check_scaled(fn, jaxpr, (state.arrays, batch), traced.out_info)
     program = compile_traced(traced, options)
     return CompiledStep(program, time.perf_counter() - started)
 
@@ -131,6 +135,26 @@ def _check_predicates(jaxpr: Any) -> None:
         )
 
 
+def _check_scaled(fn: Callable[..., Any], jaxpr: Any, given: Any, returned: Any) -> None:
+    """Refuse a float16 step that makes parameters of gradients that were never scaled."""
+    inputs, outputs = (jax.tree_util.tree_flatten_with_path(tree)[0] for tree in (given, returned))
+    made = [_field(path) == "stored_params" for path, _ in outputs]
+    computes, used = _compat.needed(jaxpr, made)
+    scaled = any(_field(p) == "loss_scaling" for (p, _), u in zip(inputs, used, strict=True) if u)
+    if computes and not scaled:
+        raise ValueError(
+            f"{name_of(fn)} computes in float16, but state.loss_scale had no part in its new "
+            "parameters: gradients below 6e-8 came out as zeros. Write loss, grads = "
+            "tx.value_and_grad(loss_of, loss_scale=state.loss_scale)(state.params); the same line "
+            "works in every precision"
+        )
+
+
+def _field(path: Any) -> str:
+    """Return the field of the state in which a step's argument or result lies, "" for others."""
+    return path[1].key if path[0].idx == 0 and len(path) > 1 else ""
+
+
 def _count(batch: Any, plan: Plan, data_axes: tuple[str, ...]) -> jax.Array | None:
     mask = examples(batch, plan)[1]
     if mask is None:
@@ -142,7 +166,8 @@ def _check_train_output(fn: Callable[..., Any], before: TrainState, out: Any) ->
     if isinstance(out, tuple) and len(out) == 2:
         state, metrics = out
         if isinstance(state, TrainState) and isinstance(metrics, dict):
-            return _check_state(fn, before, state).arrays, _check_metrics(metrics)
+            after = _unless_overflowed(before, _check_state(fn, before, state))
+            return after.arrays, _check_metrics(metrics)
     raise TypeError(
         f"{name_of(fn)} needs to return (state, metrics), the state that apply_gradients "
         f"returned and a dict, got {_describe(out)}"
@@ -197,6 +222,14 @@ def _check_state(fn: Callable[..., Any], old: TrainState, new: TrainState) -> Tr
         return lax.convert_element_type(after, before.dtype)  # drops a weak type
 
     return jax.tree_util.tree_map_with_path(check, old, new)
+
+
+def _unless_overflowed(before: TrainState, after: TrainState) -> TrainState:
+    """Undo all that a float16 step did (`extra` too) where its gradients overflowed."""
+    if before.loss_scaling is None or after.loss_scaling is None:
+        return after
+    overflowed = after.loss_scaling.skipped_steps != before.loss_scaling.skipped_steps
+    return select(overflowed, before, after).replace(loss_scaling=after.loss_scaling)
 
 
 def _check_metrics(metrics: dict[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from txcore.train import fit as loop
 from txcore.train.batch import examples, global_shapes, shapes_on, shard_batch
 from txcore.train.compile import CompiledStep, compile_step, name_of
 from txcore.train.loggers import Logger, Metrics
+from txcore.train.loss_scale import start as start_loss_scaling
 from txcore.train.precision import Precision
 from txcore.train.state import TrainState
 from txcore.train.step_fn import StepFn
@@ -33,7 +34,7 @@ class Engine:
       plan: what is parallel over which axis.
       optimizer: `tx.optim.sgd(...)`, `tx.optim.adamw(...)`, or any optax transformation.
       loggers: functions of a `tx.loggers.Record`; called on rank 0.
-      precision: "float32" or "bfloat16", see `tx.Precision`.
+      precision: "float32", "bfloat16", "float16", or a `tx.Precision`.
       seed: the run is a function of it (and of the data): from 0 to 2**32 - 1.
       compiler_options: XLA options for the steps; None takes the fastest known for the platform.
 
@@ -119,6 +120,7 @@ class Engine:
             "opt_state": _copies(self.optimizer.init(params), "optimizer state"),
             "seed": np.asarray(self.seed, np.uint32),
             "extra": extra,
+            "loss_scaling": start_loss_scaling(self.precision.scaling),
         }
         placed = jax.tree.map(self._replicate, arrays)
         return TrainState(**placed, engine=self)

@@ -11,7 +11,8 @@ from txcore.collectives._leaves import names_of
 from txcore.collectives._scope import Scope, current_scope
 from txcore.optim import Optimizer
 from txcore.parallel import sync_gradients
-from txcore.train import prng
+from txcore.train import loss_scale, prng
+from txcore.train.loss_scale import LossScaling
 from txcore.train.precision import Precision
 
 
@@ -34,11 +35,12 @@ class TrainState:
     that comes back.
     """
 
-    step: jax.Array  # int32 scalar: completed updates
+    step: jax.Array  # int32 scalar: completed updates, skipped ones left out
     stored_params: Any  # as stored; `params` is the view for differentiation
     opt_state: Any
     seed: jax.Array  # uint32 scalar
     extra: Any  # model state that is not trained
+    loss_scaling: LossScaling | None  # None but in float16
     engine: Runner = field(metadata={"static": True})
 
     @property
@@ -61,6 +63,14 @@ class TrainState:
     def precision(self) -> Precision:
         """The engine's precision policy."""
         return self.engine.precision
+
+    @property
+    def loss_scale(self) -> jax.Array | None:
+        """What `tx.value_and_grad` needs as its loss_scale; a float32 scalar, None but in float16.
+
+        `state.loss_scaling` has the counts of good and of skipped steps with it.
+        """
+        return self.loss_scaling.scale if self.loss_scaling is not None else None
 
     @property
     def key(self) -> jax.Array:
@@ -116,8 +126,15 @@ class TrainState:
     def apply_gradients(self, *, grads: Any) -> "TrainState":
         """Update the parameters with reduced gradients.
 
+        In float16 gradients that are not all finite update nothing: parameters, optimizer state
+        and `step` (so the learning rate too) stay as they are, the loss scale shrinks, and
+        `loss_scaling.skipped_steps` counts one more. The engine then undoes whatever else the
+        step changed, `extra` for one. Gradients are reduced by now, so all devices agree
+        without a collective.
+
         Args:
-          grads: pytree like `params`; each leaf laid out as its parameter is stored.
+          grads: pytree like `params`; each leaf laid out as its parameter is stored. Those of
+            `tx.value_and_grad` are unscaled already.
 
         Returns:
           The state after the update, one step further.
@@ -132,10 +149,16 @@ class TrainState:
         params, opt_state = self.engine.optimizer.update(
             grads, self.opt_state, self.stored_params, step=self.step
         )
-        return self.replace(step=self.step + 1, stored_params=params, opt_state=opt_state)
+        new = self.replace(step=self.step + 1, stored_params=params, opt_state=opt_state)
+        policy = self.precision.scaling
+        if policy is None or self.loss_scaling is None:
+            return new
+        finite = loss_scale.all_finite(grads)
+        scaling = loss_scale.advance(policy, self.loss_scaling, finite)
+        return loss_scale.select(finite, new, self).replace(loss_scaling=scaling)
 
 
-_ARRAYS = ("step", "stored_params", "opt_state", "seed", "extra")
+_ARRAYS = ("step", "stored_params", "opt_state", "seed", "extra", "loss_scaling")
 jax.tree_util.register_dataclass(TrainState, data_fields=_ARRAYS, meta_fields=("engine",))
 
 

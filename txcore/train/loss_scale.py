@@ -1,0 +1,132 @@
+"""Dynamic loss scaling: the scale grows while gradients are finite, and shrinks when they are not.
+
+The loss is multiplied by the scale, so that gradients that float16 would round to zero are
+representable in the backward pass; `tx.value_and_grad` divides them by it again in float32.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+_FLOAT32 = np.finfo(np.float32)
+
+
+@dataclass(frozen=True)
+class LossScale:
+    """State how the loss scale of a float16 run changes, as `Precision(loss_scale=)`.
+
+    After a step with a gradient that is not finite the scale is multiplied by
+    `backoff_factor`; after `growth_interval` finite steps in a row by `growth_factor`, unless
+    float32 cannot hold that. Powers of two change no digit of a gradient.
+
+    Args:
+      initial: the first scale, at least `minimum`.
+      growth_interval: steps in a row, at least 1.
+      growth_factor: above 1.
+      backoff_factor: above 0 and below 1.
+      minimum: the scale never gets below it; above 0.
+
+    Raises:
+      ValueError: a number is out of its range.
+
+    Example:
+      >>> precision = tx.Precision("float16", loss_scale=tx.LossScale(growth_interval=500))
+      >>> precision.loss_scale.initial
+      65536.0
+
+    References:
+      Micikevicius et al., "Mixed precision training", 2018, section 3.2. The defaults are
+      those of PyTorch's GradScaler.
+    """
+
+    initial: float = 2.0**16
+    growth_interval: int = 2000
+    growth_factor: float = 2.0
+    backoff_factor: float = 0.5
+    minimum: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_scale("LossScale", "minimum", self.minimum)
+        check_scale("LossScale", "initial", self.initial)
+        if self.initial < self.minimum:
+            raise ValueError(
+                f"LossScale needs initial= at least minimum={self.minimum}, got {self.initial}"
+            )
+        interval = self.growth_interval
+        if not isinstance(interval, int) or isinstance(interval, bool) or interval < 1:
+            raise ValueError(f"LossScale needs growth_interval= steps from 1 on, got {interval!r}")
+        check_scale("LossScale", "growth_factor", self.growth_factor)
+        if self.growth_factor <= 1:
+            raise ValueError(f"LossScale needs growth_factor= above 1, got {self.growth_factor}")
+        check_scale("LossScale", "backoff_factor", self.backoff_factor)
+        if self.backoff_factor >= 1:
+            raise ValueError(
+                f"LossScale needs backoff_factor= below 1, got {self.backoff_factor}: for a scale "
+                "that does not change, pass Precision('float16', loss_scale=1024.0)"
+            )
+
+
+class LossScaling(NamedTuple):
+    """Hold the part of the train state that loss scaling keeps; three scalars.
+
+    Attributes:
+      scale: float32, what the next step's loss is multiplied by.
+      good_steps: int32, finite steps in a row since the scale last changed.
+      skipped_steps: int32, steps so far that overflowed and changed nothing.
+    """
+
+    scale: jax.Array
+    good_steps: jax.Array
+    skipped_steps: jax.Array
+
+
+def check_scale(op: str, option: str, value: Any) -> None:
+    """Refuse what is no factor above 0, or one that float32 does not hold with all its digits."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not _FLOAT32.tiny <= value <= _FLOAT32.max:
+        raise ValueError(f"{op} needs {option}= a finite number above 0, got {value!r}")
+
+
+def start(policy: LossScale | float | None) -> LossScaling | None:
+    """Return the loss scaling of a run that has made no step yet."""
+    if policy is None:
+        return None
+    initial = policy.initial if isinstance(policy, LossScale) else policy
+    return LossScaling(jnp.float32(initial), jnp.int32(0), jnp.int32(0))
+
+
+def advance(policy: LossScale | float, scaling: LossScaling, finite: jax.Array) -> LossScaling:
+    """Return the loss scaling after a step whose gradients were all finite, or not.
+
+    Args:
+      policy: how the scale changes; a number does not change.
+      scaling: what it was during the step.
+      finite: bool scalar.
+
+    Returns:
+      What it is for the next step.
+    """
+    skipped = scaling.skipped_steps + jnp.where(finite, 0, 1)
+    good = jnp.where(finite, scaling.good_steps + 1, 0)
+    if not isinstance(policy, LossScale):
+        return LossScaling(scaling.scale, good, skipped)
+    grown = scaling.scale * jnp.float32(policy.growth_factor)
+    due = good >= policy.growth_interval
+    up = jnp.where(due & jnp.isfinite(grown), grown, scaling.scale)
+    down = jnp.maximum(scaling.scale * jnp.float32(policy.backoff_factor), policy.minimum)
+    return LossScaling(jnp.where(finite, up, down), jnp.where(due, 0, good), skipped)
+
+
+def all_finite(tree: Any) -> jax.Array:
+    """Tell whether no element of any leaf is inf or nan (bool scalar)."""
+    flags = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]
+    return functools.reduce(jnp.logical_and, flags, jnp.array(True))
+
+
+def select(flag: jax.Array, then: Any, otherwise: Any) -> Any:
+    """Return the tree `then` where `flag` is true, else `otherwise`."""
+    return jax.tree.map(functools.partial(jnp.where, flag), then, otherwise)
