@@ -75,8 +75,8 @@ def assert_plans_agree(
 
     Runs the step over the batches on both, from the same parameters and seed, and compares
     after each step the metrics, the gradients that the optimizer was given (adamw and clipping
-    would hide a wrong factor in its result), the updated parameters and the extra state. An
-    exact plan changes where work happens, never the numbers.
+    would hide a wrong factor in its result), the updated parameters, the extra state and the
+    loss scale. An exact plan changes where work happens, never the numbers.
 
     Args:
       step: the training step.
@@ -125,6 +125,9 @@ def assert_plans_agree(
         ]
         compare("update of params", *updates)
         compare("extra", *(_host(s.extra) for s in states))
+        scalings = [_host(s.loss_scaling) for s in states]
+        if None not in scalings:  # float16 may be compared with another precision
+            compare("loss_scaling", *scalings)
     if number < 0:
         raise ValueError("assert_plans_agree needs at least one batch, got none")
 

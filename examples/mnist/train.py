@@ -50,7 +50,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     length.add_argument("--steps", type=int)
     length.add_argument("--epochs", type=int, help="default: 3 of MNIST, 20 of the few digits")
     add("--eval-every", type=int, help="steps between evaluations; default: an epoch")
-    add("--precision", default="float32", choices=["float32", "bfloat16"])
+    add("--precision", default="float32", choices=["float32", "bfloat16", "float16"])
     add("--seed", type=int, default=0)
     add("--dataset", default="auto", choices=NAMES)
     add("--data-dir", help="folder of the MNIST files; default: TXCORE_DATA, or data/mnist")
@@ -125,9 +125,13 @@ def make_steps(layers: tuple[models.Layer, ...]) -> tuple[Any, Callable[..., Any
             losses = kernels.cross_entropy(logits, batch["label"])
             return tx.example_mean(losses, batch["mask"], axis="data")
 
-        loss, grads = tx.value_and_grad(loss_of)(state.params)
+        loss, grads = tx.value_and_grad(loss_of, loss_scale=state.loss_scale)(state.params)
         grads, state = state.sync_gradients(grads)
-        return state.apply_gradients(grads=grads), {"loss": tx.pmean(loss, "data", name="loss")}
+        state = state.apply_gradients(grads=grads)
+        metrics = {"loss": tx.pmean(loss, "data", name="loss")}
+        if state.loss_scale is not None:  # float16
+            metrics["loss_scale"] = state.loss_scale
+        return state, metrics
 
     def eval_step(state: tx.TrainState, batch: Any) -> Any:
         logits = forward(state, state.params, batch)
@@ -271,6 +275,9 @@ def train(args: argparse.Namespace) -> int:
         eval_every=args.eval_every or data.steps_per_epoch,
     )
     report = engine.audit(train_step, state, next(iter(data.train(0)))) if args.audit else None
+    if state.loss_scaling is not None:
+        scale, skipped = float(state.loss_scaling.scale), int(state.loss_scaling.skipped_steps)
+        say(f"loss scale {scale:g}; {skipped} of {steps} steps overflowed and changed nothing")
     if jax.process_index() == 0:
         write_results(args, history, report)
         if history.test_accuracy is not None:
