@@ -7,12 +7,15 @@ from jax.typing import ArrayLike
 
 from txcore import _compat
 from txcore.kernels import checks, registry
-from txcore.kernels.conv import xla
+from txcore.kernels.conv import pallas, xla
 
 Activation = Literal["relu"] | None
 Padding = Literal["SAME", "VALID"]
 
-KERNELS: registry.Kernels = {"xla": registry.Kernel(xla.conv2d)}
+KERNELS: registry.Kernels = {
+    "xla": registry.Kernel(xla.conv2d),
+    "pallas": registry.Kernel(pallas.conv2d, pallas.configs, pallas.refuse, compiled_for=("gpu",)),
+}
 
 
 def conv2d(
@@ -42,7 +45,7 @@ def conv2d(
       pool: None, or 2 for the maximum over 2x2 windows with stride 2; an odd last row or
         column is left out.
       padding: "SAME" pads with zeros to keep height and width, "VALID" does not pad.
-      implementation: None for the fastest known, or "xla".
+      implementation: None for the fastest known, "xla" or "pallas".
 
     Returns:
       Shape (batch, out_height, out_width, out_channels), x's dtype, where the height and width

@@ -1,0 +1,203 @@
+"""The convolution's three Pallas kernels: implicit matrix products.
+
+The matrix of patches is never stored. A program computes its indices, loads the elements from the
+images, and multiplies: an element outside of an image or a block is masked, so no operand is
+padded. Loads by index arrays, and blocks of powers of two, are what Pallas' Triton lowering takes.
+"""
+
+from itertools import product
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from txcore.kernels.conv.pallas_geometry import Blocks, Geometry, split, within
+
+
+def forward(*refs: Any, geometry: Geometry, blocks: Blocks) -> None:
+    """Compute a block of the result, and which element of each pooling window it came from.
+
+    Args:
+      *refs: flat images, filter and bias; the result, shape (windows * features,), and, where
+        there is something to choose, the choice likewise (`_choose`).
+      geometry: the convolution.
+      blocks: the block's size.
+    """
+    x_ref, w_ref, b_ref, out_ref, *choice_ref = refs
+    window = _block(0, blocks.pixels)[:, None]
+    feature = _block(1, blocks.channels)[None, :]
+    image, row, column = split(window, *geometry.pooled)
+    corners = [
+        (image, row * geometry.pool + i, column * geometry.pool + j)
+        for i, j in product(range(geometry.pool), repeat=2)
+    ]
+    real = window < geometry.windows
+
+    def step(index: Any, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        depth = _steps(index, blocks.depth)
+        inside = (depth[:, None] < geometry.depth) & (feature < geometry.features)
+        weights = _load(w_ref, depth[:, None] * geometry.features + feature, inside)
+        patches = (_patch(x_ref, geometry, corner, depth[None, :], real) for corner in corners)
+        return tuple(s + _dot(p, weights, geometry) for s, p in zip(sums, patches, strict=True))
+
+    zero = jnp.zeros((blocks.pixels, blocks.channels), geometry.accumulator)
+    sums = lax.fori_loop(0, -(-geometry.depth // blocks.depth), step, (zero,) * len(corners))
+    bias = _load(b_ref, feature, feature < geometry.features).astype(zero.dtype)
+    out, choice = _choose(sums, bias, geometry.relu)
+    inside = real & (feature < geometry.features)
+    place = window * geometry.features + feature
+    _store(out_ref, place, out, inside)
+    if choice_ref:
+        _store(choice_ref[0], place, choice, inside)
+
+
+def data_gradient(*refs: Any, geometry: Geometry, blocks: Blocks) -> None:
+    """Compute a block of the images' gradient: a convolution of the unpooled cotangent.
+
+    Args:
+      *refs: the flat filter, cotangent and choice (where there is one); the flat gradient.
+      geometry: the convolution.
+      blocks: the block's size.
+    """
+    w_ref, g_ref, *choice_ref, dx_ref = refs
+    pixel = _block(0, blocks.pixels)[:, None]
+    channel = _block(1, blocks.channels)[None, :]
+    image, row, column = split(pixel, geometry.height, geometry.width)
+    real = image < geometry.batch
+    taps = geometry.rows * geometry.columns
+
+    def step(index: Any, total: jax.Array) -> jax.Array:
+        depth = _steps(index, blocks.depth)
+        tap, feature = split(depth[:, None], geometry.features)
+        inside = (tap < taps) & (channel < geometry.channels)
+        place = (tap * geometry.channels + channel) * geometry.features + feature
+        weights = _load(w_ref, place, inside)
+        tap, feature = split(depth[None, :], geometry.features)
+        i, j = split(tap, geometry.columns)
+        source = (image, row + geometry.before[0] - i, column + geometry.before[1] - j)
+        g = _cotangent(g_ref, choice_ref, geometry, source, feature, real & (tap < taps))
+        return total + _dot(g, weights, geometry)
+
+    zero = jnp.zeros((blocks.pixels, blocks.channels), geometry.accumulator)
+    total = lax.fori_loop(0, -(-taps * geometry.features // blocks.depth), step, zero)
+    place = pixel * geometry.channels + channel
+    _store(dx_ref, place, total, real & (channel < geometry.channels))
+
+
+def filter_gradient(*refs: Any, geometry: Geometry, blocks: Blocks, steps: int) -> None:
+    """Add up a block of the filter's gradient, with the bias's as one row more, over some pixels.
+
+    Args:
+      *refs: the flat images, cotangent and choice (where there is one); the sums, shape
+        (splits * (depth + 1) * features,).
+      geometry: the convolution.
+      blocks: the block's size.
+      steps: how many blocks of pixels each split adds up.
+    """
+    from jax.experimental import pallas as pl
+
+    x_ref, g_ref, *choice_ref, sums_ref = refs
+    part, tile = pl.program_id(0), pl.program_id(1)
+    tile_row, tile_column = split(tile, -(-geometry.features // blocks.channels))
+    depth = tile_row * blocks.depth + _range(blocks.depth)[:, None]
+    feature = tile_column * blocks.channels + _range(blocks.channels)[None, :]
+    height, width = (size * geometry.pool for size in geometry.pooled)
+
+    def step(index: Any, total: jax.Array) -> jax.Array:
+        pixel = part * (steps * blocks.pixels) + _steps(index, blocks.pixels)
+        places = split(pixel[None, :], height, width)
+        patch = _patch(x_ref, geometry, places, depth, places[0] < geometry.batch)
+        # The bias is the weight of an input that is always one.
+        patch = jnp.where(depth == geometry.depth, jnp.ones_like(patch), patch)
+        places = split(pixel[:, None], height, width)
+        inside = (places[0] < geometry.batch) & (feature < geometry.features)
+        g = _cotangent(g_ref, choice_ref, geometry, places, feature, inside)
+        return total + _dot(patch, g, geometry)
+
+    zero = jnp.zeros((blocks.depth, blocks.channels), geometry.accumulator)
+    total = lax.fori_loop(0, steps, step, zero)
+    place = (part * (geometry.depth + 1) + depth) * geometry.features + feature
+    _store(sums_ref, place, total, (depth <= geometry.depth) & (feature < geometry.features))
+
+
+def _choose(
+    sums: tuple[jax.Array, ...], bias: jax.Array, relu: bool
+) -> tuple[jax.Array, jax.Array]:
+    """Return each window's result, and which of its elements passes a gradient: -1 for none.
+
+    Of equal elements the first; of a window with NaNs the last, so that the gradient is kept.
+    """
+    best, choice = sums[0], jnp.zeros(sums[0].shape, jnp.int32)
+    for position, other in enumerate(sums[1:], 1):
+        choice = jnp.where(other <= best, choice, position)
+        best = jnp.maximum(best, other)
+    best = best + bias
+    if relu:
+        choice = jnp.where(best > 0, choice, -1)
+        best = jnp.maximum(best, jnp.zeros_like(best))
+    return best, choice
+
+
+def _patch(x_ref: Any, geometry: Geometry, place: Any, depth: Any, real: Any) -> jax.Array:
+    """Load the images' elements at `depth` of the patches at `place`; zero where there are none."""
+    image, row, column = place
+    tap, channel = split(depth, geometry.channels)
+    i, j = split(tap, geometry.columns)
+    row, column = row + i - geometry.before[0], column + j - geometry.before[1]
+    inside = real & (depth < geometry.depth) & within(row, column, geometry.height, geometry.width)
+    pixel = (image * geometry.height + row) * geometry.width + column
+    return _load(x_ref, pixel * geometry.channels + channel, inside)
+
+
+def _cotangent(
+    g_ref: Any, choice_ref: list[Any], geometry: Geometry, place: Any, feature: Any, real: Any
+) -> jax.Array:
+    """Load the cotangent before pooling and ReLU; zero where none was passed."""
+    image, row, column = place
+    (height, width), pool = geometry.pooled, geometry.pool
+    inside = real & within(row, column, height * pool, width * pool)
+    row, in_row = split(row, pool)
+    column, in_column = split(column, pool)
+    index = ((image * height + row) * width + column) * geometry.features + feature
+    if choice_ref:
+        choice = _load(choice_ref[0], index, inside).astype(jnp.int32)
+        inside = inside & (choice == in_row * pool + in_column)
+    return _load(g_ref, index, inside)
+
+
+def _dot(left: jax.Array, right: jax.Array, geometry: Geometry) -> jax.Array:
+    # Without it a GPU rounds float32 operands to TF32's 10 bits.
+    precision = lax.Precision.HIGHEST if geometry.dtype == jnp.float32 else None
+    return jnp.dot(left, right, precision=precision, preferred_element_type=geometry.accumulator)
+
+
+def _range(size: int) -> jax.Array:
+    return jnp.arange(size, dtype=jnp.int32)
+
+
+def _steps(index: Any, size: int) -> jax.Array:
+    """Return the `index`th run of `size` numbers."""
+    return jnp.asarray(index, jnp.int32) * size + _range(size)
+
+
+def _block(axis: int, size: int) -> jax.Array:
+    """Return the numbers of this program's block along an axis of the grid."""
+    from jax.experimental import pallas as pl
+
+    return _steps(pl.program_id(axis), size)
+
+
+def _load(ref: Any, index: jax.Array, inside: jax.Array) -> jax.Array:
+    from jax.experimental.pallas import triton
+
+    index, inside = jnp.broadcast_arrays(index, inside)
+    return triton.load(ref.at[index], mask=inside, other=0)
+
+
+def _store(ref: Any, index: jax.Array, value: jax.Array, inside: jax.Array) -> None:
+    from jax.experimental.pallas import triton
+
+    # An interpreted store writes the old value where the mask is off: out of bounds it writes none.
+    index, inside = jnp.broadcast_arrays(jnp.where(inside, index, ref.shape[0]), inside)
+    triton.store(ref.at[index], value.astype(ref.dtype), mask=inside)
