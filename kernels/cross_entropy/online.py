@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 
 class Stats(NamedTuple):
@@ -29,19 +30,25 @@ class Normalizer(NamedTuple):
     log_total: jax.Array
 
 
+def is_label(labels: jax.Array, start: jax.Array | int, size: int) -> jax.Array:
+    """Tell which of `size` classes from `start` on is each row's label."""
+    classes = lax.broadcasted_iota(labels.dtype, (*labels.shape, size), labels.ndim)
+    return classes + jnp.asarray(start, labels.dtype) == labels[..., None]
+
+
 def stats(
-    scores: jax.Array, is_label: jax.Array, counted: jax.Array | None, smoothing: float
+    scores: jax.Array, chosen: jax.Array, counted: jax.Array | None, smoothing: float
 ) -> Stats:
     """Return what is known of one block of scores.
 
     Args:
       scores: shape (..., classes of the block).
-      is_label: whether a class is the row's label, the same shape.
+      chosen: whether a class is the row's label, the same shape.
       counted: which of the classes to count, broadcasting against scores; None for all.
       smoothing: the weight of the uniform distribution.
     """
     if counted is not None:
-        is_label &= counted
+        chosen &= counted
         scores = jnp.where(counted, scores, -jnp.inf)
     # Never -inf, which would make NaN of a block whose classes are all ruled out.
     top = jnp.maximum(jnp.max(scores, -1), jnp.finfo(scores.dtype).min)
@@ -49,7 +56,7 @@ def stats(
     lag = None
     if smoothing:
         lag = -jnp.sum(shifted if counted is None else jnp.where(counted, shifted, 0), -1)
-    label = jnp.sum(jnp.where(is_label, scores, 0), -1)
+    label = jnp.sum(jnp.where(chosen, scores, 0), -1)
     return Stats(top, jnp.sum(jnp.exp(shifted), -1), label, lag)
 
 
@@ -86,7 +93,7 @@ def losses(
 
 def gradient(
     scores: jax.Array,
-    is_label: jax.Array,
+    chosen: jax.Array,
     normalizer: Normalizer,
     g: jax.Array,
     classes: int,
@@ -95,5 +102,5 @@ def gradient(
     """Return the gradient of a block of scores, given the cotangent g of the rows' losses."""
     top, log_total = (part[..., None] for part in normalizer)
     probability = jnp.exp(scores - top - log_total)
-    wanted = jnp.where(is_label, 1 - smoothing + smoothing / classes, smoothing / classes)
+    wanted = jnp.where(chosen, 1 - smoothing + smoothing / classes, smoothing / classes)
     return (probability - wanted.astype(scores.dtype)) * g[..., None]

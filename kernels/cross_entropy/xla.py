@@ -1,5 +1,6 @@
 """The loss in XLA's own ops, by blocks of classes: no gather forward, no scatter backward."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -18,12 +19,20 @@ Residuals = tuple[jax.Array, jax.Array, online.Normalizer]
 
 def configs(problem: Problem) -> list[ClassBlocks]:
     """Return the block sizes worth trying."""
-    classes = problem.shapes[0][-1]
-    blocks = [ClassBlocks(size) for size in (4096, 1024, 16384) if size < classes]
+    shape = problem.shapes[0]
+    sizes = block_sizes(math.prod(shape[:-1]), shape[-1])
     # XLA:CPU writes all scores and their exponentials to memory in float32; the compilers for
     # GPU and TPU fuse them into the sums.
-    whole = ClassBlocks(classes)
-    return [*blocks, whole] if problem.platform == "cpu" else [whole, *blocks]
+    if problem.platform != "cpu":
+        sizes.sort(reverse=True)
+    return [ClassBlocks(size) for size in sizes]
+
+
+def block_sizes(rows: int, classes: int) -> list[int]:
+    """Return how many classes to look at at a time, the best guess first."""
+    blocks = [size for size in (1024, 4096, 256) if size < classes]
+    few = classes <= 1024 or rows * classes <= 2**20  # 4 MiB of float32: stays in a cache
+    return [classes, *blocks] if few else [*blocks, classes]
 
 
 def cross_entropy(
@@ -44,8 +53,8 @@ def _forward(
     cut = Cut.evenly(logits.shape[-1], block)
 
     def part(index: jax.Array | int) -> online.Stats:
-        scores, is_label = _block(logits, labels, cut, index)
-        return online.stats(scores, is_label, cut.is_fresh(index), smoothing)
+        scores, chosen = _block(logits, labels, cut, index)
+        return online.stats(scores, chosen, cut.is_fresh(index), smoothing)
 
     known = online.combine(over_blocks(part, cut), cut.fresh)
     loss, normalizer = online.losses(known, labels, cut.length, smoothing)
@@ -59,8 +68,8 @@ def _backward(
     cut = Cut.evenly(logits.shape[-1], block)
 
     def part(index: jax.Array | int) -> jax.Array:
-        scores, is_label = _block(logits, labels, cut, index)
-        change = online.gradient(scores, is_label, normalizer, g, cut.length, smoothing)
+        scores, chosen = _block(logits, labels, cut, index)
+        change = online.gradient(scores, chosen, normalizer, g, cut.length, smoothing)
         return change.astype(logits.dtype)
 
     if cut.count == 1:
@@ -77,7 +86,8 @@ def _block(
     logits: jax.Array, labels: jax.Array, cut: Cut, index: jax.Array | int
 ) -> tuple[jax.Array, jax.Array]:
     scores = cut.slice(logits, index)
-    return scores.astype(checks.accumulator(scores.dtype)), is_label(labels, cut, index)
+    chosen = online.is_label(labels, cut.start(index), cut.size)
+    return scores.astype(checks.accumulator(scores.dtype)), chosen
 
 
 def over_blocks(part: Callable[[jax.Array], online.Stats], cut: Cut) -> online.Stats:
@@ -85,13 +95,6 @@ def over_blocks(part: Callable[[jax.Array], online.Stats], cut: Cut) -> online.S
     if cut.count == 1:
         return jax.tree.map(lambda x: x[None], part(0))
     return lax.map(part, jnp.arange(cut.count))
-
-
-def is_label(labels: jax.Array, cut: Cut, index: jax.Array | int) -> jax.Array:
-    """Tell which class of a block is each row's label."""
-    shape = (*labels.shape, cut.size)
-    classes = lax.broadcasted_iota(labels.dtype, shape, labels.ndim)
-    return classes + cut.start(index).astype(labels.dtype) == labels[..., None]
 
 
 def zeros(shape: tuple[int, ...], like: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
