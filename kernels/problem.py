@@ -40,15 +40,26 @@ class Problem:
 
     @property
     def shape_class(self) -> tuple[tuple[int, ...], ...]:
-        """The shapes, the leading dim of each rounded up to a power of two.
+        """The shapes, the batch rounded up to a power of two.
 
-        What was measured at a batch of 64 serves batches of 33 to 64.
+        What was measured at a batch of 64 serves batches of 33 to 64. The batch is the first
+        operand's leading dim, wherever it leads: in labels too, but not in weights.
         """
-        return tuple((1 << max(s[0] - 1, 0).bit_length(), *s[1:]) if s else s for s in self.shapes)
+        batch = self.shapes[0][:1] if self.shapes else ()
+        return tuple(
+            (1 << max(s[0] - 1, 0).bit_length(), *s[1:]) if s and s[:1] == batch else s
+            for s in self.shapes
+        )
 
     @property
     def key(self) -> str:
-        """The name of the problem's class in a tuning cache."""
+        """The name of the problem's class in a tuning cache.
+
+        Of a float (a rate, a momentum) only whether it is 0 counts, which turns a part off.
+        """
         shapes = ",".join("x".join(map(str, s)) or "scalar" for s in self.shape_class)
-        options = ",".join(f"{name}={value}" for name, value in self.options)
+        options = ",".join(
+            f"{name}={'some' if isinstance(value, float) and value else value}"
+            for name, value in self.options
+        )
         return "|".join((self.op, self.device, ",".join(self.dtypes), shapes, options))

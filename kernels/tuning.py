@@ -85,21 +85,24 @@ def config_of(guess: Any, key: str, source: str, entry: Entry) -> Any:
       A configuration of the class of `guess`, or None.
 
     Raises:
-      TuningError: the class has other fields now, or of other types.
+      TuningError: the class has other fields now, or does not take these values.
     """
     hints = {} if guess is None else typing.get_type_hints(type(guess))
-    fits = set(entry.config) == set(hints) and all(
+    reason = "other fields or types"
+    if set(entry.config) == set(hints) and all(
         _is_a(value, hints[name]) for name, value in entry.config.items()
+    ):
+        try:
+            return None if guess is None else type(guess)(**entry.config)
+        except ValueError as error:
+            reason = str(error)
+    wanted = ", ".join(f"{name}: {_spell(hint)}" for name, hint in hints.items()) or "no field"
+    op = key.partition("|")[0]
+    raise TuningError(
+        f"{op}: the configuration of {entry.implementation!r} for {key!r} must have {wanted}; got "
+        f"{dict(entry.config)} in {source} ({reason}). Run `txcore tune {op}` to measure anew, or "
+        "delete the file."
     )
-    if not fits:
-        wanted = ", ".join(f"{name}: {_spell(hint)}" for name, hint in hints.items()) or "nothing"
-        op = key.partition("|")[0]
-        raise TuningError(
-            f"{op}: the configuration of {entry.implementation!r} must have {wanted}; got "
-            f"{dict(entry.config)} in {source} for {key!r}. Run `txcore tune {op}` to measure "
-            "anew, or delete the file."
-        )
-    return None if guess is None else type(guess)(**entry.config)
 
 
 def _is_a(value: Any, hint: Any) -> bool:

@@ -188,8 +188,18 @@ class TestProblem:
         assert len({keys[32], keys[64], keys[65]}) == 3
         assert keys[64] == "double|cpu|float32|64x3|"
 
+    def test_weights_keep_their_dims(self):
+        shapes = ((60, 28, 28, 1), (3, 3, 1, 33), (33,), (60,))
+        operands = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+        what = Problem.of("op", CPU, operands, {})
+        assert what.shape_class == ((64, 28, 28, 1), (3, 3, 1, 33), (33,), (64,))
+
     def test_options_and_scalars_are_part_of_it(self):
         operands = (SMALL, jax.ShapeDtypeStruct((), jnp.int32))
         what = Problem.of("op", ("gpu", "NVIDIA H200"), operands, {"pool": 2, "activation": None})
         assert what.key == "op|NVIDIA H200|float32,int32|64x3,scalar|activation=None,pool=2"
         assert what.option("pool") == 2
+
+    def test_of_a_float_only_whether_it_is_zero_counts(self):
+        keys = [problem(rate=rate).key for rate in (0.0, 0.25, 0.5)]
+        assert keys == [f"double|cpu|float32|64x3|rate={text}" for text in ("0.0", "some", "some")]

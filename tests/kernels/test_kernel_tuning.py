@@ -20,6 +20,10 @@ class Blocks:
     order: Literal["rows", "columns"] = "rows"
     depth: int | None = None
 
+    def __post_init__(self):
+        if self.rows < 1:
+            raise ValueError(f"rows must be at least 1; got {self.rows}.")
+
 
 def configs(problem):
     return [Blocks(rows) for rows in (8, 16) if rows <= problem.shapes[0][0]]
@@ -298,15 +302,21 @@ def test_a_configuration_of_another_class_is_refused(config, recorded):
     with pytest.raises(TuningError) as raised:
         registry.choose(problem(), KERNELS, None)
     assert str(raised.value) == (
-        "scan: the configuration of 'pallas' must have rows: int, order: "
-        f"typing.Literal['rows', 'columns'], depth: int | None; got {config} in recorded for "
-        f"{KEY!r}. Run `txcore tune scan` to measure anew, or delete the file."
+        f"scan: the configuration of 'pallas' for {KEY!r} must have rows: int, order: "
+        f"typing.Literal['rows', 'columns'], depth: int | None; got {config} in recorded (other "
+        "fields or types). Run `txcore tune scan` to measure anew, or delete the file."
     )
+
+
+def test_a_configuration_that_its_class_refuses(recorded):
+    recorded({KEY: dataclasses.replace(BEST, config=CONFIG | {"rows": 0})})
+    with pytest.raises(TuningError, match=r"in recorded \(rows must be at least 1; got 0\.\)"):
+        registry.choose(problem(), KERNELS, None)
 
 
 def test_a_configuration_for_what_has_none_is_refused(recorded):
     recorded({KEY: Entry("xla", {"rows": 1}, {}, "", "")})
-    with pytest.raises(TuningError, match=r"'xla' must have nothing; got \{'rows': 1\}"):
+    with pytest.raises(TuningError, match=r"must have no field; got \{'rows': 1\}"):
         registry.choose(problem(), KERNELS, None)
 
 

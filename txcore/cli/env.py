@@ -1,4 +1,4 @@
-"""`txcore env`: versions, platform and devices."""
+"""`txcore env`: versions, platform and devices, and which kernels run on them."""
 
 import argparse
 from typing import Any
@@ -13,20 +13,46 @@ _OPTIONAL = (
 
 def add(commands: Any) -> None:
     """Add the command to the parser's subparsers."""
-    parser = commands.add_parser("env", help="show versions, platform and devices")
+    parser = commands.add_parser("env", help="show versions, devices and kernels")
     parser.set_defaults(command=run)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print versions, platform and devices; return 0."""
+    """Print versions, platform, devices and the choice of kernels; return 0."""
     import platform
 
     from tabulate import tabulate
 
     rows = [("python", platform.python_version()), ("platform", platform.platform())]
     rows += [(name, _version(name)) for name in ("txcore", "jax", "jaxlib", "numpy", *_OPTIONAL)]
-    print(tabulate([*rows, *_devices()], tablefmt="plain"))
+    devices = _devices()
+    print(tabulate([*rows, *devices], tablefmt="plain"))
+    if any(name == "backend" for name, _ in devices):
+        print(f"\nkernels for float32, and why\n{tabulate(_kernels(), tablefmt='plain')}")
     return 0
+
+
+def _kernels() -> list[tuple[str, ...]]:
+    """Return what would run on the default device for the main named shapes."""
+    from txcore.kernels import registry
+    from txcore.kernels.measure import problem_of
+    from txcore.kernels.shapes import MAIN, SHAPES
+    from txcore.kernels.tuning import cache_path, fields_of
+    from txcore.kernels.tuning_file import TuningError, label
+
+    rows: list[tuple[str, ...]] = [("tuning file", cache_path() or "none")]
+    for name in MAIN:
+        asked = problem_of(SHAPES[name], "float32")
+        if asked is None:
+            continue
+        problem, kernels = asked
+        try:
+            choice = registry.choose(problem, kernels, None)
+        except TuningError as error:
+            return [*rows, ("refused", first_line(error))]
+        what = label(choice.implementation, fields_of(choice.config))
+        rows.append((problem.op, name, what, choice.source))
+    return rows
 
 
 def _version(package: str) -> str:

@@ -1,0 +1,224 @@
+"""Named problems of every op, for tests, benchmarks and `txcore tune`."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from txcore import kernels
+
+Kind = Literal["float", "positive", "label", "key"]
+Dims = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Op:
+    """Hold how an op is called and counted.
+
+    Attributes:
+      call: `call(*operands, **options)`, the public function.
+      kinds: what each operand holds; the last stands for all further ones. "label" is a class of
+        those that the last dim of the operand before it counts.
+      products: the multiplications of the forward pass's matrix products, by the operands' dims;
+        what is done element by element is not counted.
+      updates: for an update of arrays in place, the operands that its results replace.
+    """
+
+    call: Callable[..., Any]
+    kinds: tuple[Kind, ...] = ("float",)
+    products: Callable[..., int] = lambda *shapes, **options: 0
+    updates: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Hold one named problem.
+
+    Attributes:
+      name: unique, for the command line and a benchmark's id.
+      op: a name in `OPS`.
+      shapes: the operands' dims.
+      options: the op's options, `implementation` left out.
+      fixed: the operands that need no gradient where the op is used so: a first layer's images.
+    """
+
+    name: str
+    op: str
+    shapes: tuple[Dims, ...]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    fixed: tuple[int, ...] = ()
+
+    def call(self, *operands: jax.Array, **options: Any) -> Any:
+        """Compute the op with the shape's options, and more of them."""
+        return OPS[self.op].call(*operands, **self.options, **options)
+
+    def operands(self, dtype: Any = jnp.float32, seed: int = 0) -> list[jax.Array]:
+        """Make the operands: standard normal numbers, or what their kind says, from a seed.
+
+        Args:
+          dtype: of the floating-point ones.
+          seed: the same gives the same.
+        """
+        random = np.random.default_rng(seed)
+        made: list[jax.Array] = []
+        for shape, kind in zip(self.shapes, self.kinds, strict=True):
+            classes = made[-1].shape[-1] if kind == "label" else 0
+            made.append(_operand(random, shape, kind, dtype, classes))
+        return made
+
+    def structs(self, dtype: Any = jnp.float32) -> list[jax.ShapeDtypeStruct]:
+        """Return the shapes and dtypes of the operands, without making them."""
+        dtypes = {"label": jnp.int32, "key": jax.eval_shape(jax.random.key, 0).dtype}
+        return [
+            jax.ShapeDtypeStruct(shape, dtypes.get(kind, dtype))
+            for shape, kind in zip(self.shapes, self.kinds, strict=True)
+        ]
+
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        """What each operand holds."""
+        kinds = OPS[self.op].kinds
+        return (*kinds, *kinds[-1:] * len(self.shapes))[: len(self.shapes)]
+
+    @property
+    def differentiable(self) -> tuple[int, ...]:
+        """The operands whose gradients are wanted; none of an update."""
+        floats = [i for i, kind in enumerate(self.kinds) if kind in ("float", "positive")]
+        return tuple(i for i in floats if i not in self.fixed and not OPS[self.op].updates)
+
+    def flops(self, *, backward: bool = False) -> int:
+        """Return the operations of the matrix products, two for each multiplication.
+
+        Args:
+          backward: whether to add those of the gradients: as many again for each of the two
+            factors that has one.
+        """
+        forward = 2 * OPS[self.op].products(*self.shapes, **self.options)
+        factors = len([i for i in (0, 1) if i in self.differentiable])
+        return forward * (1 + factors) if backward else forward
+
+    def bytes(self, dtype: Any = jnp.float32, *, backward: bool = False) -> int:
+        """Return the least that memory must move: each operand read, each result written once.
+
+        Args:
+          dtype: of the floating-point operands.
+          backward: whether to add the backward pass's, where there is one: it reads the operands
+            and the results' gradients, and writes the operands' gradients.
+        """
+        operands = self.structs(dtype)
+        results = jax.eval_shape(self.call, *operands)
+        read, written = _bytes_of(operands), _bytes_of(results)
+        if not (backward and self.differentiable):
+            return read + written
+        return 2 * (read + written) + _bytes_of([operands[i] for i in self.differentiable])
+
+
+def _operand(
+    random: np.random.Generator, shape: Dims, kind: Kind, dtype: Any, classes: int
+) -> jax.Array:
+    if kind == "label":
+        return jnp.asarray(random.integers(0, classes, shape), jnp.int32)
+    if kind == "key":
+        return jax.random.split(jax.random.key(int(random.integers(1 << 31))), shape)
+    numbers = random.standard_normal(shape, np.float32)
+    return jnp.asarray(np.abs(numbers) if kind == "positive" else numbers, dtype)
+
+
+def _bytes_of(tree: Any) -> int:
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def _conv_products(x: Dims, w: Dims, b: Dims, *, padding: str = "SAME", **_: Any) -> int:
+    lost = (w[0] - 1, w[1] - 1) if padding == "VALID" else (0, 0)
+    return x[0] * (x[1] - lost[0]) * (x[2] - lost[1]) * math.prod(w)
+
+
+def _dense_products(x: Dims, w: Dims, *rest: Dims, **_: Any) -> int:
+    return math.prod(x[:-1]) * math.prod(w)
+
+
+OPS: Mapping[str, Op] = {
+    "conv2d": Op(kernels.conv2d, products=_conv_products),
+    "dense": Op(kernels.dense, products=_dense_products),
+    "cross_entropy": Op(kernels.cross_entropy, ("float", "label")),
+    "sgd_momentum": Op(kernels.sgd_momentum, updates=(0, 2)),
+    "adamw": Op(kernels.adamw, ("float", "float", "float", "positive"), updates=(0, 2, 3)),
+}
+
+_SGD = {"learning_rate": 0.02, "momentum": 0.9}
+_ADAMW = {
+    "step": 9,
+    "learning_rate": 1e-3,
+    "b1": 0.9,
+    "b2": 0.999,
+    "eps": 1e-8,
+    "weight_decay": 0.1,
+}
+_BUCKETS = {"10k": 10_000, "100k": 100_000, "cnn3x3": 421_642, "1M": 1_000_000, "10M": 10_000_000}
+
+
+def conv(name: str, x: Dims, w: Dims, *, first: bool = False, **options: Any) -> Shape:
+    """Describe a convolution; of a first layer the images need no gradient."""
+    return Shape(name, "conv2d", (x, w, w[3:]), options, fixed=(0,) if first else ())
+
+
+def layer(name: str, x: Dims, features: int, *, first: bool = False, **options: Any) -> Shape:
+    """Describe a dense layer; of a first layer the inputs need no gradient."""
+    shapes = (x, (x[-1], features), (features,))
+    return Shape(name, "dense", shapes, options, fixed=(0,) if first else ())
+
+
+def loss(name: str, logits: Dims, **options: Any) -> Shape:
+    """Describe a loss of logits."""
+    return Shape(name, "cross_entropy", (logits, logits[:-1]), options)
+
+
+def bucket(name: str, elements: int) -> Iterator[Shape]:
+    """Describe the updates of a flat bucket."""
+    yield Shape(f"sgd-{name}", "sgd_momentum", ((elements,),) * 3, _SGD)
+    yield Shape(f"adamw-{name}", "adamw", ((elements,),) * 4, _ADAMW)
+
+
+def mnist(batch: int) -> Iterator[Shape]:
+    """Describe the layers of the MNIST example's models; what two models share is here once."""
+    end, image, half = f"-b{batch}", (batch, 28, 28, 1), (batch, 14, 14, 32)
+    relu: dict[str, Any] = {"activation": "relu"}
+    pooled: dict[str, Any] = {**relu, "pool": 2}
+    yield conv(f"cnn-conv1{end}", image, (5, 5, 1, 32), first=True, **pooled)
+    yield conv(f"cnn-conv2{end}", half, (5, 5, 32, 64), **pooled)
+    yield conv(f"cnn3x3-conv1{end}", image, (3, 3, 1, 32), first=True, **pooled)
+    yield conv(f"cnn3x3-conv2{end}", half, (3, 3, 32, 64), **pooled)
+    yield conv(f"dropout-cnn-conv1{end}", image, (3, 3, 1, 32), first=True, **relu)
+    yield conv(f"dropout-cnn-conv2{end}", (batch, 28, 28, 32), (3, 3, 32, 64), **pooled)
+    yield layer(f"cnn-dense{end}", (batch, 7 * 7 * 64), 128, **relu)
+    yield layer(f"dropout-cnn-dense{end}", (batch, 14 * 14 * 64), 256, **relu)
+    yield layer(f"mlp-dense1{end}", (batch, 784), 256, first=True, **relu)
+    yield layer(f"mlp-dense2{end}", (batch, 256), 128, **relu)
+    yield layer(f"dense-dense{end}", (batch, 784), 128, first=True, **relu)
+    yield layer(f"logits{end}", (batch, 128), 10)
+    yield layer(f"dropout-cnn-logits{end}", (batch, 256), 10)
+    yield loss(f"loss{end}", (batch, 10))
+
+
+_ALL: Sequence[Shape] = (
+    *mnist(64),
+    *mnist(256),
+    conv("conv-odd", (7, 13, 11, 3), (3, 2, 3, 5), activation="relu", pool=2, padding="VALID"),
+    conv("conv-wide", (8, 28, 28, 64), (3, 3, 64, 128), activation="relu"),
+    layer("dense-odd", (61, 391), 127, activation="relu"),
+    layer("dense-wide", (512, 1024), 4096, activation="relu"),
+    loss("loss-odd", (61, 391)),
+    loss("loss-32k", (512, 32_000)),
+    loss("loss-32k-smooth", (512, 32_000), label_smoothing=0.1),
+    *(shape for name, elements in _BUCKETS.items() for shape in bucket(name, elements)),
+    *bucket("odd", 12_347),
+)
+SHAPES: Mapping[str, Shape] = {shape.name: shape for shape in _ALL}
+MAIN = (
+    *("cnn3x3-conv1-b64", "cnn3x3-conv2-b64", "cnn-dense-b64", "logits-b64", "loss-b64"),
+    *("loss-32k", "sgd-cnn3x3", "adamw-1M"),
+)

@@ -1,0 +1,183 @@
+"""The named shapes: what they are made of, what they count, and that all of them run."""
+
+import jax
+import jax.numpy as jnp
+import models
+import numpy as np
+import pytest
+
+from txcore import kernels
+from txcore.kernels import measure, registry
+from txcore.kernels.shapes import MAIN, OPS, SHAPES, Op, Shape
+
+FLOAT = jnp.float32
+
+
+def test_names_are_unique_and_ops_known():
+    assert all(name == shape.name for name, shape in SHAPES.items())
+    assert {shape.op for shape in SHAPES.values()} == set(OPS)
+    assert set(MAIN) <= set(SHAPES)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_every_shape_is_taken_by_its_op(name):
+    shape = SHAPES[name]
+    asked = measure.problem_of(shape, FLOAT)
+    assert asked is None or asked[0].shapes[0] == shape.shapes[0]
+
+
+@pytest.mark.parametrize("name", [name for name in SHAPES if "odd" in name])
+def test_operands_are_what_their_shapes_say(name):
+    operands = SHAPES[name].operands(jnp.bfloat16)
+    wanted = SHAPES[name].structs(jnp.bfloat16)
+    assert [(x.shape, x.dtype) for x in operands] == [(x.shape, x.dtype) for x in wanted]
+    assert tuple(x.shape for x in operands) == SHAPES[name].shapes
+    assert jax.tree.leaves(SHAPES[name].call(*operands))
+
+
+@pytest.mark.parametrize("batch", [64, 256])
+@pytest.mark.parametrize("model", models.MODELS)
+def test_the_layers_of_the_mnist_models_are_all_there(model, batch, monkeypatch):
+    named = {measure.problem_of(shape, FLOAT)[0] for shape in SHAPES.values() if shape.flops()}
+    layers = models.layers_of(model, dropout=0 if "drop" in model or "3x3" in model else None)
+    params = jax.eval_shape(lambda: models.init(layers, 0))
+    images = jax.ShapeDtypeStruct((batch, *models.IMAGE), FLOAT)
+    used = []
+    with registry.decided_by(lambda problem, _: used.append(problem)):
+        jax.eval_shape(lambda params, x: models.apply(layers, params, x), params, images)
+    assert len(used) == len(params)
+    assert set(used) <= named
+
+
+def test_the_cnn3x3_bucket_is_the_size_of_the_model():
+    params = jax.eval_shape(lambda: models.init(models.layers_of("cnn3x3"), 0))
+    assert SHAPES["sgd-cnn3x3"].shapes[0] == (sum(x.size for x in jax.tree.leaves(params)),)
+
+
+def test_operands_are_made_from_the_seed():
+    for name in ("cnn3x3-conv1-b64", "loss-odd", "adamw-odd"):
+        shape = SHAPES[name]
+        first, same, other = (shape.operands(seed=seed) for seed in (1, 1, 2))
+        assert all((a == b).all() for a, b in zip(first, same, strict=True))
+        assert not any((a == b).all() for a, b in zip(first, other, strict=True))
+    assert (shape.operands()[3] >= 0).all()
+    logits, labels = SHAPES["loss-odd"].operands(jnp.bfloat16)
+    assert (logits.dtype, labels.dtype) == (jnp.bfloat16, jnp.int32)
+    assert 0 <= labels.min() <= labels.max() < 391
+    assert np.unique(labels).size > 40
+
+
+def test_counts_of_a_convolution_by_hand():
+    # 64 images, 14 x 14 places, a 3 x 3 filter over 32 channels to 64.
+    shape = SHAPES["cnn3x3-conv2-b64"]
+    forward = 2 * 64 * 14 * 14 * 9 * 32 * 64
+    assert shape.flops() == forward == 462_422_016
+    assert shape.flops(backward=True) == 3 * forward
+    images, filters, bias, pooled = 64 * 14 * 14 * 32, 9 * 32 * 64, 64, 64 * 7 * 7 * 64
+    operands = 4 * (images + filters + bias)
+    assert shape.bytes() == operands + 4 * pooled == 2_482_432
+    assert shape.bytes(backward=True) == 2 * (operands + 4 * pooled) + operands
+    assert shape.bytes(jnp.bfloat16) == shape.bytes() / 2
+
+
+def test_counts_of_a_first_layer_by_hand():
+    # 64 images of 784 numbers to 256 features; the images need no gradient.
+    shape = SHAPES["mlp-dense1-b64"]
+    assert shape.flops() == 2 * 64 * 784 * 256 == 25_690_112
+    assert shape.flops(backward=True) == 2 * shape.flops()
+    images, weights, bias, features = 64 * 784, 784 * 256, 256, 64 * 256
+    assert shape.bytes() == 4 * (images + weights + bias + features)
+    assert shape.bytes(backward=True) == 2 * shape.bytes() + 4 * (weights + bias)
+
+
+def test_counts_without_padding_and_of_what_multiplies_nothing():
+    # 7 images of 13 x 11, a 3 x 2 filter: 11 x 10 places; 3 channels to 5.
+    assert SHAPES["conv-odd"].flops() == 2 * 7 * 11 * 10 * 3 * 2 * 3 * 5
+    loss = SHAPES["loss-odd"]
+    assert loss.flops(backward=True) == 0
+    assert loss.bytes() == 4 * (61 * 391 + 61 + 61)
+    # An update reads param, grad and velocity, and writes param and velocity: 20 bytes each.
+    assert SHAPES["sgd-10k"].bytes() == SHAPES["sgd-10k"].bytes(backward=True) == 20 * 10_000
+    assert SHAPES["adamw-10k"].bytes() == 28 * 10_000
+
+
+class TestMeasure:
+    def test_an_update_goes_on_from_its_own_results(self):
+        shape = SHAPES["sgd-odd"]
+        call = measure.compile_call(shape, FLOAT, None, backward=True)
+        for _ in range(3):
+            call()
+
+    def test_the_choice_runs_and_no_other(self, monkeypatch):
+        ran = []
+
+        def run(x, *, config):
+            ran.append(config)
+            return x
+
+        only = {"xla": registry.Kernel(run, lambda problem: (None, "slow"))}
+        op = Op(lambda x: registry.run("echo", only, x, implementation=None))
+        monkeypatch.setitem(OPS, "echo", op)
+        for config in (None, "slow"):
+            choice = registry.Choice("xla", config, "given")
+            measure.compile_call(Shape("one", "echo", ((3,),)), FLOAT, choice, backward=True)()
+            assert set(ran) == {config}
+            ran.clear()
+
+    def test_rounds_alternate_and_medians_are_of_a_call(self, monkeypatch):
+        now, order = [0.0], []
+
+        def call(name, seconds):
+            def run():
+                now[0] += seconds * (100 if len(order) == 5 else 1)  # one round is disturbed
+                order.append(name)
+
+            return run
+
+        monkeypatch.setattr(measure.time, "perf_counter", lambda: now[0])
+        times = measure.alternate({"a": call("a", 1.0), "b": call("b", 2.0)}, rounds=3)
+        assert order == ["a", "b", "a", "b", "b", "a", "a", "b"]
+        assert times == pytest.approx({"a": 1e6, "b": 2e6})
+
+    def test_a_short_call_is_repeated(self, monkeypatch):
+        now, count = [0.0], [0]
+
+        def call():
+            now[0] += 0.001
+            count[0] += 1
+
+        monkeypatch.setattr(measure.time, "perf_counter", lambda: now[0])
+        assert measure.alternate({"a": call}, rounds=2) == pytest.approx({"a": 1000})
+        assert count[0] == 1 + 2 * 10
+
+    def test_what_fails_is_said_and_the_rest_is_measured(self, monkeypatch):
+        compile_call = measure.compile_call
+
+        def fail(shape, dtype, choice, *, backward):
+            if choice.implementation == "pallas":
+                raise RuntimeError("out of registers")
+            return compile_call(shape, dtype, choice, backward=backward)
+
+        problem, _ = measure.problem_of(SHAPES["logits-b64"], FLOAT)
+        two = {
+            "xla": registry.Kernel(kernels.dense),
+            "pallas": registry.Kernel(kernels.dense, compiled_for=("cpu",)),
+        }
+        monkeypatch.setattr(measure, "compile_call", fail)
+        monkeypatch.setattr(measure, "problem_of", lambda shape, dtype: (problem, two))
+        found = measure.measure(SHAPES["logits-b64"], FLOAT, rounds=1, named=["pallas"])
+        assert found.failed == {"pallas": "RuntimeError: out of registers"}
+        assert (dict(found.microseconds), found.entry) == ({}, None)
+
+    def test_an_interpreted_kernel_never_wins(self, monkeypatch):
+        shape = SHAPES["logits-b64"]
+        problem, able = measure.problem_of(shape, FLOAT)
+        two = {"xla": registry.Kernel(able["xla"].run), "pallas": registry.Kernel(able["xla"].run)}
+        monkeypatch.setattr(measure, "problem_of", lambda shape, dtype: (problem, two))
+        monkeypatch.setattr(measure, "compile_call", lambda *_, **__: lambda: None)
+        monkeypatch.setattr(measure, "alternate", lambda calls, rounds: dict.fromkeys(calls, 1.0))
+        assert list(measure.measure(shape, FLOAT).microseconds) == ["xla"]
+        both = measure.measure(shape, FLOAT, named=["xla", "pallas"])
+        assert list(both.microseconds) == ["xla", "pallas"]
+        assert both.entry.implementation == "xla"
+        assert measure.measure(shape, FLOAT, named=["pallas"]).entry is None

@@ -1,0 +1,142 @@
+"""`txcore tune`: measure the kernels on this machine, and write down which are the fastest."""
+
+import argparse
+import textwrap
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from txcore.cli.load import BadInput, positive
+
+if TYPE_CHECKING:
+    from txcore.kernels.measure import Measured
+    from txcore.kernels.shapes import Shape
+    from txcore.kernels.tuning_file import Entry
+
+_DTYPES = ("float32", "bfloat16", "float16")
+_ROUNDS = 7
+
+
+def add(commands: Any) -> None:
+    """Add the command to the parser's subparsers."""
+    parser = commands.add_parser("tune", help="measure kernels, and write down the fastest")
+    parser.add_argument("ops", nargs="*", metavar="OP", help="conv2d, dense, ... (default all)")
+    parser.add_argument(
+        "--shapes", nargs="+", metavar="NAME", help="named shapes (default all of the ops)"
+    )
+    parser.add_argument("--dtype", choices=_DTYPES, default="float32")
+    parser.add_argument(
+        "--implementation",
+        nargs="+",
+        choices=("xla", "pallas", "triton"),
+        help="time these alone, interpreted ones too, which are never written down",
+    )
+    parser.add_argument(
+        "--rounds", type=positive, default=_ROUNDS, metavar="N", help=f"default {_ROUNDS}"
+    )
+    passes = parser.add_mutually_exclusive_group()
+    passes.add_argument(
+        "--grad",
+        dest="backward",
+        action="store_true",
+        default=True,
+        help="time the gradients with the results (default)",
+    )
+    passes.add_argument(
+        "--forward", dest="backward", action="store_false", help="time the results alone"
+    )
+    parser.add_argument(
+        "--cache",
+        metavar="FILE",
+        help="the file to write (default $TXCORE_TUNING, or txcore/tuning.json in the user's "
+        "cache folder)",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="measure, and write nothing")
+    parser.set_defaults(command=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print the candidates' times, and write the fastest; return 0."""
+    from txcore.kernels.measure import measure
+    from txcore.kernels.tuning import cache_path
+
+    shapes = _shapes(options)
+    path = None if options.dry_run else options.cache or cache_path()
+    if path is not None:
+        _add_to(path)  # refused before anything is measured
+    elif not options.dry_run:
+        raise BadInput("TXCORE_TUNING is empty: name a file by --cache, or give --dry-run")
+    for shape in shapes:
+        measured = measure(
+            shape,
+            options.dtype,
+            backward=options.backward,
+            rounds=options.rounds,
+            named=options.implementation,
+        )
+        print(f"{shape.op} {shape.name} {options.dtype}\n{_table(measured)}", flush=True)
+        if path is not None and measured is not None and measured.entry is not None:
+            _add_to(path, {measured.key: measured.entry})
+    if path is not None:
+        print(f"written to {path}")
+    return 0
+
+
+def _shapes(options: argparse.Namespace) -> "list[Shape]":
+    from txcore.kernels.shapes import OPS, SHAPES
+
+    _check("ops", options.ops, OPS)
+    _check("--shapes", options.shapes or (), SHAPES)
+    ops = options.ops or OPS
+    found = [SHAPES[name] for name in options.shapes or SHAPES if SHAPES[name].op in ops]
+    if options.shapes and len(found) < len(options.shapes):
+        others = [name for name in options.shapes if SHAPES[name].op not in ops]
+        raise BadInput(
+            f"--shapes {others[0]} is of {SHAPES[others[0]].op}, but OP names "
+            f"{', '.join(options.ops)}: leave one of the two out"
+        )
+    return found
+
+
+def _check(what: str, given: Iterable[str], known: Iterable[str]) -> None:
+    for name in given:
+        if name not in known:
+            raise BadInput(f"tune needs {what} among {', '.join(known)}, but got {name!r}")
+
+
+def _table(measured: "Measured | None") -> str:
+    from tabulate import tabulate
+
+    from txcore.kernels.tuning_file import label
+
+    if measured is None:
+        return "  one implementation: nothing to choose"
+    entry = measured.entry
+    best = label(entry.implementation, entry.config) if entry is not None else None
+    least = measured.microseconds[best] if best is not None else None
+    rows = [
+        (
+            name,
+            f"{time:,.1f} µs",
+            f"{time / least:.2f}x" if least is not None else "-",
+            "fastest" if name == best else "",
+        )
+        for name, time in measured.microseconds.items()
+    ]
+    rows += [(name, "failed", "-", reason[:60]) for name, reason in measured.failed.items()]
+    if not rows:
+        return "  no candidate can run this"
+    align = ("left", "right", "right", "left")
+    table = tabulate(rows, tablefmt="plain", disable_numparse=True, colalign=align)
+    return textwrap.indent(table, "  ")
+
+
+def _add_to(path: str, entries: "Mapping[str, Entry] | None" = None) -> None:
+    """Add entries to a tuning file, shape by shape: what was measured outlives Ctrl-C."""
+    from txcore.kernels.tuning_file import TuningError, read, write
+
+    try:
+        found = read(path)
+        if entries is not None:
+            write(path, {**found, **entries})
+    except TuningError as error:
+        raise BadInput(str(error)) from None
