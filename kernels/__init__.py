@@ -10,6 +10,7 @@ if __name__ == "kernels":  # found by its folder, not as the installed package
 from txcore.kernels.conv import conv2d
 from txcore.kernels.cross_entropy import cross_entropy
 from txcore.kernels.dense import dense
+from txcore.kernels.dropout import dropout
 from txcore.kernels.optimizer import adamw, sgd_momentum
 from txcore.kernels.options import compiler_options
 
@@ -19,5 +20,6 @@ __all__ = [
     "conv2d",
     "cross_entropy",
     "dense",
+    "dropout",
     "sgd_momentum",
 ]

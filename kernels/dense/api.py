@@ -6,10 +6,16 @@ import jax
 from jax.typing import ArrayLike
 
 from txcore import _compat
-from txcore.kernels import checks, registry
-from txcore.kernels.dense import xla
+from txcore.kernels import checks, random, registry
+from txcore.kernels.dense import elementwise, pallas, xla
+from txcore.kernels.dropout import operands
 
-KERNELS: registry.Kernels = {"xla": registry.Kernel(xla.dense)}
+Activation = Literal["relu", "gelu", "tanh", "silu"] | None
+
+KERNELS: registry.Kernels = {
+    "xla": registry.Kernel(xla.dense, xla.configs),
+    "pallas": registry.Kernel(pallas.dense, pallas.configs, compiled_for=("gpu",)),
+}
 
 
 def dense(
@@ -17,39 +23,77 @@ def dense(
     w: ArrayLike,
     b: ArrayLike,
     *,
-    activation: Literal["relu"] | None = None,
+    activation: Activation = None,
+    dropout: float = 0.0,
+    keys: ArrayLike | None = None,
+    offset: ArrayLike = 0,
     implementation: registry.Implementation | None = None,
+    config: xla.Config | pallas.Config | None = None,
 ) -> jax.Array:
-    """Compute activation(x @ w + b).
+    """Compute dropout(activation(x @ w + b)).
 
-    Half-precision operands are accumulated in float32 and the result is rounded once.
+    Half-precision operands are accumulated in float32 and the result is rounded once. Dropout is
+    as `txcore.kernels.dropout` describes it: whether an output is dropped depends on its row's
+    key and its feature's number alone, and no mask is kept for the backward pass. Where the
+    output features are split over a mesh axis, `offset` tells a shard which are its own, so that
+    the mask is that of the whole layer. (Where the input features are split, the shards' products
+    are added up first, and `dropout` follows the activation of the sum.)
+
     Reverse-mode differentiation only: the op has its own VJP, so `jax.jvp`, `jax.jacfwd` and
-    `jax.hessian` raise jax's error about forward-mode on a custom_vjp function.
+    `jax.hessian` raise jax's error about forward-mode on a custom_vjp function. Keys and offset
+    have no gradient.
 
     Args:
       x: inputs, shape (..., in_features), any floating dtype.
       w: weights, shape (in_features, out_features), x's dtype.
       b: bias, shape (out_features,), x's dtype.
-      activation: None or "relu".
-      implementation: None for the fastest known, or "xla".
+      activation: None, "relu", "gelu" (by tanh, as `jax.nn.gelu`'s default), "tanh" or "silu".
+      dropout: the share of the outputs to drop, at least 0 and less than 1; a Python number, as
+        it is compiled in.
+      keys: with dropout one key for each row: typed keys of shape x.shape[:-1], as
+        `state.example_keys(batch)` gives for x of shape (batch, in_features), or their words,
+        uint32 of shape (*x.shape[:-1], 2). Without dropout None.
+      offset: the number of w's first output feature in the whole layer, an integer scalar, traced
+        or not: `tx.axis_index(axis) * w.shape[1]` for a shard. Only dropout looks at it.
+      implementation: None for the fastest known, "xla" or "pallas".
+      config: the configuration of the implementation that is named, or None for the best guess.
 
     Returns:
       Shape (..., out_features), x's dtype.
 
     Raises:
-      TypeError: an operand is not floating-point, or the dtypes differ.
-      ValueError: a shape or an option does not fit.
+      TypeError: an operand's dtype does not fit, or the dropout rate is traced.
+      ValueError: a shape or an option does not fit, there are keys without dropout or dropout
+        without keys, or shards would repeat one mask.
       NotImplementedError: there is no such implementation of this op.
 
     Example:
+      >>> import jax
       >>> import jax.numpy as jnp
       >>> from txcore import kernels
-      >>> kernels.dense(jnp.ones((8, 784)), jnp.ones((784, 128)), jnp.zeros(128)).shape
+      >>> keys = jax.random.split(jax.random.key(0), 8)
+      >>> x, w, b = jnp.ones((8, 784)), jnp.ones((784, 128)), jnp.zeros(128)
+      >>> kernels.dense(x, w, b, activation="relu", dropout=0.25, keys=keys).shape
       (8, 128)
     """
     x, w, b = checks.float_arrays("dense", x=x, w=w, b=b)
     checks.same_dtype("dense", x=x, w=w, b=b)
-    checks.one_of("dense", "activation", activation, (None, "relu"))
+    checks.one_of("dense", "activation", activation, tuple(elementwise.ACTIVATIONS))
+    _check_shapes(x, w, b)
+    rate = operands.fixed_rate("dense", "dropout", dropout)
+    seeds = _seeds(x, w, b, rate, keys, offset)
+    return registry.run(
+        "dense",
+        KERNELS,
+        *_compat.match_varying(x, w, b, *seeds),
+        implementation=implementation,
+        config=config,
+        activation=activation,
+        dropout=rate,
+    )
+
+
+def _check_shapes(x: jax.Array, w: jax.Array, b: jax.Array) -> None:
     given = f"got x {x.shape}, w {w.shape}, b {b.shape}."
     if x.ndim < 1 or w.ndim != 2 or b.ndim != 1:
         raise ValueError(
@@ -61,10 +105,33 @@ def dense(
             "dense: x's last dim must equal w's first, and w's last dim b's length; "
             f"{given} Flatten images first; transpose a weight stored as (out, in)."
         )
-    return registry.run(
-        "dense",
-        KERNELS,
-        *_compat.match_varying(x, w, b),
-        implementation=implementation,
-        activation=activation,
+
+
+def _seeds(
+    x: jax.Array, w: jax.Array, b: jax.Array, rate: float, keys: ArrayLike | None, offset: ArrayLike
+) -> tuple[jax.Array, ...]:
+    """Return what dropout's mask is computed from, the keys' words and the offset, if anything."""
+    if rate == 0:
+        if keys is not None:
+            raise ValueError(
+                "dense: keys are for dropout; got keys with dropout=0. Leave keys out, or pass "
+                "the rate."
+            )
+        return ()
+    if keys is None:
+        raise ValueError(
+            f"dense: dropout needs keys, one for each row of x; got dropout={rate} alone. Pass "
+            "keys=state.example_keys(batch) or jax.random.split(key, len(x)), or dropout=0.0 to "
+            "evaluate."
+        )
+    words = random.key_words("dense", keys)
+    if words.shape[:-1] != x.shape[:-1]:
+        raise ValueError(
+            "dense: keys must have the shape of x without its last dim; got x "
+            f"{x.shape}, keys {words.shape[:-1]}. Pass one key for each row of x."
+        )
+    first = operands.counter_offset("dense", offset, w.shape[1])
+    operands.refuse_repeated_masks(
+        "dense", w.shape[1], {"keys": words, "offset": first}, x=x, w=w, b=b
     )
+    return words, first

@@ -1,52 +1,125 @@
 """The dense layer in XLA's own ops."""
 
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
-from txcore.kernels import checks
+from txcore.kernels import checks, random
+from txcore.kernels.dense import elementwise
+from txcore.kernels.problem import Problem
 
-Residuals = tuple[jax.Array, jax.Array, jax.Array | None]
+Residuals = tuple[jax.Array, jax.Array, jax.Array | None, jax.Array | None, jax.Array | None]
+
+
+@dataclass(frozen=True)
+class Config:
+    """Hold how x's gradient is computed.
+
+    Args:
+      transposed_dx: as (w g^T)^T. XLA:CPU packs the right operand of a product in each of its
+        blocks, and w^T takes 1.5 (64 rows) to 4 times (8 rows) as long as the small g^T and a
+        transposition of the result; from 256 rows on the transposition costs more.
+    """
+
+    transposed_dx: bool
+
+
+def configs(problem: Problem) -> Sequence[Config]:
+    """Return the configurations worth trying, the best guess first."""
+    if problem.platform != "cpu":
+        return (Config(False),)
+    few = math.prod(problem.shapes[0][:-1]) <= 128
+    return Config(few), Config(not few)
 
 
 # Its own VJP, so that half-precision operands meet a cotangent of their own dtype in the
-# backward products (autodiff would mix it with float32), and the output serves as ReLU's mask.
+# backward products (autodiff would mix it with float32), and the output serves as ReLU's mask
+# and dropout's. XLA:CPU widens half operands to float32 by itself, at no cost over doing it here.
 def dense(
-    x: jax.Array, w: jax.Array, b: jax.Array, *, config: None, activation: str | None
+    x: jax.Array,
+    w: jax.Array,
+    b: jax.Array,
+    words: jax.Array | None = None,
+    offset: jax.Array | None = None,
+    *,
+    config: Config,
+    activation: str | None,
+    dropout: float,
 ) -> jax.Array:
     """Compute the op of `txcore.kernels.dense` on checked operands."""
-    return _dense(x, w, b, activation)
+    return _dense(x, w, b, words, offset, activation, dropout, config)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _dense(x: jax.Array, w: jax.Array, b: jax.Array, activation: str | None) -> jax.Array:
-    return _forward(x, w, b, activation)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+def _dense(
+    x: jax.Array,
+    w: jax.Array,
+    b: jax.Array,
+    words: jax.Array | None,
+    offset: jax.Array | None,
+    activation: str | None,
+    dropout: float,
+    config: Config,
+) -> jax.Array:
+    return _forward(x, w, b, words, offset, activation, dropout, config)[0]
 
 
 def _forward(
-    x: jax.Array, w: jax.Array, b: jax.Array, activation: str | None
+    x: jax.Array,
+    w: jax.Array,
+    b: jax.Array,
+    words: jax.Array | None,
+    offset: jax.Array | None,
+    activation: str | None,
+    dropout: float,
+    config: Config,
 ) -> tuple[jax.Array, Residuals]:
     dtype = checks.accumulator(x.dtype)
-    out = jnp.matmul(x, w, preferred_element_type=dtype) + b.astype(dtype)
-    if activation == "relu":
-        out = jnp.maximum(out, 0)
-    out = out.astype(x.dtype)
-    return out, (x, w, out if activation == "relu" else None)
+    y = jnp.matmul(x, w, preferred_element_type=dtype) + b.astype(dtype)
+    kept = _mask(words, offset, w.shape[1], dropout)
+    out = elementwise.apply(y, activation, dropout, kept).astype(x.dtype)
+    saved = out if activation == "relu" else None
+    if elementwise.saves_input(activation):
+        saved = y.astype(x.dtype)
+    return out, (x, w, saved, words, offset)
+
+
+def _mask(
+    words: jax.Array | None, offset: jax.Array | None, features: int, dropout: float
+) -> jax.Array | None:
+    if words is None or offset is None:
+        return None
+    return random.keep_rows(words, offset, features, dropout)
 
 
 def _backward(
-    activation: str | None, residuals: Residuals, g: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    x, w, out = residuals
-    if out is not None:
-        g = jnp.where(out > 0, g, 0)
+    activation: str | None, dropout: float, config: Config, residuals: Residuals, g: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, None, None]:
+    x, w, saved, words, offset = residuals
     dtype = checks.accumulator(x.dtype)
-    rows = g.reshape(-1, g.shape[-1])
-    dx = jnp.matmul(g, w.T, preferred_element_type=dtype)
-    dw = jnp.matmul(x.reshape(-1, x.shape[-1]).T, rows, preferred_element_type=dtype)
-    db = jnp.sum(rows, 0, dtype=dtype)
-    return dx.astype(x.dtype), dw.astype(w.dtype), db.astype(g.dtype)
+    needs_mask = elementwise.needs_mask(activation, dropout)
+    kept = _mask(words, offset, w.shape[1], dropout) if needs_mask else None
+    if saved is not None:
+        saved = saved.astype(dtype)
+    dy = elementwise.derivative(g.astype(dtype), saved, activation, dropout, kept)
+    rows = dy.astype(x.dtype).reshape(-1, w.shape[1])
+    db = jnp.sum(dy.reshape(rows.shape), 0)
+    dw = jnp.matmul(x.reshape(-1, w.shape[0]).T, rows, preferred_element_type=dtype)
+    dx = _input_gradient(rows, w, config).astype(x.dtype).reshape(x.shape)
+    return dx, dw.astype(w.dtype), db.astype(g.dtype), None, None
+
+
+def _input_gradient(rows: jax.Array, w: jax.Array, config: Config) -> jax.Array:
+    dtype = checks.accumulator(w.dtype)
+    if not config.transposed_dx:
+        return jnp.matmul(rows, w.T, preferred_element_type=dtype)
+    # Without the barrier XLA moves the transposition back onto the weights.
+    return lax.optimization_barrier(jnp.matmul(w, rows.T, preferred_element_type=dtype)).T
 
 
 _dense.defvjp(_forward, _backward)

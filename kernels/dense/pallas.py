@@ -1,0 +1,256 @@
+"""The dense layer in Pallas kernels: interpreted, or on a GPU by Pallas' Triton lowering."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from txcore.kernels import checks, random, tiles
+from txcore.kernels.dense import elementwise
+from txcore.kernels.problem import Problem
+
+Side = tuple[jax.Array, tiles.Spec]
+
+
+@dataclass(frozen=True)
+class Config:
+    """Hold the tile that one program computes (powers of two from 16), and a GPU's warps for it.
+
+    Args:
+      rows: of the tile.
+      columns: of the tile.
+      inner: how much of the contracted dim is loaded at once.
+      warps: of a GPU's program.
+    """
+
+    rows: int
+    columns: int
+    inner: int
+    warps: int = 4
+
+
+def configs(problem: Problem) -> Sequence[Config]:
+    """Return the tiles worth trying, the best guess first."""
+    if problem.platform != "gpu":  # an interpreter's time goes by the number of programs
+        return Config(1024, 1024, 1024), Config(64, 256, 512)
+    return Config(64, 64, 32), Config(32, 64, 64), Config(64, 128, 32, warps=8), Config(16, 64, 64)
+
+
+def dense(
+    x: jax.Array,
+    w: jax.Array,
+    b: jax.Array,
+    words: jax.Array | None = None,
+    offset: jax.Array | None = None,
+    *,
+    config: Config,
+    activation: str | None,
+    dropout: float,
+) -> jax.Array:
+    """Compute the op of `txcore.kernels.dense` on checked operands."""
+    if words is not None:
+        words = words.reshape(-1, 2)
+    rows = x.reshape(-1, x.shape[-1])
+    out = _dense(rows, w, b, words, offset, activation, dropout, config)
+    return out.reshape(*x.shape[:-1], w.shape[1])
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+def _dense(
+    x: jax.Array,
+    w: jax.Array,
+    b: jax.Array,
+    words: jax.Array | None,
+    offset: jax.Array | None,
+    activation: str | None,
+    dropout: float,
+    config: Config,
+) -> jax.Array:
+    return _layer(x, w, b, words, offset, activation, dropout, config, False)[0]
+
+
+def _forward(
+    x: jax.Array,
+    w: jax.Array,
+    b: jax.Array,
+    words: jax.Array | None,
+    offset: jax.Array | None,
+    activation: str | None,
+    dropout: float,
+    config: Config,
+) -> tuple[jax.Array, Any]:
+    save = elementwise.saves_input(activation)
+    out, *more = _layer(x, w, b, words, offset, activation, dropout, config, save)
+    saved = more[0] if save else out if activation == "relu" else None
+    return out, (x, w, saved, words, offset)
+
+
+def _layer(
+    x: jax.Array,
+    w: jax.Array,
+    b: jax.Array,
+    words: jax.Array | None,
+    offset: jax.Array | None,
+    activation: str | None,
+    dropout: float,
+    config: Config,
+    save: bool,
+) -> list[jax.Array]:
+    """Return the layer's output, and with `save` the activation's input."""
+    rows, columns = tiles.block(len(x), config.rows), tiles.block(w.shape[1], config.columns)
+
+    def finish(y: jax.Array, bias: jax.Array, *seeds: jax.Array) -> list[jax.Array]:
+        y, kept = y + bias, None
+        if seeds:
+            first, second, start = seeds
+            kept = random.keep((first, second), _counters(start, columns), dropout)
+        return [elementwise.apply(y, activation, dropout, kept), y][: 1 + save]
+
+    sides = [(tiles.pad(b[None], 1, columns), tiles.row(columns)), *_seeds(words, offset, rows)]
+    return _product(x, w, (1, 0), config, finish, sides, 1 + save)
+
+
+def _backward(
+    activation: str | None, dropout: float, config: Config, residuals: Any, g: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, None, None]:
+    x, w, saved, words, offset = residuals
+    if not elementwise.needs_mask(activation, dropout):
+        words = offset = None
+    # One kernel of its own: inside the products below each tile would compute the mask again.
+    dy, db = _derivative(g, saved, words, offset, activation, dropout, config)
+    (dx,) = _product(dy, w, (1, 1), config)
+    (dw,) = _product(x, dy, (0, 0), config)
+    return dx, dw, db, None, None
+
+
+_dense.defvjp(_forward, _backward)
+
+
+def _seeds(words: jax.Array | None, offset: jax.Array | None, rows: int) -> list[Side]:
+    """Return what a tile's mask is computed from: the keys' two words, and the offset."""
+    if words is None or offset is None:
+        return []
+    first, second = (tiles.pad(words[:, i : i + 1], rows, 1) for i in (0, 1))
+    scalar = (offset.reshape(1, 1), tiles.SCALAR)
+    return [(first, tiles.column(rows)), (second, tiles.column(rows)), scalar]
+
+
+def _counters(offset: jax.Array, columns: int) -> jax.Array:
+    """Return the counters of the features of this program's tile, a row."""
+    from jax.experimental import pallas as pl
+
+    start = offset + (pl.program_id(1) * columns).astype(jnp.uint32)
+    return start + jax.lax.broadcasted_iota(jnp.uint32, (1, columns), 1)
+
+
+def _product(
+    a: jax.Array,
+    b: jax.Array,
+    contract: tuple[int, int],
+    config: Config,
+    finish: Callable[..., list[jax.Array]] = lambda y: [y],
+    sides: Sequence[Side] = (),
+    results: int = 1,
+) -> list[jax.Array]:
+    """Contract a dim of each of two matrices, and finish each tile before it is written."""
+    from jax.experimental import pallas as pl
+
+    dtype = checks.accumulator(a.dtype)
+    shape = (a.shape[1 - contract[0]], b.shape[1 - contract[1]])
+    rows, columns = tiles.block(shape[0], config.rows), tiles.block(shape[1], config.columns)
+    inner = tiles.block(a.shape[contract[0]], config.inner)
+
+    def part(ref: Any, step: Any, dim: int) -> jax.Array:
+        where = pl.ds(step * inner, inner)
+        return ref[where, :] if dim == 0 else ref[:, where]  # type: ignore[no-any-return]
+
+    def kernel(a_ref: Any, b_ref: Any, *refs: Any) -> None:
+        def add(step: Any, total: jax.Array) -> jax.Array:
+            pair = part(a_ref, step, contract[0]), part(b_ref, step, contract[1])
+            return total + _dot(*pair, contract, dtype)
+
+        steps = a_ref.shape[contract[0]] // inner
+        total = jax.lax.fori_loop(0, steps, add, jnp.zeros((rows, columns), dtype))
+        side_refs, out_refs = refs[: len(sides)], refs[len(sides) :]
+        for ref, out in zip(out_refs, finish(total, *(r[...] for r in side_refs)), strict=True):
+            ref[...] = out.astype(a.dtype)
+
+    a_tile = (rows, inner) if contract[0] else (inner, rows)
+    b_tile = (inner, columns) if contract[1] == 0 else (columns, inner)
+    a, b = tiles.pad(a, *a_tile), tiles.pad(b, *b_tile)
+    whole = (a.shape[1 - contract[0]], b.shape[1 - contract[1]])
+    a_spec = ((rows, a.shape[1]), lambda i, j: (i, 0))
+    if contract[0] == 0:
+        a_spec = ((a.shape[0], rows), lambda i, j: (0, i))
+    b_spec = ((b.shape[0], columns), lambda i, j: (0, j))
+    if contract[1] == 1:
+        b_spec = ((columns, b.shape[1]), lambda i, j: (j, 0))
+    outs = tiles.call(
+        kernel,
+        (whole[0] // rows, whole[1] // columns),
+        [(a, a_spec), (b, b_spec), *sides],
+        [(whole, a.dtype, ((rows, columns), lambda i, j: (i, j)))] * results,
+        warps=config.warps,
+    )
+    return [out[: shape[0], : shape[1]] for out in outs]
+
+
+def _dot(a: jax.Array, b: jax.Array, contract: tuple[int, int], dtype: jnp.dtype) -> jax.Array:
+    return jax.lax.dot_general(
+        a,
+        b,
+        (((contract[0],), (contract[1],)), ((), ())),
+        precision=jax.lax.Precision.HIGHEST if a.dtype == dtype else None,
+        preferred_element_type=dtype,
+    )
+
+
+def _derivative(
+    g: jax.Array,
+    saved: jax.Array | None,
+    words: jax.Array | None,
+    offset: jax.Array | None,
+    activation: str | None,
+    dropout: float,
+    config: Config,
+) -> tuple[jax.Array, jax.Array]:
+    """Return the gradients at the activation's input and at the bias."""
+    from jax.experimental import pallas as pl
+
+    dtype, (count, features) = checks.accumulator(g.dtype), g.shape
+    rows, columns = tiles.block(count, config.rows), tiles.block(features, config.columns)
+    matrices = [tiles.pad(m, rows, columns) for m in (g, saved) if m is not None]
+    height, width = matrices[0].shape
+    seeds = _seeds(words, offset, height)
+
+    def kernel(*refs: Any) -> None:
+        *in_refs, dy_ref, db_ref = refs
+        matrix_refs, seed_refs = in_refs[: len(matrices)], in_refs[len(matrices) :]
+        counters = _counters(seed_refs[2][...], columns) if seed_refs else None
+
+        def step(i: Any, db: jax.Array) -> jax.Array:
+            where, kept = pl.ds(i * rows, rows), None
+            wide, *more = (ref[where, :].astype(dtype) for ref in matrix_refs)
+            if counters is not None:
+                key = seed_refs[0][where, :], seed_refs[1][where, :]
+                kept = random.keep(key, counters, dropout)
+            beside = more[0] if more else None
+            dy = elementwise.derivative(wide, beside, activation, dropout, kept)
+            dy_ref[where, :] = dy.astype(g.dtype)
+            return db + jnp.sum(dy, 0, keepdims=True)
+
+        db = jax.lax.fori_loop(0, height // rows, step, jnp.zeros((1, columns), dtype))
+        db_ref[...] = db.astype(g.dtype)
+
+    strip: tiles.Spec = ((height, columns), lambda i, j: (0, j))
+    dy, db = tiles.call(
+        kernel,
+        (1, width // columns),
+        [*((m, strip) for m in matrices), *seeds],
+        [((height, width), g.dtype, strip), ((1, width), g.dtype, tiles.row(columns))],
+        warps=config.warps,
+    )
+    return dy[:count, :features], db[0, :features]
