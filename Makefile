@@ -5,8 +5,11 @@ BIN = $(VENV)/bin
 SETUP = $(VENV)/.installed
 # Compilers for TPUs and GPUs lie apart: beside them jax looks for the devices, and says so.
 TARGETS = $(VENV)-targets
+# The peers that txcore is measured against lie apart too: they are large, and no part of it.
+PEERS = $(VENV)-peers
+PEERS_FALLBACK ?= python3
 
-.PHONY: setup mnist test lint bench clean
+.PHONY: setup mnist test lint bench bench-peers clean
 
 setup: $(SETUP)
 
@@ -36,6 +39,19 @@ lint: setup  ## ruff and mypy over everything
 
 bench: setup  ## run the benchmark suites
 	$(BIN)/python -m pytest benchmarks --benchmark-enable --benchmark-only $(BENCH_ARGS)
+
+bench-peers: setup $(PEERS)/.installed  ## compare with plain jax, PyTorch and TensorFlow
+	$(BIN)/python benchmarks/peers/compare.py --peers-python $(PEERS)/bin/python $(BENCH_ARGS)
+
+# TensorFlow comes out for a new Python months after it.
+$(PEERS)/.installed: benchmarks/peers/requirements.txt
+	$(call install-peers,$(PYTHON)) || { \
+	  echo "bench-peers: $(PYTHON) cannot have the peers, so they run on $(PEERS_FALLBACK)" >&2; \
+	  $(call install-peers,$(PEERS_FALLBACK)); }
+	touch $@
+
+install-peers = $(1) -m venv --clear $(PEERS) && \
+  $(PEERS)/bin/python -m pip install --quiet --requirement benchmarks/peers/requirements.txt
 
 clean:
 	rm -rf .venv .venv-* build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .benchmarks

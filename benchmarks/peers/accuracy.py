@@ -1,0 +1,169 @@
+"""Time to an accuracy: from the start of the processes, by the harness's clock.
+
+Imports, loading, compilation and the evaluation after each epoch are all in it. A trainer is
+any program that prints "test_accuracy" and a number after each epoch.
+"""
+
+import contextlib
+import dataclasses
+import random
+import re
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from pool import EXAMPLE, HERE, PeerError, free_ports, shares, start, time_limit
+
+TRAIN = EXAMPLE / "train.py"
+# As examples/mnist/train.py and torch_train.py print it.
+ACCURACY = re.compile(r'test_accuracy"?:? +(\d\.\d+)')
+SECONDS = 1800.0  # for one run
+
+
+@dataclasses.dataclass(frozen=True)
+class Trainer:
+    """A program that trains to the end.
+
+    Attributes:
+      name: as reported.
+      own: whether it runs in the project's own environment.
+      processes: how many run it.
+      command: (rank, port, seed, epochs) -> the arguments after the interpreter.
+    """
+
+    name: str
+    own: bool
+    processes: int
+    command: Callable[[int, int, int, int], list[str]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One training; `seconds` is None where the goal was not reached."""
+
+    seed: int
+    seconds: float | None
+    accuracies: list[float]
+
+
+def txcore_trainer(processes: int, flags: Sequence[str]) -> Trainer:
+    """Return the MNIST example on two devices, in one process or in two."""
+
+    def command(rank: int, port: int, seed: int, epochs: int) -> list[str]:
+        given = {"model": "cnn3x3", "dropout": 0, "devices": 2, "dataset": "mnist"}
+        given |= {"epochs": epochs, "seed": seed}
+        if processes > 1:
+            given["coordinator"] = f"127.0.0.1:{port}"
+            given |= {"num-processes": processes, "process-id": rank}
+        return [str(TRAIN), *(f"--{k}={v}" for k, v in given.items()), "--no-audit", *flags]
+
+    where = "2 devices" if processes == 1 else f"{processes} processes"
+    return Trainer(f"txcore, {where}", True, processes, command)
+
+
+def torch_trainer(recipe: str, name: str) -> Trainer:
+    """Return PyTorch DDP in its best form, by one of its recipes."""
+
+    def command(rank: int, port: int, seed: int, epochs: int) -> list[str]:
+        given = {"recipe": recipe, "epochs": epochs, "seed": seed}
+        given |= {"rank": rank, "processes": 2, "port": port}
+        return [str(HERE / "torch_train.py"), *(f"--{k}={v}" for k, v in given.items())]
+
+    return Trainer(name, False, 2, command)
+
+
+def trainers(flags: Sequence[str]) -> list[Trainer]:
+    """Return all; `flags` go to the MNIST example."""
+    return [
+        txcore_trainer(1, flags),
+        txcore_trainer(2, flags),
+        torch_trainer("adadelta", "PyTorch DDP, its example's recipe"),
+        torch_trainer("sgd", "PyTorch DDP, txcore's recipe"),
+    ]
+
+
+def run_one(
+    trainer: Trainer,
+    *,
+    goal: float,
+    seed: int,
+    epochs: int,
+    pythons: Mapping[bool, str],
+    cores: Sequence[int],
+) -> Run:
+    """Train until the goal is reached, or for all epochs.
+
+    Args:
+      trainer: what to run.
+      goal: test accuracy, 0 to 1.
+      seed: of the run.
+      epochs: at most.
+      pythons: the interpreters of the project's own environment (True) and the peers' (False).
+      cores: one for each worker.
+
+    Returns:
+      When it was reached, and the accuracy after each epoch.
+
+    Raises:
+      PeerError: the program ended before, or ran for too long.
+    """
+    (port,) = free_ports(1)
+    workers: list[subprocess.Popen[str]] = []
+    accuracies: list[float] = []
+    with contextlib.ExitStack() as stack:
+        errors = stack.enter_context(tempfile.TemporaryFile("w+", errors="replace"))
+        started = time.perf_counter()
+        for rank, share in enumerate(shares(cores, trainer.processes)):
+            command = [pythons[trainer.own], *trainer.command(rank, port, seed, epochs)]
+            out = subprocess.DEVNULL if rank else subprocess.PIPE
+            workers.append(start(command, share, stdout=out, stderr=errors))
+            stack.enter_context(workers[-1])
+            stack.callback(workers[-1].kill)
+        stack.enter_context(time_limit(workers, SECONDS))
+        assert workers[0].stdout is not None
+        for line in workers[0].stdout:
+            found = ACCURACY.search(line)
+            if found and len(accuracies) < epochs:
+                accuracies.append(float(found[1]))
+                if accuracies[-1] >= goal:
+                    return Run(seed, time.perf_counter() - started, accuracies)
+        if len(accuracies) < epochs:
+            errors.seek(0)
+            raise PeerError(
+                f"{trainer.name}: ended or was ended after {len(accuracies)} of {epochs} epochs; "
+                f"its standard error ends with:\n{errors.read()[-2000:].strip()}"
+            )
+    return Run(seed, None, accuracies)
+
+
+def measure(
+    chosen: Sequence[Trainer],
+    *,
+    seeds: int,
+    say: Callable[[str], None],
+    **options: Any,
+) -> dict[str, list[Run]]:
+    """Run every trainer once for each seed, in a shuffled order; options as for `run_one`."""
+    runs: dict[str, list[Run]] = {each.name: [] for each in chosen}
+    order = random.Random(0)
+    for seed in range(seeds):
+        for each in order.sample(chosen, len(chosen)):
+            run = run_one(each, seed=seed, **options)
+            runs[each.name].append(run)
+            reached = "not reached" if run.seconds is None else f"{run.seconds:.1f} s"
+            say(f"seed {seed}, {each.name}: {reached} after {len(run.accuracies)} epochs")
+    return runs
+
+
+def load_data(python: str) -> None:
+    """Make sure that MNIST is there, so that no run has the download in its time.
+
+    Raises:
+      PeerError: it cannot be had.
+    """
+    script = TRAIN.with_name("download.py")
+    done = subprocess.run([python, str(script)], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise PeerError(f"no MNIST: {done.stderr.strip()}")

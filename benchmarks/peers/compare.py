@@ -1,0 +1,222 @@
+"""Compare txcore's training step with its peers on two cores.
+
+    make bench-peers BENCH_ARGS="--rounds 5 --cores 0,1"
+    make bench-peers BENCH_ARGS="--to-accuracy 99"
+
+Without --to-accuracy: images per second of `cnn3x3` without dropout. With it: seconds from the
+start of the processes to that test accuracy on MNIST. README.md beside this file says how each
+peer is run.
+"""
+
+import argparse
+import dataclasses
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from typing import Any
+
+import accuracy
+import pool
+import report
+import throughput
+
+BATCH = 64  # in each worker
+WORKERS = 2
+BATCHES = 100  # held in memory by every worker, gone through again and again
+RESULTS = pool.HERE.parent / "results"
+OURS = ("txcore, 2 devices", "txcore, 2 processes")
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line, and refuse what cannot be run."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--peers-python", help="interpreter of the peers' environment; default: none, no peers")
+    add("--cores", default="0,1", help="two, separated by a comma; default: 0,1")
+    add("--only", help="run those whose name contains one of these words, separated by commas")
+    add("--rounds", type=int, default=5)
+    add("--steps", type=int, default=50, help="timed in each round")
+    add("--slower", action="store_true", help="also what was tried and is slower")
+    add("--dataset", default="mnist", choices=["mnist", "synthetic"])
+    add("--to-accuracy", type=float, metavar="PERCENT", help="measure the time to it instead")
+    add("--seeds", type=int, default=5, help="with --to-accuracy")
+    add("--max-epochs", type=int, default=10, help="with --to-accuracy")
+    add("--txcore-args", default="", help="with --to-accuracy: more flags for train.py")
+    add("--name", help="of the files under benchmarks/results; default: throughput or accuracy")
+    args = parser.parse_args(argv)
+    try:
+        args.cores = [int(core) for core in args.cores.split(",")]
+    except ValueError:
+        args.cores = []
+    allowed = sorted(os.sched_getaffinity(0))
+    if len(set(args.cores)) != WORKERS or not set(args.cores) <= set(allowed):
+        parser.error(
+            f"--cores: required {WORKERS} different ones of {allowed}, given "
+            f"{args.cores}; name two of them, as --cores {','.join(map(str, allowed[:2]))}"
+        )
+    for name in ("rounds", "steps", "seeds", "max_epochs"):
+        if getattr(args, name) < 1:
+            flag = name.replace("_", "-")
+            parser.error(f"--{flag}: required at least 1, given {getattr(args, name)}")
+    if args.to_accuracy is not None and not 0 < args.to_accuracy <= 100:
+        parser.error(f"--to-accuracy: required a percentage, given {args.to_accuracy}")
+    if args.to_accuracy is not None and args.dataset != "mnist":
+        parser.error("--to-accuracy: required --dataset mnist; leave --dataset out")
+    return args
+
+
+def chosen(args: argparse.Namespace, everything: Sequence[Any]) -> list[Any]:
+    """Return what can run here of those asked for.
+
+    Raises:
+      ValueError: nothing is left.
+    """
+    words = args.only.split(",") if args.only else [""]
+    asked = [x for x in everything if any(word.lower() in x.name.lower() for word in words)]
+    left = [x for x in asked if x.own or args.peers_python]
+    if not left:
+        names = "; ".join(x.name for x in everything)
+        raise ValueError(
+            f"nothing to run with --only {args.only!r} and --peers-python {args.peers_python!r}: "
+            f"required one of {names}, and an interpreter for those of other frameworks"
+        )
+    return left
+
+
+def pythons(args: argparse.Namespace) -> dict[bool, str]:
+    """Return the interpreters: of our environment (True) and the peers' (False)."""
+    return {True: sys.executable, False: args.peers_python or ""}
+
+
+def run_throughput(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure images per second, write the plot, print the table; return the results."""
+    contenders = chosen(args, pool.CONTENDERS + (pool.SLOWER if args.slower else ()))
+    with tempfile.TemporaryDirectory() as folder:
+        files = write_inputs(args, pathlib.Path(folder))
+        with pool.launched(contenders, pythons(args), args.cores, files) as running:
+            losses = {}
+            for each in running:
+                losses[each.contender.name] = each.run(throughput.AGREE_STEPS)[1]
+                say(f"{each.contender.name}: first losses {_numbers(losses[each.contender.name])}")
+            precisions = {each.name: each.precision for each in contenders}
+            deviations = throughput.check_agreement(losses, precisions)
+            versions = {each.contender.name: each.versions for each in running}
+            rates = throughput.measure(
+                running,
+                rounds=args.rounds,
+                steps=args.steps,
+                batch=BATCH * WORKERS,
+                seed=0,
+                say=say,
+            )
+    ratios = throughput.ratios(rates, OURS)
+    print(report.throughput_table(rates, ratios))
+    report.plot(
+        results_path(args, "png"),
+        rates,
+        "images per second: median, and each round",
+        f"cnn3x3, batch {BATCH} in each of {WORKERS} workers, a core each",
+    )
+    return {
+        "model": "cnn3x3 without dropout",
+        "batch_per_worker": BATCH,
+        "dataset": args.dataset,
+        "steps_per_round": args.steps,
+        "versions": versions,
+        "first_losses": losses,
+        "largest_relative_deviation": deviations,
+        "images_per_second": rates,
+        "ratios": {
+            own: {other: dataclasses.asdict(ratio) for other, ratio in each.items()}
+            for own, each in ratios.items()
+        },
+    }
+
+
+def write_inputs(args: argparse.Namespace, folder: pathlib.Path) -> list[str]:
+    """Write the batches and the initial weights; return the workers' flags that name them."""
+    files = [f"--data={folder / 'data.npz'}", f"--weights={folder / 'weights.npz'}"]
+    flags = [f"--dataset={args.dataset}", f"--batch={BATCH * WORKERS}", f"--count={BATCHES}"]
+    command = [sys.executable, str(pool.HERE / "inputs.py"), *files, *flags]
+    done = subprocess.run(
+        command,
+        env=pool.environment(1),
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise pool.PeerError(f"no inputs: {done.stderr.strip()}")
+    return files
+
+
+def run_to_accuracy(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure the time to an accuracy, write the plot, print the table; return the results."""
+    trainers = chosen(args, accuracy.trainers(args.txcore_args.split()))
+    accuracy.load_data(sys.executable)
+    runs = accuracy.measure(
+        trainers,
+        seeds=args.seeds,
+        say=say,
+        goal=args.to_accuracy / 100,
+        epochs=args.max_epochs,
+        pythons=pythons(args),
+        cores=args.cores,
+    )
+    print(report.accuracy_table(runs, OURS))
+    reached = {
+        name: [run.seconds for run in each if run.seconds is not None]
+        for name, each in runs.items()
+    }
+    report.plot(
+        results_path(args, "png"),
+        {name: seconds for name, seconds in reached.items() if seconds},
+        f"seconds to {args.to_accuracy:g}% test accuracy: median, and each seed that got there",
+        f"cnn3x3 on MNIST, batch {BATCH} in each of {WORKERS} workers, a core each",
+    )
+    return {
+        "model": "cnn3x3 without dropout",
+        "batch_per_worker": BATCH,
+        "goal_percent": args.to_accuracy,
+        "max_epochs": args.max_epochs,
+        "txcore_args": args.txcore_args,
+        "runs": {name: [dataclasses.asdict(run) for run in each] for name, each in runs.items()},
+    }
+
+
+def say(text: str) -> None:
+    """Tell how far it is, on standard error: the table alone goes to standard output."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def _numbers(values: Sequence[float]) -> str:
+    return " ".join(f"{value:.4f}" for value in values)
+
+
+def results_path(args: argparse.Namespace, suffix: str) -> pathlib.Path:
+    """Return the path of one of the files to write."""
+    name = args.name or ("throughput" if args.to_accuracy is None else "accuracy")
+    return RESULTS / f"peers_{name}.{suffix}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the script; an error that the user can mend is a few lines."""
+    args = parse(argv)
+    try:
+        machine = report.machine(args.cores)
+        results = run_throughput(args) if args.to_accuracy is None else run_to_accuracy(args)
+        report.write_json(results_path(args, "json"), {"machine": machine} | results)
+    except (pool.PeerError, ValueError, OSError) as error:
+        print(f"compare.py: {error}", file=sys.stderr)
+        return 2
+    say(f"written: {results_path(args, 'json')} and .png")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

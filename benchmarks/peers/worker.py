@@ -1,0 +1,88 @@
+"""What every worker does alike: read its arguments, load its share, run steps when told to.
+
+A worker imports one framework and lives as long as its standard input is open. Each line there
+asks for a number of steps; the answer is one line of JSON with their time and losses. The harness
+has pinned the process to its cores and set the number of threads before it started.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import IO, Any
+
+import numpy as np
+
+LEARNING_RATE, MOMENTUM = 0.02, 0.9
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read a worker's command line."""
+    parser = argparse.ArgumentParser()
+    add = parser.add_argument
+    add("--weights", required=True, help="npz file of the initial weights, as txcore names them")
+    add("--data", required=True, help="npz file of the global batches")
+    add("--processes", type=int, required=True)
+    add("--devices", type=int, required=True, help="in each process")
+    add("--rank", type=int, required=True)
+    add("--ports", required=True, help="one free port for each process, separated by commas")
+    add("--answers", type=int, required=True, help="file descriptor to write the answers to")
+    add("--precision", default="float32")
+    add("--form", default="best")
+    args = parser.parse_args(argv)
+    args.ports = [int(port) for port in args.ports.split(",")]
+    return args
+
+
+def load_weights(path: str) -> dict[str, np.ndarray]:
+    """Return {"conv0/w": [h, w, in, out], "conv0/b": [out], ...}, in the order of the layers."""
+    with np.load(path) as arrays:
+        return dict(arrays)
+
+
+def load_batches(args: argparse.Namespace) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Return this process's part of each global batch: images [b, 28, 28, 1], labels [b]."""
+    with np.load(args.data) as arrays:
+        images, labels = arrays["images"], arrays["labels"]
+    size = images.shape[1] // args.processes
+    rows = slice(args.rank * size, (args.rank + 1) * size)
+    return [
+        (image[rows].copy(), label[rows].copy())
+        for image, label in zip(images, labels, strict=True)
+    ]
+
+
+def serve(
+    args: argparse.Namespace,
+    step: Callable[[Any], Any],
+    batches: Sequence[Any],
+    versions: dict[str, str],
+    to_float: Callable[[Any], float] = float,
+) -> None:
+    """Run steps over the batches, again and again, as standard input asks for them.
+
+    Args:
+      args: of the command line.
+      step: trains on one batch and returns its loss, which may still be under way.
+      batches: in the framework's own arrays, in memory.
+      versions: of the framework, reported once.
+      to_float: waits for a loss and returns this process's mean.
+    """
+    answers = os.fdopen(args.answers, "w", encoding="utf-8")
+    _tell(answers, {"versions": versions | {"python": sys.version.split()[0]}})
+    feed = itertools.cycle(batches)
+    for line in sys.stdin:
+        count = json.loads(line)["steps"]
+        started = time.perf_counter()
+        pending = [step(batch) for batch in itertools.islice(feed, count)]
+        losses = [to_float(loss) for loss in pending]
+        seconds = time.perf_counter() - started
+        _tell(answers, {"seconds": seconds, "losses": losses})
+
+
+def _tell(answers: IO[str], record: dict[str, Any]) -> None:
+    answers.write(json.dumps(record) + "\n")
+    answers.flush()
