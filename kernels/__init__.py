@@ -8,7 +8,7 @@ if __name__ == "kernels":  # found by its folder, not as the installed package
     raise ImportError("'kernels' is installed as txcore.kernels: write 'import txcore.kernels'")
 
 from txcore.kernels.conv import conv2d
-from txcore.kernels.cross_entropy import cross_entropy
+from txcore.kernels.cross_entropy import cross_entropy, linear_cross_entropy
 from txcore.kernels.dense import dense
 from txcore.kernels.dropout import dropout
 from txcore.kernels.optimizer import adamw, sgd_momentum
@@ -21,5 +21,6 @@ __all__ = [
     "cross_entropy",
     "dense",
     "dropout",
+    "linear_cross_entropy",
     "sgd_momentum",
 ]

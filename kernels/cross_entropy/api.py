@@ -9,10 +9,13 @@ from jax.typing import ArrayLike
 
 from txcore import _compat
 from txcore.kernels import checks, registry
-from txcore.kernels.cross_entropy import xla
-from txcore.kernels.cross_entropy.blocks import ClassBlocks
+from txcore.kernels.cross_entropy import pallas, xla
+from txcore.kernels.cross_entropy.blocks import ClassBlocks, LossTiles
 
-KERNELS: registry.Kernels = {"xla": registry.Kernel(xla.cross_entropy, xla.configs)}
+KERNELS: registry.Kernels = {
+    "xla": registry.Kernel(xla.cross_entropy, xla.configs),
+    "pallas": registry.Kernel(pallas.cross_entropy, pallas.configs, compiled_for=("gpu",)),
+}
 
 
 def cross_entropy(
@@ -21,7 +24,7 @@ def cross_entropy(
     *,
     label_smoothing: float = 0.0,
     implementation: registry.Implementation | None = None,
-    config: ClassBlocks | None = None,
+    config: ClassBlocks | LossTiles | None = None,
 ) -> jax.Array:
     """Compute the softmax cross-entropy of each example, -log softmax(logits)[label].
 
@@ -48,8 +51,9 @@ def cross_entropy(
       logits: unnormalised log-probabilities, shape (..., classes), any floating dtype.
       labels: index of the true class, shape (...), any integer dtype.
       label_smoothing: the weight s of the uniform distribution, a Python number in [0, 1].
-      implementation: None for the fastest known, or "xla".
-      config: the block sizes, `ClassBlocks` for "xla"; None for the best known.
+      implementation: None for the fastest known, "xla" or "pallas".
+      config: the block sizes (`txcore.kernels.cross_entropy.blocks`): `ClassBlocks` for "xla",
+        `LossTiles` for "pallas"; None for the best known.
 
     Returns:
       The losses, shape (...), float32 (float64 for float64 logits).

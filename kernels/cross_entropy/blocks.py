@@ -8,12 +8,6 @@ import numpy as np
 from jax import lax
 
 
-def _at_least_one(**sizes: int) -> None:
-    for name, size in sizes.items():
-        if type(size) is not int or size < 1:
-            raise ValueError(f"{name} of a block must be an int of at least 1; got {size!r}.")
-
-
 @dataclass(frozen=True)
 class ClassBlocks:
     """Configure implementation="xla" of the losses.
@@ -26,7 +20,8 @@ class ClassBlocks:
     classes: int
 
     def __post_init__(self) -> None:
-        _at_least_one(classes=self.classes)
+        if self.classes < 1:
+            raise ValueError(f"ClassBlocks: classes must be at least 1; got {self.classes!r}.")
 
 
 @dataclass(frozen=True)
@@ -34,15 +29,26 @@ class LossTiles:
     """Configure implementation="pallas" of the losses.
 
     Args:
-      rows: how many examples one program of the kernel's grid works on.
-      classes: how many classes it looks at at a time.
+      rows: of the tile of logits that one program computes with, a power of two from 16.
+      classes: the tile's columns, a power of two from 16.
+      features: how many of a linear layer's features are loaded at once, a power of two from 16.
+      block: how many classes' gradients are held at a time behind a linear layer.
+      warps: of a GPU's program.
     """
 
     rows: int
     classes: int
+    features: int = 32
+    block: int = 4096
+    warps: int = 4
 
     def __post_init__(self) -> None:
-        _at_least_one(rows=self.rows, classes=self.classes)
+        tile = (self.rows, self.classes, self.features)
+        if any(size < 16 or size & (size - 1) for size in tile) or min(self.block, self.warps) < 1:
+            raise ValueError(
+                "LossTiles: rows, classes and features must be powers of two from 16, and block "
+                f"and warps at least 1; got {self}."
+            )
 
 
 @dataclass(frozen=True)

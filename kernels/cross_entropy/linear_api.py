@@ -6,12 +6,15 @@ from jax.typing import ArrayLike
 
 from txcore import _compat
 from txcore.kernels import checks, registry
-from txcore.kernels.cross_entropy import linear_xla
+from txcore.kernels.cross_entropy import linear_pallas, linear_xla, pallas
 from txcore.kernels.cross_entropy.api import class_indices, smoothing_weight
-from txcore.kernels.cross_entropy.blocks import ClassBlocks
+from txcore.kernels.cross_entropy.blocks import ClassBlocks, LossTiles
 
 KERNELS: registry.Kernels = {
-    "xla": registry.Kernel(linear_xla.linear_cross_entropy, linear_xla.configs)
+    "xla": registry.Kernel(linear_xla.linear_cross_entropy, linear_xla.configs),
+    "pallas": registry.Kernel(
+        linear_pallas.linear_cross_entropy, pallas.configs, compiled_for=("gpu",)
+    ),
 }
 
 
@@ -23,7 +26,7 @@ def linear_cross_entropy(
     *,
     label_smoothing: float = 0.0,
     implementation: registry.Implementation | None = None,
-    config: ClassBlocks | None = None,
+    config: ClassBlocks | LossTiles | None = None,
 ) -> jax.Array:
     """Compute cross_entropy(x @ w + b, labels) without holding the logits.
 
@@ -46,8 +49,9 @@ def linear_cross_entropy(
       b: bias, shape (classes,), x's dtype; None for none.
       labels: index of the true class, shape (...), any integer dtype.
       label_smoothing: the weight of the uniform distribution, a Python number in [0, 1].
-      implementation: None for the fastest known, or "xla".
-      config: the block sizes, `ClassBlocks` for "xla"; None for the best known.
+      implementation: None for the fastest known, "xla" or "pallas".
+      config: the block sizes (`txcore.kernels.cross_entropy.blocks`): `ClassBlocks` for "xla",
+        `LossTiles` for "pallas"; None for the best known.
 
     Returns:
       The losses, shape (...), float32 (float64 for float64 operands).

@@ -1,6 +1,7 @@
 """The fused linear layer and loss in XLA's own ops, by blocks of classes."""
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -79,39 +80,67 @@ def _forward(
     return loss, ((x, w, b, labels), normalizer, whole)
 
 
-# The scores are computed a second time here. Keeping the gradient from the forward pass instead
-# (as Liger does) would need the losses' cotangents there: the examples' shares of w's gradient
-# cannot be weighted once they are added up.
 def _backward(
     factors: jnp.dtype, block: int, smoothing: float, residuals: Residuals, g: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array, None]:
-    (x, w, b, labels), normalizer, whole = residuals
+    operands, normalizer, whole = residuals
+    x, w, b, labels = operands
     cut = Cut.evenly(w.shape[1], block)
 
-    def part(index: jax.Array | int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def change(index: jax.Array | int) -> jax.Array:
         scores = _scores(x, w, b, factors, cut, index) if whole is None else whole
         chosen = online.is_label(labels, cut.start(index), cut.size)
-        change = online.gradient(scores, chosen, normalizer, g, cut.length, smoothing)
-        fresh, columns = cut.is_fresh(index), cut.slice(w, index)
-        if fresh is not None:  # an earlier block has given dx the rest
-            columns = jnp.where(fresh, columns, 0)
-        dw = product(x.T, change, factors).astype(w.dtype)
-        return product(change, columns.T, factors), dw, jnp.sum(change, 0).astype(b.dtype)
+        return online.gradient(scores, chosen, normalizer, g, cut.length, smoothing)
 
-    def add(index: jax.Array, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        dx, dw, db = part(index)
-        return sums[0] + dx, cut.update(sums[1], dw, index), cut.update(sums[2], db, index)
-
-    if whole is not None:
-        dx, dw, db = part(0)
-    else:
-        accumulated = xla.zeros(x.shape, x, checks.accumulator(x.dtype))
-        sums = (accumulated, xla.zeros(w.shape, w), xla.zeros(b.shape, b))
-        dx, dw, db = lax.fori_loop(0, cut.count, add, sums)
-    return dx.astype(x.dtype), dw, db, None
+    return (*gradients(change, x, w, b, factors, cut), None)
 
 
 _linear.defvjp(_forward, _backward)
+
+
+# The scores are computed a second time for the gradient. Keeping it from the forward pass instead
+# (as Liger does) would need the losses' cotangents there: the examples' shares of w's gradient
+# cannot be weighted once they are added up.
+def gradients(
+    change: Callable[[jax.Array | int], jax.Array],
+    x: jax.Array,
+    w: jax.Array,
+    b: jax.Array,
+    factors: jnp.dtype,
+    cut: Cut,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return the gradients of x, w and b.
+
+    Args:
+      change: returns the gradient of the scores of one block of classes, (rows, its classes).
+      x: (rows, features).
+      w: (features, classes).
+      b: (classes,).
+      factors: the dtype that enters the products.
+      cut: the blocks of classes.
+    """
+
+    def part(index: jax.Array | int) -> tuple[jax.Array, jax.Array, jax.Array]:
+        dy, fresh, columns = change(index), cut.is_fresh(index), cut.slice(w, index)
+        if fresh is not None:  # an earlier block has given dx the rest
+            columns = jnp.where(fresh, columns, 0)
+        db = jnp.sum(dy, 0, dtype=checks.accumulator(x.dtype)).astype(b.dtype)
+        return product(dy, columns.T, factors), product(x.T, dy, factors).astype(w.dtype), db
+
+    def add(
+        index: jax.Array, sums: tuple[jax.Array, jax.Array, jax.Array]
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        dx, dw, db = part(index)
+        return sums[0] + dx, cut.update(sums[1], dw, index), cut.update(sums[2], db, index)
+
+    if cut.count == 1:
+        dx, dw, db = part(0)
+    else:
+        accumulated = xla.zeros(x.shape, x, checks.accumulator(x.dtype))
+        dx, dw, db = lax.fori_loop(
+            0, cut.count, add, (accumulated, xla.zeros(w.shape, w), xla.zeros(b.shape, b))
+        )
+    return dx.astype(x.dtype), dw, db
 
 
 def product(left: jax.Array, right: jax.Array, factors: jnp.dtype) -> jax.Array:

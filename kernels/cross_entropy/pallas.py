@@ -1,0 +1,173 @@
+"""The loss in Pallas kernels over tiles of logits: interpreted, or on a GPU by Triton's lowering.
+
+Each program knows one tile of scores. What it finds out for the losses is combined outside, so
+that no program waits for another one.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from txcore.kernels import checks, tiles
+from txcore.kernels.cross_entropy import online
+from txcore.kernels.cross_entropy.blocks import Cut, LossTiles
+from txcore.kernels.problem import Problem
+
+Residuals = tuple[jax.Array, jax.Array, online.Normalizer]
+Operand = tuple[jax.Array, tiles.Spec]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Hold where the scores come from.
+
+    Attributes:
+      shape: (rows, classes).
+      tile: the same of a tile.
+      operands: what a program reads them from.
+      read: returns a tile of them, given a reference to each operand's block.
+      warps: of a GPU's program.
+    """
+
+    shape: tuple[int, int]
+    tile: tuple[int, int]
+    operands: Sequence[Operand]
+    read: Callable[..., jax.Array]
+    warps: int
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """The number of tiles along each dim."""
+        rows, classes = (
+            max(-(-size // unit), 1) for size, unit in zip(self.shape, self.tile, strict=True)
+        )
+        return rows, classes
+
+
+def configs(problem: Problem) -> Sequence[LossTiles]:
+    """Return the tiles worth trying, the best guess first."""
+    if problem.platform != "gpu":  # an interpreter's time goes by the number of programs
+        return LossTiles(512, 1024, features=1024), LossTiles(64, 256, features=64, block=1024)
+    return LossTiles(16, 512), LossTiles(64, 64), LossTiles(64, 128, warps=8)
+
+
+def cross_entropy(
+    logits: jax.Array, labels: jax.Array, *, config: LossTiles, label_smoothing: float
+) -> jax.Array:
+    """Compute the op of `txcore.kernels.cross_entropy` on checked operands."""
+    rows = logits.reshape(-1, logits.shape[-1])
+    losses = _cross_entropy(rows, labels.reshape(-1), config, label_smoothing)
+    return losses.reshape(labels.shape)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _cross_entropy(
+    logits: jax.Array, labels: jax.Array, config: LossTiles, smoothing: float
+) -> jax.Array:
+    return _forward(logits, labels, config, smoothing)[0]
+
+
+def _forward(
+    logits: jax.Array, labels: jax.Array, config: LossTiles, smoothing: float
+) -> tuple[jax.Array, Residuals]:
+    known = stats(_source(logits, config), labels, smoothing)
+    loss, normalizer = online.losses(known, labels, logits.shape[1], smoothing)
+    return loss, (logits, labels, normalizer)
+
+
+def _backward(
+    config: LossTiles, smoothing: float, residuals: Residuals, g: jax.Array
+) -> tuple[jax.Array, None]:
+    logits, labels, normalizer = residuals
+    source = _source(logits, config)
+    return gradient(source, labels, normalizer, g, logits.shape[1], smoothing, logits.dtype), None
+
+
+_cross_entropy.defvjp(_forward, _backward)
+
+
+def _source(logits: jax.Array, config: LossTiles) -> Source:
+    count, classes = logits.shape
+    tile = tiles.block(count, config.rows), tiles.block(classes, config.classes)
+    operand = (tiles.pad(logits, *tile), (tile, lambda i, j: (i, j)))
+    dtype = checks.accumulator(logits.dtype)
+    return Source(
+        (count, classes), tile, [operand], lambda ref: ref[...].astype(dtype), config.warps
+    )
+
+
+def stats(source: Source, labels: jax.Array, smoothing: float) -> online.Stats:
+    """Return what the losses need to know of all scores."""
+    from jax.experimental import pallas as pl
+
+    (count, classes), (rows, columns), (height, width) = source.shape, source.tile, source.grid
+    dtype = checks.accumulator(source.operands[0][0].dtype)
+
+    def kernel(labels_ref: Any, *refs: Any) -> None:
+        in_refs, out_refs = refs[: len(source.operands)], refs[len(source.operands) :]
+        start = pl.program_id(1) * columns
+        chosen = online.is_label(labels_ref[:, 0], start, columns)
+        counted = None
+        if classes % columns:
+            counted = start + jax.lax.broadcasted_iota(jnp.int32, (1, columns), 1) < classes
+        known = online.stats(source.read(*in_refs), chosen, counted, smoothing)
+        for ref, part in zip(out_refs, jax.tree.leaves(known), strict=True):
+            ref[...] = part[:, None]
+
+    result = ((height * rows, width), dtype, ((rows, 1), lambda i, j: (i, j)))
+    parts = tiles.call(
+        kernel,
+        (height, width),
+        [_column(labels, rows), *source.operands],
+        [result] * (4 if smoothing else 3),
+        warps=source.warps,
+    )
+    top, total, label, *lag = (part[:count].T for part in parts)
+    return online.combine(
+        online.Stats(top, total, label, lag[0] if lag else None), Cut(classes, columns).fresh
+    )
+
+
+def gradient(
+    source: Source,
+    labels: jax.Array,
+    normalizer: online.Normalizer,
+    g: jax.Array,
+    classes: int,
+    smoothing: float,
+    dtype: jnp.dtype,
+) -> jax.Array:
+    """Return the gradient of the scores of a source, which may be a block of all classes."""
+    from jax.experimental import pallas as pl
+
+    (rows, columns), (height, width) = source.tile, source.grid
+
+    def kernel(*refs: Any) -> None:
+        *in_refs, out_ref = refs
+        row_labels, top, log_total, row_g = (ref[:, 0] for ref in in_refs[:4])
+        chosen = online.is_label(row_labels, pl.program_id(1) * columns, columns)
+        out_ref[...] = online.gradient(
+            source.read(*in_refs[4:]),
+            chosen,
+            online.Normalizer(top, log_total),
+            row_g,
+            classes,
+            smoothing,
+        ).astype(dtype)
+
+    (out,) = tiles.call(
+        kernel,
+        (height, width),
+        [*(_column(side, rows) for side in (labels, *normalizer, g)), *source.operands],
+        [((height * rows, width * columns), dtype, ((rows, columns), lambda i, j: (i, j)))],
+        warps=source.warps,
+    )
+    return out[: source.shape[0], : source.shape[1]]
+
+
+def _column(vector: jax.Array, rows: int) -> Operand:
+    return tiles.pad(vector[:, None], rows, 1), tiles.column(rows)
