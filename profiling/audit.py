@@ -13,6 +13,7 @@ from txcore import _compat
 from txcore.profiling import meshes
 from txcore.profiling.hlo import Op, find_collectives
 from txcore.profiling.jaxpr import Declared, inventory, is_one_shard_map, meshes_of
+from txcore.profiling.kernels_used import kernels_in_text, kernels_used
 from txcore.profiling.match import Matched, match
 from txcore.profiling.predicates import divergences
 from txcore.profiling.program import Program, compile_for_target, compile_program, machine_of
@@ -112,7 +113,12 @@ def audit_program(program: Program, *, after_spmd: bool = False) -> Report:
     ops, declared = _read(program.partitioned, sizes), inventory(program.jaxpr)
     matched = _match(ops, declared)
     report = _report(ops, matched, declared, sizes)
-    return replace(report, target=program.target, divergent=divergences(program.jaxpr))
+    return replace(
+        report,
+        target=program.target,
+        divergent=divergences(program.jaxpr),
+        kernels=kernels_used(program.jaxpr),
+    )
 
 
 def _check_compiled_alone(args: Any, target: Any, mesh: Any, after_spmd: bool) -> None:
@@ -170,9 +176,11 @@ def audit_compiled(
       The report.
     """
     sizes = _meshes(compiled, jaxpr, mesh)
-    ops = _read(compiled.as_text() or "", sizes)
+    text = compiled.as_text() or ""
+    ops = _read(text, sizes)
     if jaxpr is None:
-        return replace(_report(ops, _match(ops, ()), None, sizes), target=machine_of(compiled))
+        report = _report(ops, _match(ops, ()), None, sizes)
+        return replace(report, target=machine_of(compiled), kernels=kernels_in_text(text))
     declared = inventory(jaxpr)
     matched = _match(ops, declared)
     report = _report(ops, matched, declared, sizes)
@@ -181,7 +189,12 @@ def audit_compiled(
     if partition and has_doubt and (early := _read(partition(), sizes)):
         better = reconcile(matched, ops, _match(early, declared), early, declared)
         report = _report(ops, better, declared, sizes)
-    return replace(report, target=machine_of(compiled), divergent=divergences(jaxpr))
+    return replace(
+        report,
+        target=machine_of(compiled),
+        divergent=divergences(jaxpr),
+        kernels=kernels_used(jaxpr),
+    )
 
 
 def audit_text(hlo: str, *, mesh: meshes.MeshLike | None = None) -> Report:
@@ -216,7 +229,8 @@ def audit_text(hlo: str, *, mesh: meshes.MeshLike | None = None) -> Report:
             "audit_text needs the text of an HLO module, which begins with 'HloModule', but got "
             f"{hlo[:40]!r}: pass compiled.as_text() or an XLA dump"
         )
-    return _report(ops, _match(ops, ()), None, sizes)
+    report = _report(ops, _match(ops, ()), None, sizes)
+    return replace(report, kernels=kernels_in_text(hlo))
 
 
 def _check_devices(hlo: str, given: int) -> None:

@@ -8,6 +8,7 @@ import pathlib
 import tempfile
 from importlib import resources
 
+from txcore.profiling.kernels_used import kernels_line
 from txcore.profiling.report.diff import diff
 from txcore.profiling.report.model import Report, format_bytes
 from txcore.profiling.report.page.changes import changes_section
@@ -156,6 +157,7 @@ def _facts(report: Report) -> Html:
         ("Missing", f"{len(report.missing):,}" if report.checked else "not checked"),
         ("Payload a call", at_least + format_bytes(report.payload_bytes)),
         ("Wire a call", at_least + format_bytes(report.wire_bytes)),
+        *([("Kernels", kernels_line(report.kernels))] if report.kernels else []),
     ]
     wrong = {"Unexplained": report.unexplained, "Missing": report.missing}
     pairs = (
@@ -172,7 +174,8 @@ def _footer() -> Html:
         "device, times n for an all-gather. Wire is what each device sends, in the compiled "
         "dtype: S times 2(n−1)/n for an all-reduce, (n−1)/n for an all-gather, a reduce-scatter "
         "and an all-to-all, 1 for others. Trips are executions in one call of the program; ≥ "
-        "stands where the length of a loop is not known."
+        "stands where the length of a loop is not known. Kernels are txcore's, with how often the "
+        "traced program computes the forward pass of each, a loop's body taken once."
     )
     return el(
         "footer",

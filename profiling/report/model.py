@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from txcore.profiling.jaxpr import Declared
+from txcore.profiling.kernels_used import KernelUse, kernels_line
 from txcore.profiling.predicates import Divergence
 from txcore.profiling.report.printable import printable
 
@@ -147,6 +148,7 @@ class Report:
       target: what it was compiled for: "cpu:8", "tpu:v5p:16x16x16"; "" where unknown.
       divergent: what hangs or lies under a cond or while whose predicate differs.
       plan: what an engine's plan predicts, line by line, and then what is beyond it.
+      kernels: which of txcore's kernels it calls, and how often.
     """
 
     collectives: tuple[Collective, ...]
@@ -157,6 +159,7 @@ class Report:
     target: str = ""
     divergent: tuple[Divergence, ...] = ()
     plan: tuple[PlanLine, ...] = ()
+    kernels: tuple[KernelUse, ...] = ()
 
     @property
     def unexplained(self) -> tuple[Collective, ...]:
@@ -202,6 +205,7 @@ class Report:
             ],
             "divergent": [dataclasses.asdict(d) for d in self.divergent],
             "plan": [dataclasses.asdict(line) for line in self.plan],
+            "kernels": [dataclasses.asdict(use) for use in self.kernels],
         }
 
     def to_json(self) -> str:
@@ -226,7 +230,8 @@ class Report:
     def __str__(self) -> str:
         from txcore.profiling.report.table import table  # tabulate, which importing must not cost
 
-        return "\n".join([*table(self.collectives), self.verdict()])
+        kernels = [f"kernels: {kernels_line(self.kernels)}"] if self.kernels else []
+        return "\n".join([*table(self.collectives), *kernels, self.verdict()])
 
     def verdict(self) -> str:
         """Return the proof in one line."""
