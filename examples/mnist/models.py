@@ -5,7 +5,6 @@ import math
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from txcore import kernels
 
@@ -125,14 +124,25 @@ def apply(
                 p = params[f"conv{i}"]
                 x = kernels.conv2d(x, **p, activation="relu", pool=2 if pool else None)
             case Dense():
-                p = params[f"dense{i}"]
-                x = kernels.dense(x.reshape(len(x), -1), **p, activation="relu")
-            case Dropout(rate) if keys is not None:
-                x = _drop(x, rate, jax.vmap(jax.random.fold_in, (0, None))(keys, i))
+                p, dropout = params[f"dense{i}"], _dropout_after(layers, i, keys)
+                x = kernels.dense(x.reshape(len(x), -1), **p, activation="relu", **dropout)
+            case Dropout(rate) if keys is not None and not _after_dense(layers, i):
+                x = kernels.dropout(x, _layer_keys(keys, i), rate)
     p = params[f"dense{len(layers)}"]
     return kernels.dense(x.reshape(len(x), -1), **p)
 
 
-def _drop(x: jax.Array, rate: float, keys: jax.Array) -> jax.Array:
-    keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x.shape[1:]))(keys)
-    return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
+def _after_dense(layers: tuple[Layer, ...], i: int) -> bool:
+    return i > 0 and isinstance(layers[i - 1], Dense)
+
+
+def _dropout_after(layers: tuple[Layer, ...], i: int, keys: jax.Array | None) -> dict[str, Any]:
+    """Return the options by which a dense layer does the dropout that follows it too."""
+    match layers[i + 1 : i + 2]:
+        case (Dropout(rate),) if keys is not None:
+            return {"dropout": rate, "keys": _layer_keys(keys, i + 1)}
+    return {}
+
+
+def _layer_keys(keys: jax.Array, i: int) -> jax.Array:
+    return jax.vmap(jax.random.fold_in, (0, None))(keys, i)
