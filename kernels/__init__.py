@@ -11,7 +11,7 @@ from txcore.kernels.conv import conv2d
 from txcore.kernels.cross_entropy import cross_entropy, linear_cross_entropy
 from txcore.kernels.dense import dense
 from txcore.kernels.dropout import dropout
-from txcore.kernels.optimizer import adamw, sgd_momentum
+from txcore.kernels.optimizer import adamw, sgd_momentum, squared_norm
 from txcore.kernels.options import compiler_options
 
 __all__ = [
@@ -23,4 +23,5 @@ __all__ = [
     "dropout",
     "linear_cross_entropy",
     "sgd_momentum",
+    "squared_norm",
 ]

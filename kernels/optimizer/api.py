@@ -3,12 +3,22 @@
 from typing import Any
 
 import jax
-from jax.typing import ArrayLike
+import jax.numpy as jnp
+from jax.typing import ArrayLike, DTypeLike
 
-from txcore.kernels import checks
-from txcore.kernels.optimizer import xla
+from txcore import _compat
+from txcore.kernels import checks, registry
+from txcore.kernels.optimizer import equations, pallas, xla
 
 INFINITY = float("inf")
+SGD_MOMENTUM: registry.Kernels = {
+    "xla": registry.Kernel(xla.sgd_momentum),
+    "pallas": registry.Kernel(pallas.sgd_momentum, pallas.configs),
+}
+ADAMW: registry.Kernels = {
+    "xla": registry.Kernel(xla.adamw),
+    "pallas": registry.Kernel(pallas.adamw, pallas.configs),
+}
 
 
 def sgd_momentum(
@@ -21,13 +31,19 @@ def sgd_momentum(
     nesterov: bool = False,
     weight_decay: float = 0.0,
     grad_scale: ArrayLike = 1.0,
-) -> tuple[jax.Array, jax.Array]:
+    cast: DTypeLike | None = None,
+    implementation: registry.Implementation | None = None,
+    config: Any = None,
+) -> tuple[jax.Array, ...]:
     """Update an array by stochastic gradient descent with momentum.
 
     With d = grad_scale * grad + weight_decay * param: velocity' = momentum * velocity + d, and
     param' = param - learning_rate * velocity' (with `nesterov`: ... * (d + momentum *
     velocity')), which is PyTorch's and optax's form. Computed in float32 or wider, each result
-    rounded once.
+    rounded once. An element that is not finite stays in its place: no other one sees it.
+
+    In float32 one pass moves 20 bytes a parameter: it reads 12 and writes 8, in place where
+    param and velocity are donated. XLA on CPU makes two passes and moves 24.
 
     Args:
       param: any shape and floating dtype.
@@ -37,14 +53,22 @@ def sgd_momentum(
       momentum: in [0, 1).
       nesterov: whether to look ahead along the new velocity.
       weight_decay: L2 coefficient added to the gradient, at least 0.
-      grad_scale: scalar, a number or an array, that multiplies the gradient before all else.
+      grad_scale: scalar, a number or an array, that multiplies the gradient before all else: the
+        inverse of a loss scale, a clipping factor (see `squared_norm`), or their product.
+      cast: floating dtype in which the new param is returned once more, for the next forward
+        pass; None does not.
+      implementation: None for the fastest known, "xla" or "pallas" (not differentiable).
+      config: a configuration of the implementation that is named; None for its best guess.
 
     Returns:
-      The new param and velocity, in their own dtypes.
+      The new param and velocity, in their own dtypes, and with `cast` the new param in that one.
 
     Raises:
-      TypeError: an array is not floating-point.
-      ValueError: the shapes differ, or a number is out of its range.
+      TypeError: an array or `cast` is not floating-point, or `config` is another
+        implementation's.
+      ValueError: the shapes differ, a number is out of its range, there is no implementation of
+        that name, or a config is given without one.
+      NotImplementedError: the implementation cannot run this.
 
     Example:
       >>> import jax.numpy as jnp
@@ -63,8 +87,22 @@ def sgd_momentum(
     checks.in_range(op, "learning_rate", learning_rate, 0, INFINITY)
     checks.in_range(op, "momentum", momentum, 0, 1)
     checks.in_range(op, "weight_decay", weight_decay, 0, INFINITY)
-    return xla.sgd_momentum(
-        param, grad, velocity, learning_rate, momentum, nesterov, weight_decay, grad_scale
+    arrays = (param, grad, velocity)
+    wide = _wide_dtype(*arrays)
+    return registry.run(
+        op,
+        SGD_MOMENTUM,
+        *_compat.match_varying(
+            *arrays,
+            _scalar(op, "learning_rate", learning_rate, wide),
+            _scalar(op, "grad_scale", grad_scale, wide),
+        ),
+        implementation=implementation,
+        config=config,
+        dtypes=_result_dtypes(op, cast, param, velocity),
+        momentum=momentum,
+        nesterov=nesterov,
+        weight_decay=weight_decay,
     )
 
 
@@ -81,13 +119,19 @@ def adamw(
     eps: float,
     weight_decay: float,
     grad_scale: ArrayLike = 1.0,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+    cast: DTypeLike | None = None,
+    implementation: registry.Implementation | None = None,
+    config: Any = None,
+) -> tuple[jax.Array, ...]:
     """Update an array by Adam with decoupled weight decay.
 
     With g = grad_scale * grad: m' = b1 m + (1 - b1) g, v' = b2 v + (1 - b2) g^2, and param' =
     param - learning_rate * (mhat / (sqrt(vhat) + eps) + weight_decay * param), where mhat = m' /
     (1 - b1^t), vhat = v' / (1 - b2^t), t = step + 1. Computed in float32 or wider, each result
-    rounded once.
+    rounded once. An element that is not finite stays in its place: no other one sees it.
+
+    In float32 one pass moves 28 bytes a parameter: it reads 16 and writes 12, in place where
+    param, m and v are donated.
 
     Args:
       param: any shape and floating dtype.
@@ -100,14 +144,22 @@ def adamw(
       b2: decay of v, in [0, 1).
       eps: added to the root of vhat, at least 0.
       weight_decay: at least 0.
-      grad_scale: scalar, a number or an array, that multiplies the gradient before all else.
+      grad_scale: scalar, a number or an array, that multiplies the gradient before all else: the
+        inverse of a loss scale, a clipping factor (see `squared_norm`), or their product.
+      cast: floating dtype in which the new param is returned once more, for the next forward
+        pass; None does not.
+      implementation: None for the fastest known, "xla" or "pallas" (not differentiable).
+      config: a configuration of the implementation that is named; None for its best guess.
 
     Returns:
-      The new param, m and v, in their own dtypes.
+      The new param, m and v, in their own dtypes, and with `cast` the new param in that one.
 
     Raises:
-      TypeError: an array is not floating-point.
-      ValueError: the shapes differ, or a number is out of its range.
+      TypeError: an array or `cast` is not floating-point, or `config` is another
+        implementation's.
+      ValueError: the shapes differ, a number is out of its range, there is no implementation of
+        that name, or a config is given without one.
+      NotImplementedError: the implementation cannot run this.
 
     Example:
       >>> import jax.numpy as jnp
@@ -130,7 +182,51 @@ def adamw(
     checks.in_range(op, "b2", b2, 0, 1)
     checks.in_range(op, "eps", eps, 0, INFINITY)
     checks.in_range(op, "weight_decay", weight_decay, 0, INFINITY)
-    return xla.adamw(param, grad, m, v, step, learning_rate, b1, b2, eps, weight_decay, grad_scale)
+    wide = _wide_dtype(param, grad, m, v)
+    count = _scalar(op, "step", step, wide) + 1
+    return registry.run(
+        op,
+        ADAMW,
+        *_compat.match_varying(
+            *(param, grad, m, v),
+            _scalar(op, "learning_rate", learning_rate, wide),
+            _scalar(op, "grad_scale", grad_scale, wide),
+            equations.bias_correction(b1, count),
+            equations.bias_correction(b2, count),
+        ),
+        implementation=implementation,
+        config=config,
+        dtypes=_result_dtypes(op, cast, param, m, v),
+        b1=b1,
+        b2=b2,
+        eps=eps,
+        weight_decay=weight_decay,
+    )
+
+
+def _wide_dtype(*arrays: jax.Array) -> jnp.dtype:
+    return checks.accumulator(jnp.result_type(*(array.dtype for array in arrays)))
+
+
+def _scalar(op: str, option: str, value: ArrayLike, dtype: jnp.dtype) -> jax.Array:
+    if jnp.ndim(value):
+        raise ValueError(
+            f"{op}: {option} must be a scalar; got shape {jnp.shape(value)}. Use jax.vmap for "
+            "several at once."
+        )
+    return jnp.asarray(value, dtype)
+
+
+def _result_dtypes(op: str, cast: DTypeLike | None, *arrays: jax.Array) -> tuple[str, ...]:
+    dtypes = tuple(str(array.dtype) for array in arrays)
+    if cast is None:
+        return dtypes
+    if not jnp.issubdtype(cast, jnp.floating):
+        raise TypeError(
+            f"{op}: cast must be a floating-point dtype or None; got {jnp.dtype(cast)}. "
+            "Name the dtype of the next forward pass, such as jnp.bfloat16."
+        )
+    return (*dtypes, str(jnp.dtype(cast)))
 
 
 def _check_shapes(op: str, **arrays: Any) -> None:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from txcore import kernels
 from txcore.optim import optimizer
 
 
@@ -28,8 +29,7 @@ def global_norm(tree: Any) -> jax.Array:
     """
     total = jnp.zeros((), jnp.float32)
     for leaf in jax.tree.leaves(tree):
-        dtype = jnp.promote_types(jnp.result_type(leaf), jnp.float32)
-        total = total + jnp.sum(jnp.square(jnp.asarray(leaf, dtype)))
+        total = total + kernels.squared_norm(leaf)
     return jnp.sqrt(total)
 
 
