@@ -7,6 +7,7 @@ vary along different mesh axes: they are made to agree first.
 if __name__ == "kernels":  # found by its folder, not as the installed package
     raise ImportError("'kernels' is installed as txcore.kernels: write 'import txcore.kernels'")
 
+from txcore.kernels.bucket import pack, unpack
 from txcore.kernels.conv import conv2d
 from txcore.kernels.cross_entropy import cross_entropy, linear_cross_entropy
 from txcore.kernels.dense import dense
@@ -22,6 +23,8 @@ __all__ = [
     "dense",
     "dropout",
     "linear_cross_entropy",
+    "pack",
     "sgd_momentum",
     "squared_norm",
+    "unpack",
 ]
