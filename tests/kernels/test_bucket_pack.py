@@ -1,0 +1,266 @@
+"""Packing into a flat buffer and back, against NumPy."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.sharding import PartitionSpec as P
+
+from txcore import kernels
+
+AXIS = "data"
+BOTH = pytest.mark.parametrize("implementation", ["xla", "pallas"])
+SHAPES = {
+    "tree": {"w": (3, 5), "b": [(7,), ()]},
+    "scalar": (),
+    "one": {"a": (1,)},
+    "odd": [(1023,), (1025,), (2, 3, 1)],
+}
+
+
+def tree(shapes, dtypes=("float32",), seed=0):
+    random, kinds = np.random.default_rng(seed), iter(100 * dtypes)
+    return jax.tree.map(
+        lambda shape: jnp.asarray(random.normal(size=shape), next(kinds)),
+        shapes,
+        is_leaf=lambda x: isinstance(x, tuple),
+    )
+
+
+def truth(arrays, scale=1.0):
+    rows = [np.asarray(leaf, np.float64).ravel() * scale for leaf in jax.tree.leaves(arrays)]
+    return np.concatenate(rows)
+
+
+def assert_same(got, want):
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert (a.shape, a.dtype, a.weak_type) == (b.shape, b.dtype, False)
+        np.testing.assert_array_equal(np.asarray(a, np.float64), np.asarray(b, np.float64))
+
+
+@BOTH
+@pytest.mark.parametrize("name", SHAPES)
+def test_unpack_inverts_pack(name, implementation):
+    arrays = tree(SHAPES[name])
+    flat = kernels.pack(arrays, implementation=implementation)
+    np.testing.assert_array_equal(flat, truth(arrays))
+    assert_same(kernels.unpack(flat, arrays, implementation=implementation), arrays)
+    types = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arrays)
+    assert_same(kernels.unpack(flat, types, implementation=implementation), arrays)
+
+
+@BOTH
+@pytest.mark.parametrize("to", ["float32", "bfloat16", "float16"])
+def test_the_cast_product_is_rounded_once(to, implementation):
+    arrays = tree(SHAPES["tree"], ("float32", "bfloat16", "float16"))
+    flat = kernels.pack(arrays, dtype=to, scale=1 / 3, implementation=implementation)
+    assert flat.dtype == to
+    exact = truth(arrays, float(np.float32(1 / 3)))  # in float32 first, as is documented
+    want = exact.astype(np.float32).astype(jnp.dtype(to))
+    np.testing.assert_array_equal(np.asarray(flat), want)
+
+    got = kernels.unpack(flat, arrays, scale=3, implementation=implementation)
+    wide = want.astype(np.float32) * np.float32(3)
+    for a, like in zip(jax.tree.leaves(got), jax.tree.leaves(arrays), strict=True):
+        part, wide = wide[: like.size], wide[like.size :]
+        np.testing.assert_array_equal(np.asarray(a).ravel(), part.astype(like.dtype))
+
+
+@BOTH
+def test_float64_is_packed_in_float64(implementation):
+    with jax.enable_x64(True):
+        arrays = tree(SHAPES["tree"], ("float64", "float32"))
+        flat = kernels.pack(arrays, dtype="float64", scale=1 / 3, implementation=implementation)
+        np.testing.assert_allclose(flat, truth(arrays) / 3, rtol=1e-15)
+
+
+@BOTH
+def test_a_scale_may_be_traced_and_none_of_the_gradient_flows_to_it(implementation):
+    arrays = tree(SHAPES["tree"])
+
+    def loss(arrays, scale):
+        return (kernels.pack(arrays, scale=scale, implementation=implementation) ** 2).sum()
+
+    to_arrays, to_scale = jax.jit(jax.grad(loss, (0, 1)))(arrays, jnp.float32(0.5))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b / 2, rtol=1e-6), to_arrays, arrays
+    )  # d/dx of (x / 2)^2
+    assert to_scale == 0
+
+
+@BOTH
+def test_an_overflow_is_infinite_and_a_nan_stays_in_its_place(implementation):
+    arrays = [jnp.array([1e6, 1.0]), jnp.array([jnp.nan, -jnp.inf, 2.0])]
+    flat = kernels.pack(arrays, dtype="float16", scale=1.0, implementation=implementation)
+    np.testing.assert_array_equal(flat, np.array([np.inf, 1, np.nan, -np.inf, 2], np.float16))
+
+
+def test_an_empty_tree_and_arrays_without_elements():
+    assert (kernels.pack({}).shape, kernels.pack({}).dtype) == ((0,), jnp.float32)
+    assert kernels.pack([], dtype="float16").dtype == jnp.float16
+    assert kernels.unpack(jnp.zeros(0), {"a": []}) == {"a": []}
+    arrays = [jnp.ones((2, 0)), jnp.ones(3)]
+    assert_same(kernels.unpack(kernels.pack(arrays), arrays), arrays)
+
+
+def parameters():
+    return tree({"w1": (5, 7), "b1": (7,), "w2": (7, 3), "b2": (3,)})
+
+
+def loss(flat, x):
+    p = kernels.unpack(flat, parameters())
+    return (jnp.tanh(x @ p["w1"] + p["b1"]) @ p["w2"] + p["b2"]).sum()
+
+
+def test_the_gradient_of_unpacked_parameters_is_one_concatenation():
+    flat, x = kernels.pack(parameters()), jnp.ones((2, 5))
+    gradient = jax.grad(loss)
+    names = [eqn.primitive.name for eqn in jax.make_jaxpr(gradient)(flat, x).jaxpr.eqns]
+    assert names.count("concatenate") == 1
+    assert not {"pad", "add_any", "dynamic_update_slice", "scatter-add"} & set(names)
+    hlo = jax.jit(gradient).lower(flat, x).compile().as_text()
+    assert len(re.findall(r" concatenate\(", hlo)) == 1
+    assert not re.search(r" (pad|dynamic-update-slice|scatter)\(", hlo)
+
+
+@BOTH
+def test_gradients_both_ways(implementation):
+    arrays = tree(SHAPES["tree"], ("float32", "bfloat16", "float32"))
+
+    def there_and_back(arrays):
+        flat = kernels.pack(arrays, dtype="float32", scale=2, implementation=implementation)
+        return kernels.unpack(flat, arrays, scale=3, implementation=implementation)
+
+    out, vjp = jax.vjp(there_and_back, arrays)
+    want = jax.tree.map(lambda x: (6 * x.astype(jnp.float32)).astype(x.dtype), arrays)
+    assert_same(out, want)
+    assert_same(vjp(arrays)[0], want)
+
+
+@BOTH
+def test_vmap(implementation):
+    rows = tree({"w": (4, 3, 2), "b": (4,)})
+    packed = jax.vmap(lambda t: kernels.pack(t, scale=2, implementation=implementation))
+    want = np.stack([truth(jax.tree.map(lambda x, i=i: x[i], rows), 2) for i in range(4)])
+    np.testing.assert_array_equal(jax.jit(packed)(rows), want)
+    like = jax.tree.map(lambda x: x[0], rows)
+    back = jax.vmap(lambda f: kernels.unpack(f, like, scale=0.5, implementation=implementation))
+    assert_same(jax.jit(back)(packed(rows)), rows)
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return jax.make_mesh((2,), (AXIS,), axis_types=(jax.sharding.AxisType.Auto,))
+
+
+@BOTH
+@pytest.mark.parametrize("checked", [True, False])
+def test_in_shard_map_leaves_may_vary_along_different_axes(checked, implementation, mesh):
+    arrays = {"sharded": jnp.arange(6.0), "whole": jnp.arange(3.0)}
+
+    def on_device(arrays):
+        flat = kernels.pack(arrays, scale=2, implementation=implementation)
+        summed = lax.psum(flat, AXIS)
+        gradient = jax.grad(
+            lambda f: (kernels.unpack(f, arrays, implementation=implementation)["whole"]).sum()
+        )(flat)
+        return kernels.unpack(summed, arrays, scale=0.5, implementation=implementation), gradient
+
+    mapped = jax.shard_map(
+        on_device,
+        mesh=mesh,
+        in_specs=({"sharded": P(AXIS), "whole": P()},),
+        out_specs=(P(), P(AXIS)),
+        check_vma=checked,
+    )
+    got, gradient = jax.jit(mapped)(arrays)
+    np.testing.assert_array_equal(got["sharded"], [3, 5, 7])
+    np.testing.assert_array_equal(got["whole"], [0, 2, 4])
+    np.testing.assert_array_equal(gradient, [0, 0, 0, 1, 1, 1] * 2)
+
+
+def test_the_buffer_of_whole_leaves_is_whole(mesh):
+    # out_specs=P() is refused by jax for a result that varies.
+    mapped = jax.shard_map(kernels.pack, mesh=mesh, in_specs=P(), out_specs=P())
+    np.testing.assert_array_equal(mapped([jnp.ones(2), jnp.zeros(())]), [1, 1, 0])
+
+
+ONE = jnp.ones(3)
+BAD = {
+    "integers": (
+        lambda: kernels.pack({"a": ONE, "n": jnp.arange(3)}),
+        TypeError,
+        "pack: arrays['n'] must have a floating-point dtype; got int32.",
+    ),
+    "mixed": (
+        lambda: kernels.pack({"a": ONE, "b": ONE, "c": ONE.astype(jnp.bfloat16)}),
+        TypeError,
+        "pack: without dtype= all arrays must have one dtype; got arrays['b'] float32, "
+        "arrays['c'] bfloat16. Pass the buffer's dtype, for example dtype=jnp.float32.",
+    ),
+    "integer buffer": (
+        lambda: kernels.pack([ONE], dtype=int),
+        TypeError,
+        "pack: dtype must be a floating-point dtype or None; got int64. Use jnp.concatenate",
+    ),
+    "scales": (
+        lambda: kernels.pack([ONE], scale=jnp.ones(2)),
+        ValueError,
+        "pack: scale must be a scalar; got shape (2,). Multiply the arrays themselves",
+    ),
+    "too short": (
+        lambda: kernels.unpack(ONE, [ONE, ONE]),
+        ValueError,
+        "unpack: flat must have the shape (6,), all elements of like; got (3,). Pass the tree "
+        "that was packed, or shapes like its own; leave padding out.",
+    ),
+    "not flat": (
+        lambda: kernels.unpack(ONE[None], ONE),
+        ValueError,
+        "unpack: flat must have the shape (3,), all elements of like; got (1, 3).",
+    ),
+    "like integers": (
+        lambda: kernels.unpack(ONE, {"n": jnp.arange(3)}),
+        TypeError,
+        "unpack: like['n'] must have a floating-point dtype; got int32. Keep what is not",
+    ),
+    "integer buffer to unpack": (
+        lambda: kernels.unpack(jnp.arange(3), ONE),
+        TypeError,
+        "unpack: flat must have a floating-point dtype; got int32.",
+    ),
+    "no elements in Pallas": (
+        lambda: kernels.pack([ONE, jnp.ones(0)], implementation="pallas"),
+        NotImplementedError,
+        "pack: implementation='pallas' was asked for, but an array has no elements.",
+    ),
+    "no elements from Pallas": (
+        lambda: kernels.unpack(ONE, [ONE, jnp.ones(0)], implementation="pallas"),
+        NotImplementedError,
+        "unpack: implementation='pallas' was asked for, but an array has no elements.",
+    ),
+    "triton": (
+        lambda: kernels.pack([ONE], implementation="triton"),
+        NotImplementedError,
+        "pack: implementation='triton' was asked for, but pack has no triton kernel.",
+    ),
+}
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_bad_arguments_are_refused(bad):
+    call, error, text = BAD[bad]
+    with pytest.raises(error, match=re.escape(text)):
+        call()
+
+
+def test_pallas_is_refused_where_nothing_compiles_it():
+    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=None, platform="gpu")
+    mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
+    text = "pack: implementation='pallas' was asked for, but its kernel holds arrays of any size"
+    with jax.sharding.use_abstract_mesh(mesh), pytest.raises(NotImplementedError, match=text):
+        jax.eval_shape(lambda: kernels.pack([ONE], implementation="pallas"))
