@@ -86,8 +86,11 @@ def _backward(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     x, w, choice = residuals
     sources = (g,) if choice is None else (g, choice)
-    dw, db = _filter_gradient(x, sources, geometry, blocks)
-    return _data_gradient(w, sources, geometry, blocks), dw, db
+    dx = _data_gradient(w, sources, geometry, blocks)
+    dw = _filter_gradient(x, sources, geometry, blocks)
+    passed = g if choice is None else jnp.where(choice.reshape(g.shape) >= 0, g, 0)
+    db = jnp.sum(passed, (0, 1, 2), dtype=geometry.accumulator).astype(g.dtype)
+    return dx, dw, db
 
 
 _conv2d.defvjp(_forward, _backward)
@@ -106,18 +109,17 @@ def _data_gradient(
 
 def _filter_gradient(
     x: jax.Array, sources: tuple[jax.Array, ...], geometry: Geometry, blocks: Blocks
-) -> tuple[jax.Array, jax.Array]:
-    depth, features = geometry.depth, geometry.features
+) -> jax.Array:
     all_steps = _ceil(geometry.windows * geometry.pool**2, blocks.pixels)
     steps = _ceil(all_steps, min(blocks.splits, all_steps))
     splits = _ceil(all_steps, steps)
     kernel = partial(pallas_kernels.filter_gradient, geometry=geometry, blocks=blocks, steps=steps)
-    grid = (splits, _ceil(depth + 1, blocks.depth) * _ceil(features, blocks.channels))
-    size = splits * (depth + 1) * features
-    (sums,) = _call(kernel, grid, [(size, geometry.accumulator)], blocks, x, *sources)
-    total = sums.reshape(splits, depth + 1, features).sum(0).astype(x.dtype)
-    dw = total[:depth].reshape(geometry.rows, geometry.columns, geometry.channels, features)
-    return dw, total[depth]
+    tiles = _ceil(geometry.depth, blocks.depth) * _ceil(geometry.features, blocks.channels)
+    size = splits * geometry.depth * geometry.features
+    results = [(size, geometry.accumulator)]
+    (sums,) = _call(kernel, (splits, tiles), results, blocks, x, *sources)
+    total = sums.reshape(splits, -1).sum(0).astype(x.dtype)
+    return total.reshape(geometry.rows, geometry.columns, geometry.channels, geometry.features)
 
 
 def _call(

@@ -86,11 +86,11 @@ def data_gradient(*refs: Any, geometry: Geometry, blocks: Blocks) -> None:
 
 
 def filter_gradient(*refs: Any, geometry: Geometry, blocks: Blocks, steps: int) -> None:
-    """Add up a block of the filter's gradient, with the bias's as one row more, over some pixels.
+    """Add up a block of the filter's gradient over some of the pixels.
 
     Args:
       *refs: the flat images, cotangent and choice (where there is one); the sums, shape
-        (splits * (depth + 1) * features,).
+        (splits * depth * features,).
       geometry: the convolution.
       blocks: the block's size.
       steps: how many blocks of pixels each split adds up.
@@ -108,8 +108,6 @@ def filter_gradient(*refs: Any, geometry: Geometry, blocks: Blocks, steps: int) 
         pixel = part * (steps * blocks.pixels) + _steps(index, blocks.pixels)
         places = split(pixel[None, :], height, width)
         patch = _patch(x_ref, geometry, places, depth, places[0] < geometry.batch)
-        # The bias is the weight of an input that is always one.
-        patch = jnp.where(depth == geometry.depth, jnp.ones_like(patch), patch)
         places = split(pixel[:, None], height, width)
         inside = (places[0] < geometry.batch) & (feature < geometry.features)
         g = _cotangent(g_ref, choice_ref, geometry, places, feature, inside)
@@ -117,8 +115,8 @@ def filter_gradient(*refs: Any, geometry: Geometry, blocks: Blocks, steps: int) 
 
     zero = jnp.zeros((blocks.depth, blocks.channels), geometry.accumulator)
     total = lax.fori_loop(0, steps, step, zero)
-    place = (part * (geometry.depth + 1) + depth) * geometry.features + feature
-    _store(sums_ref, place, total, (depth <= geometry.depth) & (feature < geometry.features))
+    place = (part * geometry.depth + depth) * geometry.features + feature
+    _store(sums_ref, place, total, (depth < geometry.depth) & (feature < geometry.features))
 
 
 def _choose(
