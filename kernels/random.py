@@ -44,6 +44,7 @@ def threefry2x32(key: Pair, counter: Pair) -> Pair:
     return x, y
 
 
+@jax.jit  # one program where it is called outside of any, not a hundred
 def bits(key: Pair, counters: jax.Array) -> jax.Array:
     """Return 32 random bits for each counter: jax's own, `jax.random.bits(key, (n,))[counter]`.
 
