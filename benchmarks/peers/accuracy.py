@@ -60,7 +60,7 @@ def txcore_trainer(processes: int, flags: Sequence[str]) -> Trainer:
         return [str(TRAIN), *(f"--{k}={v}" for k, v in given.items()), "--no-audit", *flags]
 
     where = "2 devices" if processes == 1 else f"{processes} processes"
-    return Trainer(f"txcore, {where}", True, processes, command)
+    return Trainer(f"txcore ({where})", True, processes, command)
 
 
 def torch_trainer(recipe: str, name: str) -> Trainer:
@@ -79,8 +79,8 @@ def trainers(flags: Sequence[str]) -> list[Trainer]:
     return [
         txcore_trainer(1, flags),
         txcore_trainer(2, flags),
-        torch_trainer("adadelta", "PyTorch DDP, its example's recipe"),
-        torch_trainer("sgd", "PyTorch DDP, txcore's recipe"),
+        torch_trainer("adadelta", "PyTorch DDP (its example's recipe)"),
+        torch_trainer("sgd", "PyTorch DDP (txcore's recipe)"),
     ]
 
 

@@ -27,7 +27,7 @@ BATCH = 64  # in each worker
 WORKERS = 2
 BATCHES = 100  # held in memory by every worker, gone through again and again
 RESULTS = pool.HERE.parent / "results"
-OURS = ("txcore, 2 devices", "txcore, 2 processes")
+OURS = ("txcore (2 devices)", "txcore (2 processes)")
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -151,7 +151,8 @@ def write_inputs(args: argparse.Namespace, folder: pathlib.Path) -> list[str]:
         check=False,
     )
     if done.returncode:
-        raise pool.PeerError(f"no inputs: {done.stderr.strip()}")
+        reason = (done.stderr.strip().splitlines() or ["it ended without a word"])[-1]
+        raise pool.PeerError(f"no inputs: {reason}; or run with --dataset synthetic")
     return files
 
 

@@ -48,22 +48,22 @@ class Contender:
 
 
 CONTENDERS = (
-    Contender("txcore, 2 devices", "txcore_worker.py", 1, 2),
-    Contender("txcore, 2 processes", "txcore_worker.py", 2, 1),
-    Contender("txcore bfloat16, 2 devices", "txcore_worker.py", 1, 2, "bfloat16"),
-    Contender("txcore bfloat16, 2 processes", "txcore_worker.py", 2, 1, "bfloat16"),
-    Contender("plain jax, 2 devices", "jax_worker.py", 1, 2),
-    Contender("plain jax, 2 processes", "jax_worker.py", 2, 1),
+    Contender("txcore (2 devices)", "txcore_worker.py", 1, 2),
+    Contender("txcore (2 processes)", "txcore_worker.py", 2, 1),
+    Contender("txcore bfloat16 (2 devices)", "txcore_worker.py", 1, 2, "bfloat16"),
+    Contender("txcore bfloat16 (2 processes)", "txcore_worker.py", 2, 1, "bfloat16"),
+    Contender("plain jax (2 devices)", "jax_worker.py", 1, 2),
+    Contender("plain jax (2 processes)", "jax_worker.py", 2, 1),
     Contender("PyTorch DDP", "torch_worker.py", 2, 1),
-    Contender("PyTorch DDP, usual form", "torch_worker.py", 2, 1, form="usual"),
+    Contender("PyTorch DDP (usual form)", "torch_worker.py", 2, 1, form="usual"),
     Contender("TensorFlow MultiWorkerMirrored", "tensorflow_worker.py", 2, 1),
     Contender("TensorFlow Mirrored", "tensorflow_worker.py", 1, 2),
 )
 # Tried, slower than the same framework's form above, and measured only when asked for.
 SLOWER = (
-    Contender("PyTorch DDP, torch.compile", "torch_worker.py", 2, 1, form="compiled"),
-    Contender("TensorFlow MultiWorkerMirrored, XLA", "tensorflow_worker.py", 2, 1, form="xla"),
-    Contender("TensorFlow Mirrored, XLA", "tensorflow_worker.py", 1, 2, form="xla"),
+    Contender("PyTorch DDP (torch.compile)", "torch_worker.py", 2, 1, form="compiled"),
+    Contender("TensorFlow MultiWorkerMirrored (XLA)", "tensorflow_worker.py", 2, 1, form="xla"),
+    Contender("TensorFlow Mirrored (XLA)", "tensorflow_worker.py", 1, 2, form="xla"),
 )
 
 

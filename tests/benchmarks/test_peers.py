@@ -352,10 +352,10 @@ def test_contenders_are_chosen_by_words():
     args = argparse.Namespace(only="ddp,plain jax", peers_python="python")
     names = [each.name for each in compare.chosen(args, pool.CONTENDERS)]
     assert names == [
-        "plain jax, 2 devices",
-        "plain jax, 2 processes",
+        "plain jax (2 devices)",
+        "plain jax (2 processes)",
         "PyTorch DDP",
-        "PyTorch DDP, usual form",
+        "PyTorch DDP (usual form)",
     ]
 
 
@@ -374,22 +374,35 @@ def test_the_names_are_unique_and_ours_are_among_them():
     assert set(compare.OURS) <= {each.name for each in accuracy.trainers([])}
 
 
+def test_missing_data_is_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(compare, "RESULTS", tmp_path)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
+    monkeypatch.setenv("TXCORE_DATA", str(tmp_path / "file"))
+    (tmp_path / "file").write_text("no folder")
+
+    assert compare.main(["--only", "plain jax"]) == 2
+
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("compare.py: no inputs: ")
+    assert line.endswith("; or run with --dataset synthetic")
+
+
 @pytest.mark.slow
 def test_txcore_and_plain_jax_compute_the_same(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(compare, "RESULTS", tmp_path)
     cores = sorted(os.sched_getaffinity(0))[:2]
     if len(cores) < 2:
         pytest.skip("needs two cores")
-    flags = ["--only", "txcore, 2 devices,plain jax, 2 devices", "--dataset", "synthetic"]
+    flags = ["--only", "txcore (2 devices),plain jax (2 devices)", "--dataset", "synthetic"]
     flags += ["--cores", ",".join(map(str, cores)), "--rounds", "1", "--steps", "1"]
 
     assert compare.main([*flags, "--name", "here"]) == 0
 
-    assert "| plain jax, 2 devices |" in capsys.readouterr().out
+    assert "| plain jax (2 devices) |" in capsys.readouterr().out
     results = json.loads((tmp_path / "peers_here.json").read_text())
     assert (tmp_path / "peers_here.png").exists()
-    assert results["largest_relative_deviation"]["plain jax, 2 devices"] < 1e-4
-    assert results["versions"]["plain jax, 2 devices"]["jax"]
-    first = results["first_losses"]["txcore, 2 devices"]
+    assert results["largest_relative_deviation"]["plain jax (2 devices)"] < 1e-4
+    assert results["versions"]["plain jax (2 devices)"]["jax"]
+    first = results["first_losses"]["txcore (2 devices)"]
     assert len(first) == 10
     assert len(set(first)) == 10
