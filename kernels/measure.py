@@ -45,7 +45,7 @@ def measure(
     backward: bool = True,
     rounds: int = 7,
     named: Sequence[str] | None = None,
-) -> Measured | None:
+) -> Measured:
     """Time every candidate for a named shape on the default device.
 
     Args:
@@ -56,12 +56,9 @@ def measure(
       named: the implementations to time, interpreted ones too; None for all that are compiled.
 
     Returns:
-      The times; None where there is nothing to choose from. Nothing is written.
+      The times. Nothing is written.
     """
-    asked = problem_of(shape, dtype)
-    if asked is None:
-        return None
-    problem, kernels = asked
+    problem, kernels = problem_of(shape, dtype)
     calls, failed, choices = {}, {}, {}
     for choice in registry.candidates(problem, kernels, named):
         name = label(choice.implementation, fields_of(choice.config))
@@ -83,15 +80,12 @@ def measure(
     return Measured(problem.key, times, failed, entry)
 
 
-def problem_of(shape: Shape, dtype: Any) -> tuple[Problem, registry.Kernels] | None:
+def problem_of(shape: Shape, dtype: Any) -> tuple[Problem, registry.Kernels]:
     """Return what the registry is asked for a shape, and the op's implementations.
 
     Args:
       shape: what to compute.
       dtype: of its floating-point operands.
-
-    Returns:
-      None where the op has one implementation only, and asks nothing.
     """
     asked: list[tuple[Problem, registry.Kernels]] = []
 
@@ -102,12 +96,12 @@ def problem_of(shape: Shape, dtype: Any) -> tuple[Problem, registry.Kernels] | N
     with registry.decided_by(decide):
         # A function of its own, as jax would not trace the shape's method again.
         jax.eval_shape(lambda *operands: shape.call(*operands), *shape.structs(dtype))
-    return next((one for one in asked if one[0].op == shape.op), None)
+    return next(one for one in asked if one[0].op == shape.op)
 
 
 def compile_call(
     shape: Shape, dtype: Any, choice: registry.Choice | None, *, backward: bool
-) -> Callable[[], None]:
+) -> Callable[[], object]:
     """Compile a call of an op, for `alternate` to time.
 
     Args:
@@ -142,7 +136,7 @@ def compile_call(
         )
         jitted = jax.jit(both, compiler_options=options)
         with_gradients = jitted.lower(gradient, *operands).compile()
-        return lambda: jax.block_until_ready(with_gradients(gradient, *operands)) and None
+        return lambda: jax.block_until_ready(with_gradients(gradient, *operands))
     jitted = jax.jit(forward, donate_argnums=replaced, compiler_options=options)
     compiled = jitted.lower(*operands).compile()
 
@@ -154,7 +148,7 @@ def compile_call(
     return run
 
 
-def alternate(calls: Mapping[str, Callable[[], None]], rounds: int) -> dict[str, float]:
+def alternate(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
     """Time calls in alternating rounds, each often enough for the clock.
 
     Args:
@@ -174,7 +168,7 @@ def alternate(calls: Mapping[str, Callable[[], None]], rounds: int) -> dict[str,
     return {name: 1e6 * statistics.median(taken) for name, taken in times.items()}
 
 
-def _seconds(call: Callable[[], None], often: int) -> float:
+def _seconds(call: Callable[[], object], often: int) -> float:
     start = time.perf_counter()
     for _ in range(often):
         call()

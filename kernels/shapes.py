@@ -132,6 +132,21 @@ def _bytes_of(tree: Any) -> int:
     return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
+def _dense(
+    x: jax.Array, w: jax.Array, b: jax.Array, keys: jax.Array | None = None, **options: Any
+) -> jax.Array:
+    return kernels.dense(x, w, b, keys=keys, **options)
+
+
+def _pack(*arrays: jax.Array, **options: Any) -> jax.Array:
+    return kernels.pack(arrays, **options)
+
+
+def _unpack(flat: jax.Array, *, shapes: tuple[Dims, ...], **options: Any) -> Any:
+    like = [jax.ShapeDtypeStruct(shape, flat.dtype) for shape in shapes]
+    return kernels.unpack(flat, like, **options)
+
+
 def _conv_products(x: Dims, w: Dims, b: Dims, *, padding: str = "SAME", **_: Any) -> int:
     lost = (w[0] - 1, w[1] - 1) if padding == "VALID" else (0, 0)
     return x[0] * (x[1] - lost[0]) * (x[2] - lost[1]) * math.prod(w)
@@ -143,8 +158,15 @@ def _dense_products(x: Dims, w: Dims, *rest: Dims, **_: Any) -> int:
 
 OPS: Mapping[str, Op] = {
     "conv2d": Op(kernels.conv2d, products=_conv_products),
-    "dense": Op(kernels.dense, products=_dense_products),
+    "dense": Op(_dense, ("float", "float", "float", "key"), _dense_products),
+    "dropout": Op(kernels.dropout, ("float", "key")),
     "cross_entropy": Op(kernels.cross_entropy, ("float", "label")),
+    "linear_cross_entropy": Op(
+        kernels.linear_cross_entropy, ("float", "float", "float", "label"), _dense_products
+    ),
+    "pack": Op(_pack),
+    "unpack": Op(_unpack),
+    "squared_norm": Op(kernels.squared_norm),
     "sgd_momentum": Op(kernels.sgd_momentum, updates=(0, 2)),
     "adamw": Op(kernels.adamw, ("float", "float", "float", "positive"), updates=(0, 2, 3)),
 }
@@ -158,6 +180,10 @@ _ADAMW = {
     "eps": 1e-8,
     "weight_decay": 0.1,
 }
+_CNN3X3: tuple[Dims, ...] = (
+    *((3, 3, 1, 32), (32,), (3, 3, 32, 64), (64,)),
+    *((3136, 128), (128,), (128, 10), (10,)),
+)
 _BUCKETS = {"10k": 10_000, "100k": 100_000, "cnn3x3": 421_642, "1M": 1_000_000, "10M": 10_000_000}
 
 
@@ -168,7 +194,8 @@ def conv(name: str, x: Dims, w: Dims, *, first: bool = False, **options: Any) ->
 
 def layer(name: str, x: Dims, features: int, *, first: bool = False, **options: Any) -> Shape:
     """Describe a dense layer; of a first layer the inputs need no gradient."""
-    shapes = (x, (x[-1], features), (features,))
+    keys = (x[:-1],) if "dropout" in options else ()
+    shapes = (x, (x[-1], features), (features,), *keys)
     return Shape(name, "dense", shapes, options, fixed=(0,) if first else ())
 
 
@@ -177,10 +204,24 @@ def loss(name: str, logits: Dims, **options: Any) -> Shape:
     return Shape(name, "cross_entropy", (logits, logits[:-1]), options)
 
 
+def linear_loss(name: str, x: Dims, classes: int, **options: Any) -> Shape:
+    """Describe a linear layer and its loss in one."""
+    shapes = (x, (x[-1], classes), (classes,), x[:-1])
+    return Shape(name, "linear_cross_entropy", shapes, options)
+
+
 def bucket(name: str, elements: int) -> Iterator[Shape]:
-    """Describe the updates of a flat bucket."""
+    """Describe the updates of a flat bucket, and its norm."""
     yield Shape(f"sgd-{name}", "sgd_momentum", ((elements,),) * 3, _SGD)
     yield Shape(f"adamw-{name}", "adamw", ((elements,),) * 4, _ADAMW)
+    yield Shape(f"norm-{name}", "squared_norm", ((elements,),))
+
+
+def packing(name: str, leaves: tuple[Dims, ...]) -> Iterator[Shape]:
+    """Describe the packing of arrays into a bucket, and the unpacking."""
+    flat = (sum(map(math.prod, leaves)),)
+    yield Shape(f"pack-{name}", "pack", leaves)
+    yield Shape(f"unpack-{name}", "unpack", (flat,), {"shapes": leaves})
 
 
 def mnist(batch: int) -> Iterator[Shape]:
@@ -195,7 +236,10 @@ def mnist(batch: int) -> Iterator[Shape]:
     yield conv(f"dropout-cnn-conv1{end}", image, (3, 3, 1, 32), first=True, **relu)
     yield conv(f"dropout-cnn-conv2{end}", (batch, 28, 28, 32), (3, 3, 32, 64), **pooled)
     yield layer(f"cnn-dense{end}", (batch, 7 * 7 * 64), 128, **relu)
-    yield layer(f"dropout-cnn-dense{end}", (batch, 14 * 14 * 64), 256, **relu)
+    yield layer(f"cnn3x3-dense{end}", (batch, 7 * 7 * 64), 128, dropout=0.25, **relu)
+    yield layer(f"dropout-cnn-dense{end}", (batch, 14 * 14 * 64), 256, dropout=0.5, **relu)
+    drop = ((batch, 14, 14, 64), (batch,))
+    yield Shape(f"dropout-cnn-drop{end}", "dropout", drop, {"rate": 0.25})
     yield layer(f"mlp-dense1{end}", (batch, 784), 256, first=True, **relu)
     yield layer(f"mlp-dense2{end}", (batch, 256), 128, **relu)
     yield layer(f"dense-dense{end}", (batch, 784), 128, first=True, **relu)
@@ -211,14 +255,21 @@ _ALL: Sequence[Shape] = (
     conv("conv-wide", (8, 28, 28, 64), (3, 3, 64, 128), activation="relu"),
     layer("dense-odd", (61, 391), 127, activation="relu"),
     layer("dense-wide", (512, 1024), 4096, activation="relu"),
+    layer("dense-odd-drop", (61, 391), 127, dropout=0.1),
+    Shape("drop-odd", "dropout", ((7, 13, 11), (7,)), {"rate": 0.1}),
     loss("loss-odd", (61, 391)),
     loss("loss-32k", (512, 32_000)),
     loss("loss-32k-smooth", (512, 32_000), label_smoothing=0.1),
+    linear_loss("linear-loss-odd", (61, 67), 391),
+    linear_loss("linear-loss-32k", (512, 512), 32_000),
     *(shape for name, elements in _BUCKETS.items() for shape in bucket(name, elements)),
     *bucket("odd", 12_347),
+    *packing("cnn3x3", _CNN3X3),
+    *packing("odd", ((7, 13), (1,), (391,), (3, 5, 2))),
 )
 SHAPES: Mapping[str, Shape] = {shape.name: shape for shape in _ALL}
 MAIN = (
-    *("cnn3x3-conv1-b64", "cnn3x3-conv2-b64", "cnn-dense-b64", "logits-b64", "loss-b64"),
-    *("loss-32k", "sgd-cnn3x3", "adamw-1M"),
+    *("cnn3x3-conv1-b64", "cnn3x3-conv2-b64", "cnn-dense-b64", "cnn3x3-dense-b64", "logits-b64"),
+    *("dropout-cnn-drop-b64", "loss-b64", "loss-32k", "linear-loss-32k"),
+    *("pack-cnn3x3", "unpack-cnn3x3", "sgd-cnn3x3", "norm-cnn3x3", "adamw-1M"),
 )

@@ -22,8 +22,9 @@ def test_names_are_unique_and_ops_known():
 @pytest.mark.parametrize("name", SHAPES)
 def test_every_shape_is_taken_by_its_op(name):
     shape = SHAPES[name]
-    asked = measure.problem_of(shape, FLOAT)
-    assert asked is None or asked[0].shapes[0] == shape.shapes[0]
+    problem, able = measure.problem_of(shape, FLOAT)
+    assert problem.shapes[0][0] == shape.shapes[0][0]
+    assert registry.candidates(problem, able)[0].implementation == "xla"
 
 
 @pytest.mark.parametrize("name", [name for name in SHAPES if "odd" in name])
@@ -35,23 +36,33 @@ def test_operands_are_what_their_shapes_say(name):
     assert jax.tree.leaves(SHAPES[name].call(*operands))
 
 
+@pytest.fixture(scope="module")
+def named():
+    return {measure.problem_of(shape, FLOAT)[0] for shape in SHAPES.values()}
+
+
 @pytest.mark.parametrize("batch", [64, 256])
 @pytest.mark.parametrize("model", models.MODELS)
-def test_the_layers_of_the_mnist_models_are_all_there(model, batch, monkeypatch):
-    named = {measure.problem_of(shape, FLOAT)[0] for shape in SHAPES.values() if shape.flops()}
-    layers = models.layers_of(model, dropout=0 if "drop" in model or "3x3" in model else None)
+def test_the_layers_of_the_mnist_models_are_all_there(model, batch, named):
+    layers = models.layers_of(model)
     params = jax.eval_shape(lambda: models.init(layers, 0))
     images = jax.ShapeDtypeStruct((batch, *models.IMAGE), FLOAT)
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
     used = []
     with registry.decided_by(lambda problem, _: used.append(problem)):
-        jax.eval_shape(lambda params, x: models.apply(layers, params, x), params, images)
-    assert len(used) == len(params)
+        jax.eval_shape(
+            lambda params, x, keys: models.apply(layers, params, x, keys), params, images, keys
+        )
+    assert len(used) >= len(params)
     assert set(used) <= named
 
 
 def test_the_cnn3x3_bucket_is_the_size_of_the_model():
-    params = jax.eval_shape(lambda: models.init(models.layers_of("cnn3x3"), 0))
-    assert SHAPES["sgd-cnn3x3"].shapes[0] == (sum(x.size for x in jax.tree.leaves(params)),)
+    params = jax.tree.leaves(jax.eval_shape(lambda: models.init(models.layers_of("cnn3x3"), 0)))
+    assert sorted(SHAPES["pack-cnn3x3"].shapes) == sorted(x.shape for x in params)
+    size = sum(x.size for x in params)
+    buckets = ("sgd-cnn3x3", "adamw-cnn3x3", "norm-cnn3x3", "unpack-cnn3x3")
+    assert {SHAPES[name].shapes[0] for name in buckets} == {(size,)}
 
 
 def test_operands_are_made_from_the_seed():
@@ -99,6 +110,8 @@ def test_counts_without_padding_and_of_what_multiplies_nothing():
     # An update reads param, grad and velocity, and writes param and velocity: 20 bytes each.
     assert SHAPES["sgd-10k"].bytes() == SHAPES["sgd-10k"].bytes(backward=True) == 20 * 10_000
     assert SHAPES["adamw-10k"].bytes() == 28 * 10_000
+    # A key is two 32-bit words; dropout reads and writes its elements.
+    assert SHAPES["drop-odd"].bytes() == 2 * 4 * 7 * 13 * 11 + 7 * 8
 
 
 class TestMeasure:

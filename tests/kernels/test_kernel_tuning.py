@@ -180,7 +180,12 @@ class TestFile:
         recorded({})
         write(cache, {KEY: XLA})
         reads = []
-        monkeypatch.setattr(tuning, "read", lambda path: reads.append(path) or read(path))
+
+        def counted(path):
+            reads.append(path)
+            return read(path)
+
+        monkeypatch.setattr(tuning, "read", counted)
         for _ in range(3):
             assert list(tuning.lookup(problem())) == [(str(cache), XLA)]
         assert len(reads) == 1

@@ -42,10 +42,7 @@ def _kernels() -> list[tuple[str, ...]]:
 
     rows: list[tuple[str, ...]] = [("tuning file", cache_path() or "none")]
     for name in MAIN:
-        asked = problem_of(SHAPES[name], "float32")
-        if asked is None:
-            continue
-        problem, kernels = asked
+        problem, kernels = problem_of(SHAPES[name], "float32")
         try:
             choice = registry.choose(problem, kernels, None)
         except TuningError as error:

@@ -74,7 +74,7 @@ def run(options: argparse.Namespace) -> int:
             named=options.implementation,
         )
         print(f"{shape.op} {shape.name} {options.dtype}\n{_table(measured)}", flush=True)
-        if path is not None and measured is not None and measured.entry is not None:
+        if path is not None and measured.entry is not None:
             _add_to(path, {measured.key: measured.entry})
     if path is not None:
         print(f"written to {path}")
@@ -103,13 +103,11 @@ def _check(what: str, given: Iterable[str], known: Iterable[str]) -> None:
             raise BadInput(f"tune needs {what} among {', '.join(known)}, but got {name!r}")
 
 
-def _table(measured: "Measured | None") -> str:
+def _table(measured: "Measured") -> str:
     from tabulate import tabulate
 
     from txcore.kernels.tuning_file import label
 
-    if measured is None:
-        return "  one implementation: nothing to choose"
     entry = measured.entry
     best = label(entry.implementation, entry.config) if entry is not None else None
     least = measured.microseconds[best] if best is not None else None
