@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 from jax import lax
 from jax.sharding import PartitionSpec as P
+from jax.tree_util import DictKey, GetAttrKey, SequenceKey
 
 from txcore import _compat
 from txcore.collectives._leaves import names_of
@@ -135,12 +136,17 @@ def _check_predicates(jaxpr: Any) -> None:
         )
 
 
+# Where they lie in what a compiled step is given and returns, (arrays, batch or metrics).
+_PARAMS = (SequenceKey(0), DictKey("stored_params"))
+_SCALE = (SequenceKey(0), DictKey("loss_scaling"), GetAttrKey("scale"))
+
+
 def _check_scaled(fn: Callable[..., Any], jaxpr: Any, given: Any, returned: Any) -> None:
     """Refuse a float16 step that makes parameters of gradients that were never scaled."""
     inputs, outputs = (jax.tree_util.tree_flatten_with_path(tree)[0] for tree in (given, returned))
-    made = [_field(path) == "stored_params" for path, _ in outputs]
+    made = [path[:2] == _PARAMS for path, _ in outputs]
     computes, used = _compat.needed(jaxpr, made)
-    scaled = any(_field(p) == "loss_scaling" for (p, _), u in zip(inputs, used, strict=True) if u)
+    scaled = any(u and path == _SCALE for (path, _), u in zip(inputs, used, strict=True))
     if computes and not scaled:
         raise ValueError(
             f"{name_of(fn)} computes in float16, but state.loss_scale had no part in its new "
@@ -148,11 +154,6 @@ def _check_scaled(fn: Callable[..., Any], jaxpr: Any, given: Any, returned: Any)
             "tx.value_and_grad(loss_of, loss_scale=state.loss_scale)(state.params); the same line "
             "works in every precision"
         )
-
-
-def _field(path: Any) -> str:
-    """Return the field of the state in which a step's argument or result lies, "" for others."""
-    return path[1].key if path[0].idx == 0 and len(path) > 1 else ""
 
 
 def _count(batch: Any, plan: Plan, data_axes: tuple[str, ...]) -> jax.Array | None:

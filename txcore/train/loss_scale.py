@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-_FLOAT32 = np.finfo(np.float32)
+_SMALLEST, _LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class LossScaling(NamedTuple):
 def check_scale(op: str, option: str, value: Any) -> None:
     """Refuse what is no factor above 0, or one that float32 does not hold with all its digits."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not _FLOAT32.tiny <= value <= _FLOAT32.max:
+    if not number or not _SMALLEST <= value <= _LARGEST:
         raise ValueError(f"{op} needs {option}= a finite number above 0, got {value!r}")
 
 
@@ -129,4 +129,8 @@ def all_finite(tree: Any) -> jax.Array:
 
 def select(flag: jax.Array, then: Any, otherwise: Any) -> Any:
     """Return the tree `then` where `flag` is true, else `otherwise`."""
-    return jax.tree.map(functools.partial(jnp.where, flag), then, otherwise)
+
+    def one(a: jax.Array, b: jax.Array) -> jax.Array:
+        return a if a is b else jnp.where(flag, a, b)
+
+    return jax.tree.map(one, then, otherwise)
