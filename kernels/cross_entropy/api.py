@@ -1,10 +1,10 @@
 """The public loss of logits: what it takes and what it refuses."""
 
-import numbers
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 from txcore import _compat
@@ -103,7 +103,7 @@ def class_indices(op: str, labels: ArrayLike) -> jax.Array:
 
 def smoothing_weight(op: str, value: Any) -> float:
     """Return label_smoothing as a float, or refuse it."""
-    if not isinstance(value, numbers.Real) or not 0 <= value <= 1:
+    if not isinstance(value, int | float | np.floating) or not 0 <= value <= 1:
         raise ValueError(
             f"{op}: label_smoothing must be a Python number in [0, 1], known when the program is "
             f"traced; got {value!r}. Pass 0.1, say, or leave it out for none."

@@ -90,7 +90,7 @@ def _block(
     return scores.astype(checks.accumulator(scores.dtype)), chosen
 
 
-def over_blocks(part: Callable[[jax.Array], online.Stats], cut: Cut) -> online.Stats:
+def over_blocks(part: Callable[[jax.Array | int], online.Stats], cut: Cut) -> online.Stats:
     """Return what `part` knows of each block, stacked."""
     if cut.count == 1:
         return jax.tree.map(lambda x: x[None], part(0))

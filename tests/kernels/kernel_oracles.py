@@ -85,3 +85,23 @@ def adamw(p, g, m, v, step, learning_rate, b1, b2, eps, weight_decay):
     m, v, t = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g**2, step + 1
     change = (m / (1 - b1**t)) / (np.sqrt(v / (1 - b2**t)) + eps) + weight_decay * p
     return p - learning_rate * change, m, v
+
+
+def smoothed_cross_entropy(logits, labels, g, label_smoothing=0.0):
+    """Return the losses, and (dlogits,); a class that is ruled out has probability 0."""
+    logits, labels = np.asarray(logits, np.float64), np.asarray(labels)
+    shifted = logits - logits.max(-1, keepdims=True)
+    log_p = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    classes = logits.shape[-1]
+    wanted = np.eye(classes)[labels] * (1 - label_smoothing) + label_smoothing / classes
+    # 0 * -inf counts as 0: what has no weight does not matter.
+    out = -np.where(wanted > 0, wanted * np.where(wanted > 0, log_p, 0), 0).sum(-1)
+    return out, ((np.exp(log_p) - wanted) * np.asarray(g(out), np.float64)[..., None],)
+
+
+def linear_cross_entropy(x, w, b, labels, g, label_smoothing=0.0):
+    """Return the losses, and (dx, dw, db)."""
+    x, w, b = (np.asarray(a, np.float64) for a in (x, w, b))
+    out, (dy,) = smoothed_cross_entropy(x @ w + b, labels, g, label_smoothing)
+    rows = dy.reshape(-1, dy.shape[-1])
+    return out, (dy @ w.T, x.reshape(-1, x.shape[-1]).T @ rows, rows.sum(0))
