@@ -18,7 +18,9 @@ def sgd_momentum(
     weight_decay: float,
 ) -> tuple[jax.Array, jax.Array]:
     """Return the new parameter and velocity."""
-    d = g * grad_scale + weight_decay * p
+    d = g * grad_scale
+    if weight_decay:  # 0 * p is not nothing to a compiler: p may be infinite
+        d = d + weight_decay * p
     v = momentum * v + d
     return p - rate * (d + momentum * v if nesterov else v), v
 

@@ -1,9 +1,9 @@
 """The updates as elementwise XLA, for its compiler to fuse.
 
 XLA:CPU makes one loop a result, and the loops after the first read its result again: SGD moves 24
-bytes a parameter in place where one loop would move 20. Nothing else that was tried was faster:
-blocks in a while loop or a scan (2 to 400 times slower, since jax 0.10 to 0.12 copy the whole
-arrays in each turn), an optimization barrier and a second computation of the velocity (equal).
+bytes a parameter in place where one loop would move 20. Nothing else that was tried was faster on
+jax 0.10 and 0.12: a scan or a while loop over blocks (2 to 200 times slower: they copy the whole
+arrays, some in each turn), a barrier after the velocity, a second computation of it (equal).
 """
 
 from collections.abc import Callable

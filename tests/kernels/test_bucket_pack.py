@@ -119,9 +119,9 @@ def loss(flat, x):
 def test_the_gradient_of_unpacked_parameters_is_one_concatenation():
     flat, x = kernels.pack(parameters()), jnp.ones((2, 5))
     gradient = jax.grad(loss)
-    names = [eqn.primitive.name for eqn in jax.make_jaxpr(gradient)(flat, x).jaxpr.eqns]
-    assert names.count("concatenate") == 1
-    assert not {"pad", "add_any", "dynamic_update_slice", "scatter-add"} & set(names)
+    equations = jax.make_jaxpr(gradient)(flat, x).jaxpr.eqns
+    whole = [e.primitive.name for e in equations if e.outvars[0].aval.shape == flat.shape]
+    assert whole == ["name", "concatenate"]  # the parameters' name for an audit, the gradient
     hlo = jax.jit(gradient).lower(flat, x).compile().as_text()
     assert len(re.findall(r" concatenate\(", hlo)) == 1
     assert not re.search(r" (pad|dynamic-update-slice|scatter)\(", hlo)

@@ -1,11 +1,15 @@
 """The updates of one array against float64 NumPy and optax."""
 
+import re
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import kernel_oracles as oracles
 import numpy as np
 import optax
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from txcore import kernels
 
@@ -20,48 +24,218 @@ ADAM = {"learning_rate": 1e-2, "b1": 0.9, "b2": 0.999, "eps": 1e-8, "weight_deca
 ADAM_OPTIONS = [ADAM, {**ADAM, "b1": 0.0, "b2": 0.0}, {**ADAM, "weight_decay": 0.0, "eps": 0.1}]
 
 
-def arrays(count, dtype=jnp.float32, seed=0):
+BOTH = pytest.mark.parametrize("implementation", ["xla", "pallas"])
+UPDATES = {
+    "sgd": (
+        partial(kernels.sgd_momentum, learning_rate=0.1, momentum=0.9, nesterov=True),
+        partial(oracles.sgd_momentum, learning_rate=0.1, momentum=0.9, nesterov=True),
+        3,
+    ),
+    "adamw": (partial(kernels.adamw, step=5, **ADAM), partial(oracles.adamw, step=5, **ADAM), 4),
+}
+EVERY_UPDATE = pytest.mark.parametrize("update, oracle, count", UPDATES.values(), ids=UPDATES)
+
+
+def arrays(count, dtype=jnp.float32, seed=0, shape=SHAPE):
     random = np.random.default_rng(seed)
-    made = [random.normal(size=SHAPE) for _ in range(count)]
+    made = [random.normal(size=shape) for _ in range(count)]
     made[-1] = np.abs(made[-1])  # AdamW's second moment
     return [jnp.asarray(a, dtype) for a in made]
 
 
 def check(got, truth, dtypes, rtol):
     for array, true, dtype in zip(got, truth, dtypes, strict=True):
-        assert (array.dtype, array.shape, array.weak_type) == (dtype, SHAPE, False)
+        assert (array.dtype, array.shape, array.weak_type) == (dtype, true.shape, False)
         np.testing.assert_allclose(np.asarray(array, np.float64), true, rtol=rtol, atol=rtol)
 
 
+@BOTH
 @pytest.mark.parametrize("options", SGD_OPTIONS)
-def test_sgd_momentum_equals_the_oracle(options):
+def test_sgd_momentum_equals_the_oracle(options, implementation):
     p, g, v = arrays(3)
-    got = kernels.sgd_momentum(p, g, v, learning_rate=0.1, **options)
+    got = kernels.sgd_momentum(p, g, v, learning_rate=0.1, implementation=implementation, **options)
     truth = oracles.sgd_momentum(p, g, v, learning_rate=0.1, **options)
     check(got, truth, (p.dtype, v.dtype), 1e-6)
 
 
-@pytest.mark.parametrize("step", [0, 1, 1000, 10**6])
+@BOTH
 @pytest.mark.parametrize("options", ADAM_OPTIONS)
-def test_adamw_equals_the_oracle(options, step):
+def test_adamw_equals_the_oracle(options, implementation):
     p, g, m, v = arrays(4)
-    update = jax.jit(lambda step: kernels.adamw(p, g, m, v, step=step, **options))
-    truth = oracles.adamw(p, g, m, v, step=step, **options)
-    check(update(jnp.int32(step)), truth, (p.dtype,) * 3, 2e-6)
+    update = jax.jit(
+        lambda step: kernels.adamw(p, g, m, v, step=step, implementation=implementation, **options)
+    )
+    for step in (0, 1, 1000, 10**6):
+        truth = oracles.adamw(p, g, m, v, step=step, **options)
+        check(update(jnp.int32(step)), truth, (p.dtype,) * 3, 2e-6)
 
 
-def test_float64_is_computed_in_float64():
+@BOTH
+@EVERY_UPDATE
+def test_float64_is_computed_in_float64(update, oracle, count, implementation):
     with jax.enable_x64(True):
-        p, g, m, v = arrays(4, jnp.float64)
-        got = kernels.adamw(p, g, m, v, step=jnp.int32(3), **ADAM)
-        check(got, oracles.adamw(p, g, m, v, step=3, **ADAM), (jnp.float64,) * 3, 1e-13)
-        moved = kernels.sgd_momentum(p, g, v, learning_rate=0.1, momentum=0.9)
-        truth = oracles.sgd_momentum(p, g, v, learning_rate=0.1, momentum=0.9)
-        check(moved, truth, (jnp.float64,) * 2, 1e-13)
+        operands = arrays(count, jnp.float64)
+        got = update(*operands, implementation=implementation)
+        check(got, oracle(*operands), (jnp.float64,) * (count - 1), 1e-13)
 
 
+@BOTH
+@EVERY_UPDATE
+@pytest.mark.parametrize("shape", [(), (0,), (1,), (7,), (1023,), (1025,)])
+def test_any_size(shape, update, oracle, count, implementation):
+    operands = arrays(count, shape=shape)
+    got = jax.jit(partial(update, implementation=implementation))(*operands)
+    check(got, oracle(*operands), (jnp.float32,) * (count - 1), 2e-6)
+
+
+@EVERY_UPDATE
+def test_every_block_of_a_pallas_kernel_is_updated(update, oracle, count):
+    from txcore.kernels.optimizer import pallas
+
+    operands = arrays(count, shape=(100,))
+    options = {"implementation": "pallas", "config": pallas.Config(32)}
+    got = jax.jit(partial(update, **options))(*operands)
+    check(got, oracle(*operands), (jnp.float32,) * (count - 1), 2e-6)
+
+
+@BOTH
+@EVERY_UPDATE
+def test_a_scaled_gradient_is_unscaled_before_all_else(update, oracle, count, implementation):
+    p, g, *state = arrays(count)
+    want = oracle(p, g, *state)
+    run = jax.jit(
+        lambda g, scale: update(p, g, *state, grad_scale=scale, implementation=implementation)
+    )
+    dtypes = (jnp.float32,) * (count - 1)
+    check(run(g * 1024, jnp.float32(1 / 1024)), want, dtypes, 2e-6)
+    small = (g / 2**20).astype(jnp.float16)  # too small for float16 once unscaled there
+    truth = oracle(p, np.asarray(small, np.float64) / 2**20, *state)
+    check(run(small, jnp.float32(2.0**-20)), truth, dtypes, 2e-6)
+
+
+@BOTH
+@EVERY_UPDATE
+def test_cast_rounds_the_new_parameter_once(update, oracle, count, implementation):
+    operands = arrays(count)
+    run = partial(update, implementation=implementation)
+    new, *_, half = jax.jit(partial(run, cast=jnp.bfloat16))(*operands)
+    np.testing.assert_array_equal(half, new.astype(jnp.bfloat16))
+    operands = [x.astype(jnp.bfloat16) for x in operands]
+    *got, wide = jax.jit(partial(run, cast="float32"))(*operands)
+    assert [x.dtype for x in got] == [jnp.bfloat16] * (count - 1)
+    np.testing.assert_allclose(wide, oracle(*operands)[0], rtol=2e-6, atol=2e-6)
+
+
+@BOTH
+@EVERY_UPDATE
+def test_what_is_not_finite_stays_in_its_place(update, oracle, count, implementation):
+    p, g, *state = arrays(count, shape=(9,))
+    run = jax.jit(partial(update, implementation=implementation))
+    clean = run(p, g, *state)
+    for bad in (np.nan, np.inf, -np.inf):
+        for array, other in zip(run(p, g.at[4].set(bad), *state), clean, strict=True):
+            assert not np.isfinite(array[4])
+            np.testing.assert_array_equal(np.delete(array, 4), np.delete(other, 4))
+
+
+@BOTH
+@EVERY_UPDATE
+def test_vmap(update, oracle, count, implementation):
+    operands = arrays(count)
+    scales = jnp.linspace(0.5, 2.0, SHAPE[0])
+    mapped = jax.vmap(
+        lambda scale, *row: update(*row, grad_scale=scale, implementation=implementation)
+    )
+    p, g, *state = operands
+    truth = oracle(p, g * scales[:, None], *state)
+    check(jax.jit(mapped)(scales, *operands), truth, (jnp.float32,) * (count - 1), 2e-6)
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return jax.make_mesh((3,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+
+
+@BOTH
+@EVERY_UPDATE
+@pytest.mark.parametrize("checked", [True, False])
+@pytest.mark.parametrize("split", [P(), P("data")])
+def test_whole_and_sharded_arrays_in_shard_map(
+    split, checked, update, oracle, count, implementation, mesh
+):
+    operands = arrays(count)
+    mapped = jax.shard_map(
+        partial(update, implementation=implementation),
+        mesh=mesh,
+        in_specs=split,
+        out_specs=split,  # refused by jax where whole arrays give what varies
+        check_vma=checked,
+    )
+    check(jax.jit(mapped)(*operands), oracle(*operands), (jnp.float32,) * (count - 1), 2e-6)
+
+
+@BOTH
+@EVERY_UPDATE
+def test_gradients_that_vary_update_whole_parameters_apart(
+    update, oracle, count, implementation, mesh
+):
+    p, g, *state = arrays(count)
+    mapped = jax.shard_map(
+        lambda p, g, *state: update(p[:11], g, *state, implementation=implementation),
+        mesh=mesh,
+        in_specs=(P(), P("data"), *(P("data") for _ in state)),
+        out_specs=P("data"),
+    )
+    tripled = jnp.concatenate([p[:11]] * 3)
+    check(jax.jit(mapped)(p, g, *state), oracle(tripled, g, *state), (p.dtype,) * (count - 1), 2e-6)
+
+
+@EVERY_UPDATE
+def test_donated_arrays_are_updated_in_place(update, oracle, count):
+    operands = [jnp.ones(4096)] * count
+    donated = (0, *range(2, count))
+    compiled = jax.jit(update, donate_argnums=donated).lower(*operands).compile()
+    memory = compiled.memory_analysis()
+    assert memory.alias_size_in_bytes == 4 * 4096 * (count - 1)
+    assert memory.temp_size_in_bytes < 4096  # no other buffer, for all that a loop may need
+
+
+BAD = {
+    "grad_scale": ({"grad_scale": jnp.ones(2)}, ValueError, "grad_scale must be a scalar; got"),
+    "rates": (
+        {"learning_rate": jnp.ones(2)},
+        ValueError,
+        "learning_rate must be a scalar; got shape (2,). Use jax.vmap for several at once.",
+    ),
+    "cast": (
+        {"cast": "int8"},
+        TypeError,
+        "cast must be a floating-point dtype or None; got int8. Name the dtype of the next",
+    ),
+    "triton": (
+        {"implementation": "triton"},
+        NotImplementedError,
+        "implementation='triton' was asked for, but",
+    ),
+    "config": (
+        {"implementation": "xla", "config": 3},
+        TypeError,
+        "implementation='xla' takes no config, got int.",
+    ),
+}
+
+
+@EVERY_UPDATE
+@pytest.mark.parametrize("bad", BAD)
+def test_bad_options_are_refused(bad, update, oracle, count):
+    options, error, text = BAD[bad]
+    with pytest.raises(error, match=re.escape(text)):
+        update(*arrays(count), **options)
+
+
+@BOTH
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
-def test_error_is_at_most_twice_that_of_the_plain_expression(dtype):
+def test_error_is_at_most_twice_that_of_the_plain_expression(dtype, implementation):
     p, g, m, v = arrays(4, dtype)
     # Optax, with its whole state in the parameter's dtype, is the plain expression.
     adam = optax.adamw(1e-2, weight_decay=0.1, mu_dtype=dtype)
@@ -69,13 +243,15 @@ def test_error_is_at_most_twice_that_of_the_plain_expression(dtype):
     state = (state[0]._replace(mu=m, nu=v), *state[1:])
     changes, _ = adam.update(g, state, p)
     plain = optax.apply_updates(p, changes)
-    got = kernels.adamw(p, g, m, v, step=0, **ADAM)[0]
+    got = kernels.adamw(p, g, m, v, step=0, implementation=implementation, **ADAM)[0]
     truth = oracles.adamw(p, g, m, v, step=0, **ADAM)[0]
     assert error(got, truth) <= 2 * error(plain, truth)
 
     plain_v = 0.9 * v + g
     plain = p - 0.1 * plain_v
-    got, got_v = kernels.sgd_momentum(p, g, v, learning_rate=0.1, momentum=0.9)
+    got, got_v = kernels.sgd_momentum(
+        p, g, v, learning_rate=0.1, momentum=0.9, implementation=implementation
+    )
     truth, true_v = oracles.sgd_momentum(p, g, v, learning_rate=0.1, momentum=0.9)
     assert error(got, truth) <= 2 * error(plain, truth)
     assert error(got_v, true_v) <= 2 * error(plain_v, true_v)
