@@ -27,6 +27,9 @@ BATCH = 64  # in each worker
 WORKERS = 2
 BATCHES = 100  # held in memory by every worker, gone through again and again
 RESULTS = pool.HERE.parent / "results"
+# The options of either mode alone, and their defaults.
+RATE = {"rounds": 5, "steps": 50, "dataset": "mnist", "slower": False}
+REACH = {"seeds": 5, "max_epochs": 10, "txcore_args": ""}
 OURS = ("txcore (2 devices)", "txcore (2 processes)")
 
 
@@ -39,35 +42,68 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--peers-python", help="interpreter of the peers' environment; default: none, no peers")
     add("--cores", default="0,1", help="two, separated by a comma; default: 0,1")
     add("--only", help="run those whose name contains one of these words, separated by commas")
-    add("--rounds", type=int, default=5)
-    add("--steps", type=int, default=50, help="timed in each round")
-    add("--slower", action="store_true", help="also what was tried and is slower")
-    add("--dataset", default="mnist", choices=["mnist", "synthetic"])
     add("--to-accuracy", type=float, metavar="PERCENT", help="measure the time to it instead")
-    add("--seeds", type=int, default=5, help="with --to-accuracy")
-    add("--max-epochs", type=int, default=10, help="with --to-accuracy")
-    add("--txcore-args", default="", help="with --to-accuracy: more flags for train.py")
     add("--name", help="of the files under benchmarks/results; default: throughput or accuracy")
+    rate = parser.add_argument_group("images per second")
+    rate.add_argument("--rounds", type=int, help="default: 5")
+    rate.add_argument("--steps", type=int, help="timed in each round; default: 50")
+    rate.add_argument("--dataset", choices=["mnist", "synthetic"], help="default: mnist")
+    rate.add_argument("--slower", action="store_true", default=None, help="also slower forms")
+    reach = parser.add_argument_group("time to an accuracy")
+    reach.add_argument("--seeds", type=int, help="default: 5")
+    reach.add_argument("--max-epochs", type=int, help="default: 10")
+    reach.add_argument(
+        "--txcore-args", help="more flags for train.py, as --txcore-args=--warmup=50"
+    )
     args = parser.parse_args(argv)
     try:
-        args.cores = [int(core) for core in args.cores.split(",")]
-    except ValueError:
-        args.cores = []
-    allowed = sorted(os.sched_getaffinity(0))
-    if len(set(args.cores)) != WORKERS or not set(args.cores) <= set(allowed):
-        parser.error(
-            f"--cores: required {WORKERS} different ones of {allowed}, given "
-            f"{args.cores}; name two of them, as --cores {','.join(map(str, allowed[:2]))}"
-        )
-    for name in ("rounds", "steps", "seeds", "max_epochs"):
-        if getattr(args, name) < 1:
-            flag = name.replace("_", "-")
-            parser.error(f"--{flag}: required at least 1, given {getattr(args, name)}")
-    if args.to_accuracy is not None and not 0 < args.to_accuracy <= 100:
-        parser.error(f"--to-accuracy: required a percentage, given {args.to_accuracy}")
-    if args.to_accuracy is not None and args.dataset != "mnist":
-        parser.error("--to-accuracy: required --dataset mnist; leave --dataset out")
+        check(args)
+    except ValueError as error:
+        parser.error(str(error))
     return args
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse what cannot be run; put in the cores as numbers, and the defaults of the mode."""
+    args.cores = parse_cores(args.cores)
+    if args.to_accuracy is None:
+        used, unused, needed, advice = RATE, REACH, "--to-accuracy", "add it, as --to-accuracy 99"
+    else:
+        used, unused, needed, advice = REACH, RATE, "no --to-accuracy", "leave one of them out"
+    for name in unused:
+        if getattr(args, name) is not None:
+            raise ValueError(f"{flag(name)}: required {needed}; {advice}")
+    for name, default in used.items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
+        value = getattr(args, name)
+        if type(default) is int and value < 1:
+            raise ValueError(f"{flag(name)}: required at least 1, given {value}")
+    if args.to_accuracy is not None and not 0 < args.to_accuracy <= 100:
+        raise ValueError(
+            f"--to-accuracy: required a percentage above 0, given {args.to_accuracy}; try 99"
+        )
+
+
+def flag(name: str) -> str:
+    """Return an option as it is written."""
+    return f"--{name.replace('_', '-')}"
+
+
+def parse_cores(text: str) -> list[int]:
+    """Return the cores that "0,1" names.
+
+    Raises:
+      ValueError: they are not two different ones on which this process may run.
+    """
+    allowed = sorted(os.sched_getaffinity(0))
+    cores = [int(core) for core in text.split(",") if core.strip().isdecimal()]
+    if len(cores) != WORKERS or len(set(cores)) != WORKERS or not set(cores) <= set(allowed):
+        raise ValueError(
+            f"--cores: required {WORKERS} different ones of {allowed}, given {text}; name two of "
+            f"them, as --cores {','.join(map(str, allowed[:WORKERS]))}"
+        )
+    return cores
 
 
 def chosen(args: argparse.Namespace, everything: Sequence[Any]) -> list[Any]:

@@ -335,10 +335,15 @@ def test_the_example_accepts_the_flags_it_is_given():
         ("--cores 0,9999", "name two of them, as --cores"),
         ("--cores a,b", "--cores: required 2 different ones"),
         ("--rounds 0", "--rounds: required at least 1, given 0"),
-        ("--max-epochs 0", "--max-epochs: required at least 1, given 0"),
-        ("--to-accuracy 0", "--to-accuracy: required a percentage, given 0.0"),
-        ("--to-accuracy nan", "--to-accuracy: required a percentage, given nan"),
-        ("--to-accuracy 99 --dataset synthetic", "required --dataset mnist"),
+        ("--to-accuracy 99 --max-epochs 0", "--max-epochs: required at least 1, given 0"),
+        ("--to-accuracy 0", "--to-accuracy: required a percentage above 0, given 0.0; try 99"),
+        ("--to-accuracy nan", "--to-accuracy: required a percentage above 0, given nan; try 99"),
+        (
+            "--to-accuracy 99 --dataset synthetic",
+            "--dataset: required no --to-accuracy; leave one of them out",
+        ),
+        ("--to-accuracy 99 --slower", "--slower: required no --to-accuracy"),
+        ("--seeds 3", "--seeds: required --to-accuracy; add it, as --to-accuracy 99"),
     ],
 )
 def test_bad_flags_are_refused(flags, words, capsys, monkeypatch):
@@ -346,6 +351,15 @@ def test_bad_flags_are_refused(flags, words, capsys, monkeypatch):
     with pytest.raises(SystemExit):
         compare.parse(flags.split())
     assert words in capsys.readouterr().err
+
+
+def test_each_mode_has_its_defaults(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
+    rate = compare.parse([])
+    assert (rate.rounds, rate.steps, rate.dataset, rate.slower) == (5, 50, "mnist", False)
+    assert rate.cores == [0, 1]
+    reach = compare.parse(["--to-accuracy", "99", "--txcore-args=--warmup=50"])
+    assert (reach.seeds, reach.max_epochs, reach.txcore_args) == (5, 10, "--warmup=50")
 
 
 def test_contenders_are_chosen_by_words():
