@@ -39,8 +39,9 @@ def busy_step(state, batch):
     return state.replace(stored_params=decayed, extra=extra), metrics
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("n", [1, 4])
+@pytest.mark.parametrize(
+    "optimizer,n", [("sgd", 1), ("sgd", 4), ("adamw", 2), ("optax", 2), ("own", 2)]
+)
 def test_an_overflowed_step_changes_nothing_but_the_scale(optimizer, n):
     engine = f16.engine(n, optimizer=OPTIMIZERS[optimizer](), precision=f16.policy(initial=256))
     state = engine.create_state(toys.params(), extra={"before": np.int32(0), "after": np.int32(0)})
@@ -121,8 +122,11 @@ BATCHES = [toys.batch(seed=i) for i in range(4)]
 LOOSE = {"rtol": 5e-3, "atol": 5e-3}
 
 
-@pytest.mark.parametrize("step", [f16.train_step, accumulating(2)], ids=["whole", "microbatches"])
-@pytest.mark.parametrize("n", [2, 4])
+@pytest.mark.parametrize(
+    "step,n",
+    [(f16.train_step, 2), (f16.train_step, 4), (accumulating(2), 4)],
+    ids=["whole on 2", "whole on 4", "microbatches on 4"],
+)
 def test_any_number_of_devices_gives_the_same_numbers(step, n):
     engines = [f16.engine(k, precision=f16.policy(initial=1024)) for k in (1, n)]
     tx.testing.assert_plans_agree(step, toys.params(), BATCHES, engines=engines, **LOOSE)
