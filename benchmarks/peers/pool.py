@@ -72,6 +72,7 @@ def environment(threads: int) -> dict[str, str]:
     return os.environ | {
         "PYTHONPATH": str(EXAMPLE),
         "JAX_PLATFORMS": "cpu",
+        "JAX_ENABLE_COMPILATION_CACHE": "false",  # else a second run would compile nothing
         "CUDA_VISIBLE_DEVICES": "",
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),

@@ -76,6 +76,11 @@ def test_a_worker_runs_on_its_core_with_a_thread_for_it(fake):
         assert running.versions["python"] == sys.version.split()[0]
 
 
+def test_a_worker_finds_nothing_compiled_before(monkeypatch):
+    monkeypatch.setenv("JAX_ENABLE_COMPILATION_CACHE", "true")
+    assert pool.environment(1)["JAX_ENABLE_COMPILATION_CACHE"] == "false"
+
+
 def test_cores_are_shared_out_one_to_each_process():
     assert pool.shares([4, 7], 1) == [[4, 7]]
     assert pool.shares([4, 7], 2) == [[4], [7]]
