@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from txcore import kernels
-from txcore.kernels import measure, registry
+from txcore.kernels import measure, registry, tuning
 from txcore.kernels.shapes import MAIN, OPS, SHAPES, Op, Shape
 
 FLOAT = jnp.float32
@@ -55,6 +55,19 @@ def test_the_layers_of_the_mnist_models_are_all_there(model, batch, named):
         )
     assert len(used) >= len(params)
     assert set(used) <= named
+
+
+def test_what_is_recorded_is_of_named_shapes_and_runs():
+    recorded = tuning.recorded("cpu")
+    asked = {}
+    for dtype in {key.split("|")[2].partition(",")[0] for key in recorded}:
+        for shape in SHAPES.values():
+            problem, able = measure.problem_of(shape, dtype)
+            asked[problem.key] = problem, able
+    assert set(recorded) <= set(asked)
+    for key, entry in recorded.items():
+        choice = registry.choose(*asked[key], None)
+        assert (choice.source, choice.implementation) == ("recorded", entry.implementation)
 
 
 def test_the_cnn3x3_bucket_is_the_size_of_the_model():
