@@ -110,7 +110,7 @@ def test_output_features_split_over_the_mesh(implementation, checked, grid, want
         first = lax.axis_index("model") * w.shape[1]
         dx, dw, db = gradients(x, w, b, keys, implementation, offset=first)
         if not checked:
-            dx, dw, db = lax.psum(dx, "model"), *lax.psum((dw, db), "data")
+            dx, (dw, db) = lax.psum(dx, "model"), lax.psum((dw, db), "data")
         return dx, dw, db
 
     mapped = jax.shard_map(
@@ -141,7 +141,7 @@ def test_input_features_split_over_the_mesh(grid, want):
 
 def test_shards_that_would_repeat_a_mask_are_refused(grid):
     mapped = jax.shard_map(
-        lambda *args: loss(*args, "xla")[None],
+        lambda x, w, b, keys: loss(x, w, b, keys, "xla")[None],
         mesh=grid,
         in_specs=(P("data"), P(None, "model"), P("model"), P("data")),
         out_specs=P(("data", "model")),
@@ -156,7 +156,10 @@ def test_shards_that_would_repeat_a_mask_are_refused(grid):
 
 def test_operands_invariant_along_a_larger_mesh_share_one_mask(grid, want):
     mapped = jax.shard_map(
-        lambda *args: gradients(*args, "xla"), mesh=grid, in_specs=P(), out_specs=P()
+        lambda x, w, b, keys: gradients(x, w, b, keys, "xla"),
+        mesh=grid,
+        in_specs=P(),
+        out_specs=P(),
     )
     assert_close(jax.jit(mapped)(X, W, B, KEYS), want)
 

@@ -1,6 +1,7 @@
 """dense with every activation, dropout and implementation, against float64 NumPy."""
 
 import re
+import warnings
 from functools import partial
 
 import dropout_oracles as oracles
@@ -8,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh
 from jax.test_util import check_grads
 
 from txcore import kernels
@@ -18,6 +20,12 @@ WORDS = jax.random.key_data(KEYS)
 ACTIVATIONS = [None, "relu", "gelu", "tanh", "silu"]
 IMPLEMENTATIONS = ["xla", "pallas"]
 DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
+GPU = AbstractMesh(
+    (1,),
+    ("i",),
+    axis_types=(jax.sharding.AxisType.Auto,),
+    abstract_device=AbstractDevice(device_kind="NVIDIA H200", num_cores=None, platform="gpu"),
+)
 PLAIN = {
     None: lambda y: y,
     "relu": jax.nn.relu,
@@ -259,3 +267,22 @@ def test_bad_arguments_are_refused(bad):
     error, call, text = BAD[bad]
     with pytest.raises(error, match=re.escape(text)):
         call()
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=lambda dtype: dtype.__name__)
+def test_the_kernels_lower_for_a_gpu_that_is_not_here(dtype):
+    x, w, b, g = arrays(64, 100, 50, dtype)
+    words = jnp.zeros((64, 2), jnp.uint32)
+
+    def step(x, w, b, g, words):
+        function = layer("gelu", 0.3, "pallas", keys=words)
+        dropped = kernels.dropout(g, words, 0.5, implementation="pallas")
+        return jax.vjp(function, x, w, b)[1](dropped)
+
+    with jax.sharding.use_abstract_mesh(GPU), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The Pallas Triton backend", DeprecationWarning)
+        traced = jax.jit(step).trace(x, w, b, g, words)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    # dropout, the layer, its derivative at the activation, and the two products.
+    assert text.count("stablehlo.custom_call @__gpu$xla.gpu.triton") == 5
+    assert not any(f"stablehlo.{name}" in text for name in ("while", "dot_general"))
