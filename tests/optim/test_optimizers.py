@@ -191,6 +191,88 @@ def test_gradients_of_another_dtype_are_cast():
     assert state["velocity"]["scale"].dtype == got["scale"].dtype == jnp.float32
 
 
+SCALED = {
+    "sgd": tx.optim.sgd(0.1, momentum=0.9, nesterov=True, weight_decay=0.01),
+    "clipped sgd": tx.optim.sgd(0.1, momentum=0.9, clip_norm=1.0),
+    "sgd clipped by more than there is": tx.optim.sgd(0.1, clip_norm=100.0),
+    "clipped adamw": tx.optim.adamw(0.1, clip_norm=1.0),
+    "optax": tx.optim.from_optax(optax.adam(0.1)),
+    "clipped optax": tx.optim.from_optax(optax.chain(optax.clip_by_global_norm(1.0))),
+}
+
+
+@pytest.mark.parametrize("optimizer", SCALED)
+def test_grad_scale_multiplies_before_clipping_and_all_else(optimizer):
+    optimizer, params = SCALED[optimizer], tree(0)
+    state = optimizer.init(params)
+    update = jax.jit(optimizer.update)
+    want = update(tree(1), state, params, step=jnp.int32(0))
+    for scale in (2.0**-10, -(2.0**-10)):
+        scaled = jax.tree.map(lambda g, scale=scale: g / scale, tree(1))  # exact
+        got = update(scaled, state, params, step=jnp.int32(0), grad_scale=scale)
+        assert_trees_close(got, want, rtol=1e-6, atol=1e-7)
+
+
+def test_half_precision_gradients_are_unscaled_in_float32():
+    small = jnp.full(3, 2.0**-20, jnp.float16)  # times 2**-20 it is below float16's least
+    for optimizer in (tx.optim.sgd(1.0), tx.optim.from_optax(optax.sgd(1.0))):
+        params = jnp.zeros(3)
+        step = {"step": jnp.int32(0), "grad_scale": 2.0**-20}
+        got, _ = optimizer.update(small, optimizer.init(params), params, **step)
+        np.testing.assert_array_equal(got, np.full(3, -(2.0**-40)))
+
+
+@pytest.mark.parametrize("make", [tx.optim.sgd, tx.optim.adamw])
+def test_clipping_in_the_update_equals_clipping_apart(make):
+    params, grads = tree(0), tree(1)
+    fused, plain = make(0.1, clip_norm=0.5), make(0.1)
+    clipped = tx.optim.clip_by_global_norm(grads, 0.5)
+    got = jax.jit(fused.update)(grads, fused.init(params), params, step=jnp.int32(0))
+    want = jax.jit(plain.update)(clipped, plain.init(params), params, step=jnp.int32(0))
+    assert_trees_close(got, want, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("make", [tx.optim.sgd, tx.optim.adamw])
+def test_a_clipped_update_after_a_gradient_that_is_not_finite_is_nan(make):
+    optimizer, params = make(0.1, clip_norm=0.5), [jnp.ones(2), jnp.ones(3)]
+    grads = [jnp.array([1.0, jnp.inf]), jnp.ones(3)]
+    got, _ = optimizer.update(grads, optimizer.init(params), params, step=jnp.int32(0))
+    assert all(np.isnan(leaf).all() for leaf in got)
+
+
+@pytest.mark.parametrize("make", [tx.optim.adamw, lambda **k: tx.optim.sgd(momentum=0.9, **k)])
+def test_clipping_keeps_no_copy_of_the_gradients(make):
+    params = jnp.ones(1 << 16)
+    optimizer = make(learning_rate=0.1, clip_norm=1.0)
+
+    def update(params, state, grads):  # jax gives the donated to the results in their order
+        return optimizer.update(grads, state, params, step=jnp.int32(0))
+
+    options = tx.kernels.compiler_options("cpu")
+    compiled = jax.jit(update, donate_argnums=(0, 1), compiler_options=options)
+    memory = compiled.lower(params, optimizer.init(params), params).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < params.nbytes // 8
+
+
+def test_an_update_of_a_users_own_may_do_without_grad_scale():
+    def update(grads, opt_state, params, *, step):
+        return jax.tree.map(lambda p, g: p - 0.5 * g, params, grads), opt_state
+
+    engine = tx.Engine(
+        mesh=tx.MeshSpec(devices=jax.devices()[:1], axes=("data",)),
+        plan=tx.Plan(data_parallel=tx.DP(axis="data")),
+        optimizer=tx.optim.Optimizer(lambda params: {}, update),
+    )
+
+    @tx.step_fn
+    def train_step(state, batch):
+        grads = tx.value_and_grad(lambda p, b: (p * b).mean())(state.params, batch)[1]
+        return state.apply_gradients(grads=grads), {}
+
+    state, _ = train_step(engine.create_state(jnp.float32(1.0)), np.ones(4, np.float32))
+    assert float(state.stored_params) == 0.5
+
+
 def test_plain_sgd_keeps_no_state():
     assert tx.optim.sgd(0.1).init(tree(0)) == {}
 
