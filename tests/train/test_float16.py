@@ -149,7 +149,7 @@ def test_the_parity_kit_compares_the_scale():
         tx.testing.assert_plans_agree(
             f16.train_step, toys.params(), BATCHES, engines=engines, **LOOSE
         )
-    engines = f16.engine(precision=f16.policy(initial=512)), f16.engine(precision="float32")
+    engines = [f16.engine(precision=f16.policy(initial=512)), f16.engine(precision="float32")]
     tx.testing.assert_plans_agree(f16.train_step, toys.params(), BATCHES, engines=engines, **LOOSE)
 
 
@@ -267,13 +267,13 @@ def test_the_scale_keeps_gradients_that_float16_would_lose():
     @tx.step_fn
     def step(state, batch):
         def loss_of(w):
-            small = state.precision.cast(jnp.float32(1e-4))
-            return jnp.mean(state.precision.cast(w) * small * small * batch["one"])
+            # Of the batch, since XLA multiplies two constants beforehand, and loses them.
+            return jnp.mean(state.precision.cast(w) * batch["small"] * batch["small"])
 
         grads = tx.grad(loss_of, loss_scale=state.loss_scale)(state.params)
         return state.apply_gradients(grads=tx.pmean(grads, "data")), {}
 
-    batch = {"one": np.ones(4, np.float16)}
+    batch = {"small": np.full(4, 1e-4, np.float16)}
     moved = {}
     for scale in (1.0, 2.0**14):
         precision = tx.Precision("float16", loss_scale=scale)
