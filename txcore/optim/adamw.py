@@ -23,7 +23,8 @@ def adamw(
 ) -> optimizer.Optimizer:
     """Make Adam with decoupled weight decay.
 
-    The equations are those of `txcore.kernels.adamw`; the gradients are clipped first.
+    The equations are those of `txcore.kernels.adamw`; the gradients are clipped first,
+    in the same pass.
 
     Args:
       learning_rate: at least 0, or a schedule: step -> float32 scalar.
@@ -31,7 +32,8 @@ def adamw(
       b2: decay of the second moment, in [0, 1).
       eps: added to the root of the second moment, at least 0.
       weight_decay: at least 0.
-      clip_norm: the largest global norm of the gradients, above 0; None does not clip.
+      clip_norm: the largest global norm of the gradients, above 0, after `grad_scale` if the
+        update is given one; None does not clip.
 
     Returns:
       The optimizer. Its state is {"m": ..., "v": ...}, float32 or wider.

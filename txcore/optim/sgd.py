@@ -22,14 +22,16 @@ def sgd(
 ) -> optimizer.Optimizer:
     """Make stochastic gradient descent, with momentum where it is not 0.
 
-    The equations are those of `txcore.kernels.sgd_momentum`; the gradients are clipped first.
+    The equations are those of `txcore.kernels.sgd_momentum`; the gradients are clipped first,
+    in the same pass.
 
     Args:
       learning_rate: at least 0, or a schedule: step -> float32 scalar.
       momentum: in [0, 1); 0 keeps no velocity.
       nesterov: whether to look ahead along the velocity; needs a momentum.
       weight_decay: L2 coefficient added to the gradient, at least 0.
-      clip_norm: the largest global norm of the gradients, above 0; None does not clip.
+      clip_norm: the largest global norm of the gradients, above 0, after `grad_scale` if the
+        update is given one; None does not clip.
 
     Returns:
       The optimizer. Its state is {} or {"velocity": ...}, float32 or wider.
