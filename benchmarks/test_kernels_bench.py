@@ -51,7 +51,7 @@ def plain(function, x):
 def test_kernel(benchmark, request, name, dtype, backward):
     shape = SHAPES[name]
     if backward and not shape.differentiable:
-        pytest.skip("an update has no gradients")
+        pytest.skip("it is used without gradients")
     if benchmark.disabled and name not in MAIN:
         pytest.skip("only the main shapes are compiled where nothing is timed")
     call = measure.compile_call(shape, dtype, None, backward=backward)

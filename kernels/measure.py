@@ -122,11 +122,15 @@ def compile_call(
             return shape.call(*operands)
 
     def both(gradient: Any, *operands: jax.Array) -> Any:
-        def loss(*operands: jax.Array) -> jax.Array:
-            parts = jax.tree.map(lambda out, g: jnp.sum(out * g), forward(*operands), gradient)
-            return sum(jax.tree.leaves(parts), jnp.float32(0)).astype(jnp.float32)
+        def of_differentiable(*some: jax.Array) -> Any:
+            given = dict(zip(shape.differentiable, some, strict=True))
+            return forward(*(given.get(i, x) for i, x in enumerate(operands)))
 
-        return jax.value_and_grad(loss, shape.differentiable)(*operands)
+        # Not the gradient of a sum, whose own time is not the op's.
+        results, transpose = jax.vjp(
+            of_differentiable, *(operands[i] for i in shape.differentiable)
+        )
+        return results, transpose(gradient)
 
     options = compiler_options(jax.default_backend())
     if backward and shape.differentiable:
@@ -139,13 +143,14 @@ def compile_call(
         return lambda: jax.block_until_ready(with_gradients(gradient, *operands))
     jitted = jax.jit(forward, donate_argnums=replaced, compiler_options=options)
     compiled = jitted.lower(*operands).compile()
+    if not replaced:
+        return lambda: jax.block_until_ready(compiled(*operands))
 
-    def run() -> None:
-        results = jax.block_until_ready(compiled(*operands))
-        for place, result in zip(replaced, results, strict=False):
+    def update() -> None:
+        for place, result in zip(replaced, jax.block_until_ready(compiled(*operands)), strict=True):
             operands[place] = result
 
-    return run
+    return update
 
 
 def alternate(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:

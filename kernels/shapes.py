@@ -43,7 +43,8 @@ class Shape:
       op: a name in `OPS`.
       shapes: the operands' dims.
       options: the op's options, `implementation` left out.
-      fixed: the operands that need no gradient where the op is used so: a first layer's images.
+      fixed: the operands that need no gradient where the op is used so: a first layer's images,
+        the gradients of which a norm is taken.
     """
 
     name: str
@@ -214,13 +215,13 @@ def bucket(name: str, elements: int) -> Iterator[Shape]:
     """Describe the updates of a flat bucket, and its norm."""
     yield Shape(f"sgd-{name}", "sgd_momentum", ((elements,),) * 3, _SGD)
     yield Shape(f"adamw-{name}", "adamw", ((elements,),) * 4, _ADAMW)
-    yield Shape(f"norm-{name}", "squared_norm", ((elements,),))
+    yield Shape(f"norm-{name}", "squared_norm", ((elements,),), fixed=(0,))
 
 
 def packing(name: str, leaves: tuple[Dims, ...]) -> Iterator[Shape]:
-    """Describe the packing of arrays into a bucket, and the unpacking."""
+    """Describe the packing of gradients into a bucket, and the unpacking of parameters."""
     flat = (sum(map(math.prod, leaves)),)
-    yield Shape(f"pack-{name}", "pack", leaves)
+    yield Shape(f"pack-{name}", "pack", leaves, fixed=tuple(range(len(leaves))))
     yield Shape(f"unpack-{name}", "unpack", (flat,), {"shapes": leaves})
 
 

@@ -128,6 +128,22 @@ def test_counts_without_padding_and_of_what_multiplies_nothing():
 
 
 class TestMeasure:
+    @pytest.mark.parametrize("name", ["loss-odd", "unpack-odd", "norm-odd", "dense-odd-drop"])
+    @pytest.mark.parametrize("backward", [False, True])
+    def test_a_call_gives_the_op_s_results_and_its_gradients(self, name, backward):
+        shape = SHAPES[name]
+        operands = shape.operands()
+        got = measure.compile_call(shape, FLOAT, None, backward=backward)()
+        want = shape.call(*operands)
+        if backward and shape.differentiable:
+            got, gradients = got
+            assert len(gradients) == len(shape.differentiable)
+            for place, gradient in zip(shape.differentiable, gradients, strict=True):
+                assert gradient.shape == operands[place].shape
+                assert jnp.abs(gradient).max() > 0
+        for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
+
     def test_an_update_goes_on_from_its_own_results(self):
         shape = SHAPES["sgd-odd"]
         call = measure.compile_call(shape, FLOAT, None, backward=True)
