@@ -13,7 +13,7 @@ Activation = Literal["relu"] | None
 Padding = Literal["SAME", "VALID"]
 
 KERNELS: registry.Kernels = {
-    "xla": registry.Kernel(xla.conv2d),
+    "xla": registry.Kernel(xla.conv2d, xla.configs),
     "pallas": registry.Kernel(pallas.conv2d, pallas.configs, pallas.refuse, compiled_for=("gpu",)),
 }
 
@@ -27,6 +27,7 @@ def conv2d(
     pool: Literal[2] | None = None,
     padding: Padding = "SAME",
     implementation: registry.Implementation | None = None,
+    config: xla.Config | pallas.Blocks | None = None,
 ) -> jax.Array:
     """Convolve images with a filter of stride 1, add a bias, activate and pool, in this order.
 
@@ -46,6 +47,10 @@ def conv2d(
         column is left out.
       padding: "SAME" pads with zeros to keep height and width, "VALID" does not pad.
       implementation: None for the fastest known, "xla" or "pallas".
+      config: how the named implementation computes it, `kernels.conv.xla.Config` or
+        `kernels.conv.pallas_geometry.Blocks`; None for the fastest known. Winograd's form and
+        that of windows (the first choices on CPU) round otherwise than XLA's convolution, no
+        worse, and spread a value that is not finite over the whole window that reads it.
 
     Returns:
       Shape (batch, out_height, out_width, out_channels), x's dtype, where the height and width
@@ -75,6 +80,7 @@ def conv2d(
         KERNELS,
         *_compat.match_varying(x, w, b),
         implementation=implementation,
+        config=config,
         activation=activation,
         pool=pool,
         padding=padding,

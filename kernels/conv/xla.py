@@ -1,14 +1,55 @@
 """The convolution in XLA's own ops, with a VJP that spares what autodiff would recompute."""
 
+from dataclasses import dataclass
 from functools import partial
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from txcore.kernels import checks
+from txcore.kernels.conv import pooling, windows, winograd
+from txcore.kernels.conv.windows_geometry import Geometry, geometry_of
+from txcore.kernels.problem import Problem
 
-Residuals = tuple[jax.Array, jax.Array, jax.Array | None, jax.Array | None]
+Form = Literal["direct", "windows", "winograd"]
+
+WINDOWS_PATCH = 64  # the largest patch for which "windows" is worth trying, in elements
+WINOGRAD_CHANNELS = 8  # below, its transforms cost more than its products save
+
+
+@dataclass(frozen=True)
+class Config:
+    """Say how the convolution's products are made.
+
+    Args:
+      form: "direct" is XLA's convolution, "windows" one product over patches (few input
+        channels), "winograd" 16 products for 36 (3x3 filters).
+      on_cpu: whether to go around what XLA's CPU compiler is slow at: products of halves,
+        sums over rows, comparisons of bytes, and values computed anew in each of their users.
+
+    Example:
+      >>> from txcore.kernels.conv.xla import Config
+      >>> Config("winograd", on_cpu=True).form
+      'winograd'
+    """
+
+    form: Form = "direct"
+    on_cpu: bool = False
+
+
+def configs(problem: Problem) -> list[Config]:
+    """Return the configurations worth trying, the best guess first."""
+    if problem.platform != "cpu":
+        return [Config()]
+    rows, columns, inputs, outputs = problem.shapes[1]
+    forms: list[Form] = ["direct"]
+    if (rows, columns) == (3, 3) and min(inputs, outputs) >= WINOGRAD_CHANNELS:
+        forms = ["winograd", "direct"]
+    elif (rows + 1) * (columns + 1) * inputs <= WINDOWS_PATCH:
+        forms = ["windows", "direct"]
+    return [Config(form, on_cpu=True) for form in forms]
 
 
 def conv2d(
@@ -16,52 +57,127 @@ def conv2d(
     w: jax.Array,
     b: jax.Array,
     *,
-    config: None,
+    config: Config,
     activation: str | None,
     pool: int | None,
     padding: str,
 ) -> jax.Array:
     """Compute the op of `txcore.kernels.conv2d` on checked operands."""
-    return _conv2d(x, w, b, activation, pool, padding)
+    if config.form == "winograd" and w.shape[:2] != (3, 3):
+        raise ValueError(
+            f"conv2d: the form 'winograd' needs a 3x3 filter; got w {w.shape}. Pass "
+            "config=Config('direct') or 'windows', or leave config and implementation out."
+        )
+    return _conv2d(x, w, b, activation, pool, padding, config)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
 def _conv2d(
-    x: jax.Array, w: jax.Array, b: jax.Array, activation: str | None, pool: int | None, padding: str
+    x: jax.Array,
+    w: jax.Array,
+    b: jax.Array,
+    activation: str | None,
+    pool: int | None,
+    padding: str,
+    config: Config,
 ) -> jax.Array:
-    return _forward(x, w, b, activation, pool, padding)[0]
+    return _forward(x, w, b, activation, pool, padding, config)[0]
 
 
 def _forward(
-    x: jax.Array, w: jax.Array, b: jax.Array, activation: str | None, pool: int | None, padding: str
-) -> tuple[jax.Array, Residuals]:
-    y = _convolve(x, w, padding)
+    x: jax.Array,
+    w: jax.Array,
+    b: jax.Array,
+    activation: str | None,
+    pool: int | None,
+    padding: str,
+    config: Config,
+) -> tuple[jax.Array, Any]:
+    wide_x, wide_w = _wide(config, x), _wide(config, w)
+    outputs, products = _products(wide_x, wide_w, padding, pool, config.form)
     # The maximum of y + b is (the maximum of y) + b, also when rounded: a quarter of the work.
-    out = (_maximum(_corners(y)) if pool else y) + b.astype(y.dtype)
+    top = pooling.maximum(outputs) if pool else outputs[0]
+    out = top + b.astype(top.dtype)
+    passed = None
     if activation == "relu":
         out = jnp.maximum(out, 0)
+        out = _once(out) if config.on_cpu else out
+        passed = out > 0
+    place = None
+    if pool:
+        dtype = top.dtype if config.on_cpu else jnp.dtype(jnp.int8)
+        place = pooling.places(outputs, top, passed, dtype)
+        place = _once(place) if config.on_cpu else place
     out = out.astype(x.dtype)
-    saved_y = y.astype(x.dtype) if pool else None
-    return out, (x, w, saved_y, out if activation == "relu" else None)
+    return out, (x, w, b, products, place, out if activation and not pool else None)
 
 
 def _backward(
-    activation: str | None, pool: int | None, padding: str, residuals: Residuals, g: jax.Array
+    activation: str | None, pool: int | None, padding: str, config: Config, kept: Any, g: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    x, w, y, out = residuals
+    x, w, b, products, place, out = kept
     if out is not None:
         g = jnp.where(out > 0, g, 0)
-    db = jnp.sum(g, (0, 1, 2), dtype=checks.accumulator(g.dtype)).astype(g.dtype)
-    dy = g if y is None else _unpool(y, g)
-    _, transpose = jax.vjp(lambda x, w: _lax_conv(x, w, padding), x, w)
-    dx, dw = transpose(dy)
-    return dx, dw, db
+    wide_x, wide_w, g = (_wide(config, array) for array in (x, w, g))
+    db = _sum_rows(g if place is None else jnp.where(place == pooling.NO_PLACE, 0, g), config)
+    dx, dw = _product_gradients(wide_x, wide_w, products, place, g, padding, config.form)
+    return dx.astype(x.dtype), dw.astype(w.dtype), db.astype(b.dtype)
 
 
 _conv2d.defvjp(_forward, _backward)
 
 
-def _lax_conv(
+def _products(
+    x: jax.Array, w: jax.Array, padding: str, pool: int | None, form: Form
+) -> tuple[list[jax.Array], Any]:
+    """Return the outputs, as four arrays where they are pooled, and what the VJP needs."""
+    if form == "direct":
+        y = _convolve(x, w, padding, checks.accumulator(x.dtype))
+        return (pooling.corners(y) if pool else [y]), None
+    if form == "windows":
+        return windows.forward(x, w, _windows(x, w, padding, pool or 1))
+    tiles, kept = winograd.forward(x, w, _windows(x, w, padding, 2, partial=not pool))
+    return (tiles if pool else [pooling.interleave(tiles, *_size(x, w, padding))]), kept
+
+
+def _product_gradients(
+    x: jax.Array,
+    w: jax.Array,
+    kept: Any,
+    place: jax.Array | None,
+    g: jax.Array,
+    padding: str,
+    form: Form,
+) -> tuple[jax.Array, jax.Array]:
+    if form == "direct":
+        _, transpose = jax.vjp(lambda x, w: _convolve(x, w, padding), x, w)
+        full = g if place is None else pooling.unpool(place, g, *_size(x, w, padding))
+        dx, dw = transpose(full)
+        return dx, dw
+    if form == "windows":
+        at = _windows(x, w, padding, 1 if place is None else 2)
+        return windows.backward(x, w, kept, [g] if place is None else pooling.apart(place, g), at)
+    at = _windows(x, w, padding, 2, partial=place is None)
+    if place is None:
+        odd = [(0, 0), (0, 2 * at.rows - g.shape[1]), (0, 2 * at.columns - g.shape[2]), (0, 0)]
+        return winograd.backward(x, w, kept, pooling.corners(jnp.pad(g, odd)), at)
+    return winograd.backward(x, w, kept, pooling.apart(place, g), at)
+
+
+def _windows(
+    x: jax.Array, w: jax.Array, padding: str, stride: int, partial: bool = False
+) -> Geometry:
+    image, filter_size = (x.shape[1], x.shape[2]), (w.shape[0], w.shape[1])
+    return geometry_of(image, filter_size, padding, stride, partial)
+
+
+def _size(x: jax.Array, w: jax.Array, padding: str) -> tuple[int, int]:
+    """Return height and width before pooling."""
+    at = _windows(x, w, padding, 1)
+    return at.rows, at.columns
+
+
+def _convolve(
     x: jax.Array, w: jax.Array, padding: str, out_dtype: jnp.dtype | None = None
 ) -> jax.Array:
     return lax.conv_general_dilated(
@@ -74,47 +190,25 @@ def _lax_conv(
     )
 
 
-def _convolve(x: jax.Array, w: jax.Array, padding: str) -> jax.Array:
-    dtype = checks.accumulator(x.dtype)
-    if x.shape[3] > 1:
-        return _lax_conv(x, w, padding, dtype)
-    # With one input channel shifted slices and one dot are faster on CPU than XLA's convolution
-    # (step of a 3x3 filter at batch 64: 1.5x, 5x5: 1.05x to 1.2x, at batch 256 even). The
-    # filter's gradient is not, so that stays XLA's.
-    patches = _patches(x, w.shape[0], w.shape[1], padding)
-    return jnp.matmul(patches, w.reshape(-1, w.shape[3]), preferred_element_type=dtype)
+def _wide(config: Config, array: jax.Array) -> jax.Array:
+    """Return an array in the dtype to multiply in."""
+    return array.astype(checks.accumulator(array.dtype)) if config.on_cpu else array
 
 
-def _patches(x: jax.Array, rows: int, columns: int, padding: str) -> jax.Array:
-    if padding == "SAME":
-        before = ((rows - 1) // 2, (columns - 1) // 2)
-        x = jnp.pad(x, ((0, 0), (before[0], rows // 2), (before[1], columns // 2), (0, 0)))
-    height, width = x.shape[1] - rows + 1, x.shape[2] - columns + 1
-    shifted = [x[:, i : i + height, j : j + width] for i in range(rows) for j in range(columns)]
-    return jnp.concatenate(shifted, axis=3)
+def _sum_rows(g: jax.Array, config: Config) -> jax.Array:
+    """Sum over all dims but the last."""
+    dtype = checks.accumulator(g.dtype)
+    if not config.on_cpu:
+        return jnp.sum(g, (0, 1, 2), dtype=dtype)
+    rows = g.reshape(-1, g.shape[-1])
+    return jnp.matmul(jnp.ones((1, rows.shape[0]), dtype), rows, precision="highest")[0]
 
 
-def _corners(y: jax.Array) -> list[jax.Array]:
-    """Return the four elements of every 2x2 window, row by row."""
-    height, width = y.shape[1] // 2 * 2, y.shape[2] // 2 * 2
-    return [y[:, i:height:2, j:width:2] for i in (0, 1) for j in (0, 1)]
+def _once(x: jax.Array) -> jax.Array:
+    """Return x, as something that XLA does not compute anew inside each of its users.
 
-
-def _maximum(corners: list[jax.Array]) -> jax.Array:
-    return jnp.maximum(jnp.maximum(*corners[:2]), jnp.maximum(*corners[2:]))
-
-
-def _unpool(y: jax.Array, g: jax.Array) -> jax.Array:
-    """Give each window's gradient to the first of its elements that is the maximum."""
-    corners = _corners(y)
-    top = _maximum(corners)
-    parts = []
-    for corner in corners[:3]:
-        hit = corner == top
-        parts.append(jnp.where(hit, g, 0))
-        g = jnp.where(hit, 0, g)
-    parts.append(g)  # what no other claimed, so that nothing is lost in a window of NaNs either
-    rows = [jnp.stack(parts[:2], axis=3), jnp.stack(parts[2:], axis=3)]
-    batch, height, width, channels = g.shape
-    dy = jnp.stack(rows, axis=2).reshape(batch, 2 * height, 2 * width, channels)
-    return jnp.pad(dy, [(0, full - part) for full, part in zip(y.shape, dy.shape, strict=True)])
+    Fused into them it would read all the windows each time, and be addressed through the users'
+    reshapes. A division by ones is exact and is not repeated; XLA must not know that they are.
+    """
+    bits = lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
+    return x / jnp.minimum(jnp.maximum(bits, 1), 1).astype(x.dtype)

@@ -1,0 +1,69 @@
+"""Few input channels: one matrix product over patches that serve a whole pooling window.
+
+The patch of a 2x2 window holds the inputs of its 4 outputs, and the filter is laid into it 4
+times: one product gives them side by side. Without a pool a window is one output. A value that
+is not finite spreads over the windows whose patches hold it.
+"""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from txcore.kernels.conv.windows_geometry import Geometry
+
+
+def forward(x: jax.Array, w: jax.Array, at: Geometry) -> tuple[list[jax.Array], jax.Array]:
+    """Return the outputs of every window, row by row, and the patches."""
+    patches = _patches(x, w, at)
+    flat = patches.reshape(-1, patches.shape[3])
+    shape = (*patches.shape[:3], w.shape[3])
+    return [(flat @ placed).reshape(shape) for placed in _placed(w, at.stride)], patches
+
+
+def backward(
+    x: jax.Array, w: jax.Array, patches: jax.Array, dy: Sequence[jax.Array], at: Geometry
+) -> tuple[jax.Array, jax.Array]:
+    """Return the gradients of x and w.
+
+    Args:
+      x: the images.
+      w: the filters.
+      patches: what `forward` kept.
+      dy: gradients of the outputs of every window, each [batch, rows, columns, channels].
+      at: the geometry.
+    """
+    flat = patches.reshape(-1, patches.shape[3])
+    dy = [d.reshape(-1, w.shape[3]) for d in dy]
+    (dw,) = jax.linear_transpose(lambda w: _placed(w, at.stride), w)([flat.T @ d for d in dy])
+    placed = _placed(w, at.stride)
+    dpatches = functools.reduce(jnp.add, [d @ p.T for d, p in zip(dy, placed, strict=True)])
+    (dx,) = jax.linear_transpose(lambda x: _patches(x, w, at), x)(dpatches.reshape(patches.shape))
+    return dx, dw
+
+
+def _patches(x: jax.Array, w: jax.Array, at: Geometry) -> jax.Array:
+    """Return [batch, rows, columns, patch]."""
+    height, width = (size + at.stride - 1 for size in w.shape[:2])
+    spans = at.stride * (at.rows - 1) + 1, at.stride * (at.columns - 1) + 1
+    below = spans[0] + height - 1 - at.top - x.shape[1]
+    right = spans[1] + width - 1 - at.left - x.shape[2]
+    zero = jnp.zeros((), x.dtype)
+    x = lax.pad(x, zero, [(0, 0, 0), (at.top, below, 0), (at.left, right, 0), (0, 0, 0)])
+    shifted = [
+        x[:, i : i + spans[0] : at.stride, j : j + spans[1] : at.stride]
+        for i in range(height)
+        for j in range(width)
+    ]
+    return jnp.concatenate(shifted, axis=3)
+
+
+def _placed(w: jax.Array, stride: int) -> list[jax.Array]:
+    """Return the filter at each of its places in a patch, [patch, out_channels] each."""
+    places = [(i, j) for i in range(stride) for j in range(stride)]
+    copies = [
+        jnp.pad(w, ((i, stride - 1 - i), (j, stride - 1 - j), (0, 0), (0, 0))) for i, j in places
+    ]
+    return [copy.reshape(-1, w.shape[3]) for copy in copies]
