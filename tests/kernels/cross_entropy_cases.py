@@ -69,9 +69,8 @@ class Loss:
 
     def op(self, *args, labels=None, **options):
         labels = self.labels if labels is None else labels
-        if self.features is None:
-            return kernels.cross_entropy(*args, labels, **options)
-        return kernels.linear_cross_entropy(*args, labels, **options)
+        op: Any = kernels.cross_entropy if self.features is None else kernels.linear_cross_entropy
+        return op(*args, labels, **options)
 
     def plain(self, *args, label_smoothing=0.0):
         logits = args[0] if self.features is None else args[0] @ args[1] + args[2]

@@ -1,5 +1,7 @@
 """The named shapes: what they are made of, what they count, and that all of them run."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import models
@@ -133,7 +135,7 @@ class TestMeasure:
     def test_a_call_gives_the_op_s_results_and_its_gradients(self, name, backward):
         shape = SHAPES[name]
         operands = shape.operands()
-        got = measure.compile_call(shape, FLOAT, None, backward=backward)()
+        got: Any = measure.compile_call(shape, FLOAT, None, backward=backward)()
         want = shape.call(*operands)
         if backward and shape.differentiable:
             got, gradients = got

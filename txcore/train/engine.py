@@ -221,7 +221,9 @@ class Engine:
                 f"fit needs eval_every= at least 1 and evaluate= with it, got {eval_every=}"
             )
         loggers = self.loggers if jax.process_index() == 0 else ()
-        progress = loop.Progress(loggers, total, lambda: self.compile_seconds)
+        on_cpu = self.mesh.devices[0].platform == "cpu"
+        ahead = loop.RUN_AHEAD_ON_CPU if on_cpu else loop.RUN_AHEAD
+        progress = loop.Progress(loggers, total, lambda: self.compile_seconds, ahead)
         done = evaluated = 0
         for host in loop.batches(data, steps, epochs):
             batch = shard_batch(host, self.mesh, self.plan)

@@ -17,9 +17,10 @@ from txcore.train.state import TrainState
 Data = Iterable[Any] | Callable[[int], Iterable[Any]]
 Evaluate = Callable[[TrainState], Metrics]
 
-# How many steps the host may run ahead of the devices: enough to hide its work, few enough
-# not to pile up batches.
-RUN_AHEAD = 4
+# How many steps the host may run ahead of the devices: enough to hide its work, few enough not
+# to pile up batches. A simulated device shares the host's cores: what waits there takes time from
+# the step under way.
+RUN_AHEAD, RUN_AHEAD_ON_CPU = 4, 1
 
 
 def count_steps(data: Data, steps: int | None, epochs: int | None) -> int | None:
@@ -61,6 +62,7 @@ class Progress:
     loggers: tuple[Logger, ...]
     total_steps: int | None
     compile_seconds: Callable[[], float]
+    run_ahead: int = RUN_AHEAD
     pending: deque[tuple[Any, int]] = field(default_factory=deque)
     done: int = 0
     seconds: float = 0.0
@@ -83,7 +85,7 @@ class Progress:
     def add(self, metrics: Any, examples: int) -> None:
         """Note a step that was dispatched; wait for an older one if too many are under way."""
         self.pending.append((metrics, examples))
-        while len(self.pending) > RUN_AHEAD:
+        while len(self.pending) > self.run_ahead:
             self._finish_one()
 
     def _finish_one(self) -> None:

@@ -1,0 +1,108 @@
+"""What each change to the CPU path brings: the MNIST step with one change more in every line.
+
+    taskset -c 0,1 python benchmarks/cpu_path.py
+
+The variants live in one process and run in turns, so that a change of the machine's speed meets
+them all.
+"""
+
+import argparse
+import pathlib
+import statistics
+import sys
+import time
+
+import jax
+from tabulate import tabulate
+
+sys.path.append(str(pathlib.Path(__file__).resolve().parents[1] / "examples" / "mnist"))
+
+import models  # noqa: E402
+import train  # noqa: E402
+from mnist_step import BATCH_PER_DEVICE, random_batch  # noqa: E402
+
+import txcore as tx  # noqa: E402
+from txcore import launch  # noqa: E402
+from txcore.kernels import compiler_options, registry  # noqa: E402
+from txcore.kernels.conv import api as conv_api  # noqa: E402
+from txcore.kernels.conv import xla as conv  # noqa: E402
+from txcore.kernels.dense import api as dense_api  # noqa: E402
+from txcore.kernels.dense import xla as dense  # noqa: E402
+from txcore.train.batch import shard_batch  # noqa: E402
+
+OFF = compiler_options("cpu")
+PLAIN, ON_CPU = conv.Config("direct"), conv.Config("direct", on_cpu=True)
+WINDOWS, WINOGRAD = (conv.Config(form, on_cpu=True) for form in ("windows", "winograd"))
+
+# What is added, compiler options, the first and the other convolutions, dense's transposed dx.
+VARIANTS = (
+    ("pooling with a VJP of its own", {}, PLAIN, PLAIN, False),
+    ("XLA's YNN fusions off", OFF, PLAIN, PLAIN, False),
+    ("places and results computed once, sums as products", OFF, ON_CPU, ON_CPU, False),
+    ("the first convolution by windows", OFF, WINDOWS, ON_CPU, False),
+    ("the second by Winograd's products", OFF, WINDOWS, WINOGRAD, False),
+    ("dense's dx by the transposed product", OFF, WINDOWS, WINOGRAD, True),
+)
+
+
+def prepare(options, first, other, transposed, devices, model):
+    """Return a function that runs one step of a variant and waits for it."""
+
+    def convolution(problem):
+        return [first if problem.shapes[0][3] == 1 else other]
+
+    conv_api.KERNELS = {"xla": registry.Kernel(conv.conv2d, convolution)}
+    dense_api.KERNELS = {"xla": registry.Kernel(dense.dense, lambda _: [dense.Config(transposed)])}
+    engine = tx.Engine(
+        mesh=tx.MeshSpec(jax.devices()[:devices]),
+        plan=tx.Plan(tx.DP("data")),
+        optimizer=tx.optim.sgd(0.02, momentum=0.9),
+        compiler_options=options,
+    )
+    step, _ = train.make_steps(models.layers_of(model, 0))
+    state = engine.create_state(models.init(models.layers_of(model, 0), seed=0))
+    batch = shard_batch(random_batch(devices), engine.mesh, engine.plan)
+
+    def one():
+        nonlocal state
+        state, metrics = engine.run(step, state, batch)
+        jax.block_until_ready((state, metrics))
+
+    for _ in range(3):  # the first compiles
+        one()
+    return one
+
+
+def main():
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--devices", type=int, default=2)
+    parser.add_argument("--model", default="cnn3x3", choices=("cnn3x3", "dropout-cnn"))
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--steps", type=int, default=8, help="in each round")
+    args = parser.parse_args()
+    launch.simulate_cpu_devices(args.devices)
+    steps = [prepare(*settings, args.devices, args.model) for _, *settings in VARIANTS]
+    times = [[] for _ in VARIANTS]
+    for _ in range(args.rounds):
+        for one, own in zip(steps, times, strict=True):
+            started = time.perf_counter()
+            for _ in range(args.steps):
+                one()
+            own.append(1e3 * (time.perf_counter() - started) / args.steps)
+    images = BATCH_PER_DEVICE * args.devices
+    rows = []
+    for i, ((name, *_), own) in enumerate(zip(VARIANTS, times, strict=True)):
+        before = times[max(i - 1, 0)]
+        gain = statistics.median(b / o for b, o in zip(before, own, strict=True))
+        total = statistics.median(b / o for b, o in zip(times[0], own, strict=True))
+        median = statistics.median(own)
+        rows.append((name, f"{median:.1f}", f"{1e3 * images / median:,.0f}", gain, total))
+    print(f"{args.model}, {args.devices} devices, {BATCH_PER_DEVICE} images each, jax", end=" ")
+    print(f"{jax.__version__}, median of {args.rounds} rounds of {args.steps} steps")
+    heads = ("added", "ms a step", "images/s", "x the line before", "x the first")
+    print(tabulate(rows, heads, tablefmt="github", floatfmt=".2f"))
+
+
+if __name__ == "__main__":
+    main()
