@@ -17,18 +17,18 @@ from tabulate import tabulate
 
 sys.path.append(str(pathlib.Path(__file__).resolve().parents[1] / "examples" / "mnist"))
 
-import models  # noqa: E402
-import train  # noqa: E402
-from mnist_step import BATCH_PER_DEVICE, random_batch  # noqa: E402
+import models
+import train
+from mnist_step import BATCH_PER_DEVICE, random_batch
 
-import txcore as tx  # noqa: E402
-from txcore import launch  # noqa: E402
-from txcore.kernels import compiler_options, registry  # noqa: E402
-from txcore.kernels.conv import api as conv_api  # noqa: E402
-from txcore.kernels.conv import xla as conv  # noqa: E402
-from txcore.kernels.dense import api as dense_api  # noqa: E402
-from txcore.kernels.dense import xla as dense  # noqa: E402
-from txcore.train.batch import shard_batch  # noqa: E402
+import txcore as tx
+from txcore import launch
+from txcore.kernels import compiler_options, registry
+from txcore.kernels.conv import api as conv_api
+from txcore.kernels.conv import xla as conv
+from txcore.kernels.dense import api as dense_api
+from txcore.kernels.dense import xla as dense
+from txcore.train.batch import shard_batch
 
 OFF = compiler_options("cpu")
 PLAIN, ON_CPU = conv.Config("direct"), conv.Config("direct", on_cpu=True)

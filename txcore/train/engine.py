@@ -10,6 +10,7 @@ import numpy as np
 
 from txcore import _compat
 from txcore.kernels import compiler_options as default_compiler_options
+from txcore.launch.threads import yield_to_compute
 from txcore.mesh import MeshSpec
 from txcore.optim import as_optimizer
 from txcore.plan import Plan
@@ -71,6 +72,8 @@ class Engine:
         if not isinstance(seed, int) or not 0 <= seed < 2**32:
             raise ValueError(f"Engine needs seed= an int from 0 to 2**32 - 1, got {seed}")
         plan.validate(mesh)
+        if jax.process_count() > 1 and mesh.devices[0].platform == "cpu":
+            yield_to_compute()
         self.mesh, self.plan = mesh, plan
         self.optimizer = as_optimizer(optimizer)
         if callable(loggers):
