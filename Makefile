@@ -3,6 +3,8 @@ PYTHON ?= $(shell tools/newest-python)
 VENV ?= .venv
 BIN = $(VENV)/bin
 SETUP = $(VENV)/.installed
+# A worker for each core: most tests compile one program after the other.
+PARALLEL ?= -n auto --dist worksteal
 # Compilers for TPUs and GPUs lie apart: beside them jax looks for the devices, and says so.
 TARGETS = $(VENV)-targets
 # The peers that txcore is measured against lie apart too: they are large, and no part of it.
@@ -22,8 +24,8 @@ mnist: setup  ## train the CNN on two devices and show which collectives the ste
 	$(BIN)/python examples/mnist/train.py --model cnn --devices 2 $(MNIST_ARGS)
 
 test: setup $(TARGETS)/.installed  ## run the tests, those that compile for absent machines last
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
-	$(TARGETS)/bin/python -m pytest tests/profiling/test_*target*.py
+	$(BIN)/python -m pytest $(PARALLEL) $(PYTEST_ARGS)
+	$(TARGETS)/bin/python -m pytest $(PARALLEL) tests/profiling/test_*target*.py
 
 $(TARGETS)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(TARGETS)

@@ -46,6 +46,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--optimizer", default="sgd", choices=list(LEARNING_RATES), help="sgd has momentum 0.9")
     add("--lr-scaling", default="none", choices=["none", "linear"], help="rate x batch / 64")
     add("--warmup", type=int, default=100, help="steps of linear warm-up; default: 100")
+    add("--decay", default="none", choices=["none", "cosine"], help="cosine: to 0 at the end")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--steps", type=int)
     length.add_argument("--epochs", type=int, help="default: 3 of MNIST, 20 of the few digits")
@@ -142,12 +143,19 @@ def make_steps(layers: tuple[models.Layer, ...]) -> tuple[Any, Callable[..., Any
     return train_step, eval_step
 
 
-def make_optimizer(args: argparse.Namespace) -> tx.optim.Optimizer:
-    """Return the optimizer with its learning rate, scaled and warmed up as asked for."""
+def make_optimizer(args: argparse.Namespace, steps: int) -> tx.optim.Optimizer:
+    """Return the optimizer with its learning rate, scaled, warmed up and decayed as asked for."""
     rate = LEARNING_RATES[args.optimizer] if args.learning_rate is None else args.learning_rate
     if args.lr_scaling == "linear":
         rate = tx.optim.linear_scaling(rate, args.batch_size, BASE_BATCH)
     schedule = tx.optim.warmup(rate, args.warmup) if args.warmup else rate
+    if args.decay == "cosine":
+        if args.warmup >= steps:
+            raise ValueError(
+                f"--decay cosine needs more steps than the warm-up's {args.warmup}, got {steps}: "
+                "train longer, or make --warmup shorter"
+            )
+        schedule = tx.optim.cosine(rate, steps, args.warmup)
     if args.optimizer == "adamw":
         return tx.optim.adamw(schedule)
     return tx.optim.sgd(schedule, momentum=0.9)
@@ -245,6 +253,10 @@ def train(args: argparse.Namespace) -> int:
         agree=lambda own: launch.share("dataset", own),
     )
     data = Data(dataset, args, len(devices))
+    steps = args.steps
+    if steps is None:
+        epochs = EPOCHS[dataset.name] if args.epochs is None else args.epochs
+        steps = epochs * data.steps_per_epoch
     history = History()
     loggers: list[tx.loggers.Logger] = [tx.loggers.Basic(unit="images"), history]
     if args.log_dir:
@@ -252,7 +264,7 @@ def train(args: argparse.Namespace) -> int:
     engine = tx.Engine(
         mesh=tx.MeshSpec(devices=devices, axes=("data",)),
         plan=tx.Plan(data_parallel=tx.DP(axis="data")),
-        optimizer=make_optimizer(args),
+        optimizer=make_optimizer(args, steps),
         loggers=loggers,
         precision=args.precision,
         seed=args.seed,
@@ -262,10 +274,6 @@ def train(args: argparse.Namespace) -> int:
         f"{jax.process_count()} process(es), global batch {args.batch_size}, {args.precision}"
     )
     train_step, eval_step = make_steps(layers)
-    steps = args.steps
-    if steps is None:
-        epochs = EPOCHS[dataset.name] if args.epochs is None else args.epochs
-        steps = epochs * data.steps_per_epoch
     state = engine.fit(
         train_step,
         engine.create_state(models.init(layers, args.seed)),

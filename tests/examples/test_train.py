@@ -207,6 +207,11 @@ BAD = [
     (["--model", "mlp", "--dropout", "0.5"], "--dropout 0.5: model mlp has no dropout"),
     (["--learning-rate", "-1"], "--learning-rate must be a number from 0 on, got -1.0"),
     (["--warmup", "-1"], "--warmup must be a count from 0 on, got -1"),
+    (
+        ["--decay", "cosine", "--steps", "100"],
+        "--decay cosine needs more steps than the warm-up's 100, got 100: train longer, or make "
+        "--warmup shorter",
+    ),
     (["--steps", "-1"], "--steps must be a count from 0 on, got -1"),
     (["--eval-every", "-5"], "--eval-every must be a count from 1 on, got -5"),
     (["--seed", "-1"], "--seed must be from 0 to 4294967295, got -1"),

@@ -1,0 +1,77 @@
+"""Every form of the XLA convolution at every kind of size, also where it is not the best guess."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import kernel_oracles as oracles
+import numpy as np
+import pytest
+
+from txcore import kernels
+from txcore.kernels.conv.xla import Config
+
+FORMS = ("direct", "windows", "winograd")
+OPTIONS = list(itertools.product(("SAME", "VALID"), (None, 2), (None, "relu")))
+
+
+def compare(form, image, filter_size, channels, **options):
+    """Compare the op and its gradients with float64 NumPy."""
+    random = np.random.default_rng(0)
+    shapes = ((2, *image, channels), (*filter_size, channels, 4), (4,))
+    args = [random.normal(size=shape).astype(np.float32) for shape in shapes]
+
+    def cotangent(out):
+        return np.cos(np.arange(out.size)).reshape(out.shape)
+
+    wanted, gradients = oracles.conv2d(*args, cotangent, **options)
+
+    def run(*args):
+        config = Config(form, on_cpu=True)
+        return kernels.conv2d(*args, **options, implementation="xla", config=config)
+
+    @jax.jit
+    def both(*args):
+        out, vjp = jax.vjp(run, *args)
+        return out, *vjp(jnp.asarray(cotangent(wanted), jnp.float32))
+
+    for ours, theirs in zip(both(*args), (wanted, *gradients), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("padding, pool, activation", OPTIONS)
+def test_an_odd_image(form, padding, pool, activation):
+    compare(form, (7, 5), (3, 3), 3, padding=padding, pool=pool, activation=activation)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("image", [(4, 4), (3, 3), (3, 4), (8, 3), (5, 9)])
+def test_small_and_mixed_images(form, image):
+    compare(form, image, (3, 3), 2, padding="SAME", pool=2, activation="relu")
+    if min(image) > 3:
+        compare(form, image, (3, 3), 2, padding="VALID", pool=2, activation="relu")
+
+
+@pytest.mark.parametrize("form", ["direct", "windows"])
+@pytest.mark.parametrize("filter_size", [(1, 1), (5, 5), (2, 4)])
+@pytest.mark.parametrize("padding, pool", [("SAME", 2), ("VALID", None)])
+def test_other_filters(form, filter_size, padding, pool):
+    compare(form, (8, 9), filter_size, 2, padding=padding, pool=pool, activation="relu")
+
+
+def test_winograd_refuses_other_filters():
+    x, w, b = jnp.ones((1, 8, 8, 2)), jnp.ones((5, 5, 2, 4)), jnp.zeros(4)
+    with pytest.raises(ValueError) as error:
+        kernels.conv2d(x, w, b, implementation="xla", config=Config("winograd"))
+    assert str(error.value) == (
+        "conv2d: the form 'winograd' needs a 3x3 filter; got w (5, 5, 2, 4). Pass "
+        "config=Config('direct') or 'windows', or leave config and implementation out."
+    )
+
+
+def test_the_winograd_form_makes_sixteen_products_and_no_convolution():
+    x, w, b = jnp.ones((2, 8, 8, 8)), jnp.ones((3, 3, 8, 8)), jnp.zeros(8)
+    hlo = jax.jit(kernels.conv2d).lower(x, w, b).compile().as_text()
+    assert "convolution(" not in hlo
+    assert hlo.count("f32[32,8]{1,0} dot(") == 16  # 2 images of 4x4 tiles
