@@ -11,6 +11,7 @@ import pathlib
 import statistics
 import sys
 import time
+from typing import NamedTuple
 
 import jax
 from tabulate import tabulate
@@ -34,30 +35,41 @@ OFF = compiler_options("cpu")
 PLAIN, ON_CPU = conv.Config("direct"), conv.Config("direct", on_cpu=True)
 WINDOWS, WINOGRAD = (conv.Config(form, on_cpu=True) for form in ("windows", "winograd"))
 
-# What is added, compiler options, the first and the other convolutions, dense's transposed dx.
+
+class Variant(NamedTuple):
+    """One line of the table: what it adds, and how the step is then compiled."""
+
+    added: str
+    options: dict[str, str]
+    first: conv.Config
+    other: conv.Config
+    transposed_dx: bool
+
+
 VARIANTS = (
-    ("pooling with a VJP of its own", {}, PLAIN, PLAIN, False),
-    ("XLA's YNN fusions off", OFF, PLAIN, PLAIN, False),
-    ("places and results computed once, sums as products", OFF, ON_CPU, ON_CPU, False),
-    ("the first convolution by windows", OFF, WINDOWS, ON_CPU, False),
-    ("the second by Winograd's products", OFF, WINDOWS, WINOGRAD, False),
-    ("dense's dx by the transposed product", OFF, WINDOWS, WINOGRAD, True),
+    Variant("pooling with a VJP of its own", {}, PLAIN, PLAIN, False),
+    Variant("XLA's YNN fusions off", OFF, PLAIN, PLAIN, False),
+    Variant("values computed once, sums as products", OFF, ON_CPU, ON_CPU, False),
+    Variant("the first convolution by windows", OFF, WINDOWS, ON_CPU, False),
+    Variant("the second by Winograd's products", OFF, WINDOWS, WINOGRAD, False),
+    Variant("dense's dx by the transposed product", OFF, WINDOWS, WINOGRAD, True),
 )
 
 
-def prepare(options, first, other, transposed, devices, model):
+def prepare(variant, devices, model):
     """Return a function that runs one step of a variant and waits for it."""
 
     def convolution(problem):
-        return [first if problem.shapes[0][3] == 1 else other]
+        return [variant.first if problem.shapes[0][3] == 1 else variant.other]
 
+    config = dense.Config(variant.transposed_dx)
     conv_api.KERNELS = {"xla": registry.Kernel(conv.conv2d, convolution)}
-    dense_api.KERNELS = {"xla": registry.Kernel(dense.dense, lambda _: [dense.Config(transposed)])}
+    dense_api.KERNELS = {"xla": registry.Kernel(dense.dense, lambda _: [config])}
     engine = tx.Engine(
         mesh=tx.MeshSpec(jax.devices()[:devices]),
         plan=tx.Plan(tx.DP("data")),
         optimizer=tx.optim.sgd(0.02, momentum=0.9),
-        compiler_options=options,
+        compiler_options=variant.options,
     )
     step, _ = train.make_steps(models.layers_of(model, 0))
     state = engine.create_state(models.init(models.layers_of(model, 0), seed=0))
@@ -82,7 +94,7 @@ def main():
     parser.add_argument("--steps", type=int, default=8, help="in each round")
     args = parser.parse_args()
     launch.simulate_cpu_devices(args.devices)
-    steps = [prepare(*settings, args.devices, args.model) for _, *settings in VARIANTS]
+    steps = [prepare(variant, args.devices, args.model) for variant in VARIANTS]
     times = [[] for _ in VARIANTS]
     for _ in range(args.rounds):
         for one, own in zip(steps, times, strict=True):
@@ -92,12 +104,12 @@ def main():
             own.append(1e3 * (time.perf_counter() - started) / args.steps)
     images = BATCH_PER_DEVICE * args.devices
     rows = []
-    for i, ((name, *_), own) in enumerate(zip(VARIANTS, times, strict=True)):
+    for i, (variant, own) in enumerate(zip(VARIANTS, times, strict=True)):
         before = times[max(i - 1, 0)]
         gain = statistics.median(b / o for b, o in zip(before, own, strict=True))
         total = statistics.median(b / o for b, o in zip(times[0], own, strict=True))
         median = statistics.median(own)
-        rows.append((name, f"{median:.1f}", f"{1e3 * images / median:,.0f}", gain, total))
+        rows.append((variant.added, f"{median:.1f}", f"{1e3 * images / median:,.0f}", gain, total))
     print(f"{args.model}, {args.devices} devices, {BATCH_PER_DEVICE} images each, jax", end=" ")
     print(f"{jax.__version__}, median of {args.rounds} rounds of {args.steps} steps")
     heads = ("added", "ms a step", "images/s", "x the line before", "x the first")
