@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from txcore.kernels.conv.windows_geometry import Geometry
+from txcore.kernels.conv.windows_geometry import Windows
 
 
-def forward(x: jax.Array, w: jax.Array, at: Geometry) -> tuple[list[jax.Array], jax.Array]:
+def forward(x: jax.Array, w: jax.Array, at: Windows) -> tuple[list[jax.Array], jax.Array]:
     """Return the outputs of every window, row by row, and the patches."""
     patches = _patches(x, w, at)
     flat = patches.reshape(-1, patches.shape[3])
@@ -24,7 +24,7 @@ def forward(x: jax.Array, w: jax.Array, at: Geometry) -> tuple[list[jax.Array], 
 
 
 def backward(
-    x: jax.Array, w: jax.Array, patches: jax.Array, dy: Sequence[jax.Array], at: Geometry
+    x: jax.Array, w: jax.Array, patches: jax.Array, dy: Sequence[jax.Array], at: Windows
 ) -> tuple[jax.Array, jax.Array]:
     """Return the gradients of x and w.
 
@@ -33,7 +33,7 @@ def backward(
       w: the filters.
       patches: what `forward` kept.
       dy: gradients of the outputs of every window, each [batch, rows, columns, channels].
-      at: the geometry.
+      at: the windows.
     """
     flat = patches.reshape(-1, patches.shape[3])
     dy = [d.reshape(-1, w.shape[3]) for d in dy]
@@ -44,7 +44,7 @@ def backward(
     return dx, dw
 
 
-def _patches(x: jax.Array, w: jax.Array, at: Geometry) -> jax.Array:
+def _patches(x: jax.Array, w: jax.Array, at: Windows) -> jax.Array:
     """Return [batch, rows, columns, patch]."""
     height, width = (size + at.stride - 1 for size in w.shape[:2])
     spans = at.stride * (at.rows - 1) + 1, at.stride * (at.columns - 1) + 1

@@ -1,10 +1,14 @@
-"""Where the outputs of a convolution lie, and the windows that a pool makes of them."""
+"""The windows that a pool makes of a convolution's output, and what pads the image for them."""
 
 from dataclasses import dataclass
 
+import jax
+
+from txcore.kernels.conv.pallas_geometry import Geometry
+
 
 @dataclass(frozen=True)
-class Geometry:
+class Windows:
     """Hold the outputs of a convolution as windows of `stride` x `stride`, and its padding."""
 
     stride: int
@@ -14,23 +18,21 @@ class Geometry:
     left: int
 
 
-def geometry_of(
-    image: tuple[int, int], filter_size: tuple[int, int], padding: str, stride: int, partial: bool
-) -> Geometry:
+def windows_of(
+    x: jax.Array, w: jax.Array, padding: str, stride: int, partial: bool = False
+) -> Windows:
     """Return the windows of a convolution's output.
 
     Args:
-      image: height and width.
-      filter_size: height and width.
+      x: images.
+      w: filters.
       padding: "SAME" or "VALID".
       stride: size of a window, 1 or 2.
       partial: whether an odd last row or column has windows of its own.
 
     Returns:
-      The geometry.
+      The windows.
     """
-    lost = [size - 1 for size in filter_size]
-    sizes = image if padding == "SAME" else [n - k for n, k in zip(image, lost, strict=True)]
-    rows, columns = ((n + (stride - 1) * partial) // stride for n in sizes)
-    top, left = (k // 2 if padding == "SAME" else 0 for k in lost)
-    return Geometry(stride, rows, columns, top, left)
+    whole = Geometry.of(x, w, None, None, padding)
+    rows, columns = ((n + (stride - 1) * partial) // stride for n in whole.unpooled)
+    return Windows(stride, rows, columns, *whole.before)

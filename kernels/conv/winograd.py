@@ -14,14 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from txcore.kernels.conv.windows_geometry import Geometry
+from txcore.kernels.conv.windows_geometry import Windows
 
 Arrays = Sequence[jax.Array]
 
 _FILTER = np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])  # of 3 taps
 
 
-def forward(x: jax.Array, w: jax.Array, at: Geometry) -> tuple[list[jax.Array], list[jax.Array]]:
+def forward(x: jax.Array, w: jax.Array, at: Windows) -> tuple[list[jax.Array], list[jax.Array]]:
     """Return the 4 outputs of every tile, row by row, and the coefficients of the input."""
     inputs = _input_coefficients(x, at)
     products = [v @ u for v, u in zip(inputs, _filter_coefficients(w), strict=True)]
@@ -32,7 +32,7 @@ def forward(x: jax.Array, w: jax.Array, at: Geometry) -> tuple[list[jax.Array], 
 
 
 def backward(
-    x: jax.Array, w: jax.Array, inputs: Arrays, dy: Arrays, at: Geometry
+    x: jax.Array, w: jax.Array, inputs: Arrays, dy: Arrays, at: Windows
 ) -> tuple[jax.Array, jax.Array]:
     """Return the gradients of x and w.
 
@@ -41,7 +41,7 @@ def backward(
       w: the filters.
       inputs: what `forward` kept.
       dy: gradients of the 4 outputs of every tile, each [batch, rows, columns, channels].
-      at: the geometry.
+      at: the tiles.
     """
     left, right = _spread(dy[0], dy[2]), _spread(dy[1], dy[3])
     by_row = [_spread(a, b) for a, b in zip(left, right, strict=True)]
@@ -60,7 +60,7 @@ def _filter_coefficients(w: jax.Array) -> jax.Array:
     return u.reshape(16, *w.shape[2:])
 
 
-def _input_coefficients(x: jax.Array, at: Geometry) -> list[jax.Array]:
+def _input_coefficients(x: jax.Array, at: Windows) -> list[jax.Array]:
     """Return 16 arrays [tiles, channels]."""
     x = lax.pad(x, jnp.zeros((), x.dtype), _padding(x, at))
     by_row = _transform(x, 1, at.rows)
@@ -68,7 +68,7 @@ def _input_coefficients(x: jax.Array, at: Geometry) -> list[jax.Array]:
     return [part.reshape(-1, x.shape[3]) for part in parts]
 
 
-def _padding(x: jax.Array, at: Geometry) -> list[tuple[int, int, int]]:
+def _padding(x: jax.Array, at: Windows) -> list[tuple[int, int, int]]:
     below, right = 2 * at.rows + 2 - at.top - x.shape[1], 2 * at.columns + 2 - at.left - x.shape[2]
     return [(0, 0, 0), (at.top, below, 0), (at.left, right, 0), (0, 0, 0)]
 
@@ -87,7 +87,7 @@ def _spread(first: jax.Array, second: jax.Array) -> list[jax.Array]:
     return [first, first + second, first - second, -second]
 
 
-def _input_gradient(dv: Arrays, x: jax.Array, at: Geometry) -> jax.Array:
+def _input_gradient(dv: Arrays, x: jax.Array, at: Windows) -> jax.Array:
     """Apply the transpose of `_input_coefficients`, to [batch, rows, columns, channels] each."""
     by_row = [_overlap(dv[i : i + 4], 2) for i in range(0, 16, 4)]
     by_column = [_overlap([row[parity] for row in by_row], 1) for parity in (0, 1)]

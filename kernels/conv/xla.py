@@ -10,7 +10,8 @@ from jax import lax
 
 from txcore.kernels import checks
 from txcore.kernels.conv import pooling, windows, winograd
-from txcore.kernels.conv.windows_geometry import Geometry, geometry_of
+from txcore.kernels.conv.pallas_geometry import Geometry
+from txcore.kernels.conv.windows_geometry import windows_of
 from txcore.kernels.problem import Problem
 
 Form = Literal["direct", "windows", "winograd"]
@@ -135,8 +136,8 @@ def _products(
         y = _convolve(x, w, padding, checks.accumulator(x.dtype))
         return (pooling.corners(y) if pool else [y]), None
     if form == "windows":
-        return windows.forward(x, w, _windows(x, w, padding, pool or 1))
-    tiles, kept = winograd.forward(x, w, _windows(x, w, padding, 2, partial=not pool))
+        return windows.forward(x, w, windows_of(x, w, padding, pool or 1))
+    tiles, kept = winograd.forward(x, w, windows_of(x, w, padding, 2, partial=not pool))
     return (tiles if pool else [pooling.interleave(tiles, *_size(x, w, padding))]), kept
 
 
@@ -155,26 +156,18 @@ def _product_gradients(
         dx, dw = transpose(full)
         return dx, dw
     if form == "windows":
-        at = _windows(x, w, padding, 1 if place is None else 2)
+        at = windows_of(x, w, padding, 1 if place is None else 2)
         return windows.backward(x, w, kept, [g] if place is None else pooling.apart(place, g), at)
-    at = _windows(x, w, padding, 2, partial=place is None)
+    at = windows_of(x, w, padding, 2, partial=place is None)
     if place is None:
         odd = [(0, 0), (0, 2 * at.rows - g.shape[1]), (0, 2 * at.columns - g.shape[2]), (0, 0)]
         return winograd.backward(x, w, kept, pooling.corners(jnp.pad(g, odd)), at)
     return winograd.backward(x, w, kept, pooling.apart(place, g), at)
 
 
-def _windows(
-    x: jax.Array, w: jax.Array, padding: str, stride: int, partial: bool = False
-) -> Geometry:
-    image, filter_size = (x.shape[1], x.shape[2]), (w.shape[0], w.shape[1])
-    return geometry_of(image, filter_size, padding, stride, partial)
-
-
 def _size(x: jax.Array, w: jax.Array, padding: str) -> tuple[int, int]:
     """Return height and width before pooling."""
-    at = _windows(x, w, padding, 1)
-    return at.rows, at.columns
+    return Geometry.of(x, w, None, None, padding).unpooled
 
 
 def _convolve(

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from txcore.kernels import checks, random, tiles
 from txcore.kernels.dense import elementwise
+from txcore.kernels.dropout import tile_masks
 from txcore.kernels.problem import Problem
 
 Side = tuple[jax.Array, tiles.Spec]
@@ -106,10 +107,11 @@ def _layer(
         y, kept = y + bias, None
         if seeds:
             first, second, start = seeds
-            kept = random.keep((first, second), _counters(start, columns), dropout)
+            kept = random.keep((first, second), tile_masks.counters(start, columns), dropout)
         return [elementwise.apply(y, activation, dropout, kept), y][: 1 + save]
 
-    sides = [(tiles.pad(b[None], 1, columns), tiles.row(columns)), *_seeds(words, offset, rows)]
+    bias = (tiles.pad(b[None], 1, columns), tiles.row(columns))
+    sides = [bias, *tile_masks.seeds(words, offset, rows)]
     return _product(x, w, (1, 0), config, finish, sides, 1 + save)
 
 
@@ -127,23 +129,6 @@ def _backward(
 
 
 _dense.defvjp(_forward, _backward)
-
-
-def _seeds(words: jax.Array | None, offset: jax.Array | None, rows: int) -> list[Side]:
-    """Return what a tile's mask is computed from: the keys' two words, and the offset."""
-    if words is None or offset is None:
-        return []
-    first, second = (tiles.pad(words[:, i : i + 1], rows, 1) for i in (0, 1))
-    scalar = (offset.reshape(1, 1), tiles.SCALAR)
-    return [(first, tiles.column(rows)), (second, tiles.column(rows)), scalar]
-
-
-def _counters(offset: jax.Array, columns: int) -> jax.Array:
-    """Return the counters of the features of this program's tile, a row."""
-    from jax.experimental import pallas as pl
-
-    start = offset + (pl.program_id(1) * columns).astype(jnp.uint32)
-    return start + jax.lax.broadcasted_iota(jnp.uint32, (1, columns), 1)
 
 
 def _product(
@@ -224,12 +209,12 @@ def _derivative(
     rows, columns = tiles.block(count, config.rows), tiles.block(features, config.columns)
     matrices = [tiles.pad(m, rows, columns) for m in (g, saved) if m is not None]
     height, width = matrices[0].shape
-    seeds = _seeds(words, offset, height)
+    seeds = tile_masks.seeds(words, offset, height)
 
     def kernel(*refs: Any) -> None:
         *in_refs, dy_ref, db_ref = refs
         matrix_refs, seed_refs = in_refs[: len(matrices)], in_refs[len(matrices) :]
-        counters = _counters(seed_refs[2][...], columns) if seed_refs else None
+        counters = tile_masks.counters(seed_refs[2][...], columns) if seed_refs else None
 
         def step(i: Any, db: jax.Array) -> jax.Array:
             where, kept = pl.ds(i * rows, rows), None

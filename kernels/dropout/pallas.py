@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from txcore.kernels import checks, random, tiles
+from txcore.kernels.dropout import tile_masks
 from txcore.kernels.problem import Problem
 
 
@@ -39,30 +40,21 @@ def dropout(
 def _dropout(
     x: jax.Array, words: jax.Array, offset: jax.Array, rate: float, config: Config
 ) -> jax.Array:
-    from jax.experimental import pallas as pl
-
     (count, features), share = x.shape, random.keep_share(rate)
     rows, columns = tiles.block(count, config.rows), tiles.block(features, config.columns)
 
     def kernel(x_ref: Any, first_ref: Any, second_ref: Any, offset_ref: Any, out_ref: Any) -> None:
-        start = jnp.uint32(pl.program_id(1) * columns) + offset_ref[...]
-        counters = start + jax.lax.broadcasted_iota(jnp.uint32, (1, columns), 1)
+        counters = tile_masks.counters(offset_ref[...], columns)
         kept = random.keep((first_ref[...], second_ref[...]), counters, rate)
         wide = x_ref[...].astype(checks.accumulator(x.dtype))
         out_ref[...] = jnp.where(kept, wide / share, 0).astype(x.dtype)
 
     padded = tiles.pad(x, rows, columns)
     tile: tiles.Spec = ((rows, columns), lambda i, j: (i, j))
-    first, second = (tiles.pad(words[:, i : i + 1], rows, 1) for i in (0, 1))
     (out,) = tiles.call(
         kernel,
         (padded.shape[0] // rows, padded.shape[1] // columns),
-        [
-            (padded, tile),
-            (first, tiles.column(rows)),
-            (second, tiles.column(rows)),
-            (offset.reshape(1, 1), tiles.SCALAR),
-        ],
+        [(padded, tile), *tile_masks.seeds(words, offset, rows)],
         [(padded.shape, x.dtype, tile)],
         warps=config.warps,
     )

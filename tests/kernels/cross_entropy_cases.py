@@ -107,23 +107,5 @@ def _parameters(pairs):
     return [pytest.param(loss, v, id=f"{loss}-{v}") for loss, v in pairs]
 
 
-def cotangent(out):
-    return jnp.asarray(np.random.default_rng(1).normal(size=out.shape), out.dtype)
-
-
-def both(function, args):
-    """Return the losses and the cotangents of the arguments."""
-
-    def run(*args):
-        out, vjp = jax.vjp(function, *args)
-        return out, vjp(cotangent(out))
-
-    return jax.jit(run)(*args)
-
-
-def error(got, truth):
-    return float(np.linalg.norm(np.asarray(got, np.float64) - truth))
-
-
 def with_options(loss, variant, **options):
     return partial(loss.op, **variant.options, **options)

@@ -30,6 +30,24 @@ class Case:
         return [jnp.asarray(random.normal(size=shape), dtype) for shape in self.shapes]
 
 
+def cotangent(out):
+    return jnp.asarray(np.random.default_rng(1).normal(size=out.shape), out.dtype)
+
+
+def both(function, args):
+    """Return the output and the cotangents of the arguments."""
+
+    def run(*args):
+        out, vjp = jax.vjp(function, *args)
+        return out, vjp(cotangent(out))
+
+    return jax.jit(run)(*args)
+
+
+def error(got, truth):
+    return float(np.linalg.norm(np.asarray(got, np.float64) - truth))
+
+
 def plain_conv2d(x, w, b, activation=None, pool=None, padding="SAME"):
     layout = ("NHWC", "HWIO", "NHWC")
     y = lax.conv_general_dilated(x, w, (1, 1), padding, dimension_numbers=layout) + b

@@ -8,13 +8,11 @@ from cross_entropy_cases import (
     Loss,
     blocked,
     blocked_or_not,
-    both,
-    cotangent,
-    error,
     offered,
     with_options,
 )
 from jax.test_util import check_grads
+from kernel_cases import both, cotangent, error
 
 from txcore import kernels
 from txcore.kernels.cross_entropy.blocks import ClassBlocks, LossTiles

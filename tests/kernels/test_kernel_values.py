@@ -4,30 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from kernel_cases import ALL_CASES, CASES
+from kernel_cases import ALL_CASES, CASES, both, cotangent, error
 from kernel_oracles import conv2d as conv2d_oracle
 
 from txcore import kernels
 
 DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
-
-
-def cotangent(out):
-    return jnp.asarray(np.random.default_rng(1).normal(size=out.shape), out.dtype)
-
-
-def both(function, args):
-    """Return the output and the cotangents of the arguments."""
-
-    def run(*args):
-        out, vjp = jax.vjp(function, *args)
-        return out, vjp(cotangent(out))
-
-    return jax.jit(run)(*args)
-
-
-def error(got, truth):
-    return float(np.linalg.norm(np.asarray(got, np.float64) - truth))
 
 
 @pytest.mark.parametrize("case", ALL_CASES, ids=lambda case: case.name)

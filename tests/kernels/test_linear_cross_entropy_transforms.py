@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cross_entropy_cases import Loss, blocked, both, with_options
+from cross_entropy_cases import Loss, blocked, with_options
 from jax import lax
 from jax.sharding import PartitionSpec as P
+from kernel_cases import both
 
 AXIS = "data"
 LOGITS, LINEAR = Loss((18,), 37), Loss((18,), 37, features=7)

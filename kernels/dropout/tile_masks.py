@@ -1,0 +1,25 @@
+"""What a Pallas kernel computes the dropout mask of its tile from."""
+
+import jax
+import jax.numpy as jnp
+
+from txcore.kernels import tiles
+
+
+def seeds(
+    words: jax.Array | None, offset: jax.Array | None, rows: int
+) -> list[tuple[jax.Array, tiles.Spec]]:
+    """Return the operands: the two words of each row's key, and the offset; none without keys."""
+    if words is None or offset is None:
+        return []
+    first, second = (tiles.pad(words[:, i : i + 1], rows, 1) for i in (0, 1))
+    scalar = (offset.reshape(1, 1), tiles.SCALAR)
+    return [(first, tiles.column(rows)), (second, tiles.column(rows)), scalar]
+
+
+def counters(offset: jax.Array, columns: int) -> jax.Array:
+    """Return the counters of the features of this program's tile, a row."""
+    from jax.experimental import pallas as pl
+
+    start = offset + (pl.program_id(1) * columns).astype(jnp.uint32)
+    return start + jax.lax.broadcasted_iota(jnp.uint32, (1, columns), 1)
