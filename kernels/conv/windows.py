@@ -15,26 +15,26 @@ from jax import lax
 from txcore.kernels.conv.windows_geometry import Windows
 
 
-def forward(x: jax.Array, w: jax.Array, at: Windows) -> tuple[list[jax.Array], jax.Array]:
-    """Return the outputs of every window, row by row, and the patches."""
+def forward(x: jax.Array, w: jax.Array, at: Windows) -> list[jax.Array]:
+    """Return the outputs of every window, row by row."""
     patches = _patches(x, w, at)
     flat = patches.reshape(-1, patches.shape[3])
     shape = (*patches.shape[:3], w.shape[3])
-    return [(flat @ placed).reshape(shape) for placed in _placed(w, at.stride)], patches
+    return [(flat @ placed).reshape(shape) for placed in _placed(w, at.stride)]
 
 
 def backward(
-    x: jax.Array, w: jax.Array, patches: jax.Array, dy: Sequence[jax.Array], at: Windows
+    x: jax.Array, w: jax.Array, dy: Sequence[jax.Array], at: Windows
 ) -> tuple[jax.Array, jax.Array]:
     """Return the gradients of x and w.
 
     Args:
       x: the images.
       w: the filters.
-      patches: what `forward` kept.
       dy: gradients of the outputs of every window, each [batch, rows, columns, channels].
       at: the windows.
     """
+    patches = _patches(x, w, at)
     flat = patches.reshape(-1, patches.shape[3])
     dy = [d.reshape(-1, w.shape[3]) for d in dy]
     (dw,) = jax.linear_transpose(lambda w: _placed(w, at.stride), w)([flat.T @ d for d in dy])

@@ -21,31 +21,29 @@ Arrays = Sequence[jax.Array]
 _FILTER = np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])  # of 3 taps
 
 
-def forward(x: jax.Array, w: jax.Array, at: Windows) -> tuple[list[jax.Array], list[jax.Array]]:
-    """Return the 4 outputs of every tile, row by row, and the coefficients of the input."""
-    inputs = _input_coefficients(x, at)
-    products = [v @ u for v, u in zip(inputs, _filter_coefficients(w), strict=True)]
+def forward(x: jax.Array, w: jax.Array, at: Windows) -> list[jax.Array]:
+    """Return the 4 outputs of every tile, row by row."""
+    pairs = zip(_input_coefficients(x, at), _filter_coefficients(w), strict=True)
+    products = [v @ u for v, u in pairs]
     by_row = [_combine(products[i : i + 4]) for i in range(0, 16, 4)]
     left, right = (_combine([row[side] for row in by_row]) for side in (0, 1))
     shape = (x.shape[0], at.rows, at.columns, w.shape[3])
-    return [y.reshape(shape) for y in (left[0], right[0], left[1], right[1])], inputs
+    return [y.reshape(shape) for y in (left[0], right[0], left[1], right[1])]
 
 
-def backward(
-    x: jax.Array, w: jax.Array, inputs: Arrays, dy: Arrays, at: Windows
-) -> tuple[jax.Array, jax.Array]:
+def backward(x: jax.Array, w: jax.Array, dy: Arrays, at: Windows) -> tuple[jax.Array, jax.Array]:
     """Return the gradients of x and w.
 
     Args:
       x: the images.
       w: the filters.
-      inputs: what `forward` kept.
       dy: gradients of the 4 outputs of every tile, each [batch, rows, columns, channels].
       at: the tiles.
     """
     left, right = _spread(dy[0], dy[2]), _spread(dy[1], dy[3])
     by_row = [_spread(a, b) for a, b in zip(left, right, strict=True)]
     d = [coefficient.reshape(-1, w.shape[3]) for row in by_row for coefficient in row]
+    inputs = _input_coefficients(x, at)
     du = jnp.stack([v.T @ m for v, m in zip(inputs, d, strict=True)])
     (dw,) = jax.linear_transpose(_filter_coefficients, w)(du)
     shape = (x.shape[0], at.rows, at.columns, x.shape[3])

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from txcore.kernels import checks
+from txcore.kernels import checks, chunks
 from txcore.kernels.conv import pooling, windows, winograd
 from txcore.kernels.conv.pallas_geometry import Geometry
 from txcore.kernels.conv.windows_geometry import windows_of
@@ -18,6 +18,7 @@ Form = Literal["direct", "windows", "winograd"]
 
 WINDOWS_PATCH = 64  # the largest patch for which "windows" is worth trying, in elements
 WINOGRAD_CHANNELS = 8  # below, its transforms cost more than its products save
+CHUNK_BYTES = 5 << 19  # what the products of some images may take, to stay in a core's caches
 
 
 @dataclass(frozen=True)
@@ -29,28 +30,54 @@ class Config:
         channels), "winograd" 16 products for 36 (3x3 filters).
       on_cpu: whether to go around what XLA's CPU compiler is slow at: products of halves,
         sums over rows, comparisons of bytes, and values computed anew in each of their users.
+      images: how many images at a time, in a loop; None for the whole batch at once. XLA's CPU
+        compiler runs its own convolution ("direct") ten times slower inside a loop.
+
+    Raises:
+      ValueError: `images` is no count.
 
     Example:
       >>> from txcore.kernels.conv.xla import Config
-      >>> Config("winograd", on_cpu=True).form
+      >>> Config("winograd", on_cpu=True, images=8).form
       'winograd'
     """
 
     form: Form = "direct"
     on_cpu: bool = False
+    images: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.images is not None and (not isinstance(self.images, int) or self.images < 1):
+            raise ValueError(
+                "conv2d: images of Config must be an integer of at least 1, or None for the whole "
+                f"batch at once; got {self.images!r}."
+            )
 
 
 def configs(problem: Problem) -> list[Config]:
     """Return the configurations worth trying, the best guess first."""
     if problem.platform != "cpu":
         return [Config()]
-    rows, columns, inputs, outputs = problem.shapes[1]
-    forms: list[Form] = ["direct"]
-    if (rows, columns) == (3, 3) and min(inputs, outputs) >= WINOGRAD_CHANNELS:
-        forms = ["winograd", "direct"]
-    elif (rows + 1) * (columns + 1) * inputs <= WINDOWS_PATCH:
-        forms = ["windows", "direct"]
-    return [Config(form, on_cpu=True) for form in forms]
+    _, rows, columns, channels = problem.shapes[0]
+    *size, inputs, outputs = problem.shapes[1]
+    direct = Config(on_cpu=True)
+    if size == [3, 3] and min(inputs, outputs) >= WINOGRAD_CHANNELS:
+        tiles = -(-rows // 2) * -(-columns // 2)
+        return [*_in_chunks("winograd", tiles * 16 * (inputs + outputs), problem), direct]
+    window = problem.option("pool") or 1
+    patch = (size[0] + window - 1) * (size[1] + window - 1) * inputs
+    if (size[0] + 1) * (size[1] + 1) * inputs <= WINDOWS_PATCH:
+        windows = (rows // window) * (columns // window)
+        made = windows * (patch + window**2 * outputs)
+        return [*_in_chunks("windows", made, problem), direct]
+    return [direct]
+
+
+def _in_chunks(form: Form, elements: int, problem: Problem) -> list[Config]:
+    """Return a form with as many images at a time as the caches hold, and with all at once."""
+    size = checks.accumulator(jnp.dtype(problem.dtypes[0])).itemsize * elements
+    images = 1 << max((CHUNK_BYTES // max(size, 1)).bit_length() - 1, 0)
+    return [Config(form, True, images), Config(form, True)]
 
 
 def conv2d(
@@ -94,8 +121,46 @@ def _forward(
     padding: str,
     config: Config,
 ) -> tuple[jax.Array, Any]:
-    wide_x, wide_w = _wide(config, x), _wide(config, w)
-    outputs, products = _products(wide_x, wide_w, padding, pool, config.form)
+    def some(x: jax.Array) -> tuple[tuple[jax.Array, jax.Array | None], None]:
+        return _some_forward(x, w, b, activation, pool, padding, config), None
+
+    (out, place), _ = chunks.run(some, config.images, x)
+    return out, (x, w, b, place, out if activation and not pool else None)
+
+
+def _backward(
+    activation: str | None, pool: int | None, padding: str, config: Config, kept: Any, g: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    x, w, b, place, out = kept
+
+    def some(
+        x: jax.Array, place: jax.Array | None, out: jax.Array | None, g: jax.Array
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        if out is not None:
+            g = jnp.where(out > 0, g, 0)
+        wide_x, wide_w, g = (_wide(config, array) for array in (x, w, g))
+        db = _sum_rows(g if place is None else jnp.where(place == pooling.NO_PLACE, 0, g), config)
+        dx, dw = _product_gradients(wide_x, wide_w, place, g, padding, config.form)
+        return dx.astype(x.dtype), (dw, db)
+
+    dx, (dw, db) = chunks.run(some, config.images, x, place, out, g)
+    return dx, dw.astype(w.dtype), db.astype(b.dtype)
+
+
+_conv2d.defvjp(_forward, _backward)
+
+
+def _some_forward(
+    x: jax.Array,
+    w: jax.Array,
+    b: jax.Array,
+    activation: str | None,
+    pool: int | None,
+    padding: str,
+    config: Config,
+) -> tuple[jax.Array, jax.Array | None]:
+    """Return the output of some of the images, and where each window's maximum is."""
+    outputs = _products(_wide(config, x), _wide(config, w), padding, pool, config.form)
     # The maximum of y + b is (the maximum of y) + b, also when rounded: a quarter of the work.
     top = pooling.maximum(outputs) if pool else outputs[0]
     out = top + b.astype(top.dtype)
@@ -109,47 +174,34 @@ def _forward(
         dtype = top.dtype if config.on_cpu else jnp.dtype(jnp.int8)
         place = pooling.places(outputs, top, passed, dtype)
         place = _once(place) if config.on_cpu else place
-    out = out.astype(x.dtype)
-    return out, (x, w, b, products, place, out if activation and not pool else None)
-
-
-def _backward(
-    activation: str | None, pool: int | None, padding: str, config: Config, kept: Any, g: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    x, w, b, products, place, out = kept
-    if out is not None:
-        g = jnp.where(out > 0, g, 0)
-    wide_x, wide_w, g = (_wide(config, array) for array in (x, w, g))
-    db = _sum_rows(g if place is None else jnp.where(place == pooling.NO_PLACE, 0, g), config)
-    dx, dw = _product_gradients(wide_x, wide_w, products, place, g, padding, config.form)
-    return dx.astype(x.dtype), dw.astype(w.dtype), db.astype(b.dtype)
-
-
-_conv2d.defvjp(_forward, _backward)
+    return out.astype(x.dtype), place
 
 
 def _products(
     x: jax.Array, w: jax.Array, padding: str, pool: int | None, form: Form
-) -> tuple[list[jax.Array], Any]:
-    """Return the outputs, as four arrays where they are pooled, and what the VJP needs."""
+) -> list[jax.Array]:
+    """Return the outputs, as four arrays where they are pooled."""
     if form == "direct":
         y = _convolve(x, w, padding, checks.accumulator(x.dtype))
-        return (pooling.corners(y) if pool else [y]), None
+        return pooling.corners(y) if pool else [y]
     if form == "windows":
         return windows.forward(x, w, windows_of(x, w, padding, pool or 1))
-    tiles, kept = winograd.forward(x, w, windows_of(x, w, padding, 2, partial=not pool))
-    return (tiles if pool else [pooling.interleave(tiles, *_size(x, w, padding))]), kept
+    tiles = winograd.forward(x, w, windows_of(x, w, padding, 2, partial=not pool))
+    return tiles if pool else [pooling.interleave(tiles, *_size(x, w, padding))]
 
 
 def _product_gradients(
     x: jax.Array,
     w: jax.Array,
-    kept: Any,
     place: jax.Array | None,
     g: jax.Array,
     padding: str,
     form: Form,
 ) -> tuple[jax.Array, jax.Array]:
+    """Return the gradients of x and w.
+
+    What the forms make of x is made again: XLA finds the copy that it has, except beyond a loop.
+    """
     if form == "direct":
         _, transpose = jax.vjp(lambda x, w: _convolve(x, w, padding), x, w)
         full = g if place is None else pooling.unpool(place, g, *_size(x, w, padding))
@@ -157,12 +209,12 @@ def _product_gradients(
         return dx, dw
     if form == "windows":
         at = windows_of(x, w, padding, 1 if place is None else 2)
-        return windows.backward(x, w, kept, [g] if place is None else pooling.apart(place, g), at)
+        return windows.backward(x, w, [g] if place is None else pooling.apart(place, g), at)
     at = windows_of(x, w, padding, 2, partial=place is None)
     if place is None:
         odd = [(0, 0), (0, 2 * at.rows - g.shape[1]), (0, 2 * at.columns - g.shape[2]), (0, 0)]
-        return winograd.backward(x, w, kept, pooling.corners(jnp.pad(g, odd)), at)
-    return winograd.backward(x, w, kept, pooling.apart(place, g), at)
+        return winograd.backward(x, w, pooling.corners(jnp.pad(g, odd)), at)
+    return winograd.backward(x, w, pooling.apart(place, g), at)
 
 
 def _size(x: jax.Array, w: jax.Array, padding: str) -> tuple[int, int]:

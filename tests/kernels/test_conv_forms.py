@@ -1,6 +1,7 @@
 """Every form of the XLA convolution at every kind of size, also where it is not the best guess."""
 
 import itertools
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +16,10 @@ FORMS = ("direct", "windows", "winograd")
 OPTIONS = list(itertools.product(("SAME", "VALID"), (None, 2), (None, "relu")))
 
 
-def compare(form, image, filter_size, channels, **options):
+def compare(form, image, filter_size, channels, *, batch=2, images=None, **options):
     """Compare the op and its gradients with float64 NumPy."""
     random = np.random.default_rng(0)
-    shapes = ((2, *image, channels), (*filter_size, channels, 4), (4,))
+    shapes = ((batch, *image, channels), (*filter_size, channels, 4), (4,))
     args = [random.normal(size=shape).astype(np.float32) for shape in shapes]
 
     def cotangent(out):
@@ -27,7 +28,7 @@ def compare(form, image, filter_size, channels, **options):
     wanted, gradients = oracles.conv2d(*args, cotangent, **options)
 
     def run(*args):
-        config = Config(form, on_cpu=True)
+        config = Config(form, on_cpu=True, images=images)
         return kernels.conv2d(*args, **options, implementation="xla", config=config)
 
     @jax.jit
@@ -58,6 +59,35 @@ def test_small_and_mixed_images(form, image):
 @pytest.mark.parametrize("padding, pool", [("SAME", 2), ("VALID", None)])
 def test_other_filters(form, filter_size, padding, pool):
     compare(form, (8, 9), filter_size, 2, padding=padding, pool=pool, activation="relu")
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("images", [1, 2, 3, 7, 8])
+def test_some_images_at_a_time(form, images):
+    compare(form, (6, 5), (3, 3), 2, batch=7, images=images, padding="SAME", pool=2)
+
+
+@pytest.mark.parametrize("padding, pool, activation", OPTIONS)
+def test_some_images_at_a_time_with_every_option(padding, pool, activation):
+    options = {"padding": padding, "pool": pool, "activation": activation}
+    compare("winograd", (6, 7), (3, 3), 3, batch=5, images=2, **options)
+
+
+@pytest.mark.parametrize("images", [0, -1, 1.5, "8"])
+def test_a_wrong_number_of_images_is_refused(images):
+    with pytest.raises(ValueError) as error:
+        Config("winograd", images=images)
+    assert str(error.value) == (
+        "conv2d: images of Config must be an integer of at least 1, or None for the whole batch at "
+        f"once; got {images!r}."
+    )
+
+
+def test_on_cpu_the_guess_keeps_the_products_of_some_images_in_the_cache():
+    """2.5 MiB: 8 images of 7x7 tiles, whose 16 products have 32 + 64 channels of 4 bytes."""
+    x, w, b = jnp.ones((64, 14, 14, 32)), jnp.ones((3, 3, 32, 64)), jnp.zeros(64)
+    hlo = jax.jit(partial(kernels.conv2d, pool=2)).lower(x, w, b).compile().as_text()
+    assert "f32[392,64]{1,0} dot(" in hlo and "f32[3136,64]{1,0} dot(" not in hlo
 
 
 def test_winograd_refuses_other_filters():
