@@ -32,4 +32,5 @@ def random_batch(devices):
         "image": rng.random((count, 28, 28, 1), np.float32),
         "label": rng.integers(0, 10, count).astype(np.int32),
         "mask": np.ones(count, np.float32),
+        "weight": np.ones(count, np.float32),
     }

@@ -32,7 +32,8 @@ def main() -> None:
     state = engine.create_state(params)
 
     def place(image: np.ndarray, label: np.ndarray):
-        batch = {"image": image, "label": label, "mask": np.ones(len(label), np.float32)}
+        ones = np.ones(len(label), np.float32)
+        batch = {"image": image, "label": label, "mask": ones, "weight": ones}
         return shard_batch(batch, engine.mesh, engine.plan)
 
     def run(batch):

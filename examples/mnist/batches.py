@@ -55,8 +55,10 @@ def epoch_batches(
       process_count: processes that share each batch.
 
     Returns:
-      An iterator of {"image": [b, ...], "label": int32 [b], "mask": float32 [b]} with
-      b = batch_size // process_count. Rows past the last example are zeros with mask 0.
+      An iterator of {"image": [b, ...], "label": int32 [b], "mask": float32 [b], "weight": float32
+      [b]} with b = batch_size // process_count. Rows past the last example are zeros with mask 0.
+      The mean of weight x value over all rows of the global batch is the mean over its real
+      examples: the weights are batch_size / (how many there are), and 0. No device has to count.
 
     Raises:
       ValueError: an argument is out of its range, or the batch does not divide.
@@ -64,9 +66,9 @@ def epoch_batches(
     Example:
       >>> x, y = np.ones((3, 28, 28, 1), np.float32), np.arange(3)
       >>> for batch in epoch_batches(x, y, batch_size=2, seed=0, epoch=0, shuffle=False):
-      ...     print(batch["image"].shape, batch["label"], batch["mask"])
-      (2, 28, 28, 1) [0 1] [1. 1.]
-      (2, 28, 28, 1) [2 0] [1. 0.]
+      ...     print(batch["image"].shape, batch["label"], batch["mask"], batch["weight"])
+      (2, 28, 28, 1) [0 1] [1. 1.] [1. 1.]
+      (2, 28, 28, 1) [2 0] [1. 0.] [2. 0.]
     """
     _check_data(images, labels)
     _require_whole("batch_size", batch_size, 1)
@@ -74,11 +76,11 @@ def epoch_batches(
     _require_whole("epoch", epoch, 0)
     _check_processes(batch_size, process_index, process_count)
     order = _epoch_order(len(labels), seed, epoch) if shuffle else np.arange(len(labels))
-    part_size = batch_size // process_count
-    starts = batch_size * np.arange(batches_per_epoch(len(labels), batch_size))
-    starts += process_index * part_size
+    whole = (order[start : start + batch_size] for start in range(0, len(labels), batch_size))
+    size = batch_size // process_count
+    mine = slice(process_index * size, (process_index + 1) * size)
     # Not a generator function: the checks above run at the call, not at the first batch.
-    return (_take(images, labels, order[s : s + part_size], part_size) for s in starts)
+    return (_take(images, labels, rows[mine], size, batch_size / len(rows)) for rows in whole)
 
 
 def _epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
@@ -88,16 +90,16 @@ def _epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def _take(
-    images: np.ndarray, labels: np.ndarray, rows: np.ndarray, size: int
+    images: np.ndarray, labels: np.ndarray, rows: np.ndarray, size: int, weight: float
 ) -> dict[str, np.ndarray]:
-    """Return the examples `rows`, padded with zeros to `size`."""
+    """Return the examples `rows`, each with a weight, padded with zeros to `size`."""
     image = np.zeros((size, *images.shape[1:]), images.dtype)
     label = np.zeros(size, np.int32)
     mask = np.zeros(size, np.float32)
     image[: len(rows)] = images[rows]
     label[: len(rows)] = labels[rows]
     mask[: len(rows)] = 1
-    return {"image": image, "label": label, "mask": mask}
+    return {"image": image, "label": label, "mask": mask, "weight": mask * np.float32(weight)}
 
 
 def _check_data(images: np.ndarray, labels: np.ndarray) -> None:

@@ -124,7 +124,7 @@ def make_steps(layers: tuple[models.Layer, ...]) -> tuple[Any, Callable[..., Any
         def loss_of(params: Any) -> jax.Array:
             logits = forward(state, params, batch, keys)
             losses = kernels.cross_entropy(logits, batch["label"])
-            return tx.example_mean(losses, batch["mask"], axis="data")
+            return jnp.mean(losses * batch["weight"])
 
         loss, grads = tx.value_and_grad(loss_of, loss_scale=state.loss_scale)(state.params)
         grads, state = state.sync_gradients(grads)
@@ -137,7 +137,7 @@ def make_steps(layers: tuple[models.Layer, ...]) -> tuple[Any, Callable[..., Any
     def eval_step(state: tx.TrainState, batch: Any) -> Any:
         logits = forward(state, state.params, batch)
         right = (jnp.argmax(logits, axis=-1) == batch["label"]).astype(jnp.float32)
-        accuracy = tx.example_mean(right, batch["mask"], axis="data")
+        accuracy = jnp.mean(right * batch["weight"])
         return {"test_accuracy": tx.pmean(accuracy, "data", name="test_accuracy")}
 
     return train_step, eval_step

@@ -58,7 +58,7 @@ def configs(problem: Problem) -> list[Config]:
     """Return the configurations worth trying, the best guess first."""
     if problem.platform != "cpu":
         return [Config()]
-    _, rows, columns, channels = problem.shapes[0]
+    _, rows, columns, _ = problem.shapes[0]
     *size, inputs, outputs = problem.shapes[1]
     direct = Config(on_cpu=True)
     if size == [3, 3] and min(inputs, outputs) >= WINOGRAD_CHANNELS:

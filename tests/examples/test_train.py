@@ -154,9 +154,9 @@ def test_the_bytes_of_the_cnn_step_are_those_of_its_gradients(tmp_path):
     args = ["--model", "cnn", "--dataset", "digits", "--steps", "1"]
     results = run(tmp_path, *args, "--devices", "2")
     conv, dense = 25 * 32 + 32 + 25 * 32 * 64 + 64, 3136 * 128 + 128 + 128 * 10 + 10
-    metrics = 4 + 4  # the loss, and the count of real examples
     payload = sum(row["payload_bytes"] * row["trips"] for row in results["collectives"])
-    assert payload == 4 * (conv + dense) + metrics
+    assert payload == 4 * (conv + dense) + 4  # and the loss
+    assert [row["kind"] for row in results["collectives"]] == ["all-reduce"]
     assert run(tmp_path, *args, "--devices", "1")["collectives"] == []
 
 

@@ -65,16 +65,31 @@ def test_shapes_dtypes_and_the_masked_rest():
     for batch in got:
         assert batch["image"].shape == (8, 28, 28, 1)
         assert batch["label"].shape == batch["mask"].shape == (8,)
-        assert [batch[k].dtype for k in ("image", "label", "mask")] == ["f4", "i4", "f4"]
+        dtypes = [batch[k].dtype for k in ("image", "label", "mask", "weight")]
+        assert dtypes == ["f4", "i4", "f4", "f4"]
     assert got[0]["mask"].tolist() == [1] * 8
     assert got[1]["mask"].tolist() == [1, 1, 0, 0, 0, 0, 0, 0]
+    assert got[0]["weight"].tolist() == [1] * 8
+    assert got[1]["weight"].tolist() == [4, 4, 0, 0, 0, 0, 0, 0]
     assert not got[1]["image"][2:].any()
     assert not got[1]["label"][2:].any()
 
 
+@pytest.mark.parametrize("processes", [1, 4])
+def test_the_weighted_mean_over_all_rows_is_that_of_the_real_examples(processes):
+    """With the parts of the processes averaged, as pmean averages devices."""
+    parts = [
+        epoch(50, batch_size=12, process_index=p, process_count=processes) for p in range(processes)
+    ]
+    for index, share in enumerate((12, 12, 12, 12, 2)):
+        labels = np.concatenate([part[index]["label"] for part in parts])
+        got = np.mean([np.mean(b["weight"] * (b["label"] + 1)) for b in (p[index] for p in parts)])
+        assert got == pytest.approx((labels[:share] + 1).mean(), rel=1e-6)
+
+
 def test_a_process_whose_part_is_padding_only():
     last = epoch(9, batch_size=8, process_index=3, process_count=4)[-1]
-    assert last["mask"].tolist() == [0, 0]
+    assert last["mask"].tolist() == last["weight"].tolist() == [0, 0]
     assert last["image"].shape == (2, 28, 28, 1)
 
 

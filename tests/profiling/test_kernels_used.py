@@ -101,7 +101,7 @@ def test_the_proof_of_the_mnist_step_names_its_kernels(tmp_path):
     batch = {
         "image": np.zeros((4, 28, 28, 1), np.float32),
         "label": np.zeros(4, np.int32),
-        "mask": np.ones(4, np.float32),
+        "weight": np.ones(4, np.float32),
     }
     report = engine.audit(step, engine.create_state(models.init(layers, seed=0)), batch)
     counted = {use.name: use.calls for use in report.kernels}

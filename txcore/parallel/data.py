@@ -26,7 +26,10 @@ def example_mean(
 
     Returns:
       A scalar of at least float32 that varies along `axis`. With a mask it costs one psum of
-      a scalar, tagged `psum/example_count`. An empty global batch gives 0.
+      a scalar, tagged `psum/example_count`, for which the devices wait in the middle of a step.
+      Where the host knows the count, as with an epoch's last batch, leave the mask out and
+      multiply `values` by the weights (global batch / count), 0 for padding. An empty global
+      batch gives 0.
 
     Raises:
       ValueError: `values` or `mask` is not of shape (batch,), or they differ.
