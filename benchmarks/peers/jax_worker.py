@@ -68,7 +68,9 @@ def main() -> None:
         return loss
 
     batches = [tuple(place(x, sharded) for x in pair) for pair in worker.load_batches(args)]
-    worker.serve(args, run, batches, {"jax": jax.__version__})
+    # Two devices of one process share two threads: with fifty steps under way, jax 0.10 once had
+    # both wait in collectives of different steps.
+    worker.serve(args, run, batches, {"jax": jax.__version__}, ahead=1)
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ def main() -> None:
         return metrics["loss"]
 
     batches = [place(*pair) for pair in worker.load_batches(args)]
-    worker.serve(args, run, batches, {"jax": jax.__version__})
+    worker.serve(args, run, batches, {"jax": jax.__version__}, ahead=1)  # as fit does on CPU
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from typing import IO, Any
 
 import numpy as np
@@ -61,6 +62,7 @@ def serve(
     batches: Sequence[Any],
     versions: dict[str, str],
     to_float: Callable[[Any], float] = float,
+    ahead: int | None = None,
 ) -> None:
     """Run steps over the batches, again and again, as standard input asks for them.
 
@@ -70,6 +72,7 @@ def serve(
       batches: in the framework's own arrays, in memory.
       versions: of the framework, reported once.
       to_float: waits for a loss and returns this process's mean.
+      ahead: how many steps may be under way besides the one that is waited for; None for all.
     """
     answers = os.fdopen(args.answers, "w", encoding="utf-8")
     _tell(answers, {"versions": versions | {"python": sys.version.split()[0]}})
@@ -77,10 +80,22 @@ def serve(
     for line in sys.stdin:
         count = json.loads(line)["steps"]
         started = time.perf_counter()
-        pending = [step(batch) for batch in itertools.islice(feed, count)]
-        losses = [to_float(loss) for loss in pending]
+        losses = read_losses(map(step, itertools.islice(feed, count)), to_float, ahead)
         seconds = time.perf_counter() - started
         _tell(answers, {"seconds": seconds, "losses": losses})
+
+
+def read_losses(
+    pending: Iterator[Any], to_float: Callable[[Any], float], ahead: int | None
+) -> list[float]:
+    """Start one step after the other, and wait for each once `ahead` more have been started."""
+    waiting: deque[Any] = deque()
+    losses = []
+    for loss in pending:
+        waiting.append(loss)
+        if ahead is not None and len(waiting) > ahead:
+            losses.append(to_float(waiting.popleft()))
+    return losses + [to_float(loss) for loss in waiting]
 
 
 def _tell(answers: IO[str], record: dict[str, Any]) -> None:

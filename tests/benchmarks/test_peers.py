@@ -64,6 +64,24 @@ def test_a_worker_goes_through_its_batches_again_and_again(fake):
         assert running.run(3)[1] == [3, 1, 2]
 
 
+@pytest.mark.parametrize(
+    "ahead, order", [(None, "ABCabc"), (2, "ABCabc"), (1, "ABaCbc"), (0, "AaBbCc")]
+)
+def test_a_step_is_waited_for_once_so_many_more_have_been_started(ahead, order):
+    seen = []
+
+    def started(name):
+        seen.append(name)
+        return name.lower()
+
+    def waited_for(name):
+        seen.append(name)
+        return name
+
+    assert worker.read_losses(map(started, "ABC"), waited_for, ahead) == ["a", "b", "c"]
+    assert "".join(seen) == order
+
+
 def test_the_losses_are_the_mean_over_the_processes(fake):
     with fake(processes=2) as (running,):
         assert running.run(3)[1] == [1.5, 2.5, 3.5]
