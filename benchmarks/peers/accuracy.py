@@ -23,6 +23,26 @@ SECONDS = 1800.0  # for one run
 
 
 @dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How both frameworks train: SGD with momentum 0.9, batch 64 in each worker.
+
+    Attributes:
+      learning_rate: the peak, after the warm-up.
+      warmup: steps of linear warm-up.
+      epochs: over which the rate falls to 0, by half a cosine; training ends there.
+    """
+
+    learning_rate: float
+    warmup: int
+    epochs: int
+
+    def flags(self) -> list[str]:
+        """Return it as both programs' flags."""
+        given = dataclasses.asdict(self)
+        return [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
+
+
+@dataclasses.dataclass(frozen=True)
 class Trainer:
     """A program that trains to the end.
 
@@ -30,13 +50,15 @@ class Trainer:
       name: as reported.
       own: whether it runs in the project's own environment.
       processes: how many run it.
-      command: (rank, port, seed, epochs) -> the arguments after the interpreter.
+      epochs: at most.
+      command: (rank, port, seed) -> the arguments after the interpreter.
     """
 
     name: str
     own: bool
     processes: int
-    command: Callable[[int, int, int, int], list[str]]
+    epochs: int
+    command: Callable[[int, int, int], list[str]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,39 +70,43 @@ class Run:
     accuracies: list[float]
 
 
-def txcore_trainer(processes: int, flags: Sequence[str]) -> Trainer:
+def txcore_trainer(processes: int, recipe: Recipe) -> Trainer:
     """Return the MNIST example on two devices, in one process or in two."""
 
-    def command(rank: int, port: int, seed: int, epochs: int) -> list[str]:
+    def command(rank: int, port: int, seed: int) -> list[str]:
         given = {"model": "cnn3x3", "dropout": 0, "devices": 2, "dataset": "mnist"}
-        given |= {"epochs": epochs, "seed": seed}
+        given |= {"seed": seed, "decay": "cosine"}
         if processes > 1:
             given["coordinator"] = f"127.0.0.1:{port}"
             given |= {"num-processes": processes, "process-id": rank}
-        return [str(TRAIN), *(f"--{k}={v}" for k, v in given.items()), "--no-audit", *flags]
+        flags = [f"--{name}={value}" for name, value in given.items()]
+        return [str(TRAIN), *flags, "--no-audit", *recipe.flags()]
 
     where = "2 devices" if processes == 1 else f"{processes} processes"
-    return Trainer(f"txcore ({where})", True, processes, command)
+    return Trainer(f"txcore ({where})", True, processes, recipe.epochs, command)
 
 
-def torch_trainer(recipe: str, name: str) -> Trainer:
-    """Return PyTorch DDP in its best form, by one of its recipes."""
+def torch_trainer(name: str, epochs: int, flags: Sequence[str]) -> Trainer:
+    """Return PyTorch DDP in its best form, by the recipe that `flags` name."""
 
-    def command(rank: int, port: int, seed: int, epochs: int) -> list[str]:
-        given = {"recipe": recipe, "epochs": epochs, "seed": seed}
-        given |= {"rank": rank, "processes": 2, "port": port}
-        return [str(HERE / "torch_train.py"), *(f"--{k}={v}" for k, v in given.items())]
+    def command(rank: int, port: int, seed: int) -> list[str]:
+        given = {"seed": seed, "rank": rank, "processes": 2, "port": port}
+        own = [f"--{name}={value}" for name, value in given.items()]
+        return [str(HERE / "torch_train.py"), *own, *flags]
 
-    return Trainer(name, False, 2, command)
+    return Trainer(name, False, 2, epochs, command)
 
 
-def trainers(flags: Sequence[str]) -> list[Trainer]:
-    """Return all; `flags` go to the MNIST example."""
+def trainers(recipe: Recipe, max_epochs: int) -> list[Trainer]:
+    """Return all: by txcore's recipe, and DDP by its own too, for at most so many epochs."""
+    own = ["--optimizer=adadelta", f"--epochs={max_epochs}"]
     return [
-        txcore_trainer(1, flags),
-        txcore_trainer(2, flags),
-        torch_trainer("adadelta", "PyTorch DDP (its example's recipe)"),
-        torch_trainer("sgd", "PyTorch DDP (txcore's recipe)"),
+        txcore_trainer(1, recipe),
+        txcore_trainer(2, recipe),
+        torch_trainer("PyTorch DDP (its example's recipe)", max_epochs, own),
+        torch_trainer(
+            "PyTorch DDP (txcore's recipe)", recipe.epochs, ["--optimizer=sgd", *recipe.flags()]
+        ),
     ]
 
 
@@ -89,7 +115,6 @@ def run_one(
     *,
     goal: float,
     seed: int,
-    epochs: int,
     pythons: Mapping[bool, str],
     cores: Sequence[int],
 ) -> Run:
@@ -99,7 +124,6 @@ def run_one(
       trainer: what to run.
       goal: test accuracy, 0 to 1.
       seed: of the run.
-      epochs: at most.
       pythons: the interpreters of the project's own environment (True) and the peers' (False).
       cores: one for each worker.
 
@@ -116,7 +140,7 @@ def run_one(
         errors = stack.enter_context(tempfile.TemporaryFile("w+", errors="replace"))
         started = time.perf_counter()
         for rank, share in enumerate(shares(cores, trainer.processes)):
-            command = [pythons[trainer.own], *trainer.command(rank, port, seed, epochs)]
+            command = [pythons[trainer.own], *trainer.command(rank, port, seed)]
             out = subprocess.DEVNULL if rank else subprocess.PIPE
             workers.append(start(command, share, stdout=out, stderr=errors))
             stack.enter_context(workers[-1])
@@ -125,15 +149,15 @@ def run_one(
         assert workers[0].stdout is not None
         for line in workers[0].stdout:
             found = ACCURACY.search(line)
-            if found and len(accuracies) < epochs:
+            if found and len(accuracies) < trainer.epochs:
                 accuracies.append(float(found[1]))
                 if accuracies[-1] >= goal:
                     return Run(seed, time.perf_counter() - started, accuracies)
-        if len(accuracies) < epochs:
+        if len(accuracies) < trainer.epochs:
             errors.seek(0)
             raise PeerError(
-                f"{trainer.name}: ended or was ended after {len(accuracies)} of {epochs} epochs; "
-                f"its standard error ends with:\n{errors.read()[-2000:].strip()}"
+                f"{trainer.name}: ended or was ended after {len(accuracies)} of {trainer.epochs} "
+                f"epochs; its standard error ends with:\n{errors.read()[-2000:].strip()}"
             )
     return Run(seed, None, accuracies)
 

@@ -28,8 +28,14 @@ WORKERS = 2
 BATCHES = 100  # held in memory by every worker, gone through again and again
 RESULTS = pool.HERE.parent / "results"
 # The options of either mode alone, and their defaults.
-RATE = {"rounds": 5, "steps": 50, "dataset": "mnist", "slower": False}
-REACH = {"seeds": 5, "max_epochs": 10, "txcore_args": ""}
+RATE: dict[str, Any] = {"rounds": 5, "steps": 50, "dataset": "mnist", "slower": False}
+REACH: dict[str, Any] = {
+    "seeds": 5,
+    "learning_rate": 0.1,
+    "warmup": 50,
+    "epochs": 2,
+    "max_epochs": 10,
+}
 OURS = ("txcore (2 devices)", "txcore (2 processes)")
 
 
@@ -51,10 +57,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     rate.add_argument("--slower", action="store_true", default=None, help="also slower forms")
     reach = parser.add_argument_group("time to an accuracy")
     reach.add_argument("--seeds", type=int, help="default: 5")
-    reach.add_argument("--max-epochs", type=int, help="default: 10")
-    reach.add_argument(
-        "--txcore-args", help="more flags for train.py, as --txcore-args=--warmup=50"
-    )
+    reach.add_argument("--learning-rate", type=float, help="of txcore's recipe; default: 0.1")
+    reach.add_argument("--warmup", type=int, help="steps of it; default: 50")
+    reach.add_argument("--epochs", type=int, help="over which the rate falls to 0; default: 2")
+    reach.add_argument("--max-epochs", type=int, help="of DDP's own recipe; default: 10")
     args = parser.parse_args(argv)
     try:
         check(args)
@@ -194,14 +200,14 @@ def write_inputs(args: argparse.Namespace, folder: pathlib.Path) -> list[str]:
 
 def run_to_accuracy(args: argparse.Namespace) -> dict[str, Any]:
     """Measure the time to an accuracy, write the plot, print the table; return the results."""
-    trainers = chosen(args, accuracy.trainers(args.txcore_args.split()))
+    recipe = accuracy.Recipe(args.learning_rate, args.warmup, args.epochs)
+    trainers = chosen(args, accuracy.trainers(recipe, args.max_epochs))
     accuracy.load_data(sys.executable)
     runs = accuracy.measure(
         trainers,
         seeds=args.seeds,
         say=say,
         goal=args.to_accuracy / 100,
-        epochs=args.max_epochs,
         pythons=pythons(args),
         cores=args.cores,
     )
@@ -220,8 +226,8 @@ def run_to_accuracy(args: argparse.Namespace) -> dict[str, Any]:
         "model": "cnn3x3 without dropout",
         "batch_per_worker": BATCH,
         "goal_percent": args.to_accuracy,
-        "max_epochs": args.max_epochs,
-        "txcore_args": args.txcore_args,
+        "recipe": dataclasses.asdict(recipe),
+        "max_epochs_of_ddps_own_recipe": args.max_epochs,
         "runs": {name: [dataclasses.asdict(run) for run in each] for name, each in runs.items()},
     }
 

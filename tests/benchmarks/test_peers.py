@@ -267,16 +267,18 @@ def test_results_and_plot_are_written(tmp_path):
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
-def trainer(program, own=True, processes=1):
+def trainer(program, processes=1, epochs=2):
     return accuracy.Trainer(
-        "one", own, processes, lambda rank, port, seed, epochs: ["-c", program, str(rank)]
+        "one", True, processes, epochs, lambda rank, port, seed: ["-c", program, str(rank)]
     )
 
 
-def run_one(program, processes=1, **options):
+def run_one(program, processes=1, epochs=2):
     return accuracy.run_one(
-        trainer(program, processes=processes),
-        **{"goal": 0.99, "seed": 3, "epochs": 2, "cores": [CORE] * processes} | options,
+        trainer(program, processes, epochs),
+        goal=0.99,
+        seed=3,
+        cores=[CORE] * processes,
         pythons={True: sys.executable},
     )
 
@@ -319,14 +321,13 @@ def test_a_trainer_that_hangs_is_ended(monkeypatch):
 
 
 def test_every_trainer_runs_once_for_each_seed():
-    fast = trainer("print('test_accuracy 0.99')")
+    fast = trainer("print('test_accuracy 0.99')", epochs=1)
     said = []
     runs = accuracy.measure(
         [fast, dataclasses.replace(fast, name="two")],
         seeds=2,
         say=said.append,
         goal=0.99,
-        epochs=1,
         pythons={True: sys.executable},
         cores=[CORE],
     )
@@ -340,13 +341,14 @@ def test_every_trainer_runs_once_for_each_seed():
 def test_the_example_accepts_the_flags_it_is_given():
     import train
 
-    for each in accuracy.trainers(["--precision", "bfloat16"]):
+    for each in accuracy.trainers(accuracy.Recipe(0.25, 7, 3), 10):
         if each.own:
-            script, *flags = each.command(1, 2345, 4, 10)
+            script, *flags = each.command(1, 2345, 4)
             assert pathlib.Path(script).samefile(train.__file__)
             args = train.parse(flags)
             assert (args.model, args.dropout, args.devices) == ("cnn3x3", 0, "2")
-            assert (args.epochs, args.seed, args.precision) == (10, 4, "bfloat16")
+            assert (args.epochs, args.seed, args.decay) == (each.epochs, 4, "cosine")
+            assert (args.epochs, args.learning_rate, args.warmup) == (3, 0.25, 7)
             assert args.num_processes == (2 if each.processes == 2 else None)
 
 
@@ -381,8 +383,9 @@ def test_each_mode_has_its_defaults(monkeypatch):
     rate = compare.parse([])
     assert (rate.rounds, rate.steps, rate.dataset, rate.slower) == (5, 50, "mnist", False)
     assert rate.cores == [0, 1]
-    reach = compare.parse(["--to-accuracy", "99", "--txcore-args=--warmup=50"])
-    assert (reach.seeds, reach.max_epochs, reach.txcore_args) == (5, 10, "--warmup=50")
+    reach = compare.parse(["--to-accuracy", "99", "--epochs=3"])
+    assert (reach.seeds, reach.max_epochs, reach.epochs) == (5, 10, 3)
+    assert (reach.learning_rate, reach.warmup) == (0.1, 50)
 
 
 def test_contenders_are_chosen_by_words():
@@ -408,7 +411,9 @@ def test_the_names_are_unique_and_ours_are_among_them():
     names = [each.name for each in (*pool.CONTENDERS, *pool.SLOWER)]
     assert len(set(names)) == len(names)
     assert set(compare.OURS) <= set(names)
-    assert set(compare.OURS) <= {each.name for each in accuracy.trainers([])}
+    assert set(compare.OURS) <= {
+        each.name for each in accuracy.trainers(accuracy.Recipe(0.1, 50, 2), 10)
+    }
 
 
 def test_missing_data_is_one_line(tmp_path, monkeypatch, capsys):

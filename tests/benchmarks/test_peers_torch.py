@@ -1,5 +1,6 @@
 """The weights as PyTorch lays them out, where it is installed: in the peers' environment."""
 
+import argparse
 import pathlib
 import sys
 
@@ -8,8 +9,10 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "benchmarks" / "peers"))
+ROOT = pathlib.Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT / "benchmarks" / "peers"), str(ROOT / "examples" / "mnist")]
 
+import torch_train  # noqa: E402
 import torch_worker  # noqa: E402
 
 SHAPES = {
@@ -53,3 +56,16 @@ def test_the_model_is_txcores(form):
         model = model.to(memory_format=torch.channels_last)
     logits = model(torch_worker.image_tensor(images, form)).detach().numpy()
     np.testing.assert_allclose(logits, oracle(weights(), images.astype(np.float64)), atol=1e-4)
+
+
+def test_the_rate_rises_and_falls_as_txcores_does():
+    """Two steps of warm-up, then half a cosine over the four steps that are left."""
+    args = argparse.Namespace(optimizer="sgd", learning_rate=0.5, warmup=2, epochs=3)
+    optimizer, schedule = torch_train.make_optimizer(args, torch.nn.Linear(1, 1), 2)
+    rates = []
+    for _ in range(6):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    falling = [0.5 * (1 + np.cos(np.pi * quarter / 4)) / 2 for quarter in range(4)]
+    np.testing.assert_allclose(rates, [0.25, 0.5, *falling], rtol=1e-6)
