@@ -11,6 +11,7 @@ import pathlib
 import statistics
 import sys
 import time
+from dataclasses import replace
 from typing import NamedTuple
 
 import jax
@@ -32,6 +33,8 @@ from txcore.train.batch import shard_batch
 OFF = compiler_options("cpu")
 PLAIN, ON_CPU = conv.Config("direct"), conv.Config("direct", on_cpu=True)
 WINDOWS, WINOGRAD = (conv.Config(form, on_cpu=True) for form in ("windows", "winograd"))
+# As many at a time as the kernels' own guess.
+SOME_WINDOWS, SOME_WINOGRAD = replace(WINDOWS, images=16), replace(WINOGRAD, images=8)
 
 
 class Variant(NamedTuple):
@@ -50,7 +53,8 @@ VARIANTS = (
     Variant("values computed once, sums as products", OFF, ON_CPU, ON_CPU, False),
     Variant("the first convolution by windows", OFF, WINDOWS, ON_CPU, False),
     Variant("the second by Winograd's products", OFF, WINDOWS, WINOGRAD, False),
-    Variant("dense's dx by the transposed product", OFF, WINDOWS, WINOGRAD, True),
+    Variant("some images at a time", OFF, SOME_WINDOWS, SOME_WINOGRAD, False),
+    Variant("dense's dx by the transposed product", OFF, SOME_WINDOWS, SOME_WINOGRAD, True),
 )
 
 

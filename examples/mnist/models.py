@@ -5,6 +5,7 @@ import math
 from typing import Any
 
 import jax
+import numpy as np
 
 from txcore import kernels
 
@@ -33,7 +34,7 @@ class Dropout:
 
 
 Layer = Conv | Dense | Dropout
-Params = dict[str, dict[str, jax.Array]]
+Params = dict[str, dict[str, np.ndarray]]
 
 IMAGE = (28, 28, 1)
 CLASSES = 10
@@ -78,28 +79,29 @@ def uses_dropout(layers: tuple[Layer, ...]) -> bool:
 def init(layers: tuple[Layer, ...], seed: int) -> Params:
     """Return float32 parameters, uniform within 1 / sqrt(fan-in) as PyTorch's layers start.
 
+    Drawn by NumPy: jax would compile a program for each shape first, which takes seconds.
+
     LeCun et al., "Efficient BackProp", 1998, section 4.6.
     """
-    keys = jax.random.split(jax.random.key(seed), len(layers) + 1)
+    random = np.random.Generator(np.random.PCG64(seed))
     params: Params = {}
     shape: tuple[int, ...] = IMAGE
-    for i, (layer, key) in enumerate(zip((*layers, Dense(CLASSES)), keys, strict=True)):
+    for i, layer in enumerate((*layers, Dense(CLASSES))):
         match layer:
             case Conv(size, channels, pool):
-                params[f"conv{i}"] = _weights(key, (size, size, shape[2], channels))
+                params[f"conv{i}"] = _weights(random, (size, size, shape[2], channels))
                 shape = (shape[0] // (1 + pool), shape[1] // (1 + pool), channels)
             case Dense(features):
-                params[f"dense{i}"] = _weights(key, (math.prod(shape), features))
+                params[f"dense{i}"] = _weights(random, (math.prod(shape), features))
                 shape = (features,)
     return params
 
 
-def _weights(key: jax.Array, shape: tuple[int, ...]) -> dict[str, jax.Array]:
+def _weights(random: np.random.Generator, shape: tuple[int, ...]) -> dict[str, np.ndarray]:
     bound = 1 / math.sqrt(math.prod(shape[:-1]))
-    w_key, b_key = jax.random.split(key)
     return {
-        "w": jax.random.uniform(w_key, shape, minval=-bound, maxval=bound),
-        "b": jax.random.uniform(b_key, shape[-1:], minval=-bound, maxval=bound),
+        name: random.uniform(-bound, bound, size).astype(np.float32)
+        for name, size in (("w", shape), ("b", shape[-1:]))
     }
 
 

@@ -28,7 +28,7 @@ from dataset import NAMES, Dataset, load  # noqa: E402
 import txcore as tx  # noqa: E402
 from txcore import kernels, launch  # noqa: E402
 
-EVAL_BATCH = 1000
+EVAL_BATCH = 1024
 BASE_BATCH = 64  # the batch to which --lr-scaling linear refers
 EPOCHS = {"mnist": 3, "digits": 20}
 LEARNING_RATES = {"sgd": 0.02, "adamw": 1e-3}
