@@ -29,11 +29,13 @@ class Recipe:
     Attributes:
       learning_rate: the peak, after the warm-up.
       warmup: steps of linear warm-up.
+      label_smoothing: the weight of the uniform distribution in the labels'.
       epochs: over which the rate falls to 0, by half a cosine; training ends there.
     """
 
     learning_rate: float
     warmup: int
+    label_smoothing: float
     epochs: int
 
     def flags(self) -> list[str]:

@@ -31,9 +31,10 @@ RESULTS = pool.HERE.parent / "results"
 RATE: dict[str, Any] = {"rounds": 5, "steps": 50, "dataset": "mnist", "slower": False}
 REACH: dict[str, Any] = {
     "seeds": 5,
-    "learning_rate": 0.1,
-    "warmup": 50,
-    "epochs": 2,
+    "learning_rate": 0.14,
+    "warmup": 150,
+    "label_smoothing": 0.05,
+    "epochs": 1,
     "max_epochs": 10,
 }
 OURS = ("txcore (2 devices)", "txcore (2 processes)")
@@ -57,9 +58,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     rate.add_argument("--slower", action="store_true", default=None, help="also slower forms")
     reach = parser.add_argument_group("time to an accuracy")
     reach.add_argument("--seeds", type=int, help="default: 5")
-    reach.add_argument("--learning-rate", type=float, help="of txcore's recipe; default: 0.1")
-    reach.add_argument("--warmup", type=int, help="steps of it; default: 50")
-    reach.add_argument("--epochs", type=int, help="over which the rate falls to 0; default: 2")
+    reach.add_argument("--learning-rate", type=float, help="of txcore's recipe; default: 0.14")
+    reach.add_argument("--warmup", type=int, help="steps of it; default: 150")
+    reach.add_argument("--label-smoothing", type=float, help="of its labels; default: 0.05")
+    reach.add_argument("--epochs", type=int, help="over which the rate falls to 0; default: 1")
     reach.add_argument("--max-epochs", type=int, help="of DDP's own recipe; default: 10")
     args = parser.parse_args(argv)
     try:
@@ -200,7 +202,7 @@ def write_inputs(args: argparse.Namespace, folder: pathlib.Path) -> list[str]:
 
 def run_to_accuracy(args: argparse.Namespace) -> dict[str, Any]:
     """Measure the time to an accuracy, write the plot, print the table; return the results."""
-    recipe = accuracy.Recipe(args.learning_rate, args.warmup, args.epochs)
+    recipe = accuracy.Recipe(args.learning_rate, args.warmup, args.label_smoothing, args.epochs)
     trainers = chosen(args, accuracy.trainers(recipe, args.max_epochs))
     accuracy.load_data(sys.executable)
     runs = accuracy.measure(

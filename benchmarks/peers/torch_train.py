@@ -28,6 +28,7 @@ def parse():
     add("--optimizer", choices=["adadelta", "sgd"], required=True)
     add("--learning-rate", type=float, help="of sgd, after the warm-up")
     add("--warmup", type=int, help="steps of sgd")
+    add("--label-smoothing", type=float, default=0.0)
     add("--epochs", type=int, required=True)
     add("--seed", type=int, required=True)
     add("--rank", type=int, required=True)
@@ -97,7 +98,9 @@ def main():
     for epoch in range(args.epochs):
         for rows in epoch_rows(len(labels), args.seed, epoch, rank, processes):
             optimizer.zero_grad(set_to_none=True)
-            F.cross_entropy(model(images[rows]), labels[rows]).backward()
+            logits = model(images[rows])
+            smoothing = args.label_smoothing
+            F.cross_entropy(logits, labels[rows], label_smoothing=smoothing).backward()
             optimizer.step()
             schedule.step()
         reached = accuracy(net, test_images, test_labels, rank, processes)

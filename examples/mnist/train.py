@@ -47,6 +47,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--lr-scaling", default="none", choices=["none", "linear"], help="rate x batch / 64")
     add("--warmup", type=int, default=100, help="steps of linear warm-up; default: 100")
     add("--decay", default="none", choices=["none", "cosine"], help="cosine: to 0 at the end")
+    add("--label-smoothing", type=float, default=0.0, help="from 0 to 1; default: 0")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--steps", type=int)
     length.add_argument("--epochs", type=int, help="default: 3 of MNIST, 20 of the few digits")
@@ -97,6 +98,10 @@ def check(args: argparse.Namespace) -> None:
             raise ValueError(f"--{flag} must be a count from {low} on, got {value}")
     if args.learning_rate is not None and not args.learning_rate >= 0:
         raise ValueError(f"--learning-rate must be a number from 0 on, got {args.learning_rate}")
+    if not 0 <= args.label_smoothing <= 1:
+        raise ValueError(
+            f"--label-smoothing must be a number from 0 to 1, got {args.label_smoothing}"
+        )
     if not 0 <= args.seed < 2**32:
         raise ValueError(f"--seed must be from 0 to {2**32 - 1}, got {args.seed}")
     if args.results:
@@ -110,7 +115,9 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
-def make_steps(layers: tuple[models.Layer, ...]) -> tuple[Any, Callable[..., Any]]:
+def make_steps(
+    layers: tuple[models.Layer, ...], label_smoothing: float = 0.0
+) -> tuple[Any, Callable[..., Any]]:
     """Return the training step and the evaluation step of a model."""
 
     def forward(state: tx.TrainState, params: Any, batch: Any, keys: Any = None) -> jax.Array:
@@ -123,7 +130,7 @@ def make_steps(layers: tuple[models.Layer, ...]) -> tuple[Any, Callable[..., Any
 
         def loss_of(params: Any) -> jax.Array:
             logits = forward(state, params, batch, keys)
-            losses = kernels.cross_entropy(logits, batch["label"])
+            losses = kernels.cross_entropy(logits, batch["label"], label_smoothing=label_smoothing)
             return jnp.mean(losses * batch["weight"])
 
         loss, grads = tx.value_and_grad(loss_of, loss_scale=state.loss_scale)(state.params)
@@ -273,7 +280,7 @@ def train(args: argparse.Namespace) -> int:
         f"{args.model} on {dataset.name}: {len(devices)} x {devices[0].device_kind}, "
         f"{jax.process_count()} process(es), global batch {args.batch_size}, {args.precision}"
     )
-    train_step, eval_step = make_steps(layers)
+    train_step, eval_step = make_steps(layers, args.label_smoothing)
     state = engine.fit(
         train_step,
         engine.create_state(models.init(layers, args.seed)),

@@ -63,7 +63,24 @@ def _configs(problem: Problem) -> Sequence[Config]:
     return (Config(64), Config(1)) if problem.platform == "cpu" else (Config(1), Config(64))
 
 
-def _xla(x: jax.Array, *, config: Config) -> jax.Array:
+def _run(x: jax.Array, *, config: Config | pallas.Config) -> jax.Array:
+    return _sum(x, config)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _sum(x: jax.Array, config: Config | pallas.Config) -> jax.Array:
+    return _in_parts(x, config) if isinstance(config, Config) else _by_tiles(x, config)
+
+
+@_sum.defjvp
+def _jvp(config: Any, primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> Any:
+    # Not through the parts: their gradients would be put together from 64 slices.
+    (x,), (dx,) = primals, tangents
+    out = _sum(x, config)
+    return out, jnp.sum(2 * x.astype(out.dtype) * dx.astype(out.dtype))
+
+
+def _in_parts(x: jax.Array, config: Config) -> jax.Array:
     flat = x.reshape(-1)
     length = flat.size // config.parts
     parts = [_squares(flat[i * length : (i + 1) * length]) for i in range(config.parts)]
@@ -75,12 +92,7 @@ def _squares(x: jax.Array) -> jax.Array:
     return jnp.square(x.astype(checks.accumulator(x.dtype)))
 
 
-def _pallas(x: jax.Array, *, config: pallas.Config) -> jax.Array:
-    return _pallas_sum(x, config)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _pallas_sum(x: jax.Array, config: pallas.Config) -> jax.Array:
+def _by_tiles(x: jax.Array, config: pallas.Config) -> jax.Array:
     columns = tiles.block(x.size, config.elements)
     flat = tiles.pad(x.reshape(1, -1), 1, columns)  # zeros add nothing
     programs = flat.shape[1] // columns
@@ -98,17 +110,7 @@ def _pallas_sum(x: jax.Array, config: pallas.Config) -> jax.Array:
     return jnp.sum(sums)
 
 
-def _forward(x: jax.Array, config: pallas.Config) -> tuple[jax.Array, jax.Array]:
-    return _pallas_sum(x, config), x
-
-
-def _backward(config: pallas.Config, x: jax.Array, g: jax.Array) -> tuple[jax.Array]:
-    return ((2 * g * x.astype(g.dtype)).astype(x.dtype),)
-
-
-_pallas_sum.defvjp(_forward, _backward)
-
 KERNELS: registry.Kernels = {
-    "xla": registry.Kernel(_xla, _configs),
-    "pallas": registry.Kernel(_pallas, pallas.configs),
+    "xla": registry.Kernel(_run, _configs),
+    "pallas": registry.Kernel(_run, pallas.configs),
 }

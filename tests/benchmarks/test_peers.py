@@ -341,7 +341,7 @@ def test_every_trainer_runs_once_for_each_seed():
 def test_the_example_accepts_the_flags_it_is_given():
     import train
 
-    for each in accuracy.trainers(accuracy.Recipe(0.25, 7, 3), 10):
+    for each in accuracy.trainers(accuracy.Recipe(0.25, 7, 0.2, 3), 10):
         if each.own:
             script, *flags = each.command(1, 2345, 4)
             assert pathlib.Path(script).samefile(train.__file__)
@@ -349,6 +349,7 @@ def test_the_example_accepts_the_flags_it_is_given():
             assert (args.model, args.dropout, args.devices) == ("cnn3x3", 0, "2")
             assert (args.epochs, args.seed, args.decay) == (each.epochs, 4, "cosine")
             assert (args.epochs, args.learning_rate, args.warmup) == (3, 0.25, 7)
+            assert args.label_smoothing == 0.2
             assert args.num_processes == (2 if each.processes == 2 else None)
 
 
@@ -385,7 +386,7 @@ def test_each_mode_has_its_defaults(monkeypatch):
     assert rate.cores == [0, 1]
     reach = compare.parse(["--to-accuracy", "99", "--epochs=3"])
     assert (reach.seeds, reach.max_epochs, reach.epochs) == (5, 10, 3)
-    assert (reach.learning_rate, reach.warmup) == (0.1, 50)
+    assert (reach.learning_rate, reach.warmup, reach.label_smoothing) == (0.14, 150, 0.05)
 
 
 def test_contenders_are_chosen_by_words():
@@ -412,7 +413,7 @@ def test_the_names_are_unique_and_ours_are_among_them():
     assert len(set(names)) == len(names)
     assert set(compare.OURS) <= set(names)
     assert set(compare.OURS) <= {
-        each.name for each in accuracy.trainers(accuracy.Recipe(0.1, 50, 2), 10)
+        each.name for each in accuracy.trainers(accuracy.Recipe(0.1, 50, 0, 2), 10)
     }
 
 

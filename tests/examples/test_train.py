@@ -214,6 +214,7 @@ BAD = [
     ),
     (["--steps", "-1"], "--steps must be a count from 0 on, got -1"),
     (["--eval-every", "-5"], "--eval-every must be a count from 1 on, got -5"),
+    (["--label-smoothing", "1.5"], "--label-smoothing must be a number from 0 to 1, got 1.5"),
     (["--seed", "-1"], "--seed must be from 0 to 4294967295, got -1"),
     (["--eval-every", "0"], "--eval-every must be a count from 1 on, got 0"),
     (["--epochs", "-1"], "--epochs must be a count from 0 on, got -1"),

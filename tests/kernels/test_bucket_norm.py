@@ -74,6 +74,17 @@ def test_what_is_not_finite_is_not_lost(way):
 
 
 @EVERY_WAY
+def test_forward_mode_and_a_second_derivative(way):
+    x, dx = values((33,), jnp.float32), values((33,), jnp.float32, seed=1)
+    function = functools.partial(kernels.squared_norm, **way)
+    out, tangent = jax.jit(lambda x, dx: jax.jvp(function, (x,), (dx,)))(x, dx)
+    np.testing.assert_allclose(out, truth(x), rtol=3e-7)
+    expected = 2 * (np.asarray(x, np.float64) * np.asarray(dx, np.float64)).sum()
+    np.testing.assert_allclose(tangent, expected, rtol=1e-6)
+    np.testing.assert_allclose(jax.jit(jax.hessian(function))(x), 2 * np.eye(33), atol=1e-6)
+
+
+@EVERY_WAY
 def test_vmap_and_gradient(way):
     x = values((5, 70), jnp.float32)
     got = jax.jit(jax.vmap(lambda row: kernels.squared_norm(row, **way)))(x)
