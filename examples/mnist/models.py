@@ -5,6 +5,7 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from txcore import kernels
@@ -77,9 +78,9 @@ def uses_dropout(layers: tuple[Layer, ...]) -> bool:
 
 
 def init(layers: tuple[Layer, ...], seed: int) -> Params:
-    """Return float32 parameters, uniform within 1 / sqrt(fan-in) as PyTorch's layers start.
+    """Return parameters, uniform within 1 / sqrt(fan-in) as PyTorch's layers start.
 
-    Drawn by NumPy: jax would compile a program for each shape first, which takes seconds.
+    In jax's default float. Drawn by NumPy: jax would first compile a program for each shape.
 
     LeCun et al., "Efficient BackProp", 1998, section 4.6.
     """
@@ -100,7 +101,7 @@ def init(layers: tuple[Layer, ...], seed: int) -> Params:
 def _weights(random: np.random.Generator, shape: tuple[int, ...]) -> dict[str, np.ndarray]:
     bound = 1 / math.sqrt(math.prod(shape[:-1]))
     return {
-        name: random.uniform(-bound, bound, size).astype(np.float32)
+        name: random.uniform(-bound, bound, size).astype(jnp.result_type(float))
         for name, size in (("w", shape), ("b", shape[-1:]))
     }
 

@@ -22,7 +22,7 @@ class Config:
     Args:
       transposed_dx: as (w g^T)^T, which by itself takes two thirds of the time at 64 rows on CPU,
         since XLA packs the right operand of a product in each of its blocks. It is never the
-        guess: what follows is then not fused, and the whole MNIST step takes a fifth longer.
+        guess: what follows is then not fused, and in the whole MNIST step it gains nothing.
     """
 
     transposed_dx: bool
