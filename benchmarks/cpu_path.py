@@ -19,11 +19,8 @@ from tabulate import tabulate
 
 sys.path.append(str(pathlib.Path(__file__).resolve().parents[1] / "examples" / "mnist"))
 
-import models
-import train
-from mnist_step import BATCH_PER_DEVICE, random_batch
+import mnist_step
 
-import txcore as tx
 from txcore import launch
 from txcore.kernels import compiler_options, registry
 from txcore.kernels.conv import xla as conv
@@ -69,15 +66,9 @@ def prepare(variant, devices, model):
             return registry.Choice("xla", dense.Config(variant.transposed_dx), "given")
         return None
 
-    engine = tx.Engine(
-        mesh=tx.MeshSpec(jax.devices()[:devices]),
-        plan=tx.Plan(tx.DP("data")),
-        optimizer=tx.optim.sgd(0.02, momentum=0.9),
-        compiler_options=variant.options,
-    )
-    step, _ = train.make_steps(models.layers_of(model, 0))
-    state = engine.create_state(models.init(models.layers_of(model, 0), seed=0))
-    batch = shard_batch(random_batch(devices), engine.mesh, engine.plan)
+    given = {"compiler_options": variant.options}
+    engine, step, state, batch = mnist_step.prepare(model, devices, **given)
+    batch = shard_batch(batch, engine.mesh, engine.plan)
 
     def one():
         nonlocal state
@@ -108,7 +99,7 @@ def main():
             for _ in range(args.steps):
                 one()
             own.append(1e3 * (time.perf_counter() - started) / args.steps)
-    images = BATCH_PER_DEVICE * args.devices
+    images = mnist_step.BATCH_PER_DEVICE * args.devices
     rows = []
     for i, (variant, own) in enumerate(zip(VARIANTS, times, strict=True)):
         before = times[max(i - 1, 0)]
@@ -116,8 +107,8 @@ def main():
         total = statistics.median(b / o for b, o in zip(times[0], own, strict=True))
         median = statistics.median(own)
         rows.append((variant.added, f"{median:.1f}", f"{1e3 * images / median:,.0f}", gain, total))
-    print(f"{args.model}, {args.devices} devices, {BATCH_PER_DEVICE} images each, jax", end=" ")
-    print(f"{jax.__version__}, median of {args.rounds} rounds of {args.steps} steps")
+    print(f"{args.model}, {args.devices} devices, {images} images a step", end=", ")
+    print(f"jax {jax.__version__}, median of {args.rounds} rounds of {args.steps} steps")
     heads = ("added", "ms a step", "images/s", "x the line before", "x the first")
     print(tabulate(rows, heads, tablefmt="github", floatfmt=".2f"))
 

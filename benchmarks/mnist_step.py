@@ -10,8 +10,11 @@ import txcore as tx
 BATCH_PER_DEVICE = 64
 
 
-def prepare(model, devices):
-    """Return (engine, step, state, batch) of a model without dropout on the first devices."""
+def prepare(model, devices, **options):
+    """Return (engine, step, state, batch) of a model without dropout on the first devices.
+
+    Options are the engine's.
+    """
     layers = models.layers_of(model)
     if models.uses_dropout(layers):
         layers = models.layers_of(model, dropout=0)
@@ -19,6 +22,7 @@ def prepare(model, devices):
         mesh=tx.MeshSpec(jax.devices()[:devices]),
         plan=tx.Plan(tx.DP("data")),
         optimizer=tx.optim.sgd(0.02, momentum=0.9),
+        **options,
     )
     step, _ = train.make_steps(layers)
     return engine, step, engine.create_state(models.init(layers, seed=0)), random_batch(devices)

@@ -38,11 +38,6 @@ class Recipe:
     label_smoothing: float
     epochs: int
 
-    def flags(self) -> list[str]:
-        """Return it as both programs' flags."""
-        given = dataclasses.asdict(self)
-        return [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
-
 
 @dataclasses.dataclass(frozen=True)
 class Trainer:
@@ -72,6 +67,11 @@ class Run:
     accuracies: list[float]
 
 
+def flags_of(given: Mapping[str, Any]) -> list[str]:
+    """Return what is given as a program's flags."""
+    return [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
+
+
 def txcore_trainer(processes: int, recipe: Recipe) -> Trainer:
     """Return the MNIST example on two devices, in one process or in two."""
 
@@ -81,34 +81,31 @@ def txcore_trainer(processes: int, recipe: Recipe) -> Trainer:
         if processes > 1:
             given["coordinator"] = f"127.0.0.1:{port}"
             given |= {"num-processes": processes, "process-id": rank}
-        flags = [f"--{name}={value}" for name, value in given.items()]
-        return [str(TRAIN), *flags, "--no-audit", *recipe.flags()]
+        return [str(TRAIN), *flags_of(given | dataclasses.asdict(recipe)), "--no-audit"]
 
     where = "2 devices" if processes == 1 else f"{processes} processes"
     return Trainer(f"txcore ({where})", True, processes, recipe.epochs, command)
 
 
-def torch_trainer(name: str, epochs: int, flags: Sequence[str]) -> Trainer:
-    """Return PyTorch DDP in its best form, by the recipe that `flags` name."""
+def torch_trainer(name: str, epochs: int, recipe: dict[str, Any]) -> Trainer:
+    """Return PyTorch DDP in its best form, by a recipe as torch_train.py takes it."""
 
     def command(rank: int, port: int, seed: int) -> list[str]:
         given = {"seed": seed, "rank": rank, "processes": 2, "port": port}
-        own = [f"--{name}={value}" for name, value in given.items()]
-        return [str(HERE / "torch_train.py"), *own, *flags]
+        return [str(HERE / "torch_train.py"), *flags_of(given | recipe)]
 
     return Trainer(name, False, 2, epochs, command)
 
 
 def trainers(recipe: Recipe, max_epochs: int) -> list[Trainer]:
     """Return all: by txcore's recipe, and DDP by its own too, for at most so many epochs."""
-    own = ["--optimizer=adadelta", f"--epochs={max_epochs}"]
+    own = {"optimizer": "adadelta", "epochs": max_epochs}
+    same = {"optimizer": "sgd", **dataclasses.asdict(recipe)}
     return [
         txcore_trainer(1, recipe),
         txcore_trainer(2, recipe),
         torch_trainer("PyTorch DDP (its example's recipe)", max_epochs, own),
-        torch_trainer(
-            "PyTorch DDP (txcore's recipe)", recipe.epochs, ["--optimizer=sgd", *recipe.flags()]
-        ),
+        torch_trainer("PyTorch DDP (txcore's recipe)", recipe.epochs, same),
     ]
 
 

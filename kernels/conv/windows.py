@@ -15,55 +15,50 @@ from jax import lax
 from txcore.kernels.conv.windows_geometry import Windows
 
 
-def forward(x: jax.Array, w: jax.Array, at: Windows) -> list[jax.Array]:
-    """Return the outputs of every window, row by row."""
-    patches = _patches(x, w, at)
+def filters(w: jax.Array, at: Windows) -> list[jax.Array]:
+    """Return the filter at each of its places in a patch, [patch, out_channels] each."""
+    places = [(i, j) for i in range(at.stride) for j in range(at.stride)]
+    last = at.stride - 1
+    copies = [jnp.pad(w, ((i, last - i), (j, last - j), (0, 0), (0, 0))) for i, j in places]
+    return [copy.reshape(-1, w.shape[3]) for copy in copies]
+
+
+def forward(x: jax.Array, placed: Sequence[jax.Array], at: Windows) -> list[jax.Array]:
+    """Return the outputs of every window, row by row, from what `filters` returned."""
+    patches = _patches(x, at)
     flat = patches.reshape(-1, patches.shape[3])
-    shape = (*patches.shape[:3], w.shape[3])
-    return [(flat @ placed).reshape(shape) for placed in _placed(w, at.stride)]
+    return [(flat @ p).reshape(*patches.shape[:3], p.shape[1]) for p in placed]
 
 
 def backward(
-    x: jax.Array, w: jax.Array, dy: Sequence[jax.Array], at: Windows
-) -> tuple[jax.Array, jax.Array]:
-    """Return the gradients of x and w.
+    x: jax.Array, placed: Sequence[jax.Array], dy: Sequence[jax.Array], at: Windows
+) -> tuple[jax.Array, list[jax.Array]]:
+    """Return the gradients of x and of the placed filters.
 
     Args:
       x: the images.
-      w: the filters.
+      placed: what `filters` returned.
       dy: gradients of the outputs of every window, each [batch, rows, columns, channels].
       at: the windows.
     """
-    patches = _patches(x, w, at)
+    patches = _patches(x, at)
     flat = patches.reshape(-1, patches.shape[3])
-    dy = [d.reshape(-1, w.shape[3]) for d in dy]
-    (dw,) = jax.linear_transpose(lambda w: _placed(w, at.stride), w)([flat.T @ d for d in dy])
-    placed = _placed(w, at.stride)
+    dy = [d.reshape(-1, d.shape[3]) for d in dy]
     dpatches = functools.reduce(jnp.add, [d @ p.T for d, p in zip(dy, placed, strict=True)])
-    (dx,) = jax.linear_transpose(lambda x: _patches(x, w, at), x)(dpatches.reshape(patches.shape))
-    return dx, dw
+    (dx,) = jax.linear_transpose(lambda x: _patches(x, at), x)(dpatches.reshape(patches.shape))
+    return dx, [flat.T @ d for d in dy]
 
 
-def _patches(x: jax.Array, w: jax.Array, at: Windows) -> jax.Array:
+def _patches(x: jax.Array, at: Windows) -> jax.Array:
     """Return [batch, rows, columns, patch]."""
-    height, width = (size + at.stride - 1 for size in w.shape[:2])
     spans = at.stride * (at.rows - 1) + 1, at.stride * (at.columns - 1) + 1
-    below = spans[0] + height - 1 - at.top - x.shape[1]
-    right = spans[1] + width - 1 - at.left - x.shape[2]
+    below = spans[0] + at.height - 1 - at.top - x.shape[1]
+    right = spans[1] + at.width - 1 - at.left - x.shape[2]
     zero = jnp.zeros((), x.dtype)
     x = lax.pad(x, zero, [(0, 0, 0), (at.top, below, 0), (at.left, right, 0), (0, 0, 0)])
     shifted = [
         x[:, i : i + spans[0] : at.stride, j : j + spans[1] : at.stride]
-        for i in range(height)
-        for j in range(width)
+        for i in range(at.height)
+        for j in range(at.width)
     ]
     return jnp.concatenate(shifted, axis=3)
-
-
-def _placed(w: jax.Array, stride: int) -> list[jax.Array]:
-    """Return the filter at each of its places in a patch, [patch, out_channels] each."""
-    places = [(i, j) for i in range(stride) for j in range(stride)]
-    copies = [
-        jnp.pad(w, ((i, stride - 1 - i), (j, stride - 1 - j), (0, 0), (0, 0))) for i, j in places
-    ]
-    return [copy.reshape(-1, w.shape[3]) for copy in copies]

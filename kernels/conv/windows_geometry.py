@@ -14,6 +14,8 @@ class Windows:
     stride: int
     rows: int  # of windows
     columns: int
+    height: int  # of the patch that a window reads
+    width: int
     top: int  # zeros above the image
     left: int
 
@@ -35,4 +37,5 @@ def windows_of(
     """
     whole = Geometry.of(x, w, None, None, padding)
     rows, columns = ((n + (stride - 1) * partial) // stride for n in whole.unpooled)
-    return Windows(stride, rows, columns, *whole.before)
+    height, width = (size + stride - 1 for size in w.shape[:2])
+    return Windows(stride, rows, columns, height, width, *whole.before)

@@ -21,41 +21,38 @@ Arrays = Sequence[jax.Array]
 _FILTER = np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])  # of 3 taps
 
 
-def forward(x: jax.Array, w: jax.Array, at: Windows) -> list[jax.Array]:
-    """Return the 4 outputs of every tile, row by row."""
-    pairs = zip(_input_coefficients(x, at), _filter_coefficients(w), strict=True)
-    products = [v @ u for v, u in pairs]
+def filters(w: jax.Array) -> jax.Array:
+    """Return the filters' coefficients, [16, in_channels, out_channels]."""
+    g = jnp.asarray(_FILTER, w.dtype)
+    u = jnp.einsum("ai,bj,ijco->abco", g, g, w, precision="highest")
+    return u.reshape(16, *w.shape[2:])
+
+
+def forward(x: jax.Array, u: jax.Array, at: Windows) -> list[jax.Array]:
+    """Return the 4 outputs of every tile, row by row, from what `filters` returned."""
+    products = [a @ b for a, b in zip(_input_coefficients(x, at), u, strict=True)]
     by_row = [_combine(products[i : i + 4]) for i in range(0, 16, 4)]
     left, right = (_combine([row[side] for row in by_row]) for side in (0, 1))
-    shape = (x.shape[0], at.rows, at.columns, w.shape[3])
+    shape = (x.shape[0], at.rows, at.columns, u.shape[2])
     return [y.reshape(shape) for y in (left[0], right[0], left[1], right[1])]
 
 
-def backward(x: jax.Array, w: jax.Array, dy: Arrays, at: Windows) -> tuple[jax.Array, jax.Array]:
-    """Return the gradients of x and w.
+def backward(x: jax.Array, u: jax.Array, dy: Arrays, at: Windows) -> tuple[jax.Array, jax.Array]:
+    """Return the gradients of x and of the filters' coefficients.
 
     Args:
       x: the images.
-      w: the filters.
+      u: what `filters` returned.
       dy: gradients of the 4 outputs of every tile, each [batch, rows, columns, channels].
       at: the tiles.
     """
     left, right = _spread(dy[0], dy[2]), _spread(dy[1], dy[3])
     by_row = [_spread(a, b) for a, b in zip(left, right, strict=True)]
-    d = [coefficient.reshape(-1, w.shape[3]) for row in by_row for coefficient in row]
-    inputs = _input_coefficients(x, at)
-    du = jnp.stack([v.T @ m for v, m in zip(inputs, d, strict=True)])
-    (dw,) = jax.linear_transpose(_filter_coefficients, w)(du)
+    d = [coefficient.reshape(-1, u.shape[2]) for row in by_row for coefficient in row]
+    du = jnp.stack([v.T @ m for v, m in zip(_input_coefficients(x, at), d, strict=True)])
     shape = (x.shape[0], at.rows, at.columns, x.shape[3])
-    dv = [(m @ u.T).reshape(shape) for m, u in zip(d, _filter_coefficients(w), strict=True)]
-    return _input_gradient(dv, x, at), dw
-
-
-def _filter_coefficients(w: jax.Array) -> jax.Array:
-    """Return [16, in_channels, out_channels]."""
-    g = jnp.asarray(_FILTER, w.dtype)
-    u = jnp.einsum("ai,bj,ijco->abco", g, g, w, precision="highest")
-    return u.reshape(16, *w.shape[2:])
+    dv = [(m @ k.T).reshape(shape) for m, k in zip(d, u, strict=True)]
+    return _input_gradient(dv, x, at), du
 
 
 def _input_coefficients(x: jax.Array, at: Windows) -> list[jax.Array]:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from jax import lax
 from txcore.kernels import checks, chunks
 from txcore.kernels.conv import pooling, windows, winograd
 from txcore.kernels.conv.pallas_geometry import Geometry
-from txcore.kernels.conv.windows_geometry import windows_of
+from txcore.kernels.conv.windows_geometry import Windows, windows_of
 from txcore.kernels.problem import Problem
 
 Form = Literal["direct", "windows", "winograd"]
@@ -96,125 +96,125 @@ def conv2d(
             f"conv2d: the form 'winograd' needs a 3x3 filter; got w {w.shape}. Pass "
             "config=Config('direct') or 'windows', or leave config and implementation out."
         )
-    return _conv2d(x, w, b, activation, pool, padding, config)
+    return _conv2d(x, w, b, _Fixed(activation, pool, padding, config))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
-def _conv2d(
-    x: jax.Array,
-    w: jax.Array,
-    b: jax.Array,
-    activation: str | None,
-    pool: int | None,
-    padding: str,
-    config: Config,
-) -> jax.Array:
-    return _forward(x, w, b, activation, pool, padding, config)[0]
+class _Fixed(NamedTuple):
+    """Hold what is known when the convolution is traced."""
+
+    activation: str | None
+    pool: int | None
+    padding: str
+    config: Config
 
 
-def _forward(
-    x: jax.Array,
-    w: jax.Array,
-    b: jax.Array,
-    activation: str | None,
-    pool: int | None,
-    padding: str,
-    config: Config,
-) -> tuple[jax.Array, Any]:
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _conv2d(x: jax.Array, w: jax.Array, b: jax.Array, fixed: _Fixed) -> jax.Array:
+    return _forward(x, w, b, fixed)[0]
+
+
+def _forward(x: jax.Array, w: jax.Array, b: jax.Array, fixed: _Fixed) -> tuple[jax.Array, Any]:
+    activation, pool, _, config = fixed
+    filters = _filters(x, w, fixed)
+
     def some(x: jax.Array) -> tuple[tuple[jax.Array, jax.Array | None], None]:
-        return _some_forward(x, w, b, activation, pool, padding, config), None
+        outputs = _products(_wide(config, x), w, filters, fixed)
+        # The maximum of y + b is (the maximum of y) + b, also when rounded: a quarter of the work.
+        top = pooling.maximum(outputs) if pool else outputs[0]
+        out = top + b.astype(top.dtype)
+        passed = None
+        if activation == "relu":
+            out = jnp.maximum(out, 0)
+            out = _once(out) if config.on_cpu else out
+            passed = out > 0
+        place = None
+        if pool:
+            dtype = top.dtype if config.on_cpu else jnp.dtype(jnp.int8)
+            place = pooling.places(outputs, top, passed, dtype)
+            place = _once(place) if config.on_cpu else place
+        return (out.astype(x.dtype), place), None
 
-    (out, place), _ = chunks.run(some, config.images, x)
+    (out, place), _ = chunks.run(some, config.images, None, x)
     return out, (x, w, b, place, out if activation and not pool else None)
 
 
-def _backward(
-    activation: str | None, pool: int | None, padding: str, config: Config, kept: Any, g: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _backward(fixed: _Fixed, kept: Any, g: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     x, w, b, place, out = kept
+    config = fixed.config
+    filters, transpose = jax.vjp(lambda w: _filters(x, w, fixed), w)
 
     def some(
         x: jax.Array, place: jax.Array | None, out: jax.Array | None, g: jax.Array
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    ) -> tuple[jax.Array, tuple[Any, jax.Array]]:
         if out is not None:
             g = jnp.where(out > 0, g, 0)
-        wide_x, wide_w, g = (_wide(config, array) for array in (x, w, g))
+        wide, g = _wide(config, x), _wide(config, g)
         db = _sum_rows(g if place is None else jnp.where(place == pooling.NO_PLACE, 0, g), config)
-        dx, dw = _product_gradients(wide_x, wide_w, place, g, padding, config.form)
-        return dx.astype(x.dtype), (dw, db)
+        dx, dfilters = _product_gradients(wide, w, filters, place, g, fixed)
+        return dx.astype(x.dtype), (dfilters, db)
 
-    dx, (dw, db) = chunks.run(some, config.images, x, place, out, g)
-    return dx, dw.astype(w.dtype), db.astype(b.dtype)
+    zeros = jax.tree.map(jnp.zeros_like, filters), jnp.zeros(b.shape, checks.accumulator(g.dtype))
+    dx, (dfilters, db) = chunks.run(some, config.images, zeros, x, place, out, g)
+    (dw,) = transpose(dfilters)
+    return dx, dw, db.astype(b.dtype)
 
 
 _conv2d.defvjp(_forward, _backward)
 
 
-def _some_forward(
-    x: jax.Array,
-    w: jax.Array,
-    b: jax.Array,
-    activation: str | None,
-    pool: int | None,
-    padding: str,
-    config: Config,
-) -> tuple[jax.Array, jax.Array | None]:
-    """Return the output of some of the images, and where each window's maximum is."""
-    outputs = _products(_wide(config, x), _wide(config, w), padding, pool, config.form)
-    # The maximum of y + b is (the maximum of y) + b, also when rounded: a quarter of the work.
-    top = pooling.maximum(outputs) if pool else outputs[0]
-    out = top + b.astype(top.dtype)
-    passed = None
-    if activation == "relu":
-        out = jnp.maximum(out, 0)
-        out = _once(out) if config.on_cpu else out
-        passed = out > 0
-    place = None
-    if pool:
-        dtype = top.dtype if config.on_cpu else jnp.dtype(jnp.int8)
-        place = pooling.places(outputs, top, passed, dtype)
-        place = _once(place) if config.on_cpu else place
-    return out.astype(x.dtype), place
+def _filters(x: jax.Array, w: jax.Array, fixed: _Fixed) -> Any:
+    """Return w as the form multiplies by it: made once, not for every chunk."""
+    w = _wide(fixed.config, w)
+    if fixed.config.form == "winograd":
+        return winograd.filters(w)
+    return windows.filters(w, _at(x, w, fixed)) if fixed.config.form == "windows" else w
 
 
-def _products(
-    x: jax.Array, w: jax.Array, padding: str, pool: int | None, form: Form
-) -> list[jax.Array]:
+def _at(x: jax.Array, w: jax.Array, fixed: _Fixed) -> Windows:
+    """Return the windows of a form other than "direct"."""
+    if fixed.config.form == "winograd":
+        return windows_of(x, w, fixed.padding, 2, partial=not fixed.pool)
+    return windows_of(x, w, fixed.padding, fixed.pool or 1)
+
+
+def _products(x: jax.Array, w: jax.Array, filters: Any, fixed: _Fixed) -> list[jax.Array]:
     """Return the outputs, as four arrays where they are pooled."""
+    form, pool, padding = fixed.config.form, fixed.pool, fixed.padding
     if form == "direct":
-        y = _convolve(x, w, padding, checks.accumulator(x.dtype))
+        y = _convolve(x, filters, padding, checks.accumulator(x.dtype))
         return pooling.corners(y) if pool else [y]
+    at = _at(x, w, fixed)
     if form == "windows":
-        return windows.forward(x, w, windows_of(x, w, padding, pool or 1))
-    tiles = winograd.forward(x, w, windows_of(x, w, padding, 2, partial=not pool))
+        return windows.forward(x, filters, at)
+    tiles = winograd.forward(x, filters, at)
     return tiles if pool else [pooling.interleave(tiles, *_size(x, w, padding))]
 
 
 def _product_gradients(
     x: jax.Array,
     w: jax.Array,
+    filters: Any,
     place: jax.Array | None,
     g: jax.Array,
-    padding: str,
-    form: Form,
-) -> tuple[jax.Array, jax.Array]:
-    """Return the gradients of x and w.
+    fixed: _Fixed,
+) -> tuple[jax.Array, Any]:
+    """Return the gradients of x and of the filters.
 
     What the forms make of x is made again: XLA finds the copy that it has, except beyond a loop.
     """
+    form, padding = fixed.config.form, fixed.padding
     if form == "direct":
-        _, transpose = jax.vjp(lambda x, w: _convolve(x, w, padding), x, w)
+        _, transpose = jax.vjp(lambda x, w: _convolve(x, w, padding), x, filters)
         full = g if place is None else pooling.unpool(place, g, *_size(x, w, padding))
         dx, dw = transpose(full)
         return dx, dw
+    at = _at(x, w, fixed)
     if form == "windows":
-        at = windows_of(x, w, padding, 1 if place is None else 2)
-        return windows.backward(x, w, [g] if place is None else pooling.apart(place, g), at)
-    at = windows_of(x, w, padding, 2, partial=place is None)
+        return windows.backward(x, filters, [g] if place is None else pooling.apart(place, g), at)
     if place is None:
         odd = [(0, 0), (0, 2 * at.rows - g.shape[1]), (0, 2 * at.columns - g.shape[2]), (0, 0)]
-        return winograd.backward(x, w, pooling.corners(jnp.pad(g, odd)), at)
-    return winograd.backward(x, w, pooling.apart(place, g), at)
+        return winograd.backward(x, filters, pooling.corners(jnp.pad(g, odd)), at)
+    return winograd.backward(x, filters, pooling.apart(place, g), at)
 
 
 def _size(x: jax.Array, w: jax.Array, padding: str) -> tuple[int, int]:

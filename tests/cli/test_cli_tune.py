@@ -146,7 +146,7 @@ class TestEnv:
         assert kernels.splitlines()[0].split() == ["tuning", "file", "none"]
         (line,) = (line for line in out.splitlines() if "cnn3x3-conv2-b64" in line)
         assert line.startswith("conv2d")
-        assert "xla(form=winograd, on_cpu=True)" in line
+        assert "xla(form=winograd, on_cpu=True, images=8)" in line
         assert line.split()[-1] in ("heuristic", "recorded")
 
     def test_a_damaged_file_is_named(self, cache, capsys):
