@@ -34,6 +34,8 @@ from txcore.parallel import sync_gradients as sync_gradients
 from txcore.parallel import value_and_grad as value_and_grad
 from txcore.plan import DP as DP
 from txcore.plan import Plan as Plan
+from txcore.train import CheckpointError as CheckpointError
+from txcore.train import Checkpoints as Checkpoints
 from txcore.train import Engine as Engine
 from txcore.train import LossScale as LossScale
 from txcore.train import Precision as Precision

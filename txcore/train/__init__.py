@@ -1,7 +1,10 @@
 """Training: the engine, the state, the step, and what they need."""
 
+from txcore.train.checkpoints import Checkpoints as Checkpoints
 from txcore.train.engine import Engine as Engine
 from txcore.train.loss_scale import LossScale as LossScale
+from txcore.train.manifest import CheckpointError as CheckpointError
+from txcore.train.manifest import Position as Position
 from txcore.train.precision import Precision as Precision
 from txcore.train.state import TrainState as TrainState
 from txcore.train.step_fn import StepFn as StepFn

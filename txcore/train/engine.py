@@ -15,10 +15,11 @@ from txcore.mesh import MeshSpec
 from txcore.optim import as_optimizer
 from txcore.plan import Plan
 from txcore.train import fit as loop
+from txcore.train import loss_scale, nonfinite
 from txcore.train.batch import examples, global_shapes, shapes_on, shard_batch
+from txcore.train.checkpoints import Checkpoints
 from txcore.train.compile import CompiledStep, compile_step, name_of
 from txcore.train.loggers import Logger, Metrics
-from txcore.train.loss_scale import start as start_loss_scaling
 from txcore.train.precision import Precision
 from txcore.train.state import TrainState
 from txcore.train.step_fn import StepFn
@@ -37,6 +38,9 @@ class Engine:
       loggers: functions of a `tx.loggers.Record`; called on rank 0.
       precision: "float32", "bfloat16", "float16", or a `tx.Precision`.
       seed: the run is a function of it (and of the data): from 0 to 2**32 - 1.
+      on_nonfinite: what to do about a NaN or infinity: "stop" ends `fit` where the metric "loss"
+        has one; "skip" also lets a step whose reduced gradients have one change nothing (float16
+        always does, and lowers its loss scale); "ignore" does nothing.
       compiler_options: XLA options for the steps; None takes the fastest known for the platform.
 
     Raises:
@@ -60,6 +64,7 @@ class Engine:
         loggers: Sequence[Logger] = (),
         precision: str | Precision = "float32",
         seed: int = 0,
+        on_nonfinite: nonfinite.Policy = "stop",
         compiler_options: Mapping[str, Any] | None = None,
     ) -> None:
         if not isinstance(mesh, MeshSpec):
@@ -71,6 +76,7 @@ class Engine:
             raise TypeError(f"Engine needs plan= a tx.Plan, got {type(plan).__name__}")
         if not isinstance(seed, int) or not 0 <= seed < 2**32:
             raise ValueError(f"Engine needs seed= an int from 0 to 2**32 - 1, got {seed}")
+        nonfinite.validate(on_nonfinite)
         plan.validate(mesh)
         if jax.process_count() > 1 and mesh.devices[0].platform == "cpu":
             yield_to_compute()
@@ -80,7 +86,7 @@ class Engine:
             raise TypeError("Engine needs loggers= a list of loggers, got one: write [logger]")
         self.loggers = tuple(loggers)
         self.precision = precision if isinstance(precision, Precision) else Precision(precision)
-        self.seed = seed
+        self.seed, self.on_nonfinite = seed, on_nonfinite
         self._given_options = compiler_options
         if compiler_options is None:
             compiler_options = default_compiler_options(mesh.devices[0].platform)
@@ -95,6 +101,7 @@ class Engine:
             optimizer=optimizer,
             precision=self.precision,
             seed=self.seed,
+            on_nonfinite=self.on_nonfinite,
             compiler_options=self._options,
         )
 
@@ -117,13 +124,16 @@ class Engine:
           TypeError: a leaf is no array.
         """
         params, extra = _copies(params, "params"), _copies(extra, "extra")
+        skips = self.on_nonfinite == "skip"
         arrays = {
             "step": np.zeros((), np.int32),
             "stored_params": params,
             "opt_state": _copies(self.optimizer.init(params), "optimizer state"),
             "seed": np.asarray(self.seed, np.uint32),
             "extra": extra,
-            "loss_scaling": start_loss_scaling(self.precision.scaling),
+            "loss_scaling": loss_scale.start(
+                1.0 if skips and self.precision.scaling is None else self.precision.scaling
+            ),
         }
         placed = jax.tree.map(self._replicate, arrays)
         return TrainState(**placed, engine=self)
@@ -198,60 +208,46 @@ class Engine:
         epochs: int | None = None,
         evaluate: loop.Evaluate | None = None,
         eval_every: int | None = None,
+        checkpoints: Checkpoints | None = None,
     ) -> TrainState:
-        """Train: run the step over batches and tell the loggers.
+        """Train: run the step over batches, tell the loggers, and save checkpoints.
+
+        With checkpoints the run goes on where the newest one ends, and SIGTERM or SIGINT stop it
+        between two steps, saved.
 
         Args:
           step: the training step.
           state: the state to start from; it is donated.
           data: batches as for `run`: an iterable that can be read again, or a function
-            `epoch -> batches`.
-          steps: how many steps to run; or
+            `epoch -> batches`. To resume within an epoch its first batches are read and dropped.
+          steps: how many steps to run, those before a checkpoint among them; or
           epochs: how many times to go through the data.
           evaluate: called with the state every `eval_every` steps and after the last; returns
             metrics (`lambda state: engine.evaluate(eval_step, state, test_batches)`).
           eval_every: steps between evaluations; None evaluates after the last step only.
+          checkpoints: where and how often to save the run, and whether to resume it.
 
         Returns:
           The state after the last step.
 
         Raises:
-          ValueError: neither or both of `steps` and `epochs`, or data that ends too early.
+          ValueError: neither or both of `steps` and `epochs`, or data that ends too early or
+            does not fit the checkpoint.
+          FloatingPointError: the loss is not finite; see `on_nonfinite`.
+          CheckpointError: no checkpoint can be used, or the last one not be written.
+          SystemExit, KeyboardInterrupt: after SIGTERM (with exit code 143) and SIGINT.
         """
-        total = loop.count_steps(data, steps, epochs)
-        if eval_every is not None and (eval_every < 1 or evaluate is None):
-            raise ValueError(
-                f"fit needs eval_every= at least 1 and evaluate= with it, got {eval_every=}"
-            )
-        loggers = self.loggers if jax.process_index() == 0 else ()
-        on_cpu = self.mesh.devices[0].platform == "cpu"
-        ahead = loop.RUN_AHEAD_ON_CPU if on_cpu else loop.RUN_AHEAD
-        progress = loop.Progress(loggers, total, lambda: self.compile_seconds, ahead)
-        done = evaluated = 0
-        for host in loop.batches(data, steps, epochs):
-            batch = shard_batch(host, self.mesh, self.plan)
-            compiled = self._compiled(step, state, batch, train=True)
-            if done == 0:
-                progress.start_clock()
-            arrays, metrics = compiled.call(state.arrays, batch)
-            state = state.replace(**arrays)
-            progress.add(metrics, loop.real_examples(host, batch, self.plan))
-            done += 1
-            if evaluate and eval_every and done % eval_every == 0:
-                evaluated = self._evaluate_in_fit(progress, evaluate, state)
-        progress.stop_clock()
-        if evaluate and evaluated != done:
-            self._evaluate_in_fit(progress, evaluate, state)
-        progress.tell("end", {})
-        return state
-
-    def _evaluate_in_fit(
-        self, progress: loop.Progress, evaluate: loop.Evaluate, state: TrainState
-    ) -> int:
-        progress.stop_clock()
-        progress.tell("eval", loop.to_host(evaluate(state)))
-        progress.start_clock()
-        return progress.done
+        return loop.fit(
+            self,
+            step,
+            state,
+            data,
+            steps=steps,
+            epochs=epochs,
+            evaluate=evaluate,
+            eval_every=eval_every,
+            checkpoints=checkpoints,
+        )
 
     def audit(
         self,
@@ -319,6 +315,7 @@ class Engine:
             optimizer=self.optimizer,
             precision=self.precision,
             seed=self.seed,
+            on_nonfinite=self.on_nonfinite,
             compiler_options=self._given_options,
         )
         arrays = {name: shapes_on(x, there.mesh) for name, x in state.arrays.items()}

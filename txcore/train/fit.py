@@ -1,18 +1,29 @@
-"""The training loop: feed batches to a step, keep the devices busy, tell the loggers."""
+"""The training loop: feed batches to a step, keep the devices busy, tell the loggers, save."""
 
+import itertools
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sized
-from dataclasses import dataclass, field
-from typing import Any
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 
 from txcore.plan import Plan
-from txcore.train.batch import examples
+from txcore.train import nonfinite
+from txcore.train.batch import examples, shard_batch
+from txcore.train.checkpoints import Checkpoints
+from txcore.train.interrupt import Interrupt, interrupts
 from txcore.train.loggers import Logger, Metrics, Record
+from txcore.train.manifest import Position
 from txcore.train.state import TrainState
+from txcore.train.step_fn import StepFn
+
+if TYPE_CHECKING:
+    from txcore.train.engine import Engine
 
 Data = Iterable[Any] | Callable[[int], Iterable[Any]]
 Evaluate = Callable[[TrainState], Metrics]
@@ -21,6 +32,79 @@ Evaluate = Callable[[TrainState], Metrics]
 # to pile up batches. A simulated device shares the host's cores: what waits there takes time from
 # the step under way.
 RUN_AHEAD, RUN_AHEAD_ON_CPU = 4, 1
+
+_LOG = logging.getLogger("txcore")
+
+
+def fit(
+    engine: "Engine",
+    step: StepFn,
+    state: TrainState,
+    data: Data,
+    *,
+    steps: int | None,
+    epochs: int | None,
+    evaluate: Evaluate | None,
+    eval_every: int | None,
+    checkpoints: Checkpoints | None,
+) -> TrainState:
+    """Train as `Engine.fit` says."""
+    total = count_steps(data, steps, epochs)
+    if eval_every is not None and (eval_every < 1 or evaluate is None):
+        raise ValueError(
+            f"fit needs eval_every= at least 1 and evaluate= with it, got {eval_every=}"
+        )
+    with ExitStack() as stack:
+        position, interrupt = Position(), Interrupt()
+        if checkpoints is not None:
+            stack.enter_context(checkpoints)
+            state, position = checkpoints.restore(state)
+            interrupt = stack.enter_context(interrupts())
+
+        def rows(host: Any) -> int:
+            return examples(host, engine.plan)[0] * jax.process_count()
+
+        def check(done: int, metrics: Metrics) -> None:
+            nonfinite.check(done, metrics, state, engine.on_nonfinite)
+
+        progress = Progress(engine, total, position, check)
+        evaluated, saved = 0, position.steps
+
+        def tell_evaluation() -> int:
+            assert evaluate is not None
+            progress.stop_clock()
+            progress.tell("eval", to_host(evaluate(state)))
+            return position.steps
+
+        def save() -> int:
+            assert checkpoints is not None
+            progress.stop_clock()
+            checkpoints.save(state, progress.position(position))
+            return position.steps
+
+        for after, host in batches(data, steps, epochs, position, rows):
+            if interrupt.noted is not None:
+                break
+            batch = shard_batch(host, engine.mesh, engine.plan)
+            progress.start_clock()
+            state, metrics = engine.run(step, state, batch)
+            position = after
+            progress.add(metrics, real_examples(host, batch, engine.plan))
+            if evaluate and eval_every and position.steps % eval_every == 0:
+                evaluated = tell_evaluation()
+            if checkpoints and position.steps % checkpoints.every == 0:
+                saved = save()
+        progress.stop_clock()
+        if evaluate and evaluated != position.steps and interrupt.noted is None:
+            tell_evaluation()
+        if checkpoints is not None and saved != position.steps:
+            save()
+    if interrupt.noted is not None:
+        name = interrupt.noted.name
+        _LOG.warning("txcore: %s: stopped after %d steps, all saved", name, position.steps)
+        interrupt.end()
+    progress.tell("end", {})
+    return state
 
 
 def count_steps(data: Data, steps: int | None, epochs: int | None) -> int | None:
@@ -35,46 +119,78 @@ def count_steps(data: Data, steps: int | None, epochs: int | None) -> int | None
     return steps
 
 
-def batches(data: Data, steps: int | None, epochs: int | None) -> Iterator[Any]:
-    """Yield the batches of `steps` steps or of `epochs` passes over `data`."""
-    done, epoch = 0, 0
-    while (epochs is None or epoch < epochs) and done != steps:
-        before = done
-        for batch in data(epoch) if callable(data) else data:
-            if done == steps:
+def batches(
+    data: Data,
+    steps: int | None,
+    epochs: int | None,
+    at: Position,
+    rows_of: Callable[[Any], int],
+) -> Iterator[tuple[Position, Any]]:
+    """Yield the batches of `steps` steps or of `epochs` passes over `data`, from a position on.
+
+    Each comes with the position after it.
+    """
+    while (epochs is None or at.epoch < epochs) and at.steps != steps:
+        before = at
+        for batch in _rest(data(at.epoch) if callable(data) else data, at, rows_of):
+            if at.steps == steps:
                 return
-            yield batch
-            done += 1
-        if done == before:
+            rows = at.rows + rows_of(batch)
+            at = replace(at, steps=at.steps + 1, batch=at.batch + 1, rows=rows)
+            yield at, batch
+        if at.batch == 0:
             raise ValueError(
                 f"fit needs data for {steps if steps is not None else 'another'} "
-                f"{'steps' if steps is not None else 'epoch'}, but the data ended after {done} "
-                "batches: pass a list of batches, or a function epoch -> batches, that can be "
-                "read again"
+                f"{'steps' if steps is not None else 'epoch'}, but the data ended after "
+                f"{before.steps} batches: pass a list of batches, or a function epoch -> batches, "
+                "that can be read again"
             )
-        epoch += 1
+        at = replace(at, epoch=at.epoch + 1, batch=0, rows=0)
+
+
+def _rest(data: Iterable[Any], at: Position, rows_of: Callable[[Any], int]) -> Iterator[Any]:
+    """Return an iterator over the batches of an epoch that are not done; the others are read."""
+    iterator = iter(data)
+    dropped = [rows_of(batch) for batch in itertools.islice(iterator, at.batch)]
+    if (len(dropped), sum(dropped)) != (at.batch, at.rows):
+        raise ValueError(
+            f"fit resumes epoch {at.epoch} after {at.batch} batches of {at.rows} examples, but "
+            f"they are {len(dropped)} of {sum(dropped)} now: use the data and the global batch "
+            "size that the checkpoint was made with"
+        )
+    return iterator
 
 
 @dataclass
 class Progress:
     """Turn the metrics of finished steps into records, and time them, compilation left out."""
 
-    loggers: tuple[Logger, ...]
+    engine: "Engine"
     total_steps: int | None
-    compile_seconds: Callable[[], float]
-    run_ahead: int = RUN_AHEAD
+    start: Position
+    check: Callable[[int, Metrics], None]
     pending: deque[tuple[Any, int]] = field(default_factory=deque)
-    done: int = 0
-    seconds: float = 0.0
-    examples: int = 0
     _mark: float | None = None  # when the clock was started; None while it stands
 
+    def __post_init__(self) -> None:
+        self.done, self.seconds = self.start.steps, self.start.seconds
+        self.examples = self.start.examples
+        self.loggers = self.engine.loggers if jax.process_index() == 0 else ()
+        on_cpu = self.engine.mesh.devices[0].platform == "cpu"
+        self.run_ahead = RUN_AHEAD_ON_CPU if on_cpu else RUN_AHEAD
+        self._silent: set[Logger] = set()  # those that could not write
+
+    def position(self, reached: Position) -> Position:
+        """Return a position with the time and the examples so far."""
+        return replace(reached, seconds=self.seconds, examples=self.examples)
+
     def start_clock(self) -> None:
-        """Count time from now on."""
-        self._mark = self._now()
+        """Count time from now on, if the clock stands."""
+        if self._mark is None:
+            self._mark = self._now()
 
     def _now(self) -> float:
-        return time.perf_counter() - self.compile_seconds()
+        return time.perf_counter() - self.engine.compile_seconds
 
     def stop_clock(self) -> None:
         """Wait for the steps that are under way, and stop counting."""
@@ -98,6 +214,7 @@ class Progress:
         self.seconds += elapsed
         self.examples += examples
         self.tell("step", host)
+        self.check(self.done, host)
 
     def tell(self, kind: str, metrics: Metrics) -> None:
         """Send a record to the loggers."""
@@ -108,10 +225,15 @@ class Progress:
             metrics,
             self.seconds,
             self.examples,
-            self.compile_seconds(),
+            self.engine.compile_seconds,
         )
         for logger in self.loggers:
-            logger(record)
+            try:
+                logger(record)
+            except OSError as error:  # a full disk must not end a run of days
+                if logger not in self._silent:
+                    _LOG.warning("txcore: a logger failed, and training goes on: %s", error)
+                self._silent.add(logger)
 
 
 def to_host(metrics: Any) -> Metrics:

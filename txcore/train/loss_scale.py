@@ -71,17 +71,20 @@ class LossScale:
 
 
 class LossScaling(NamedTuple):
-    """Hold the part of the train state that loss scaling keeps; three scalars.
+    """Hold the part of the train state that loss scaling keeps; four scalars.
 
     Attributes:
       scale: float32, what the next step's loss is multiplied by.
       good_steps: int32, finite steps in a row since the scale last changed.
       skipped_steps: int32, steps so far that overflowed and changed nothing.
+      culprit: int32, in the last of them the first parameter whose gradient was not finite, by
+        its place among the leaves; -1 where there was none.
     """
 
     scale: jax.Array
     good_steps: jax.Array
     skipped_steps: jax.Array
+    culprit: jax.Array
 
 
 def check_scale(op: str, option: str, value: Any) -> None:
@@ -96,35 +99,39 @@ def start(policy: LossScale | float | None) -> LossScaling | None:
     if policy is None:
         return None
     initial = policy.initial if isinstance(policy, LossScale) else policy
-    return LossScaling(jnp.float32(initial), jnp.int32(0), jnp.int32(0))
+    return LossScaling(jnp.float32(initial), jnp.int32(0), jnp.int32(0), jnp.int32(-1))
 
 
-def advance(policy: LossScale | float, scaling: LossScaling, finite: jax.Array) -> LossScaling:
+def advance(policy: LossScale | float, scaling: LossScaling, culprit: jax.Array) -> LossScaling:
     """Return the loss scaling after a step whose gradients were all finite, or not.
 
     Args:
       policy: how the scale changes; a number does not change.
       scaling: what it was during the step.
-      finite: bool scalar.
+      culprit: int32 scalar, the first gradient that is not finite, as `first_nonfinite` says.
 
     Returns:
       What it is for the next step.
     """
+    finite = culprit < 0
+    culprit = jnp.where(finite, scaling.culprit, culprit)
     skipped = scaling.skipped_steps + jnp.where(finite, 0, 1)
     good = jnp.where(finite, scaling.good_steps + 1, 0)
     if not isinstance(policy, LossScale):
-        return LossScaling(scaling.scale, good, skipped)
+        return LossScaling(scaling.scale, good, skipped, culprit)
     grown = scaling.scale * jnp.float32(policy.growth_factor)
     due = good >= policy.growth_interval
     up = jnp.where(due & jnp.isfinite(grown), grown, scaling.scale)
     down = jnp.maximum(scaling.scale * jnp.float32(policy.backoff_factor), policy.minimum)
-    return LossScaling(jnp.where(finite, up, down), jnp.where(due, 0, good), skipped)
+    return LossScaling(jnp.where(finite, up, down), jnp.where(due, 0, good), skipped, culprit)
 
 
-def all_finite(tree: Any) -> jax.Array:
-    """Tell whether no element of any leaf is inf or nan (bool scalar)."""
-    flags = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]
-    return functools.reduce(jnp.logical_and, flags, jnp.array(True))
+def first_nonfinite(tree: Any) -> jax.Array:
+    """Return the place of the first leaf with an inf or nan among the leaves; -1 for none."""
+    flags = [~jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]
+    found = [jnp.where(flag, jnp.int32(i), jnp.int32(len(flags))) for i, flag in enumerate(flags)]
+    first = functools.reduce(jnp.minimum, found, jnp.int32(len(flags)))
+    return jnp.where(first == len(flags), jnp.int32(-1), first)
 
 
 def select(flag: jax.Array, then: Any, otherwise: Any) -> Any:

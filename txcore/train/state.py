@@ -40,7 +40,7 @@ class TrainState:
     opt_state: Any
     seed: jax.Array  # uint32 scalar
     extra: Any  # model state that is not trained
-    loss_scaling: LossScaling | None  # None but in float16
+    loss_scaling: LossScaling | None  # None but in float16 and where steps are skipped
     engine: Runner = field(metadata={"static": True})
 
     @property
@@ -70,7 +70,9 @@ class TrainState:
 
         `state.loss_scaling` has the counts of good and of skipped steps with it.
         """
-        return self.loss_scaling.scale if self.loss_scaling is not None else None
+        if self.loss_scaling is None or self.precision.scaling is None:
+            return None
+        return self.loss_scaling.scale
 
     @property
     def key(self) -> jax.Array:
@@ -126,8 +128,9 @@ class TrainState:
     def apply_gradients(self, *, grads: Any) -> "TrainState":
         """Update the parameters with reduced gradients.
 
-        In float16 gradients that are not all finite update nothing: parameters, optimizer state
-        and `step` (so the learning rate too) stay as they are, the loss scale shrinks, and
+        In float16, and in an engine with on_nonfinite="skip", gradients that are not all finite
+        update nothing: parameters, optimizer state and `step` (so the learning rate too) stay as
+        they are, the loss scale of float16 shrinks, and
         `loss_scaling.skipped_steps` counts one more. The engine then undoes whatever else the
         step changed, `extra` for one. Gradients are reduced by now, so all devices agree
         without a collective.
@@ -150,12 +153,12 @@ class TrainState:
             grads, self.opt_state, self.stored_params, step=self.step
         )
         new = self.replace(step=self.step + 1, stored_params=params, opt_state=opt_state)
-        policy = self.precision.scaling
-        if policy is None or self.loss_scaling is None:
+        if self.loss_scaling is None:
             return new
-        finite = loss_scale.all_finite(grads)
-        scaling = loss_scale.advance(policy, self.loss_scaling, finite)
-        return loss_scale.select(finite, new, self).replace(loss_scaling=scaling)
+        culprit = loss_scale.first_nonfinite(grads)
+        policy = self.precision.scaling
+        scaling = loss_scale.advance(1.0 if policy is None else policy, self.loss_scaling, culprit)
+        return loss_scale.select(culprit < 0, new, self).replace(loss_scaling=scaling)
 
 
 _ARRAYS = ("step", "stored_params", "opt_state", "seed", "extra", "loss_scaling")
