@@ -2,7 +2,8 @@
 
     python examples/mnist/train.py --model cnn --devices 2
 
-One device, several devices in one process, or several processes started by hand:
+One device, several devices in one process, several processes by `txcore launch`, SLURM or mpirun
+(found by themselves), or by hand:
 
     python examples/mnist/train.py --coordinator 127.0.0.1:12345 --num-processes 2 --process-id 0
     python examples/mnist/train.py --coordinator 127.0.0.1:12345 --num-processes 2 --process-id 1
@@ -10,6 +11,7 @@ One device, several devices in one process, or several processes started by hand
 
 import argparse
 import json
+import logging
 import os
 import pathlib
 import sys
@@ -27,6 +29,7 @@ from dataset import NAMES, Dataset, load  # noqa: E402
 
 import txcore as tx  # noqa: E402
 from txcore import kernels, launch  # noqa: E402
+from txcore.train import nonfinite  # noqa: E402
 
 EVAL_BATCH = 1024
 BASE_BATCH = 64  # the batch to which --lr-scaling linear refers
@@ -59,8 +62,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--train-size", type=int, help="train on the first N examples only")
     add("--log-dir", help="write DIR/train.jsonl")
     add("--results", help="write a JSON file")
+    add("--checkpoint-dir", help="save the run there, and resume it from there")
+    add("--save-every", type=int, default=100, help="steps between checkpoints; default: 100")
+    add("--keep", type=int, default=3, help="how many checkpoints to keep; default: 3")
+    add("--resume", default="auto", choices=["auto", "never", "must"], help="default: auto")
+    add("--on-nonfinite", default="stop", choices=["stop", "skip", "ignore"], help="a NaN loss")
     add("--audit", default=True, action=argparse.BooleanOptionalAction)
-    add("--coordinator", help="host:port of process 0")
+    add("--coordinator", help="host:port of process 0, for processes started by hand")
     add("--num-processes", type=int)
     add("--process-id", type=int)
     return parser.parse_args(argv)
@@ -213,11 +221,21 @@ class Data:
         )
 
 
+def make_checkpoints(args: argparse.Namespace) -> tx.Checkpoints | None:
+    """Return where the run is saved, if it is."""
+    if args.checkpoint_dir is None:
+        return None
+    return tx.Checkpoints(
+        args.checkpoint_dir, every=args.save_every, keep=args.keep, resume=args.resume
+    )
+
+
 class History:
     """A logger that keeps what --results writes."""
 
     def __init__(self) -> None:
         self.loss_curve: list[float] = []
+        self.first_step: int | None = None  # of the curve; later than 1 where the run was resumed
         self.test_accuracy: float | None = None
         self.seconds_to_99: float | None = None
         self.end: tx.loggers.Record | None = None
@@ -226,6 +244,7 @@ class History:
         """Keep a record."""
         match record.kind:
             case "step":
+                self.first_step = self.first_step or record.step
                 self.loss_curve.append(record.metrics["loss"])
             case "eval":
                 self.test_accuracy = record.metrics["test_accuracy"]
@@ -249,9 +268,10 @@ def train(args: argparse.Namespace) -> int:
     """Run the training, and return the exit code: 1 if the proof failed."""
     check(args)
     layers = models.layers_of(args.model, args.dropout)
-    if args.coordinator or args.num_processes is not None or args.process_id is not None:
-        tx.initialize(args.coordinator, args.num_processes, args.process_id)
-    devices = choose_devices(args.devices, args.num_processes or 1)
+    place = args.coordinator, args.num_processes, args.process_id
+    if place != (None, None, None) or launch.cluster():
+        tx.initialize(*place)
+    devices = choose_devices(args.devices, launch.world_size())
     dataset = load(
         args.dataset,
         args.data_dir,
@@ -275,7 +295,9 @@ def train(args: argparse.Namespace) -> int:
         loggers=loggers,
         precision=args.precision,
         seed=args.seed,
+        on_nonfinite=args.on_nonfinite,
     )
+    checkpoints = make_checkpoints(args)
     say(
         f"{args.model} on {dataset.name}: {len(devices)} x {devices[0].device_kind}, "
         f"{jax.process_count()} process(es), global batch {args.batch_size}, {args.precision}"
@@ -288,11 +310,11 @@ def train(args: argparse.Namespace) -> int:
         steps=steps,
         evaluate=lambda state: engine.evaluate(eval_step, state, data.test()),
         eval_every=args.eval_every or data.steps_per_epoch,
+        checkpoints=checkpoints,
     )
     report = engine.audit(train_step, state, next(iter(data.train(0)))) if args.audit else None
     if state.loss_scaling is not None:
-        scale, skipped = float(state.loss_scaling.scale), int(state.loss_scaling.skipped_steps)
-        say(f"loss scale {scale:g}; {skipped} of {steps} steps overflowed and changed nothing")
+        say(f"loss scale {float(state.loss_scaling.scale):g}; {nonfinite.skipped(state)}")
     if jax.process_index() == 0:
         write_results(args, history, report)
         if history.test_accuracy is not None:
@@ -310,6 +332,7 @@ def write_results(args: argparse.Namespace, history: History, report: Any) -> No
     results = {
         "test_accuracy": history.test_accuracy,
         "loss_curve": history.loss_curve,
+        "first_step": history.first_step,
         "images_per_second": end.examples_per_second if end else None,
         "compile_seconds": end.compile_seconds if end else None,
         "seconds_to_99": history.seconds_to_99,
@@ -322,10 +345,14 @@ def write_results(args: argparse.Namespace, history: History, report: Any) -> No
 
 def main(argv: list[str] | None = None) -> int:
     """Run the script; an error that the user can mend is one line."""
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("txcore").setLevel(logging.INFO)
     args = parse(argv)
     try:
         return train(args)
-    except (ValueError, OSError, RuntimeError) as error:
+    except KeyboardInterrupt:
+        return 130
+    except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
         print(f"train.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
 

@@ -174,6 +174,7 @@ def test_what_it_prints_and_writes(tmp_path, capsys):
     assert set(results) == {
         "test_accuracy",
         "loss_curve",
+        "first_step",
         "images_per_second",
         "compile_seconds",
         "seconds_to_99",
@@ -181,6 +182,7 @@ def test_what_it_prints_and_writes(tmp_path, capsys):
         "collectives",
     }
     assert results["seconds_to_99"] is None
+    assert results["first_step"] == 1
     assert results["images_per_second"] > 0
     assert results["compile_seconds"] > 0
     lines = (tmp_path / "logs" / "train.jsonl").read_text().splitlines()
@@ -188,6 +190,23 @@ def test_what_it_prints_and_writes(tmp_path, capsys):
     curve = [r["metrics"]["loss"] for r in records if r["kind"] == "step"]
     assert curve == results["loss_curve"]
     assert [r["kind"] for r in records if r["kind"] != "step"] == ["eval", "eval", "end"]
+
+
+def test_it_is_resumed_where_it_was(tmp_path, capsys):
+    args = ["--model", "mlp", "--dataset", "digits", "--batch-size", "64", "--no-audit"]
+    saving = ["--checkpoint-dir", tmp_path / "saved", "--save-every", "10", "--keep", "2"]
+    whole = run(tmp_path, *args, "--steps", "30", "--eval-every", "25")
+    run(tmp_path, *args, "--steps", "17", *saving)
+    rest = run(tmp_path, *args, "--steps", "30", "--eval-every", "25", *saving, "--resume", "must")
+    assert rest["first_step"] == 18
+    assert rest["loss_curve"] == whole["loss_curve"][17:]
+    assert rest["test_accuracy"] == whole["test_accuracy"]
+    assert sorted(p.name for p in (tmp_path / "saved").glob("s*")) == [
+        "step_00000020",
+        "step_00000030",
+    ]
+    run(tmp_path, *args, *saving, "--resume", "never", code=2)
+    assert "has checkpoints already, the newest step_00000030" in capsys.readouterr().err
 
 
 def test_without_audit(tmp_path, capsys):

@@ -1,23 +1,26 @@
-"""Joining processes: what is refused, what one process alone does, and two real ones over gloo."""
+"""Joining processes: what is refused, what one process alone does, and real ones over gloo."""
 
-import json
 import os
-import pathlib
 import re
 import socket
-import subprocess
-import sys
 import time
 
 import jax
 import pytest
+from joining import (
+    DROPPED,
+    finish,
+    free_port,
+    killed_at_the_end,
+    place,
+    refused,
+    said,
+    start,
+)
 
 import txcore as tx
-from txcore import launch
+from txcore import _compat, launch
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
-WORKER = pathlib.Path(__file__).with_name("worker.py")
-DEADLINE_S = 90
 # 127.0.0.1 as /proc/net/tcp and tcp6 (there as ::ffff:127.0.0.1) write it, by host-order words.
 LOOPBACK = {"0100007F", "0000000000000000FFFF00000100007F"}
 GOOD = {"coordinator": "127.0.0.1:12345", "num_processes": 2, "process_id": 0}
@@ -77,6 +80,50 @@ def test_bad_process_id(rank):
         tx.initialize(**GOOD | {"process_id": rank})
 
 
+def test_no_cluster_is_found(monkeypatch):
+    for name in [n for n in os.environ if n.startswith(DROPPED)]:
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(_compat, "backend_started", lambda: False)
+    text = (
+        "tx.initialize found no cluster: give coordinator=, num_processes= and process_id=; or set "
+        "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID, as `txcore launch` does; or "
+        "start the script by srun, by mpirun, in an indexed Kubernetes job or on a TPU pod"
+    )
+    with says(ValueError, text):
+        tx.initialize()
+
+
+@pytest.mark.parametrize("asked", [None, ("pod-0.jaxpods:55527", 4, 7)])
+def test_what_only_jax_can_find_out(asked, monkeypatch):
+    for name in [n for n in os.environ if n.startswith(DROPPED)]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+    monkeypatch.setenv("JOB_COMPLETION_INDEX", "1")
+    monkeypatch.setattr(_compat, "backend_started", lambda: False)
+    monkeypatch.setattr(_compat, "detect_cluster", lambda timeout_s: asked)
+    text = (
+        f"tx.initialize found Kubernetes, but jax {jax.__version__} does not find the "
+        "coordinator's address, the number of processes and this one's id there, only (None, None, "
+        "None): set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID"
+    )
+    if asked:
+        text = "tx.initialize needs process_id= from 0 to 3 for num_processes=4, got 7"
+    with says(ValueError, text):
+        tx.initialize()
+
+
+def test_an_interface_that_is_not_there(monkeypatch):
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "=nosuch0")
+    monkeypatch.setattr(_compat, "backend_started", lambda: False)
+    there = ", ".join(sorted(name for _, name in socket.if_nameindex()))
+    text = (
+        f"NCCL_SOCKET_IFNAME='=nosuch0' names no interface of this host, which has {there}: set it "
+        "to one of these, on each rank to what its own host has, or leave it out"
+    )
+    with says(ValueError, text):
+        tx.initialize(**GOOD)
+
+
 @pytest.mark.parametrize("arguments", [GOOD, {}])
 def test_after_a_backend_has_started(arguments):
     text = (
@@ -96,32 +143,14 @@ def test_alone_nobody_is_waited_for():
 
 @pytest.fixture(scope="module")
 def pair():
-    """What two processes saw, and their coordinator's port."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    environment |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-W", "error", WORKER, f"127.0.0.1:{port}", str(rank)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-        for rank in range(2)
-    ]
-    deadline = time.monotonic() + DEADLINE_S
-    try:
-        texts = [p.communicate(timeout=max(1, deadline - time.monotonic())) for p in ranks]
-    finally:
-        for process in ranks:
-            process.kill()
-    for process, (_, errors) in zip(ranks, texts, strict=True):
-        assert process.returncode == 0, errors
-    # gloo greets on stdout too: ours is the last line
-    return [json.loads(out.splitlines()[-1]) for out, _ in texts], port
+    """What two processes said, and their coordinator's port; proxies are in the way."""
+    port = free_port()
+    proxies = dict.fromkeys(("http_proxy", "https_proxy", "grpc_proxy"), "http://127.0.0.1:9")
+    # Process 0 is late, and ends while process 1 goes on.
+    second = start(place(port, 2, 1, linger=2), **proxies)
+    time.sleep(2)
+    first = start(place(port, 2, 0), **proxies)
+    return [said(ended) for ended in finish(first, second)], port
 
 
 def test_two_processes_sum_over_both(pair):
@@ -147,12 +176,121 @@ def test_meeting_and_sharing_start_no_backend(pair):
     assert [s["backend_after_share"] for s in seen] == [False, False]
 
 
-def test_coordinator_listens_on_loopback_only(pair):
+def test_jax_leaves_sigterm_to_the_handler_that_is_there(pair):
+    seen, _ = pair
+    assert [s["heard_sigterm"] for s in seen] == [True, True]
+
+
+def test_a_process_joins_at_once_when_the_other_is_there(pair):
+    (first, second), _ = pair
+    assert first["joined_in_s"] < 3  # the other one tries at least every 2 s
+    assert second["joined_in_s"] < 30
+
+
+def test_everything_listens_on_loopback_only(pair):
     (first, second), port = pair
     if first["listening_before_backend"] is None:
         pytest.skip("this system has no /proc/net")
-    listens = [s for s in first["listening_with_backend"] if s.endswith(f":{port:04X}")]
-    assert listens
-    assert {s.partition(":")[0] for s in listens} <= LOOPBACK
-    assert first["listening_before_backend"] == listens, "the coordinator listens elsewhere too"
+    coordinator = [s for s in first["listening_with_backend"] if s.endswith(f":{port:04X}")]
+    assert coordinator
+    assert first["listening_before_backend"] == coordinator
     assert second["listening_before_backend"] == [], "only process 0 is the coordinator"
+    everything = first["listening_with_backend"] + second["listening_with_backend"]
+    assert len(everything) > len(coordinator), "gloo listens too"
+    assert {s.partition(":")[0] for s in everything} <= LOOPBACK
+
+
+def test_an_address_is_listened_on_only_when_told_so():
+    port = free_port()
+    environment = {"JAX_COORDINATOR_BIND_ADDRESS": f"[::]:{port}"}
+    first, second = (
+        said(e) for e in finish(*(start(place(port, 2, r), **environment) for r in (0, 1)))
+    )
+    if first["listening_before_backend"] is None:
+        pytest.skip("this system has no /proc/net")
+    assert first["listening_before_backend"] == [f"{'0' * 32}:{port:04X}"]
+    assert first["sum"] == second["sum"] == [11.0]
+
+
+def test_a_process_that_does_not_come_is_named_by_all():
+    port = free_port()
+    # The last one gives up before process 0 does: it knows too who is missing.
+    waits = {0: 6, 1: 20, 2: 4}
+    ended = finish(*(start(place(port, 4, rank, timeout_s=s)) for rank, s in waits.items()))
+    own, told, early = (refused(each) for each in ended)
+    host = socket.gethostname()
+    missing = (
+        "process 3 did not come and process 2 came and ended again "
+        f"(here: 0 on {host}, 1 on {host})"
+    )
+    for rank, text in enumerate((own, told)):
+        assert re.fullmatch(
+            rf"RuntimeError: tx\.initialize of process {rank} of 4 at 127\.0\.0\.1:{port}: "
+            rf"{re.escape(missing)}; waited \d+ s of timeout_s={waits[rank]}",
+            text,
+        ), text
+    assert "process 3 did not come; waited" in early
+
+
+def test_process_0_that_does_not_come_is_named():
+    port = free_port()
+    (ended,) = finish(start(place(port, 2, 1, timeout_s=1)))
+    assert refused(ended) == (
+        f"RuntimeError: tx.initialize of process 1 of 2 at 127.0.0.1:{port}: process 0 did not "
+        f"come: it does not answer at 127.0.0.1:{port} (Connection refused); waited 1 s of "
+        "timeout_s=1"
+    )
+
+
+def test_the_coordinator_of_another_run_is_not_shared():
+    """By itself jax's server would share the port, and each run would get some of the ranks."""
+    port = free_port()
+    with killed_at_the_end(start(place(port, 1, 0, linger=60))) as (other,):
+        other.stdout.readline()
+        (ended,) = finish(start(place(port, 1, 0, timeout_s=1)))
+    assert refused(ended) == (
+        f"RuntimeError: tx.initialize of process 0 of 1 at 127.0.0.1:{port}: process 0 must listen "
+        f"on 127.0.0.1:{port}, but cannot (Address already in use): end what listens there (a "
+        "second process 0? another run?), or take another port (JAX_COORDINATOR_PORT, or "
+        "coordinator=); if it is not an address of this host, start process 0 on the "
+        "coordinator's host, or set JAX_COORDINATOR_BIND_ADDRESS; waited 0 s of timeout_s=1"
+    )
+
+
+def test_process_0_that_fails_does_not_wait_for_the_others():
+    port = free_port()
+    started = time.monotonic()
+    first = start(place(port, 2, 0, fail="on purpose", shutdown_timeout_s=60))
+    with killed_at_the_end(start(place(port, 2, 1, stay_until="/nowhere"))):
+        (ended,) = finish(first)
+    assert refused(ended) == "ValueError: on purpose"
+    assert time.monotonic() - started < 40
+
+
+def test_process_0_says_for_whom_it_waited():
+    port = free_port()
+    first = start(place(port, 2, 0, shutdown_timeout_s=1))
+    with killed_at_the_end(start(place(port, 2, 1, linger=60))):
+        (ended,) = finish(first)
+    assert ended[0] == 0
+    assert ended[2].splitlines()[-1] == (
+        "tx.initialize: process 0 has waited 1 s (shutdown_timeout_s) for process(es) 1 to end, "
+        "and ends now; jax aborts them"
+    )
+
+
+@pytest.mark.parametrize("name", ["timeout_s", "heartbeat_timeout_s", "shutdown_timeout_s"])
+@pytest.mark.parametrize("seconds", [0, -1.5, float("nan"), float("inf")])
+def test_bad_timeout(name, seconds):
+    with says(ValueError, f"tx.initialize needs {name}= above 0 seconds, got {seconds}"):
+        tx.initialize(**GOOD | {name: seconds})
+
+
+def test_called_twice(monkeypatch):
+    monkeypatch.setattr(_compat, "coordination_client", lambda: object())
+    text = (
+        "tx.initialize needs to be called once, but this process has joined its run already: leave "
+        "the second call out"
+    )
+    with says(RuntimeError, text):
+        tx.initialize(**GOOD)

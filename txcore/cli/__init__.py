@@ -5,10 +5,10 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from txcore.cli import costs, dump, env, inspect, lock, tune
+from txcore.cli import costs, dump, env, inspect, launch, lock, tune
 from txcore.cli.load import BadInput
 
-_COMMANDS = (inspect, costs, dump, lock, tune, env)
+_COMMANDS = (inspect, costs, dump, lock, tune, launch, env)
 
 
 class _Parser(argparse.ArgumentParser):

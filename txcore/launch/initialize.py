@@ -1,8 +1,24 @@
 """Joining the processes of one run."""
 
+import atexit
+import math
+import os
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
 import jax
 
 from txcore import _compat
+from txcore.launch import door, meeting, network, watch
+from txcore.launch.cluster import VARIABLES, cluster
+
+# The coordinator's address, the number of processes, this one's id, and its GPUs.
+Place = tuple[str, int, int, tuple[int, ...] | None]
+# The connections to the others (of process 0) or to process 0: open until this process ends.
+_connections: meeting.Connections = {}
 
 
 def initialize(
@@ -10,23 +26,40 @@ def initialize(
     num_processes: int | None = None,
     process_id: int | None = None,
     *,
-    timeout_s: int = 300,
+    timeout_s: float = 300,
+    heartbeat_timeout_s: float = 100,
+    shutdown_timeout_s: float = 30,
+    peer_timeout_s: float = 10.0,
+    step_timeout_s: float = 600.0,
+    local_device_ids: int | Sequence[int] | None = None,
 ) -> None:
     """Join the processes of one run; call it first, before jax touches a device.
 
-    On CPU the collectives go through gloo, on GPU through NCCL.
+    With all three of the first arguments None they are what `launch.cluster()` finds: the variables
+    that `txcore launch` sets, SLURM, Open MPI, Kubernetes or a TPU pod. On CPU the collectives go
+    through gloo, on GPU through NCCL. Nothing listens on an address but the coordinator's, and on
+    each host the one that leads there; on loopback where the coordinator is.
 
     Args:
-      coordinator: "host:port" of process 0, the same for all; a coordinator on the loopback
-        interface listens there only. With all three None the cluster (SLURM, Open MPI,
-        Kubernetes, TPU pods) is detected by jax.
+      coordinator: "host:port" of process 0, the same for all.
       num_processes: how many processes there are.
       process_id: which one this is, from 0.
-      timeout_s: seconds to wait for the others.
+      timeout_s: seconds to wait for the others. Process 0 tries three times to listen, the others
+        again and again to reach it.
+      heartbeat_timeout_s: seconds without a sign of life after which jax takes a process for dead.
+      shutdown_timeout_s: seconds that process 0 waits for the others at its end; they cannot
+        live without it.
+      peer_timeout_s, step_timeout_s: seconds after which a silent rank counts as lost, and that
+        a step of `Engine.fit` may take: then all ranks end and say why (`launch.watch.start`).
+      local_device_ids: which of the GPUs that this process sees are its own. By default, under
+        SLURM and Open MPI, an equal share of those that all processes of a host see
+        (`launch.cluster()` tells), and else all.
 
     Raises:
-      ValueError: only some of the three are given, or they do not fit together.
-      RuntimeError: a backend has started already, or the others did not come in time.
+      ValueError: only some of the three are given, they do not fit together, no cluster is found,
+        a variable names an interface that this host does not have, or a timeout is not above 0.
+      RuntimeError: a backend has started already, it was called before, or a process did not come
+        in time (the message says which).
 
     Example:
       >>> tx.initialize("127.0.0.1:12345", num_processes=2, process_id=2)
@@ -34,44 +67,182 @@ def initialize(
       ...
       ValueError: tx.initialize needs process_id= from 0 to 1 for num_processes=2, got 2
     """
+    place = _given(coordinator, num_processes, process_id)
+    _check_timeouts(
+        timeout_s=timeout_s,
+        heartbeat_timeout_s=heartbeat_timeout_s,
+        shutdown_timeout_s=shutdown_timeout_s,
+        peer_timeout_s=peer_timeout_s,
+        step_timeout_s=step_timeout_s,
+    )
+    _refuse_late()
+    address, size, rank, ours = place or _found(round(timeout_s))
+    network.check_interfaces()
+    network.bypass_proxies(network.split_address(address)[0], os.environ)
+    started = time.monotonic()
+    try:
+        met, bind = _meet(address, size, rank, started + timeout_s)
+    except meeting.NotTogether as error:
+        raise RuntimeError(
+            f"tx.initialize of process {rank} of {size} at {address}: {error}; waited "
+            f"{time.monotonic() - started:.0f} s of timeout_s={timeout_s:g}"
+        ) from None
+    ends_alone = _prepare(address)
+    jax.distributed.initialize(
+        address,
+        size,
+        rank,
+        local_device_ids=ours if local_device_ids is None else local_device_ids,
+        cluster_detection_method="deactivate",  # done
+        initialization_timeout=max(30, round(timeout_s)),
+        heartbeat_timeout_seconds=math.ceil(heartbeat_timeout_s),
+        shutdown_timeout_seconds=math.ceil(shutdown_timeout_s),
+        coordinator_bind_address=bind,
+    )
+    _connections.update(met)
+    watch.start(peer_timeout_s=peer_timeout_s, step_timeout_s=step_timeout_s)
+    if bind:
+        door.close_door(network.split_address(bind)[1])
+    if bind and ends_alone:
+        atexit.register(_see_out, shutdown_timeout_s)  # runs before jax ends its coordinator
+
+
+def _given(
+    coordinator: str | None, num_processes: int | None, process_id: int | None
+) -> Place | None:
+    """Return what the arguments say, or None where there are none."""
     given = {
         "coordinator": coordinator,
         "num_processes": num_processes,
         "process_id": process_id,
     }
     missing = [name for name, value in given.items() if value is None]
-    if 0 < len(missing) < 3:
+    if len(missing) == 3:
+        return None
+    if missing:
         raise ValueError(
             f"tx.initialize needs coordinator=, num_processes= and process_id= together (or none "
             f"of them, to detect the cluster), but {', '.join(missing)} is missing"
         )
-    if not missing:
-        _check(str(coordinator), int(num_processes or 0), int(process_id or 0))
+    return _check(coordinator, num_processes, process_id)
+
+
+def _check(coordinator: Any, size: Any, rank: Any, devices: Any = None) -> Place:
+    """Return the values, which fit together."""
+    try:
+        network.split_address(coordinator)
+    except ValueError:
+        raise ValueError(
+            f"tx.initialize needs coordinator= 'host:port', got {coordinator!r}"
+        ) from None
+    if size < 1:
+        raise ValueError(f"tx.initialize needs num_processes= at least 1, got {size}")
+    if not 0 <= rank < size:
+        raise ValueError(
+            f"tx.initialize needs process_id= from 0 to {size - 1} for num_processes={size}, "
+            f"got {rank}"
+        )
+    return coordinator, size, rank, devices
+
+
+def _check_timeouts(**timeouts: float) -> None:
+    for name, seconds in timeouts.items():
+        if not 0 < seconds < math.inf:
+            raise ValueError(f"tx.initialize needs {name}= above 0 seconds, got {seconds}")
+
+
+def _refuse_late() -> None:
+    if _compat.coordination_client() is not None:
+        raise RuntimeError(
+            "tx.initialize needs to be called once, but this process has joined its run already: "
+            "leave the second call out"
+        )
     if _compat.backend_started():
         raise RuntimeError(
             "tx.initialize needs to come before jax touches a device (jax.devices(), any array), "
             "but a backend has started already: call it first"
         )
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    host = (coordinator or "").rpartition(":")[0]
-    local = host.startswith("127.") or host in ("localhost", "[::1]")
-    jax.distributed.initialize(
-        coordinator_address=coordinator,
-        num_processes=num_processes,
-        process_id=process_id,
-        initialization_timeout=timeout_s,
-        coordinator_bind_address=coordinator if local else None,
-    )
 
 
-def _check(coordinator: str, num_processes: int, process_id: int) -> None:
-    host, _, port = coordinator.rpartition(":")
-    if not host or not port.isdigit() or not 0 < int(port) < 2**16:
-        raise ValueError(f"tx.initialize needs coordinator= 'host:port', got {coordinator!r}")
-    if num_processes < 1:
-        raise ValueError(f"tx.initialize needs num_processes= at least 1, got {num_processes}")
-    if not 0 <= process_id < num_processes:
+def _found(timeout_s: int) -> Place:
+    """Return what the environment says."""
+    found = cluster()
+    if found is None:
         raise ValueError(
-            f"tx.initialize needs process_id= from 0 to {num_processes - 1} for {num_processes=}, "
-            f"got {process_id}"
+            "tx.initialize found no cluster: give coordinator=, num_processes= and process_id=; "
+            f"or set {', '.join(VARIABLES)}, as `txcore launch` does; or start the script by srun, "
+            "by mpirun, in an indexed Kubernetes job or on a TPU pod"
+        )
+    values: tuple[Any, ...] = (found.coordinator, found.num_processes, found.process_id)
+    if None in values:
+        asked = _compat.detect_cluster(timeout_s) or (None, None, None)
+        values = tuple(a if b is None else b for a, b in zip(asked, values, strict=True))
+    if None in values:
+        raise ValueError(
+            f"tx.initialize found {found.name}, but jax {jax.__version__} does not find the "
+            f"coordinator's address, the number of processes and this one's id there, only "
+            f"{values}: set {', '.join(VARIABLES)}"
+        )
+    address, size, rank = values
+    return _check(address, size, rank, found.local_device_ids)
+
+
+def _meet(
+    address: str, size: int, rank: int, deadline: float
+) -> tuple[meeting.Connections, str | None]:
+    """Meet the others; return the connections and, on process 0, where it is to listen."""
+    if rank:
+        met = meeting.attend(address, rank, size, deadline)
+        meeting.until_served(address, deadline)
+        return met, None
+    bind = os.environ.get("JAX_COORDINATOR_BIND_ADDRESS") or _own_address(address, deadline)
+    host = meeting.Host(meeting.listen(bind, deadline), size, socket.gethostname())
+    try:
+        return host.gather(deadline), bind
+    except meeting.NotTogether as error:
+        given, found = (network.split_address(a)[0] for a in (address, bind))
+        if not network.is_loopback(found) or network.is_loopback(given) or given == "localhost":
+            raise
+        raise meeting.NotTogether(
+            f"{error}; only this host's own processes can: its name {given} means {found} here, "
+            "so give the coordinator as an address that the others can reach"
+        ) from None
+
+
+def _own_address(address: str, deadline: float) -> str:
+    """Return the coordinator's address in numbers; a name may be known a little later only."""
+    host, port = network.split_address(address)
+    while True:
+        try:
+            return network.join_address(network.resolve(host, port), port)
+        except OSError as error:
+            if time.monotonic() + 1 > deadline:
+                raise meeting.NotTogether(
+                    f"process 0 cannot find its own address: {host} is unknown ({error.strerror})"
+                ) from None
+        time.sleep(1)
+
+
+def _prepare(address: str) -> bool:
+    """Set up jax for several processes; tell whether one may end before the others."""
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    _compat.set_if_there("jax_check_proxy_envs", False)  # they are out of the way
+    # It would replace handlers of SIGTERM and swallow the signal.
+    _compat.set_if_there("jax_enable_preemption_service", False)
+    interface = os.environ.get("GLOO_SOCKET_IFNAME") or None
+    own = None if interface else network.address_towards(*network.split_address(address))
+    _compat.listen_with_gloo_at(own, interface)
+    # A rank's death is then an error in the others, which can name it and end with their own code.
+    return _compat.set_if_there("jax_enable_recoverability", True)
+
+
+def _see_out(seconds: float) -> None:
+    """Wait until the other processes have ended: jax aborts them when its coordinator goes."""
+    if _compat.coordination_client() is None or getattr(sys, "last_value", None) is not None:
+        return  # it is over already, or failed here: they are to know at once
+    if late := meeting.until_ended(_connections, seconds):
+        print(
+            f"tx.initialize: process 0 has waited {seconds:g} s (shutdown_timeout_s) for "
+            f"process(es) {', '.join(map(str, late))} to end, and ends now; jax aborts them",
+            file=sys.stderr,
         )

@@ -3,6 +3,17 @@
 from txcore import _compat
 
 
+def world_size() -> int:
+    """Return the number of processes of the run, without starting a backend.
+
+    Example:
+      >>> from txcore import launch
+      >>> launch.world_size()
+      1
+    """
+    return _compat.coordination_size()
+
+
 def barrier(name: str, *, timeout_s: float = 1800.0) -> None:
     """Wait on the host until every process has come to the barrier `name`.
 

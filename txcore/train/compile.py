@@ -1,5 +1,6 @@
 """From a step function to a checked, compiled program for one mesh, plan and batch shape."""
 
+import hashlib
 import time
 import weakref
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from jax.tree_util import DictKey, GetAttrKey, SequenceKey
 from txcore import _compat
 from txcore.collectives._leaves import names_of
 from txcore.collectives._scope import Scope, tracing
+from txcore.launch import preflight
 from txcore.mesh import MeshSpec
 from txcore.parallel.data import global_count
 from txcore.plan import Plan
@@ -27,10 +29,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class CompiledStep:
-    """A compiled step, with all that led to it, and what compiling took."""
+    """A compiled step, with all that led to it, and what compiling took.
+
+    Attributes:
+      program: the program and its stages.
+      seconds: of tracing and compiling.
+      last_words: what a rank that waits in it says: the step's name and its last collective.
+    """
 
     program: "Program"
     seconds: float
+    last_words: str
 
     @property
     def call(self) -> jax.stages.Compiled:
@@ -47,12 +56,14 @@ def compile_step(
     plan: Plan,
     options: dict[str, Any],
     train: bool,
+    together: bool = False,
 ) -> CompiledStep:
     """Check and compile a step, as a function of the state's arrays and the batch.
 
     To train, `fn(state, batch) -> (state, metrics)` becomes a program that returns the new
     arrays and the metrics, and whose state is donated. Else `fn(state, batch) -> metrics`
     becomes one that returns the metrics and the number of real examples (None without a mask).
+    With `together` every process of the run compiles it now, and all compare what it is.
     """
     # Imported when first needed: the audit's readers would be a third of `import txcore`.
     from txcore.profiling.program import compile_traced
@@ -87,8 +98,30 @@ def compile_step(
     _check_predicates(jaxpr)
     if train and scales_loss:
         _check_scaled(fn, jaxpr, (state.arrays, batch), traced.out_info)
+    collectives = _collectives(jaxpr)
+    if together:
+        facts = preflight.facts_of(mesh.mesh, (state.arrays, batch), collectives)
+        preflight.check(name_of(fn), {**facts, "StableHLO": _digest(traced)})
     program = compile_traced(traced, options)
-    return CompiledStep(program, time.perf_counter() - started)
+    last = f", whose last collective is {collectives[-1]}" if collectives else ""
+    return CompiledStep(program, time.perf_counter() - started, name_of(fn) + last)
+
+
+def _collectives(jaxpr: Any) -> list[str]:
+    """Return a line for each collective of the traced step, in order."""
+    from txcore.profiling.jaxpr import inventory  # as in _check_reductions
+
+    return [
+        f"{made.tag or made.primitive} over {names_of(made.axes)}, {made.elements} elements "
+        f"({made.source})"
+        for made in inventory(jaxpr)
+        if made.live
+    ]
+
+
+def _digest(traced: Any) -> str:
+    """Return a digest of the whole program: its constants and branches have to be the same too."""
+    return f"sha256 {hashlib.sha256(traced.lower().as_text().encode()).hexdigest()}"
 
 
 def _check_reductions(jaxpr: Any, mesh: MeshSpec, data_axes: tuple[str, ...]) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 
 from txcore import _compat
 from txcore.kernels import compiler_options as default_compiler_options
+from txcore.launch import watch
 from txcore.launch.threads import yield_to_compute
 from txcore.mesh import MeshSpec
 from txcore.optim import as_optimizer
@@ -92,6 +93,7 @@ class Engine:
             compiler_options = default_compiler_options(mesh.devices[0].platform)
         self._options = dict(compiler_options)
         self._steps: dict[Any, CompiledStep] = {}
+        self.last_words = ""  # what is running, for a rank that waits in it
 
     def with_optimizer(self, optimizer: Any) -> "Engine":
         """Return an engine that differs in its optimizer alone, without loggers."""
@@ -187,6 +189,7 @@ class Engine:
         for host in data:
             batch = shard_batch(host, self.mesh, self.plan)
             compiled = self._compiled(step, state, batch, train=False)
+            watch.at("eval step", 0, compiled.last_words)
             metrics, count = compiled.call(state.arrays, batch)
             weight = int(count) if count is not None else examples(batch, self.plan)[0]
             if weight:  # a batch of padding alone has no mean
@@ -194,6 +197,7 @@ class Engine:
                     jax.tree.map(lambda m, w=weight: w * np.asarray(m, np.float64), metrics)
                 )
                 seen += weight
+        watch.at("between steps", 0)
         if not seen:
             raise ValueError("engine.evaluate needs at least one real example, got none in data")
         return jax.tree.map(lambda *part: (sum(part) / seen).tolist(), *parts)
@@ -350,6 +354,7 @@ class Engine:
         key = (train, fn, _signature(state.arrays), _signature(batch))
         compiled = self._steps.get(key)
         if compiled is None:
+            watch.at("compile", 0, name_of(fn))
             compiled = compile_step(
                 fn,
                 state,
@@ -358,8 +363,12 @@ class Engine:
                 plan=self.plan,
                 options=self._options,
                 train=train,
+                together=jax.process_count() > 1,
             )
             self._steps[key] = compiled
+            watch.at("step" if train else "eval step", 0, compiled.last_words)
+        if train:
+            self.last_words = compiled.last_words
         if state.step.is_deleted():
             raise ValueError(
                 f"the state given to {name_of(fn)} was donated to an earlier step: keep the "

@@ -5,13 +5,14 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sized
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 
+from txcore.launch import watch
 from txcore.plan import Plan
 from txcore.train import nonfinite
 from txcore.train.batch import examples, shard_batch
@@ -54,7 +55,10 @@ def fit(
         raise ValueError(
             f"fit needs eval_every= at least 1 and evaluate= with it, got {eval_every=}"
         )
+    if jax.process_count() > 1:
+        watch.start()  # where tx.initialize did not
     with ExitStack() as stack:
+        stack.enter_context(told())
         position, interrupt = Position(), Interrupt()
         if checkpoints is not None:
             stack.enter_context(checkpoints)
@@ -79,14 +83,16 @@ def fit(
         def save() -> int:
             assert checkpoints is not None
             progress.stop_clock()
+            watch.at("save", position.steps)
             checkpoints.save(state, progress.position(position))
             return position.steps
 
         for after, host in batches(data, steps, epochs, position, rows):
-            if interrupt.noted is not None:
+            if interrupt.due(position.steps):
                 break
             batch = shard_batch(host, engine.mesh, engine.plan)
             progress.start_clock()
+            watch.at("step", position.steps, engine.last_words)
             state, metrics = engine.run(step, state, batch)
             position = after
             progress.add(metrics, real_examples(host, batch, engine.plan))
@@ -94,17 +100,30 @@ def fit(
                 evaluated = tell_evaluation()
             if checkpoints and position.steps % checkpoints.every == 0:
                 saved = save()
+            watch.at("data", position.steps)
         progress.stop_clock()
-        if evaluate and evaluated != position.steps and interrupt.noted is None:
+        if evaluate and evaluated != position.steps and interrupt.stopped is None:
             tell_evaluation()
         if checkpoints is not None and saved != position.steps:
             save()
-    if interrupt.noted is not None:
-        name = interrupt.noted.name
-        _LOG.warning("txcore: %s: stopped after %d steps, all saved", name, position.steps)
+    watch.at("after fit", position.steps)
+    if interrupt.stopped is not None:
+        name = watch.stop_reason() or interrupt.stopped.name
+        if jax.process_index() == 0:
+            _LOG.warning("txcore: %s: stopped after %d steps, all saved", name, position.steps)
         interrupt.end()
     progress.tell("end", {})
     return state
+
+
+@contextmanager
+def told() -> Iterator[None]:
+    """Tell the other processes of an error that ends this one; it goes on."""
+    try:
+        yield
+    except BaseException as error:
+        watch.failed(error)
+        raise
 
 
 def count_steps(data: Data, steps: int | None, epochs: int | None) -> int | None:
@@ -178,7 +197,7 @@ class Progress:
         self.loggers = self.engine.loggers if jax.process_index() == 0 else ()
         on_cpu = self.engine.mesh.devices[0].platform == "cpu"
         self.run_ahead = RUN_AHEAD_ON_CPU if on_cpu else RUN_AHEAD
-        self._silent: set[Logger] = set()  # those that could not write
+        self._wrote: dict[Logger, bool] = {}  # whether the last record reached it
 
     def position(self, reached: Position) -> Position:
         """Return a position with the time and the examples so far."""
@@ -230,10 +249,13 @@ class Progress:
         for logger in self.loggers:
             try:
                 logger(record)
-            except OSError as error:  # a full disk must not end a run of days
-                if logger not in self._silent:
+                self._wrote[logger] = True
+            except OSError as error:
+                if logger not in self._wrote:
+                    raise
+                if self._wrote[logger]:  # a full disk must not end a run of days
                     _LOG.warning("txcore: a logger failed, and training goes on: %s", error)
-                self._silent.add(logger)
+                self._wrote[logger] = False
 
 
 def to_host(metrics: Any) -> Metrics:

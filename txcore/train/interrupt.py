@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT during training: noted, and acted upon between two steps."""
+"""SIGTERM and SIGINT during training: noted, and acted upon between two steps, by all ranks."""
 
 import signal
 import threading
@@ -8,13 +8,45 @@ from signal import Signals
 from types import FrameType
 from typing import NoReturn
 
+import jax
+
+from txcore.launch import watch
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Interrupt:
-    """Hold the signal that asked the run to stop, None until there is one."""
+    """Hold the signal that asked the run to stop.
 
-    noted: Signals | None = None
+    Attributes:
+      asked: what this process got, None until there is one.
+      stopped: by what the run stops, on whichever rank it came; None until it does.
+    """
+
+    def __init__(self) -> None:
+        self.asked: Signals | None = None
+        self.stopped: Signals | None = None
+
+    def ask(self, number: int) -> None:
+        """Note a signal (from its handler).
+
+        Raises:
+          KeyboardInterrupt: a second SIGINT: somebody is in a hurry.
+        """
+        if self.asked is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.asked = self.asked or Signals(number)
+        if jax.process_count() > 1:
+            watch.request_stop(self.asked.name)
+
+    def due(self, step: int) -> bool:
+        """Tell whether to stop before a step, at the same one on every rank."""
+        if jax.process_count() == 1:
+            self.stopped = self.asked
+        elif watch.reach(step):
+            name = (watch.stop_reason() or "").partition(" ")[0]  # of "SIGTERM on rank 1"
+            self.stopped = Signals.__members__.get(name, Signals.SIGTERM)
+        return self.stopped is not None
 
     def end(self) -> NoReturn:
         """End the program as the signal would have, by an exception.
@@ -23,9 +55,9 @@ class Interrupt:
           KeyboardInterrupt: after SIGINT.
           SystemExit: after SIGTERM, with exit code 143, which schedulers know.
         """
-        if self.noted is None or self.noted == signal.SIGINT:
+        if self.stopped is None or self.stopped == signal.SIGINT:
             raise KeyboardInterrupt
-        raise SystemExit(128 + self.noted)
+        raise SystemExit(128 + self.stopped)
 
 
 @contextmanager
@@ -38,16 +70,11 @@ def interrupts() -> Iterator[Interrupt]:
     if threading.current_thread() is not threading.main_thread():
         yield interrupt
         return
-    before = {number: signal.getsignal(number) for number in SIGNALS}
 
     def note(number: int, frame: FrameType | None) -> None:
-        if interrupt.noted is None:
-            interrupt.noted = Signals(number)
-        elif number == signal.SIGINT:  # somebody is in a hurry; a scheduler would send SIGKILL
-            raise KeyboardInterrupt
+        interrupt.ask(number)
 
-    for number in SIGNALS:
-        signal.signal(number, note)
+    before = {number: signal.signal(number, note) for number in SIGNALS}
     try:
         yield interrupt
     finally:

@@ -1,0 +1,79 @@
+"""Start processes that join by tx.initialize, and collect what they say."""
+
+import contextlib
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+import time
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+WORKER = pathlib.Path(__file__).with_name("worker.py")
+DEADLINE_S = 90
+PLACE = ("JAX_COORDINATOR", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID", "SLURM", "OMPI_")
+DROPPED = (*PLACE, "XLA_FLAGS", "NCCL_SOCKET", "GLOO_SOCKET")
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def clean_environment(**more):
+    """Return this process's environment without what says where a process belongs."""
+    own = {k: v for k, v in os.environ.items() if not k.startswith(DROPPED)}
+    return own | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)} | more
+
+
+def start(arguments=None, script=WORKER, **environment):
+    """Start a process; arguments are worker.py's."""
+    return subprocess.Popen(
+        [sys.executable, "-W", "error", script, json.dumps(arguments or {})],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=clean_environment(**environment),
+    )
+
+
+def place(port, size, rank, **more):
+    """Return the arguments of one process of a run on loopback."""
+    own = {"coordinator": f"127.0.0.1:{port}", "num_processes": size, "process_id": rank}
+    return own | {"timeout_s": 60} | more
+
+
+@contextlib.contextmanager
+def killed_at_the_end(*processes):
+    """Leave no process behind."""
+    try:
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+
+
+def finish(*processes, deadline_s=DEADLINE_S):
+    """Wait for all; return (exit code, stdout, stderr) of each."""
+    deadline = time.monotonic() + deadline_s
+    with killed_at_the_end(*processes):
+        texts = [p.communicate(timeout=max(1, deadline - time.monotonic())) for p in processes]
+        return [(p.returncode, *text) for p, text in zip(processes, texts, strict=True)]
+
+
+def said(ended):
+    """Return what a process that ended well has said."""
+    code, out, err = ended
+    assert code == 0, err
+    # gloo greets on stdout too: ours is the last line
+    return json.loads(out.splitlines()[-1])
+
+
+def refused(ended):
+    """Return the message of the exception that ended a process."""
+    code, _, err = ended
+    assert code == 1, err
+    return err.strip().splitlines()[-1]

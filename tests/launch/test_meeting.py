@@ -1,0 +1,258 @@
+"""How processes meet before jax joins them: as threads here, since only sockets are needed."""
+
+import concurrent.futures
+import contextlib
+import errno
+import json
+import os
+import re
+import socket
+import time
+
+import pytest
+from joining import free_port
+
+from txcore.launch import meeting
+from txcore.launch.meeting import Host, NotTogether, attend, listen, until_ended
+
+
+def says(text):
+    return pytest.raises(NotTogether, match=f"^{re.escape(text)}$")
+
+
+@contextlib.contextmanager
+def gathering(size, seconds=20.0):
+    """A process 0 that gathers; yields its address and its future."""
+    deadline = time.monotonic() + seconds
+    address = f"127.0.0.1:{free_port()}"
+    host = Host(listen(address, deadline), size, "first")
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        yield address, pool.submit(host.gather, deadline), pool
+
+
+def join(pool, address, rank, size, seconds=20.0):
+    return pool.submit(attend, address, rank, size, time.monotonic() + seconds)
+
+
+def close(*met):
+    for connections in met:
+        for connection in connections.values():
+            connection.close()
+
+
+def greet(address, **greeting):
+    """Connect by hand and say something; return the connection."""
+    connection = socket.create_connection(address.split(":"), timeout=10)
+    connection.sendall(json.dumps(greeting).encode() + b"\n")
+    return connection
+
+
+def answers(connection):
+    """Return all that process 0 says until it hangs up."""
+    with connection, connection.makefile() as lines:
+        return [json.loads(line) for line in lines]
+
+
+def test_all_meet_and_keep_their_connections():
+    with gathering(4) as (address, first, pool):
+        others = [join(pool, address, rank, 4) for rank in (3, 1, 2)]
+        met = first.result()
+        theirs = [other.result() for other in others]
+    assert sorted(met) == [1, 2, 3]
+    assert [list(own) for own in theirs] == [[0], [0], [0]]
+    assert until_ended(met, 0) == [1, 2, 3]
+    theirs[1][0].close()  # of process 1
+    assert until_ended(met, 0.2) == [2, 3]
+    close(met, *theirs)
+
+
+def test_the_port_is_free_when_they_have_met():
+    with gathering(2) as (address, first, pool):
+        other = join(pool, address, 1, 2)
+        met = first.result()
+        other = other.result()
+    listen(address, time.monotonic()).close()
+    close(met, other)
+
+
+def test_one_process_meets_nobody():
+    with gathering(1) as (_, first, _):
+        assert first.result() == {}
+
+
+def test_process_0_may_come_last():
+    address = f"127.0.0.1:{free_port()}"
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        other = join(pool, address, 1, 2)
+        time.sleep(0.5)
+        deadline = time.monotonic() + 20
+        met = Host(listen(address, deadline), 2, "first").gather(deadline)
+        close(met, other.result())
+
+
+def test_who_came_and_went_may_come_again():
+    with gathering(3) as (address, first, pool):
+        greet(address, rank=1, size=3, host="second").close()
+        time.sleep(0.2)
+        others = [join(pool, address, rank, 3) for rank in (1, 2)]
+        met = first.result()
+        close(met, *(other.result() for other in others))
+    assert sorted(met) == [1, 2]
+
+
+def test_strangers_are_not_heard_and_hold_nobody_up():
+    strangers = []
+    with gathering(2) as (address, first, pool):
+        for number in range(40):
+            stranger = socket.create_connection(address.split(":"))
+            stranger.sendall(os.urandom(number))  # the first says nothing at all
+            strangers.append(stranger)
+        words = (
+            b"GET / HTTP/1.1\r\n\r\n",
+            b"[]\n",
+            b"{}\n",
+            b'{"rank": "1"}\n',
+            b"[" * 9999 + b"\n",
+        )
+        for said in (*words, b"x" * 2**17):
+            stranger = socket.create_connection(address.split(":"))
+            with contextlib.suppress(OSError):
+                stranger.sendall(said)
+            strangers.append(stranger)
+        other = join(pool, address, 1, 2)
+        met = first.result()
+        other = other.result()
+    assert sorted(met) == [1]
+    close(met, other, dict(enumerate(strangers)))
+
+
+def test_many_strangers_do_not_use_up_all_connections(monkeypatch):
+    monkeypatch.setattr(meeting, "_STRANGERS", 8)
+    with gathering(2) as (address, first, pool):
+        strangers = [socket.create_connection(address.split(":")) for _ in range(50)]
+        other = join(pool, address, 1, 2)
+        met = first.result()
+        other = other.result()
+        strangers[0].settimeout(5)
+        assert strangers[0].recv(1) == b""  # the oldest was hung up on
+    close(met, other, dict(enumerate(strangers)))
+
+
+@pytest.mark.parametrize("taken", [0, 1])
+def test_two_processes_with_the_same_id(taken):
+    holder = {0: "first", 1: "second"}[taken]
+    text = (
+        f"process_id={taken} is taken by a process on {holder}, and another on third has it too: "
+        "give each its own, from 0 to 2"
+    )
+    with gathering(3, seconds=1.0) as (address, first, _):
+        second = greet(address, rank=1, size=3, host="second")
+        time.sleep(0.2)
+        assert answers(greet(address, rank=taken, size=3, host="third")) == [{"error": text}]
+        with says("process 2 did not come (here: 0 on first, 1 on second)"):
+            first.result()
+        *_, last = answers(second)
+        assert last == {"error": "process 2 did not come (here: 0 on first, 1 on second)"}
+
+
+def test_processes_that_count_differently():
+    text = (
+        f"process 1 (on {socket.gethostname()}) was started with num_processes=3, but process 0 "
+        "(on first) with 2: give all the same"
+    )
+    with gathering(2, seconds=1.0) as (address, first, pool):
+        with says(text):
+            join(pool, address, 1, 3).result()
+        with says("process 1 did not come (here: 0 on first)"):
+            first.result()
+
+
+def test_who_waits_hears_who_is_missing():
+    with gathering(20, seconds=3.0) as (address, first, pool):
+        many = ", ".join(map(str, range(2, 18)))
+        with says(f"processes {many} and 2 more did not come"):
+            join(pool, address, 1, 20, seconds=0.5).result()
+        with says(
+            f"processes {many} and 2 more did not come and process 1 came and ended again "
+            "(here: 0 on first)"
+        ):
+            first.result()
+
+
+def test_process_0_that_ends_while_others_wait():
+    address = f"127.0.0.1:{free_port()}"
+    listener = listen(address, time.monotonic())
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        other = join(pool, address, 1, 3, seconds=2)
+        connection, _ = listener.accept()
+        connection.sendall(b'{"missing": [2]}\n')
+        listener.close()
+        time.sleep(0.2)
+        connection.close()
+        with says(f"process 0 did not come: it does not answer at {address} (Connection refused)"):
+            other.result()
+
+
+@pytest.mark.parametrize(
+    "word", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b"\x00\x00\x18\x04\n", b"z" * 2**17]
+)
+def test_another_server_is_not_taken_for_process_0(word):
+    address = f"127.0.0.1:{free_port()}"
+    with (
+        listen(address, time.monotonic()) as listener,
+        concurrent.futures.ThreadPoolExecutor() as pool,
+    ):
+        other = join(pool, address, 1, 2, seconds=0.5)
+        connection, _ = listener.accept()
+        with connection, contextlib.suppress(OSError):
+            connection.sendall(word)
+        reason = "who answers there waits for no process of this run"
+        text = f"process 0 did not come: it does not answer at {address} ({reason})"
+        with says(text):
+            other.result()
+
+
+def cannot(address, reason):
+    return (
+        f"process 0 must listen on {address}, but cannot ({reason}): end what listens there (a "
+        "second process 0? another run?), or take another port (JAX_COORDINATOR_PORT, or "
+        "coordinator=); if it is not an address of this host, start process 0 on the coordinator's "
+        "host, or set JAX_COORDINATOR_BIND_ADDRESS"
+    )
+
+
+def test_a_port_that_becomes_free_in_time():
+    address = f"127.0.0.1:{free_port()}"
+    taken = listen(address, time.monotonic())
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        listener = pool.submit(listen, address, time.monotonic() + 20)
+        time.sleep(0.3)
+        taken.close()
+        listener.result().close()
+
+
+def test_there_are_three_attempts_to_listen(monkeypatch):
+    pauses = []
+    monkeypatch.setattr(meeting.time, "sleep", pauses.append)
+    address = f"127.0.0.1:{free_port()}"
+    with listen(address, 0.0), says(cannot(address, os.strerror(errno.EADDRINUSE))):
+        listen(address, time.monotonic() + 60)
+    assert pauses == [1, 2]
+
+
+def test_an_address_of_another_host():
+    text = cannot("203.0.113.1:12345", os.strerror(errno.EADDRNOTAVAIL))
+    with says(text):
+        listen("203.0.113.1:12345", 0.0)
+
+
+def test_ipv6():
+    try:
+        listener = listen(f"[::1]:{free_port()}", 0.0)
+    except NotTogether:
+        pytest.skip("this host has no IPv6")
+    address = f"[::1]:{listener.getsockname()[1]}"
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        other = join(pool, address, 1, 2)
+        met = Host(listener, 2, "first").gather(time.monotonic() + 20)
+        close(met, other.result())

@@ -1,0 +1,199 @@
+"""Start the ranks of a run on this machine, signal one, and look at what comes of it."""
+
+import json
+import os
+import pathlib
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+SCRIPT = pathlib.Path(__file__).with_name("long_run.py")
+START_S = 120  # until the first checkpoint, on a loaded machine
+ENDED = 75  # the exit code of a rank that ends because of another one
+ABORTED = -signal.SIGABRT  # how jax ends the others where the coordinator is gone
+
+
+def start(folder, world, *args, out="out"):
+    """Start all ranks; each writes its output to a file."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = []
+    for rank in range(world):
+        environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+        environment |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+        if world > 1:
+            environment["JAX_COORDINATOR_ADDRESS"] = f"127.0.0.1:{port}"
+            environment |= {"JAX_NUM_PROCESSES": str(world), "JAX_PROCESS_ID": str(rank)}
+        with open(folder / f"{out}.{rank}", "wb") as file:
+            ranks.append(
+                subprocess.Popen(
+                    [sys.executable, SCRIPT, folder, *map(str, args)],
+                    stdout=file,
+                    stderr=subprocess.STDOUT,
+                    env=environment,
+                )
+            )
+    return ranks
+
+
+def wait(ranks, seconds):
+    """Wait for all; return their exit codes, None for those that have not ended by then."""
+    end = time.monotonic() + seconds
+    for rank in ranks:
+        try:
+            rank.wait(max(0.01, end - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            continue
+    return [rank.poll() for rank in ranks]
+
+
+def stop(ranks):
+    """Kill all that run."""
+    for rank in ranks:
+        rank.kill()
+        rank.wait()
+
+
+def losses(folder):
+    """Return {step: metrics} of all parts of a run, and check that they agree bit for bit."""
+    found = {}
+    for line in (folder / "losses.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        if record["kind"] == "step":
+            before = found.setdefault(record["step"], record["metrics"])
+            assert before == record["metrics"], f"step {record['step']} was another one again"
+    return found
+
+
+def uninterrupted(folder, world, *args):
+    """Run to the end; return its losses and the seconds from its first checkpoint on."""
+    folder.mkdir(parents=True)
+    ranks = start(folder, world, *args)
+    try:
+        wait_for_checkpoint(folder, ranks)
+        began = time.monotonic()
+        assert wait(ranks, START_S) == [0] * world, said(folder, world)
+        return losses(folder), time.monotonic() - began
+    finally:
+        stop(ranks)
+
+
+def wait_for_checkpoint(folder, ranks, pattern="step_????????"):
+    """Wait until there is a folder of that name among the checkpoints."""
+    end = time.monotonic() + START_S
+    while not any((folder / "saved").glob(pattern)):
+        assert time.monotonic() < end, f"no {pattern} came in {START_S} s"
+        assert all(rank.poll() is None for rank in ranks), said(folder, len(ranks))
+        time.sleep(0.001)
+
+
+def said(folder, world, out="out"):
+    """Return what each rank wrote."""
+    return [(folder / f"{out}.{rank}").read_text(errors="replace") for rank in range(world)]
+
+
+def hit(folder, world, victim, number, after, *args):
+    """Start a run and send a signal to one rank; see what the others do.
+
+    Args:
+      folder: of the run; made.
+      world: ranks.
+      victim: the rank to hit.
+      number: the signal.
+      after: seconds after the first checkpoint, or "saving": while a later one is written.
+      *args: of the script.
+
+    Returns:
+      {"survivors": exit codes by rank, "seconds": until the last of them ended, "saving": whether
+      a checkpoint was under way, "said": by rank}; None where the run had ended before.
+    """
+    folder.mkdir(parents=True)
+    ranks = start(folder, world, *args)
+    try:
+        wait_for_checkpoint(folder, ranks)
+        if after == "saving":
+            wait_for_checkpoint(folder, ranks, "step_*tmp*")
+        else:
+            time.sleep(after)
+        saving = any((folder / "saved").glob("step_*tmp*"))
+        if any(rank.poll() is not None for rank in ranks):
+            return None
+        ranks[victim].send_signal(number)
+        began = time.monotonic()
+        others = {i: rank for i, rank in enumerate(ranks) if i != victim}
+        codes = dict(zip(others, wait(others.values(), 60), strict=True))
+        seconds = time.monotonic() - began
+    finally:
+        stop(ranks)
+    if set(codes.values()) == {0}:
+        return None  # it had made its last step before
+    return {
+        "survivors": codes,
+        "seconds": round(seconds, 1),
+        "saving": saving,
+        "said": said(folder, world),
+    }
+
+
+def check_ended(found, victim):
+    """Check that all survivors ended in time, by themselves, and named the rank."""
+    assert found["seconds"] <= 30, found
+    for rank, code in found["survivors"].items():
+        text = found["said"][rank]
+        # The coordinator lies in rank 0: jax ends the others itself, and speaks of the leader.
+        names = f"rank {victim}" in text or (victim == 0 and "leader" in text)
+        assert code == ENDED or (victim == 0 and code == ABORTED), (rank, code, text)
+        assert names, (rank, text)
+
+
+def resume(folder, world, *args):
+    """Run the rest of a run that was hit; return its losses, all parts of them."""
+    ranks = start(folder, world, *args, "--resume", "must", out="resumed")
+    try:
+        codes = wait(ranks, START_S)
+        assert codes == [0] * world, said(folder, world, "resumed")
+    finally:
+        stop(ranks)
+    return losses(folder)
+
+
+def kill_and_resume(folder, world, runs, seed, *args):
+    """Kill a random rank at a random moment, so many times; yield a line of text for each.
+
+    The moments are uniform over the run after its first checkpoint; every fifth is chosen while a
+    later checkpoint is being written.
+    """
+    rng = random.Random(seed)
+    curve, seconds = uninterrupted(folder / f"whole-{world}", world, *args)
+    done = tried = 0
+    while done < runs:
+        victim = rng.randrange(world)
+        after = "saving" if done % 5 == 4 else round(rng.uniform(0, seconds), 2)
+        here, tried = folder / f"run-{world}-{tried}", tried + 1
+        found = hit(here, world, victim, signal.SIGKILL, after, *args)
+        if found is None:
+            continue
+        check_ended(found, victim)
+        assert resume(here, world, *args) == curve, (here, "another curve")
+        done += 1
+        codes = ", ".join(f"rank {r}: {code}" for r, code in found["survivors"].items())
+        yield (
+            f"{world} ranks, rank {victim} killed {after if after == 'saving' else f'at {after} s'}"
+            f"{', a save under way' * found['saving']}; the others ended within "
+            f"{found['seconds']} s and named it ({codes}); resumed, bit-equal"
+        )
+
+
+def main(runs, world, folder):
+    """Print a line for each kill: `python runs.py RUNS WORLD FOLDER`."""
+    for i, line in enumerate(kill_and_resume(folder, world, runs, seed=world)):
+        print(f"{i + 1:3d}: {line}", flush=True)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), pathlib.Path(sys.argv[3]))

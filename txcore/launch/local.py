@@ -1,0 +1,346 @@
+"""Running the ranks of `txcore launch`: their output, signals, and the first that fails."""
+
+import contextlib
+import dataclasses
+import math
+import os
+import pathlib
+import re
+import select
+import selectors
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import IO
+
+from txcore.launch import hosts
+from txcore.launch.hosts import Rank, Task
+
+# How ranks end that have lost another: the exit code of the watchdog, and what jax does.
+_LOST_A_PEER = (75, -signal.SIGABRT, 128 + signal.SIGABRT)
+_SETTLE_S = 0.1  # a lost connection may be noticed before its cause, above all over ssh
+_PATIENCE_S = 2.0  # before it says for whom it waits
+_DEAD_S = 10.0  # after SIGKILL; a process that hangs in the kernel, or a lost connection
+_PIPE_BYTES = 2**20  # the most that a pipe holds, by Linux's fs.pipe-max-size
+_LINE_BYTES = 2**24  # longer lines are broken
+_LINE = re.compile(rb"[^\r\n]*(?:\r?\n|\r)")
+
+
+@dataclasses.dataclass
+class _Run:
+    """All ranks, those that failed in the order in which that was seen, and what comes when."""
+
+    grace_s: float
+    ranks: list[Rank] = dataclasses.field(default_factory=list)
+    failed: list[Rank] = dataclasses.field(default_factory=list)
+    asked: int | None = None  # the signal from outside that ends the run
+    interrupted: bool = False
+    say: Callable[[str], None] = print
+    say_at: float = math.inf
+    kill_at: float = math.inf
+    give_up_at: float = math.inf
+
+    def live(self) -> list[Rank]:
+        return [rank for rank in self.ranks if rank.code is None]
+
+    def pids_here(self) -> list[int]:
+        return [rank.process.pid for rank in self.live() if not rank.task.host]
+
+    def stopping(self) -> bool:
+        return min(self.kill_at, self.give_up_at) < math.inf
+
+
+@dataclasses.dataclass(frozen=True)
+class Failure:
+    """The rank that failed first: how it ended, and the last lines of its stderr if in a file."""
+
+    rank: int
+    exit_code: int  # 128 + n for signal n
+    text: str
+    tail: list[str]
+
+
+def launch(
+    tasks: Sequence[Task],
+    *,
+    remote_shell: Sequence[str] = ("ssh",),
+    output_dir: pathlib.Path | None = None,
+    grace_s: float = 30.0,
+) -> Failure | None:
+    """Run ranks until all have ended; the first that fails ends the others.
+
+    Signals that come meanwhile go to the ranks: call it on the main thread.
+
+    Args:
+      tasks: the ranks.
+      remote_shell: the command that, with a host's name and a command after it, runs that there.
+      output_dir: an existing folder for a file per rank and stream; None: our own stdout and
+        stderr, where each line of several ranks begins with "[rank] ".
+      grace_s: seconds from asking ranks to end to killing them.
+
+    Returns:
+      How the rank ended that failed first, or None.
+
+    Raises:
+      OSError: a rank cannot be started; none is left.
+
+    Example:
+      >>> from txcore.launch import hosts, local
+      >>> local.launch([hosts.Task(0, ["sh", "-c", "exit 3"])]).exit_code
+      3
+    """
+    run, alone = _Run(grace_s), len(tasks) == 1
+    with hosts.signals() as arrived, hosts.watchman() as watch:
+        try:
+            for task in tasks:
+                run.ranks.append(hosts.open_rank(task, remote_shell, output_dir, alone=alone))
+                watch(run.pids_here())
+            with _copied(run.ranks, arrived) as run.say:
+                while run.live():
+                    _supervise(run, arrived, watch)
+        finally:
+            _clean_up(run)
+    first = _first_failure(run.failed)
+    return None if first is None else _failure(run, first)
+
+
+def _supervise(run: _Run, arrived: int, watch: Callable[[list[int]], None]) -> None:
+    """Wait until something happens, and do what follows from it."""
+    numbers = hosts.read_signals(arrived, min(run.say_at, run.kill_at, run.give_up_at))
+    failed = _collect(run)
+    if failed and not run.stopping():
+        time.sleep(_SETTLE_S)
+        failed += _collect(run)
+        # Of those that end at once, the one that was killed is not the one that noticed it.
+        failed.sort(key=lambda rank: (rank.code or 0) > 0)
+    run.failed += failed
+    watch(run.pids_here())
+    if not run.stopping() and not all(rank.ended_by_us() for rank in failed):
+        _stop(run, signal.SIGTERM)
+    for number in numbers:
+        _obey(run, number)
+    _keep_time(run, time.monotonic())
+
+
+def _collect(run: _Run) -> list[Rank]:
+    """Take note of the ranks that have ended; return those that failed."""
+    ended = [rank for rank in run.live() if rank.process.poll() is not None]
+    for rank in ended:
+        hosts.deliver(rank.process.pid, signal.SIGKILL)  # what it has left running
+        rank.code = _code(rank)
+    return [rank for rank in ended if rank.code]
+
+
+def _code(rank: Rank) -> int:
+    """Return how a rank ended; the far end of a remote shell says 128 + n for signal n."""
+    code = rank.process.returncode
+    return 128 - code if rank.task.host and 128 < code <= 128 + 64 else code
+
+
+def _obey(run: _Run, number: int) -> None:
+    """Do what a signal from outside asks for."""
+    if number in hosts.PASSED:
+        for rank in run.live():
+            hosts.send(rank, number)
+    if number not in hosts.STOPS:
+        return
+    if not run.failed:
+        run.asked = run.asked or number
+    _stop(run, number)
+    if number == signal.SIGINT:
+        run.kill_at = 0.0 if run.interrupted else run.kill_at
+        run.interrupted = True
+
+
+def _stop(run: _Run, number: int) -> None:
+    """Ask the ranks to end, by each signal once."""
+    now = time.monotonic()
+    if not run.stopping():
+        run.say_at, run.kill_at = now + _PATIENCE_S, now + run.grace_s
+    for rank in run.live():
+        if number not in rank.sent:
+            rank.sent.add(number)
+            hosts.send(rank, number)
+            hosts.send(rank, signal.SIGCONT)  # one that is stopped would not see it
+
+
+def _keep_time(run: _Run, now: float) -> None:
+    """Kill the ranks when the time for ending is over."""
+    if now >= run.say_at:
+        run.say_at = math.inf
+        names = ", ".join(str(rank.task.rank) for rank in run.live())
+        left = max(0.0, run.kill_at - now)
+        if names and left < math.inf:
+            run.say(f"txcore: waiting {left:.0f} s for rank {names} to end")
+    if now >= run.kill_at:
+        run.kill_at, run.give_up_at = math.inf, now + _DEAD_S
+        for rank in run.live():
+            rank.sent.add(signal.SIGKILL)
+            hosts.send(rank, signal.SIGKILL)
+    if now >= run.give_up_at:
+        _give_up(run)
+
+
+def _give_up(run: _Run) -> None:
+    """Leave those behind that SIGKILL does not end."""
+    for rank in run.live():
+        run.say(f"txcore: {rank} outlives SIGKILL by {_DEAD_S:.3g} s")
+        hosts.deliver(rank.process.pid, signal.SIGKILL)  # a remote shell without connection
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            rank.process.wait(1.0)
+        rank.code = -signal.SIGKILL
+        run.failed.append(rank)
+
+
+def _clean_up(run: _Run) -> None:
+    """Close what is open, after killing what runs still because something went wrong here."""
+    left = run.live()
+    for rank in left:
+        hosts.send(rank, signal.SIGKILL)
+    for rank in left:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            rank.process.wait(_DEAD_S)
+    pipes = [pipe for rank in left for pipe in (rank.process.stdout, rank.process.stderr)]
+    for pipe in (*pipes, *(rank.process.stdin for rank in run.ranks)):
+        if pipe is not None:
+            pipe.close()
+
+
+def _first_failure(failed: Sequence[Rank]) -> Rank | None:
+    """Return the rank that failed by itself; else one that lost another; else one that we ended."""
+    unasked = [rank for rank in failed if not rank.ended_by_us()]
+    causes = [rank for rank in unasked if rank.code not in _LOST_A_PEER]
+    return next(iter([*causes, *unasked, *failed]), None)
+
+
+def _failure(run: _Run, first: Rank) -> Failure:
+    code = first.code or 0
+    how = f"was killed by {hosts.name_of(-code)}" if code < 0 else f"ended with exit code {code}"
+    after = f"after {hosts.name_of(run.asked)} from outside " if run.asked else ""
+    exit_code = code if code > 0 else 128 - code
+    return Failure(first.task.rank, exit_code, f"{after}{first} {how}", first.tail())
+
+
+@contextlib.contextmanager
+def _copied(ranks: Sequence[Rank], arrived: int) -> Iterator[Callable[[str], None]]:
+    """Copy the ranks' lines to our own streams meanwhile; at the end, wait for the last ones.
+
+    Yields what writes a line of our own to stderr. There is a thread for each stream, so that one
+    that nobody reads holds up neither the other nor us.
+    """
+    out = _Writer(1)
+    err = out if os.path.sameopenfile(1, 2) else _Writer(2)
+    ended, end = os.pipe()
+    outs = {rank.process.stdout: rank.task.rank for rank in ranks if rank.process.stdout}
+    errs = {rank.process.stderr: rank.task.rank for rank in ranks if rank.process.stderr}
+    threads = [
+        threading.Thread(target=_copy, args=(pipes, writer, ended), daemon=True)
+        for pipes, writer in ((outs, out), (errs, err))
+    ]
+    for thread in threads:
+        thread.start()
+    try:
+        yield err.say
+    finally:
+        os.close(end)
+        if _join(threads, arrived):
+            os.close(ended)
+            out.end()
+            err.end()
+
+
+def _join(threads: Sequence[threading.Thread], arrived: int) -> bool:
+    """Wait for threads, or until we are not to: who reads our output may have stopped reading."""
+    while any(thread.is_alive() for thread in threads):
+        for thread in threads:
+            thread.join(0.1)
+        if {*hosts.read_signals(arrived, 0.0)} & {*hosts.STOPS}:
+            return False
+    return True
+
+
+class _Writer:
+    """One of our own streams, into which each rank's lines go whole."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd, self._lock = fd, threading.Lock()
+        self._returned: int | None = None  # whose line was ended by a carriage return
+
+    def write(self, rank: int, lines: Sequence[bytes]) -> None:
+        if not lines:
+            return
+        text = b"".join(b"[%d] %b" % (rank, line) for line in lines)
+        with self._lock:
+            if self._returned not in (None, rank):
+                text = b"\n" + text  # another rank's progress stays to be seen
+            self._returned = rank if text.endswith(b"\r") else None
+            rest = memoryview(text)
+            while rest:
+                try:
+                    rest = rest[os.write(self._fd, rest) :]
+                except BlockingIOError:  # others may have made our terminal so
+                    select.select([], [self._fd], [])
+
+    def say(self, line: str) -> None:
+        """Write a line of our own, unless nobody reads: who supervises must not wait."""
+        if self._lock.acquire(timeout=1.0):
+            self.end()
+            with contextlib.suppress(OSError):
+                if select.select([], [self._fd], [], 0)[1]:
+                    os.write(self._fd, f"{line}\n".encode())
+            self._lock.release()
+
+    def end(self) -> None:
+        """Begin a new line after a carriage return, on which progress would be overwritten."""
+        if self._returned is not None:
+            with contextlib.suppress(OSError):
+                os.write(self._fd, b"\n")
+        self._returned = None
+
+
+def _copy(pipes: dict[IO[bytes], int], writer: _Writer, ended: int) -> None:
+    """Copy lines from pipes of ranks until all are closed, or `ended` is and they are empty."""
+    rests = {pipe: bytearray() for pipe in pipes}
+    try:
+        with selectors.DefaultSelector() as selector:
+            selector.register(ended, selectors.EVENT_READ)
+            for pipe in pipes:
+                selector.register(pipe, selectors.EVENT_READ)
+            running = True
+            while rests and running:
+                ready = {key.fileobj for key, _ in selector.select()}
+                running = ended not in ready
+                for pipe in rests.keys() & ready:
+                    chunk = os.read(pipe.fileno(), 2**16)
+                    writer.write(pipes[pipe], _lines(rests[pipe], chunk))
+                    if not chunk:
+                        selector.unregister(pipe)
+                        del rests[pipe]
+        for pipe, rest in rests.items():
+            # Someone who has left the rank's process group holds it open still.
+            os.set_blocking(pipe.fileno(), False)
+            writer.write(pipes[pipe], _lines(rest, pipe.read(_PIPE_BYTES) or b""))
+            writer.write(pipes[pipe], _lines(rest, b""))
+    except OSError:
+        pass  # nobody reads our output: the ranks are told so as we are, by closed pipes
+    finally:
+        for pipe in pipes:
+            pipe.close()
+
+
+def _lines(rest: bytearray, chunk: bytes) -> list[bytes]:
+    """Add a chunk to what is left of the one before, and take the whole lines; all at the end."""
+    was_returned = rest.endswith(b"\r")
+    rest += chunk
+    found: list[bytes] = []
+    if was_returned or b"\n" in chunk or b"\r" in chunk:
+        # A return at the very end may belong to a line feed that has not come yet.
+        size = 1 + max(rest.rfind(b"\n"), rest.rfind(b"\r", 0, len(rest) - 1))
+        found = _LINE.findall(rest[:size])
+        del rest[:size]
+    if rest and (not chunk or len(rest) > _LINE_BYTES):
+        found.append(bytes(rest) + b"\n")
+        rest.clear()
+    return [line for line in found if line != b"\r"]  # progress that begins with its return

@@ -1,0 +1,76 @@
+"""What the ranks of a run tell each other: one entry each, and at the end one verdict."""
+
+import json
+from dataclasses import asdict, dataclass, fields
+
+FOLDER = "txcore/watch/"  # the entries' keys: this and the rank
+VERDICT = FOLDER + "verdict"
+TRY_AGAIN = 75  # EX_TEMPFAIL of BSD's sysexits.h: another attempt may succeed
+FAILED = 1
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What one rank tells: a counter that shows that it lives, and what it does."""
+
+    beat: int = 0
+    step: int = 0
+    phase: str = "start"
+    seconds: float = 0.0  # in this phase of this step
+    stop: int | None = None  # the boundary before which it could stop, once asked to
+    reason: str = ""  # why it was asked to
+    failed: str = ""  # its own error
+    lost: str = ""  # its error that speaks of a lost peer
+    ended: bool = False
+
+    def to_json(self) -> str:
+        """Return the entry as short text."""
+        return json.dumps({k: v for k, v in asdict(self).items() if v != _DEFAULTS[k]})
+
+
+_DEFAULTS = asdict(Entry())
+
+
+def read_entry(text: str) -> Entry | None:
+    """Read an entry, or return None where it is none (strangers may write too)."""
+    try:
+        values = json.loads(text)
+        known = {f.name for f in fields(Entry)}
+        if not isinstance(values, dict) or not values.keys() <= known:
+            return None
+        for name, value in values.items():
+            _check(value, _DEFAULTS[name])
+        return Entry(**values)
+    except (TypeError, ValueError):
+        return None
+
+
+def _check(value: object, default: object) -> None:
+    kinds = (
+        (int, float) if isinstance(default, float) else (int if default is None else type(default),)
+    )
+    if type(value) not in kinds:
+        raise TypeError
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Why the run has to end, and the exit code that says so."""
+
+    text: str
+    code: int = TRY_AGAIN
+
+    def to_json(self) -> str:
+        """Return the verdict as text."""
+        return json.dumps(asdict(self))
+
+
+def read_verdict(text: str) -> Verdict | None:
+    """Read a verdict, or return None where it is none."""
+    try:
+        values = json.loads(text)
+        verdict = Verdict(**values)
+        fits = isinstance(verdict.text, str) and verdict.code in (TRY_AGAIN, FAILED)
+        return verdict if fits else None
+    except (TypeError, ValueError):
+        return None
