@@ -260,26 +260,14 @@ def test_the_coordinator_of_another_run_is_not_shared():
 def test_process_0_that_fails_does_not_wait_for_the_others():
     port = free_port()
     started = time.monotonic()
-    first = start(place(port, 2, 0, fail="on purpose", shutdown_timeout_s=60))
+    first = start(place(port, 2, 0, fail="on purpose"))
     with killed_at_the_end(start(place(port, 2, 1, stay_until="/nowhere"))):
         (ended,) = finish(first)
     assert refused(ended) == "ValueError: on purpose"
     assert time.monotonic() - started < 40
 
 
-def test_process_0_says_for_whom_it_waited():
-    port = free_port()
-    first = start(place(port, 2, 0, shutdown_timeout_s=1))
-    with killed_at_the_end(start(place(port, 2, 1, linger=60))):
-        (ended,) = finish(first)
-    assert ended[0] == 0
-    assert ended[2].splitlines()[-1] == (
-        "tx.initialize: process 0 has waited 1 s (shutdown_timeout_s) for process(es) 1 to end, "
-        "and ends now; jax aborts them"
-    )
-
-
-@pytest.mark.parametrize("name", ["timeout_s", "heartbeat_timeout_s", "shutdown_timeout_s"])
+@pytest.mark.parametrize("name", ["timeout_s", "heartbeat_timeout_s"])
 @pytest.mark.parametrize("seconds", [0, -1.5, float("nan"), float("inf")])
 def test_bad_timeout(name, seconds):
     with says(ValueError, f"tx.initialize needs {name}= above 0 seconds, got {seconds}"):

@@ -248,6 +248,25 @@ def test_a_launcher_killed_with_its_group_leaves_nothing(tmp_path, ranks):
         wait_for_end(pids)
 
 
+def test_the_end_of_the_file_of_the_rank_that_failed_is_shown(tmp_path):
+    fails = script(
+        tmp_path,
+        """
+        if os.environ["JAX_PROCESS_ID"] == "0":
+            time.sleep(60)
+        for i in range(int(sys.argv[1])):
+            print("line", i, file=sys.stderr)
+        sys.exit(7)
+        """,
+    )
+    for lines, shown in ((100, range(80, 100)), (2, range(2))):  # not those of the run before
+        done = launch("-n", 2, "--output-dir", tmp_path, fails, lines)
+        *tail, report = done.stderr.splitlines()
+        assert tail == [f"[1] line {i}" for i in shown]
+        assert re.fullmatch(r"txcore: rank 1 \(pid \d+\) ended with exit code 7", report)
+        assert done.returncode == 7
+
+
 def test_nothing_is_left_where_a_later_rank_cannot_start(tmp_path, monkeypatch, ranks):
     def open_rank(task, *args, **options):
         if task.rank == 1:

@@ -336,22 +336,3 @@ def test_a_file_for_each_rank_and_stream(tmp_path):
         "rank-0.err": "err\n" * 2,
         "rank-1.err": "err\n" * 2,
     }
-
-
-def test_the_end_of_the_file_of_the_rank_that_failed_is_shown(tmp_path):
-    fails = script(
-        tmp_path,
-        """
-        if os.environ["JAX_PROCESS_ID"] == "0":
-            time.sleep(60)
-        for i in range(int(sys.argv[1])):
-            print("line", i, file=sys.stderr)
-        sys.exit(7)
-        """,
-    )
-    for lines, shown in ((100, range(80, 100)), (2, range(2))):  # not those of the run before
-        done = launch("-n", 2, "--output-dir", tmp_path, fails, lines)
-        *tail, report = done.stderr.splitlines()
-        assert tail == [f"[1] line {i}" for i in shown]
-        assert re.fullmatch(r"txcore: rank 1 \(pid \d+\) ended with exit code 7", report)
-        assert done.returncode == 7

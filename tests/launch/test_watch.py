@@ -98,6 +98,17 @@ def test_a_rank_that_stood_still_blames_nobody_at_once(ranks, clock):
     assert ranks[0].verdict is None
 
 
+def test_the_wall_clock_does_not_matter(coordinator, monkeypatch):
+    def asked():
+        raise AssertionError("the wall clock was asked")
+
+    monkeypatch.setattr(time, "time", asked)
+    rank = Watcher(coordinator, 0, 2)
+    for _ in range(3):
+        rank.exchange()
+    assert rank.due(0.0, False) is None
+
+
 def test_a_step_that_takes_too_long(coordinator, clock):
     ranks = [Watcher(coordinator, rank, 2, step_timeout_s=30, clock=clock) for rank in range(2)]
     for step in range(50):
@@ -332,7 +343,12 @@ def test_a_lost_connection_is_told_as_such_and_then_as_a_failure(coordinator, mo
     rank = Watcher(coordinator, 0, 2, peer_timeout_s=0.2)
     monkeypatch.setattr(leaving, "AT_MOST_S", 0.1)
     seen = []
-    run_exchanges([rank], until=lambda: seen.append(rank.told.lost) or rank.closed)
+
+    def closed():
+        seen.append(rank.told.lost)
+        return rank.closed
+
+    run_exchanges([rank], until=closed)
     leaving.fail(rank, ValueError(GLOO))
     rank.closed = True
     assert f"ValueError: {GLOO}" in seen
@@ -485,6 +501,8 @@ def test_alone_nothing_is_started():
     assert (sys.excepthook, threading.active_count()) == (hook, threads)
     watch.at("data", 3)
     assert watch.reach(3) is False
+    watch.at("eval step", label="eval_step")
+    assert watch._watcher.position == ("eval step", 3, "eval_step")
     assert watch.stop_reason() is None
     watch.failed(ValueError("no"))
 

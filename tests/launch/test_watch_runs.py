@@ -185,10 +185,10 @@ def test_a_signal_to_some_ranks_stops_all_before_the_same_step(start, asked):
     ranks = start(3, steps=FOREVER, fault=fault)
     finish(ranks)
 
-    stopped = [re.search(r"stops before (\d+) (.*)$", rank.out, re.M) for rank in ranks]
-    assert len({found[1] for found in stopped}) == 1
-    assert 21 <= int(stopped[0][1]) <= 23
-    assert {found[2] for found in stopped} <= {f"SIGTERM on rank {rank}" for rank in asked}
+    stopped = [re.findall(r"stops before (\d+) (.*)$", rank.out, re.M)[0] for rank in ranks]
+    assert len({step for step, _ in stopped}) == 1
+    assert 21 <= int(stopped[0][0]) <= 23
+    assert {reason for _, reason in stopped} <= {f"SIGTERM on rank {rank}" for rank in asked}
     assert [rank.code for rank in ranks] == [0] * 3
     assert not any("txcore:" in rank.err for rank in ranks)
 

@@ -1,5 +1,6 @@
 """Start the ranks of a run on this machine, signal one, and look at what comes of it."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -17,11 +18,18 @@ ENDED = 75  # the exit code of a rank that ends because of another one
 ABORTED = -signal.SIGABRT  # how jax ends the others where the coordinator is gone
 
 
+def free_port():
+    """Return a free port of those that Linux gives to nobody by itself."""
+    for port in random.SystemRandom().sample(range(20_000, 30_000), 100):
+        with contextlib.suppress(OSError), socket.socket() as tried:
+            tried.bind(("127.0.0.1", port))
+            return port
+    raise OSError("no free port from 20000 to 29999")
+
+
 def start(folder, world, *args, out="out"):
     """Start all ranks; each writes its output to a file."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     ranks = []
     for rank in range(world):
         environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
@@ -189,11 +197,11 @@ def kill_and_resume(folder, world, runs, seed, *args):
         )
 
 
-def main(runs, world, folder):
-    """Print a line for each kill: `python runs.py RUNS WORLD FOLDER`."""
-    for i, line in enumerate(kill_and_resume(folder, world, runs, seed=world)):
+def main(runs, world, seed, folder):
+    """Print a line for each kill: `python runs.py RUNS WORLD SEED FOLDER`."""
+    for i, line in enumerate(kill_and_resume(folder, world, runs, seed)):
         print(f"{i + 1:3d}: {line}", flush=True)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), pathlib.Path(sys.argv[3]))
+    main(int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), pathlib.Path(sys.argv[4]))

@@ -1,10 +1,8 @@
 """Joining the processes of one run."""
 
-import atexit
 import math
 import os
 import socket
-import sys
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -17,8 +15,6 @@ from txcore.launch.cluster import VARIABLES, cluster
 
 # The coordinator's address, the number of processes, this one's id, and its GPUs.
 Place = tuple[str, int, int, tuple[int, ...] | None]
-# The connections to the others (of process 0) or to process 0: open until this process ends.
-_connections: meeting.Connections = {}
 
 
 def initialize(
@@ -28,7 +24,6 @@ def initialize(
     *,
     timeout_s: float = 300,
     heartbeat_timeout_s: float = 100,
-    shutdown_timeout_s: float = 30,
     peer_timeout_s: float = 10.0,
     step_timeout_s: float = 600.0,
     local_device_ids: int | Sequence[int] | None = None,
@@ -47,8 +42,6 @@ def initialize(
       timeout_s: seconds to wait for the others. Process 0 tries three times to listen, the others
         again and again to reach it.
       heartbeat_timeout_s: seconds without a sign of life after which jax takes a process for dead.
-      shutdown_timeout_s: seconds that process 0 waits for the others at its end; they cannot
-        live without it.
       peer_timeout_s, step_timeout_s: seconds after which a silent rank counts as lost, and that
         a step of `Engine.fit` may take: then all ranks end and say why (`launch.watch.start`).
       local_device_ids: which of the GPUs that this process sees are its own. By default, under
@@ -71,7 +64,6 @@ def initialize(
     _check_timeouts(
         timeout_s=timeout_s,
         heartbeat_timeout_s=heartbeat_timeout_s,
-        shutdown_timeout_s=shutdown_timeout_s,
         peer_timeout_s=peer_timeout_s,
         step_timeout_s=step_timeout_s,
     )
@@ -81,13 +73,13 @@ def initialize(
     network.bypass_proxies(network.split_address(address)[0], os.environ)
     started = time.monotonic()
     try:
-        met, bind = _meet(address, size, rank, started + timeout_s)
+        bind = _meet(address, size, rank, started + timeout_s)
     except meeting.NotTogether as error:
         raise RuntimeError(
             f"tx.initialize of process {rank} of {size} at {address}: {error}; waited "
             f"{time.monotonic() - started:.0f} s of timeout_s={timeout_s:g}"
         ) from None
-    ends_alone = _prepare(address)
+    _prepare(address)
     jax.distributed.initialize(
         address,
         size,
@@ -96,15 +88,11 @@ def initialize(
         cluster_detection_method="deactivate",  # done
         initialization_timeout=max(30, round(timeout_s)),
         heartbeat_timeout_seconds=math.ceil(heartbeat_timeout_s),
-        shutdown_timeout_seconds=math.ceil(shutdown_timeout_s),
         coordinator_bind_address=bind,
     )
-    _connections.update(met)
-    watch.start(peer_timeout_s=peer_timeout_s, step_timeout_s=step_timeout_s)
     if bind:
         door.close_door(network.split_address(bind)[1])
-    if bind and ends_alone:
-        atexit.register(_see_out, shutdown_timeout_s)  # runs before jax ends its coordinator
+    watch.start(peer_timeout_s=peer_timeout_s, step_timeout_s=step_timeout_s)
 
 
 def _given(
@@ -187,18 +175,17 @@ def _found(timeout_s: int) -> Place:
     return _check(address, size, rank, found.local_device_ids)
 
 
-def _meet(
-    address: str, size: int, rank: int, deadline: float
-) -> tuple[meeting.Connections, str | None]:
-    """Meet the others; return the connections and, on process 0, where it is to listen."""
+def _meet(address: str, size: int, rank: int, deadline: float) -> str | None:
+    """Wait until all have met; return, on process 0, where its coordinator is to listen."""
     if rank:
-        met = meeting.attend(address, rank, size, deadline)
+        meeting.attend(address, rank, size, deadline)
         meeting.until_served(address, deadline)
-        return met, None
+        return None
     bind = os.environ.get("JAX_COORDINATOR_BIND_ADDRESS") or _own_address(address, deadline)
     host = meeting.Host(meeting.listen(bind, deadline), size, socket.gethostname())
     try:
-        return host.gather(deadline), bind
+        host.gather(deadline)
+        return bind
     except meeting.NotTogether as error:
         given, found = (network.split_address(a)[0] for a in (address, bind))
         if not network.is_loopback(found) or network.is_loopback(given) or given == "localhost":
@@ -223,8 +210,8 @@ def _own_address(address: str, deadline: float) -> str:
         time.sleep(1)
 
 
-def _prepare(address: str) -> bool:
-    """Set up jax for several processes; tell whether one may end before the others."""
+def _prepare(address: str) -> None:
+    """Set up jax for several processes."""
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     _compat.set_if_there("jax_check_proxy_envs", False)  # they are out of the way
     # It would replace handlers of SIGTERM and swallow the signal.
@@ -233,16 +220,4 @@ def _prepare(address: str) -> bool:
     own = None if interface else network.address_towards(*network.split_address(address))
     _compat.listen_with_gloo_at(own, interface)
     # A rank's death is then an error in the others, which can name it and end with their own code.
-    return _compat.set_if_there("jax_enable_recoverability", True)
-
-
-def _see_out(seconds: float) -> None:
-    """Wait until the other processes have ended: jax aborts them when its coordinator goes."""
-    if _compat.coordination_client() is None or getattr(sys, "last_value", None) is not None:
-        return  # it is over already, or failed here: they are to know at once
-    if late := meeting.until_ended(_connections, seconds):
-        print(
-            f"tx.initialize: process 0 has waited {seconds:g} s (shutdown_timeout_s) for "
-            f"process(es) {', '.join(map(str, late))} to end, and ends now; jax aborts them",
-            file=sys.stderr,
-        )
+    _compat.set_if_there("jax_enable_recoverability", True)

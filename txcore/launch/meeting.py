@@ -3,7 +3,6 @@
 jax's own join ends the process without a chance and without a name when one does not come (SIGABRT,
 "Deadline Exceeded", on 0.10 to 0.12). So they meet at the coordinator's port first: each connects
 to process 0 and says who it is, and process 0 tells them who is missing until nobody is.
-The connections stay open: one that closes is a process that has ended.
 """
 
 import contextlib
@@ -20,8 +19,6 @@ ATTEMPTS = 3  # to listen where another program listens still
 _LONGEST_LINE = 2**16  # bytes; nobody has more to say
 _STRANGERS = 256  # connections that said nothing yet and are kept
 _MOST_NAMED = 16  # processes in a message
-
-Connections = dict[int, socket.socket]  # by process
 
 
 class NotTogether(RuntimeError):
@@ -78,7 +75,7 @@ class Host:
     def __init__(self, listener: socket.socket, size: int, name: str) -> None:
         self._listener, self._size = listener, size
         self._names = {0: name}
-        self._there: Connections = {}
+        self._there: dict[int, socket.socket] = {}
         self._strangers: dict[socket.socket, bytes] = {}  # and what each has said so far
         self._told: Any = None
         self._tell_again = 0.0
@@ -87,8 +84,8 @@ class Host:
         """Return the processes that have not come."""
         return [rank for rank in range(1, self._size) if rank not in self._there]
 
-    def gather(self, deadline: float) -> Connections:
-        """Return the connections to all the others, once all have come.
+    def gather(self, deadline: float) -> None:
+        """Wait until all have come, and tell them so.
 
         Raises:
           NotTogether: not all have come in time.
@@ -111,7 +108,7 @@ class Host:
         finally:  # before the others go on: jax's server is to have the port
             _close([self._listener, *self._strangers])
         self._send_all(missing=[])
-        return self._there
+        _close(self._there.values())
 
     def _hear(self, connection: Any, selector: selectors.BaseSelector) -> None:
         """Take in a newcomer, what one says, or that it is gone."""
@@ -119,7 +116,6 @@ class Host:
             with contextlib.suppress(OSError):
                 newcomer, _ = connection.accept()
                 newcomer.setblocking(False)
-                newcomer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
                 self._strangers[newcomer] = b""
                 selector.register(newcomer, selectors.EVENT_READ)
             if len(self._strangers) > _STRANGERS + self._size:
@@ -190,7 +186,7 @@ class Host:
         return f"{' and '.join(what)} (here: {_cut(here)})"
 
 
-def attend(address: str, rank: int, size: int, deadline: float) -> Connections:
+def attend(address: str, rank: int, size: int, deadline: float) -> None:
     """Tell process 0 that this one is here, and wait until all are.
 
     Args:
@@ -210,15 +206,13 @@ def attend(address: str, rank: int, size: int, deadline: float) -> Connections:
         except OSError as error:
             reason = error.strerror or str(error) or type(error).__name__
         else:
-            with contextlib.ExitStack() as at_error:
-                at_error.enter_context(connection)
+            with connection:
                 # Somebody who waits long may be connected to itself: both ends have the port.
                 if connection.getsockname() != connection.getpeername():
                     missing = _wait(connection, greeting, deadline)
                     reason = "who answers there waits for no process of this run"
-                if not missing:
-                    at_error.pop_all()
-                    return {0: connection}
+            if not missing:
+                return
         time.sleep(max(0.0, min(pause, deadline - time.monotonic())))
         pause = min(2 * pause, 2.0)
     if 0 in missing:
@@ -262,31 +256,6 @@ def until_served(address: str, deadline: float) -> None:
             socket.create_connection(split_address(address), timeout=1).close()
             return
         time.sleep(0.01)
-
-
-def until_ended(connections: Connections, seconds: float) -> list[int]:
-    """Wait until the processes have ended; return those that have not.
-
-    Args:
-      connections: to each, from `gather`.
-      seconds: how long to wait at most.
-    """
-    alive, deadline = dict(connections), time.monotonic() + seconds
-    while alive:
-        for rank, connection in list(alive.items()):
-            connection.setblocking(False)
-            try:
-                if connection.recv(_LONGEST_LINE):
-                    continue
-            except BlockingIOError:
-                continue
-            except OSError:
-                pass
-            del alive[rank]
-        if time.monotonic() >= deadline:
-            break
-        time.sleep(0.02)
-    return sorted(alive)
 
 
 def _send(connection: socket.socket, **what: Any) -> None:

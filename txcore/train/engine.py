@@ -189,7 +189,7 @@ class Engine:
         for host in data:
             batch = shard_batch(host, self.mesh, self.plan)
             compiled = self._compiled(step, state, batch, train=False)
-            watch.at("eval step", 0, compiled.last_words)
+            watch.at("eval step", label=compiled.last_words)
             metrics, count = compiled.call(state.arrays, batch)
             weight = int(count) if count is not None else examples(batch, self.plan)[0]
             if weight:  # a batch of padding alone has no mean
@@ -197,7 +197,7 @@ class Engine:
                     jax.tree.map(lambda m, w=weight: w * np.asarray(m, np.float64), metrics)
                 )
                 seen += weight
-        watch.at("between steps", 0)
+        watch.at("between steps")
         if not seen:
             raise ValueError("engine.evaluate needs at least one real example, got none in data")
         return jax.tree.map(lambda *part: (sum(part) / seen).tolist(), *parts)
@@ -354,7 +354,7 @@ class Engine:
         key = (train, fn, _signature(state.arrays), _signature(batch))
         compiled = self._steps.get(key)
         if compiled is None:
-            watch.at("compile", 0, name_of(fn))
+            watch.at("compile", label=name_of(fn))
             compiled = compile_step(
                 fn,
                 state,
@@ -366,7 +366,7 @@ class Engine:
                 together=jax.process_count() > 1,
             )
             self._steps[key] = compiled
-            watch.at("step" if train else "eval step", 0, compiled.last_words)
+            watch.at("step" if train else "eval step", label=compiled.last_words)
         if train:
             self.last_words = compiled.last_words
         if state.step.is_deleted():

@@ -101,6 +101,7 @@ def fit(
             if checkpoints and position.steps % checkpoints.every == 0:
                 saved = save()
             watch.at("data", position.steps)
+        watch.at("step", position.steps, engine.last_words)
         progress.stop_clock()
         if evaluate and evaluated != position.steps and interrupt.stopped is None:
             tell_evaluation()
