@@ -1,6 +1,6 @@
 """A run of one or several processes to be killed and resumed: losses as JSON lines, checkpoints.
 
-    python long_run.py FOLDER [--steps N] [--resume auto|must]
+    python long_run.py FOLDER [--steps N] [--until N] [--resume auto|must]
 
 It joins the run that its environment names (JAX_COORDINATOR_ADDRESS and so on). Every step depends
 on all that a checkpoint has to hold: keys, momentum, a schedule, extra state, the data's order.
@@ -63,6 +63,7 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=pathlib.Path)
     parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--until", type=int, help="stop after so many of the steps")
     parser.add_argument("--resume", default="auto")
     parser.add_argument("--pause", type=float, default=0.02, help="seconds before each batch")
     parser.add_argument("--every", type=int, default=EVERY)
@@ -88,7 +89,7 @@ def main():
         longer_step if odd == "collective" else step,
         engine.create_state(toys.params(), extra),
         lambda epoch: part(epoch, args.pause, odd),
-        steps=args.steps,
+        steps=args.until or args.steps,
         checkpoints=checkpoints,
     )
 

@@ -27,13 +27,14 @@ def free_port():
     raise OSError("no free port from 20000 to 29999")
 
 
-def start(folder, world, *args, out="out"):
-    """Start all ranks; each writes its output to a file."""
+def start(folder, world, *args, out="out", devices=1):
+    """Start all ranks, each with so many devices; each writes its output to a file."""
     port = free_port()
     ranks = []
     for rank in range(world):
         environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
         environment |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+        environment["JAX_NUM_CPU_DEVICES"] = str(devices)
         if world > 1:
             environment["JAX_COORDINATOR_ADDRESS"] = f"127.0.0.1:{port}"
             environment |= {"JAX_NUM_PROCESSES": str(world), "JAX_PROCESS_ID": str(rank)}
