@@ -64,57 +64,83 @@ def fit(
             stack.enter_context(checkpoints)
             state, position = checkpoints.restore(state)
             interrupt = stack.enter_context(interrupts())
-
-        def rows(host: Any) -> int:
-            return examples(host, engine.plan)[0] * jax.process_count()
-
-        def check(done: int, metrics: Metrics) -> None:
-            nonfinite.check(done, metrics, state, engine.on_nonfinite)
-
-        progress = Progress(engine, total, position, check)
-        evaluated, saved = 0, position.steps
-
-        def tell_evaluation() -> int:
-            assert evaluate is not None
-            progress.stop_clock()
-            progress.tell("eval", to_host(evaluate(state)))
-            return position.steps
-
-        def save() -> int:
-            assert checkpoints is not None
-            progress.stop_clock()
-            watch.at("save", position.steps)
-            checkpoints.save(state, progress.position(position))
-            return position.steps
-
-        for after, host in batches(data, steps, epochs, position, rows):
-            if interrupt.due(position.steps):
+        run = Run(engine, state, position, total, evaluate, checkpoints)
+        for after, host in batches(data, steps, epochs, position, run.rows):
+            if interrupt.due(run.position.steps):
                 break
-            batch = shard_batch(host, engine.mesh, engine.plan)
-            progress.start_clock()
-            watch.at("step", position.steps, engine.last_words)
-            state, metrics = engine.run(step, state, batch)
-            position = after
-            progress.add(metrics, real_examples(host, batch, engine.plan))
-            if evaluate and eval_every and position.steps % eval_every == 0:
-                evaluated = tell_evaluation()
-            if checkpoints and position.steps % checkpoints.every == 0:
-                saved = save()
-            watch.at("data", position.steps)
-        watch.at("step", position.steps, engine.last_words)
-        progress.stop_clock()
-        if evaluate and evaluated != position.steps and interrupt.stopped is None:
-            tell_evaluation()
-        if checkpoints is not None and saved != position.steps:
-            save()
-    watch.at("after fit", position.steps)
+            run.make(step, host, after)
+            if eval_every and run.position.steps % eval_every == 0:
+                run.evaluate_once()
+            if checkpoints and run.position.steps % checkpoints.every == 0:
+                run.save_once()
+            watch.at("data", run.position.steps)
+        run.wait()
+        if interrupt.stopped is None:
+            run.evaluate_once()
+        run.save_once()
+    watch.at("after fit", run.position.steps)
     if interrupt.stopped is not None:
         name = watch.stop_reason() or interrupt.stopped.name
         if jax.process_index() == 0:
-            _LOG.warning("txcore: %s: stopped after %d steps, all saved", name, position.steps)
+            _LOG.warning("txcore: %s: stopped after %d steps, all saved", name, run.position.steps)
         interrupt.end()
-    progress.tell("end", {})
-    return state
+    run.progress.tell("end", {})
+    return run.state
+
+
+@dataclass
+class Run:
+    """Hold what changes while `fit` runs, and do what it does between two batches."""
+
+    engine: "Engine"
+    state: TrainState
+    position: Position
+    total: int | None
+    evaluate: Evaluate | None
+    checkpoints: Checkpoints | None
+
+    def __post_init__(self) -> None:
+        self.progress = Progress(self.engine, self.total, self.position, self._check)
+        self.evaluated, self.saved = 0, self.position.steps  # after so many steps
+
+    def _check(self, done: int, metrics: Metrics) -> None:
+        nonfinite.check(done, metrics, self.state, self.engine.on_nonfinite)
+
+    def rows(self, host: Any) -> int:
+        """Return how many rows the global batch has of which `host` is this process's part."""
+        return examples(host, self.engine.plan)[0] * jax.process_count()
+
+    def make(self, step: StepFn, host: Any, after: Position) -> None:
+        """Start a step; wait for an older one if too many are under way."""
+        engine = self.engine
+        batch = shard_batch(host, engine.mesh, engine.plan)
+        self.progress.start_clock()
+        watch.at("step", self.position.steps, engine.last_words)
+        self.state, metrics = engine.run(step, self.state, batch)
+        self.position = after
+        self.progress.add(metrics, real_examples(host, batch, engine.plan))
+
+    def wait(self) -> None:
+        """Wait for the steps that are under way."""
+        watch.at("step", self.position.steps, self.engine.last_words)
+        self.progress.stop_clock()
+
+    def evaluate_once(self) -> None:
+        """Evaluate the state, unless there is nothing to do or it was done."""
+        if self.evaluate is None or self.evaluated == self.position.steps:
+            return
+        self.wait()
+        self.progress.tell("eval", to_host(self.evaluate(self.state)))
+        self.evaluated = self.position.steps
+
+    def save_once(self) -> None:
+        """Start to write a checkpoint, unless there is nowhere to or it was done."""
+        if self.checkpoints is None or self.saved == self.position.steps:
+            return
+        self.wait()
+        watch.at("save", self.position.steps)
+        self.checkpoints.save(self.state, self.progress.position(self.position))
+        self.saved = self.position.steps
 
 
 @contextmanager
