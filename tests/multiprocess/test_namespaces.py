@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from cases import (
+from cluster_cases import (
     FLAGS,
     ROOT,
     TRAIN,

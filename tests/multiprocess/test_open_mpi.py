@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 import pytest
-from cases import FLAGS, ROOT, TRAIN, WORKER, curve, curve_by_hand, environment, need, words
+from cluster_cases import FLAGS, ROOT, TRAIN, WORKER, curve, curve_by_hand, environment, need, words
 
 pytestmark = pytest.mark.slow
 # By itself mpirun binds a process to a core: fewer threads, which round differently.

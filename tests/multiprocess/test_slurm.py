@@ -7,7 +7,7 @@ import sys
 import time
 
 import pytest
-from cases import FLAGS, ROOT, WORKER, curve, curve_by_hand, need, need_root, words
+from cluster_cases import FLAGS, ROOT, WORKER, curve, curve_by_hand, need, need_root, words
 from namespaces import ADDRESSES, NAMES, two_hosts
 from slurm_cases import started
 
