@@ -241,10 +241,10 @@ def test_a_full_disk(told_before, tmp_path, request, monkeypatch, caplog, whole)
             if (epoch, i) == (1, 1):
                 first = disk / "run" / "step_00000003" / manifest.NAME
                 assert wait_until(first.exists)
-                with open(disk / "other", "wb", buffering=0) as other:
-                    with contextlib.suppress(OSError):
-                        while True:
-                            other.write(bytes(4096))
+                path = disk / "other"
+                with open(path, "wb", buffering=0) as other, contextlib.suppress(OSError):
+                    while True:
+                        other.write(bytes(4096))
             yield batch
 
     text = r"step_00000014 was not saved: .*\. The newest checkpoint is .*step_00000003$"
