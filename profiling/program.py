@@ -135,6 +135,18 @@ def compile_traced(
       The program.
     """
     jaxpr, lowered = _compat.plain_jaxpr(traced.jaxpr), traced.lower()
+    return compile_lowered(jaxpr, lowered, options, target, keep_partitioned=keep_partitioned)
+
+
+def compile_lowered(
+    jaxpr: Any,
+    lowered: jax.stages.Lowered,
+    options: Mapping[str, Any],
+    target: str = "",
+    *,
+    keep_partitioned: bool = False,
+) -> Program:
+    """Compile what was traced and lowered already; else as `compile_traced`."""
     if keep_partitioned or not is_one_shard_map(jaxpr):
         compiled, partitioned = compile_with_partitioned(lowered, options)
     else:

@@ -8,7 +8,6 @@ import importlib
 import pkgutil
 import re
 import shlex
-import socket
 import subprocess
 import sys
 
@@ -33,6 +32,7 @@ from docs_cases import (
     run_txcore,
 )
 from jax.sharding import PartitionSpec
+from ports import free_port
 
 import txcore as tx
 
@@ -95,9 +95,7 @@ def test_commands_of_several_processes(page, tmp_path):
     lines = [line for p, line, _ in COMMANDS if p == page and "--process-id" in line]
     if not lines:
         return
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     lines = [re.sub(r"(?<=--coordinator 127\.0\.0\.1:)\d+", str(port), line) for line in lines]
     script = ROOT / "examples/mnist/train.py"
     processes = [

@@ -5,7 +5,6 @@ import json
 import os
 import pathlib
 import re
-import socket
 import subprocess
 import sys
 
@@ -17,6 +16,7 @@ import models
 import numpy as np
 import pytest
 import train
+from ports import free_port
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "examples" / "mnist" / "train.py"
@@ -31,10 +31,7 @@ def run(tmp_path, *args, script=train, code=0):
 
 def run_processes(tmp_path, count, *args, script=train, x64=False):
     """Run the script in real processes over gloo, started by hand; return rank 0's results."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    flags = ["--coordinator", f"127.0.0.1:{port}", "--num-processes", str(count)]
+    flags = ["--coordinator", f"127.0.0.1:{free_port()}", "--num-processes", str(count)]
     paths = [tmp_path / f"rank{i}.json" for i in range(count)]
     ranks = [
         subprocess.Popen(

@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import pathlib
-import socket
 import subprocess
 import sys
 import time
@@ -14,12 +13,6 @@ WORKER = pathlib.Path(__file__).with_name("worker.py")
 DEADLINE_S = 90
 PLACE = ("JAX_COORDINATOR", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID", "SLURM", "OMPI_")
 DROPPED = (*PLACE, "XLA_FLAGS", "NCCL_SOCKET", "GLOO_SOCKET")
-
-
-def free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def clean_environment(**more):

@@ -10,13 +10,13 @@ import pytest
 from joining import (
     DROPPED,
     finish,
-    free_port,
     killed_at_the_end,
     place,
     refused,
     said,
     start,
 )
+from ports import free_port
 
 import txcore as tx
 from txcore import _compat, launch

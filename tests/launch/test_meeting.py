@@ -10,7 +10,7 @@ import socket
 import time
 
 import pytest
-from joining import free_port
+from ports import free_port
 
 from txcore.launch import meeting
 from txcore.launch.meeting import Host, NotTogether, attend, listen

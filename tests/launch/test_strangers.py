@@ -10,13 +10,13 @@ import pytest
 from joining import (
     clean_environment,
     finish,
-    free_port,
     killed_at_the_end,
     place,
     refused,
     said,
     start,
 )
+from ports import free_port
 
 from txcore.launch.door import close_door
 

@@ -3,12 +3,13 @@
 import json
 import os
 import pathlib
-import socket
 import subprocess
 import sys
 import threading
 import time
 from dataclasses import dataclass, field
+
+from ports import free_port
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 WORKER = pathlib.Path(__file__).with_name("watch_worker.py")
@@ -46,9 +47,7 @@ class Rank:
 
 def start(world, worker=WORKER, **plan):
     """Start all ranks."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        coordinator = f"127.0.0.1:{free.getsockname()[1]}"
+    coordinator = f"127.0.0.1:{free_port()}"
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     environment |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     ranks = []

@@ -12,6 +12,8 @@ import sys
 import time
 import timeit
 
+sys.path.append(str(pathlib.Path(__file__).resolve().parents[1]))
+
 import watch_run
 from watch_worker import join
 

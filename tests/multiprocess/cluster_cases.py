@@ -6,11 +6,11 @@ import os
 import pathlib
 import re
 import shutil
-import socket
 import subprocess
 import sys
 
 import pytest
+from ports import free_port
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 WORKER = ROOT / "tests" / "launch" / "worker.py"
@@ -59,11 +59,6 @@ def need_root():
     """Skip for users that may not start daemons or make namespaces."""
     if os.geteuid() != 0:
         pytest.skip("needs root")
-
-
-def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        return free.getsockname()[1]
 
 
 def environment(**more):

@@ -8,6 +8,8 @@ import socket
 import subprocess
 import time
 
+from ports import free_port
+
 CONFIGURATION = """\
 ClusterName=m
 SlurmctldHost={control}
@@ -39,14 +41,6 @@ PartitionName=main Nodes=ALL Default=YES
 """
 
 
-def free_ports(count):
-    with contextlib.ExitStack() as stack:
-        sockets = [
-            stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)
-        ]
-        return [s.getsockname()[1] for s in sockets]
-
-
 class Slurm:
     """Commands of a SLURM that runs.
 
@@ -65,7 +59,7 @@ class Slurm:
 
     def configure(self):
         """Write the configuration and make the folders."""
-        port, slurmd_port = free_ports(2)
+        port, slurmd_port = free_port(), free_port()
         (self.folder / "state").mkdir(parents=True)
         for name, _ in self.nodes:
             (self.folder / f"spool.{name}").mkdir()

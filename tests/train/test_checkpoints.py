@@ -107,13 +107,13 @@ def test_arrays_are_copied_before_the_next_step_is_given_their_buffers(tmp_path)
         want[i] = np.array(state.stored_params["w1"])
         checkpoints.save(state, tx.train.Position(steps=i))
         state, _ = cases.step(state, batch)  # donates what is being written
-    checkpoints.release()
+    checkpoints.close()
     for i in (0, 7, 19):
         for name in saved(tmp_path)[i + 1 :]:
             os.rename(tmp_path / name, tmp_path / f"later-{name}")
         found = tx.Checkpoints(tmp_path, every=1, keep=100)
         got, position = found.restore(cases.start(engine))
-        found.release()
+        found.close()
         assert position.steps == i
         np.testing.assert_array_equal(got.stored_params["w1"], want[i])
         for path in tmp_path.glob("later-*"):
@@ -182,10 +182,10 @@ class TestResume:
         text = f"{tmp_path} is in use by another run: end that one, or give another folder"
         with says(tx.CheckpointError, text):
             tx.Checkpoints(tmp_path, every=1).restore(state)
-        first.release()
+        first.close()
         second = tx.Checkpoints(tmp_path, every=1)
         second.restore(state)
-        second.release()
+        second.close()
 
 
 @pytest.mark.parametrize(

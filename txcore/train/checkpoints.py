@@ -146,35 +146,27 @@ class Checkpoints:
             self._fail(to, folder.reason(error))
 
     def close(self) -> None:
-        """Wait until the last checkpoint is whole.
+        """Wait until the last checkpoint is whole, and let other runs use the folder.
 
         Raises:
           CheckpointError: it could not be written.
         """
-        self._finish()
-        if self._failed is not None:
-            failed, self._failed = self._failed, None
-            raise CheckpointError(f"{failed}. {self._newest()}")
-
-    def release(self) -> None:
-        """Close, and let other runs use the folder; the end of the process does it too.
-
-        Raises:
-          CheckpointError: as for `close`.
-        """
         try:
-            self.close()
+            self._finish()
         finally:
             if self._lock is not None:
                 os.close(self._lock)
             self._lock = None
+        if self._failed is not None:
+            failed, self._failed = self._failed, None
+            raise CheckpointError(f"{failed}. {self._newest()}")
 
     def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         try:
-            self.release()
+            self.close()
         except CheckpointError as failed:
             if error is None:
                 raise

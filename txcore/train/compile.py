@@ -3,7 +3,7 @@
 import hashlib
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ from txcore.train.loss_scale import select
 from txcore.train.state import TrainState
 
 if TYPE_CHECKING:
+    from txcore.profiling.jaxpr import Declared
     from txcore.profiling.program import Program
 
 
@@ -66,7 +67,8 @@ def compile_step(
     With `together` every process of the run compiles it now, and all compare what it is.
     """
     # Imported when first needed: the audit's readers would be a third of `import txcore`.
-    from txcore.profiling.program import compile_traced
+    from txcore.profiling.jaxpr import inventory
+    from txcore.profiling.program import compile_lowered
 
     data_axes = plan.active_data_axes(mesh)
     left_out = frozenset(a for a, n in mesh.shape.items() if n == 1)
@@ -94,40 +96,41 @@ def compile_step(
     )
     traced = jax.jit(mapped, donate_argnums=(0,) if train else ()).trace(state.arrays, batch)
     jaxpr = _compat.plain_jaxpr(traced.jaxpr)
-    _check_reductions(jaxpr, mesh, data_axes)
+    declared = inventory(jaxpr)
+    _check_reductions(jaxpr, declared, mesh, data_axes)
     _check_predicates(jaxpr)
     if train and scales_loss:
         _check_scaled(fn, jaxpr, (state.arrays, batch), traced.out_info)
-    collectives = _collectives(jaxpr)
+    collectives = _lines(declared)
+    lowered = traced.lower()
     if together:
         facts = preflight.facts_of(mesh.mesh, (state.arrays, batch), collectives)
-        preflight.check(name_of(fn), {**facts, "StableHLO": _digest(traced)})
-    program = compile_traced(traced, options)
+        preflight.check(name_of(fn), {**facts, "StableHLO": _digest(lowered)})
+    program = compile_lowered(jaxpr, lowered, options)
     last = f", whose last collective is {collectives[-1]}" if collectives else ""
     return CompiledStep(program, time.perf_counter() - started, name_of(fn) + last)
 
 
-def _collectives(jaxpr: Any) -> list[str]:
+def _lines(declared: Iterable["Declared"]) -> list[str]:
     """Return a line for each collective of the traced step, in order."""
-    from txcore.profiling.jaxpr import inventory  # as in _check_reductions
-
     return [
         f"{made.tag or made.primitive} over {names_of(made.axes)}, {made.elements} elements "
         f"({made.source})"
-        for made in inventory(jaxpr)
+        for made in declared
         if made.live
     ]
 
 
-def _digest(traced: Any) -> str:
+def _digest(lowered: jax.stages.Lowered) -> str:
     """Return a digest of the whole program: its constants and branches have to be the same too."""
-    return f"sha256 {hashlib.sha256(traced.lower().as_text().encode()).hexdigest()}"
+    return f"sha256 {hashlib.sha256(lowered.as_text().encode()).hexdigest()}"
 
 
-def _check_reductions(jaxpr: Any, mesh: MeshSpec, data_axes: tuple[str, ...]) -> None:
+def _check_reductions(
+    jaxpr: Any, declared: Iterable["Declared"], mesh: MeshSpec, data_axes: tuple[str, ...]
+) -> None:
     """Refuse the reductions that types cannot tell to be wrong."""
-    from txcore.profiling.gathered import reductions_of_gathered
-    from txcore.profiling.jaxpr import inventory
+    from txcore.profiling.gathered import reductions_of_gathered  # as in compile_step
 
     for found in reductions_of_gathered(jaxpr):
         size = mesh.shape[found.axis]
@@ -137,7 +140,7 @@ def _check_reductions(jaxpr: Any, mesh: MeshSpec, data_axes: tuple[str, ...]) ->
             "Remove the reduction: compute with the gathered value directly, and use "
             "tx.all_gather(..., invariant=True) where it leaves the step (a mean of it: tx.pmean)"
         )
-    for made in inventory(jaxpr):
+    for made in declared:
         axes = [a for a in made.axes if a in data_axes]
         if made.live and made.autodiff and made.primitive == "psum_invariant" and axes:
             names = names_of(axes)
