@@ -300,6 +300,35 @@ def test_a_rank_tells_its_error_and_disconnects(real):
     assert real[1].closed
 
 
+@pytest.mark.parametrize(
+    "leave", [leaving.close, lambda rank: leaving.fail(rank, ValueError("no"))]
+)
+def test_nothing_is_asked_of_the_coordinator_once_a_rank_disconnects(
+    leave, real, coordinator, monkeypatch
+):
+    # Rank 0 goes then: who still waits for its answer comes back into a Python that has ended.
+    monkeypatch.setattr(_compat, "coordinator_address", lambda: "127.0.0.1:1")
+    answer, asking = coordinator.key_value_dir_get, []
+
+    def slow(folder):
+        asking.append(1)
+        time.sleep(0.3)
+        found = answer(folder)
+        asking.pop()
+        return found
+
+    monkeypatch.setattr(coordinator, "key_value_dir_get", slow)
+    found = []
+    monkeypatch.setattr(jax.distributed, "shutdown", lambda: found.append(list(asking)))
+    real[1].start_threads(lambda watcher, verdict: found.append(verdict))
+    leave(real[1])
+    assert found == [[]]
+    assert real[1].sent.ended
+    calls = coordinator.calls
+    time.sleep(0.2)
+    assert coordinator.calls == calls
+
+
 def test_the_coordinator_fails_last(real):
     run_exchanges(real)
     gone = threading.Timer(0.3, lambda: [rank.tell(ended=True) for rank in real[1:]])

@@ -15,8 +15,8 @@ pytestmark = [
 ]
 FOREVER = 10**6
 # Sooner than the defaults, but not so soon that a busy machine looks dead.
-SOON = {"peer_timeout_s": 4, "step_timeout_s": 60}
-BOUND_S = 20  # from the fault to the end of each rank; a third of the ten seconds by default
+SOON = {"peer_timeout_s": 8, "step_timeout_s": 60}
+BOUND_S = 25  # from the fault to the end of each rank
 LABEL = "train_step, whose last collective is psum/loss (worker.py:1)"
 
 
@@ -205,5 +205,4 @@ def test_ranks_that_end_at_different_times(start):
     )
     for rank in ranks[1:]:
         assert re.sub(r"^.*\[?Gloo\]?.*\n", "", rank.err, flags=re.M) == ""
-    # rank 2 does not wait for anybody
-    assert ranks[2].ended - ranks[2].said("done") < 4
+    assert ranks[2].ended < ranks[1].said("done") + 7  # it does not wait for anybody

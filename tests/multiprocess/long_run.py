@@ -67,11 +67,10 @@ def main():
     parser.add_argument("--resume", default="auto")
     parser.add_argument("--pause", type=float, default=0.02, help="seconds before each batch")
     parser.add_argument("--every", type=int, default=EVERY)
-    parser.add_argument("--peer-timeout", type=float, default=10.0)
     parser.add_argument("--odd", help="what rank 1 does differently")
     args = parser.parse_args()
     if launch.cluster():
-        tx.initialize(peer_timeout_s=args.peer_timeout)
+        tx.initialize()
     odd = args.odd if jax.process_index() == 1 else None
     if odd == "version":
         tx.__version__ = "0.0.1"

@@ -1,30 +1,23 @@
 """Start the ranks of a run on this machine, signal one, and look at what comes of it."""
 
-import contextlib
 import json
 import os
 import pathlib
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
+
+sys.path.append(str(pathlib.Path(__file__).resolve().parents[1]))  # where this is a script
+
+from ports import free_port
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 SCRIPT = pathlib.Path(__file__).with_name("long_run.py")
 START_S = 120  # until the first checkpoint, on a loaded machine
 ENDED = 75  # the exit code of a rank that ends because of another one
 ABORTED = -signal.SIGABRT  # how jax ends the others where the coordinator is gone
-
-
-def free_port():
-    """Return a free port of those that Linux gives to nobody by itself."""
-    for port in random.SystemRandom().sample(range(20_000, 30_000), 100):
-        with contextlib.suppress(OSError), socket.socket() as tried:
-            tried.bind(("127.0.0.1", port))
-            return port
-    raise OSError("no free port from 20000 to 29999")
 
 
 def start(folder, world, *args, out="out", devices=1):
@@ -86,7 +79,7 @@ def uninterrupted(folder, world, *args):
     try:
         wait_for_checkpoint(folder, ranks)
         began = time.monotonic()
-        assert wait(ranks, START_S) == [0] * world, said(folder, world)
+        assert wait(ranks, START_S) == [0] * world, shown(said(folder, world))
         return losses(folder), time.monotonic() - began
     finally:
         stop(ranks)
@@ -97,13 +90,18 @@ def wait_for_checkpoint(folder, ranks, pattern="step_????????"):
     end = time.monotonic() + START_S
     while not any((folder / "saved").glob(pattern)):
         assert time.monotonic() < end, f"no {pattern} came in {START_S} s"
-        assert all(rank.poll() is None for rank in ranks), said(folder, len(ranks))
+        assert all(rank.poll() is None for rank in ranks), shown(said(folder, len(ranks)))
         time.sleep(0.001)
 
 
 def said(folder, world, out="out"):
     """Return what each rank wrote."""
     return [(folder / f"{out}.{rank}").read_text(errors="replace") for rank in range(world)]
+
+
+def shown(texts):
+    """Return what the ranks wrote as one text, which pytest does not shorten."""
+    return "\n".join(f"--- rank {rank} wrote:\n{text}" for rank, text in enumerate(texts))
 
 
 def hit(folder, world, victim, number, after, *args):
@@ -151,13 +149,14 @@ def hit(folder, world, victim, number, after, *args):
 
 def check_ended(found, victim):
     """Check that all survivors ended in time, by themselves, and named the rank."""
-    assert found["seconds"] <= 30, found
+    assert found["seconds"] <= 30, f"{found['seconds']} s\n{shown(found['said'])}"
     for rank, code in found["survivors"].items():
         text = found["said"][rank]
         # The coordinator lies in rank 0: jax ends the others itself, and speaks of the leader.
         names = f"rank {victim}" in text or (victim == 0 and "leader" in text)
-        assert code == ENDED or (victim == 0 and code == ABORTED), (rank, code, text)
-        assert names, (rank, text)
+        ended = f"rank {rank} ended with {code} and wrote:\n{text}"
+        assert code == ENDED or (victim == 0 and code == ABORTED), ended
+        assert names, ended
 
 
 def resume(folder, world, *args):
@@ -165,7 +164,7 @@ def resume(folder, world, *args):
     ranks = start(folder, world, *args, "--resume", "must", out="resumed")
     try:
         codes = wait(ranks, START_S)
-        assert codes == [0] * world, said(folder, world, "resumed")
+        assert codes == [0] * world, shown(said(folder, world, "resumed"))
     finally:
         stop(ranks)
     return losses(folder)

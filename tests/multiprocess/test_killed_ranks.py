@@ -8,43 +8,41 @@ import runs
 pytest.importorskip("orbax.checkpoint")
 pytestmark = pytest.mark.slow
 
-SHORT = ("--peer-timeout", 4)  # seconds; 10 by default
-
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_five_kills_at_random_moments(world, tmp_path):
-    lines = list(runs.kill_and_resume(tmp_path, world, 5, 10 + world, *SHORT))
+    lines = list(runs.kill_and_resume(tmp_path, world, 5, 10 + world))
     assert len(lines) == 5
     assert any("a save under way" in line for line in lines)
 
 
 @pytest.mark.parametrize("victim", [0, 1, 2])
 def test_a_stalled_rank_is_named(victim, tmp_path):
-    found = runs.hit(tmp_path / "run", 3, victim, signal.SIGSTOP, 0.5, *SHORT)
+    found = runs.hit(tmp_path / "run", 3, victim, signal.SIGSTOP, 0.5)
     runs.check_ended(found, victim)
 
 
 def test_a_rank_that_stalls_for_a_moment_is_waited_for(tmp_path):
-    curve, _ = runs.uninterrupted(tmp_path / "whole", 2, *SHORT)
+    curve, _ = runs.uninterrupted(tmp_path / "whole", 2)
     folder = tmp_path / "run"
     folder.mkdir()
-    ranks = runs.start(folder, 2, *SHORT)
+    ranks = runs.start(folder, 2)
     try:
         runs.wait_for_checkpoint(folder, ranks)
         ranks[1].send_signal(signal.SIGSTOP)
         assert runs.wait(ranks[:1], 2) == [None]
         ranks[1].send_signal(signal.SIGCONT)
-        assert runs.wait(ranks, runs.START_S) == [0, 0], runs.said(folder, 2)
+        assert runs.wait(ranks, runs.START_S) == [0, 0], runs.shown(runs.said(folder, 2))
     finally:
         runs.stop(ranks)
     assert runs.losses(folder) == curve
 
 
 def test_sigterm_to_one_rank_stops_all_at_the_same_step_saved(tmp_path):
-    curve, _ = runs.uninterrupted(tmp_path / "whole", 3, *SHORT)
-    found = runs.hit(tmp_path / "run", 3, 2, signal.SIGTERM, 0.4, *SHORT)
-    assert found["survivors"] == {0: 143, 1: 143}, found["said"]
+    curve, _ = runs.uninterrupted(tmp_path / "whole", 3)
+    found = runs.hit(tmp_path / "run", 3, 2, signal.SIGTERM, 0.4)
+    assert found["survivors"] == {0: 143, 1: 143}, runs.shown(found["said"])
     assert "txcore: SIGTERM on rank 2: stopped after " in found["said"][0]
     made = max(runs.losses(tmp_path / "run"))
     assert (tmp_path / "run" / "saved" / f"step_{made:08d}").exists()
-    assert runs.resume(tmp_path / "run", 3, *SHORT) == curve
+    assert runs.resume(tmp_path / "run", 3) == curve

@@ -13,7 +13,7 @@ def part(folder, world, devices, *args):
     ranks = runs.start(folder, world, *ARGS, *args, devices=devices)
     codes = runs.wait(ranks, runs.START_S)
     runs.stop(ranks)
-    assert codes == [0] * world, runs.said(folder, world)
+    assert codes == [0] * world, runs.shown(runs.said(folder, world))
 
 
 @pytest.mark.parametrize(

@@ -83,6 +83,9 @@ def _disconnect(watcher: Watcher) -> None:
     if wait(watcher, lambda: watcher.sent.ended, watcher.interval_s + GRACE_S):
         import jax
 
+        # Rank 0 goes once this is disconnected. A thread that still asked it something then would
+        # wait, and come back into a Python that has ended: abort.
+        watcher.stop_exchanges()
         jax.distributed.shutdown()
     watcher.stop_threads()
 

@@ -21,6 +21,7 @@ RANKS_PER_S = 250  # the coordinator serves so many ranks a second, with two cal
 HURRY_S = 0.05  # between two readings while somebody waits for what the table says
 OWN_THREADS = "txcore-"  # what the names of the watch's threads start with
 TICK_S = 0.5  # between two looks at the clock
+JOIN_S = 2.0  # for a thread to end, on a busy machine
 
 
 class Watcher:
@@ -53,7 +54,7 @@ class Watcher:
         self.table: dict[int, Entry] = {}
         self.verdict: Verdict | None = None
         self.answers = 0  # of the coordinator
-        self.leaving = self.closed = self.coordinator_lost = False
+        self.leaving = self.closed = self.coordinator_lost = self._quiet = False
         self._hearing = Hearing(world, 2 * self.interval_s)
         self._stood_still = (0.0, 0.0)  # this process: seconds, and when it went on
         self._since: tuple[Any, str, float] = (None, "", 0.0)  # position, loss, when first seen
@@ -214,6 +215,13 @@ class Watcher:
             self._threads.append(thread)
             thread.start()
 
+    def stop_exchanges(self) -> None:
+        """End the first thread; the second ends the process where the coordinator keeps it."""
+        self._quiet = True
+        self._wake.put(None)
+        for thread in self._threads[:1]:
+            thread.join(2 * self.peer_timeout_s)
+
     def stop_threads(self) -> None:
         """End both threads."""
         self.closed = True
@@ -221,18 +229,19 @@ class Watcher:
         if self._lifeline is not None:
             self._lifeline.wake()
         for thread in self._threads:
-            thread.join(TICK_S)
+            thread.join(JOIN_S)
         if self._lifeline is not None and not any(t.is_alive() for t in self._threads):
             self._lifeline.close()
 
     def _run(self, watch: Callable[[], object]) -> None:
         try:
             watch()
-        finally:  # a fault of the watch is to end the watch alone
+        except BaseException:  # a fault of the watch is to end the watch alone
             self.closed = True
+            raise
 
     def _exchanges(self) -> None:
-        while not self.closed:
+        while not (self.closed or self._quiet):
             try:
                 self.exchange()
             except RuntimeError:

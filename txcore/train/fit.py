@@ -61,9 +61,9 @@ def fit(
         stack.enter_context(told())
         position, interrupt = Position(), Interrupt()
         if checkpoints is not None:
+            interrupt = stack.enter_context(interrupts())  # until the last save is whole
             stack.enter_context(checkpoints)
             state, position = checkpoints.restore(state)
-            interrupt = stack.enter_context(interrupts())
         run = Run(engine, state, position, total, evaluate, checkpoints)
         for after, host in batches(data, steps, epochs, position, run.rows):
             if interrupt.due(run.position.steps):
