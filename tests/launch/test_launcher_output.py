@@ -12,7 +12,7 @@ import time
 import pytest
 from launched_cases import launch, runs, script, started, wait_for_end, wait_for_pids
 
-from txcore.launch import local
+from txcore.launch import output
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="tested on Linux")
 
@@ -185,7 +185,7 @@ def test_lines_do_not_depend_on_how_they_arrive():
     source = random.Random(0)
     text = b"".join(source.choice([b"a", b"bc", b"\n", b"\r", b"\r\n"]) for _ in range(3000))
     whole = bytearray()
-    expected = [*local._lines(whole, text), *local._lines(whole, b"")]
+    expected = [*output.lines(whole, text), *output.lines(whole, b"")]
     assert b"".join(expected).replace(b"\r", b"") == text.replace(b"\r", b"") + (
         b"" if text.endswith((b"\n", b"\r")) else b"\n"
     )
@@ -193,22 +193,22 @@ def test_lines_do_not_depend_on_how_they_arrive():
         rest, found, at = bytearray(), [], 0
         while at < len(text):
             size = source.choice([1, 2, 3, 50])
-            found += local._lines(rest, text[at : at + size])
+            found += output.lines(rest, text[at : at + size])
             at += size
-        assert [*found, *local._lines(rest, b"")] == expected
+        assert [*found, *output.lines(rest, b"")] == expected
 
 
 def test_the_beginning_of_a_long_line_takes_no_time():
     rest, begun = bytearray(), time.monotonic()
-    assert local._lines(rest, b"\n" + b"x" * MEBI) == [b"\n"]
+    assert output.lines(rest, b"\n" + b"x" * MEBI) == [b"\n"]
     assert time.monotonic() - begun < 1
 
 
 def test_a_line_without_end_is_broken(monkeypatch):
-    monkeypatch.setattr(local, "_LINE_BYTES", 100)
+    monkeypatch.setattr(output, "_LINE_BYTES", 100)
     rest, found = bytearray(), []
     for _ in range(5):
-        found += local._lines(rest, b"x" * 60)
+        found += output.lines(rest, b"x" * 60)
     assert found == [b"x" * 120 + b"\n"] * 2
     assert rest == b"x" * 60
 
