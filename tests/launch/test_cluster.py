@@ -128,6 +128,20 @@ def test_a_part_of_the_variables(there, missing):
 
 
 @pytest.mark.parametrize(
+    "name, found",
+    [("JAX_NUM_PROCESSES", SRUN["SLURM_STEP_NUM_TASKS"]), ("JAX_PROCESS_ID", SRUN["SLURM_PROCID"])],
+)
+def test_a_variable_that_contradicts_the_cluster(name, found):
+    assert cluster(SRUN | {name: found}) == cluster(SRUN)
+    text = (
+        f"{name}=99 contradicts SLURM, by which it is {found}: unset it, or set all of "
+        "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
+        cluster(SRUN | {name: "99"})
+
+
+@pytest.mark.parametrize(
     "name, value, environ",
     [
         ("JAX_PROCESS_ID", "one", LAUNCH),

@@ -322,6 +322,13 @@ def test_ranks_are_spread_over_hosts(size, text, expected):
     assert placing.place(size, text) == expected
 
 
+def test_a_folder_that_is_deleted_meanwhile_hides_no_exit_code(tmp_path):
+    folder = tmp_path / "out"
+    done = launch("-n", 2, "--output-dir", folder, "--", "sh", "-c", f"rm -rf {folder}; exit 3")
+    assert done.returncode == 3
+    assert re.fullmatch(r"txcore: rank \d \(pid \d+\) ended with exit code 3\n", done.stderr)
+
+
 def test_rank_0_has_our_stdin(tmp_path):
     reads = script(tmp_path, "print(os.environ['JAX_PROCESS_ID'], repr(sys.stdin.read()))")
     done = launch("-n", 2, reads, input="told\n")

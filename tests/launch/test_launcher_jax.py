@@ -36,6 +36,29 @@ def test_two_ranks_of_two_devices_sum_over_all():
     assert sums(done.stdout) == ["[0] 0 2 [22.0]", "[1] 1 2 [22.0]"]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("culprit", [0, 1, 2])
+def test_the_rank_that_fails_is_named_not_those_that_the_watch_ends(culprit, tmp_path):
+    raises = script(
+        tmp_path,
+        f"""
+        import txcore as tx
+        tx.initialize()
+        tx.barrier("all are here")
+        if os.environ["JAX_PROCESS_ID"] == "{culprit}":
+            raise ValueError("batch 7 is damaged")
+        time.sleep(60)
+        """,
+    )
+    done = launch("-n", 3, raises)
+    last = done.stderr.splitlines()[-1]
+    assert re.fullmatch(rf"txcore: rank {culprit} \(pid \d+\) ended with exit code 1", last), (
+        done.stderr
+    )
+    assert done.returncode == 1
+    assert f"[{culprit}] ValueError: batch 7 is damaged" in done.stderr.splitlines()
+
+
 def ip(line):
     subprocess.run(["ip", *line.split()], check=True, capture_output=True, text=True, timeout=30)
 

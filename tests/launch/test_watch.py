@@ -329,15 +329,62 @@ def test_nothing_is_asked_of_the_coordinator_once_a_rank_disconnects(
     assert coordinator.calls == calls
 
 
-def test_the_coordinator_fails_last(real):
+def test_the_coordinator_fails_last(real, monkeypatch):
     run_exchanges(real)
+    monkeypatch.setattr(leaving, "GRACE_S", 60)
     gone = threading.Timer(0.3, lambda: [rank.tell(ended=True) for rank in real[1:]])
     gone.start()
-    started = time.monotonic()
     leaving.fail(real[0], ValueError("no"))
-    assert 0.25 < time.monotonic() - started < 2
+    assert real[1].sent.ended
+    assert real[2].sent.ended
     assert real[0].shut == []
     assert not real[0].closed  # its program goes on to its end
+
+
+def test_the_coordinator_does_not_wait_for_a_rank_that_was_killed_after_its_end(
+    real, coordinator, monkeypatch
+):
+    """To jax it is connected for minutes, and so the last call of rank 0 does not return."""
+    monkeypatch.setattr(_compat, "coordinator_address", lambda: None)
+    down = threading.Event()
+    coordinator.get_live_nodes = lambda nodes: down.wait()
+    monkeypatch.setattr(jax.distributed, "shutdown", down.set)
+    run_exchanges(real[1:])
+    for rank in real[1:]:
+        rank.tell(ended=True)
+    real[0].peer_timeout_s = 0.5
+    real[0].start_threads(lambda watcher, verdict: None)
+    leaving.close(real[0])
+    assert down.is_set()
+    assert not any(thread.is_alive() for thread in real[0]._threads)
+
+
+@pytest.mark.parametrize("code", [70, 75])
+def test_a_rank_that_ended_keeps_its_own_exit_code_where_others_failed(ranks, code):
+    ranks[0].verdict = Verdict("rank 2 is the cause", code)
+    assert ranks[0].due(0.0, False) == ranks[0].verdict
+    ranks[0].tell(ended=True)
+    assert ranks[0].due(0.0, False) == (None if code == 70 else ranks[0].verdict)
+
+
+def test_a_rank_that_ended_stays_until_a_verdict_has_ended_the_others(real):
+    run_exchanges(real[:2])
+    real[0].verdict = Verdict("rank 2 failed", 70)
+    threading.Timer(0.3, lambda: real[1].tell(ended=True)).start()
+    leaving.close(real[0])  # rank 2 is silent
+    assert real[1].sent.ended
+    assert real[0].shut == []
+
+
+def test_the_table_is_not_changed_while_others_read_it(ranks):
+    before = ranks[0].table
+    ranks[0].exchange()
+    assert before == {}
+    assert ranks[0].table.keys() == {0}
+
+
+def test_many_ranks_do_not_hurry():
+    assert Watcher(world=1000)._hurry_s == 4.0
 
 
 def test_an_error_that_all_ranks_raise_is_not_told(real):
@@ -365,7 +412,7 @@ def test_a_coordinator_that_does_not_answer_does_not_hold_an_error_back(coordina
     rank = Watcher(coordinator, 1, 2, peer_timeout_s=0.5)
     started = time.monotonic()
     leaving.fail(rank, ValueError("no"))
-    assert time.monotonic() - started < 4
+    assert time.monotonic() - started < 30
 
 
 def test_a_lost_connection_is_told_as_such_and_then_as_a_failure(coordinator, monkeypatch):
@@ -393,6 +440,8 @@ def test_a_lost_connection_is_told_as_such_and_then_as_a_failure(coordinator, mo
         (RuntimeError("UNAVAILABLE: Socket closed"), True),
         (RuntimeError("Timed out waiting 5000ms for recv operation to complete"), True),
         (RuntimeError("RESOURCE_EXHAUSTED: Out of memory"), False),
+        (ValueError("unknown class 'igloo'"), False),
+        (RuntimeError("timed out waiting for a batch"), False),
         (ValueError("batch 7 is damaged"), False),
         (ConnectionResetError("Connection reset by peer"), False),  # of the program's own
         (KeyboardInterrupt(), False),
@@ -440,10 +489,12 @@ def test_the_coordinator_ends_after_those_that_live(real, clock, monkeypatch):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     threading.Timer(0.4, lambda: real[1].tell(ended=True)).start()
-    ended = []
-    started = time.monotonic()
-    leaving.end(real[0], Verdict("rank 2 is lost"), lambda code: ended.append(time.monotonic()))
-    assert 0.4 < ended[0] - started < 1.5
+    monkeypatch.setattr(leaving, "GRACE_S", 60)
+    monkeypatch.setattr(leaving.time, "sleep", lambda seconds, sleep=time.sleep: sleep(0.01))
+    codes = []
+    leaving.end(real[0], Verdict("rank 2 is lost"), codes.append)
+    assert codes == [75]
+    assert real[1].sent.ended
 
 
 def test_nobody_waits_for_a_dead_coordinator(real, monkeypatch):
@@ -453,10 +504,9 @@ def test_nobody_waits_for_a_dead_coordinator(real, monkeypatch):
     def left(code):
         raise SystemExit(code)
 
-    started = time.monotonic()
+    monkeypatch.setattr(leaving, "wait", lambda *_: pytest.fail("it waits"))
     with pytest.raises(SystemExit):
         leaving.end(real[1], Verdict("rank 0 is gone"), left)
-    assert time.monotonic() - started < 0.5
 
 
 def test_a_blocked_stderr_does_not_keep_a_rank(tmp_path):

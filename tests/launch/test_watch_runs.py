@@ -112,7 +112,7 @@ def test_a_rank_is_stopped_and_goes_on_after_the_others_have_ended(start, victim
     finish(ranks)
 
     assert_last_words(
-        ranks, rf"rank {victim} has not been heard of for \d s: .*", [victim], since=stopped
+        ranks, rf"rank {victim} has not been heard of for \d+ s: .*", [victim], since=stopped
     )
     assert ranks[victim].code in (75, -signal.SIGABRT), ranks[victim].err
     assert "(this rank itself had stood still for " in ranks[victim].err
@@ -136,11 +136,11 @@ def test_a_short_stop_and_a_busy_interpreter_do_no_harm(start):
 
 def test_a_rank_stalls(start):
     fault = {"rank": 1, "step": 20, "kind": "sleep", "seconds": 600}
-    ranks = start(3, steps=FOREVER, watch={"step_timeout_s": 2}, fault=fault)
+    ranks = start(3, steps=FOREVER, watch={"step_timeout_s": 10}, fault=fault)
     finish(ranks)
 
     fell_asleep = ranks[1].said("fault")
-    why = r"step 20 takes more than 2 s: rank 1 is at step 20 \(data\) for \d s"
+    why = r"step 20 takes more than 10 s: rank 1 is at step 20 \(data\) for \d+ s"
     assert_last_words(ranks, why, but=[1], since=fell_asleep)
     assert (ends(ranks[1])[1:3], ranks[1].code) == ((20, "data"), 75)
     assert re.fullmatch(why, ends(ranks[1])[3])
@@ -154,7 +154,7 @@ def test_a_rank_fails(start, culprit):
     finish(ranks)
 
     why = rf"rank {culprit} failed at step 20 \(data\): ValueError: batch 7 is damaged"
-    assert_last_words(ranks, why, but=[culprit], code=1, since=ranks[culprit].said("fault"))
+    assert_last_words(ranks, why, but=[culprit], code=70, since=ranks[culprit].said("fault"))
     failed = ranks[culprit]
     assert failed.err.rstrip().endswith("\nValueError: batch 7 is damaged")
     assert failed.err.count("Traceback") == 1
@@ -174,9 +174,11 @@ def test_a_rank_ends_its_program_early(start, culprit):
         r"for it in step 20: every rank has to make the same steps \(is there less data on one, or "
         r"a sys.exit\(\)\?\)"
     )
-    assert_last_words(ranks, why, but=[culprit], code=1, since=ranks[culprit].said("fault"))
-    if culprit:  # it is gone; the coordinator has to stay, and learns that its run has failed
-        assert (ranks[1].code, "txcore:" in ranks[1].err) == (0, False)
+    assert_last_words(ranks, why, but=[culprit], code=70, since=ranks[culprit].said("fault"))
+    assert (
+        ranks[culprit].code == 3
+    )  # its own, though as the coordinator it stays until the others end
+    assert "ends at step" not in ranks[culprit].err
 
 
 @pytest.mark.parametrize("asked", [[2], [0, 1]])
@@ -187,7 +189,7 @@ def test_a_signal_to_some_ranks_stops_all_before_the_same_step(start, asked):
 
     stopped = [re.findall(r"stops before (\d+) (.*)$", rank.out, re.M)[0] for rank in ranks]
     assert len({step for step, _ in stopped}) == 1
-    assert 21 <= int(stopped[0][0]) <= 23
+    assert 21 <= int(stopped[0][0]) < 200
     assert {reason for _, reason in stopped} <= {f"SIGTERM on rank {rank}" for rank in asked}
     assert [rank.code for rank in ranks] == [0] * 3
     assert not any("txcore:" in rank.err for rank in ranks)
@@ -195,14 +197,14 @@ def test_a_signal_to_some_ranks_stops_all_before_the_same_step(start, asked):
 
 def test_ranks_that_end_at_different_times(start):
     """The coordinator stays for the others; without the watch jax aborts those that come later."""
-    ranks = start(3, steps=30, watch=SOON, after_s={"1": 7, "2": 1})
+    ranks = start(3, steps=30, watch=SOON, after_s={"1": 12})
     finish(ranks)
 
     assert [rank.code for rank in ranks] == [0] * 3, [rank.err for rank in ranks]
-    assert ranks[0].ended - ranks[0].said("done") > 6.5
+    assert ranks[0].ended >= ranks[1].said("done") + 12
     assert "".join(re.findall(r"^txcore: .*\n", ranks[0].err, re.M)) == (
         "txcore: rank 0 has finished, and stays as the coordinator until rank 1 has finished too\n"
     )
     for rank in ranks[1:]:
         assert re.sub(r"^.*\[?Gloo\]?.*\n", "", rank.err, flags=re.M) == ""
-    assert ranks[2].ended < ranks[1].said("done") + 7  # it does not wait for anybody
+    assert ranks[2].ended < ranks[1].said("done") + 12  # it does not wait for anybody

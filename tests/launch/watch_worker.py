@@ -59,7 +59,7 @@ def do(fault):
     elif kind == "raise":
         raise ValueError("batch 7 is damaged")
     elif kind == "exit":
-        sys.exit(0)
+        sys.exit(3)
     elif kind == "sleep":
         time.sleep(fault["seconds"])
     elif kind == "hold":  # C code that keeps the GIL: every Python thread stands still

@@ -40,7 +40,7 @@ def cluster(environ: Mapping[str, str] | None = None) -> Cluster | None:
     """Return what `tx.initialize()` without arguments would use, without starting anything.
 
     The first that is there: JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID (set by
-    `txcore launch`), Open MPI's mpirun, SLURM's srun, an indexed Kubernetes job, a TPU pod. A
+    `txcore launch`), Open MPI's mpirun, SLURM's srun, a TPU pod, an indexed Kubernetes job. A
     shell within a SLURM job (salloc, or the batch script itself) is no process of a run.
 
     Args:
@@ -71,6 +71,7 @@ def cluster(environ: Mapping[str, str] | None = None) -> Cluster | None:
     found = _open_mpi(environ) or _slurm(environ) or _found_by_jax(environ)
     own = environ.get(VARIABLES[0])
     if found is not None:
+        _check_agrees(environ, found)
         return found._replace(coordinator=own) if own else found
     if own or any(environ.get(name) for name in VARIABLES[1:]):
         missing = [name for name in VARIABLES if not environ.get(name)]
@@ -81,6 +82,15 @@ def cluster(environ: Mapping[str, str] | None = None) -> Cluster | None:
             "or unset the rest"
         )
     return None
+
+
+def _check_agrees(environ: Mapping[str, str], found: Cluster) -> None:
+    for name, value in zip(VARIABLES[1:], (found.num_processes, found.process_id), strict=True):
+        if environ.get(name) and value not in (None, _number(environ, name)):
+            raise ValueError(
+                f"{name}={environ[name]} contradicts {found.name}, by which it is {value}: unset "
+                f"it, or set all of {', '.join(VARIABLES)}"
+            )
 
 
 def _open_mpi(environ: Mapping[str, str]) -> Cluster | None:

@@ -76,9 +76,12 @@ class Rank:
         """Return the last lines of its file of stderr."""
         if self.stderr is None:
             return []
-        with self.stderr.open("rb") as file:
-            file.seek(max(self.stderr_start, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
-            return file.read().decode(errors="replace").splitlines()[-_TAIL_LINES:]
+        try:
+            with self.stderr.open("rb") as file:
+                file.seek(max(self.stderr_start, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
+                return file.read().decode(errors="replace").splitlines()[-_TAIL_LINES:]
+        except OSError:  # deleted meanwhile
+            return []
 
     def __str__(self) -> str:
         where = f"on {self.task.host}" if self.task.host else f"pid {self.process.pid}"

@@ -1,8 +1,10 @@
 """Joining the processes of one run."""
 
+import logging
 import math
 import os
 import socket
+import sys
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -12,6 +14,8 @@ import jax
 from txcore import _compat
 from txcore.launch import door, meeting, network, watch
 from txcore.launch.cluster import VARIABLES, cluster
+
+_LOG = logging.getLogger("txcore")
 
 # The coordinator's address, the number of processes, this one's id, and its GPUs.
 Place = tuple[str, int, int, tuple[int, ...] | None]
@@ -91,7 +95,9 @@ def initialize(
         coordinator_bind_address=bind,
     )
     if bind:
-        door.close_door(network.split_address(bind)[1])
+        closed = door.close_door(network.split_address(bind)[1])
+        if not closed and sys.platform == "linux":
+            _LOG.warning("txcore: the coordinator's port %s stays open to strangers", bind)
     watch.start(peer_timeout_s=peer_timeout_s, step_timeout_s=step_timeout_s)
 
 
@@ -181,7 +187,7 @@ def _meet(address: str, size: int, rank: int, deadline: float) -> str | None:
         meeting.attend(address, rank, size, deadline)
         meeting.until_served(address, deadline)
         return None
-    bind = os.environ.get("JAX_COORDINATOR_BIND_ADDRESS") or _own_address(address, deadline)
+    bind = _asked_bind() or _own_address(address, deadline)
     host = meeting.Host(meeting.listen(bind, deadline), size, socket.gethostname())
     try:
         host.gather(deadline)
@@ -196,16 +202,27 @@ def _meet(address: str, size: int, rank: int, deadline: float) -> str | None:
         ) from None
 
 
+def _asked_bind() -> str | None:
+    given = os.environ.get("JAX_COORDINATOR_BIND_ADDRESS") or None
+    try:
+        return given and network.join_address(*network.split_address(given))
+    except ValueError:
+        raise ValueError(
+            f"JAX_COORDINATOR_BIND_ADDRESS must be 'host:port', got {given!r}"
+        ) from None
+
+
 def _own_address(address: str, deadline: float) -> str:
     """Return the coordinator's address in numbers; a name may be known a little later only."""
     host, port = network.split_address(address)
     while True:
         try:
             return network.join_address(network.resolve(host, port), port)
-        except OSError as error:
-            if time.monotonic() + 1 > deadline:
+        except (OSError, UnicodeError) as error:
+            if time.monotonic() + 1 > deadline or isinstance(error, UnicodeError):
+                reason = getattr(error, "strerror", None) or error
                 raise meeting.NotTogether(
-                    f"process 0 cannot find its own address: {host} is unknown ({error.strerror})"
+                    f"process 0 cannot find its own address: {host} is unknown ({reason})"
                 ) from None
         time.sleep(1)
 

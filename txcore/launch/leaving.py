@@ -26,8 +26,8 @@ PATIENCE_S = 5.0  # after how long rank 0 says at its end for whom it waits
 
 # What gloo, NCCL and the coordination service say of a peer that is gone.
 _LOST = re.compile(
-    r"gloo|nccl|connection (reset|closed|refused|aborted)|socket closed|broken pipe"
-    r"|timed out waiting|coordination service|^unavailable",
+    r"\b(gloo|nccl)\b|connection (reset|closed|refused|aborted)|socket closed|broken pipe"
+    r"|timed out waiting \d+ ?ms|coordination service|^unavailable",
     re.IGNORECASE,
 )
 
@@ -74,6 +74,9 @@ def close(watcher: Watcher) -> None:
     watcher.tell(ended=True)
     if watcher.error is None:  # otherwise fail() has waited
         _see_the_others_off(watcher)
+    # One that was killed after it had ended looks connected for minutes.
+    if watcher.verdict is None and not watcher.others() and not watcher.stop_exchanges():
+        _shutdown()
     watcher.stop_threads()
 
 
@@ -81,28 +84,33 @@ def _disconnect(watcher: Watcher) -> None:
     watcher.leaving = True
     watcher.tell(ended=True)
     if wait(watcher, lambda: watcher.sent.ended, watcher.interval_s + GRACE_S):
-        import jax
-
         # Rank 0 goes once this is disconnected. A thread that still asked it something then would
         # wait, and come back into a Python that has ended: abort.
         watcher.stop_exchanges()
-        jax.distributed.shutdown()
+        _shutdown()
     watcher.stop_threads()
 
 
+def _shutdown() -> None:
+    import jax
+
+    jax.distributed.shutdown()
+
+
 def _see_the_others_off(watcher: Watcher) -> None:
-    """Wait until every other rank has disconnected, without a thread: at exit none can start."""
-    if not wait(watcher, lambda: not watcher.others(), PATIENCE_S) and watcher.others():
+    """Wait until every other rank has ended, by itself or by a verdict."""
+
+    def gone() -> bool:
+        others = watcher.others()
+        return not others or (watcher.verdict is not None and others <= watcher.silent_ranks())
+
+    if not wait(watcher, gone, PATIENCE_S) and watcher.others():
         have = "has" if len(watcher.others()) == 1 else "have"
         _write(
             "txcore: rank 0 has finished, and stays as the coordinator until "
             f"{rank_names(watcher.others())} {have} finished too\n"
         )
-    wait(watcher, lambda: not watcher.others(), float("inf"))
-    try:  # it returns once all ranks that are connected have called it, which the others never do
-        watcher.client.get_live_nodes(list(range(watcher.world)))
-    except (AttributeError, RuntimeError):
-        time.sleep(GRACE_S / 4)
+    wait(watcher, gone, float("inf"))
 
 
 def end(watcher: Watcher, verdict: Verdict, exit_: Callable[[int], object] = os._exit) -> None:

@@ -12,9 +12,12 @@ from collections.abc import Callable, Sequence
 from txcore.launch import hosts
 from txcore.launch.hosts import Rank, Task
 from txcore.launch.output import copied
+from txcore.launch.table import FAILED, TRY_AGAIN
 
-# How ranks end that have lost another: the exit code of the watchdog, and what jax does.
-_LOST_A_PEER = (75, -signal.SIGABRT, 128 + signal.SIGABRT)
+# How ranks end that have lost another: by the watch, which ends all others too, or by jax.
+_ENDED_BY_THE_WATCH = (TRY_AGAIN, FAILED)
+_LOST_A_PEER = (*_ENDED_BY_THE_WATCH, -signal.SIGABRT, 128 + signal.SIGABRT)
+_WATCH_S = 5.0  # for the watch to end them, and for the rank behind it to say why
 _SETTLE_S = 0.1  # a lost connection may be noticed before its cause, above all over ssh
 _PATIENCE_S = 2.0  # before it says for whom it waits
 _DEAD_S = 10.0  # after SIGKILL; a process that hangs in the kernel, or a lost connection
@@ -30,6 +33,7 @@ class _Run:
     asked: int | None = None  # the signal from outside that ends the run
     interrupted: bool = False
     say: Callable[[str], None] = print
+    stop_at: float = math.inf
     say_at: float = math.inf
     kill_at: float = math.inf
     give_up_at: float = math.inf
@@ -100,7 +104,8 @@ def launch(
 
 def _supervise(run: _Run, arrived: int, watch: Callable[[list[int]], None]) -> None:
     """Wait until something happens, and do what follows from it."""
-    numbers = hosts.read_signals(arrived, min(run.say_at, run.kill_at, run.give_up_at))
+    until = min(run.stop_at, run.say_at, run.kill_at, run.give_up_at)
+    numbers = hosts.read_signals(arrived, until)
     failed = _collect(run)
     if failed and not run.stopping():
         time.sleep(_SETTLE_S)
@@ -109,8 +114,9 @@ def _supervise(run: _Run, arrived: int, watch: Callable[[list[int]], None]) -> N
         failed.sort(key=lambda rank: (rank.code or 0) > 0)
     run.failed += failed
     watch(run.pids_here())
-    if not run.stopping() and not all(rank.ended_by_us() for rank in failed):
-        _stop(run, signal.SIGTERM)
+    if unasked := [rank for rank in failed if not rank.ended_by_us()]:
+        watched = all(rank.code in _ENDED_BY_THE_WATCH for rank in unasked)
+        run.stop_at = min(run.stop_at, time.monotonic() + _WATCH_S * watched)
     for number in numbers:
         _obey(run, number)
     _keep_time(run, time.monotonic())
@@ -142,13 +148,14 @@ def _obey(run: _Run, number: int) -> None:
         run.asked = run.asked or number
     _stop(run, number)
     if number == signal.SIGINT:
-        run.kill_at = 0.0 if run.interrupted else run.kill_at
+        if run.interrupted and run.give_up_at == math.inf:
+            run.kill_at = 0.0
         run.interrupted = True
 
 
 def _stop(run: _Run, number: int) -> None:
     """Ask the ranks to end, by each signal once."""
-    now = time.monotonic()
+    now, run.stop_at = time.monotonic(), math.inf
     if not run.stopping():
         run.say_at, run.kill_at = now + _PATIENCE_S, now + run.grace_s
     for rank in run.live():
@@ -159,7 +166,9 @@ def _stop(run: _Run, number: int) -> None:
 
 
 def _keep_time(run: _Run, now: float) -> None:
-    """Kill the ranks when the time for ending is over."""
+    """Ask the ranks to end, and kill them, when the time has come."""
+    if now >= run.stop_at and not run.stopping():
+        _stop(run, signal.SIGTERM)
     if now >= run.say_at:
         run.say_at = math.inf
         names = ", ".join(str(rank.task.rank) for rank in run.live())

@@ -57,9 +57,9 @@ def listen(address: str, deadline: float) -> socket.socket:
     listener.close()
     raise NotTogether(
         f"process 0 must listen on {address}, but cannot ({reason}): end what listens there (a "
-        "second process 0? another run?), or take another port (JAX_COORDINATOR_PORT, or "
-        "coordinator=); if it is not an address of this host, start process 0 on the "
-        "coordinator's host, or set JAX_COORDINATOR_BIND_ADDRESS"
+        "second process 0? another run?), or take another port (JAX_COORDINATOR_PORT, "
+        "coordinator=, or --coordinator of txcore launch); if it is not an address of this host, "
+        "start process 0 on the coordinator's host, or set JAX_COORDINATOR_BIND_ADDRESS"
     )
 
 
@@ -121,6 +121,8 @@ class Host:
             if len(self._strangers) > _STRANGERS + self._size:
                 self._drop(next(iter(self._strangers)), selector)
             return
+        if connection.fileno() < 0:  # dropped since select said that there was something
+            return
         try:
             data = connection.recv(_LONGEST_LINE)
         except OSError:
@@ -137,26 +139,26 @@ class Host:
         """Take a newcomer for the process that it says it is, if it can be that one."""
         greeting = _parse(said)
         rank, size, name = (greeting.get(key) for key in ("rank", "size", "host"))
-        if not isinstance(rank, int) or not isinstance(size, int) or not isinstance(name, str):
+        if type(rank) is not int or type(size) is not int or not isinstance(name, str):
             self._drop(connection, selector)
             return
-        error = None
+        error, name = None, _clean(name, 64)
         if size != self._size:
             error = (
-                f"process {rank} (on {name[:64]}) was started with num_processes={size}, but "
+                f"process {rank} (on {name}) was started with num_processes={size}, but "
                 f"process 0 (on {self._names[0]}) with {self._size}: give all the same"
             )
         elif not 0 < rank < size or rank in self._there:
             error = (
                 f"process_id={rank} is taken by a process on {self._names.get(rank, '?')}, and "
-                f"another on {name[:64]} has it too: give each its own, from 0 to {size - 1}"
+                f"another on {name} has it too: give each its own, from 0 to {size - 1}"
             )
         if error:
             _send(connection, error=error)
             self._drop(connection, selector)
             return
         del self._strangers[connection]
-        self._there[rank], self._names[rank] = connection, name[:64]
+        self._there[rank], self._names[rank] = connection, name
 
     def _drop(self, connection: Any, selector: selectors.BaseSelector) -> None:
         """Forget a connection, and the process that it was of."""
@@ -203,8 +205,8 @@ def attend(address: str, rank: int, size: int, deadline: float) -> None:
     while (left := deadline - time.monotonic()) > 0:
         try:
             connection = socket.create_connection(split_address(address), timeout=min(left, 10))
-        except OSError as error:
-            reason = error.strerror or str(error) or type(error).__name__
+        except (OSError, UnicodeError) as error:  # UnicodeError: a name that cannot be one
+            reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         else:
             with connection:
                 # Somebody who waits long may be connected to itself: both ends have the port.
@@ -240,7 +242,7 @@ def _wait(connection: socket.socket, greeting: dict[str, Any], deadline: float) 
         *lines, said = (said + data).split(b"\n")
         for answer in map(_parse, lines):
             if isinstance(answer.get("error"), str):
-                raise NotTogether(answer["error"])
+                raise NotTogether(_clean(answer["error"], 2000))
             if not isinstance(answer.get("missing"), list):
                 return [0]
             missing = answer["missing"]
@@ -281,6 +283,11 @@ def _named(ranks: list[int]) -> str:
     text = ", ".join(map(str, ranks[:_MOST_NAMED]))
     more = f" and {len(ranks) - _MOST_NAMED} more" if len(ranks) > _MOST_NAMED else ""
     return f"process{'es' if len(ranks) > 1 else ''} {text}{more}"
+
+
+def _clean(text: str, most: int) -> str:
+    """Return what somebody else says so that it does nothing to a terminal, and not too much."""
+    return "".join(c if c.isprintable() else "?" for c in text[:most])
 
 
 def _cut(text: str) -> str:

@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Mapping
 
-from txcore.launch.verdict import Entry
+from txcore.launch.table import Entry
 
 
 class Stop:

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, fields
 FOLDER = "txcore/watch/"  # the entries' keys: this and the rank
 VERDICT = FOLDER + "verdict"
 TRY_AGAIN = 75  # EX_TEMPFAIL of BSD's sysexits.h: another attempt may succeed
-FAILED = 1
+FAILED = 70  # EX_SOFTWARE: a rank failed by an error of its own, and will again
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,8 @@ def start(*, peer_timeout_s: float = 10.0, step_timeout_s: float = 600.0) -> Non
     """Watch the ranks of this run from now on; in a single process there is nothing to watch.
 
     A rank that ends because of another one writes why to stderr, with the Python stacks of its
-    threads, and exits with code 75 (EX_TEMPFAIL) where another attempt may succeed, with 1 where a
-    rank failed by an error of its own.
+    threads, and exits with code 75 (EX_TEMPFAIL) where another attempt may succeed, with 70
+    (EX_SOFTWARE) where a rank failed by an error of its own.
 
     Args:
       peer_timeout_s: seconds after which a rank that is not heard of counts as lost. It has to be
@@ -71,8 +71,10 @@ def _show_stacks_of_aborts() -> None:
 
 def _telling(before: Hook) -> Hook:
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if leaving.speaks_of_a_lost_peer(error):  # it ends there, and prints the error last
+            leaving.fail(_watcher, error)
+        before(kind, error, trace)  # before the others end, and a launcher this one
         leaving.fail(_watcher, error)
-        before(kind, error, trace)
 
     return hook
 

@@ -14,7 +14,7 @@ from txcore import _compat
 from txcore.launch.hearing import Hearing
 from txcore.launch.lifeline import Lifeline
 from txcore.launch.stop import Stop
-from txcore.launch.table import FOLDER, VERDICT, Entry, Verdict, read_entry, read_verdict
+from txcore.launch.table import FAILED, FOLDER, VERDICT, Entry, Verdict, read_entry, read_verdict
 from txcore.launch.verdict import coordinator_gone, judge, silence
 
 RANKS_PER_S = 250  # the coordinator serves so many ranks a second, with two calls for each
@@ -44,6 +44,7 @@ class Watcher:
     ) -> None:
         self.client, self.rank, self.world, self.clock = client, rank, world, clock
         self.interval_s = max(min(1.0, peer_timeout_s / 5), world / RANKS_PER_S)
+        self._hurry_s = max(HURRY_S, world / RANKS_PER_S)
         self.peer_timeout_s = max(peer_timeout_s, 3 * self.interval_s)
         self.step_timeout_s = step_timeout_s
         self.position = ("start", 0, "")  # phase, step, label
@@ -119,7 +120,8 @@ class Watcher:
         rows = dict(self.client.key_value_dir_get(FOLDER))
         self.answers += 1
         read = {r: read_entry(rows.get(f"{FOLDER}{r}", "")) for r in range(self.world)}
-        self.table |= {rank: entry for rank, entry in read.items() if entry is not None}
+        # A new one, since other threads may be going through the old one.
+        self.table = self.table | {rank: e for rank, e in read.items() if e is not None}
         self._hearing.hear({r: e.beat for r, e in self.table.items()}, self.clock())
         self.stop.hear(self.table, self.world)
         if self.verdict is None:
@@ -160,7 +162,7 @@ class Watcher:
         asked = self.stop.reason is not None and self.stop.target is None
         waited_for = self.told != Entry() or asked
         with contextlib.suppress(queue.Empty):
-            self._wake.get(timeout=HURRY_S if waited_for else self.interval_s)
+            self._wake.get(timeout=self._hurry_s if waited_for else self.interval_s)
 
     # What the second thread does.
 
@@ -186,7 +188,9 @@ class Watcher:
           waited_s: seconds without an answer of the coordinator.
           hung_up: its connections are closed.
         """
-        if self.verdict is not None and not self.told.failed:  # its own error ends it otherwise
+        # Who failed, or came to the end of its program, keeps its own exit code.
+        own = self.told.failed or self.told.ended
+        if self.verdict is not None and not (own and self.verdict.code == FAILED):
             return self.verdict
         unheard = waited_s >= self.peer_timeout_s
         self.coordinator_lost = unheard or (hung_up and not self.leaving)
@@ -215,12 +219,16 @@ class Watcher:
             self._threads.append(thread)
             thread.start()
 
-    def stop_exchanges(self) -> None:
-        """End the first thread; the second ends the process where the coordinator keeps it."""
+    def stop_exchanges(self) -> bool:
+        """Have the first thread end, on rank 0 once all others have disconnected; tell if it did.
+
+        On other ranks the second thread ends the process where the coordinator keeps the first.
+        """
         self._quiet = True
         self._wake.put(None)
         for thread in self._threads[:1]:
-            thread.join(2 * self.peer_timeout_s)
+            thread.join(self.peer_timeout_s if self.rank == 0 else 2 * self.peer_timeout_s)
+        return not any(thread.is_alive() for thread in self._threads[:1])
 
     def stop_threads(self) -> None:
         """End both threads."""
@@ -249,3 +257,11 @@ class Watcher:
             if self.verdict is not None and self._lifeline is not None:
                 self._lifeline.wake()
             self.pause()
+        if self._quiet and self.rank == 0:
+            self._await_disconnects()
+
+    def _await_disconnects(self) -> None:
+        try:  # returns once all ranks that are connected have called it, which no other one does
+            self.client.get_live_nodes(list(range(self.world)))
+        except (AttributeError, RuntimeError):
+            time.sleep(TICK_S)
