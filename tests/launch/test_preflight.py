@@ -220,7 +220,7 @@ def refusals(ranks, kind="MismatchError"):
         assert rank.code == 1, rank.err
         assert f"{kind}: " in rank.err
         assert "Fatal Python error" not in rank.err
-        assert "txcore:" not in rank.err
+        assert not re.search(r"^txcore: (?!rank 0 has finished)", rank.err, re.M)
     (text,) = texts
     return text
 
@@ -258,7 +258,7 @@ def test_real_ranks_with_different_collectives_and_shapes(run):
 
 @pytest.mark.slow
 def test_a_real_rank_that_does_not_come(run):
-    ranks = run(2, rank=1, differs={"late_s": 4}, timeout_s=1)
+    ranks = run(2, rank=1, differs={"late_s": 15}, timeout_s=1)
     assert "but rank 1 did not come within 1 s: " in ranks[0].err
     assert ranks[0].code != 0
     assert ranks[1].code != 0

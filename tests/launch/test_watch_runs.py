@@ -85,19 +85,25 @@ def test_a_rank_is_killed(start, world, victim):
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_the_coordinator_is_killed(start, world):
-    ranks = start(world, steps=FOREVER, watch=SOON)
-    under_way(ranks)
-    killed = time.time()
-    ranks[0].process.kill()
-    finish(ranks)
+    left = []
+    for _ in range(3):  # jax aborts 0.1 to 0.3 s later: on a busy machine it may be faster
+        ranks = start(world, steps=FOREVER, watch=SOON)
+        under_way(ranks)
+        killed = time.time()
+        ranks[0].process.kill()
+        finish(ranks)
+        left = [(number, rank) for number, rank in enumerate(ranks) if rank.code == 75]
+        for rank in ranks[1:]:
+            assert rank.code in (75, -signal.SIGABRT), rank.err
+            assert rank.ended - killed < BOUND_S
+        if left:
+            break
 
-    for number, rank in enumerate(ranks[1:], 1):
+    assert left
+    for number, rank in left:
         assert ends(rank)[0] == number
         assert re.match(r"rank 0 is gone, and with it the coordinator: killed or ", ends(rank)[3])
         assert "Thread MainThread (most recent call first):\n" in rank.err
-        # jax aborts at the same time: on a busy machine it may be faster to the end
-        assert rank.code in (75, -signal.SIGABRT)
-        assert rank.ended - killed < BOUND_S
 
 
 @pytest.mark.parametrize("victim", [0, 1, 2])
