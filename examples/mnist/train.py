@@ -63,9 +63,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--log-dir", help="write DIR/train.jsonl")
     add("--results", help="write a JSON file")
     add("--checkpoint-dir", help="save the run there, and resume it from there")
-    add("--save-every", type=int, default=100, help="steps between checkpoints; default: 100")
-    add("--keep", type=int, default=3, help="how many checkpoints to keep; default: 3")
-    add("--resume", default="auto", choices=["auto", "never", "must"], help="default: auto")
+    add("--save-every", type=int, help="steps between checkpoints; default: 100")
+    add("--keep", type=int, help="how many checkpoints to keep; default: 3")
+    add("--resume", choices=["auto", "never", "must"], help="default: auto")
     add("--on-nonfinite", default="stop", choices=["stop", "skip", "ignore"], help="a NaN loss")
     add("--audit", default=True, action=argparse.BooleanOptionalAction)
     add("--coordinator", help="host:port of process 0, for processes started by hand")
@@ -223,11 +223,15 @@ class Data:
 
 def make_checkpoints(args: argparse.Namespace) -> tx.Checkpoints | None:
     """Return where the run is saved, if it is."""
-    if args.checkpoint_dir is None:
-        return None
-    return tx.Checkpoints(
-        args.checkpoint_dir, every=args.save_every, keep=args.keep, resume=args.resume
-    )
+    names = ("save_every", "keep", "resume")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if args.checkpoint_dir is not None:
+        every = given.pop("save_every", 100)
+        return tx.Checkpoints(args.checkpoint_dir, every=every, **given)
+    for name in given:
+        flag = name.replace("_", "-")
+        raise ValueError(f"--{flag} needs --checkpoint-dir: without it nothing is saved")
+    return None
 
 
 class History:
@@ -267,6 +271,7 @@ def seconds_since_start() -> float:
 def train(args: argparse.Namespace) -> int:
     """Run the training, and return the exit code: 1 if the proof failed."""
     check(args)
+    checkpoints = make_checkpoints(args)
     layers = models.layers_of(args.model, args.dropout)
     place = args.coordinator, args.num_processes, args.process_id
     if place != (None, None, None) or launch.cluster():
@@ -297,7 +302,6 @@ def train(args: argparse.Namespace) -> int:
         seed=args.seed,
         on_nonfinite=args.on_nonfinite,
     )
-    checkpoints = make_checkpoints(args)
     say(
         f"{args.model} on {dataset.name}: {len(devices)} x {devices[0].device_kind}, "
         f"{jax.process_count()} process(es), global batch {args.batch_size}, {args.precision}"

@@ -244,6 +244,9 @@ BAD = [
         ["--coordinator", "127.0.0.1:1", "--num-processes", "2", "--process-id", "2"],
         "tx.initialize needs process_id= from 0 to 1 for num_processes=2, got 2",
     ),
+    (["--resume", "must"], "--resume needs --checkpoint-dir: without it nothing is saved"),
+    (["--keep", "5"], "--keep needs --checkpoint-dir: without it nothing is saved"),
+    (["--save-every", "9"], "--save-every needs --checkpoint-dir: without it nothing is saved"),
     (["--results", "/proc/nothing/r.json"], "/proc/nothing"),
     (["--log-dir", "/proc/nothing"], "/proc/nothing"),
 ]

@@ -10,6 +10,7 @@ import subprocess
 import time
 
 import checkpoint_cases as cases
+import jax
 import numpy as np
 import pytest
 import toys
@@ -163,6 +164,67 @@ def test_values_that_are_not_finite_are_not_resumed(tmp_path, whole, caplog):
     resumes_after(tmp_path, 6, whole, caplog, "step_00000008 holds values that are not finite, in")
 
 
+def test_values_that_are_not_finite_are_not_saved(tmp_path):
+    """The gradient of the sixth step is NaN, and its loss is not."""
+
+    @tx.step_fn
+    def step(state, batch):
+        bad = jax.numpy.where(state.step == 5, jax.numpy.nan, 0)
+        grads = {**state.stored_params, "w2": state.stored_params["w2"] + bad}
+        return state.apply_gradients(grads=grads), {"loss": np.float32(1)}
+
+    def fit(**options):
+        engine = toys.engine(2, **options)
+        state, data = engine.create_state(toys.params()), cases.batches
+        checkpoints = tx.Checkpoints(tmp_path, every=3, keep=1)
+        return engine.fit(step, state, data, steps=8, checkpoints=checkpoints)
+
+    text = (
+        "the parameters of step 6 are not saved. Not finite after it: params['w2'] (8 of 8 "
+        "elements). Lower the learning rate, clip the gradients or look at that batch; "
+        "Engine(on_nonfinite='skip') leaves out such steps"
+    )
+    with pytest.raises(FloatingPointError, match=f"^{re.escape(text)}$"):
+        fit()
+    assert saved(tmp_path) == ["step_00000003"]
+    # The error's advice: a checkpoint of a run that stops is one of a run that skips.
+    state = fit(on_nonfinite="skip")
+    assert int(state.loss_scaling.skipped_steps) == 3
+    assert int(state.step) == 5
+
+
+def test_damaged_ones_do_not_displace_whole_ones(tmp_path, whole, caplog):
+    train(tmp_path, steps=9)
+    change(data_files(tmp_path / "step_00000009")[0])
+    train(tmp_path, steps=7, keep=1)
+    assert saved(tmp_path) == ["step_00000007", "step_00000009"]
+    resumes_after(tmp_path, 7, whole, caplog, "step_00000009 is damaged")
+
+
+def test_the_newest_is_one_that_can_be_used(tmp_path, monkeypatch, caplog):
+    train(tmp_path, steps=6)
+    change(data_files(tmp_path / "step_00000006")[0])
+    monkeypatch.setattr(checkpoint_folder, "no_room", lambda directory, need: "it is full")
+    text = (
+        f"{tmp_path / 'step_00000005'} was not saved: it is full. The newest checkpoint is "
+        f"{tmp_path / 'step_00000003'}"
+    )
+    with pytest.raises(tx.CheckpointError, match=f"^{re.escape(text)}$"):
+        train(tmp_path, steps=5)
+
+
+def test_a_rank_says_its_own_error(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    checkpoints = tx.Checkpoints(tmp_path, every=1)
+    checkpoints._fail(tmp_path / "step_00000001", "it is full")  # rank 0 says so
+    checkpoints._fail(tmp_path / "step_00000002", OSError(28, "No space left on device"))
+    assert caplog.messages == [
+        f"txcore: {tmp_path / 'step_00000002'} was not saved by rank 1: No space left on device; "
+        "the run goes on. There is no checkpoint yet"
+    ]
+
+
 def test_the_clock_does_not_matter(run, whole, caplog):
     for i, name in enumerate(saved(run)):
         os.utime(run / name, (2e9 - i, 2e9 - i))  # the oldest has the newest time
@@ -190,6 +252,12 @@ def test_what_is_not_ours_is_left_alone(run, whole, caplog):
     resumes_after(run, 8, whole, caplog)
     assert (run / "stepped").exists()
     assert (run / "notes.txt").exists()
+
+
+def test_only_names_that_we_make_are_checkpoints(tmp_path):
+    for name in ("step_²", "step_9", "step_0000000009", "step_00000009", "step_123456789"):
+        (tmp_path / name).mkdir()
+    assert checkpoint_folder.names(tmp_path) == ["step_123456789", "step_00000009"]
 
 
 @pytest.mark.parametrize("place", ["a file", "in a file", "read-only"])
@@ -290,6 +358,22 @@ def test_a_logger_whose_disk_is_full_for_a_while_does_not_end_the_run(caplog):
     assert caplog.messages == [
         "txcore: a logger failed, and training goes on: [Errno 28] No space left on device"
     ]
+
+
+def test_loggers_that_are_equal_or_have_no_hash(caplog):
+    class Full(list):  # lists are equal where they hold the same, and have no hash
+        def __call__(self, record):
+            if len(self) == 2:
+                self.append(record.step)
+                raise OSError(28, "No space left on device")
+            self.append(record.step)
+
+    loggers = [Full(), Full()]
+    engine = toys.engine(1, loggers=loggers)
+    state = engine.create_state(toys.params(), extra={"mean": np.float32(0)})
+    engine.fit(cases.step, state, cases.batches(0), steps=4)
+    assert loggers == [[1, 2, 3, 4, 4]] * 2
+    assert len(caplog.messages) == 2, "each of them said so"
 
 
 def test_a_logger_that_never_could_write_ends_it_at_once(tmp_path):

@@ -1,9 +1,11 @@
 """Saving and resuming: the curve goes on bit for bit, on any number of devices within tolerance."""
 
+import itertools
 import json
 import os
 import re
 import signal
+from collections import OrderedDict
 
 import checkpoint_cases as cases
 import jax
@@ -13,7 +15,8 @@ import toys
 from checkpoint_cases import EVERY, STEPS, saved, train
 
 import txcore as tx
-from txcore.train import manifest
+from txcore.train import fit, manifest
+from txcore.train.interrupt import interrupts
 
 pytest.importorskip("orbax.checkpoint")
 
@@ -97,6 +100,43 @@ def test_a_finished_run_is_not_trained_any_further(tmp_path):
     cases.equal(state, first)
 
 
+def test_a_run_that_is_to_be_shorter_than_it_is_already(tmp_path):
+    train(tmp_path, steps=6)
+    text = (
+        f"{tmp_path / 'step_00000006'} is after 6 steps, but the run is to make 4: give steps= (or "
+        "epochs=) at least as large, or another folder"
+    )
+    with says(tx.CheckpointError, text):
+        train(tmp_path, steps=4)
+    engine, data = cases.engine(), cases.batches(0)
+    with says(tx.CheckpointError, text):
+        checkpoints = tx.Checkpoints(tmp_path, every=3)
+        engine.fit(cases.step, cases.start(engine), data, epochs=1, checkpoints=checkpoints)
+    train(tmp_path, steps=6)
+
+
+def test_no_batch_comes_after_the_last_step():
+    at = tx.train.Position(steps=6)
+    made = fit.batches(cases.batches, 4, None, at, lambda batch: 16)
+    assert list(itertools.islice(made, 9)) == []
+
+
+def test_arrays_are_restored_by_their_names(tmp_path):
+    """Two arrays of one shape, filled in in another order than when they were saved."""
+    params = OrderedDict(a=np.float32([1, 2]), b=np.float32([3, 4]))
+    engine = toys.engine(1)
+    with tx.Checkpoints(tmp_path, every=1) as checkpoints:
+        checkpoints.save(engine.create_state(params), tx.train.Position(steps=1))
+    params.move_to_end("a")
+    with tx.Checkpoints(tmp_path, every=1) as checkpoints:
+        state, _ = checkpoints.restore(engine.create_state(params))
+    assert list(state.stored_params) == ["b", "a"]
+    assert {name: x.tolist() for name, x in state.stored_params.items()} == {
+        "a": [1, 2],
+        "b": [3, 4],
+    }
+
+
 def test_arrays_are_copied_before_the_next_step_is_given_their_buffers(tmp_path):
     engine = cases.engine()
     state = cases.start(engine)
@@ -154,6 +194,64 @@ def test_resumed_after_a_signal_it_is_the_uninterrupted_run(tmp_path, whole):
     curve, state = train(tmp_path, resume="must")
     assert min(curve.steps) == 7
     cases.equal(state, whole[1])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_after_the_last_step_ends_it_too(number, tmp_path, caplog):
+    def evaluate(state):
+        signal.raise_signal(number)
+        return {}
+
+    engine = cases.engine()
+    state, checkpoints = cases.start(engine), tx.Checkpoints(tmp_path, every=3)
+    with pytest.raises((SystemExit, KeyboardInterrupt)) as ended:
+        engine.fit(
+            *(cases.step, state, cases.batches(0)),
+            **{"steps": 4, "evaluate": evaluate, "checkpoints": checkpoints},
+        )
+    assert getattr(ended.value, "code", None) == (143 if number == signal.SIGTERM else None)
+    assert saved(tmp_path) == ["step_00000003", "step_00000004"]
+    assert caplog.messages == [f"txcore: {number.name}: stopped after 4 steps, all saved"]
+
+
+def test_only_a_second_sigint_ends_at_once():
+    with interrupts() as interrupt:
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)
+        assert interrupt.asked == signal.SIGTERM
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_an_ignored_signal_stays_ignored():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with interrupts() as interrupt:
+            signal.raise_signal(signal.SIGINT)
+            assert interrupt.asked is None
+            signal.raise_signal(signal.SIGTERM)
+            assert interrupt.asked == signal.SIGTERM
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_the_others_are_told_once_all_is_saved_and_while_signals_are_noted(tmp_path, monkeypatch):
+    told = []
+
+    def failed(error):
+        signal.raise_signal(signal.SIGTERM)  # would end this process
+        told.append((str(error), saved(tmp_path)))
+
+    def data(epoch):
+        yield from cases.batches(epoch)[:3]
+        raise ValueError("batch 3 is damaged")
+
+    monkeypatch.setattr(fit.watch, "failed", failed)
+    with pytest.raises(ValueError, match=r"^batch 3 is damaged$"):
+        train(tmp_path, data=data)
+    assert told == [("batch 3 is damaged", ["step_00000003"])]
 
 
 class TestResume:
@@ -247,13 +345,9 @@ class TestAnotherRun:
             train(tmp_path, optimizer=tx.optim.adamw(0.1))
 
     def test_another_precision(self, tmp_path):
-        self.refuses(
-            tmp_path,
-            "loss_scaling.scale (float32[]) is not in it; loss_scaling.good_steps (int32[]) is not "
-            "in it; loss_scaling.skipped_steps (int32[]) is not in it; loss_scaling.culprit "
-            "(int32[]) is not in it",
-            on_nonfinite="skip",
-        )
+        differs = "precision is float32 in it and {} in this state"
+        for precision in ("bfloat16", "float16"):
+            self.refuses(tmp_path, differs.format(precision), precision=precision)
 
     def test_another_seed(self, tmp_path):
         self.refuses(tmp_path, "seed is uint32[] 0 in it and uint32[] 1 in this state", seed=1)
@@ -277,6 +371,20 @@ class TestAnotherRun:
             train(tmp_path, data=lambda epoch: cases.batches(epoch)[:2])
 
 
+@pytest.mark.parametrize("first, then", [("stop", "skip"), ("skip", "stop")])
+def test_steps_may_be_skipped_from_now_on_or_no_more(first, then, tmp_path):
+    train(tmp_path, steps=6, on_nonfinite=first)
+    curve, state = train(tmp_path, on_nonfinite=then)
+    assert min(curve.steps) == 7
+    if then == "skip":
+        assert int(state.loss_scaling.good_steps) == STEPS - 6
+    else:
+        assert state.loss_scaling is None
+    _, whole = train(None, on_nonfinite=then)
+    for name, x in whole.stored_params.items():  # the two programs round otherwise
+        np.testing.assert_allclose(state.stored_params[name], x, rtol=1e-5)
+
+
 def test_the_manifest_says_what_it_is(tmp_path):
     train(tmp_path, steps=EVERY)
     text = (tmp_path / "step_00000003" / manifest.NAME).read_text().partition("\n")[2]
@@ -284,6 +392,7 @@ def test_the_manifest_says_what_it_is(tmp_path):
     assert (data["format"], data["version"]) == ("txcore-checkpoint", 1)
     assert data["position"]["steps"] == 3
     assert data["position"]["rows"] == 48
+    assert data["precision"] == "float32"
     assert ["stored_params['w1']", "float32[4, 8]"] in data["leaves"]
     assert set(data["versions"]) == {"txcore", "jax", "orbax-checkpoint"}
     assert data["versions"]["jax"] == jax.__version__

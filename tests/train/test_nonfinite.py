@@ -112,6 +112,40 @@ def test_float16_lowers_its_scale_and_stops_at_the_minimum(caplog):
     assert "steps were skipped, the last because the gradient of params['w1']" in caplog.messages[0]
 
 
+def nan_loss_of_float16(on_nonfinite):
+    engine = f16.engine(precision=tx.Precision("float16", 1024.0), on_nonfinite=on_nonfinite)
+    data = [f16.huge(toys.batch(), 0)] * 3
+    return engine.fit(f16.train_step, engine.create_state(toys.params()), data, steps=3)
+
+
+def test_a_constant_loss_scale_stops_at_once(caplog):
+    text = (
+        "the loss of step 1 is nan. The loss scale is 1024, and constant. The parameters are "
+        "finite: the batch or the loss itself made it. Lower the learning rate, clip the gradients "
+        "or look at that batch; Engine(on_nonfinite='skip') leaves out such steps"
+    )
+    with pytest.raises(FloatingPointError, match=f"^{re.escape(text)}$"):
+        nan_loss_of_float16("stop")
+    assert caplog.messages == []
+
+
+def test_with_skip_it_goes_on(caplog):
+    state = nan_loss_of_float16("skip")
+    assert int(state.loss_scaling.skipped_steps) == 3
+    assert len(caplog.messages) == 3
+
+
+@pytest.mark.parametrize("value, shown", [([1.0, np.nan], r"\[1.0, nan\]"), ([np.inf], r"\[inf\]")])
+def test_a_loss_that_is_no_scalar(value, shown):
+    @tx.step_fn
+    def step(state, batch):
+        return state, {"loss": np.float32(value)}
+
+    engine = toys.engine(1)
+    with pytest.raises(FloatingPointError, match=f"^the loss of step 1 is {shown}. "):
+        engine.fit(step, engine.create_state(toys.params()), [toys.batch()], steps=1)
+
+
 def test_an_unknown_policy():
     text = "Engine needs on_nonfinite= 'stop', 'skip' or 'ignore', got 'halt'"
     with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from txcore.train.manifest import CheckpointError
 
 UNFINISHED = ".orbax-checkpoint-tmp*"  # what orbax appends to a name until all is written
 _PREFIX = "step_"
+_NAME = re.compile(rf"{_PREFIX}([0-9]{{8}}|[1-9][0-9]{{8,}})")  # those that `name` makes
 _SPARE = 1 << 20  # bytes that a checkpoint takes beside its arrays
 
 
@@ -19,8 +21,8 @@ def name(steps: int) -> str:
 
 def names(directory: Path) -> list[str]:
     """Return the checkpoints in a folder, the newest first."""
-    found = (path.name.removeprefix(_PREFIX) for path in directory.glob(f"{_PREFIX}*"))
-    return [name(n) for n in sorted((int(n) for n in found if n.isdigit()), reverse=True)]
+    found = (_NAME.fullmatch(path.name) for path in directory.glob(f"{_PREFIX}*"))
+    return [name(n) for n in sorted((int(match[1]) for match in found if match), reverse=True)]
 
 
 def take(directory: Path, *, fresh: bool) -> int:

@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import numpy as np
 
 from txcore.launch.store import share
 from txcore.train import checkpoint_folder as folder
-from txcore.train import manifest, nonfinite
+from txcore.train import manifest, nonfinite, saved_leaves
 from txcore.train.manifest import CheckpointError, Leaf, Position
 from txcore.train.state import TrainState
 
@@ -82,7 +81,8 @@ class Checkpoints:
         self._name = f"checkpoints/{next(_NUMBERS)}"
         self._turns = itertools.count()
         self._writer: Any = None  # orbax's, made when first needed
-        self._writing: tuple[Path, Position, tuple[Leaf, ...]] | None = None
+        self._writing: tuple[Path, Position, tuple[Leaf, ...], str] | None = None
+        self._refused: set[str] = set()  # the names of those that cannot be used
         self._failed: str | None = None  # why the last save did not succeed
         self._lock: int | None = None
 
@@ -97,13 +97,14 @@ class Checkpoints:
           none and none is asked for.
 
         Raises:
-          CheckpointError: there is none that can be used, it is of another model or seed, the
-            folder cannot be written, or another run is using it.
+          CheckpointError: there is none that can be used, it is of another model, precision or
+            seed, the folder cannot be written, or another run is using it.
         """
         self.close()
         self._together(self._take)
-        own = _leaves(state)
+        own = saved_leaves.facts(saved_leaves.leaves_of(state), state.precision.compute)
         refused: list[str] = []
+        self._refused = set()
         for name in self._together(lambda: folder.names(self.directory)):
             saved = self.directory / name
             problem, found = self._together(partial(_examine, saved, own))
@@ -115,6 +116,7 @@ class Checkpoints:
                     return restored, Position(**found)
                 problem = f"{saved} holds values that are not finite, in {bad[0]}"
             refused.append(problem)
+            self._refused.add(name)
             self._warn(f"{problem}; trying the one before")
         if refused or self.resume == "must":
             raise CheckpointError(self._nothing_to_resume(refused))
@@ -137,13 +139,13 @@ class Checkpoints:
         if problem is not None:
             self._fail(to, problem)
             return
-        self._writing = to, position, _leaves(state)
+        self._writing = to, position, saved_leaves.leaves_of(state), state.precision.compute
         try:
-            args = _orbax().args.StandardSave(_numbered(state))
+            args = _orbax().args.StandardSave(saved_leaves.to_save(state))
             self._orbax().save(to, args=args, force=True)
         except Exception as error:
             self._writing = None
-            self._fail(to, folder.reason(error))
+            self._fail(to, error)
 
     def close(self) -> None:
         """Wait until the last checkpoint is whole, and let other runs use the folder.
@@ -180,25 +182,41 @@ class Checkpoints:
         """Wait for the checkpoint that is under way, and delete those beyond `keep`."""
         if self._writing is None:
             return
-        to, _, _ = self._writing
+        to = self._writing[0]
         try:
             self._orbax().wait_until_finished()
-            self._failed = None
         except Exception as error:
-            self._fail(to, folder.reason(error))
+            self._fail(to, error)
+        else:
+            self._failed = None
+            self._refused.discard(to.name)
+            self._prune(to.name)
         self._writing = None
+
+    def _prune(self, newest: str) -> None:
         if jax.process_index() == 0:
-            for name in folder.names(self.directory)[self.keep :]:
+            older = [name for name in self._usable() if name != newest]
+            for name in older[self.keep - 1 :]:
                 shutil.rmtree(self.directory / name, ignore_errors=True)
 
-    def _fail(self, to: Path, reason: str) -> None:
+    def _fail(self, to: Path, why: Exception | str) -> None:
+        """Note why a save did not succeed: an error of this process, or what all of them know."""
         if jax.process_index() == 0:
             folder.clear(self.directory, to.name)
-        self._failed = f"{to} was not saved: {reason}"
-        self._warn(f"{self._failed}; the run goes on. {self._newest()}")
+        reason, by = why, ""
+        if isinstance(why, Exception):
+            reason = folder.reason(why)
+            by = f" by rank {jax.process_index()}" if jax.process_count() > 1 else ""
+        self._failed = f"{to} was not saved{by}: {reason}"
+        if by or jax.process_index() == 0:
+            _LOG.warning("txcore: %s; the run goes on. %s", self._failed, self._newest())
+
+    def _usable(self) -> list[str]:
+        names = folder.names(self.directory)
+        return [name for name in names if name not in self._refused]
 
     def _newest(self) -> str:
-        names = folder.names(self.directory)
+        names = self._usable()
         if not names:
             return "There is no checkpoint yet"
         return f"The newest checkpoint is {self.directory / names[0]}"
@@ -222,25 +240,22 @@ class Checkpoints:
     def _complete(self) -> None:
         """Add the manifest to orbax's folder, just before it gets its name."""
         assert self._writing is not None
-        to, position, leaves = self._writing
+        to, position, leaves, precision = self._writing
         (unfinished,) = self.directory.glob(f"{to.name}{folder.UNFINISHED}")
-        manifest.write(unfinished, position, leaves, _versions())
+        manifest.write(unfinished, position, leaves, precision, _versions())
 
     def _read(self, saved: Path, state: TrainState) -> TrainState:
         ocp = _orbax()
-        wanted = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), _numbered(state)
-        )
         try:
+            there = manifest.read(saved).leaves
+            wanted = saved_leaves.to_read(there, state)
             found = self._orbax().restore(saved, args=ocp.args.StandardRestore(wanted))
-        except (ValueError, OSError, KeyError) as error:
+        except (CheckpointError, ValueError, OSError, KeyError) as error:
             raise CheckpointError(
                 f"process {jax.process_index()} cannot read {saved}: {folder.reason(error)}. All "
                 "processes need the folder on a file system that they share"
             ) from error
-        tree = jax.tree.structure(state.arrays)
-        arrays = jax.tree.unflatten(tree, [found[name] for name in sorted(found)])
-        return state.replace(**arrays)
+        return saved_leaves.filled(state, there, found)
 
     def _nothing_to_resume(self, refused: list[str]) -> str:
         if not refused:
@@ -284,31 +299,12 @@ def _examine(saved: Path, own: tuple[Leaf, ...]) -> tuple[str | None, dict[str, 
         manifest.verify(saved, found)
     except CheckpointError as error:
         return str(error), None
-    if differs := manifest.difference(found.leaves, own):
+    if differs := manifest.difference(saved_leaves.facts(found.leaves, found.precision), own):
         raise CheckpointError(
             f"{saved} is of another model, optimizer, precision or seed: {differs}. Make the state "
             "that it was saved from, or give another folder"
         )
     return None, asdict(found.position)
-
-
-def _leaves(state: TrainState) -> tuple[Leaf, ...]:
-    """Return the name and type of every array of a state, in the order in which it is saved."""
-    found = jax.tree_util.tree_flatten_with_path(state.arrays)[0]
-    seed = int(np.asarray(state.seed))
-    return tuple(
-        Leaf(_path(path), f"{x.dtype}{list(x.shape)}" + f" {seed}" * (_path(path) == "seed"))
-        for path, x in found
-    )
-
-
-def _path(path: Any) -> str:
-    field, *rest = path
-    return f"{field.key}{jax.tree_util.keystr(tuple(rest))}"
-
-
-def _numbered(state: TrainState) -> dict[str, jax.Array]:
-    return {f"{i:06d}": x for i, x in enumerate(jax.tree.leaves(state.arrays))}
 
 
 def _orbax() -> Any:

@@ -217,7 +217,8 @@ class Engine:
         """Train: run the step over batches, tell the loggers, and save checkpoints.
 
         With checkpoints the run goes on where the newest one ends, and SIGTERM or SIGINT stop it
-        between two steps, saved.
+        between two steps, saved. In several processes they stop all of them, with checkpoints or
+        without.
 
         Args:
           step: the training step.
@@ -237,8 +238,10 @@ class Engine:
         Raises:
           ValueError: neither or both of `steps` and `epochs`, or data that ends too early or
             does not fit the checkpoint.
-          FloatingPointError: the loss is not finite; see `on_nonfinite`.
-          CheckpointError: no checkpoint can be used, or the last one not be written.
+          FloatingPointError: the loss is not finite, or a parameter that is to be saved; see
+            `on_nonfinite`.
+          CheckpointError: no checkpoint can be used, the newest one is of more steps than this run
+            is to make, or the last one could not be written.
           SystemExit, KeyboardInterrupt: after SIGTERM (with exit code 143) and SIGINT.
         """
         return loop.fit(

@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sized
@@ -14,12 +15,13 @@ import numpy as np
 
 from txcore.launch import watch
 from txcore.plan import Plan
+from txcore.train import checkpoint_folder as folder
 from txcore.train import nonfinite
 from txcore.train.batch import examples, shard_batch
 from txcore.train.checkpoints import Checkpoints
 from txcore.train.interrupt import Interrupt, interrupts
-from txcore.train.loggers import Logger, Metrics, Record
-from txcore.train.manifest import Position
+from txcore.train.loggers import Metrics, Record
+from txcore.train.manifest import CheckpointError, Position
 from txcore.train.state import TrainState
 from txcore.train.step_fn import StepFn
 
@@ -58,12 +60,15 @@ def fit(
     if jax.process_count() > 1:
         watch.start()  # where tx.initialize did not
     with ExitStack() as stack:
-        stack.enter_context(told())
         position, interrupt = Position(), Interrupt()
-        if checkpoints is not None:
+        if checkpoints is not None or jax.process_count() > 1:
             interrupt = stack.enter_context(interrupts())  # until the last save is whole
+        # After the checkpoint under way is whole, for which the others have to be there.
+        stack.enter_context(told())
+        if checkpoints is not None:
             stack.enter_context(checkpoints)
             state, position = checkpoints.restore(state)
+            check_length(checkpoints, position, total)
         run = Run(engine, state, position, total, evaluate, checkpoints)
         for after, host in batches(data, steps, epochs, position, run.rows):
             if interrupt.due(run.position.steps):
@@ -78,11 +83,11 @@ def fit(
         if interrupt.stopped is None:
             run.evaluate_once()
         run.save_once()
+    if interrupt.stopped is None and not interrupt.due(run.position.steps):
+        interrupt.stopped = interrupt.asked  # too late for the others to stop with this process
     watch.at("after fit", run.position.steps)
     if interrupt.stopped is not None:
-        name = watch.stop_reason() or interrupt.stopped.name
-        if jax.process_index() == 0:
-            _LOG.warning("txcore: %s: stopped after %d steps, all saved", name, run.position.steps)
+        run.tell_stopped(watch.stop_reason() or interrupt.stopped.name)
         interrupt.end()
     run.progress.tell("end", {})
     return run.state
@@ -138,9 +143,17 @@ class Run:
         if self.checkpoints is None or self.saved == self.position.steps:
             return
         self.wait()
+        nonfinite.check_parameters(self.position.steps, self.state, self.engine.on_nonfinite)
         watch.at("save", self.position.steps)
         self.checkpoints.save(self.state, self.progress.position(self.position))
         self.saved = self.position.steps
+
+    def tell_stopped(self, name: str) -> None:
+        """Say by which signal the run stopped, and what is left of it."""
+        steps = self.position.steps
+        kept = ", all saved" if self.checkpoints else "; nothing is saved without checkpoints="
+        if jax.process_index() == 0:
+            _LOG.warning("txcore: %s: stopped after %d steps%s", name, steps, kept)
 
 
 @contextmanager
@@ -165,6 +178,16 @@ def count_steps(data: Data, steps: int | None, epochs: int | None) -> int | None
     return steps
 
 
+def check_length(checkpoints: Checkpoints, position: Position, total: int | None) -> None:
+    """Refuse to resume a run that is longer already than it is to be."""
+    if total is not None and position.steps > total:
+        raise CheckpointError(
+            f"{checkpoints.directory / folder.name(position.steps)} is after {position.steps} "
+            f"steps, but the run is to make {total}: give steps= (or epochs=) at least as large, "
+            "or another folder"
+        )
+
+
 def batches(
     data: Data,
     steps: int | None,
@@ -176,10 +199,11 @@ def batches(
 
     Each comes with the position after it.
     """
-    while (epochs is None or at.epoch < epochs) and at.steps != steps:
+    last = math.inf if steps is None else steps
+    while (epochs is None or at.epoch < epochs) and at.steps < last:
         before = at
         for batch in _rest(data(at.epoch) if callable(data) else data, at, rows_of):
-            if at.steps == steps:
+            if at.steps >= last:
                 return
             rows = at.rows + rows_of(batch)
             at = replace(at, steps=at.steps + 1, batch=at.batch + 1, rows=rows)
@@ -224,7 +248,7 @@ class Progress:
         self.loggers = self.engine.loggers if jax.process_index() == 0 else ()
         on_cpu = self.engine.mesh.devices[0].platform == "cpu"
         self.run_ahead = RUN_AHEAD_ON_CPU if on_cpu else RUN_AHEAD
-        self._wrote: dict[Logger, bool] = {}  # whether the last record reached it
+        self._wrote: dict[int, bool] = {}  # by the logger's place: whether it got the last record
 
     def position(self, reached: Position) -> Position:
         """Return a position with the time and the examples so far."""
@@ -273,16 +297,16 @@ class Progress:
             self.examples,
             self.engine.compile_seconds,
         )
-        for logger in self.loggers:
+        for i, logger in enumerate(self.loggers):
             try:
                 logger(record)
-                self._wrote[logger] = True
+                self._wrote[i] = True
             except OSError as error:
-                if logger not in self._wrote:
+                if i not in self._wrote:
                     raise
-                if self._wrote[logger]:  # a full disk must not end a run of days
+                if self._wrote[i]:  # a full disk must not end a run of days
                     _LOG.warning("txcore: a logger failed, and training goes on: %s", error)
-                self._wrote[logger] = False
+                self._wrote[i] = False
 
 
 def to_host(metrics: Any) -> Metrics:

@@ -26,6 +26,7 @@ class Interrupt:
     def __init__(self) -> None:
         self.asked: Signals | None = None
         self.stopped: Signals | None = None
+        self._sigint = False  # whether one came
 
     def ask(self, number: int) -> None:
         """Note a signal (from its handler).
@@ -33,8 +34,10 @@ class Interrupt:
         Raises:
           KeyboardInterrupt: a second SIGINT: somebody is in a hurry.
         """
-        if self.asked is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
+        if number == signal.SIGINT:
+            if self._sigint:
+                raise KeyboardInterrupt
+            self._sigint = True
         self.asked = self.asked or Signals(number)
         if jax.process_count() > 1:
             watch.request_stop(self.asked.name)
@@ -64,7 +67,8 @@ class Interrupt:
 def interrupts() -> Iterator[Interrupt]:
     """Note the first SIGTERM or SIGINT instead of ending at once; a second SIGINT ends.
 
-    Only the main thread may handle signals; in another one nothing is noted.
+    Only the main thread may handle signals; in another one nothing is noted. A signal that is
+    ignored (SIGINT by `train.py &` of a script) stays ignored.
     """
     interrupt = Interrupt()
     if threading.current_thread() is not threading.main_thread():
@@ -74,7 +78,10 @@ def interrupts() -> Iterator[Interrupt]:
     def note(number: int, frame: FrameType | None) -> None:
         interrupt.ask(number)
 
-    before = {number: signal.signal(number, note) for number in SIGNALS}
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    before = {number: was for number, was in before.items() if was != signal.SIG_IGN}
+    for number in before:
+        signal.signal(number, note)
     try:
         yield interrupt
     finally:

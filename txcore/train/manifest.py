@@ -55,21 +55,27 @@ class Manifest:
     Attributes:
       position: where the run stood.
       leaves: the state's arrays, in order.
+      precision: in which dtype the steps compute.
       files: size in bytes and SHA-256 of every file beside the manifest, by its path.
       versions: of txcore, jax and orbax.
     """
 
     position: Position
     leaves: tuple[Leaf, ...]
+    precision: str
     files: dict[str, tuple[int, str]]
     versions: dict[str, str]
 
 
 def write(
-    folder: Path, position: Position, leaves: tuple[Leaf, ...], versions: dict[str, str]
+    folder: Path,
+    position: Position,
+    leaves: tuple[Leaf, ...],
+    precision: str,
+    versions: dict[str, str],
 ) -> None:
     """Write the manifest of a folder whose files are all there."""
-    body = asdict(Manifest(position, leaves, digests(folder), versions))
+    body = asdict(Manifest(position, leaves, precision, digests(folder), versions))
     text = json.dumps({"format": FORMAT, "version": VERSION, **body}, indent=1)
     with open(folder / NAME, "w", encoding="utf-8") as file:
         file.write(f"{_sha256(text.encode())}\n{text}\n")
@@ -105,7 +111,7 @@ def _parse(data: Any) -> Manifest:
     position = Position(**{name: kind(data["position"][name]) for name, kind in kinds.items()})
     leaves = tuple(Leaf(str(path), str(kind)) for path, kind in data["leaves"])
     files = {str(name): (int(size), str(sha)) for name, (size, sha) in data["files"].items()}
-    return Manifest(position, leaves, files, dict(data["versions"]))
+    return Manifest(position, leaves, str(data["precision"]), files, dict(data["versions"]))
 
 
 def verify(folder: Path, manifest: Manifest) -> None:

@@ -1,19 +1,24 @@
 """NaN and infinity in training: what is done about them, and where they are."""
 
 import logging
-import math
 from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from txcore.train.loss_scale import LossScale
+from txcore.train.loss_scale import LossScale, first_nonfinite
 from txcore.train.state import TrainState
 
 Policy = Literal["stop", "skip", "ignore"]
 
+_ADVICE = (
+    "Lower the learning rate, clip the gradients or look at that batch; "
+    "Engine(on_nonfinite='skip') leaves out such steps"
+)
+
 _LOG = logging.getLogger("txcore")
+_first_nonfinite = jax.jit(first_nonfinite)
 
 
 def validate(policy: Any) -> None:
@@ -32,29 +37,46 @@ def check(steps: int, metrics: dict[str, Any], state: TrainState, policy: Policy
       policy: what to do about a loss that is not finite.
 
     Raises:
-      FloatingPointError: it is not finite, and the policy is to stop, or a loss scale cannot be
-        lowered any more.
+      FloatingPointError: it is not finite, and the policy is to stop, unless there is a loss scale
+        that can be lowered.
     """
     loss = metrics.get("loss")
-    if policy == "ignore" or not isinstance(loss, float) or math.isfinite(loss):
+    if policy == "ignore" or np.all(np.isfinite(jax.tree.leaves(loss))):
         return
     lowest = _at_minimum(state)
-    if state.loss_scaling is not None and not lowest:
+    if state.loss_scaling is not None and (policy == "skip" or not lowest):
         _LOG.warning("txcore: the loss of step %d is %s; %s", steps, loss, skipped(state))
         return
     raise FloatingPointError(
-        f"the loss of step {steps} is {loss}. {lowest}{_where(state)}. Lower the learning "
-        "rate, clip the gradients or look at that batch; Engine(on_nonfinite='skip') leaves out "
-        "such steps"
+        f"the loss of step {steps} is {loss}. {lowest}{_where(state)}. {_ADVICE}"
     )
+
+
+def check_parameters(steps: int, state: TrainState, policy: Policy) -> None:
+    """Refuse to save what no run can go on from: gradients may be NaN where the loss is not.
+
+    Args:
+      steps: how many have finished.
+      state: the state after them; its parameters are the same on every process.
+      policy: "ignore" saves it all the same.
+
+    Raises:
+      FloatingPointError: a parameter is not finite.
+    """
+    if policy != "ignore" and int(_first_nonfinite(state.stored_params)) >= 0:
+        raise FloatingPointError(
+            f"the parameters of step {steps} are not saved. {_where(state)}. {_ADVICE}"
+        )
 
 
 def _at_minimum(state: TrainState) -> str:
     """Say that the loss scale cannot be lowered any more, or nothing."""
     policy = state.precision.scaling
-    if not isinstance(policy, LossScale) or state.loss_scaling is None:
+    if policy is None or state.loss_scaling is None:
         return ""
     scale = float(np.asarray(state.loss_scaling.scale))
+    if not isinstance(policy, LossScale):
+        return f"The loss scale is {scale:g}, and constant. "
     return f"The loss scale is {scale:g}, its minimum. " if scale <= policy.minimum else ""
 
 
