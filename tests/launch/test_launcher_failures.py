@@ -22,10 +22,14 @@ RANKS = """
     def tell(pid, name="pid"):
         open(os.path.join({folder!r}, f"{{name}}-{{rank}}"), "w").write(f"{{pid}}\\n")
 
-    def abort(after):
+    def wait_for(*names):
+        paths = [os.path.join({folder!r}, name) for name in names]
+        while not all(os.path.exists(path) and os.path.getsize(path) for path in paths):
+            time.sleep(0.01)
+
+    def abort():
         import resource
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        time.sleep(after)
         os.abort()
 
     tell(os.getpid())
@@ -60,7 +64,7 @@ SLEEPS = "time.sleep(60)"
 
 def test_the_exit_code_is_kept_and_the_others_end(tmp_path, ranks):
     begun = time.monotonic()
-    done = launch("-n", 3, ranks(SLEEPS, "sys.exit(42)", SLEEPS))
+    done = launch("-n", 3, ranks(SLEEPS, "wait_for('pid-0', 'pid-2'); sys.exit(42)", SLEEPS))
     assert time.monotonic() - begun < 20
     pids = wait_for_pids(tmp_path, 3)
     assert done.returncode == 42
@@ -146,39 +150,47 @@ def test_of_those_that_end_at_once_the_one_that_was_killed_counts(monkeypatch, l
     assert local.launch(tasks).rank == first
 
 
-IGNORES = "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+IGNORES = "signal.signal(signal.SIGTERM, signal.SIG_IGN); tell(os.getpid(), 'ignores')\n"
+
+
+def obeys(code):
+    """Return what ends with a code when SIGTERM comes."""
+    handler = f"signal.signal(signal.SIGTERM, lambda *_: sys.exit({code}))"
+    return f"{handler}; tell(os.getpid(), 'obeys'); {SLEEPS}"
 
 
 @pytest.mark.parametrize(
     "lost, says, code",
     [
         ("sys.exit(75)", "ended with exit code 75", 75),
-        ("abort(0)", "was killed by SIGABRT", 134),
+        ("abort()", "was killed by SIGABRT", 134),
         ("sys.exit(134)", "ended with exit code 134", 134),
     ],
 )
 def test_who_has_lost_a_peer_gives_way_to_who_fails_by_itself(ranks, lost, says, code):
-    fails = f"{IGNORES}time.sleep(1)\nsys.exit(3)"
-    done = launch("-n", 3, ranks(lost, fails, IGNORES + "time.sleep(0.5); sys.exit(75)"))
+    first = f"wait_for('ignores-1', 'ignores-2'); {lost}"
+    fails = f"{IGNORES}time.sleep(1); sys.exit(3)"
+    done = launch("-n", 3, ranks(first, fails, IGNORES + "time.sleep(0.5); sys.exit(75)"))
     assert (reported(done), done.returncode) == ("txcore: rank 1 (pid P) ended with exit code 3", 3)
+    begun = time.monotonic()
     done = launch("-n", 3, ranks(SLEEPS, lost, SLEEPS))
     assert (reported(done), done.returncode) == (f"txcore: rank 1 (pid P) {says}", code)
+    assert time.monotonic() - begun > (5 if code == 75 else 0)  # the watch's, to end the others
 
 
 def test_of_those_that_fail_by_themselves_the_first_counts(ranks):
-    done = launch("-n", 2, ranks(f"{IGNORES}time.sleep(1)\nsys.exit(3)", "sys.exit(4)"))
+    done = launch("-n", 2, ranks(obeys(3), "wait_for('obeys-0'); sys.exit(4)"))
     assert (reported(done), done.returncode) == ("txcore: rank 1 (pid P) ended with exit code 4", 4)
 
 
 def test_who_ends_by_our_signal_gives_way_to_who_has_lost_a_peer(ranks):
-    told = "signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))\n" + SLEEPS
-    done = launch("-n", 3, ranks(SLEEPS, told, "time.sleep(0.5); sys.exit(75)"))
-    assert reported(done) == "txcore: rank 2 (pid P) ended with exit code 75"
-    assert done.returncode == 75
+    done = launch("-n", 3, ranks(SLEEPS, obeys(143), "wait_for('obeys-1'); sys.exit(134)"))
+    assert reported(done) == "txcore: rank 2 (pid P) ended with exit code 134"
+    assert done.returncode == 134
 
 
 def test_a_rank_that_ignores_sigterm_is_killed_after_the_grace(tmp_path, ranks):
-    fails = "time.sleep(0.3); sys.exit(5)"
+    fails = "wait_for('ignores-0'); sys.exit(5)"
     begun = time.monotonic()
     done = launch("-n", 2, "--grace", 3, ranks(IGNORES + SLEEPS, fails))
     assert 3 < time.monotonic() - begun < 20
@@ -192,16 +204,16 @@ def test_a_rank_that_ignores_sigterm_is_killed_after_the_grace(tmp_path, ranks):
 
 def test_no_grace(ranks):
     begun = time.monotonic()
-    done = launch("-n", 2, "--grace", 0, ranks(IGNORES + SLEEPS, "time.sleep(0.3); sys.exit(5)"))
+    fails = "wait_for('ignores-0'); sys.exit(5)"
+    done = launch("-n", 2, "--grace", 0, ranks(IGNORES + SLEEPS, fails))
     assert time.monotonic() - begun < 15
     assert done.returncode == 5
 
 
 def test_a_stopped_rank_can_end_by_itself(tmp_path, ranks):
-    handler = "signal.signal(signal.SIGTERM, lambda *_: (print('saved'), sys.exit(0)))\n"
-    with started("-n", 2, ranks(handler + SLEEPS, SLEEPS)) as launcher:
+    with started("-n", 2, ranks(obeys("print('saved')"), SLEEPS)) as launcher:
         pids = wait_for_pids(tmp_path, 2)
-        time.sleep(0.3)
+        wait_until((tmp_path / "obeys-0").exists, "its handler")
         os.kill(pids[0], signal.SIGSTOP)
         os.kill(pids[1], signal.SIGKILL)
         out, _ = launcher.communicate(timeout=20)
@@ -225,8 +237,7 @@ def test_what_a_rank_has_started_ends_with_it(tmp_path, ranks, ending):
 
 def test_what_the_others_have_started_ends_too(tmp_path, ranks):
     ignores = CHILD.replace("sleep', '60'", "sh', '-c', 'trap \"\" TERM; sleep 60; sleep 60'")
-    waits = "while not os.path.exists(__file__[:-9] + 'child-0'): time.sleep(0.01)\nsys.exit(1)"
-    done = launch("-n", 2, ranks(ignores + SLEEPS, waits))
+    done = launch("-n", 2, ranks(ignores + SLEEPS, "wait_for('child-0'); sys.exit(1)"))
     assert done.returncode == 1
     wait_for_end(children(tmp_path, 1))
 

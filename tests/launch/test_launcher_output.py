@@ -10,13 +10,20 @@ import sys
 import time
 
 import pytest
-from launched_cases import launch, runs, script, started, wait_for_end, wait_for_pids
+from launched_cases import launch, runs, script, started, wait_for_end, wait_for_pids, wait_until
 
 from txcore.launch import output
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="tested on Linux")
 
 MEBI = 2**20
+# For scripts, indented as they are.
+WAIT = """
+        def wait_for(name):
+            signal.alarm(60)  # for a test that reads in vain
+            while not os.path.exists(name):
+                time.sleep(0.01)
+"""
 
 
 def by_rank(text):
@@ -104,51 +111,49 @@ def test_progress_comes_while_it_is_made(tmp_path):
 def test_another_rank_leaves_the_progress_of_one_to_be_seen(tmp_path):
     progress = script(
         tmp_path,
-        """
-        def wait_for(name):
-            while not os.path.exists(name):
-                time.sleep(0.01)
-            time.sleep(0.3)  # until the launcher has read what was written before
-
+        WAIT
+        + """
         if os.environ["JAX_PROCESS_ID"] == "0":
             sys.stdout.write("10%\\r20%\\r\\r")
-            open("first", "w")
             wait_for("second")
             sys.stdout.write("done\\r\\n")
         else:
             wait_for("first")
             print("line")
-            open("second", "w")
         """,
     )
-    done = launch("-n", 2, progress, text=False, cwd=tmp_path)
-    assert done.stdout == b"[0] 10%\r[0] 20%\r\n[1] line\n[0] done\r\n"
+    with started("-n", 2, progress, text=False, cwd=tmp_path) as launcher:
+        for shown, then in ((b"[0] 10%\r[0] 20%\r", "first"), (b"\n[1] line\n", "second")):
+            assert launcher.stdout.read(len(shown)) == shown
+            (tmp_path / then).touch()
+        assert launcher.stdout.read() == b"[0] done\r\n"
 
 
 def test_what_the_launcher_says_begins_on_a_line_of_its_own(tmp_path):
     fails = script(
         tmp_path,
-        """
+        WAIT
+        + """
         if os.environ["JAX_PROCESS_ID"] == "0":
-            asked = []
-            signal.signal(signal.SIGTERM, lambda *_: asked.append(time.monotonic()))
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
             sys.stderr.write("10%\\r20%")
-            open("wrote", "w")
-            while not asked or time.monotonic() < asked[0] + 4:
-                time.sleep(0.05)
+            wait_for("waited")
             sys.stderr.write("\\r30%\\r")
         else:
-            while not os.path.exists("wrote"):
-                time.sleep(0.01)
-            time.sleep(0.3)
+            wait_for("shown")
             sys.exit(3)
         """,
     )
-    err = launch("-n", 2, fails, text=False, cwd=tmp_path).stderr
-    err = re.sub(rb"pid \d+", b"pid P", err)
+    with started("-n", 2, fails, text=False, cwd=tmp_path) as launcher:
+        err = launcher.stderr.read(len(b"[0] 10%\r"))
+        (tmp_path / "shown").touch()
+        err += launcher.stderr.readline() + launcher.stderr.readline()
+        (tmp_path / "waited").touch()
+        err += launcher.stderr.read()
+    err = re.sub(rb"pid \d+", b"pid P", re.sub(rb"waiting [12]\d s", b"waiting N s", err))
     assert err.splitlines(keepends=True) == [
         b"[0] 10%\r\n",
-        b"txcore: waiting 28 s for rank 0 to end\n",
+        b"txcore: waiting N s for rank 0 to end\n",
         b"[0] 20%\r",
         b"[0] 30%\r\n",
         b"txcore: rank 1 (pid P) ended with exit code 3\n",
@@ -164,7 +169,8 @@ def test_a_stuck_reader_of_stderr_does_not_keep_a_rank_alive(tmp_path):
             open(sys.argv[1], "w").write(f"{{os.getpid()}}\\n")
             while True:
                 print("x" * {MEBI}, file=sys.stderr)
-        time.sleep(0.5)
+        while not os.path.exists(sys.argv[1]):
+            time.sleep(0.01)
         sys.exit(3)
         """,
     )
@@ -266,10 +272,13 @@ def test_ctrl_c_does_not_wait_for_a_reader_that_has_stopped(tmp_path):
     with started("-n", 2, fills, text=False) as launcher:
         assert select.select([launcher.stdout], [], [], 30)[0]
         time.sleep(0.5)
-        for _ in range(2):
+
+        def ends():
             launcher.send_signal(signal.SIGINT)
-            time.sleep(0.3)
-        launcher.wait(30)
+            time.sleep(0.3)  # two at once are one
+            return launcher.poll() is not None
+
+        wait_until(ends, "the end")
 
 
 def test_nobody_reads(tmp_path):

@@ -6,8 +6,8 @@ import sys
 import pytest
 
 SCRIPT = """
-import os, select, threading, time, _thread
-from txcore.launch.threads import yield_to_compute
+import os, platform, select, threading, time, _thread
+from txcore.launch.threads import _EPOLL, yield_to_compute
 
 tids = {}
 
@@ -24,7 +24,14 @@ def sleep(name):
 _thread.start_new_thread(wait_for_sockets, ("gloo",))
 _thread.start_new_thread(wait_for_sockets, ("named",))
 _thread.start_new_thread(sleep, ("asleep",))
-time.sleep(0.3)
+
+def call_of(name):
+    if name in tids:
+        return open(f"/proc/self/task/{tids[name]}/syscall").read().split()[0]
+
+epoll = [str(number) for number in _EPOLL[platform.machine()]]
+while call_of("gloo") not in epoll or call_of("named") not in epoll or "asleep" not in tids:
+    time.sleep(0.01)
 lowered = yield_to_compute()
 assert tids["gloo"] in lowered, (tids, lowered)
 assert lowered is yield_to_compute()  # once a process

@@ -119,6 +119,7 @@ def test_all_stop_before_the_same_step_or_all_finish(world, steps, ahead, progra
     assert len(reasons) <= 1 or len({n for n, a in schedule if a == "ask"}) > 1
 
 
+@settings(deadline=None)
 @given(asked=st.integers(0, 2), passed=st.lists(st.integers(0, 6), min_size=3, max_size=3))
 def test_a_run_that_is_asked_early_does_stop(asked, passed):
     run = Run(3, 50, 10, False)

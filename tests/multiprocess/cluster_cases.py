@@ -98,7 +98,7 @@ def curve_by_hand(steps=STEPS):
         for rank in range(2)
     ]
     try:
-        texts = [rank.communicate(timeout=120)[0] for rank in ranks]
+        texts = [rank.communicate(timeout=300)[0] for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()

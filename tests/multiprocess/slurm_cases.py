@@ -127,7 +127,7 @@ def started(folder, nodes=None, on=lambda _, *command: list(command)):
         daemons.append(slurm.start(0, "slurmctld", "-D", "-c"))
         for number, (name, _) in enumerate(slurm.nodes):
             daemons.append(slurm.start(number, "slurmd", "-D", "-N", name))
-        slurm.wait_until_idle(time.monotonic() + 20)
+        slurm.wait_until_idle(time.monotonic() + 120)
         yield slurm
     finally:
         with contextlib.suppress(Exception):  # so that no step is left behind

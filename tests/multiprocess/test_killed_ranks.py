@@ -7,6 +7,7 @@ import runs
 
 pytest.importorskip("orbax.checkpoint")
 pytestmark = pytest.mark.slow
+SLOWLY = ("--pause", 0.1)  # so that the signal comes before the end
 
 
 @pytest.mark.parametrize("world", [2, 3])
@@ -18,7 +19,7 @@ def test_five_kills_at_random_moments(world, tmp_path):
 
 @pytest.mark.parametrize("victim", [0, 1, 2])
 def test_a_stalled_rank_is_named(victim, tmp_path):
-    found = runs.hit(tmp_path / "run", 3, victim, signal.SIGSTOP, 0.5)
+    found = runs.hit(tmp_path / "run", 3, victim, signal.SIGSTOP, 0.5, *SLOWLY)
     runs.check_ended(found, victim)
 
 
@@ -40,7 +41,7 @@ def test_a_rank_that_stalls_for_a_moment_is_waited_for(tmp_path):
 
 def test_sigterm_to_one_rank_stops_all_at_the_same_step_saved(tmp_path):
     curve, _ = runs.uninterrupted(tmp_path / "whole", 3)
-    found = runs.hit(tmp_path / "run", 3, 2, signal.SIGTERM, 0.4)
+    found = runs.hit(tmp_path / "run", 3, 2, signal.SIGTERM, 0.4, *SLOWLY)
     assert found["survivors"] == {0: 143, 1: 143}, runs.shown(found["said"])
     assert "txcore: SIGTERM on rank 2: stopped after " in found["said"][0]
     made = max(runs.losses(tmp_path / "run"))

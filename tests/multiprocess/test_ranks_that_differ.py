@@ -1,7 +1,5 @@
 """Ranks that would run different programs: refused before the first step, with the difference."""
 
-import time
-
 import pytest
 import runs
 
@@ -17,12 +15,10 @@ import runs
 )
 def test_all_end_with_the_difference(odd, differs, tmp_path):
     ranks = runs.start(tmp_path, 2, "--odd", odd)
-    began = time.monotonic()
     codes = runs.wait(ranks, runs.START_S)
     runs.stop(ranks)
     texts = runs.said(tmp_path, 2)
     assert codes == [1, 1], texts
-    assert time.monotonic() - began < 60
     for text in texts:
         assert "MismatchError" in text
         missing = [words for words in differs if words not in text]
@@ -35,7 +31,7 @@ def test_an_error_on_one_rank_ends_all_and_is_named(tmp_path):
     codes = runs.wait(ranks, runs.START_S)
     runs.stop(ranks)
     texts = runs.said(tmp_path, 2)
-    assert codes == [1, 1], texts
+    assert codes == [70, 1], texts  # another attempt would fail as well
     assert "ValueError: batch 2 of epoch 4 is damaged" in texts[1]
     assert "rank 1" in texts[0]
     assert "batch 2 of epoch 4 is damaged" in texts[0]

@@ -40,7 +40,7 @@ def submit_mnist(slurm, folder, *arguments):
     return submit(slurm, folder, *script, **environment)
 
 
-def wait_for(slurm, number, log, reached, seconds=120):
+def wait_for(slurm, number, log, reached, seconds=300):
     """Wait until something holds, and return the job's record and output."""
     deadline = time.monotonic() + seconds
     while True:

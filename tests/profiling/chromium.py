@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 _NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-_SECONDS = 10  # for an answer; a healthy one takes milliseconds
+_SECONDS = 60  # for an answer; a healthy one takes milliseconds
 _FLAGS = (
     *("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"),
     *("--no-first-run", "--disable-background-networking", "--disable-component-update"),
