@@ -324,7 +324,10 @@ def test_ranks_are_spread_over_hosts(size, text, expected):
 
 def test_a_folder_that_is_deleted_meanwhile_hides_no_exit_code(tmp_path):
     folder = tmp_path / "out"
-    done = launch("-n", 2, "--output-dir", folder, "--", "sh", "-c", f"rm -rf {folder}; exit 3")
+    both = f"until [ -e {folder}/rank-1.err ]; do sleep 0.01; done"
+    done = launch(
+        "-n", 2, "--output-dir", folder, "--", "sh", "-c", f"{both}; rm -r {folder}; exit 3"
+    )
     assert done.returncode == 3
     assert re.fullmatch(r"txcore: rank \d \(pid \d+\) ended with exit code 3\n", done.stderr)
 

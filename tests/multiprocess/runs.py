@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -18,6 +19,8 @@ SCRIPT = pathlib.Path(__file__).with_name("long_run.py")
 START_S = 120  # until the first checkpoint, on a loaded machine
 ENDED = 75  # the exit code of a rank that ends because of another one
 ABORTED = -signal.SIGABRT  # how jax ends the others where the coordinator is gone
+# Its own thread throws where a survivor is an operation ahead of another one that lost the victim.
+GLOO_ABORTS = "terminate called after throwing an instance of 'gloo::"
 
 
 def start(folder, world, *args, out="out", devices=1):
@@ -150,13 +153,19 @@ def hit(folder, world, victim, number, after, *args):
 def check_ended(found, victim):
     """Check that all survivors ended in time, by themselves, and named the rank."""
     assert found["seconds"] <= 30, f"{found['seconds']} s\n{shown(found['said'])}"
+    named = 0
     for rank, code in found["survivors"].items():
         text = found["said"][rank]
-        # The coordinator lies in rank 0: jax ends the others itself, and speaks of the leader.
-        names = f"rank {victim}" in text or (victim == 0 and "leader" in text)
         ended = f"rank {rank} ended with {code} and wrote:\n{text}"
+        if code == ABORTED and GLOO_ABORTS in text and len(found["survivors"]) > 1:
+            continue  # about once in a hundred kills
+        # The coordinator lies in rank 0: jax ends the others itself, and speaks of the leader.
         assert code == ENDED or (victim == 0 and code == ABORTED), ended
-        assert names, ended
+        assert re.search(rf"\branks? ([\d, ]|and )*\b{victim}\b", text) or (
+            victim == 0 and "leader" in text
+        ), ended
+        named += 1
+    assert named, shown(found["said"])
 
 
 def resume(folder, world, *args):
