@@ -294,3 +294,14 @@ def test_nothing_is_left_where_a_later_rank_cannot_start(tmp_path, monkeypatch, 
         local.launch([hosts.Task(rank, argv, environment) for rank in range(2)])
     assert not runs(wait_for_pids(tmp_path, 1)[0])
     assert {n: signal.getsignal(n) for n in before} == before
+
+
+def test_it_sleeps_while_it_waits_though_another_rank_fails_meanwhile(monkeypatch):
+    waits = []
+    read = hosts.read_signals
+    monkeypatch.setattr(hosts, "read_signals", lambda *args: waits.append(args) or read(*args))
+    stays = "trap : TERM; sleep 1 & wait; sleep 1"
+    commands = ["sleep 0.5; exit 3", "trap 'exit 5' TERM; sleep 30 & wait", stays]
+    tasks = [hosts.Task(rank, ["sh", "-c", text]) for rank, text in enumerate(commands)]
+    assert local.launch(tasks).exit_code == 3
+    assert len(waits) < 30

@@ -114,7 +114,8 @@ def _supervise(run: _Run, arrived: int, watch: Callable[[list[int]], None]) -> N
         failed.sort(key=lambda rank: (rank.code or 0) > 0)
     run.failed += failed
     watch(run.pids_here())
-    if unasked := [rank for rank in failed if not rank.ended_by_us()]:
+    unasked = [rank for rank in failed if not rank.ended_by_us()]
+    if unasked and not run.stopping():
         watched = all(rank.code in _ENDED_BY_THE_WATCH for rank in unasked)
         run.stop_at = min(run.stop_at, time.monotonic() + _WATCH_S * watched)
     for number in numbers:
@@ -167,7 +168,7 @@ def _stop(run: _Run, number: int) -> None:
 
 def _keep_time(run: _Run, now: float) -> None:
     """Ask the ranks to end, and kill them, when the time has come."""
-    if now >= run.stop_at and not run.stopping():
+    if now >= run.stop_at:
         _stop(run, signal.SIGTERM)
     if now >= run.say_at:
         run.say_at = math.inf
