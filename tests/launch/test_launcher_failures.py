@@ -297,9 +297,13 @@ def test_nothing_is_left_where_a_later_rank_cannot_start(tmp_path, monkeypatch, 
 
 
 def test_it_sleeps_while_it_waits_though_another_rank_fails_meanwhile(monkeypatch):
-    waits = []
-    read = hosts.read_signals
-    monkeypatch.setattr(hosts, "read_signals", lambda *args: waits.append(args) or read(*args))
+    waits, read = [], hosts.read_signals
+
+    def counted(arrived, until):
+        waits.append(until)
+        return read(arrived, until)
+
+    monkeypatch.setattr(hosts, "read_signals", counted)
     stays = "trap : TERM; sleep 1 & wait; sleep 1"
     commands = ["sleep 0.5; exit 3", "trap 'exit 5' TERM; sleep 30 & wait", stays]
     tasks = [hosts.Task(rank, ["sh", "-c", text]) for rank, text in enumerate(commands)]
