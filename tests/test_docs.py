@@ -32,7 +32,7 @@ from docs_cases import (
     run_txcore,
 )
 from jax.sharding import PartitionSpec
-from ports import free_port
+from processes import finish, free_port
 
 import txcore as tx
 
@@ -109,12 +109,8 @@ def test_commands_of_several_processes(page, tmp_path):
         )
         for line in lines
     ]
-    try:
-        outputs = [process.communicate(timeout=300)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0] * len(lines), outputs
+    codes, outputs, _ = zip(*finish(*processes, deadline_s=300), strict=True)
+    assert codes == (0,) * len(lines), outputs
     assert f"{len(lines)} process(es)" in outputs[0]
     assert "proof: " in outputs[0]
 

@@ -16,7 +16,7 @@ import models
 import numpy as np
 import pytest
 import train
-from ports import free_port
+from processes import finish, free_port
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "examples" / "mnist" / "train.py"
@@ -45,12 +45,8 @@ def run_processes(tmp_path, count, *args, script=train, x64=False):
         )
         for i in range(count)
     ]
-    try:
-        outputs = [rank.communicate(timeout=300)[0] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert [rank.returncode for rank in ranks] == [0] * count, outputs
+    codes, outputs, _ = zip(*finish(*ranks, deadline_s=300), strict=True)
+    assert codes == (0,) * count, outputs
     assert not paths[1].exists()  # rank 0 alone writes
     assert "test accuracy" not in outputs[1]
     return json.loads(paths[0].read_text())

@@ -1,16 +1,13 @@
 """Start processes that join by tx.initialize, and collect what they say."""
 
-import contextlib
 import json
 import os
 import pathlib
 import subprocess
 import sys
-import time
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 WORKER = pathlib.Path(__file__).with_name("worker.py")
-DEADLINE_S = 90
 PLACE = ("JAX_COORDINATOR", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID", "SLURM", "OMPI_")
 DROPPED = (*PLACE, "XLA_FLAGS", "NCCL_SOCKET", "GLOO_SOCKET")
 
@@ -36,25 +33,6 @@ def place(port, size, rank, **more):
     """Return the arguments of one process of a run on loopback."""
     own = {"coordinator": f"127.0.0.1:{port}", "num_processes": size, "process_id": rank}
     return own | {"timeout_s": 60} | more
-
-
-@contextlib.contextmanager
-def killed_at_the_end(*processes):
-    """Leave no process behind."""
-    try:
-        yield processes
-    finally:
-        for process in processes:
-            process.kill()
-            process.communicate()
-
-
-def finish(*processes, deadline_s=DEADLINE_S):
-    """Wait for all; return (exit code, stdout, stderr) of each."""
-    deadline = time.monotonic() + deadline_s
-    with killed_at_the_end(*processes):
-        texts = [p.communicate(timeout=max(1, deadline - time.monotonic())) for p in processes]
-        return [(p.returncode, *text) for p, text in zip(processes, texts, strict=True)]
 
 
 def said(ended):

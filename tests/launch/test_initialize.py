@@ -10,14 +10,12 @@ import jax
 import pytest
 from joining import (
     DROPPED,
-    finish,
-    killed_at_the_end,
     place,
     refused,
     said,
     start,
 )
-from ports import free_port
+from processes import finish, free_port, killed_at_the_end
 
 import txcore as tx
 from txcore import _compat, launch

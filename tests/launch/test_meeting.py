@@ -11,7 +11,7 @@ import socket
 import time
 
 import pytest
-from ports import free_port
+from processes import free_port
 
 from txcore.launch import meeting
 from txcore.launch.meeting import Host, NotTogether, attend, listen

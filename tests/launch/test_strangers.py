@@ -9,14 +9,12 @@ import sys
 import pytest
 from joining import (
     clean_environment,
-    finish,
-    killed_at_the_end,
     place,
     refused,
     said,
     start,
 )
-from ports import free_port
+from processes import finish, free_port, killed_at_the_end
 
 from txcore.launch.door import close_door
 

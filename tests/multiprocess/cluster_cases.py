@@ -10,7 +10,7 @@ import subprocess
 import sys
 
 import pytest
-from ports import free_port
+from processes import finish, free_port
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 WORKER = ROOT / "tests" / "launch" / "worker.py"
@@ -97,12 +97,8 @@ def curve_by_hand(steps=STEPS):
         )
         for rank in range(2)
     ]
-    try:
-        texts = [rank.communicate(timeout=300)[0] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert [rank.returncode for rank in ranks] == [0, 0], texts
+    codes, texts, _ = zip(*finish(*ranks, deadline_s=300), strict=True)
+    assert codes == (0, 0), texts
     losses = curve(results)
     results.unlink()
     assert len(losses) == steps

@@ -12,7 +12,7 @@ import time
 
 sys.path.append(str(pathlib.Path(__file__).resolve().parents[1]))  # where this is a script
 
-from ports import free_port
+from processes import free_port
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 SCRIPT = pathlib.Path(__file__).with_name("long_run.py")

@@ -8,7 +8,7 @@ import socket
 import subprocess
 import time
 
-from ports import free_port
+from processes import free_port
 
 CONFIGURATION = """\
 ClusterName=m

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from ports import free_port
+from processes import finish, free_port
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 WORKER = pathlib.Path(__file__).with_name("stopped_run.py")
@@ -32,12 +32,8 @@ def test_a_signal_stops_all_ranks(where):
         )
         for rank in range(2)
     ]
-    try:
-        errors = [rank.communicate(timeout=120)[1] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert [rank.returncode for rank in ranks] == [143, 143], errors
+    codes, _, errors = zip(*finish(*ranks, deadline_s=120), strict=True)
+    assert codes == (143, 143), errors
     (steps,) = re.findall(SAID, errors[0], re.M)
     assert int(steps) == 3 if where == "end" else int(steps) >= 5
     assert "stopped" not in errors[1], "rank 0 says it"
