@@ -55,11 +55,11 @@ def _wrong_sum(seen: Seen) -> Finding | None:
     ):
         return None
     place = source.shorten(_compat.eqn_frames(seen.eqn))
-    return Finding(_compat.eqn_tag(seen.eqn), seen.place.axis, seen.name, place)
+    return Finding(_compat.tag_in(seen.place.path), seen.place.axis, seen.name, place)
 
 
 def _is_mean(seen: Seen) -> bool:
-    if (_compat.eqn_tag(seen.eqn) or "").startswith("pmean/"):
+    if (_compat.tag_in(seen.place.path) or "").startswith("pmean/"):
         return True
     count = math.prod(seen.place.sizes.get(axis, 1) for axis in seen.axes)
     divisors = _divisors(seen.jaxpr)

@@ -269,7 +269,8 @@ def _declare(
     axes = tuple(a for a in named if any(a == name for name, _ in scope.sizes))
     if not axes:
         return  # an axis of vmap, or of the array itself: nothing is sent
-    tag = _compat.eqn_tag(eqn)
+    path = path_of(eqn, scope.path)
+    tag = _compat.tag_in(path)
     groups, pairs = _partners(eqn.params, kind, scope.sizes, axes)
     size = len(groups[0]) if groups else meshes.count(scope.sizes, axes)
     operands = zip(eqn.invars, inputs, strict=True)
@@ -286,7 +287,7 @@ def _declare(
             trips=scope.trips,
             tag=tag,
             source=source.shorten(_compat.eqn_frames(eqn)),
-            autodiff=tag is None and made_by_autodiff(path_of(eqn, scope.path)),
+            autodiff=tag is None and made_by_autodiff(path),
             elements=scale * elements,
             trips_known=scope.trips_known,
             size_known=scope.size_known,

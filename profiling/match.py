@@ -11,6 +11,7 @@ compilers do to a collective is undone from the plain to the rare:
 4. sharded further by the partitioner, in a shard_map that leaves axes to it
 5. rewritten as another kind that does the same
 6. without its tag, where the compiler marks what it adds itself and did not mark this
+7. under a tag that this trace does not have: jax's cache on disk finds programs whatever their names
 
 What is left of the compiled program is unexplained, whatever its tag says. What is left of the
 traced one is missing, unless nothing uses it, an equal one does its work, or it has none to do.
@@ -70,6 +71,7 @@ def match(ops: Sequence[Op], declared: Sequence[Declared], *, marks: bool) -> Ma
         work.sum_up()
         for rule in (_LOOPS, _SHARDED, _REWRITE, _PADDED, *((_UNTAGGED,) if marks else ())):
             work.join(rule)
+        work.join(_RENAMED, work.units_under_other_names())
     work.explain_reshards()
     work.settle_loops()
     work.settle_doubts()
@@ -129,6 +131,10 @@ _UNTAGGED = _Rule(
     lambda u, tag: (u.kind, u.size, u.trips.count, tag is None),
     lambda d: (d.kind, size_of(d), d.trips, True),
 )
+_RENAMED = _Rule(
+    lambda u, tag: (u.kind, u.size, u.trips.count),
+    lambda d: (d.kind, size_of(d), d.trips),
+)
 
 
 class _Match:
@@ -161,13 +167,19 @@ class _Match:
             known = trips.known and self.declared[i].trips_known
             self.left[i] -= trips.count if known else self.left[i]
 
-    def join(self, rule: _Rule) -> None:
-        """Match one to one what a rule finds equal."""
+    def units_under_other_names(self) -> list[int]:
+        """Return the open units all of whose tags this trace does not have."""
+        known = {d.tag for d in self.declared}
+        tags = {i: [t for t in self.units[i].claims if t] for i in self.open_units()}
+        return [i for i, of in tags.items() if of and not known.intersection(of)]
+
+    def join(self, rule: _Rule, units: Sequence[int] | None = None) -> None:
+        """Match one to one what a rule finds equal, among all open units or the given ones."""
         waiting: dict[Hashable, list[int]] = defaultdict(list)
         for i in reversed(self.open_declared()):
             waiting[self.devices[i], rule.of_declared(self.declared[i])].append(i)
         refused: set[Hashable] = set()  # of many units that fit nothing, only the first is tried
-        for unit in self.open_units():
+        for unit in self.open_units() if units is None else units:
             u = self.units[unit]
             for tag in u.claims:
                 key = self.op_devices[u.op], rule.of_unit(u, tag)

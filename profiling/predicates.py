@@ -88,7 +88,7 @@ def _look(seen: Seen) -> Divergence | None:
     if kind is None or seen.place.under is None or not axes:
         return None
     if kind == "collective-permute" or seen.place.axis in axes:
-        name = _compat.eqn_tag(seen.eqn) or seen.name
+        name = _compat.tag_in(seen.place.path) or seen.name
         return _divergence("hangs", seen, name, kind, axes, seen.place.under)
     return None
 

@@ -2,14 +2,17 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-TAG_KEY = "txcore"  # the frontend attribute that carries a collective's tag into HLO
+# The frontend attribute that held the tags before: a dump that was kept may have it.
+TAG_KEY = "txcore"
+_TAG = re.compile(r"txcore\[([A-Za-z0-9_./-]+)\]")
 
 
 def varying_axes(x: Any) -> frozenset[str]:
@@ -62,10 +65,23 @@ def bound_axes() -> tuple[str, ...]:
     return tuple(str(a) for a in mesh.axis_names if a in manual)
 
 
-def eqn_tag(eqn: Any) -> str | None:
-    """Return the txcore tag on a jaxpr equation, or None."""
-    metadata: Mapping[str, Any] | None = getattr(getattr(eqn, "ctx", None), "xla_metadata", None)
-    return metadata.get(TAG_KEY) if metadata else None
+def tag_scope(tag: str) -> contextlib.AbstractContextManager[Any]:
+    """Return a context in which operations carry `tag` in their path of scopes, HLO's op_name.
+
+    It is no frontend attribute: XLA for TPU combines only collectives whose attributes are equal.
+    """
+    return jax.named_scope(f"txcore[{tag}]")
+
+
+def tags_in(path: str) -> tuple[str, ...]:
+    """Return txcore's tags in a path of scopes, each once; several where ops were merged."""
+    return tuple(dict.fromkeys(_TAG.findall(path)))
+
+
+def tag_in(path: str) -> str | None:
+    """Return the innermost of txcore's tags in a traced equation's path, or None."""
+    tags = tags_in(path)
+    return tags[-1] if tags else None
 
 
 def setting(name: str) -> Any:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from txcore._compat import TAG_KEY
+from txcore import _compat
 from txcore.profiling.hlo import attributes
 from txcore.profiling.hlo.follow import concatenation, results, uses, views
 from txcore.profiling.hlo.graph import Graph, Scope, Value, operand_name
@@ -65,8 +65,9 @@ def words_of(instructions: Iterable[Instruction]) -> Words:
     tag, op_name, marked = "", "", False
     for instruction in instructions:
         says = attributes.frontend_attributes(instruction.rest)
-        tag = tag or says.get(TAG_KEY, "")
-        op_name = op_name or attributes.op_name(instruction.rest)
+        name = attributes.op_name(instruction.rest)
+        named = says.get(_compat.TAG_KEY) or ",".join(_compat.tags_in(name))
+        tag, op_name = tag or named, op_name or name
         marked = marked or says.get(_MARK) == "true"
     return Words(tag, op_name, marked)
 

@@ -1,4 +1,4 @@
-"""Tags: on the compiled operation, on its transpose, and the same in every process."""
+"""Tags: in the compiled operation's path of scopes, and in its transpose's."""
 
 import re
 
@@ -12,7 +12,7 @@ import txcore as tx
 
 def tags(f, x):
     text = jax.jit(f).lower(x).compile().as_text()
-    return sorted(t for group in re.findall(r'txcore="([^"]*)"', text) for t in group.split(","))
+    return sorted(re.findall(r"txcore\[([^\]]*)\]", text))
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if "vary" not in c.op], ids=str)

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.experimental.xla_metadata import set_xla_metadata
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -17,7 +16,7 @@ def mesh_of(**axes):
 
 
 def tag(text):
-    return set_xla_metadata(**{_compat.TAG_KEY: text})
+    return _compat.tag_scope(text)
 
 
 def on(mesh, in_specs, out_specs, **options):

@@ -61,7 +61,7 @@ def all_reduces(text):
 
 def test_collectives_are_still_by_themselves(temporary):
     compiled, text = compile_with_partitioned(two_sums())
-    assert [('txcore="psum/a"' in r, 'txcore="psum/b"' in r) for r in all_reduces(text)] == [
+    assert [("txcore[psum/a]" in r, "txcore[psum/b]" in r) for r in all_reduces(text)] == [
         (True, False),
         (False, True),
     ]
@@ -92,6 +92,25 @@ def test_a_cached_program_is_compiled_again(cache):
     assert cache() == [entry]
     jax.jit(lambda x: x * 3).lower(jnp.ones(3)).compile()
     assert len(cache()) > 1, "the cache must work again afterwards"
+
+
+def test_a_cached_program_compiled_under_other_names_is_proved_all_the_same(cache):
+    """jax's key has no names in it: what was compiled as "a" is found for "b"."""
+
+    def report(name):
+        mesh = Mesh(np.array(jax.devices()[:4]), ("data",))
+        total = jax.shard_map(
+            lambda x: tx.psum({"w": x}, "data", name=name), mesh=mesh, in_specs=P("data"),
+            out_specs=P(),
+        )  # fmt: skip
+        return audit(jax.jit(total), np.arange(8.0, dtype=np.float32))
+
+    for name in ("a", "b"):
+        found = report(name)
+        assert found.exact
+        assert [row.tags for row in found.collectives] == [(f"psum/{name}.w",)]
+    assert [row.note for row in found.collectives] == ["compiled under the name psum/a.w"]
+    assert len(cache()) == 1
 
 
 def test_options_reach_the_compiler_and_a_failure_leaves_nothing(temporary, cache):

@@ -1,8 +1,10 @@
 """What every collective does first: check the axis, check each leaf, and tag the operation.
 
-A collective acts on each leaf of a pytree. Its tag, `op/name.path`, is put on the HLO
-operation as the frontend attribute `txcore`; it names the operation in audits, lock files
-and profiler traces. It holds no counters, since it is part of the compilation cache's key.
+A collective acts on each leaf of a pytree. Its tag, `op/name.path`, is a scope around the
+operation ("txcore[pmean/grads.w]", see `_compat.tag_scope`), so that it stands in HLO's op_name
+and names the operation in audits, lock files and profiler traces. Tags are no frontend
+attributes, which would keep XLA for TPU from combining collectives, nor do they depend on the
+process.
 """
 
 import re
@@ -12,7 +14,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.xla_metadata import set_xla_metadata
 
 from txcore import _compat
 
@@ -94,7 +95,7 @@ def map_leaves(
     for path, value in leaves:
         where = (name or "x") + jax.tree_util.keystr(path)
         leaf = Leaf(_check_leaf(op, value, where, verb), where)
-        with set_xla_metadata(**{_compat.TAG_KEY: _tag(op, label, path)}):
+        with _compat.tag_scope(_tag(op, label, path)):
             out.append(fn(leaf))
     return jax.tree_util.tree_unflatten(treedef, out)
 
