@@ -7,6 +7,7 @@ from typing import Any
 import jax
 from jax.sharding import PartitionSpec as P
 
+from txcore.collectives import _leaves
 from txcore.mesh import MeshSpec
 
 
@@ -120,8 +121,8 @@ class Plan:
 
         Args:
           params: pytree of the parameters, arrays or `jax.ShapeDtypeStruct`s. Gradients have
-            their dtypes, whatever the precision policy computes in (see `tx.Precision`);
-            integers have none.
+            their dtypes, whatever the precision policy computes in (see `tx.Precision`), and
+            float16 is averaged as float32; integers have none.
           mesh: the devices and their axes.
 
         Returns:
@@ -162,7 +163,7 @@ def _reduced_gradients(params: Any, axes: tuple[str, ...]) -> tuple[Predicted, .
     sizes: dict[str, list[int]] = {}
     for leaf in jax.tree.leaves(jax.eval_shape(lambda tree: tree, params)):
         if leaf.size and jax.numpy.issubdtype(leaf.dtype, jax.numpy.inexact):
-            sizes.setdefault(leaf.dtype.name, []).append(leaf.size)
+            sizes.setdefault(_leaves.mean_dtype(leaf.dtype).name, []).append(leaf.size)
     return tuple(
         Predicted("gradients", "all-reduce", axes, dtype, tuple(elements))
         for dtype, elements in sizes.items()

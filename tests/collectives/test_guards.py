@@ -60,8 +60,8 @@ BAD = [
     (
         lambda x: tx.psum(x, "data", name="grad,w"),
         ValueError,
-        "tx.psum needs name= of letters, digits and _ . / - only (XLA joins the tags of merged "
-        "collectives with commas), got 'grad,w'",
+        "tx.psum needs name= of letters, digits and _ . / - only (reports join the tags of "
+        "merged collectives with commas), got 'grad,w'",
     ),
     (
         lambda x: tx.psum(x, "data", name='a"b'),

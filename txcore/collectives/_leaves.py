@@ -105,8 +105,8 @@ def _check_name(op: str, name: str | None) -> str:
         return ""
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise ValueError(
-            f"tx.{op} needs name= of letters, digits and _ . / - only (XLA joins the tags of "
-            f"merged collectives with commas), got {name!r}"
+            f"tx.{op} needs name= of letters, digits and _ . / - only (reports join the tags "
+            f"of merged collectives with commas), got {name!r}"
         )
     return name
 
@@ -184,10 +184,32 @@ def vary_leaf(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     return _compat.cast_to_varying(x, missing) if missing else x
 
 
-def divide(total: jax.Array, size: int) -> jax.Array:
-    """Return total / size, floating point whatever `size` is."""
-    exact = size == 1 and jnp.issubdtype(total.dtype, jnp.inexact)
-    return total if exact else total / size
+def mean_dtype(dtype: Any) -> np.dtype:
+    """Return the dtype in which values are summed for their mean: their mean's, or wider.
+
+    As `jnp.mean` does: integers are made floating point before the sum, and floats of a smaller
+    range than float32's (float16, the 8 bit ones) are summed in float32, since the sum of numbers
+    whose mean is one of them may be beyond the largest. bfloat16 has float32's range.
+    """
+    mean = _dtype_of_mean(dtype)
+    is_narrow = jnp.finfo(mean).maxexp < jnp.finfo(jnp.float32).maxexp
+    return np.dtype(jnp.float32) if is_narrow else mean
+
+
+def _dtype_of_mean(dtype: Any) -> np.dtype:
+    if jnp.issubdtype(dtype, jnp.inexact):
+        return np.dtype(dtype)
+    quotient = jax.eval_shape(lambda x: x / 1, jax.ShapeDtypeStruct((), dtype))
+    return np.dtype(quotient.dtype)
+
+
+def mean_of(
+    value: jax.Array, axes: tuple[str, ...], add: Callable[[jax.Array], jax.Array]
+) -> jax.Array:
+    """Return add(value) / the axes' size, floating point, summed in `mean_dtype`."""
+    total = add(value.astype(mean_dtype(value.dtype)))
+    mean = total / axes_size(axes) if axes else total
+    return mean.astype(_dtype_of_mean(value.dtype))
 
 
 def check_dim(op: str, option: str, dim: Any, leaf: Leaf) -> int:

@@ -7,9 +7,11 @@ from jax import lax
 
 from txcore import _compat
 from txcore.collectives import _leaves
+from txcore.collectives._calls import explain_calls
 from txcore.collectives._leaves import Leaf
 
 
+@explain_calls
 def all_gather(
     x: Any,
     axis: str | tuple[str, ...],

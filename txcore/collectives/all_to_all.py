@@ -6,9 +6,11 @@ import jax
 from jax import lax
 
 from txcore.collectives import _leaves
+from txcore.collectives._calls import explain_calls
 from txcore.collectives._leaves import Leaf
 
 
+@explain_calls
 def all_to_all(
     x: Any,
     axis: str | tuple[str, ...],

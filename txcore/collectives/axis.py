@@ -5,9 +5,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from txcore.collectives import _leaves
+from txcore.collectives._calls import explain_calls
 from txcore.collectives._scope import left_out_axes
 
 
+@explain_calls
 def axis_index(axis: str | tuple[str, ...]) -> jax.Array:
     """Return this device's rank along `axis`.
 
@@ -31,6 +33,7 @@ def axis_index(axis: str | tuple[str, ...]) -> jax.Array:
     return lax.axis_index(kept) if kept else jnp.int32(0)
 
 
+@explain_calls
 def axis_size(axis: str | tuple[str, ...]) -> int:
     """Return the number of devices along `axis`.
 

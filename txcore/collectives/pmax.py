@@ -7,9 +7,11 @@ import jax
 from jax import lax
 
 from txcore.collectives import _leaves
+from txcore.collectives._calls import explain_calls
 from txcore.collectives._leaves import Leaf
 
 
+@explain_calls
 def pmax(x: Any, axis: str | tuple[str, ...], *, name: str | None = None) -> Any:
     """Take the elementwise maximum over all devices along `axis` (all-reduce).
 
@@ -40,6 +42,7 @@ def pmax(x: Any, axis: str | tuple[str, ...], *, name: str | None = None) -> Any
     return _extreme("pmax", x, axis, name, lax.pmax)
 
 
+@explain_calls
 def pmin(x: Any, axis: str | tuple[str, ...], *, name: str | None = None) -> Any:
     """Take the elementwise minimum over all devices along `axis` (all-reduce).
 

@@ -11,11 +11,13 @@ from jax import lax
 
 from txcore import _compat
 from txcore.collectives import _leaves
+from txcore.collectives._calls import explain_calls
 from txcore.collectives._leaves import Leaf
 
 Pairs = tuple[tuple[int, int], ...]
 
 
+@explain_calls
 def ppermute(
     x: Any,
     axis: str | tuple[str, ...],
@@ -53,6 +55,7 @@ def ppermute(
     return _permute("ppermute", x, axes, _check_perm(perm, axes), name)
 
 
+@explain_calls
 def shift(
     x: Any,
     axis: str | tuple[str, ...],

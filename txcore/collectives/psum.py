@@ -7,9 +7,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from txcore.collectives import _leaves
+from txcore.collectives._calls import explain_calls
 from txcore.collectives._leaves import Leaf
 
 
+@explain_calls
 def psum(x: Any, axis: str | tuple[str, ...], *, name: str | None = None) -> Any:
     """Sum `x` over all devices along `axis`; every device gets the sum (all-reduce).
 
@@ -26,8 +28,10 @@ def psum(x: Any, axis: str | tuple[str, ...], *, name: str | None = None) -> Any
       name: label of the operation's tag; letters, digits and `_ . / -`.
 
     Returns:
-      The sums, with the structure, shapes and dtypes of `x` (bool counts as int32). Along
-      an axis of size 1 a value that does not vary is returned unchanged.
+      The sums, with the structure, shapes and dtypes of `x` (bool counts as int32). They are
+      taken in the dtype of `x`, as `jax.lax.psum` and `np.sum(x, dtype=x.dtype)` take them: an
+      integer wraps around and float16 becomes inf beyond the largest; cast `x` first where a sum
+      may get there. Along an axis of size 1 a value that does not vary is returned unchanged.
 
     Raises:
       ValueError: a leaf does not vary along `axis` (it would be multiplied by the size).
@@ -46,10 +50,14 @@ def psum(x: Any, axis: str | tuple[str, ...], *, name: str | None = None) -> Any
     return _reduce("psum", x, axis, name, mean=False)
 
 
+@explain_calls
 def pmean(x: Any, axis: str | tuple[str, ...], *, name: str | None = None) -> Any:
     """Average `x` over all devices along `axis`; every device gets the mean (all-reduce).
 
-    Equation: `pmean(x) = psum(x) / axis_size`. The result is invariant along `axis`.
+    Equation: `pmean(x) = psum(x) / axis_size`. The result is invariant along `axis`. Where the
+    mean can be represented, the sum does not overflow: integers are made floating point before it
+    (an int32 of more than 24 bits is rounded), and float16 is summed and sent as float32, twice
+    the bytes. bfloat16 has float32's range, and is sent as it is.
 
     Transpose: the cotangent divided by the axis size, cast to varying. With check_vma=False
     pmean itself, so a gradient taken inside gains a factor of the axis size.
@@ -60,7 +68,8 @@ def pmean(x: Any, axis: str | tuple[str, ...], *, name: str | None = None) -> An
       name: label of the operation's tag; letters, digits and `_ . / -`.
 
     Returns:
-      The means, with the structure and shapes of `x`; integers become floating point.
+      The means, with the structure and shapes of `x`, and its dtypes; integers become floating
+      point.
 
     Raises:
       ValueError, TypeError, NameError: as `psum`.
@@ -79,8 +88,9 @@ def _reduce(op: str, x: Any, axis: str | tuple[str, ...], name: str | None, *, m
 
     def one(leaf: Leaf) -> jax.Array:
         kept = _leaves.reduced_axes(op, leaf, axes, mean=mean)
-        total = _psum(leaf.value, kept)
-        return _leaves.divide(total, _leaves.axes_size(kept)) if mean else total
+        if mean:
+            return _leaves.mean_of(leaf.value, kept, lambda value: _psum(value, kept))
+        return _psum(leaf.value, kept)
 
     return _leaves.map_leaves(op, x, one, name=name, verb="reduce")
 

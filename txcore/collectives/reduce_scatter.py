@@ -7,9 +7,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from txcore.collectives import _leaves
+from txcore.collectives._calls import explain_calls
 from txcore.collectives._leaves import Leaf
 
 
+@explain_calls
 def reduce_scatter(
     x: Any,
     axis: str | tuple[str, ...],
@@ -29,7 +31,8 @@ def reduce_scatter(
       x: pytree of numeric arrays, each varying along `axis`; `dim` divisible by the size.
       axis: mesh axis name, or a tuple of names, scattered in row-major order.
       dim: the array dim to scatter.
-      mean: divide by the axis size; integers become floating point.
+      mean: divide by the axis size; integers become floating point, and the sum does not
+        overflow, as for `pmean`.
       name: label of the operation's tag; letters, digits and `_ . / -`.
 
     Returns:
@@ -54,11 +57,15 @@ def reduce_scatter(
         _leaves.check_divisible("reduce_scatter", "dim", at, leaf, axes)
         _leaves.reduced_axes("reduce_scatter", leaf, axes, mean=mean)
         value, kept = _leaves.moved_axes(leaf, axes)
-        if value.dtype == jnp.bool_:
-            value = value.astype(jnp.int32)
-        if kept:
-            value = lax.psum_scatter(value, kept, scatter_dimension=at, tiled=True)
-        return _leaves.divide(value, _leaves.axes_size(kept)) if mean else value
+
+        def add(value: jax.Array) -> jax.Array:
+            if value.dtype == jnp.bool_:
+                value = value.astype(jnp.int32)
+            if not kept:
+                return value
+            return lax.psum_scatter(value, kept, scatter_dimension=at, tiled=True)
+
+        return _leaves.mean_of(value, kept, add) if mean else add(value)
 
     return _leaves.map_leaves("reduce_scatter", x, one, name=name, verb="reduce")
 

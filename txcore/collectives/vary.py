@@ -5,10 +5,12 @@ from typing import Any
 import jax
 
 from txcore.collectives import _leaves
+from txcore.collectives._calls import explain_calls
 from txcore.collectives._leaves import Leaf
 from txcore.collectives._scope import left_out_axes
 
 
+@explain_calls
 def vary(x: Any, axis: str | tuple[str, ...], *, name: str | None = None) -> Any:
     """Type `x` as varying along `axis`, without changing a value (Megatron's f).
 
