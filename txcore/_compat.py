@@ -28,9 +28,38 @@ def varying_axes_of(aval: Any) -> frozenset[str]:
     return frozenset(getattr(aval, "vma", None) or ())
 
 
+def unreduced_axes(x: Any) -> frozenset[str]:
+    """Return the mesh axes along which each device holds one part of `x`, yet to be reduced."""
+    return frozenset(getattr(_axis_type(x), "unreduced", ()))
+
+
+def equal_reduced_axes(x: Any) -> frozenset[str]:
+    """Return the mesh axes along which `x` is equal and its cotangent is unreduced ("reduced")."""
+    return frozenset(getattr(_axis_type(x), "reduced", ()))
+
+
+def unreduced_kind(x: Any) -> str:
+    """Return how the parts of an unreduced value are reduced: "sum", or since jax 0.11 "max"."""
+    kind = getattr(_axis_type(x), "unreduced_kind", None)
+    return getattr(kind, "name", "sum")
+
+
+def _axis_type(x: Any) -> Any:
+    return getattr(jax.typeof(x), "manual_axis_type", None)
+
+
 def cast_to_varying(x: Any, axes: tuple[str, ...]) -> jax.Array:
     """Cast one array to vary along `axes`, none of which it varies along yet."""
-    return lax.pcast(x, axes, to="varying")
+    reduced = equal_reduced_axes(x)
+    for same_state in ([a for a in axes if a not in reduced], [a for a in axes if a in reduced]):
+        if same_state:  # jax casts from one state at a time
+            x = lax.pcast(x, tuple(same_state), to="varying")
+    return x
+
+
+def cast_to_unreduced(x: Any, axes: tuple[str, ...]) -> jax.Array:
+    """Cast one array that varies along `axes` to be unreduced along them: parts of a sum."""
+    return lax.pcast(x, axes, to="unreduced")
 
 
 def tracks_varying(axis: str) -> bool:

@@ -141,10 +141,17 @@ def _check_leaf(op: str, value: Any, where: str, verb: str) -> jax.Array:
 def reduced_axes(op: str, leaf: Leaf, axes: tuple[str, ...], *, mean: bool) -> tuple[str, ...]:
     """Return the axes to reduce `leaf` over; refuse those along which it does not vary.
 
-    An axis of size 1 along which the value does not vary needs no collective.
+    An axis of size 1 along which the value does not vary needs no collective. Along an axis
+    along which it is unreduced each device holds a part, and this is the sum that it waits for.
     """
+    unreduced = _compat.unreduced_axes(leaf.value)
+    if unreduced and _compat.unreduced_kind(leaf.value) != "sum":
+        refuse_unreduced(op, leaf, axes)
     kept = []
     for axis in axes:
+        if axis in unreduced:
+            kept.append(axis)
+            continue
         size, varying = _compat.axis_size(axis), varies(leaf.value, axis)
         if size == 1 and not varying:
             continue
@@ -159,8 +166,29 @@ def reduced_axes(op: str, leaf: Leaf, axes: tuple[str, ...], *, mean: bool) -> t
     return tuple(kept)
 
 
-def differing_axes(leaf: Leaf, axes: tuple[str, ...]) -> tuple[str, ...]:
+def in_one_state(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """Return `x` unreduced along all of `axes` if it is along one: jax reduces from one state."""
+    unreduced = _compat.unreduced_axes(x)
+    varying = tuple(a for a in axes if a not in unreduced)
+    return _compat.cast_to_unreduced(x, varying) if varying and unreduced & {*axes} else x
+
+
+def refuse_unreduced(op: str, leaf: Leaf, axes: tuple[str, ...]) -> None:
+    """Refuse a leaf of which each device holds only a part along one of `axes`."""
+    for axis in axes:
+        if axis in _compat.unreduced_axes(leaf.value):
+            kind = _compat.unreduced_kind(leaf.value)
+            by = {"max": "tx.pmax", "min": "tx.pmin"}.get(kind, "tx.psum")
+            raise ValueError(
+                f"tx.{op} over axis {axis!r}: {leaf.where} is unreduced along it, so that each "
+                f"device holds one part of the {kind} that it stands for: reduce it first, by "
+                f"{by}(x, {axis!r})"
+            )
+
+
+def differing_axes(op: str, leaf: Leaf, axes: tuple[str, ...]) -> tuple[str, ...]:
     """Return those of `axes` along which the devices may hold different values of `leaf`."""
+    refuse_unreduced(op, leaf, axes)
 
     def same(axis: str) -> bool:
         varying = varies(leaf.value, axis)
@@ -169,11 +197,12 @@ def differing_axes(leaf: Leaf, axes: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(a for a in axes if not same(a))
 
 
-def moved_axes(leaf: Leaf, axes: tuple[str, ...]) -> tuple[jax.Array, tuple[str, ...]]:
+def moved_axes(op: str, leaf: Leaf, axes: tuple[str, ...]) -> tuple[jax.Array, tuple[str, ...]]:
     """Return `leaf` varying along each axis of size > 1, and those axes.
 
     Along an axis of size 1 there is nobody to exchange with, so it is left out.
     """
+    refuse_unreduced(op, leaf, axes)
     kept = tuple(a for a in axes if _compat.axis_size(a) != 1)
     return vary_leaf(leaf.value, kept), kept
 

@@ -55,9 +55,10 @@ def all_gather(
 
     def one(leaf: Leaf) -> jax.Array:
         at = _leaves.check_dim("all_gather", "dim", dim, leaf)
+        _leaves.refuse_unreduced("all_gather", leaf, axes)
         if invariant:
             return _gather_invariant(leaf.value, axes, at)
-        value, kept = _leaves.moved_axes(leaf, axes)
+        value, kept = _leaves.moved_axes("all_gather", leaf, axes)
         return lax.all_gather(value, kept, axis=at, tiled=True) if kept else value
 
     return _leaves.map_leaves("all_gather", x, one, name=name, verb="gather")

@@ -52,7 +52,7 @@ def broadcast(
     coordinates = _root_coordinates(root, axes)
 
     def one(leaf: Leaf) -> jax.Array:
-        at = {a: coordinates[a] for a in _leaves.differing_axes(leaf, axes)}
+        at = {a: coordinates[a] for a in _leaves.differing_axes("broadcast", leaf, axes)}
         return _masked_psum(leaf.value, at) if at else leaf.value
 
     return _leaves.map_leaves("broadcast", x, one, name=name, verb="broadcast")

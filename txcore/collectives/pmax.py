@@ -6,6 +6,7 @@ from typing import Any
 import jax
 from jax import lax
 
+from txcore import _compat
 from txcore.collectives import _leaves
 from txcore.collectives._calls import explain_calls
 from txcore.collectives._leaves import Leaf
@@ -75,7 +76,11 @@ def _extreme(op: str, x: Any, axis: Any, name: str | None, extreme: Callable[...
     axes = _leaves.check_axes(op, axis)
 
     def one(leaf: Leaf) -> jax.Array:
-        kept = _leaves.differing_axes(leaf, axes)
+        if op == f"p{_compat.unreduced_kind(leaf.value)}":
+            parts = _compat.unreduced_axes(leaf.value)
+            if over := tuple(a for a in axes if a in parts):
+                leaf = leaf._replace(value=extreme(leaf.value, over))
+        kept = _leaves.differing_axes(op, leaf, axes)
         return extreme(leaf.value, kept) if kept else leaf.value
 
     return _leaves.map_leaves(op, x, one, name=name, verb="compare")

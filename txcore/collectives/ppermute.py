@@ -105,7 +105,7 @@ def _permute(op: str, x: Any, axes: tuple[str, ...], perm: Pairs, name: str | No
     axes, perm = _in_mesh_order(axes, perm)
 
     def one(leaf: Leaf) -> jax.Array:
-        value, kept = _leaves.moved_axes(leaf, axes)
+        value, kept = _leaves.moved_axes(op, leaf, axes)
         if kept:
             return _send(value, kept, perm)
         # A group of one: what it sends itself, or zeros of the same type.

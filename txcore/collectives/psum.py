@@ -98,4 +98,4 @@ def _reduce(op: str, x: Any, axis: str | tuple[str, ...], name: str | None, *, m
 def _psum(value: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     if value.dtype == jnp.bool_:
         value = value.astype(jnp.int32)
-    return lax.psum(value, axes) if axes else value
+    return lax.psum(_leaves.in_one_state(value, axes), axes) if axes else value

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from txcore import _compat
 from txcore.collectives import _leaves
 from txcore.collectives._calls import explain_calls
 from txcore.collectives._leaves import Leaf
@@ -55,8 +56,10 @@ def reduce_scatter(
     def one(leaf: Leaf) -> jax.Array:
         at = _leaves.check_dim("reduce_scatter", "dim", dim, leaf)
         _leaves.check_divisible("reduce_scatter", "dim", at, leaf, axes)
-        _leaves.reduced_axes("reduce_scatter", leaf, axes, mean=mean)
-        value, kept = _leaves.moved_axes(leaf, axes)
+        kept = _leaves.reduced_axes("reduce_scatter", leaf, axes, mean=mean)
+        parts = _compat.unreduced_axes(leaf.value)
+        kept = tuple(a for a in kept if _compat.axis_size(a) != 1 or a in parts)
+        value = _leaves.in_one_state(leaf.value, kept)
 
         def add(value: jax.Array) -> jax.Array:
             if value.dtype == jnp.bool_:
