@@ -16,10 +16,12 @@ from txcore.profiling.values import is_literal
 
 GATHERS = ("all_gather", "all_gather_invariant", "all_gather_reduced")
 BRANCHING = ("cond", "while")
-_SAME_AFTER = ("psum", "psum_invariant", "pmax", "pmin", "pbroadcast")
-_KEEP = ("pvary", "pcast", "vary_unreduced_cast")
+_UNREDUCED = ("unreduced_psum", "unreduced_pmax", "unreduced_pmin")
+_SAME_AFTER = ("psum", "psum_invariant", "pmax", "pmin", "pbroadcast", *_UNREDUCED)
+_KEEP = ("pvary", "pcast", "preduced", "reduced_vary_cast", "vary_unreduced_cast")
 _REFS = ("get", "swap")
-_OPAQUE = ("pallas_call", "core_map", "ffi_call", "pure_callback", "io_callback", *_REFS)
+_KERNELS = ("pallas_call", "core_map", "mpmd_map", "ffi_call")
+_OPAQUE = (*_KERNELS, "pure_callback", "io_callback", *_REFS)
 
 
 class Along(IntEnum):

@@ -25,14 +25,14 @@ _KINDS = {
     "reduce-scatter": ("reduce_scatter", "unreduced_reduce_scatter"),
     "all-to-all": ("all_to_all",),
     "ragged-all-to-all": ("ragged_all_to_all",),
-    "collective-permute": ("ppermute",),
+    "collective-permute": ("ppermute", "psend"),  # a precv is the other half
     "collective-broadcast": ("pbroadcast",),
 }
 KIND_OF = {primitive: kind for kind, names in _KINDS.items() for primitive in names}
 # An explicit reshard: XLA chooses which collectives it takes, at most one of each whole array.
 RESHARD, RESHARD_OF_A_SUM = "reshard", "reshard of a sum"
 _NO_JAXPRS = frozenset({int, float, bool, str, type(None), np.dtype, frozenset})
-_KERNELS = ("pallas_call", "core_map")  # their bodies are not collectives between devices
+_KERNELS = ("pallas_call", "core_map", "mpmd_map")  # their bodies hold no collectives
 
 
 @dataclass(frozen=True)
@@ -303,13 +303,17 @@ def _declare_reshard(eqn: Any, scope: _Scope, value: Value) -> Iterator[Declared
     given = getattr(aval, "sharding", None)
     if given is None or given == target:
         return
-    sums = bool(getattr(given.spec, "unreduced", ()))
+    sizes = meshes.sizes_of(given.mesh)
+    sums = tuple(a for a, n in sizes if n > 1 and a in getattr(given.spec, "unreduced", ()))
+    axes = sums or tuple(name for name, size in sizes if size > 1)
     elements, dtype = _extent(aval)
+    if sums:  # each device sends its shard
+        elements = elements * math.prod(given.shard_shape(aval.shape)) // max(aval.size, 1)
     yield Declared(
         kind=RESHARD_OF_A_SUM if sums else RESHARD,
         primitive=RESHARD,
-        axes=tuple(name for name, size in meshes.sizes_of(given.mesh) if size > 1),
-        group_size=math.prod(size for _, size in meshes.sizes_of(given.mesh)),
+        axes=axes,
+        group_size=meshes.count(sizes, axes),
         dtype=dtype.name,
         payload_bytes=elements * dtype.itemsize,
         trips=scope.trips,
@@ -321,6 +325,7 @@ def _declare_reshard(eqn: Any, scope: _Scope, value: Value) -> Iterator[Declared
         size_known=False,
         foldable=True,
         operand=value.number,
+        groups=meshes.device_groups(sizes, sums) if sums else (),
     )
 
 

@@ -11,7 +11,7 @@ compilers do to a collective is undone from the plain to the rare:
 4. sharded further by the partitioner, in a shard_map that leaves axes to it
 5. rewritten as another kind that does the same
 6. without its tag, where the compiler marks what it adds itself and did not mark this
-7. under a tag that this trace does not have: jax's cache on disk finds programs whatever their names
+7. under a tag that this trace does not have: jax's cache on disk ignores names
 
 What is left of the compiled program is unexplained, whatever its tag says. What is left of the
 traced one is missing, unless nothing uses it, an equal one does its work, or it has none to do.
@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from txcore.profiling.fates import fates_of
 from txcore.profiling.hlo import Op
 from txcore.profiling.jaxpr import RESHARD, RESHARD_OF_A_SUM, Declared
+from txcore.profiling.origin import UNEXPLAINED
 from txcore.profiling.units import Unit, size_of, units_of
 
 # What may stand in the place of a kind, with the same S: a sum of which a part is used, a sum and
@@ -95,6 +96,7 @@ def _enough_trips(unit: Unit, d: Declared) -> bool:
 
 
 _MATCHED = ("txcore", "user", "autodiff")
+_SUMS = ("all-reduce", "reduce-scatter")
 _MOVES = ("all-gather", "all-to-all", "collective-permute")
 
 
@@ -263,6 +265,34 @@ class _Match:
             can_be = u.kind in _MOVES or d.kind == RESHARD_OF_A_SUM
             if can_be and u.size <= size_of(d) and u.trips.count <= d.trips:
                 self.links[unit] = [place]
+        self._explain_sums()
+
+    def _explain_sums(self) -> None:
+        """Explain one sum by each reshard of one that is left.
+
+        XLA gives it the name and line of what made the parts, so that its devices and size decide;
+        those come first that are named a reshard all the same.
+        """
+        used = {i for of in self.links.values() for i in of}
+        left = [
+            i
+            for i, d in enumerate(self.declared)
+            if d.kind == RESHARD_OF_A_SUM and d.live and i not in used
+        ]
+        sizes = {size_of(self.declared[i]) for i in left}
+        units = (*self.open_units((RESHARD,)), *self.open_units(UNEXPLAINED))
+        for unit in sorted(units, key=lambda unit: self.units[unit].size not in sizes):
+            fits = (i for i in left if self._is_sum_of(unit, i))
+            if (chosen := next(fits, None)) is not None:
+                self.links[unit] = [chosen]
+                left.remove(chosen)
+
+    def _is_sum_of(self, unit: int, declared: int) -> bool:
+        """Tell whether a unit sums what a reshard has to, or a part of it that is wanted."""
+        u, d = self.units[unit], self.declared[declared]
+        same_devices = self.op_devices[u.op] == self.devices[declared]
+        is_part = u.size > 0 and size_of(d) % u.size == 0
+        return u.kind in _SUMS and same_devices and is_part and u.trips.count <= d.trips
 
     def settle_loops(self) -> None:
         """Keep several units of one declaration only where they run as often as it, together."""

@@ -85,7 +85,8 @@ def _look(seen: Seen) -> Divergence | None:
         return _lie(seen)
     axes = tuple(a for a in seen.axes if a in seen.place.sizes)
     kind = KIND_OF.get(seen.name)
-    if kind is None or seen.place.under is None or not axes:
+    # A psend waits for its precv alone, which may stand in another branch.
+    if kind is None or seen.name == "psend" or seen.place.under is None or not axes:
         return None
     if kind == "collective-permute" or seen.place.axis in axes:
         name = _compat.tag_in(seen.place.path) or seen.name

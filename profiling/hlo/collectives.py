@@ -19,7 +19,8 @@ _GROUPS = "replica_groups="
 _PAIRS = "source_target_pairs="
 _TARGET = "custom_call_target="
 _SENT = "_xla_send_recv_"
-_OTHER_HALVES = ("async-", "send-done", "recv-done")
+# The second halves of pairs, and what takes their results apart.
+_OTHER_HALVES = ("async-", "send-done", "recv-done", "get-tuple-element")
 _PAIRS_OF_SEND = "_xla_send_recv_source_target_pairs="
 
 

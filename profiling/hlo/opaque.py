@@ -20,6 +20,9 @@ _COMPUTES = re.compile(
 # A Pallas TPU kernel says so itself, where it sends anything to another chip.
 _TPU_KERNEL = "tpu_custom_call"
 _TPU_COMMUNICATES = re.compile(r'\\?"(?:has_communication\\?":\s*true|collective_id\\?":)')
+# So does a Mosaic GPU kernel, but for NVSHMEM, whose functions its module names.
+_GPU_KERNEL = "mosaic_gpu"
+_GPU_IS_LOCAL = re.compile(r"\buses_xla_collective_metadata\s*=\s*false\b")
 
 
 def can_communicate(rest: str) -> bool:
@@ -33,4 +36,6 @@ def can_communicate(rest: str) -> bool:
     if target[1] == _TPU_KERNEL:
         is_cut = "custom_call_config" not in rest
         return is_cut or bool(_TPU_COMMUNICATES.search(rest))
+    if target[1].startswith(_GPU_KERNEL):
+        return "nvshmem" in rest or _GPU_IS_LOCAL.search(rest) is None
     return _COMPUTES.match(target[1]) is None
