@@ -102,8 +102,13 @@ def test_a_program_from_a_cache_keeps_the_names_of_who_compiled_it(tag):
     assert (rows[0].note, found[0].fates) == ("compiled under the name psum/a", ("kept",))
 
 
+TWO = [declare("psum/a", 8), declare("psum/b", 8)]
+
+
 def test_another_name_that_this_trace_has_too_is_no_match():
-    rows, found = audited(module(A, A.replace("%c ", "%d ")), [declare(t, 8) for t in ("psum/a", "psum/b")])
+    rows, found = audited(
+        module(A, A.replace("%c ", "%d ")), [declare(t, 8) for t in ("psum/a", "psum/b")]
+    )
     assert [row.explained for row in rows] == [True, False]
     assert found[1].rows == ()
 
