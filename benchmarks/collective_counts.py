@@ -231,6 +231,7 @@ def main():
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--target", action="append", choices=TARGETS)
+    parser.add_argument("--program", action="append", choices=PROGRAMS)
     args = parser.parse_args()
     jax.config.update("jax_num_cpu_devices", DEVICES)
     targets = args.target or TARGETS
@@ -246,7 +247,7 @@ def main():
     )
     print(", ".join(packages))
     rows = []
-    for name in PROGRAMS:
+    for name in args.program or PROGRAMS:
         row = [name]
         for target in targets:
             own, plain = (sum(count(report).values()) for report in reports(name, target))

@@ -250,7 +250,7 @@ def _check_state(fn: Callable[..., Any], old: TrainState, new: TrainState) -> Tr
                 f"{name_of(fn)} needs to return {where} as {before.dtype}{list(before.shape)}, as "
                 f"it was given, got {after.dtype}{list(after.shape)}"
             )
-        if axes := _compat.varying_axes(after):
+        if axes := _compat.unequal_axes(after):
             raise ValueError(
                 f"{name_of(fn)} needs to return a state that is the same on every device, but "
                 f"{where} varies along axis {names_of(sorted(axes))}: reduce it, for example with "
@@ -271,7 +271,7 @@ def _unless_overflowed(before: TrainState, after: TrainState) -> TrainState:
 
 def _check_metrics(metrics: dict[str, Any]) -> dict[str, Any]:
     for path, value in jax.tree_util.tree_flatten_with_path(metrics)[0]:
-        axes = _compat.varying_axes(jax.numpy.asarray(value))
+        axes = _compat.unequal_axes(jax.numpy.asarray(value))
         if axes:
             names = names_of(sorted(axes))
             raise ValueError(

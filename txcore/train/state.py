@@ -192,7 +192,7 @@ def check_gradients(grads: Any, params: Any) -> None:
                 f"apply_gradients needs the gradient of {where} in its shape {param.shape}, got "
                 f"{grad.shape}"
             )
-        unreduced = _compat.varying_axes(grad) - _compat.varying_axes(param)
+        unreduced = _compat.unequal_axes(grad) - _compat.varying_axes(param)
         if unreduced:
             axis = names_of(sorted(unreduced))
             raise ValueError(
