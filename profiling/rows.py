@@ -86,9 +86,9 @@ def _by_match(unit: Unit, declared: Sequence[Declared]) -> tuple[str, bool, str]
     if declared:
         origin = _origin_of_declared(declared)
         differs = unit.has_own_line and unit.origin not in (origin, "reshard", "boundary")
-        claims, tags = set(filter(None, unit.claims)), {d.tag for d in declared}
-        if claims and not claims & tags:
-            return origin, True, f"compiled under the name {','.join(sorted(claims))}"
+        claimed = {tag for tag in unit.claims if tag}
+        if claimed and claimed.isdisjoint(d.tag for d in declared):
+            return origin, True, f"compiled under the name {','.join(sorted(claimed))}"
         return origin, True, f"its own line looks like {unit.origin}" if differs else ""
     if unit.origin in (*UNEXPLAINED, "opaque"):
         return unit.origin, unit.origin == "opaque", unit.note
