@@ -1,6 +1,7 @@
 """What is read from the environment of SLURM, Open MPI, Kubernetes and TPU pods."""
 
 import re
+import zlib
 
 import pytest
 
@@ -43,6 +44,148 @@ LAUNCH = {
     "JAX_NUM_PROCESSES": "3",
     "JAX_PROCESS_ID": "2",
 }
+# As torchrun --nnodes 2 --nproc-per-node 2 sets them for the first process of the second node.
+TORCHRUN = {
+    "MASTER_ADDR": "node1",
+    "MASTER_PORT": "29500",
+    "RANK": "2",
+    "WORLD_SIZE": "4",
+    "LOCAL_RANK": "0",
+    "LOCAL_WORLD_SIZE": "2",
+    "GROUP_RANK": "1",
+    "GROUP_WORLD_SIZE": "2",
+    "ROLE_RANK": "2",
+    "ROLE_WORLD_SIZE": "4",
+    "ROLE_NAME": "default",
+    "TORCHELASTIC_RUN_ID": "none",
+    "TORCHELASTIC_RESTART_COUNT": "0",
+    "TORCHELASTIC_MAX_RESTARTS": "0",
+    "TORCHELASTIC_USE_AGENT_STORE": "True",
+}
+ONE_HOST = TORCHRUN | {"LOCAL_WORLD_SIZE": "4", "LOCAL_RANK": "2"}
+# What a launcher, a manifest or a person that speaks torchrun's words sets.
+TORCH = {name: TORCHRUN[name] for name in ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE")}
+
+
+def torchruns_port(text):
+    """The port of a run id, MASTER_PORT and restart, by zlib's crc32 as the documents say."""
+    return 61440 + zlib.crc32(text.encode()) % 4096
+
+
+@pytest.mark.parametrize(
+    "environ, host, text, devices",
+    [
+        (TORCHRUN, "node1", "none 29500 0", (0,)),
+        (ONE_HOST, "127.0.0.1", "none 29500 0", (2,)),
+        (ONE_HOST | {"TORCHELASTIC_RESTART_COUNT": "1"}, "127.0.0.1", "none 29500 1", (2,)),
+        (ONE_HOST | {"MASTER_PORT": "29501"}, "127.0.0.1", "none 29501 0", (2,)),
+        (TORCHRUN | {"MASTER_ADDR": "fe80::1"}, "[fe80::1]", "none 29500 0", (0,)),
+        (TORCHRUN | {"CUDA_VISIBLE_DEVICES": "0,1,2,3"}, "node1", "none 29500 0", (0, 1)),
+        # srun or mpirun starts torchrun, once a node: torchrun's word is of this process
+        (TORCHRUN | SRUN, "node1", "none 29500 0", (0,)),
+        (TORCHRUN | MPIRUN, "node1", "none 29500 0", (0,)),
+    ],
+)
+def test_torchrun(environ, host, text, devices):
+    coordinator = f"{host}:{torchruns_port(text)}"
+    assert cluster(environ) == Cluster("torchrun", coordinator, 4, 2, devices)
+
+
+def test_torchruns_port_of_the_documents():
+    assert cluster(TORCHRUN).coordinator == f"node1:{torchruns_port('none 29500 0')}"
+    assert cluster(TORCHRUN | {"JAX_COORDINATOR_PORT": "5555"}).coordinator == "node1:5555"
+    assert cluster(TORCHRUN | {"JAX_COORDINATOR_ADDRESS": "a:1"}).coordinator == "a:1"
+    assert cluster(TORCHRUN | LAUNCH).name == "environment"
+
+
+@pytest.mark.parametrize(
+    "more, devices",
+    [
+        ({}, None),
+        ({"LOCAL_RANK": "1"}, (1,)),
+        ({"LOCAL_RANK": "1", "CUDA_VISIBLE_DEVICES": "4,5,6"}, (1,)),
+        ({"LOCAL_RANK": "1", "CUDA_VISIBLE_DEVICES": "5"}, None),  # its own
+        ({"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}, (1,)),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, None),  # Kubeflow's training operator
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "2"}, None),
+        ({"TORCHELASTIC_RUN_ID": "7", "TORCHELASTIC_USE_AGENT_STORE": "False"}, None),
+    ],
+)
+def test_torchruns_variables_by_others(more, devices):
+    """Nobody listens at MASTER_PORT: process 0 can."""
+    assert cluster(TORCH | more) == Cluster("torchrun", "node1:29500", 4, 2, devices)
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        {"MASTER_ADDR": "localhost", "MASTER_PORT": "29500"},
+        {"WORLD_SIZE": "1"},
+        {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"},
+        {"LOCAL_RANK": "0"},
+        {"RANK": "", "WORLD_SIZE": ""},
+    ],
+)
+def test_torchruns_variables_that_leave_a_process_alone(environ):
+    assert cluster(environ) is None
+
+
+@pytest.mark.parametrize(
+    "environ, there, missing",
+    [
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE", "MASTER_ADDR and MASTER_PORT and RANK"),
+        ({"RANK": "0"}, "RANK", "MASTER_ADDR and MASTER_PORT and WORLD_SIZE"),
+        ({"RANK": "1", "WORLD_SIZE": "2"}, "RANK, WORLD_SIZE", "MASTER_ADDR and MASTER_PORT"),
+        ({k: v for k, v in TORCH.items() if k != "RANK"}, "MASTER_ADDR, MASTER_PORT, WORLD_SIZE",
+         "RANK"),
+        (TORCHRUN | {"MASTER_PORT": ""}, "MASTER_ADDR, RANK, WORLD_SIZE", "MASTER_PORT"),
+    ],
+)  # fmt: skip
+def test_a_part_of_torchruns_variables(environ, there, missing):
+    text = (
+        f"{there} say(s) that this process is one of several, which needs {missing} too (torchrun "
+        "sets all four): set what is missing, or unset the rest"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
+        cluster(environ)
+
+
+@pytest.mark.parametrize("other", [SRUN, MPIRUN])
+def test_torchruns_variables_beside_another_launcher(other):
+    """Left over from a pod or a shell, they would make N lone trainings of one with N ranks."""
+    name = cluster(other).name
+    agrees = TORCH | {"RANK": "1", "WORLD_SIZE": "2"}
+    assert cluster(other | agrees) == cluster(other)
+    assert cluster(other | {"RANK": "0", "WORLD_SIZE": "1"}) == cluster(other)  # no address
+    stale = TORCH | {"RANK": "0", "WORLD_SIZE": "1"}
+    text = (
+        f"RANK=0 of WORLD_SIZE=1 contradict {name}, by which this is process 1 of 2: unset "
+        "MASTER_ADDR, MASTER_PORT, RANK, WORLD_SIZE, or set all of JAX_COORDINATOR_ADDRESS, "
+        "JAX_NUM_PROCESSES, JAX_PROCESS_ID"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
+        cluster(other | stale)
+    assert cluster(other | stale | LAUNCH).name == "environment"
+
+
+@pytest.mark.parametrize(
+    "more, text",
+    [
+        ({"RANK": "4"}, "RANK=4 contradicts WORLD_SIZE=4, which needs it from 0 to 3"),
+        ({"LOCAL_RANK": "2"}, "LOCAL_RANK=2 contradicts LOCAL_WORLD_SIZE=2, which needs it from"),
+        ({"RANK": "one"}, "RANK must be a number from 0 on, got 'one'"),
+        ({"RANK": "-1"}, "RANK must be a number from 0 on, got '-1'"),
+        ({"MASTER_PORT": "http"}, "MASTER_PORT must be a number from 0 on, got 'http'"),
+        ({"JAX_NUM_PROCESSES": "8"}, "JAX_NUM_PROCESSES=8 contradicts torchrun, by which it is 4"),
+        (
+            {"MASTER_PORT": "65536", "TORCHELASTIC_USE_AGENT_STORE": "False"},
+            "MASTER_PORT must be from 1 to 65535, got 65536",
+        ),
+    ],
+)
+def test_torchruns_variables_that_contradict_each_other(more, text):
+    with pytest.raises(ValueError, match=f"^{re.escape(text)}"):
+        cluster(TORCHRUN | more)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Joining processes: what is refused, what one process alone does, and real ones over gloo."""
 
+import contextlib
 import importlib
 import os
 import re
@@ -24,6 +25,7 @@ from txcore.launch.meeting import NotTogether
 # 127.0.0.1 as /proc/net/tcp and tcp6 (there as ::ffff:127.0.0.1) write it, by host-order words.
 LOOPBACK = {"0100007F", "0000000000000000FFFF00000100007F"}
 joining_code = importlib.import_module("txcore.launch.initialize")  # a function has its name
+TORCH = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "12345", "RANK": "0", "WORLD_SIZE": "2"}
 GOOD = {"coordinator": "127.0.0.1:12345", "num_processes": 2, "process_id": 0}
 
 
@@ -81,16 +83,36 @@ def test_bad_process_id(rank):
         tx.initialize(**GOOD | {"process_id": rank})
 
 
-def test_no_cluster_is_found(monkeypatch):
+@pytest.fixture
+def alone(monkeypatch):
     for name in [n for n in os.environ if n.startswith(DROPPED)]:
         monkeypatch.delenv(name)
+
+
+@pytest.mark.parametrize("started", [False, True])
+def test_a_plain_process_is_a_run_of_one(started, alone, monkeypatch):
+    """`tx.initialize()` in a script that is started by itself: nothing to join, nothing to say."""
+    monkeypatch.setattr(_compat, "backend_started", lambda: started)
+    for _ in range(2):
+        assert tx.initialize() is None
+    assert (launch.world_size(), launch.cluster()) == (1, None)
+
+
+@pytest.mark.parametrize("given, taken", [(3, "3"), ((0, 2), "0,2")])
+def test_a_plain_process_takes_the_gpus_named(given, taken, alone, monkeypatch):
+    settings = {}
     monkeypatch.setattr(_compat, "backend_started", lambda: False)
-    text = (
-        "tx.initialize found no cluster: give coordinator=, num_processes= and process_id=; or set "
-        "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID, as `txcore launch` does; or "
-        "start the script by srun, by mpirun, in an indexed Kubernetes job or on a TPU pod"
-    )
-    with says(ValueError, text):
+    monkeypatch.setattr(_compat, "set_if_there", settings.__setitem__)
+    tx.initialize(local_device_ids=given)
+    assert settings == {"jax_cuda_visible_devices": taken, "jax_rocm_visible_devices": taken}
+    monkeypatch.setattr(_compat, "backend_started", lambda: True)
+    with pytest.raises(RuntimeError, match="a backend has started already: call it first"):
+        tx.initialize(local_device_ids=given)
+
+
+def test_a_plain_process_after_it_has_joined(alone, monkeypatch):
+    monkeypatch.setattr(_compat, "coordination_client", lambda: object())
+    with pytest.raises(RuntimeError, match="has joined its run already: leave the second call out"):
         tx.initialize()
 
 
@@ -125,14 +147,16 @@ def test_an_interface_that_is_not_there(monkeypatch):
         tx.initialize(**GOOD)
 
 
-@pytest.mark.parametrize("arguments", [GOOD, {}])
-def test_after_a_backend_has_started(arguments):
+@pytest.mark.parametrize("given", ["arguments", "variables"])
+def test_after_a_backend_has_started(given, monkeypatch):
+    for name, value in TORCH.items() if given == "variables" else ():
+        monkeypatch.setenv(name, value)
     text = (
         "tx.initialize needs to come before jax touches a device (jax.devices(), any array), but "
         "a backend has started already: call it first"
     )
     with says(RuntimeError, text):
-        tx.initialize(**arguments)
+        tx.initialize(**(GOOD if given == "arguments" else {}))
 
 
 def test_alone_nobody_is_waited_for():
@@ -211,6 +235,21 @@ def test_an_address_is_listened_on_only_when_told_so():
         pytest.skip("this system has no /proc/net")
     assert first["listening_before_backend"] == [f"{'0' * 32}:{port:04X}"]
     assert first["sum"] == second["sum"] == [11.0]
+
+
+@pytest.mark.parametrize("by", ["torchrun", "hand"])
+def test_two_processes_join_by_torchruns_variables(by):
+    """torchrun's own store listens at MASTER_PORT: the coordinator goes elsewhere by itself."""
+    with contextlib.ExitStack() as held:
+        store = held.enter_context(socket.create_server(("127.0.0.1", 0)))
+        common = {"MASTER_ADDR": "localhost", "WORLD_SIZE": "2", "MASTER_PORT": f"{free_port()}"}
+        if by == "torchrun":
+            common |= {"MASTER_PORT": f"{store.getsockname()[1]}", "LOCAL_WORLD_SIZE": "2"}
+            common |= {"TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_RESTART_COUNT": "0"}
+            common |= {"TORCHELASTIC_USE_AGENT_STORE": "True"}
+        ranks = ({"RANK": f"{rank}", "LOCAL_RANK": f"{rank}"} for rank in (0, 1))
+        seen = [said(e) for e in finish(*(start({}, **common, **own) for own in ranks))]
+    assert [(s["rank"], s["size"], s["sum"]) for s in seen] == [(0, 2, [11.0]), (1, 2, [11.0])]
 
 
 def test_a_process_that_does_not_come_is_named_by_all():

@@ -21,6 +21,7 @@ FLAGS = (
     f"--model cnn --dataset digits --batch-size 32 --steps {STEPS} --warmup 2 --no-audit".split()
 )
 PLACE = ("JAX_COORDINATOR", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID", "SLURM", "OMPI_", "XLA_FLAGS")
+PLACE += ("MASTER_", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_")
 
 
 def need(tools, packages):

@@ -8,9 +8,13 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from txcore import _compat
+from txcore.launch import network
 
 # What says where a process belongs: `txcore launch` sets all three, jax reads the first.
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+# The same in torchrun's words, which many launchers and people take over.
+TORCH_VARIABLES = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE")
+_TORCHRUN = "TORCHELASTIC_RUN_ID"  # it alone sets this one
 # Jobs that are given no port take one of the last 4096: Linux gives these to nobody by itself.
 _FIRST_PORT, _PORTS = 2**16 - 2**12, 2**12
 # SLURM's "steps" that are no srun: the batch script, an salloc shell, a container's pause.
@@ -22,7 +26,7 @@ class Cluster(NamedTuple):
     """What a process knows of its run before it starts.
 
     Attributes:
-      name: what started it: "environment", "SLURM", "Open MPI", "Kubernetes" or "TPU pod".
+      name: what started it: "environment", "torchrun", "Open MPI", "SLURM", "Kubernetes", "TPU pod".
       coordinator: "host:port" of process 0; None where only jax can find out.
       num_processes: how many processes there are; None where only jax can find out.
       process_id: which one this is, from 0; None where only jax can find out.
@@ -40,8 +44,9 @@ def cluster(environ: Mapping[str, str] | None = None) -> Cluster | None:
     """Return what `tx.initialize()` without arguments would use, without starting anything.
 
     The first that is there: JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID (set by
-    `txcore launch`), Open MPI's mpirun, SLURM's srun, a TPU pod, an indexed Kubernetes job. A
-    shell within a SLURM job (salloc, or the batch script itself) is no process of a run.
+    `txcore launch`), torchrun, Open MPI's mpirun, SLURM's srun, a TPU pod, an indexed Kubernetes
+    job, and torchrun's variables MASTER_ADDR, MASTER_PORT, RANK and WORLD_SIZE set by anything
+    else. A shell within a SLURM job (salloc, or the batch script itself) is no process of a run.
 
     Args:
       environ: the environment variables; this process's by default.
@@ -50,7 +55,7 @@ def cluster(environ: Mapping[str, str] | None = None) -> Cluster | None:
       What was found, or None: this process is alone.
 
     Raises:
-      ValueError: the variables contradict each other, or are no numbers.
+      ValueError: the variables contradict each other, are no numbers, or some are missing.
 
     Example:
       >>> from txcore import launch
@@ -68,20 +73,43 @@ def cluster(environ: Mapping[str, str] | None = None) -> Cluster | None:
     if all(environ.get(name) for name in VARIABLES):
         count, rank = (_number(environ, name) for name in VARIABLES[1:])
         return Cluster("environment", environ[VARIABLES[0]], count, rank)
-    found = _open_mpi(environ) or _slurm(environ) or _found_by_jax(environ)
+    found = _found(environ)
     own = environ.get(VARIABLES[0])
     if found is not None:
         _check_agrees(environ, found)
         return found._replace(coordinator=own) if own else found
     if own or any(environ.get(name) for name in VARIABLES[1:]):
-        missing = [name for name in VARIABLES if not environ.get(name)]
-        there = [name for name in VARIABLES if environ.get(name)]
-        raise ValueError(
-            f"{', '.join(there)} say(s) that this process is one of several, which needs "
-            f"{' and '.join(missing)} too (`txcore launch` sets all three): set what is missing, "
-            "or unset the rest"
-        )
+        raise _half_set(environ, VARIABLES, "`txcore launch` sets all three")
     return None
+
+
+def _found(environ: Mapping[str, str]) -> Cluster | None:
+    """Return what a launcher other than `txcore launch` says."""
+    if environ.get(_TORCHRUN):  # it started this process, whatever started it (srun, mpirun)
+        return _torch(environ)
+    found = _open_mpi(environ) or _slurm(environ) or _found_by_jax(environ)
+    if found is None:
+        return _torch(environ)
+    theirs = _torch(environ) if all(environ.get(name) for name in TORCH_VARIABLES) else None
+    if theirs is None or found[2:4] == theirs[2:4]:
+        return found
+    if found.num_processes is None:  # only jax could find it out, and here it stands
+        return theirs
+    raise ValueError(
+        f"RANK={theirs.process_id} of WORLD_SIZE={theirs.num_processes} contradict {found.name}, by "
+        f"which this is process {found.process_id} of {found.num_processes}: unset "
+        f"{', '.join(TORCH_VARIABLES)}, or set all of {', '.join(VARIABLES)}"
+    )
+
+
+def _half_set(environ: Mapping[str, str], names: tuple[str, ...], who: str) -> ValueError:
+    """Return the error where only some of the variables are set."""
+    missing = [name for name in names if not environ.get(name)]
+    there = [name for name in names if environ.get(name)]
+    return ValueError(
+        f"{', '.join(there)} say(s) that this process is one of several, which needs "
+        f"{' and '.join(missing)} too ({who}): set what is missing, or unset the rest"
+    )
 
 
 def _check_agrees(environ: Mapping[str, str], found: Cluster) -> None:
@@ -91,6 +119,57 @@ def _check_agrees(environ: Mapping[str, str], found: Cluster) -> None:
                 f"{name}={environ[name]} contradicts {found.name}, by which it is {value}: unset "
                 f"it, or set all of {', '.join(VARIABLES)}"
             )
+
+
+def _torch(environ: Mapping[str, str]) -> Cluster | None:
+    """Read torchrun's variables (docs.pytorch.org/docs/stable/elastic/run.html), by whomever set.
+
+    MASTER_ADDR and MASTER_PORT alone, which many shells export, say nothing of this process, and
+    a world of one needs no address.
+    """
+    if not any(environ.get(name) for name in ("RANK", "WORLD_SIZE")):
+        return None
+    if not all(environ.get(name) for name in TORCH_VARIABLES):
+        if environ.get("WORLD_SIZE") == "1" and environ.get("RANK") in (None, "", "0"):
+            return None
+        raise _half_set(environ, TORCH_VARIABLES, "torchrun sets all four")
+    rank, size, port = (_number(environ, name) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
+    _check_below(environ, "RANK", "WORLD_SIZE")
+    _check_below(environ, "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    host = environ["MASTER_ADDR"].strip("[]")
+    if environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        # torchrun itself listens at MASTER_PORT: all ranks take another, each start its own.
+        names = (_TORCHRUN, "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT")
+        start = " ".join(environ.get(name, "") for name in names)
+        port = _port(environ, zlib.crc32(start.encode()))
+        if environ.get("LOCAL_WORLD_SIZE") == environ["WORLD_SIZE"]:
+            host = "127.0.0.1"
+    elif not 0 < port < 2**16:
+        raise ValueError(f"MASTER_PORT must be from 1 to {2**16 - 1}, got {port}")
+    devices = _torch_devices(environ, size)
+    return Cluster("torchrun", network.join_address(host, port), size, rank, devices)
+
+
+def _torch_devices(environ: Mapping[str, str], size: int) -> tuple[int, ...] | None:
+    """Return which GPUs torchrun's variables give to a process: the usual one is LOCAL_RANK's."""
+    if not environ.get("LOCAL_RANK") or size == 1:
+        return None
+    local_rank = _number(environ, "LOCAL_RANK")
+    if environ.get("LOCAL_WORLD_SIZE"):
+        return local_devices(environ, local_rank, _number(environ, "LOCAL_WORLD_SIZE"))
+    return local_devices(environ, local_rank, local_rank + 1) and (local_rank,)
+
+
+def _check_below(environ: Mapping[str, str], name: str, of: str) -> None:
+    """Refuse a rank that is not below its count, where both are set."""
+    if not (environ.get(name) and environ.get(of)):
+        return
+    rank, count = _number(environ, name), _number(environ, of)
+    if rank >= count:
+        raise ValueError(
+            f"{name}={rank} contradicts {of}={count}, which needs it from 0 to {count - 1}: set "
+            "both as torchrun does"
+        )
 
 
 def _open_mpi(environ: Mapping[str, str]) -> Cluster | None:

@@ -35,8 +35,9 @@ def initialize(
     """Join the processes of one run; call it first, before jax touches a device.
 
     With all three of the first arguments None they are what `launch.cluster()` finds: the variables
-    that `txcore launch` sets, SLURM, Open MPI, Kubernetes or a TPU pod. On CPU the collectives go
-    through gloo, on GPU through NCCL. Nothing listens on an address but the coordinator's, and on
+    that `txcore launch` or torchrun sets, SLURM, Open MPI, Kubernetes or a TPU pod. Where it finds
+    nothing, this process is alone, and there is nothing to join. On CPU the collectives go through
+    gloo, on GPU through NCCL. Nothing listens on an address but the coordinator's, and on
     each host the one that leads there; on loopback where the coordinator is.
 
     Args:
@@ -49,16 +50,17 @@ def initialize(
       peer_timeout_s, step_timeout_s: seconds after which a silent rank counts as lost, and that
         a step of `Engine.fit` may take: then all ranks end and say why (`launch.watch.start`).
       local_device_ids: which of the GPUs that this process sees are its own. By default, under
-        SLURM and Open MPI, an equal share of those that all processes of a host see
+        SLURM, Open MPI and torchrun, an equal share of those that all processes of a host see
         (`launch.cluster()` tells), and else all.
 
     Raises:
-      ValueError: only some of the three are given, they do not fit together, no cluster is found,
-        a variable names an interface that this host does not have, or a timeout is not above 0.
+      ValueError: only some of the three are given, they or the variables do not fit together, a
+        variable names an interface that this host does not have, or a timeout is not above 0.
       RuntimeError: a backend has started already, it was called before, or a process did not come
         in time (the message says which).
 
     Example:
+      >>> tx.initialize()  # alone: the run is this one process
       >>> tx.initialize("127.0.0.1:12345", num_processes=2, process_id=2)
       Traceback (most recent call last):
       ...
@@ -71,8 +73,12 @@ def initialize(
         peer_timeout_s=peer_timeout_s,
         step_timeout_s=step_timeout_s,
     )
+    place = place or _found(round(timeout_s))
+    if place is None:
+        _be_alone(local_device_ids)
+        return
     _refuse_late()
-    address, size, rank, ours = place or _found(round(timeout_s))
+    address, size, rank, ours = place
     network.check_interfaces()
     network.bypass_proxies(network.split_address(address)[0], os.environ)
     started = time.monotonic()
@@ -158,15 +164,22 @@ def _refuse_late() -> None:
         )
 
 
-def _found(timeout_s: int) -> Place:
-    """Return what the environment says."""
+def _be_alone(local_device_ids: int | Sequence[int] | None) -> None:
+    """Do what is left to do for a run of one process: nothing, but to take the GPUs named."""
+    if local_device_ids is None and _compat.coordination_client() is None:
+        return
+    _refuse_late()
+    ids = [local_device_ids] if isinstance(local_device_ids, int) else local_device_ids or ()
+    for platform in ("cuda", "rocm"):  # as jax.distributed.initialize does
+        _compat.set_if_there(f"jax_{platform}_visible_devices", ",".join(map(str, ids)))
+
+
+def _found(timeout_s: int) -> Place | None:
+    """Return what the environment says, or None where this process is alone."""
     found = cluster()
     if found is None:
-        raise ValueError(
-            "tx.initialize found no cluster: give coordinator=, num_processes= and process_id=; "
-            f"or set {', '.join(VARIABLES)}, as `txcore launch` does; or start the script by srun, "
-            "by mpirun, in an indexed Kubernetes job or on a TPU pod"
-        )
+        return None
+    _refuse_late()  # before jax asks the network
     values: tuple[Any, ...] = (found.coordinator, found.num_processes, found.process_id)
     if None in values:
         asked = _compat.detect_cluster(timeout_s) or (None, None, None)
