@@ -26,7 +26,8 @@ class Cluster(NamedTuple):
     """What a process knows of its run before it starts.
 
     Attributes:
-      name: what started it: "environment", "torchrun", "Open MPI", "SLURM", "Kubernetes", "TPU pod".
+      name: what started it: "environment", "torchrun", "Open MPI", "SLURM", "Kubernetes" or
+        "TPU pod".
       coordinator: "host:port" of process 0; None where only jax can find out.
       num_processes: how many processes there are; None where only jax can find out.
       process_id: which one this is, from 0; None where only jax can find out.
@@ -96,8 +97,8 @@ def _found(environ: Mapping[str, str]) -> Cluster | None:
     if found.num_processes is None:  # only jax could find it out, and here it stands
         return theirs
     raise ValueError(
-        f"RANK={theirs.process_id} of WORLD_SIZE={theirs.num_processes} contradict {found.name}, by "
-        f"which this is process {found.process_id} of {found.num_processes}: unset "
+        f"RANK={theirs.process_id} of WORLD_SIZE={theirs.num_processes} contradict {found.name}, "
+        f"by which this is process {found.process_id} of {found.num_processes}: unset "
         f"{', '.join(TORCH_VARIABLES)}, or set all of {', '.join(VARIABLES)}"
     )
 
