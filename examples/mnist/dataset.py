@@ -1,14 +1,18 @@
 """Load MNIST, or where it cannot be had, scikit-learn's handwritten digits."""
 
 import dataclasses
+import itertools
 import os
 import pathlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import download
 import numpy as np
+from files import NAMES as FILE_NAMES
+from files import NPZ, locate
 from idx import DataError, data_error, read_images, read_labels
+from npz import read_npz
 
 NAMES = ("auto", "mnist", "digits")
 SIDE = 28  # pixels
@@ -57,7 +61,8 @@ def load(
       name: "mnist" takes the files in the folder and downloads those that are not there;
         "digits" takes scikit-learn's, without a network; "auto" takes MNIST, and the digits
         where there is no MNIST file and no download: one line on stderr says so.
-      data_dir: the folder of the MNIST files; None takes the environment variable TXCORE_DATA,
+      data_dir: the folder of the MNIST files, under any of their usual names (`files.locate`), or
+        Keras' mnist.npz; None takes the environment variable TXCORE_DATA,
         and where that is not set, data/mnist under the current folder. Its files are checked
         for their format, not their checksum.
       rank: of this process. Rank 0 alone downloads.
@@ -100,7 +105,7 @@ def _choose(name: str, folder: pathlib.Path, rank: int, barrier: Callable[[str],
     try:
         download.ensure(folder, rank=rank, barrier=barrier)
     except DataError as error:
-        if name == "mnist" or any(download.find(folder, file) for file in download.FILES):
+        if name == "mnist" or _holds_data(folder):
             raise
         if rank == 0:
             print(
@@ -111,21 +116,51 @@ def _choose(name: str, folder: pathlib.Path, rank: int, barrier: Callable[[str],
     return "mnist"
 
 
+def _holds_data(folder: pathlib.Path) -> bool:
+    """Tell whether a folder holds a data set, or what may be one: it is not passed over."""
+    try:
+        return bool(locate(folder))
+    except DataError:
+        return True
+
+
 def _read(name: str, folder: pathlib.Path) -> Dataset:
     return _read_digits() if name == "digits" else _read_mnist(folder)
 
 
 def _read_mnist(folder: pathlib.Path) -> Dataset:
-    return Dataset("mnist", *_read_pair(folder, "train"), *_read_pair(folder, "t10k"))
+    found = locate(folder)
+    if NPZ in found:
+        path, arrays = found[NPZ], read_npz(found[NPZ])
+        pairs = (
+            _prepare(arrays[x], arrays[y], f"{path}:{x}", f"{path}:{y}")
+            for x, y in (("x_train", "y_train"), ("x_test", "y_test"))
+        )
+        return Dataset("mnist", *itertools.chain(*pairs))
+    paths = [_file(folder, found, name) for name in FILE_NAMES]
+    pairs = (
+        _prepare(read_images(images), read_labels(labels), str(images), str(labels))
+        for images, labels in (paths[:2], paths[2:])
+    )
+    return Dataset("mnist", *itertools.chain(*pairs))
 
 
-def _read_pair(folder: pathlib.Path, part: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return the images and the labels of "train" or "t10k"."""
-    images_path = _file(folder, f"{part}-images-idx3-ubyte")
-    labels_path = _file(folder, f"{part}-labels-idx1-ubyte")
-    labels = read_labels(labels_path)
+def _file(folder: pathlib.Path, found: Mapping[str, pathlib.Path], name: str) -> pathlib.Path:
+    if name not in found:
+        raise data_error(
+            folder,
+            f"{name}.gz or {name}",
+            "neither",
+            f"run `python examples/mnist/download.py --data-dir {folder}`",
+        )
+    return found[name]
+
+
+def _prepare(
+    pixels: np.ndarray, labels: np.ndarray, images_path: str, labels_path: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return images and labels of a file, checked, as the model takes them."""
     _check_labels(labels_path, labels)
-    pixels = read_images(images_path)
     if pixels.shape[1:] != (SIDE, SIDE):
         rows, cols = pixels.shape[1:]
         raise data_error(
@@ -137,27 +172,15 @@ def _read_pair(folder: pathlib.Path, part: str) -> tuple[np.ndarray, np.ndarray]
     if len(pixels) != len(labels):
         raise data_error(
             images_path,
-            f"one image for each of the {len(labels)} labels in {labels_path.name}",
+            f"one image for each of the {len(labels)} labels in {pathlib.Path(labels_path).name}",
             f"{len(pixels)} images",
             "take both files from the same source",
         )
     return _standardise(pixels, MNIST_MEAN, MNIST_STD), labels.astype(np.int32)
 
 
-def _file(folder: pathlib.Path, name: str) -> pathlib.Path:
-    path = download.find(folder, name)
-    if path is None:
-        raise data_error(
-            folder,
-            f"{name}.gz or {name}",
-            "neither",
-            f"run `python examples/mnist/download.py --data-dir {folder}`",
-        )
-    return path
-
-
-def _check_labels(path: pathlib.Path, labels: np.ndarray) -> None:
-    wrong = np.flatnonzero(labels >= CLASSES)
+def _check_labels(path: str, labels: np.ndarray) -> None:
+    wrong = np.flatnonzero((labels < 0) | (labels >= CLASSES))
     if len(wrong):
         raise data_error(
             path,

@@ -18,6 +18,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 
+from files import NAMES, NPZ, locate
 from idx import DataError, data_error
 
 
@@ -33,12 +34,13 @@ MIRRORS = (
     "https://ossci-datasets.s3.amazonaws.com/mnist/",
     "https://storage.googleapis.com/cvdf-datasets/mnist/",
 )
-FILES = {
-    "train-images-idx3-ubyte": Canonical(9_912_422, "f68b3c2dcbeaaa9fbdd348bbdeb94873"),
-    "train-labels-idx1-ubyte": Canonical(28_881, "d53e105ee54ea40749a09fcbcd1e9432"),
-    "t10k-images-idx3-ubyte": Canonical(1_648_877, "9fb629c4189551a2d022fa330f9573f3"),
-    "t10k-labels-idx1-ubyte": Canonical(4_542, "ec29112dd5afa0611ce80d1b7f02629c"),
-}
+_CANONICAL = (
+    Canonical(9_912_422, "f68b3c2dcbeaaa9fbdd348bbdeb94873"),
+    Canonical(28_881, "d53e105ee54ea40749a09fcbcd1e9432"),
+    Canonical(1_648_877, "9fb629c4189551a2d022fa330f9573f3"),
+    Canonical(4_542, "ec29112dd5afa0611ce80d1b7f02629c"),
+)
+FILES = dict(zip(NAMES, _CANONICAL, strict=True))
 SILENCE_S = 10.0  # give up on a mirror that sends nothing for so long
 FILE_S = 300.0  # or that has not sent the whole file by then
 _PIECE_BYTES = 1 << 16
@@ -52,31 +54,20 @@ def data_folder(data_dir: str | os.PathLike[str] | None = None) -> pathlib.Path:
         that is not set, data/mnist under the current folder.
 
     Returns:
-      The folder, which need not exist.
+      The folder, which need not exist; ~ is expanded.
+
+    Raises:
+      DataError: it begins with ~ and a name that no user has.
 
     Example:
       >>> data_folder("my/mnist").as_posix()
       'my/mnist'
     """
-    return pathlib.Path(data_dir or os.environ.get("TXCORE_DATA") or "data/mnist").expanduser()
-
-
-def find(folder: pathlib.Path, name: str) -> pathlib.Path | None:
-    """Return the path of one of FILES in `folder`, gzip or plain; None where neither is.
-
-    Args:
-      folder: where to look.
-      name: a key of FILES.
-
-    Returns:
-      The path, the one of the gzip file where both are there.
-
-    Example:
-      >>> find(pathlib.Path("no/such/folder"), "train-images-idx3-ubyte") is None
-      True
-    """
-    both = (folder / f"{name}.gz", folder / name)
-    return next((path for path in both if os.path.exists(path)), None)
+    named = pathlib.Path(data_dir or os.environ.get("TXCORE_DATA") or "data/mnist")
+    try:
+        return named.expanduser()
+    except RuntimeError:  # ~nobody
+        raise data_error(named, "a folder", "no such user's", "write the path out") from None
 
 
 def ensure(
@@ -85,9 +76,11 @@ def ensure(
     rank: int = 0,
     barrier: Callable[[str], object] = lambda name: None,
 ) -> pathlib.Path:
-    """Download the files that are not in the folder; rank 0 does, the others wait.
+    """Download what is not in the folder; rank 0 does, the others wait.
 
-    Files that are there are left alone and not checked: the reader checks their format.
+    A set that is there, under any of its usual names (`files.locate`), is left alone and not
+    checked: the reader checks its format. A part of one is completed where it is of MNIST's own
+    files, by size and checksum: the rest of another set would go by unseen.
 
     Args:
       data_dir: as in `data_folder`.
@@ -98,7 +91,8 @@ def ensure(
       The folder, in which the four files are.
 
     Raises:
-      DataError: the files could not be downloaded or written, or this rank does not see them.
+      DataError: the files could not be downloaded or written, this rank does not see them, or the
+        folder holds two sets, a part of one, or data that is not read here.
 
     Example:
       >>> import tempfile
@@ -115,7 +109,7 @@ def ensure(
     finally:  # also after a failure: the other ranks are waiting
         barrier("mnist-download")
     # The other ranks look only now: before, a network file system may remember "not there".
-    missing = [name for name in FILES if find(folder, name) is None]
+    missing = _missing(folder)
     if missing:
         raise data_error(
             folder,
@@ -127,12 +121,45 @@ def ensure(
     return folder
 
 
+def _missing(folder: pathlib.Path) -> list[str]:
+    """Return the names of the files that are not there."""
+    found = locate(folder)
+    return [] if NPZ in found else [name for name in FILES if name not in found]
+
+
 def _download_missing(folder: pathlib.Path) -> None:
-    for name, canonical in FILES.items():
-        if find(folder, name) is None:
-            path = folder / f"{name}.gz"
-            _make_folder(folder)  # before the download, so that it is not for nothing
-            _write_atomically(path, _from_any_mirror(path, canonical))
+    missing = _missing(folder)
+    if missing:
+        _check_rest(folder)
+    for name in missing:
+        path = folder / f"{name}.gz"
+        _make_folder(folder)  # before the download, so that it is not for nothing
+        _write_atomically(path, _from_any_mirror(path, FILES[name]))
+
+
+def _check_rest(folder: pathlib.Path) -> None:
+    """Refuse a part of a set to which MNIST's own files need not belong."""
+    found = locate(folder)
+    for name, path in found.items():
+        canonical = FILES[name]
+        if path.parent != folder or Canonical(*_size_and_md5(path)) != canonical:
+            missing = next(other for other in FILES if other not in found)
+            raise data_error(
+                folder,
+                "all four files of a set",
+                f"{path.relative_to(folder)} and no {missing}",
+                f"put {missing} of the same set there, or name a new folder to download MNIST to",
+            )
+
+
+def _size_and_md5(path: pathlib.Path) -> tuple[int, str]:
+    try:
+        with path.open("rb") as file:
+            data = file.read(max(each.size_bytes for each in FILES.values()) + 1)
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise data_error(path, "a file to read", reason, "give one that you may read") from None
+    return len(data), hashlib.md5(data, usedforsecurity=False).hexdigest()
 
 
 def _from_any_mirror(path: pathlib.Path, canonical: Canonical) -> bytes:

@@ -9,6 +9,7 @@ import io
 import pathlib
 import struct
 import zlib
+from typing import IO
 
 import numpy as np
 
@@ -24,7 +25,7 @@ class DataError(ValueError):
     """A data file or folder is not as required; the message says what to do, in one line."""
 
 
-def data_error(path: pathlib.Path, required: str, found: str, do: str) -> DataError:
+def data_error(path: str | pathlib.Path, required: str, found: str, do: str) -> DataError:
     """Return the error for `path`.
 
     Args:
@@ -133,7 +134,7 @@ def _contents(path: pathlib.Path, limit: int) -> bytes:
         if path.exists() and not path.is_file():  # to open a pipe would wait for its writer
             raise data_error(path, "a file", "a folder or a device", "give an IDX file's path")
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            return _read_up_to(file, limit)
+            return read_up_to(file, limit)
     except EOFError:
         raise data_error(path, "a whole gzip file", "a truncated one", _again(path)) from None
     except (gzip.BadGzipFile, zlib.error) as error:
@@ -145,7 +146,7 @@ def _contents(path: pathlib.Path, limit: int) -> bytes:
         raise data_error(path, "a file to read", reason, "give one that you may read") from None
 
 
-def _read_up_to(file: io.BufferedIOBase, limit: int) -> bytes:
+def read_up_to(file: IO[bytes] | io.BufferedIOBase, limit: int) -> bytes:
     """Return up to `limit` bytes, holding no more than there are, whatever the limit is."""
     data = bytearray()
     while piece := file.read(min(_PIECE_BYTES, limit - len(data))):

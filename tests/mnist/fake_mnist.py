@@ -34,6 +34,15 @@ def contents(train=30, test=10):
     return {name: idx_bytes(array) for name, array in zip(NAMES, arrays, strict=True)}
 
 
+def write_npz(folder, save=np.savez, **changed):
+    """Write the same arrays as Keras does, some replaced or, by None, left out; return the path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    arrays = {"x_train": images(30), "y_train": labels(30), "x_test": images(10)}
+    arrays |= {"y_test": labels(10)} | changed
+    save(folder / "mnist.npz", **{k: v for k, v in arrays.items() if v is not None})
+    return folder / "mnist.npz"
+
+
 def write(folder, files=None, packed=True):
     """Write the files, by default the right ones, into the folder, gzip or plain."""
     folder.mkdir(parents=True, exist_ok=True)

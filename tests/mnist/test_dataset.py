@@ -1,5 +1,6 @@
 """The data is what the files say; a bad folder is refused; all ranks read the same."""
 
+import gzip
 import queue
 import subprocess
 import sys
@@ -44,6 +45,59 @@ def test_files_in_a_folder(tmp_path, capsys, name, packed):
     np.testing.assert_allclose(data.test_images[..., 0], want, rtol=1e-6, atol=1e-7)
     np.testing.assert_array_equal(data.train_labels, fake_mnist.labels(30))
     assert capsys.readouterr() == ("", "")
+
+
+PLACES = {
+    "dots": "{}",
+    "torchvision": "MNIST/raw/{}",
+    "nested": "some/where/{}",
+    "a folder each": "{0}/{0}",
+}
+
+
+@pytest.mark.parametrize("packed", [True, False], ids=["gzip", "plain"])
+@pytest.mark.parametrize("place", PLACES)
+def test_files_under_other_usual_names(tmp_path, place, packed):
+    """The same values as under the usual names, never MNIST's own or the digits."""
+    for name, data in fake_mnist.contents().items():
+        spelled = name.replace("-idx", ".idx") if place == "dots" else name
+        path = tmp_path / PLACES[place].format(spelled)
+        path = path.with_name(f"{path.name}.gz") if packed else path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(gzip.compress(data) if packed else data)
+    assert_same(dataset.load("auto", tmp_path), fake_mnist.write(tmp_path / "usual"))
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+@pytest.mark.parametrize("given", ["folder", "file"])
+def test_keras_file(tmp_path, save, given):
+    path = fake_mnist.write_npz(tmp_path / "keras", save)
+    data = dataset.load("auto", path if given == "file" else tmp_path)
+    folder = fake_mnist.write(tmp_path / "usual")
+    assert_same(data, folder)
+
+
+def assert_same(data, folder):
+    want = dataset.load("mnist", folder)
+    assert data.name == "mnist"
+    for name in ("train_images", "train_labels", "test_images", "test_labels"):
+        np.testing.assert_array_equal(getattr(data, name), getattr(want, name))
+
+
+BAD_NPZ = {
+    "11 labels": ({"y_test": fake_mnist.labels(11)}, ":x_test: required one image for each of the "
+                  "11 labels in mnist.npz:y_test, found 10 images"),
+    "label -1": ({"y_train": np.full(30, -1)}, ":y_train: required labels of 0 to 9, found -1"),
+    "20x20": ({"x_train": fake_mnist.images(30, 20)}, ":x_train: required images of 28x28 pixels"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("arrays, text", BAD_NPZ.values(), ids=BAD_NPZ)
+def test_a_bad_keras_file(tmp_path, arrays, text):
+    path = fake_mnist.write_npz(tmp_path, np.savez, **arrays)
+    with pytest.raises(idx.DataError) as error:
+        dataset.load("auto", tmp_path)
+    assert str(error.value).startswith(f"{path}{text}")
 
 
 def test_the_real_files(mnist_dir):
@@ -185,11 +239,20 @@ BAD_FOLDERS = {
         changed(test_images=b""),
         "t10k-images-idx3-ubyte.gz: required a header of 16 bytes, found 0 bytes",
     ),
-    "one missing, no network": (
-        changed(test_labels=None),
-        "t10k-labels-idx1-ubyte.gz: required a download from one of 1 mirrors",
-    ),
 }
+
+
+@pytest.mark.parametrize("name", ["auto", "mnist"])
+def test_a_part_of_a_set(tmp_path, name):
+    """MNIST's own labels fit the images of every set made like it: none is completed by them."""
+    fake_mnist.write(tmp_path, changed(test_labels=None))
+    with pytest.raises(idx.DataError) as error:
+        dataset.load(name, tmp_path)
+    assert str(error.value) == (
+        f"{tmp_path}: required all four files of a set, found t10k-images-idx3-ubyte.gz and no "
+        "t10k-labels-idx1-ubyte; put t10k-labels-idx1-ubyte of the same set there, or name a new "
+        "folder to download MNIST to"
+    )
 
 
 @pytest.mark.parametrize("name", ["auto", "mnist"])
@@ -201,6 +264,19 @@ def test_bad_folder(tmp_path, files, text, name):
         dataset.load(name, tmp_path)
     assert str(error.value).startswith(f"{tmp_path}/{text}")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["auto", "mnist"])
+@pytest.mark.parametrize("file", ["mnist_train.csv", "mnist.pkl.gz", "MNIST/processed/training.pt"])
+def test_data_in_another_form_is_refused_by_name(tmp_path, name, file):
+    (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / file).touch()
+    with pytest.raises(idx.DataError) as error:
+        dataset.load(name, tmp_path)
+    assert str(error.value) == (
+        f"{tmp_path}: required the four files of MNIST or mnist.npz, found {file}, which is not "
+        "read here; put the four files there, or name an empty folder to download them to"
+    )
 
 
 def test_unknown_name():

@@ -185,13 +185,32 @@ def test_a_mirror_that_sends_too_slowly(tmp_path, mirrors, monkeypatch):
 
 def test_only_what_is_missing_is_downloaded(tmp_path, mirrors, server):
     mirrors("200")
-    (tmp_path / FIRST).write_bytes(b"the user's own")
-    (tmp_path / "t10k-labels-idx1-ubyte").write_bytes(b"plain")
+    (tmp_path / FIRST).write_bytes(BODIES[FIRST])
     download.ensure(tmp_path)
     download.ensure(tmp_path)
-    assert len(server.asked) == 2
-    assert (tmp_path / FIRST).read_bytes() == b"the user's own"
-    assert not (tmp_path / "t10k-labels-idx1-ubyte.gz").exists()
+    assert len(server.asked) == 3
+    assert_complete(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["changed", "plain", "dots"])
+def test_a_part_of_another_set_is_not_completed(tmp_path, mirrors, server, name):
+    """Its rest would be of MNIST: labels of 10,000 other images, in the same form."""
+    mirrors("200")
+    plain = FIRST.removesuffix(".gz")
+    file, data = {
+        "changed": (FIRST, BODIES[FIRST][:-1] + b"?"),
+        "plain": (plain, gzip.decompress(BODIES[FIRST])),
+        "dots": (f"{plain.replace('-idx', '.idx')}.gz", BODIES[FIRST]),
+    }[name]
+    (tmp_path / file).write_bytes(data)
+    if name == "dots":  # MNIST's own by its checksum
+        download.ensure(tmp_path)
+        assert len(server.asked) == 3
+        return
+    assert failure(tmp_path).startswith(
+        f"{tmp_path}: required all four files of a set, found {file} and no train-labels-idx1-ubyte"
+    )
+    assert server.asked == []
 
 
 def test_what_came_before_a_failure_is_kept(tmp_path, mirrors, monkeypatch):
@@ -222,7 +241,7 @@ def test_a_folder_that_cannot_be_made_is_noticed_before_the_download(tmp_path, m
     assert "required a folder to write to, with 12 MB free, found not a directory" in failure(
         tmp_path / "file" / "folder"
     )
-    assert "found file exists" in failure(tmp_path / "file")
+    assert "found another file; name the folder that it is in" in failure(tmp_path / "file")
     assert server.asked == []
 
 
@@ -372,6 +391,12 @@ def test_the_folder_rule(monkeypatch):
     assert download.data_folder("given") == pathlib.Path("given")
     monkeypatch.setenv("TXCORE_DATA", "")
     assert download.data_folder() == pathlib.Path("data/mnist")
+    assert download.data_folder("~/there") == pathlib.Path.home() / "there"
+    with pytest.raises(idx.DataError) as error:
+        download.data_folder("~nobody-of-this-name/there")
+    assert str(error.value) == (
+        "~nobody-of-this-name/there: required a folder, found no such user's; write the path out"
+    )
 
 
 def test_the_canonical_files(mnist_dir):
@@ -415,7 +440,7 @@ def test_script_without_a_network(tmp_path):
 def test_script_with_a_file_for_a_folder(tmp_path):
     (tmp_path / "file").touch()
     done = run_script("--data-dir", str(tmp_path / "file"))
-    assert_one_line_and_no_traceback(done, "required a folder to write to")
+    assert_one_line_and_no_traceback(done, "required a folder, or a file like mnist.npz")
 
 
 def test_script_with_the_files_there(tmp_path):
