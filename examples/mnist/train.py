@@ -21,6 +21,7 @@ from typing import Any
 
 STARTED = time.perf_counter()
 
+import agreement  # noqa: E402
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import models  # noqa: E402
@@ -29,6 +30,7 @@ from dataset import NAMES, Dataset, load  # noqa: E402
 
 import txcore as tx  # noqa: E402
 from txcore import kernels, launch  # noqa: E402
+from txcore.launch import watch  # noqa: E402
 from txcore.train import nonfinite  # noqa: E402
 
 EVAL_BATCH = 1024
@@ -58,7 +60,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--precision", default="float32", choices=["float32", "bfloat16", "float16"])
     add("--seed", type=int, default=0)
     add("--dataset", default="auto", choices=NAMES)
-    add("--data-dir", help="folder of the MNIST files; default: TXCORE_DATA, or data/mnist")
+    add(
+        "--data-dir",
+        help="folder of the MNIST files, or mnist.npz; default: TXCORE_DATA, or data/mnist",
+    )
     add("--train-size", type=int, help="train on the first N examples only")
     add("--log-dir", help="write DIR/train.jsonl")
     add("--results", help="write a JSON file")
@@ -98,7 +103,7 @@ def choose_devices(wanted: str, num_processes: int) -> list[Any]:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Refuse numbers out of range before anything is loaded."""
+    """Refuse what is out of range before anything is loaded, and expand ~ in paths."""
     for name, low in (("steps", 0), ("epochs", 0), ("warmup", 0), ("eval_every", 1)):
         value = getattr(args, name)
         if value is not None and value < low:
@@ -112,6 +117,16 @@ def check(args: argparse.Namespace) -> None:
         )
     if not 0 <= args.seed < 2**32:
         raise ValueError(f"--seed must be from 0 to {2**32 - 1}, got {args.seed}")
+    for name in ("data_dir", "log_dir", "results", "checkpoint_dir"):
+        path = os.path.expanduser(getattr(args, name) or "")  # shells leave --results=~/x as it is
+        if path.startswith("~"):
+            flag = name.replace("_", "-")
+            raise ValueError(f"--{flag} needs a path, but {path!r} is no user's here: write it out")
+        setattr(args, name, path or None)
+    if args.data_dir and args.dataset == "digits":
+        raise ValueError(
+            "--data-dir is for MNIST, but --dataset digits takes scikit-learn's: leave one out"
+        )
     if args.results:
         # Now, and not after an hour of training.
         pathlib.Path(args.results).parent.mkdir(parents=True, exist_ok=True)
@@ -270,12 +285,11 @@ def seconds_since_start() -> float:
 
 def train(args: argparse.Namespace) -> int:
     """Run the training, and return the exit code: 1 if the proof failed."""
+    tx.initialize(args.coordinator, args.num_processes, args.process_id)
+    agreement.check_arguments(args)  # before one rank refuses its own, and the others wait
     check(args)
     checkpoints = make_checkpoints(args)
     layers = models.layers_of(args.model, args.dropout)
-    place = args.coordinator, args.num_processes, args.process_id
-    if place != (None, None, None) or launch.cluster():
-        tx.initialize(*place)
     devices = choose_devices(args.devices, launch.world_size())
     dataset = load(
         args.dataset,
@@ -284,6 +298,7 @@ def train(args: argparse.Namespace) -> int:
         barrier=tx.barrier,
         agree=lambda own: launch.share("dataset", own),
     )
+    agreement.check_data(dataset)
     data = Data(dataset, args, len(devices))
     steps = args.steps
     if steps is None:
@@ -357,6 +372,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
+        watch.failed(error)  # the other ranks are waiting for this one
         print(f"train.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
 

@@ -202,6 +202,20 @@ def test_it_is_resumed_where_it_was(tmp_path, capsys):
     assert "has checkpoints already, the newest step_00000030" in capsys.readouterr().err
 
 
+def test_home_is_expanded_in_paths(tmp_path, monkeypatch):
+    """`--results=~/x` reaches the script as it is; a folder named ~ is nobody's wish."""
+    home = tmp_path / "home"
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(tmp_path)
+    flags = {"--results": "r/x.json", "--log-dir": "logs", "--checkpoint-dir": "saved"}
+    paths = [f"{flag}=~/{path}" for flag, path in flags.items()]
+    args = ["--model", "dense", "--dataset", "digits", "--steps", "1", "--no-audit"]
+    assert train.main([*args, *paths]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["home"]
+    written = [home / "r" / "x.json", home / "logs" / "train.jsonl", home / "saved"]
+    assert all(path.exists() for path in written)
+
+
 def test_without_audit(tmp_path, capsys):
     args = ["--model", "dense", "--dataset", "digits", "--devices", "2", "--steps", "1"]
     results = run(tmp_path, *args, "--no-audit")
@@ -243,6 +257,8 @@ BAD = [
     (["--resume", "must"], "--resume needs --checkpoint-dir: without it nothing is saved"),
     (["--keep", "5"], "--keep needs --checkpoint-dir: without it nothing is saved"),
     (["--save-every", "9"], "--save-every needs --checkpoint-dir: without it nothing is saved"),
+    (["--results", "~nobody-such/r"], "--results needs a path, but '~nobody-such/r' is no user's"),
+    (["--data-dir", "x"], "--data-dir is for MNIST, but --dataset digits takes scikit-learn's"),
     (["--results", "/proc/nothing/r.json"], "/proc/nothing"),
     (["--log-dir", "/proc/nothing"], "/proc/nothing"),
 ]

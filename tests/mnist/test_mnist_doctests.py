@@ -2,14 +2,19 @@
 
 import doctest
 
+import agreement
 import batches
 import dataset
 import download
+import files
 import idx
+import npz
 import pytest
 
+MODULES = [agreement, batches, dataset, download, files, idx, npz]
 
-@pytest.mark.parametrize("module", [batches, dataset, download, idx], ids=lambda m: m.__name__)
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda m: m.__name__)
 def test_docstrings(module):
     result = doctest.testmod(module)
     assert result.failed == 0
