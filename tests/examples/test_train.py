@@ -204,16 +204,11 @@ def test_it_is_resumed_where_it_was(tmp_path, capsys):
 
 def test_home_is_expanded_in_paths(tmp_path, monkeypatch):
     """`--results=~/x` reaches the script as it is; a folder named ~ is nobody's wish."""
-    home = tmp_path / "home"
-    monkeypatch.setenv("HOME", str(home))
-    monkeypatch.chdir(tmp_path)
-    flags = {"--results": "r/x.json", "--log-dir": "logs", "--checkpoint-dir": "saved"}
-    paths = [f"{flag}=~/{path}" for flag, path in flags.items()]
-    args = ["--model", "dense", "--dataset", "digits", "--steps", "1", "--no-audit"]
-    assert train.main([*args, *paths]) == 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["home"]
-    written = [home / "r" / "x.json", home / "logs" / "train.jsonl", home / "saved"]
-    assert all(path.exists() for path in written)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    names = ("results", "log_dir", "checkpoint_dir", "data_dir")
+    args = train.parse([f"--{name.replace('_', '-')}=~/{name}" for name in names])
+    train.check(args)
+    assert [getattr(args, name) for name in names] == [str(tmp_path / name) for name in names]
 
 
 def test_without_audit(tmp_path, capsys):
