@@ -135,8 +135,7 @@ def test_over_budget_is_neither_locked_nor_passed(capsys):
 
 
 BAD = {
-    "no action": ([], "the following arguments are required: update|check"),
-    "no factory": (["check"], "the following arguments are required: MODULE:FACTORY"),
+    "no factory": (["check", "--exact"], "the following arguments are required: MODULE:FACTORY"),
     "no lock": (["check", *STEP], f"cannot read {FILE}: No such file or directory; txcore lock "
                 "update writes what the program sends now"),
     "another target": (["check", "lock_factories:step", "--mesh", "data=2", "--file", "good"],

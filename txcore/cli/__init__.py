@@ -2,11 +2,13 @@
 
 import argparse
 import sys
+import traceback
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from txcore.cli import costs, dump, env, inspect, launch, lock, tune
-from txcore.cli.load import BadInput
+from txcore.cli.errors import BadInput, BadUsage
+from txcore.cli.output import complain, show
 
 _COMMANDS = (inspect, costs, dump, lock, tune, launch, env)
 
@@ -14,8 +16,24 @@ _COMMANDS = (inspect, costs, dump, lock, tune, launch, env)
 class _Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line."""
 
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.set_defaults(parser=self)  # of the command, whose --help an error names
+
     def error(self, message: str) -> NoReturn:
-        raise BadInput(f"{message} (see {self.prog} --help)")
+        error = BadUsage(message)
+        error.parser = self
+        raise error
+
+
+class _Version(argparse.Action):
+    """Print the version; it is looked up then only, since `txcore launch` imports no jax."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        import txcore
+
+        show(f"txcore {txcore.__version__}")
+        parser.exit()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,25 +44,55 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
       The exit code: 0, or 1 where a program fails what the command holds it to,
-      or 2 for bad input, with one line on stderr, or 130 after Ctrl-C.
+      or 2 for bad input, with one line on stderr (help, where nothing is given), or 130 after
+      Ctrl-C.
     """
+    given = sys.argv[1:] if argv is None else [*argv]
+    options = argparse.Namespace()
     try:
-        options = _parser().parse_args(argv)
-        command: Callable[[argparse.Namespace], int] = options.command
-        return command(options)
+        code = _run(given, options)
+        show(end="")  # what argparse has printed, too
+        return code
     except BadInput as error:
-        # A file's name or content may bring control characters into an error.
-        from txcore.profiling.report.printable import printable
-
-        print(f"txcore: error: {printable(str(error))}", file=sys.stderr)
+        _explain(error, given, options)
         return 2
     except KeyboardInterrupt:
-        print("txcore: interrupted", file=sys.stderr)
+        complain("txcore: interrupted")
         return 130
+    except Exception:  # an error of our own must not pass for a proof that failed, which is 1
+        complain(f"{traceback.format_exc()}txcore: error: this is a defect of txcore: report it")
+        return 2
+
+
+def _run(given: Sequence[str], options: argparse.Namespace) -> int:
+    try:
+        _parser().parse_args(given, options)
+    except SystemExit:  # after --help and --version
+        return 0
+    command: Callable[[argparse.Namespace], int] = options.command
+    return command(options)
+
+
+def _explain(error: BadInput, given: Sequence[str], options: argparse.Namespace) -> None:
+    """Say in a line what was wrong; where nothing was given, what there is to give."""
+    from txcore.profiling.report.printable import printable
+
+    see = ""
+    if isinstance(error, BadUsage):
+        parser: argparse.ArgumentParser = error.parser or options.parser
+        if parser.prog.split()[1:] == [*given]:
+            complain(parser.format_help().rstrip())
+            return
+        see = f" (see {parser.prog} --help)"
+    elif getattr(options, "traceback", False) and error.__cause__ is not None:
+        complain("".join(traceback.format_exception(error.__cause__)).rstrip())
+    # A file's name or content may bring control characters into an error.
+    complain(f"txcore: error: {printable(str(error))}{see}")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="txcore", description="Explicit collectives for JAX, and their proof.")
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for command in _COMMANDS:
         command.add(commands)

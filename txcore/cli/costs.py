@@ -3,7 +3,9 @@
 import argparse
 from typing import Any
 
-from txcore.cli.load import BadInput, add_program, compile_factory, first_line, positive
+from txcore.cli.errors import BadInput, first_line
+from txcore.cli.load import add_program, compile_factory, positive
+from txcore.cli.output import show
 
 _AT_LEAST = 1 << 20
 
@@ -32,5 +34,5 @@ def run(options: argparse.Namespace) -> int:
         found = costs_of(program, at_least=options.at_least)
     except ValueError as error:
         raise BadInput(f"{options.factory}: {first_line(error)}") from error
-    print(found.to_json() if options.json else f"{found}\n\n{found.report.verdict()}")
+    show(found.to_json() if options.json else f"{found}\n\n{found.report.verdict()}")
     return 0 if found.report.ok else 1

@@ -6,7 +6,9 @@ import json
 import pathlib
 from typing import TYPE_CHECKING, Any
 
-from txcore.cli.load import BadInput, add_program, compile_factory
+from txcore.cli.errors import BadInput
+from txcore.cli.load import add_program, compile_factory, path
+from txcore.cli.output import show
 
 if TYPE_CHECKING:
     from txcore.profiling.program import Program
@@ -26,7 +28,10 @@ def add(commands: Any) -> None:
     parser = commands.add_parser("dump", help="write a program's stages into a folder")
     add_program(parser)
     parser.add_argument(
-        "folder", metavar="DIR", help="new, empty, or with files of an earlier dump: replaced"
+        "folder",
+        type=path,
+        metavar="DIR",
+        help="new, empty, or with files of an earlier dump: replaced",
     )
     parser.set_defaults(command=run)
 
@@ -41,17 +46,26 @@ def run(options: argparse.Namespace) -> int:
         for name in _FILES:
             (folder / name).unlink(missing_ok=True)
         for name, text in texts.items():
-            (folder / name).write_text(text)
-            print(f"{folder / name}: {len(text.encode())} bytes")
+            _write(folder / name, text)
+            show(f"{folder / name}: {len(text.encode())} bytes")
     except OSError as error:
         raise BadInput(f"cannot write {folder}: {error.strerror or error}") from None
     return 0
 
 
+def _write(file: pathlib.Path, text: str) -> None:
+    """Write a file, or none: half of one would pass for the whole."""
+    try:
+        file.write_text(text, encoding="utf-8")
+    except OSError:
+        file.unlink(missing_ok=True)
+        raise
+
+
 def _check(folder: pathlib.Path) -> None:
     """Refuse a folder that holds anything else, before compiling for it."""
     try:
-        others = {path.name for path in folder.iterdir()} - set(_FILES) if folder.exists() else ()
+        others = {each.name for each in folder.iterdir()} - set(_FILES) if folder.exists() else ()
     except OSError as error:
         raise BadInput(f"cannot write {folder}: {error.strerror or error}") from None
     if others:

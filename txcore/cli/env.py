@@ -3,7 +3,8 @@
 import argparse
 from typing import Any
 
-from txcore.cli.load import first_line
+from txcore.cli.errors import first_line
+from txcore.cli.output import show
 
 _OPTIONAL = (
     *("optax", "orbax-checkpoint", "tqdm", "matplotlib", "scikit-learn"),
@@ -26,9 +27,9 @@ def run(options: argparse.Namespace) -> int:
     rows = [("python", platform.python_version()), ("platform", platform.platform())]
     rows += [(name, _version(name)) for name in ("txcore", "jax", "jaxlib", "numpy", *_OPTIONAL)]
     devices = _devices()
-    print(tabulate([*rows, *devices], tablefmt="plain"))
+    show(tabulate([*rows, *devices], tablefmt="plain"))
     if any(name == "backend" for name, _ in devices):
-        print(f"\nkernels for float32, and why\n{tabulate(_kernels(), tablefmt='plain')}")
+        show(f"\nkernels for float32, and why\n{tabulate(_kernels(), tablefmt='plain')}")
     return 0
 
 

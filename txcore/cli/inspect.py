@@ -3,7 +3,9 @@
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from txcore.cli.load import BadInput, add_program, compile_factory, first_line, positive
+from txcore.cli.errors import BadInput, BadUsage, first_line
+from txcore.cli.load import add_program, compile_factory, path, positive
+from txcore.cli.output import show
 
 if TYPE_CHECKING:
     from txcore.profiling import Report
@@ -15,16 +17,21 @@ def add(commands: Any) -> None:
     """Add the command to the parser's subparsers."""
     parser = commands.add_parser("inspect", help="list the collectives of a compiled program")
     add_program(parser, optional=True)
-    parser.add_argument("--hlo", metavar="FILE", help="read this text of compiled HLO instead")
+    parser.add_argument(
+        "--hlo", type=path, metavar="FILE", help="read this text of compiled HLO instead"
+    )
     parser.add_argument(
         "--after-spmd",
         action="store_true",
         help="list them as they are right after partitioning, each by itself",
     )
     parser.add_argument(
-        "--against", metavar="FILE", help="show what changed since this text of compiled HLO"
+        "--against",
+        type=path,
+        metavar="FILE",
+        help="show what changed since this text of compiled HLO",
     )
-    parser.add_argument("--html", metavar="FILE", help="write the report as a page, too")
+    parser.add_argument("--html", type=path, metavar="FILE", help="write the report as a page, too")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.add_argument(
         "--max-bytes",
@@ -42,9 +49,9 @@ def run(options: argparse.Namespace) -> int:
     earlier = None if options.against is None else _of_file(options, options.against)
     if options.html is not None:
         _write_page(report, earlier, options.html)
-    print(report.to_json() if options.json else report)
+    show(report.to_json() if options.json else str(report))
     if earlier is not None:
-        print(_changes(earlier, report))
+        show(_changes(earlier, report))
     return 0 if report.ok else 1
 
 
@@ -56,52 +63,52 @@ def _changes(earlier: "Report", report: "Report") -> str:
 
 def _check(options: argparse.Namespace) -> None:
     if (options.factory is None) == (options.hlo is None):
-        raise BadInput("inspect needs either MODULE:FACTORY or --hlo FILE")
+        raise BadUsage("inspect needs either MODULE:FACTORY or --hlo FILE")
     for name in ("devices", "target") if options.hlo is not None else ():
         if getattr(options, name) is not None:
-            raise BadInput(
+            raise BadUsage(
                 f"--{name} is for MODULE:FACTORY: a file was compiled for its own devices"
             )
     if options.hlo is not None and options.after_spmd:
-        raise BadInput("--after-spmd is for MODULE:FACTORY: a file holds one stage of a program")
+        raise BadUsage("--after-spmd is for MODULE:FACTORY: a file holds one stage of a program")
     if options.hlo is None and options.against is None and options.max_bytes is not None:
-        raise BadInput("--max-bytes is for --hlo FILE and --against FILE, and there is none")
+        raise BadUsage("--max-bytes is for --hlo FILE and --against FILE, and there is none")
     if options.json and options.against is not None:
-        raise BadInput("--against is for people: compare the reports of two --json runs instead")
+        raise BadUsage("--against is for people: compare the reports of two --json runs instead")
 
 
-def _write_page(report: "Report", earlier: "Report | None", path: str) -> None:
+def _write_page(report: "Report", earlier: "Report | None", file: str) -> None:
     try:
-        report.to_html(path, earlier)
+        report.to_html(file, earlier)
     except OSError as error:
-        raise BadInput(f"cannot write {path}: {error.strerror or error}") from None
+        raise BadInput(f"cannot write {file}: {error.strerror or error}") from None
 
 
-def _of_file(options: argparse.Namespace, path: str) -> "Report":
+def _of_file(options: argparse.Namespace, file: str) -> "Report":
     import jax
 
     from txcore.profiling import audit_text
 
-    text = _read_text(path, options.max_bytes or _MOST_BYTES)
+    text = _read_text(file, options.max_bytes or _MOST_BYTES)
     sizes = options.mesh
     mesh = jax.sharding.AbstractMesh(tuple(sizes.values()), tuple(sizes)) if sizes else None
     try:
         return audit_text(text, mesh=mesh)
     except ValueError as error:
-        raise BadInput(f"{path}: {first_line(error)}") from error
+        raise BadInput(f"{file}: {first_line(error)}") from error
 
 
-def _read_text(path: str, most_bytes: int) -> str:
+def _read_text(name: str, most_bytes: int) -> str:
     try:
-        with open(path, "rb") as file:
+        with open(name, "rb") as file:
             data = file.read(most_bytes + 1)
         if len(data) > most_bytes:
-            raise BadInput(f"{path} is longer than {most_bytes} bytes: raise --max-bytes")
+            raise BadInput(f"{name} is longer than {most_bytes} bytes: raise --max-bytes")
         return data.decode()
     except UnicodeDecodeError:
-        raise BadInput(f"{path} is not text: give it HLO as text (xla_dump_hlo_as_text)") from None
+        raise BadInput(f"{name} is not text: give it HLO as text (xla_dump_hlo_as_text)") from None
     except OSError as error:
-        raise BadInput(f"cannot read {path}: {error.strerror or error}") from None
+        raise BadInput(f"cannot read {name}: {error.strerror or error}") from None
 
 
 def _of_factory(options: argparse.Namespace) -> "Report":

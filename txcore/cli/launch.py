@@ -11,7 +11,9 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from txcore.cli.load import BadInput, positive
+from txcore.cli.errors import BadInput, BadUsage
+from txcore.cli.load import path, positive
+from txcore.cli.output import complain
 from txcore.cli.placing import coordinator, place, resolve
 
 if TYPE_CHECKING:
@@ -47,7 +49,7 @@ def add(commands: Any) -> None:
         help="where rank 0 listens (default: a port of 127.0.0.1, or of the first host)",
     )
     parser.add_argument(
-        "--output-dir", metavar="DIR", type=pathlib.Path, help="one file a rank: rank-0.out, .err"
+        "--output-dir", metavar="DIR", type=path, help="one file a rank: rank-0.out, .err"
     )
     parser.add_argument(
         "--remote-shell", metavar="CMD", default=_SSH, help=f"how to reach hosts (default {_SSH})"
@@ -88,7 +90,7 @@ def run(options: argparse.Namespace) -> int:
     """Run the ranks; return 0, or the exit code of the one that failed first."""
     from txcore.launch import local
 
-    folder = options.output_dir
+    folder = None if options.output_dir is None else pathlib.Path(options.output_dir)
     with contextlib.ExitStack() as held:
         tasks = make_tasks(options, held)
         shell = _remote_shell(options) if any(task.host for task in tasks) else []
@@ -103,8 +105,7 @@ def run(options: argparse.Namespace) -> int:
     if failure is None:
         return 0
     lines = [f"[{failure.rank}] {line}" for line in failure.tail]
-    with contextlib.suppress(OSError):  # nobody reads it
-        print(*lines, f"txcore: {failure.text}", sep="\n", file=sys.stderr)
+    complain("\n".join([*lines, f"txcore: {failure.text}"]))
     return failure.exit_code
 
 
@@ -152,7 +153,7 @@ def _argv(options: argparse.Namespace) -> list[str]:
     """Return the command: a script or a module by this interpreter, anything else as it is."""
     program = options.program[1:] if options.program[:1] == ["--"] else options.program
     if not program:
-        raise BadInput("launch needs SCRIPT.py, -m MODULE or a command (see txcore launch --help)")
+        raise BadUsage("launch needs SCRIPT.py, -m MODULE or a command")
     if options.module:
         return [sys.executable, "-m", *program]
     if program[0].endswith(".py"):
@@ -181,7 +182,7 @@ def _remote_shell(options: argparse.Namespace) -> list[str]:
         raise BadInput(f"--remote-shell {options.remote_shell!r}: {error}") from error
     if not words or shutil.which(words[0]) is None:
         raise BadInput(f"--remote-shell needs a command, but got {options.remote_shell!r}")
-    for path in (sys.executable, hosts.__file__):
-        if shlex.quote(path) != path:
-            raise BadInput(f"--hosts needs a path without spaces and such, but Python's is {path}")
+    for file in (sys.executable, hosts.__file__):
+        if shlex.quote(file) != file:
+            raise BadInput(f"--hosts needs a path without spaces and such, but Python's is {file}")
     return words

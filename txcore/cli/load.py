@@ -1,22 +1,25 @@
 """What commands read: axes, MODULE:FACTORY, devices; and how they refuse bad input."""
 
 import argparse
+import contextlib
 import importlib
+import importlib.util
 import inspect
 import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
+
+from txcore.cli.errors import BadInput as BadInput
+from txcore.cli.errors import BadUsage, blame, first_line
 
 if TYPE_CHECKING:  # the real imports are in the functions: `txcore --help` must not wait for jax
     import jax
 
     from txcore.profiling.program import Program
-
-
-class BadInput(Exception):
-    """What was given cannot be used; its text is the one line that the user sees."""
+    from txcore.profiling.targets import Target
 
 
 def axes(text: str) -> dict[str, int]:
@@ -39,13 +42,27 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def path(text: str) -> str:
+    """Read a path, ~ expanded, as the type of an option: shells leave `--file=~/x` as it is."""
+    expanded = os.path.expanduser(text)
+    if expanded.startswith("~"):
+        raise argparse.ArgumentTypeError(
+            f"needs a path, but {text!r} begins with a user that is not known here: write it out"
+        )
+    return expanded
+
+
 def add_program(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:
     """Add MODULE:FACTORY to a command's parser, and the options that say where it runs."""
     parser.add_argument(
         "factory",
         nargs="?" if optional else None,
         metavar="MODULE:FACTORY",
-        help="FACTORY() or, with --mesh, FACTORY(mesh) returns (fn, args); args may be shapes",
+        help="FACTORY() or, with --mesh, FACTORY(mesh) returns (fn, args); args may be shapes. "
+        "FILE.py:FACTORY is read as well",
+    )
+    parser.add_argument(
+        "--traceback", action="store_true", help="where that code fails, show all of its error"
     )
     parser.add_argument("--mesh", type=axes, metavar="data=2,model=2", help="the mesh's axes")
     where = parser.add_mutually_exclusive_group()
@@ -66,34 +83,45 @@ def compile_factory(options: argparse.Namespace, *, keep_partitioned: bool = Fal
     """
     from txcore.profiling.program import compile_for_target, compile_program
 
+    # Before the module is imported: it may make arrays, after which the devices are fixed.
     simulate_devices(options.devices)
-    factory = load(options.factory)
-    if options.target is not None:
-        mesh = _target_mesh(options.target, options.mesh)
-    else:
-        mesh = mesh_of(options.mesh) if options.mesh else None
-    fn, args = build(factory, options.factory, mesh)
-    try:
-        if options.target is None:
-            return compile_program(fn, args, keep_partitioned=keep_partitioned)
-        return compile_for_target(
-            lambda: (fn, args), options.target, None, keep_partitioned=keep_partitioned
-        )
-    except Exception as error:
-        raise BadInput(
-            f"{options.factory}: the function does not compile: {first_line(error)}"
-        ) from error
+    target = None if options.target is None else _parse_target(options.target)
+    with _importable(options.factory):
+        factory = load(options.factory)
+        if target is not None:
+            mesh = _target_mesh(target, options.mesh) if options.mesh else None
+        else:
+            mesh = mesh_of(options.mesh) if options.mesh else None
+        fn, args = build(factory, options.factory, mesh)
+        try:
+            if options.target is None:
+                return compile_program(fn, args, keep_partitioned=keep_partitioned)
+            return compile_for_target(
+                lambda: (fn, args), options.target, None, keep_partitioned=keep_partitioned
+            )
+        except (Exception, SystemExit) as error:
+            raise BadInput(
+                f"{options.factory}: the function does not compile: {blame(error)}"
+            ) from error
 
 
-def _target_mesh(target: str, sizes: dict[str, int] | None) -> "jax.sharding.Mesh | None":
+def _parse_target(target: str) -> "Target":
+    """Read `--target`, and simulate its devices where they are CPUs."""
     from txcore import _compat
     from txcore.profiling.targets import parse_target
 
     try:
         found = parse_target(target)
-        if found.platform == "cpu" and not _compat.backend_started():
-            simulate_devices(found.size)
-        return found.mesh(sizes) if sizes else None
+    except ValueError as error:
+        raise BadInput(f"--target: {error}") from error
+    if found.platform == "cpu" and not _compat.backend_started():
+        simulate_devices(found.size)
+    return found
+
+
+def _target_mesh(target: "Target", sizes: dict[str, int]) -> "jax.sharding.Mesh":
+    try:
+        return target.mesh(sizes)
     except (ValueError, ImportError, RuntimeError) as error:
         raise BadInput(f"--target: {error}") from error
 
@@ -114,25 +142,88 @@ def simulate_devices(count: int | None) -> None:
     os.environ["JAX_PLATFORMS"] = "cpu"  # for processes that the factory starts
 
 
-def load(factory: str) -> Callable[..., Any]:
-    """Import MODULE:FACTORY, from the working folder too."""
-    module, colon, name = factory.partition(":")
-    if not (module and colon and name):
-        raise BadInput(f"needs MODULE:FACTORY, but got {factory!r}")
-    sys.path.insert(0, os.getcwd())  # as `python -m` does; a console script does not
+def split_factory(text: str) -> tuple[str, str]:
+    """Return what is before and after the colon of MODULE:FACTORY or FILE.py:FACTORY.
+
+    Raises:
+      BadUsage: it is neither.
+
+    Example:
+      >>> from txcore.cli.load import split_factory
+      >>> split_factory("examples/step.py:build")
+      ('examples/step.py', 'build')
+    """
+    module, _, name = text.rpartition(":")
+    is_file = module.endswith(".py")
+    if not (module and name) or (not is_file and os.sep in module):
+        raise BadUsage(f"needs MODULE:FACTORY or FILE.py:FACTORY, but got {text!r}")
+    return path(module) if is_file else module, name
+
+
+@contextlib.contextmanager
+def _importable(factory: str) -> Iterator[None]:
+    """Have the user's modules imported from the file's folder, or the working folder.
+
+    As `python FILE.py` and `python -m MODULE` do; a console script does not. While the function is
+    traced, too: it may import.
+    """
+    module, _ = split_factory(factory)
+    folder = os.path.dirname(os.path.abspath(module)) if module.endswith(".py") else os.getcwd()
+    sys.path.insert(0, folder)
     try:
-        found = importlib.import_module(module)
-        for part in name.split("."):
-            found = getattr(found, part)
-    except AttributeError:
-        raise BadInput(f"module {module} has no {name}") from None
-    except (Exception, SystemExit) as error:
-        raise BadInput(f"cannot import {module}: {first_line(error)}") from error
+        yield
     finally:
-        sys.path.remove(os.getcwd())
+        with contextlib.suppress(ValueError):  # the user's code has removed it
+            sys.path.remove(folder)
+
+
+def load(factory: str) -> Callable[..., Any]:
+    """Import MODULE:FACTORY or FILE.py:FACTORY."""
+    module, name = split_factory(factory)
+    try:
+        imported = (
+            _import_file(module) if module.endswith(".py") else importlib.import_module(module)
+        )
+    except BadInput:
+        raise
+    except (Exception, SystemExit) as error:
+        raise BadInput(f"cannot import {module}: {blame(error)}") from error
+    found: Any = imported
+    for part in name.split("."):
+        try:
+            found = getattr(found, part)
+        except AttributeError:
+            raise BadInput(f"{_what(module)} has no {name}") from None
     if not callable(found):
         raise BadInput(f"{factory} must be a function that returns (fn, args), and is none")
     return found
+
+
+def _what(module: str) -> str:
+    return f"file {module}" if module.endswith(".py") else f"module {module}"
+
+
+def _import_file(file: str) -> ModuleType:
+    """Import a file under its own name, or another where a module has that already."""
+    if not os.path.isfile(file):
+        raise BadInput(f"there is no file {file}")
+    full, name = os.path.realpath(file), os.path.splitext(os.path.basename(file))[0]
+    there = sys.modules.get(name)
+    if there is not None:
+        if os.path.realpath(getattr(there, "__file__", None) or "") == full:
+            return there
+        name = f"{name} of {full}"
+    spec = importlib.util.spec_from_file_location(name, full)
+    assert spec is not None
+    assert spec.loader is not None  # of a name that ends in .py there is one
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # where dataclasses, and the file's own imports, look for it
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
 
 
 def mesh_of(sizes: dict[str, int]) -> "jax.sharding.Mesh":
@@ -165,17 +256,11 @@ def build(
     try:
         built = factory(*given)
     except (Exception, SystemExit) as error:
-        raise BadInput(f"{name} failed: {first_line(error)}") from error
+        raise BadInput(f"{name} failed: {blame(error)}") from error
     is_pair = isinstance(built, tuple) and len(built) == 2
     if not (is_pair and callable(built[0]) and isinstance(built[1], tuple | list)):
         raise BadInput(f"{name} must return (fn, args), args a tuple, but got {_kind(built)}")
     return built[0], built[1]
-
-
-def first_line(error: BaseException) -> str:
-    """Return an error's kind and the first line of its text."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def _kind(value: Any) -> str:

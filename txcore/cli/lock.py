@@ -1,10 +1,13 @@
 """`txcore lock`: hold a program to the communication that its lock file has."""
 
 import argparse
+import os
 import re
 from typing import TYPE_CHECKING, Any
 
-from txcore.cli.load import BadInput, add_program, compile_factory
+from txcore.cli.errors import BadInput, BadUsage
+from txcore.cli.load import add_program, compile_factory, path, split_factory
+from txcore.cli.output import show
 
 if TYPE_CHECKING:
     from txcore.profiling import Report
@@ -35,6 +38,7 @@ def add(commands: Any) -> None:
         add_program(action)
         action.add_argument(
             "--file",
+            type=path,
             metavar="FILE",
             help="the lock file (default __collectives__/MODULE.FACTORY.lock.json)",
         )
@@ -54,33 +58,41 @@ def _budget(text: str) -> tuple[str, int | None]:
 def _update(options: argparse.Namespace) -> int:
     from txcore.profiling import lock
 
-    budgets = dict(options.budget)
+    file, budgets = _file(options), dict(options.budget)
     if len(budgets) < len(options.budget):
-        raise BadInput("--budget needs each axis once, but got one twice")
+        raise BadUsage("--budget needs each axis once, but got one twice")
     report = _report(options)
     try:
-        outcome = lock.update(_file(options), report, budgets=budgets)
+        outcome = lock.update(file, report, budgets=budgets)
     except lock.LockError as error:
         raise BadInput(str(error)) from error
-    print(outcome.text)
+    show(outcome.text)
     return 0 if outcome.ok else 1
 
 
 def _check(options: argparse.Namespace) -> int:
     from txcore.profiling import lock
 
-    report = _report(options)
+    file, report = _file(options), _report(options)
     try:
-        outcome = lock.check(_file(options), report, exact=options.exact)
+        outcome = lock.check(file, report, exact=options.exact)
     except lock.LockError as error:
         raise BadInput(f"{error}; txcore lock update writes what the program sends now") from error
-    print(outcome.text)
+    show(outcome.text)
     return 0 if outcome.ok else 1
 
 
 def _file(options: argparse.Namespace) -> str:
-    default = f"__collectives__/{options.factory.replace(':', '.')}.lock.json"
-    return default if options.file is None else options.file
+    """Return the lock file's path; FILE.py:FACTORY has that of the same module."""
+    if options.file is not None:
+        return options.file
+    module, name = split_factory(options.factory)
+    if module.endswith(".py"):
+        below = os.path.relpath(module).removesuffix(".py")
+        if below.startswith(os.pardir):
+            raise BadUsage(f"{module} is not below this folder, so its lock needs --file FILE")
+        module = below.replace(os.sep, ".")
+    return f"__collectives__/{module}.{name}.lock.json"
 
 
 def _report(options: argparse.Namespace) -> "Report":

@@ -9,7 +9,7 @@ import socket
 import sys
 from collections.abc import Sequence
 
-from txcore.cli.load import BadInput
+from txcore.cli.errors import BadInput
 
 _HOST = r"(?:\w[\w.-]*@)?(?:\w[\w.-]*|\[[\da-fA-F:.]+\])"  # nothing that ssh takes for an option
 _EPHEMERAL = pathlib.Path("/proc/sys/net/ipv4/ip_local_port_range")

@@ -5,7 +5,9 @@ import textwrap
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from txcore.cli.load import BadInput, positive
+from txcore.cli.errors import BadInput, BadUsage
+from txcore.cli.load import path, positive
+from txcore.cli.output import show
 
 if TYPE_CHECKING:
     from txcore.kernels.measure import Measured
@@ -46,6 +48,7 @@ def add(commands: Any) -> None:
     )
     parser.add_argument(
         "--cache",
+        type=path,
         metavar="FILE",
         help="the file to write (default $TXCORE_TUNING, or txcore/tuning.json in the user's "
         "cache folder)",
@@ -60,11 +63,11 @@ def run(options: argparse.Namespace) -> int:
     from txcore.kernels.tuning import cache_path
 
     shapes = _shapes(options)
-    path = None if options.dry_run else options.cache or cache_path()
-    if path is not None:
-        _add_to(path)  # refused before anything is measured
+    file = None if options.dry_run else options.cache or cache_path()
+    if file is not None:
+        _add_to(file)  # refused before anything is measured
     elif not options.dry_run:
-        raise BadInput("TXCORE_TUNING is empty: name a file by --cache, or give --dry-run")
+        raise BadUsage("TXCORE_TUNING is empty: name a file by --cache, or give --dry-run")
     for shape in shapes:
         measured = measure(
             shape,
@@ -73,11 +76,11 @@ def run(options: argparse.Namespace) -> int:
             rounds=options.rounds,
             named=options.implementation,
         )
-        print(f"{shape.op} {shape.name} {options.dtype}\n{_table(measured)}", flush=True)
-        if path is not None and measured.entry is not None:
-            _add_to(path, {measured.key: measured.entry})
-    if path is not None:
-        print(f"written to {path}")
+        show(f"{shape.op} {shape.name} {options.dtype}\n{_table(measured)}")
+        if file is not None and measured.entry is not None:
+            _add_to(file, {measured.key: measured.entry})
+    if file is not None:
+        show(f"written to {file}")
     return 0
 
 
@@ -90,7 +93,7 @@ def _shapes(options: argparse.Namespace) -> "list[Shape]":
     found = [SHAPES[name] for name in options.shapes or SHAPES if SHAPES[name].op in ops]
     if options.shapes and len(found) < len(options.shapes):
         others = [name for name in options.shapes if SHAPES[name].op not in ops]
-        raise BadInput(
+        raise BadUsage(
             f"--shapes {others[0]} is of {SHAPES[others[0]].op}, but OP names "
             f"{', '.join(options.ops)}: leave one of the two out"
         )
@@ -100,7 +103,7 @@ def _shapes(options: argparse.Namespace) -> "list[Shape]":
 def _check(what: str, given: Iterable[str], known: Iterable[str]) -> None:
     for name in given:
         if name not in known:
-            raise BadInput(f"tune needs {what} among {', '.join(known)}, but got {name!r}")
+            raise BadUsage(f"tune needs {what} among {', '.join(known)}, but got {name!r}")
 
 
 def _table(measured: "Measured") -> str:
@@ -128,13 +131,13 @@ def _table(measured: "Measured") -> str:
     return textwrap.indent(table, "  ")
 
 
-def _add_to(path: str, entries: "Mapping[str, Entry] | None" = None) -> None:
+def _add_to(file: str, entries: "Mapping[str, Entry] | None" = None) -> None:
     """Add entries to a tuning file, shape by shape: what was measured outlives Ctrl-C."""
     from txcore.kernels.tuning_file import TuningError, read, write
 
     try:
-        found = read(path)
+        found = read(file)
         if entries is not None:
-            write(path, {**found, **entries})
+            write(file, {**found, **entries})
     except TuningError as error:
         raise BadInput(str(error)) from None

@@ -1,0 +1,90 @@
+"""Errors of the command line: one line each, with the user's own line where there is one."""
+
+import argparse
+import os
+import pathlib
+import sys
+import sysconfig
+import traceback
+from collections.abc import Iterator
+
+
+class BadInput(Exception):
+    """What was given cannot be used; its text is the one line that the user sees."""
+
+
+class BadUsage(BadInput):
+    """The arguments do not fit together; the line names the command's --help, too.
+
+    Attributes:
+      parser: of the command; None where main knows it.
+    """
+
+    parser: argparse.ArgumentParser | None = None
+
+
+def first_line(error: BaseException) -> str:
+    """Return an error's kind and the first line of its text."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def blame(error: BaseException) -> str:
+    """Return the first line of an error out of the user's code, and where that raised it.
+
+    Example:
+      >>> from txcore.cli.errors import blame
+      >>> blame(KeyError("lr"))
+      "KeyError: 'lr' (--traceback shows all)"
+    """
+    place = user_line(error)
+    where = f"{place}; " if place else ""
+    return f"{first_line(error)} ({where}--traceback shows all)"
+
+
+def user_line(error: BaseException) -> str | None:
+    """Return "file.py:12", the user's innermost line in an error's traceback, if there is one.
+
+    What is installed counts where no other line does: a user's package may be.
+    """
+    own = _own_folders()
+    places = [place for place in _places(error) if not place[0].startswith(own)]
+    places = [place for place in places if not _is_pythons(place[0])]
+    theirs = [place for place in places if not _is_installed(place[0])]
+    if not places:
+        return None
+    path, line = (theirs or places)[-1]
+    return f"{_short(path)}:{line}"
+
+
+def _places(error: BaseException) -> Iterator[tuple[str, int]]:
+    """Yield file and line of each frame, outermost first; of a syntax error its own, too."""
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        if not frame.f_code.co_filename.startswith("<"):
+            yield os.path.realpath(frame.f_code.co_filename), line
+    if isinstance(error, SyntaxError) and error.filename and error.lineno:
+        yield os.path.realpath(error.filename), error.lineno
+
+
+def _own_folders() -> tuple[str, ...]:
+    """Return the folders of txcore and jax."""
+    folders = [str(pathlib.Path(__file__).parents[1])]
+    for name in ("txcore.kernels", "txcore.profiling", "jax", "jaxlib"):
+        folders += [*getattr(sys.modules.get(name), "__path__", ())]
+    return (*(f"{os.path.realpath(folder)}{os.sep}" for folder in folders),)
+
+
+def _is_installed(path: str) -> bool:
+    return f"-packages{os.sep}" in path  # site-packages, or Debian's dist-packages
+
+
+def _is_pythons(path: str) -> bool:
+    """Tell whether a file is of Python's own library."""
+    library = os.path.realpath(sysconfig.get_paths()["stdlib"])
+    return path.startswith(f"{library}{os.sep}") and not _is_installed(path)
+
+
+def _short(path: str) -> str:
+    """Return a path as it is from here, where it is below."""
+    here = os.path.realpath(os.getcwd()) + os.sep
+    return path.removeprefix(here)
