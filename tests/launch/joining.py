@@ -9,8 +9,8 @@ import sys
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 WORKER = pathlib.Path(__file__).with_name("worker.py")
 PLACE = ("JAX_COORDINATOR", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID", "SLURM", "OMPI_")
-PLACE += ("MASTER_", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_")
-DROPPED = (*PLACE, "XLA_FLAGS", "NCCL_SOCKET", "GLOO_SOCKET")
+TORCH = ("MASTER_", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_")
+DROPPED = (*PLACE, *TORCH, "XLA_FLAGS", "NCCL_SOCKET", "GLOO_SOCKET")
 
 
 def clean_environment(**more):

@@ -21,7 +21,7 @@ FLAGS = (
     f"--model cnn --dataset digits --batch-size 32 --steps {STEPS} --warmup 2 --no-audit".split()
 )
 PLACE = ("JAX_COORDINATOR", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID", "SLURM", "OMPI_", "XLA_FLAGS")
-PLACE += ("MASTER_", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_")
+TORCH = ("MASTER_", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_")
 
 
 def need(tools, packages):
@@ -64,7 +64,7 @@ def need_root():
 
 def environment(**more):
     """Return this process's environment without what says where a process belongs."""
-    own = {k: v for k, v in os.environ.items() if not k.startswith(PLACE)}
+    own = {k: v for k, v in os.environ.items() if not k.startswith(PLACE + TORCH)}
     return own | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)} | more
 
 
