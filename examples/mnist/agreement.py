@@ -57,8 +57,9 @@ def facts_of_data(data: Dataset) -> dict[str, str]:
     Example:
       >>> import numpy as np
       >>> images, labels = np.zeros((2, 28, 28, 1), np.float32), np.arange(2, dtype=np.int32)
-      >>> facts_of_data(Dataset("tiny", images, labels, images, labels))["training examples"]
-      '2, sha256 8132459f2cdb'
+      >>> facts = facts_of_data(Dataset("tiny", images, labels, images, labels))
+      >>> facts["data set"], facts["test examples"][:10]
+      ('tiny', '2, sha256 ')
     """
     facts = {"data set": data.name}
     for part, images, labels in (
