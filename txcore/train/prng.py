@@ -7,8 +7,12 @@ from txcore.collectives import _leaves, axis_index
 
 
 def step_key(seed: jax.Array, step: jax.Array) -> jax.Array:
-    """Return the key of one step; `seed` is a uint32 scalar, `step` an int32 scalar."""
-    return jax.random.fold_in(jax.random.key(seed), step)
+    """Return the key of one step; `seed` is a uint32 scalar, `step` an int32 scalar.
+
+    It is threefry's, whatever `jax_default_prng_impl` says: the bits that jax's "unsafe_rbg" draws
+    for many keys at once depend on how many there are, and so on the number of devices.
+    """
+    return jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), step)
 
 
 def example_keys(key: jax.Array, count: int, data_axes: tuple[str, ...]) -> jax.Array:
