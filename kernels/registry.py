@@ -15,7 +15,7 @@ from txcore.kernels.problem import Problem
 
 Implementation = Literal["xla", "pallas", "triton"]
 NAMES: tuple[Implementation, ...] = ("xla", "pallas", "triton")
-_COMPILED_FOR = {"pallas": ("gpu", "tpu"), "triton": ("gpu",)}  # "xla": for every platform
+_COMPILED_FOR = {"pallas": ("gpu",), "triton": ("gpu",)}  # "xla": for every platform
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,8 @@ class Kernel:
         an implementation that has none.
       refuse: why it cannot run a problem, or None where it can.
       compiled_for: the platforms for which it is compiled; elsewhere it is interpreted, if
-        `refuse` lets it run at all, and runs only where it is named. By default those of its
-        name: all for "xla", "gpu" and "tpu" for "pallas", "gpu" for "triton".
+        `refuse` lets it run at all: on CPU, where it is named; an accelerator refuses it. By
+        default those of its name: all for "xla", "gpu" for "pallas" and "triton".
     """
 
     run: Callable[..., Any]
@@ -117,7 +117,14 @@ def choose(
 def _why_not(problem: Problem, kernels: Kernels, name: str) -> str | None:
     if name not in kernels:
         return f"{problem.op} has no {name} kernel"
-    return kernels[name].refuse(problem)  # type: ignore[index]
+    reason = kernels[name].refuse(problem)  # type: ignore[index]
+    if reason is None and problem.platform != "cpu" and not is_compiled(problem, kernels, name):
+        platforms = " and ".join(_platforms(kernels, name) or ()) or "no platform"
+        return (
+            f"its kernel is compiled for {platforms}, and on {problem.platform} it would be "
+            "interpreted, which shows on CPU that it is right"
+        )
+    return reason
 
 
 def _fastest(problem: Problem, kernels: Kernels) -> Choice:
@@ -132,10 +139,16 @@ def _fastest(problem: Problem, kernels: Kernels) -> Choice:
     return Choice("xla", kernels["xla"].configs(problem)[0], "heuristic")
 
 
-def is_compiled(problem: Problem, kernels: Kernels, name: Implementation) -> bool:
+def is_compiled(problem: Problem, kernels: Kernels, name: str) -> bool:
     """Tell whether an implementation is compiled for a problem's platform, not interpreted."""
-    platforms = kernels[name].compiled_for or _COMPILED_FOR.get(name)
+    platforms = _platforms(kernels, name)
     return platforms is None or problem.platform in platforms
+
+
+def _platforms(kernels: Kernels, name: str) -> tuple[str, ...] | None:
+    """Return the platforms for which an implementation is compiled; None for all."""
+    given = kernels[name].compiled_for  # type: ignore[index]
+    return _COMPILED_FOR.get(name) if given is None else given
 
 
 def candidates(

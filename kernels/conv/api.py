@@ -14,7 +14,7 @@ Padding = Literal["SAME", "VALID"]
 
 KERNELS: registry.Kernels = {
     "xla": registry.Kernel(xla.conv2d, xla.configs),
-    "pallas": registry.Kernel(pallas.conv2d, pallas.configs, pallas.refuse, compiled_for=("gpu",)),
+    "pallas": registry.Kernel(pallas.conv2d, pallas.configs, pallas.refuse),
 }
 
 

@@ -14,7 +14,7 @@ Activation = Literal["relu", "gelu", "tanh", "silu"] | None
 
 KERNELS: registry.Kernels = {
     "xla": registry.Kernel(xla.dense, xla.configs),
-    "pallas": registry.Kernel(pallas.dense, pallas.configs, compiled_for=("gpu",)),
+    "pallas": registry.Kernel(pallas.dense, pallas.configs),
 }
 
 

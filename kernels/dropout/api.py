@@ -11,7 +11,7 @@ from txcore.kernels.dropout import operands, pallas, xla
 
 KERNELS: registry.Kernels = {
     "xla": registry.Kernel(xla.dropout),
-    "pallas": registry.Kernel(pallas.dropout, pallas.configs, compiled_for=("gpu",)),
+    "pallas": registry.Kernel(pallas.dropout, pallas.configs),
 }
 
 

@@ -1,0 +1,83 @@
+"""The registry says of each implementation for which platforms it is compiled: so it lowers."""
+
+import re
+import warnings
+
+import jax
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+
+from txcore.kernels import registry
+from txcore.kernels.measure import problem_of
+from txcore.kernels.shapes import OPS, SHAPES
+
+ODD = {
+    "conv2d": "conv-odd",
+    "dense": "dense-odd-drop",
+    "dropout": "drop-odd",
+    "cross_entropy": "loss-odd",
+    "linear_cross_entropy": "linear-loss-odd",
+    "pack": "pack-odd",
+    "unpack": "unpack-odd",
+    "squared_norm": "norm-odd",
+    "sgd_momentum": "sgd-odd",
+    "adamw": "adamw-odd",
+}
+DEVICES = {"cpu": "cpu", "gpu": "NVIDIA H100", "tpu": "TPU v5 lite"}
+CALLS = {"gpu": "__gpu$xla.gpu.triton", "tpu": "tpu_custom_call", "cpu": "custom_call @"}
+
+
+def mesh_of(platform):
+    device = AbstractDevice(device_kind=DEVICES[platform], num_cores=None, platform=platform)
+    return AbstractMesh((1,), ("i",), (AxisType.Auto,), abstract_device=device)
+
+
+def kernel_calls(shape, choice, platform):
+    """Return how many compiled kernels the lowered program of a choice calls."""
+
+    def run(*operands):
+        with registry.decided_by(lambda problem, kernels: choice):
+            return shape.call(*operands)
+
+    lowering = {"gpu": "cuda"}.get(platform, platform)
+    with jax.sharding.use_abstract_mesh(mesh_of(platform)), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The Pallas Triton backend", DeprecationWarning)
+        traced = jax.jit(run).trace(*shape.structs())
+        return traced.lower(lowering_platforms=(lowering,)).as_text().count(CALLS[platform])
+
+
+def test_every_op_has_a_shape_here():
+    assert set(ODD) == set(OPS)
+
+
+@pytest.mark.parametrize("platform", DEVICES)
+@pytest.mark.parametrize("op", ODD)
+def test_what_counts_as_compiled_lowers_to_a_kernel_and_nothing_else_does(op, platform):
+    shape = SHAPES[ODD[op]]
+    with jax.sharding.use_abstract_mesh(mesh_of(platform)):
+        problem, kernels = problem_of(shape, "float32")
+    assert problem.platform == platform
+    for name in kernels.keys() - {"xla"}:
+        choice = registry.Choice(name, kernels[name].configs(problem)[0], "given")
+        compiled = registry.is_compiled(problem, kernels, name)
+        assert bool(kernel_calls(shape, choice, platform)) == compiled
+
+
+@pytest.mark.parametrize("op", ODD)
+def test_an_accelerator_refuses_what_it_would_interpret(op):
+    shape = SHAPES[ODD[op]]
+    with jax.sharding.use_abstract_mesh(mesh_of("tpu")):
+        with pytest.raises(NotImplementedError) as error:
+            jax.eval_shape(lambda *a: shape.call(*a, implementation="pallas"), *shape.structs())
+        jax.eval_shape(shape.call, *shape.structs())
+    reason = (
+        "and no device compiles that"
+        if "pack" in op
+        else (
+            "its kernel is compiled for gpu, and on tpu it would be interpreted, which shows on CPU "
+            "that it is right"
+        )
+    )
+    text = f"{reason}. Pass 'xla', or leave implementation out to have one chosen."
+    assert str(error.value).startswith(f"{op}: implementation='pallas' was asked for, but ")
+    assert re.search(re.escape(text) + "$", str(error.value))
