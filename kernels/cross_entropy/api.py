@@ -14,7 +14,7 @@ from txcore.kernels.cross_entropy.blocks import ClassBlocks, LossTiles
 
 KERNELS: registry.Kernels = {
     "xla": registry.Kernel(xla.cross_entropy, xla.configs),
-    "pallas": registry.Kernel(pallas.cross_entropy, pallas.configs, compiled_for=("gpu",)),
+    "pallas": registry.Kernel(pallas.cross_entropy, pallas.configs),
 }
 
 
@@ -42,8 +42,12 @@ def cross_entropy(
     sums combine with the others' as in Milakov & Gimelshein 2018,
     https://arxiv.org/abs/1805.02867. `linear_cross_entropy` does not even hold the logits.
 
-    A label outside [0, classes) gives NaN, in the loss and in the gradient of its example: it
-    cannot be refused, since labels are known only when the program runs. Reverse-mode
+    A label outside [0, classes), a negative one too, gives NaN, in the loss and in the gradient of
+    its example: it cannot be refused, since labels are known only when the program runs. (optax
+    takes -1 for the last class, and gives to the NaN of other labels a finite gradient.) A row whose loss does not count, since it is masked, has a gradient of 0, whatever its
+    label and logits are: mask by `jnp.where(mask, losses, 0)` or `tx.example_mean(losses, mask)`,
+    not by a product, in whose value 0 * NaN is NaN. PyTorch's ignore_index=-100 is the mask
+    `labels != -100`. Reverse-mode
     differentiation only: the op has its own VJP, so `jax.jvp`, `jax.jacfwd` and `jax.hessian`
     raise jax's error about forward-mode on a custom_vjp function.
 

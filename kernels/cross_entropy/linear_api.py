@@ -12,9 +12,7 @@ from txcore.kernels.cross_entropy.blocks import ClassBlocks, LossTiles
 
 KERNELS: registry.Kernels = {
     "xla": registry.Kernel(linear_xla.linear_cross_entropy, linear_xla.configs),
-    "pallas": registry.Kernel(
-        linear_pallas.linear_cross_entropy, pallas.configs, compiled_for=("gpu",)
-    ),
+    "pallas": registry.Kernel(linear_pallas.linear_cross_entropy, pallas.configs),
 }
 
 
@@ -39,9 +37,9 @@ def linear_cross_entropy(
     https://arxiv.org/abs/2411.09009.
 
     Logits are never rounded to half precision: products of half-precision operands are added up
-    in float32, and each gradient is rounded once. Label smoothing, labels outside [0, classes)
-    and infinite logits are treated as by `cross_entropy`, and forward-mode differentiation is
-    refused by jax as there.
+    in float32, and each gradient is rounded once. Label smoothing, labels outside [0, classes),
+    masked rows and infinite logits are treated as by `cross_entropy`: what x holds in a row whose
+    loss does not count reaches no gradient. Forward-mode differentiation is refused by jax as there.
 
     Args:
       x: inputs, shape (..., features), any floating dtype.

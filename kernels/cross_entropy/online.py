@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from txcore.kernels import checks
+
 
 class Stats(NamedTuple):
     """Hold what is known of some classes' scores, for each row."""
@@ -48,6 +50,7 @@ def stats(
       smoothing: the weight of the uniform distribution.
     """
     if counted is not None:
+        counted = checks.lift(counted, scores)
         chosen &= counted
         scores = jnp.where(counted, scores, -jnp.inf)
     # Never -inf, which would make NaN of a block whose classes are all ruled out.
@@ -68,7 +71,7 @@ def combine(parts: Stats, counts: np.ndarray) -> Stats:
       counts: the number of classes that were counted in each block.
     """
     top = jnp.max(parts.top, 0)
-    rise = top - parts.top
+    rise = top[None] - parts.top
     lag = None
     if parts.lag is not None:
         weights = counts.reshape(-1, *(1,) * (rise.ndim - 1)).astype(rise.dtype)
@@ -99,8 +102,18 @@ def gradient(
     classes: int,
     smoothing: float,
 ) -> jax.Array:
-    """Return the gradient of a block of scores, given the cotangent g of the rows' losses."""
+    """Return the gradient of a block of scores, given the cotangent g of the rows' losses.
+
+    A row whose loss does not count (its cotangent is 0) has none, whatever it holds: 0 times the
+    NaN of a label that is no class would be NaN, and spread to all weights.
+    """
     top, log_total = (part[..., None] for part in normalizer)
     probability = jnp.exp(scores - top - log_total)
     wanted = jnp.where(chosen, 1 - smoothing + smoothing / classes, smoothing / classes)
-    return (probability - wanted.astype(scores.dtype)) * g[..., None]
+    change = (probability - wanted.astype(scores.dtype)) * g[..., None]
+    return jnp.where(counts(g), change, 0)
+
+
+def counts(g: jax.Array) -> jax.Array:
+    """Tell which rows' losses count, as a column, by their cotangents."""
+    return g[..., None] != 0
