@@ -1,10 +1,12 @@
 """Checks that the ops share: what was required, what was given, what to do."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 
 def float_arrays(op: str, **arrays: Any) -> tuple[jax.Array, ...]:
@@ -43,6 +45,17 @@ def in_range(op: str, option: str, value: Any, low: float, high: float) -> None:
         raise ValueError(f"{op}: {option} must be a finite number {bounds}; got {value!r}.")
 
 
-def accumulator(dtype: jnp.dtype) -> jnp.dtype:
+def common_dtype(*dtypes: DTypeLike) -> jnp.dtype:
+    """Return the dtype that jax's standard rules give, whatever its promotion is set to."""
+    with jax.numpy_dtype_promotion("standard"):
+        return functools.reduce(jnp.promote_types, dtypes)
+
+
+def accumulator(dtype: DTypeLike) -> jnp.dtype:
     """Return the dtype to compute in for operands of `dtype`: float32 or wider."""
-    return jnp.promote_types(dtype, jnp.float32)
+    return common_dtype(dtype, jnp.float32)
+
+
+def lift(x: jax.Array, like: jax.Array) -> jax.Array:
+    """Return `x` with dims of 1 in front, as many as `like` has: jax may refuse to add them."""
+    return jax.lax.expand_dims(x, range(like.ndim - x.ndim))

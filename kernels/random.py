@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from txcore import _compat
+from txcore.kernels import checks
 
 Pair = tuple[jax.Array, jax.Array]
 
@@ -57,6 +58,7 @@ def bits(key: Pair, counters: jax.Array) -> jax.Array:
     """
     # One word a block costs XLA:CPU no more than both would: it computes the whole block for
     # each of two results that are put side by side.
+    counters = checks.lift(counters, key[0])
     first, second = threefry2x32(key, (jnp.zeros_like(counters), counters))
     return first ^ second
 

@@ -13,11 +13,11 @@ from txcore.kernels.bucket import pallas, xla
 
 PACK: registry.Kernels = {
     "xla": registry.Kernel(xla.pack),
-    "pallas": registry.Kernel(pallas.pack, refuse=pallas.refuse_pack),
+    "pallas": registry.Kernel(pallas.pack, refuse=pallas.refuse_pack, compiled_for=()),
 }
 UNPACK: registry.Kernels = {
     "xla": registry.Kernel(xla.unpack),
-    "pallas": registry.Kernel(pallas.unpack, refuse=pallas.refuse_unpack),
+    "pallas": registry.Kernel(pallas.unpack, refuse=pallas.refuse_unpack, compiled_for=()),
 }
 
 
@@ -142,7 +142,7 @@ def _scales(op: str, scale: ArrayLike | None, *types: Any) -> tuple[jax.Array, .
             f"{op}: scale must be a scalar; got shape {jnp.shape(scale)}. Multiply the arrays "
             "themselves to scale each differently."
         )
-    wide = checks.accumulator(jnp.result_type(*types))
+    wide = checks.accumulator(checks.common_dtype(*map(jnp.result_type, types)))
     return (jax.lax.stop_gradient(jnp.asarray(scale, wide)),)
 
 

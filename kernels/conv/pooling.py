@@ -55,7 +55,7 @@ def apart(place: jax.Array, g: jax.Array) -> list[jax.Array]:
 
 def unpool(place: jax.Array, g: jax.Array, height: int, width: int) -> jax.Array:
     """Give each window's gradient to its place in an array of that height and width."""
-    at = jnp.arange(4, dtype=place.dtype).reshape(2, 1, 2, 1)
+    at = jnp.arange(4, dtype=place.dtype).reshape(1, 1, 2, 1, 2, 1)
     y = jnp.where(place[:, :, None, :, None] == at, g[:, :, None, :, None], 0)
     y = y.reshape(g.shape[0], 2 * g.shape[1], 2 * g.shape[2], g.shape[3])
     return jnp.pad(y, ((0, 0), (0, height - y.shape[1]), (0, width - y.shape[2]), (0, 0)))

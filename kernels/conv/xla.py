@@ -121,7 +121,7 @@ def _forward(x: jax.Array, w: jax.Array, b: jax.Array, fixed: _Fixed) -> tuple[j
         outputs = _products(_wide(config, x), w, filters, fixed)
         # The maximum of y + b is (the maximum of y) + b, also when rounded: a quarter of the work.
         top = pooling.maximum(outputs) if pool else outputs[0]
-        out = top + b.astype(top.dtype)
+        out = top + checks.lift(b.astype(top.dtype), top)
         passed = None
         if activation == "relu":
             out = jnp.maximum(out, 0)

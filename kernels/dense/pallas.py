@@ -104,7 +104,7 @@ def _layer(
     rows, columns = tiles.block(len(x), config.rows), tiles.block(w.shape[1], config.columns)
 
     def finish(y: jax.Array, bias: jax.Array, *seeds: jax.Array) -> list[jax.Array]:
-        y, kept = y + bias, None
+        y, kept = y + bias.astype(y.dtype), None
         if seeds:
             first, second, start = seeds
             kept = random.keep((first, second), tile_masks.counters(start, columns), dropout)

@@ -78,7 +78,8 @@ def _forward(
     config: Config,
 ) -> tuple[jax.Array, Residuals]:
     dtype = checks.accumulator(x.dtype)
-    y = jnp.matmul(x, w, preferred_element_type=dtype) + b.astype(dtype)
+    y = jnp.matmul(x, w, preferred_element_type=dtype)
+    y = y + checks.lift(b.astype(dtype), y)
     kept = _mask(words, offset, w.shape[1], dropout)
     out = elementwise.apply(y, activation, dropout, kept).astype(x.dtype)
     saved = out if activation == "relu" else None

@@ -206,7 +206,7 @@ def adamw(
 
 
 def _wide_dtype(*arrays: jax.Array) -> jnp.dtype:
-    return checks.accumulator(jnp.result_type(*(array.dtype for array in arrays)))
+    return checks.accumulator(checks.common_dtype(*(array.dtype for array in arrays)))
 
 
 def _scalar(op: str, option: str, value: ArrayLike, dtype: jnp.dtype) -> jax.Array:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from txcore import kernels
+from txcore.kernels import checks
 from txcore.optim import optimizer
 
 
@@ -27,9 +28,11 @@ def global_norm(tree: Any) -> jax.Array:
       >>> float(tx.optim.global_norm({"w": jnp.array([3.0, 0.0]), "b": jnp.array(4.0)}))
       5.0
     """
-    total = jnp.zeros((), jnp.float32)
-    for leaf in jax.tree.leaves(tree):
-        total = total + kernels.squared_norm(leaf)
+    squares = [kernels.squared_norm(leaf) for leaf in jax.tree.leaves(tree)]
+    dtype = checks.common_dtype(jnp.float32, *(square.dtype for square in squares))
+    total = jnp.zeros((), dtype)
+    for square in squares:
+        total = total + square.astype(dtype)
     return jnp.sqrt(total)
 
 
@@ -60,7 +63,7 @@ def clip_by_global_norm(tree: Any, max_norm: float) -> Any:
     """
     check_max_norm("clip_by_global_norm", "max_norm", max_norm)
     factor = _factor(global_norm(tree), max_norm)
-    return jax.tree.map(lambda leaf: (leaf * factor).astype(jnp.result_type(leaf)), tree)
+    return jax.tree.map(lambda leaf: _scaled(leaf, factor), tree)
 
 
 def clipping_scale(
@@ -89,8 +92,16 @@ def clipping_scale(
         "leave clip_norm out and scale the gradients with tx.optim.clip_by_global_norm if the "
         "norm of each device's own part is meant",
     )
-    scale = jnp.asarray(grad_scale)
-    return scale * _factor(global_norm(grads) * abs(scale), max_norm)
+    scale, norm = jnp.asarray(grad_scale), global_norm(grads)
+    dtype = checks.common_dtype(scale.dtype, norm.dtype)
+    scale = scale.astype(dtype)
+    return scale * _factor(norm.astype(dtype) * abs(scale), max_norm)
+
+
+def _scaled(leaf: Any, factor: jax.Array) -> jax.Array:
+    dtype = jnp.result_type(leaf)
+    wide = checks.common_dtype(dtype, factor.dtype)
+    return (jnp.asarray(leaf, wide) * factor.astype(wide)).astype(dtype)
 
 
 def _factor(norm: jax.Array, max_norm: float) -> jax.Array:

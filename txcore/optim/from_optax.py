@@ -1,5 +1,7 @@
 """Optimizers made elsewhere; optax itself is not imported."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -40,7 +42,8 @@ def from_optax(transformation: Any, *, elementwise: bool = False) -> Optimizer:
         raise TypeError(_refusal("from_optax: transformation must be", transformation))
 
     def init(params: Any) -> Any:
-        return jax.tree.map(_strong, transformation.init(params))
+        with _standard_promotion():
+            return jax.tree.map(_strong, transformation.init(params))
 
     def update(
         grads: Any, opt_state: Any, params: Any, *, step: jax.Array, grad_scale: ArrayLike = 1.0
@@ -54,8 +57,9 @@ def from_optax(transformation: Any, *, elementwise: bool = False) -> Optimizer:
                 "that element alone",
             )
         grads = jax.tree.map(_cast_like, scale_gradients(grads, grad_scale), params)
-        changes, new_state = transformation.update(grads, opt_state, params)
-        new_params = jax.tree.map(lambda p, c: _cast_like(p + c, p), params, changes)
+        with _standard_promotion():
+            changes, new_state = transformation.update(grads, opt_state, params)
+            new_params = jax.tree.map(lambda p, c: _cast_like(p + c, p), params, changes)
         return new_params, jax.tree.map(_cast_like, new_state, opt_state)
 
     return Optimizer(init, update)
@@ -100,6 +104,13 @@ def _refusal(required: str, given: Any) -> str:
         f"{required} an optax GradientTransformation (with init and update); got "
         f"{type(given).__name__}: {given!r}. Pass tx.optim.sgd(0.01), for example."
     )
+
+
+@contextlib.contextmanager
+def _standard_promotion() -> Iterator[None]:
+    """Let code of others compute by the rules that it is written for: optax's own mixes dtypes."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
 
 
 def _strong(leaf: Any) -> jax.Array:

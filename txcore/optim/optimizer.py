@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from txcore import _compat
+from txcore.kernels import checks
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ def scale_gradients(grads: Any, grad_scale: ArrayLike) -> Any:
 
 
 def _widened(x: Any) -> jax.Array:
-    return jnp.asarray(x, jnp.promote_types(jnp.result_type(x), jnp.float32))
+    return jnp.asarray(x, checks.accumulator(jnp.result_type(x)))
 
 
 def zero_moments(op: str, params: Any) -> Any:
@@ -61,7 +62,7 @@ def zero_moments(op: str, params: Any) -> Any:
 
 
 def _zero_moment(param: Any) -> jax.Array:
-    dtype = jnp.promote_types(jnp.result_type(param), jnp.float32)
+    dtype = checks.accumulator(jnp.result_type(param))
     zeros = jnp.zeros(jnp.shape(param), dtype)
     return _compat.match_varying(zeros, param)[0]  # a shard's moment is a shard
 

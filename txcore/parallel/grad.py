@@ -9,6 +9,7 @@ import numpy as np
 
 from txcore.collectives import _leaves, axis_size, vary
 from txcore.collectives._scope import current_scope
+from txcore.kernels import checks
 
 Axis = str | tuple[str, ...]
 
@@ -187,7 +188,8 @@ def _scaled(loss: Any, loss_scale: Any) -> jax.Array:
     if not jnp.issubdtype(loss.dtype, jnp.floating):
         raise TypeError(f"tx.value_and_grad needs a floating-point loss to scale, got {loss.dtype}")
     # A loss of 3 times a scale of 65536 is more than float16 holds.
-    return loss.astype(jnp.promote_types(loss.dtype, jnp.float32)) * loss_scale
+    wide = checks.accumulator(loss.dtype)
+    return loss.astype(wide) * jnp.asarray(loss_scale, wide)
 
 
 def _unscaled(gradients: Any, loss_scale: Any) -> Any:
@@ -199,6 +201,7 @@ def _unscaled(gradients: Any, loss_scale: Any) -> Any:
                 "parameters in float32, and cast them inside the function that is differentiated, "
                 "by state.precision.cast(params)"
             )
-        return (gradient / loss_scale).astype(gradient.dtype)
+        wide = checks.accumulator(gradient.dtype)
+        return (gradient.astype(wide) / jnp.asarray(loss_scale, wide)).astype(gradient.dtype)
 
     return jax.tree_util.tree_map_with_path(one, gradients)
