@@ -1,4 +1,4 @@
-"""Every test runs on 8 simulated CPU devices, before any backend starts."""
+"""Every test runs on 8 simulated CPU devices ($JAX_NUM_CPU_DEVICES), before any backend starts."""
 
 import os
 import pathlib
@@ -11,7 +11,7 @@ from txcore import _compat
 os.environ["TXCORE_TUNING"] = ""  # what was tuned on this machine changes no test
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])  # jax read it when imported
-_compat.simulate_cpu_devices(8)
+_compat.simulate_cpu_devices(int(os.environ.get("JAX_NUM_CPU_DEVICES", "8")))
 jax.devices()  # start the backend, so that no test changes the number
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent

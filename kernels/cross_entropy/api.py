@@ -44,12 +44,14 @@ def cross_entropy(
 
     A label outside [0, classes), a negative one too, gives NaN, in the loss and in the gradient of
     its example: it cannot be refused, since labels are known only when the program runs. (optax
-    takes -1 for the last class, and gives to the NaN of other labels a finite gradient.) A row whose loss does not count, since it is masked, has a gradient of 0, whatever its
-    label and logits are: mask by `jnp.where(mask, losses, 0)` or `tx.example_mean(losses, mask)`,
-    not by a product, in whose value 0 * NaN is NaN. PyTorch's ignore_index=-100 is the mask
-    `labels != -100`. Reverse-mode
-    differentiation only: the op has its own VJP, so `jax.jvp`, `jax.jacfwd` and `jax.hessian`
-    raise jax's error about forward-mode on a custom_vjp function.
+    takes -1 for the last class, and gives to the NaN of other labels a finite gradient.)
+
+    A row whose loss does not count, its cotangent being 0, has a gradient of 0, whatever its label
+    and its logits are. Mask by `jnp.where(mask, losses, 0)` or `tx.example_mean(losses, mask)`, not
+    by a product, whose value is 0 * NaN. PyTorch's ignore_index=-100 is the mask `labels != -100`.
+
+    Reverse-mode differentiation only: the op has its own VJP, so `jax.jvp`, `jax.jacfwd` and
+    `jax.hessian` raise jax's error about forward-mode on a custom_vjp function.
 
     Args:
       logits: unnormalised log-probabilities, shape (..., classes), any floating dtype.

@@ -12,6 +12,7 @@ from kernel_oracles import linear_cross_entropy as linear_oracle
 from kernel_oracles import smoothed_cross_entropy as logits_oracle
 
 from txcore import kernels
+from txcore.kernels import registry
 from txcore.kernels.cross_entropy import api, linear_api
 from txcore.kernels.cross_entropy.blocks import ClassBlocks, LossTiles
 from txcore.kernels.problem import Problem
@@ -36,7 +37,7 @@ class Variant:
 
 def variants(table, shapes):
     """Return all that the registry offers for these shapes."""
-    problem = Problem("op", "cpu", "cpu", shapes, ("float32",) * len(shapes), ())
+    problem = Problem("op", *registry.current_device(), shapes, ("float32",) * len(shapes), ())
     return [Variant(name, c) for name, kernel in table.items() for c in kernel.configs(problem)]
 
 

@@ -5,6 +5,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+import machine
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
@@ -96,7 +97,7 @@ def test_vmap_and_gradient(way):
 @EVERY_WAY
 @pytest.mark.parametrize("checked", [True, False])
 def test_each_device_gives_the_norm_of_its_part(checked, way):
-    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    mesh = machine.mesh(data=2)
     x = values((2, 100), jnp.float32)
     mapped = jax.shard_map(
         lambda x: kernels.squared_norm(x, **way)[None],

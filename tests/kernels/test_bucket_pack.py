@@ -4,6 +4,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+import machine
 import numpy as np
 import pytest
 from jax import lax
@@ -12,7 +13,8 @@ from jax.sharding import PartitionSpec as P
 from txcore import kernels
 
 AXIS = "data"
-BOTH = pytest.mark.parametrize("implementation", ["xla", "pallas"])
+# The Pallas kernels are interpreted, which an accelerator refuses.
+BOTH = pytest.mark.parametrize("implementation", ["xla", "pallas"] if machine.ON_CPU else ["xla"])
 SHAPES = {
     "tree": {"w": (3, 5), "b": [(7,), ()]},
     "scalar": (),
@@ -122,6 +124,8 @@ def test_the_gradient_of_unpacked_parameters_is_one_concatenation():
     equations = jax.make_jaxpr(gradient)(flat, x).jaxpr.eqns
     whole = [e.primitive.name for e in equations if e.outvars[0].aval.shape == flat.shape]
     assert whole == ["name", "concatenate"]  # the parameters' name for an audit, the gradient
+    if not machine.ON_CPU:  # fusions hold copies of an operation elsewhere
+        return
     hlo = jax.jit(gradient).lower(flat, x).compile().as_text()
     assert len(re.findall(r" concatenate\(", hlo)) == 1
     assert not re.search(r" (pad|dynamic-update-slice|scatter)\(", hlo)
@@ -154,7 +158,7 @@ def test_vmap(implementation):
 
 @pytest.fixture(scope="module")
 def mesh():
-    return jax.make_mesh((2,), (AXIS,), axis_types=(jax.sharding.AxisType.Auto,))
+    return machine.mesh(data=2)
 
 
 @BOTH

@@ -74,8 +74,8 @@ def test_an_accelerator_refuses_what_it_would_interpret(op):
         "and no device compiles that"
         if "pack" in op
         else (
-            "its kernel is compiled for gpu, and on tpu it would be interpreted, which shows on CPU "
-            "that it is right"
+            "its kernel is compiled for gpu, and on tpu it would be interpreted, which shows on "
+            "CPU that it is right"
         )
     )
     text = f"{reason}. Pass 'xla', or leave implementation out to have one chosen."

@@ -6,6 +6,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import kernel_oracles as oracles
+import machine
 import numpy as np
 import pytest
 
@@ -83,6 +84,7 @@ def test_a_wrong_number_of_images_is_refused(images):
     )
 
 
+@machine.cpu_only("it is a form for CPUs")
 def test_on_cpu_the_guess_keeps_the_products_of_some_images_in_the_cache():
     """2.5 MiB: 8 images of 7x7 tiles, whose 16 products have 32 + 64 channels of 4 bytes."""
     x, w, b = jnp.ones((64, 14, 14, 32)), jnp.ones((3, 3, 32, 64)), jnp.zeros(64)
@@ -101,6 +103,7 @@ def test_winograd_refuses_other_filters():
     )
 
 
+@machine.cpu_only("it is the guess on CPUs alone")
 def test_the_winograd_form_makes_sixteen_products_and_no_convolution():
     x, w, b = jnp.ones((2, 8, 8, 8)), jnp.ones((3, 3, 8, 8)), jnp.zeros(8)
     hlo = jax.jit(kernels.conv2d).lower(x, w, b).compile().as_text()

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import machine
 import numpy as np
 import pytest
 from conv_cases import ALL, cut_out, each_variant, inside_nans
@@ -20,7 +21,7 @@ AXIS = "data"
 
 @pytest.fixture(scope="module")
 def mesh():
-    return jax.make_mesh((2,), (AXIS,), axis_types=(jax.sharding.AxisType.Auto,))
+    return machine.mesh(data=2)
 
 
 def loss_of(op):

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import machine
 import numpy as np
 import pytest
 from cross_entropy_cases import Loss, blocked, blocked_or_not, with_options
@@ -88,8 +89,7 @@ def test_without_a_mask_each_is_nan_in_its_row_alone(loss, variant):
 @pytest.mark.parametrize("implementation", ["xla", "pallas"])
 @pytest.mark.parametrize("op", ["cross_entropy", "linear_cross_entropy"])
 def test_the_mean_over_the_valid_rows_on_several_devices(op, implementation):
-    if jax.device_count() < 4:
-        pytest.skip("needs 4 devices")
+    machine.mesh(data=4)
     random = np.random.default_rng(3)
     x, w = (random.normal(size=s).astype(np.float32) for s in ((8, 5), (5, 7)))
     labels = np.int32([0, 1, 2, -100, 3, 4, 0, 1])

@@ -2,10 +2,10 @@
 
 import jax
 import jax.numpy as jnp
+import machine
 import numpy as np
 import pytest
 from jax import lax
-from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from txcore import kernels
@@ -90,7 +90,7 @@ def test_data_parallel(implementation, devices, weights, want):
 
     mapped = jax.shard_map(
         on_device,
-        mesh=jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,)),
+        mesh=machine.mesh(data=devices),
         in_specs=(P("data"), P(), P(), P("data")),
         out_specs=(P("data"), P(), P()),
         check_vma=weights != "unchecked",
@@ -100,7 +100,7 @@ def test_data_parallel(implementation, devices, weights, want):
 
 @pytest.fixture(scope="module")
 def grid():
-    return jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    return machine.mesh(data=2, model=2)
 
 
 @pytest.mark.parametrize("checked", [True, False])

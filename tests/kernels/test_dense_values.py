@@ -7,6 +7,7 @@ from functools import partial
 import dropout_oracles as oracles
 import jax
 import jax.numpy as jnp
+import machine
 import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
@@ -208,6 +209,7 @@ def test_an_empty_batch(implementation):
     assert not db.any()
 
 
+@machine.cpu_only("it is a form for CPUs")
 def test_the_transposed_product_runs_where_it_is_named_and_is_never_the_guess():
     def hlo(**named):
         x, w, b, g = arrays(64, 96, 32)

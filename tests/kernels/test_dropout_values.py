@@ -5,9 +5,9 @@ import re
 import dropout_oracles as oracles
 import jax
 import jax.numpy as jnp
+import machine
 import numpy as np
 import pytest
-from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from txcore import kernels
@@ -192,7 +192,7 @@ def test_bad_arguments_are_refused(bad):
 @pytest.mark.parametrize("checked", [True, False])
 @pytest.mark.parametrize("devices", [1, 2, 4])
 def test_the_mask_is_the_same_on_any_number_of_devices(devices, checked, implementation):
-    mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,))
+    mesh = machine.mesh(data=devices)
     x = sample(4, 3, 7)
 
     def on_device(x, keys):
@@ -208,7 +208,7 @@ def test_the_mask_is_the_same_on_any_number_of_devices(devices, checked, impleme
 
 
 def test_shards_that_would_repeat_a_mask_are_refused():
-    mesh = jax.make_mesh((2,), ("model",), axis_types=(AxisType.Auto,))
+    mesh = machine.mesh(model=2)
 
     def mapped(offset):
         return jax.shard_map(

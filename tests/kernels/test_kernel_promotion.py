@@ -5,6 +5,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import machine
 import numpy as np
 import pytest
 from conv_cases import ALL, FEW, variants
@@ -73,7 +74,8 @@ def other_calls():
             flat = kernels.pack(arrays, dtype="float32", scale=0.5, **some)
             return kernels.unpack(flat, arrays, scale=jnp.float32(3), **some)
 
-        yield f"pack-{name}", packed, ((3, 2), (4,), (1,))
+        if name == "xla" or machine.ON_CPU:  # an accelerator refuses to interpret it
+            yield f"pack-{name}", packed, ((3, 2), (4,), (1,))
 
 
 def update_calls():
@@ -134,7 +136,7 @@ def test_by_example_and_on_several_devices(dtype):
 
     args = (w, b, x, KEYS, jnp.arange(6) % 5)
     want = jax.jit(all_of)(*args)
-    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    mesh = machine.mesh(data=2)
     specs = (P(), P(), *(P("data"),) * 3)
     with nothing_promoted():
         mapped = jax.shard_map(all_of, mesh=mesh, in_specs=specs, out_specs=P("data"))

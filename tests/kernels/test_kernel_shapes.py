@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import machine
 import models
 import numpy as np
 import pytest
@@ -205,7 +206,7 @@ class TestMeasure:
         problem, _ = measure.problem_of(SHAPES["logits-b64"], FLOAT)
         two = {
             "xla": registry.Kernel(kernels.dense),
-            "pallas": registry.Kernel(kernels.dense, compiled_for=("cpu",)),
+            "pallas": registry.Kernel(kernels.dense, compiled_for=("cpu", "gpu")),
         }
         monkeypatch.setattr(measure, "compile_call", fail)
         monkeypatch.setattr(measure, "problem_of", lambda shape, dtype: (problem, two))
@@ -213,10 +214,12 @@ class TestMeasure:
         assert found.failed == {"pallas": "RuntimeError: out of registers"}
         assert (dict(found.microseconds), found.entry) == ({}, None)
 
+    @machine.cpu_only("an accelerator refuses what it would interpret")
     def test_an_interpreted_kernel_never_wins(self, monkeypatch):
         shape = SHAPES["logits-b64"]
         problem, able = measure.problem_of(shape, FLOAT)
-        two = {"xla": registry.Kernel(able["xla"].run), "pallas": registry.Kernel(able["xla"].run)}
+        interpreted = registry.Kernel(able["xla"].run, compiled_for=())
+        two = {"xla": registry.Kernel(able["xla"].run), "pallas": interpreted}
         monkeypatch.setattr(measure, "problem_of", lambda shape, dtype: (problem, two))
         monkeypatch.setattr(measure, "compile_call", lambda *_, **__: lambda: None)
         monkeypatch.setattr(measure, "alternate", lambda calls, rounds: dict.fromkeys(calls, 1.0))

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import machine
 import numpy as np
 import pytest
 from jax import lax
@@ -20,7 +21,7 @@ def name(case):
 
 @pytest.fixture(scope="module")
 def mesh():
-    return jax.make_mesh((2,), (AXIS,), axis_types=(jax.sharding.AxisType.Auto,))
+    return machine.mesh(data=2)
 
 
 def gradients(case, args):
@@ -149,6 +150,7 @@ def test_forward_mode_is_refused_by_jax(case):
         jax.jvp(case.op, args, args)
 
 
+@machine.cpu_only("it counts the products of a form for CPUs")
 def test_the_unused_gradient_of_the_images_costs_nothing():
     args = FIRST_CONV.args(jnp.float32)
 

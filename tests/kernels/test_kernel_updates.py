@@ -6,6 +6,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import kernel_oracles as oracles
+import machine
 import numpy as np
 import optax
 import pytest
@@ -153,7 +154,7 @@ def test_vmap(update, oracle, count, implementation):
 
 @pytest.fixture(scope="module")
 def mesh():
-    return jax.make_mesh((3,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    return machine.mesh(data=3)
 
 
 @BOTH
@@ -190,6 +191,7 @@ def test_gradients_that_vary_update_whole_parameters_apart(
     check(jax.jit(mapped)(p, g, *state), oracle(tripled, g, *state), (p.dtype,) * (count - 1), 2e-6)
 
 
+@machine.cpu_only("XLA allocates other buffers elsewhere")
 @EVERY_UPDATE
 def test_donated_arrays_are_updated_in_place(update, oracle, count):
     operands = [jnp.ones(4096)] * count

@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import machine
 import numpy as np
 import pytest
 from cross_entropy_cases import Loss, blocked, with_options
@@ -18,7 +19,7 @@ BOTH, LINEARS = blocked(LOGITS, LINEAR), blocked(LINEAR)
 
 @pytest.fixture(scope="module")
 def mesh():
-    return jax.make_mesh((2,), (AXIS,), axis_types=(jax.sharding.AxisType.Auto,))
+    return machine.mesh(data=2)
 
 
 def gradients(loss, variant, args, labels):
