@@ -47,8 +47,9 @@ def cross_entropy(
     takes -1 for the last class, and gives to the NaN of other labels a finite gradient.)
 
     A row whose loss does not count, its cotangent being 0, has a gradient of 0, whatever its label
-    and its logits are. Mask by `jnp.where(mask, losses, 0)` or `tx.example_mean(losses, mask)`, not
-    by a product, whose value is 0 * NaN. PyTorch's ignore_index=-100 is the mask `labels != -100`.
+    is. Its logits must be finite, or -inf, as anywhere in jax: 0 * NaN is NaN. Mask by
+    `jnp.where(mask, losses, 0)` or `tx.example_mean(losses, mask)`, not by a product, whose value
+    would be NaN. PyTorch's ignore_index=-100 is the mask `labels != -100`.
 
     Reverse-mode differentiation only: the op has its own VJP, so `jax.jvp`, `jax.jacfwd` and
     `jax.hessian` raise jax's error about forward-mode on a custom_vjp function.

@@ -38,8 +38,8 @@ def linear_cross_entropy(
 
     Logits are never rounded to half precision: products of half-precision operands are added up
     in float32, and each gradient is rounded once. Label smoothing, labels outside [0, classes),
-    masked rows and infinite logits are treated as by `cross_entropy`: what x holds in a row whose
-    loss does not count reaches no gradient. jax refuses forward-mode differentiation as there.
+    masked rows and infinite logits are treated as by `cross_entropy`, and forward-mode
+    differentiation is refused by jax as there.
 
     Args:
       x: inputs, shape (..., features), any floating dtype.

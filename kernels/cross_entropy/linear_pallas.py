@@ -69,7 +69,7 @@ def _backward(
         inside = labels - cut.start(index).astype(labels.dtype)
         return pallas.gradient(source, inside, normalizer, g, cut.length, smoothing, factors)
 
-    return (*linear_xla.gradients(change, x, w, b, g, factors, cut), None)
+    return (*linear_xla.gradients(change, x, w, b, factors, cut), None)
 
 
 _linear.defvjp(_forward, _backward)

@@ -92,7 +92,7 @@ def _backward(
         chosen = online.is_label(labels, cut.start(index), cut.size)
         return online.gradient(scores, chosen, normalizer, g, cut.length, smoothing)
 
-    return (*gradients(change, x, w, b, g, factors, cut), None)
+    return (*gradients(change, x, w, b, factors, cut), None)
 
 
 _linear.defvjp(_forward, _backward)
@@ -106,7 +106,6 @@ def gradients(
     x: jax.Array,
     w: jax.Array,
     b: jax.Array,
-    g: jax.Array,
     factors: jnp.dtype,
     cut: Cut,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -117,18 +116,16 @@ def gradients(
       x: (rows, features).
       w: (features, classes).
       b: (classes,).
-      g: (rows,), the cotangent of their losses.
       factors: the dtype that enters the products.
       cut: the blocks of classes.
     """
-    counted = jnp.where(online.counts(g), x, 0)  # 0 times what another row holds may be NaN
 
     def part(index: jax.Array | int) -> tuple[jax.Array, jax.Array, jax.Array]:
         dy, fresh, columns = change(index), cut.is_fresh(index), cut.slice(w, index)
         if fresh is not None:  # an earlier block has given dx the rest
             columns = jnp.where(checks.lift(fresh, columns), columns, 0)
         db = jnp.sum(dy, 0, dtype=checks.accumulator(x.dtype)).astype(b.dtype)
-        return product(dy, columns.T, factors), product(counted.T, dy, factors).astype(w.dtype), db
+        return product(dy, columns.T, factors), product(x.T, dy, factors).astype(w.dtype), db
 
     def add(
         index: jax.Array, sums: tuple[jax.Array, jax.Array, jax.Array]

@@ -104,16 +104,10 @@ def gradient(
 ) -> jax.Array:
     """Return the gradient of a block of scores, given the cotangent g of the rows' losses.
 
-    A row whose loss does not count (its cotangent is 0) has none, whatever it holds: 0 times the
-    NaN of a label that is no class would be NaN, and spread to all weights.
+    A row whose loss does not count (its cotangent is 0) has a gradient of 0, its label no class or
+    not: 0 times the NaN of such a loss would be NaN, and spread to all weights.
     """
-    top, log_total = (part[..., None] for part in normalizer)
-    probability = jnp.exp(scores - top - log_total)
+    log_total = jnp.where(g != 0, normalizer.log_total, jnp.inf)  # by rows: it costs no time
+    probability = jnp.exp(scores - normalizer.top[..., None] - log_total[..., None])
     wanted = jnp.where(chosen, 1 - smoothing + smoothing / classes, smoothing / classes)
-    change = (probability - wanted.astype(scores.dtype)) * g[..., None]
-    return jnp.where(counts(g), change, 0)
-
-
-def counts(g: jax.Array) -> jax.Array:
-    """Tell which rows' losses count, as a column, by their cotangents."""
-    return g[..., None] != 0
+    return (probability - wanted.astype(scores.dtype)) * g[..., None]
