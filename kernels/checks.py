@@ -48,7 +48,7 @@ def in_range(op: str, option: str, value: Any, low: float, high: float) -> None:
 def common_dtype(*dtypes: DTypeLike) -> jnp.dtype:
     """Return the dtype that jax's standard rules give, whatever its promotion is set to."""
     with jax.numpy_dtype_promotion("standard"):
-        return functools.reduce(jnp.promote_types, map(jnp.dtype, dtypes))
+        return functools.reduce(jnp.promote_types, [jnp.dtype(dtype) for dtype in dtypes])
 
 
 def accumulator(dtype: DTypeLike) -> jnp.dtype:
