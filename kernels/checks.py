@@ -1,11 +1,13 @@
 """Checks that the ops share: what was required, what was given, what to do."""
 
 import functools
+import operator
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
 
@@ -38,9 +40,20 @@ def one_of(op: str, option: str, value: Any, allowed: Sequence[Any]) -> None:
         )
 
 
+def whole_number(value: Any) -> int | None:
+    """Return a whole number (Python's, NumPy's, an array of none but one) as an int, else None."""
+    if isinstance(value, (bool, np.bool_)):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
+
+
 def in_range(op: str, option: str, value: Any, low: float, high: float) -> None:
-    """Refuse a Python number outside [low, high); a traced one cannot be looked at."""
-    if isinstance(value, int | float) and not low <= value < high:
+    """Refuse a number outside [low, high); one on a device, or traced, is not looked at."""
+    known = isinstance(value, int | float | np.number | np.ndarray) and np.ndim(value) == 0
+    if known and not low <= float(value) < high:
         bounds = f"at least {low}" if high == float("inf") else f"in [{low}, {high})"
         raise ValueError(f"{op}: {option} must be a finite number {bounds}; got {value!r}.")
 

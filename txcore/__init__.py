@@ -40,6 +40,8 @@ from txcore.train import Engine as Engine
 from txcore.train import LossScale as LossScale
 from txcore.train import Precision as Precision
 from txcore.train import TrainState as TrainState
+from txcore.train import load_extra as load_extra
+from txcore.train import load_params as load_params
 from txcore.train import loggers as loggers
 from txcore.train import step_fn as step_fn
 

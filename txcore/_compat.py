@@ -154,6 +154,14 @@ def is_key_array(x: Any) -> bool:
     return isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
+def key_impl(x: Any) -> Any:
+    """Return the generator of an array of PRNG keys, or of the shape of one."""
+    try:
+        return jax.random.key_impl(x)
+    except TypeError:  # a ShapeDtypeStruct: only the dtype knows, privately
+        return x.dtype._impl.name
+
+
 def match_varying(*arrays: jax.Array) -> tuple[jax.Array, ...]:
     """Cast every array to vary along the union of the axes that any of them varies along.
 

@@ -3,10 +3,14 @@
 import math
 from collections.abc import Callable
 from numbers import Real
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
+
+from txcore.kernels.checks import whole_number
 
 Schedule = Callable[[ArrayLike], ArrayLike]
 
@@ -28,7 +32,7 @@ def constant(value: float) -> Schedule:
       >>> float(tx.optim.constant(0.5)(7))
       0.5
     """
-    _check_rate("constant", "value", value)
+    value = _rate("constant", "value", value)
     return lambda step: jnp.asarray(value, jnp.float32)
 
 
@@ -59,7 +63,7 @@ def warmup(schedule: float | Schedule, warmup_steps: int) -> Schedule:
       Goyal et al., "Accurate, large minibatch SGD: training ImageNet in 1 hour", 2017, 2.2.
     """
     rate = as_schedule("warmup", "schedule", schedule)
-    _check_count("warmup", "warmup_steps", warmup_steps, 0)
+    warmup_steps = _count("warmup", "warmup_steps", warmup_steps, 0)
 
     def scaled(step: ArrayLike) -> jax.Array:
         done = jnp.asarray(step, jnp.float32) + 1
@@ -93,10 +97,9 @@ def cosine(peak: float, total_steps: int, warmup_steps: int = 0, end: float = 0.
     References:
       Loshchilov and Hutter, "SGDR: stochastic gradient descent with warm restarts", 2017.
     """
-    _check_rate("cosine", "peak", peak)
-    _check_rate("cosine", "end", end)
-    _check_count("cosine", "warmup_steps", warmup_steps, 0)
-    _check_count("cosine", "total_steps", total_steps, warmup_steps + 1)
+    peak, end = _rate("cosine", "peak", peak), _rate("cosine", "end", end)
+    warmup_steps = _count("cosine", "warmup_steps", warmup_steps, 0)
+    total_steps = _count("cosine", "total_steps", total_steps, warmup_steps + 1)
 
     def fall(step: ArrayLike) -> jax.Array:
         done = (jnp.asarray(step, jnp.float32) - warmup_steps) / (total_steps - warmup_steps)
@@ -128,9 +131,9 @@ def linear_scaling(base: float, batch_size: int, base_batch_size: int) -> float:
     References:
       Goyal et al., "Accurate, large minibatch SGD: training ImageNet in 1 hour", 2017, 2.1.
     """
-    _check_rate("linear_scaling", "base", base)
-    _check_count("linear_scaling", "batch_size", batch_size, 1)
-    _check_count("linear_scaling", "base_batch_size", base_batch_size, 1)
+    base = _rate("linear_scaling", "base", base)
+    batch_size = _count("linear_scaling", "batch_size", batch_size, 1)
+    base_batch_size = _count("linear_scaling", "base_batch_size", base_batch_size, 1)
     return base * batch_size / base_batch_size
 
 
@@ -140,14 +143,15 @@ def as_schedule(op: str, option: str, rate: float | Schedule) -> Schedule:
     A number stays a Python number, so that float64 parameters get all its digits.
     """
     if not callable(rate):
-        if not isinstance(rate, Real):
+        number = _number(rate)
+        if number is None:
             raise TypeError(
                 f"{op}: {option} must be a number or a schedule (step -> float32 scalar); "
                 f"got {type(rate).__name__}. Pass a float, or a function such as "
                 "tx.optim.cosine(...)."
             )
-        _check_rate(op, option, rate)
-        return lambda step: float(rate)
+        value = _rate(op, option, number)
+        return lambda step: value
 
     def scalar(step: ArrayLike) -> ArrayLike:
         value = rate(step)
@@ -161,11 +165,25 @@ def as_schedule(op: str, option: str, rate: float | Schedule) -> Schedule:
     return scalar
 
 
-def _check_rate(op: str, option: str, value: float) -> None:
-    if not (math.isfinite(value) and value >= 0):
+def _number(value: Any) -> float | None:
+    """Return a number (Python's, NumPy's, an array without dims) as a float, else None."""
+    if not isinstance(value, Real) and not (hasattr(value, "dtype") and np.ndim(value) == 0):
+        return None
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return None
+
+
+def _rate(op: str, option: str, value: Any) -> float:
+    number = _number(value)
+    if number is None or not (math.isfinite(number) and number >= 0):
         raise ValueError(f"{op}: {option} must be a finite number of at least 0; got {value!r}.")
+    return number
 
 
-def _check_count(op: str, option: str, value: int, least: int) -> None:
-    if not isinstance(value, int) or value < least:
+def _count(op: str, option: str, value: Any, least: int) -> int:
+    number = whole_number(value)
+    if number is None or number < least:
         raise ValueError(f"{op}: {option} must be an int of at least {least}; got {value!r}.")
+    return number

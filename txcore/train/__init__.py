@@ -2,6 +2,8 @@
 
 from txcore.train.checkpoints import Checkpoints as Checkpoints
 from txcore.train.engine import Engine as Engine
+from txcore.train.loading import load_extra as load_extra
+from txcore.train.loading import load_params as load_params
 from txcore.train.loss_scale import LossScale as LossScale
 from txcore.train.manifest import CheckpointError as CheckpointError
 from txcore.train.manifest import Position as Position

@@ -4,6 +4,7 @@ import errno
 import os
 import re
 import shutil
+import tempfile
 from pathlib import Path
 
 from txcore.train.manifest import CheckpointError
@@ -14,9 +15,29 @@ _NAME = re.compile(rf"{_PREFIX}([0-9]{{8}}|[1-9][0-9]{{8,}})")  # those that `na
 _SPARE = 1 << 20  # bytes that a checkpoint takes beside its arrays
 
 
+def absolute(directory: str | os.PathLike[str]) -> Path:
+    """Return the absolute path of a folder; a leading "~" is the user's home, as in a shell.
+
+    Raises:
+      ValueError: there is no such user.
+    """
+    try:
+        return Path(directory).expanduser().absolute()
+    except RuntimeError as error:
+        raise ValueError(
+            f"{os.fspath(directory)!r} begins with '~', and that home is not known ({error}): give "
+            "the path itself, or './~...' for a folder of that name"
+        ) from None
+
+
 def name(steps: int) -> str:
     """Return the name of the checkpoint after so many steps."""
     return f"{_PREFIX}{steps:08d}"
+
+
+def is_name(text: str) -> bool:
+    """Tell whether a folder's name is one that `name` makes."""
+    return _NAME.fullmatch(text) is not None
 
 
 def names(directory: Path) -> list[str]:
@@ -26,7 +47,7 @@ def names(directory: Path) -> list[str]:
 
 
 def take(directory: Path, *, fresh: bool) -> int:
-    """Make a folder ours: writable, used by no other run, without unfinished leftovers.
+    """Make a folder ours: writable (tried), used by no other run, without unfinished leftovers.
 
     Args:
       directory: the folder; made where it is missing.
@@ -41,6 +62,7 @@ def take(directory: Path, *, fresh: bool) -> int:
     try:
         directory.mkdir(parents=True, exist_ok=True)
         lock = _lock(directory)
+        _try_to_write(directory, lock)
     except OSError as error:
         raise CheckpointError(
             f"the checkpoint folder {directory} cannot be used: {reason(error)}. Give one that "
@@ -55,6 +77,14 @@ def take(directory: Path, *, fresh: bool) -> int:
         )
     clear(directory, f"{_PREFIX}*")
     return lock
+
+
+def _try_to_write(directory: Path, lock: int) -> None:
+    try:
+        os.rmdir(tempfile.mkdtemp(prefix=".writable", dir=directory))
+    except OSError:
+        os.close(lock)
+        raise
 
 
 def clear(directory: Path, names: str) -> None:

@@ -13,16 +13,18 @@ from typing import Any, Literal
 
 import jax
 
+from txcore.kernels.checks import whole_number
 from txcore.launch.store import share
+from txcore.train import best, manifest, nonfinite, saved_leaves
 from txcore.train import checkpoint_folder as folder
-from txcore.train import manifest, nonfinite, saved_leaves
-from txcore.train.manifest import CheckpointError, Leaf, Position
+from txcore.train.loggers import Metrics
+from txcore.train.manifest import CheckpointError, Leaf, Metric, Position
+from txcore.train.orbax_store import Store, Writing, orbax
 from txcore.train.state import TrainState
 
 Resume = Literal["auto", "never", "must"]
 
 _LOG = logging.getLogger("txcore")
-_ORBAX_TIMEOUT_S = 300  # for the other processes, where one cannot write
 _NUMBERS = itertools.count()  # of the Checkpoints of this process, the same on every process
 
 
@@ -35,9 +37,12 @@ class Checkpoints:
     makes the same state and the same global batches.
 
     Args:
-      directory: the folder; several processes have to share it.
+      directory: the folder, "~" for the home; several processes have to share it.
       every: steps from one checkpoint to the next.
       keep: how many of the newest to keep.
+      keep_best: a metric that `evaluate` returns, and whether more or less of it is better, as in
+        ("accuracy", "max"). The run is then saved also where an evaluation is the best so far, and
+        the best checkpoint is kept beside the newest: `best` is where it lies.
       resume: "auto" goes on from the newest that is whole, if there is one; "must" insists on
         one; "never" insists on none.
 
@@ -64,11 +69,11 @@ class Checkpoints:
         *,
         every: int,
         keep: int = 3,
+        keep_best: best.KeepBest | None = None,
         resume: Resume = "auto",
     ) -> None:
-        for name, value in (("every", every), ("keep", keep)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"Checkpoints needs {name}= a count from 1 on, got {value!r}")
+        self.every, self.keep = _count("every", every), _count("keep", keep)
+        self.keep_best = best.check(keep_best)
         if resume not in ("auto", "never", "must"):
             raise ValueError(f"Checkpoints needs resume= 'auto', 'never' or 'must', got {resume!r}")
         if "://" in os.fspath(directory):
@@ -76,12 +81,11 @@ class Checkpoints:
                 f"Checkpoints needs a folder of a file system, got {os.fspath(directory)!r}: mount "
                 "the bucket and give the path where it lies"
             )
-        self.directory = Path(directory).absolute()
-        self.every, self.keep, self.resume = every, keep, resume
+        self.directory = folder.absolute(directory)
+        self.resume = resume
         self._name = f"checkpoints/{next(_NUMBERS)}"
         self._turns = itertools.count()
-        self._writer: Any = None  # orbax's, made when first needed
-        self._writing: tuple[Path, Position, tuple[Leaf, ...], str] | None = None
+        self._store = Store(self.directory, self._name.replace("/", "-"))
         self._refused: set[str] = set()  # the names of those that cannot be used
         self._failed: str | None = None  # why the last save did not succeed
         self._lock: int | None = None
@@ -98,10 +102,13 @@ class Checkpoints:
 
         Raises:
           CheckpointError: there is none that can be used, it is of another model, precision or
-            seed, the folder cannot be written, or another run is using it.
+            seed, or what is to be saved could not be: the folder cannot be written, another run is
+            using it, orbax-checkpoint is missing, or an array is of a dtype that it does not store.
         """
         self.close()
+        orbax()
         self._together(self._take)
+        saved_leaves.check_kinds(state)
         own = saved_leaves.facts(saved_leaves.leaves_of(state), state.precision.compute)
         refused: list[str] = []
         self._refused = set()
@@ -122,7 +129,22 @@ class Checkpoints:
             raise CheckpointError(self._nothing_to_resume(refused))
         return state, Position()
 
-    def save(self, state: TrainState, position: Position) -> None:
+    @property
+    def best(self) -> Path | None:
+        """The best checkpoint by the metric of `keep_best`; None where there is none yet."""
+        found = self._best()
+        return self.directory / found[0] if found else None
+
+    def improved_by(self, metrics: Metrics) -> bool:
+        """Tell whether an evaluation is the best so far, alike on every process.
+
+        True too where it lacks the metric: `save` says so, once the state is safe.
+        """
+        return self.keep_best is not None and self._together(partial(self._is_best, metrics))
+
+    def save(
+        self, state: TrainState, position: Position, metrics: Metrics | None = None
+    ) -> None:
         """Start to write a checkpoint, and return when the arrays have been copied.
 
         Waits for the one before to be whole. One that cannot be written is logged, and the run
@@ -131,21 +153,49 @@ class Checkpoints:
         Args:
           state: the state, not yet donated.
           position: where `fit` stands.
+          metrics: of an evaluation of this state, if there was one; `keep_best` needs its metric.
+
+        Raises:
+          CheckpointError: the metric of `keep_best` is not among them; the state is saved.
         """
         self._finish()
+        metric, lacks = self._measure(metrics)
         to = self.directory / folder.name(position.steps)
         need = sum(x.nbytes for x in jax.tree.leaves(state.arrays))
         problem = self._together(partial(folder.no_room, self.directory, need))
         if problem is not None:
             self._fail(to, problem)
-            return
-        self._writing = to, position, saved_leaves.leaves_of(state), state.precision.compute
+        else:
+            try:
+                self._store.start(Writing(to, position, metric), state)
+            except Exception as error:
+                self._fail(to, error)
+        if lacks is not None:
+            raise lacks
+
+    def _measure(self, metrics: Metrics | None) -> tuple[Metric | None, CheckpointError | None]:
+        if self.keep_best is None or metrics is None:
+            return None, None
         try:
-            args = _orbax().args.StandardSave(saved_leaves.to_save(state))
-            self._orbax().save(to, args=args, force=True)
-        except Exception as error:
-            self._writing = None
-            self._fail(to, error)
+            return best.measure(self.keep_best, metrics), None
+        except CheckpointError as lacks:
+            return None, lacks
+
+    def _is_best(self, metrics: Metrics) -> bool:
+        metric, lacks = self._measure(metrics)
+        found = self._best()
+        return lacks is not None or (
+            metric is not None and (found is None or best.is_better(metric, found[1]))
+        )
+
+    def _best(self) -> tuple[str, Metric] | None:
+        if self.keep_best is None:
+            return None
+        found = best.metrics_in(self.directory, reversed(self._usable()))
+        under_way = self._store.writing
+        if under_way is not None and under_way.metric is not None:
+            found.append((under_way.to.name, under_way.metric))
+        return best.best_of(found, *self.keep_best)
 
     def close(self) -> None:
         """Wait until the last checkpoint is whole, and let other runs use the folder.
@@ -161,7 +211,7 @@ class Checkpoints:
             self._lock = None
         if self._failed is not None:
             failed, self._failed = self._failed, None
-            raise CheckpointError(f"{failed}. {self._newest()}")
+            raise CheckpointError(f"{failed}. {self.newest()}")
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -180,23 +230,25 @@ class Checkpoints:
 
     def _finish(self) -> None:
         """Wait for the checkpoint that is under way, and delete those beyond `keep`."""
-        if self._writing is None:
+        if self._store.writing is None:
             return
-        to = self._writing[0]
+        to = self._store.writing.to
         try:
-            self._orbax().wait_until_finished()
+            self._store.finish()
         except Exception as error:
             self._fail(to, error)
         else:
             self._failed = None
             self._refused.discard(to.name)
             self._prune(to.name)
-        self._writing = None
 
     def _prune(self, newest: str) -> None:
         if jax.process_index() == 0:
+            best_one = self._best()
             older = [name for name in self._usable() if name != newest]
             for name in older[self.keep - 1 :]:
+                if best_one is not None and name == best_one[0]:
+                    continue
                 shutil.rmtree(self.directory / name, ignore_errors=True)
 
     def _fail(self, to: Path, why: Exception | str) -> None:
@@ -209,53 +261,27 @@ class Checkpoints:
             by = f" by rank {jax.process_index()}" if jax.process_count() > 1 else ""
         self._failed = f"{to} was not saved{by}: {reason}"
         if by or jax.process_index() == 0:
-            _LOG.warning("txcore: %s; the run goes on. %s", self._failed, self._newest())
+            _LOG.warning("txcore: %s; the run goes on. %s", self._failed, self.newest())
 
     def _usable(self) -> list[str]:
         names = folder.names(self.directory)
         return [name for name in names if name not in self._refused]
 
-    def _newest(self) -> str:
+    def newest(self) -> str:
+        """Say which checkpoint is the newest, in a sentence without its full stop."""
         names = self._usable()
         if not names:
             return "There is no checkpoint yet"
         return f"The newest checkpoint is {self.directory / names[0]}"
 
-    def _orbax(self) -> Any:
-        if self._writer is None:
-            ocp = _orbax()
-            everyone = set(range(jax.process_count()))
-            self._writer = ocp.AsyncCheckpointer(
-                ocp.StandardCheckpointHandler(),
-                async_options=ocp.AsyncOptions(
-                    timeout_secs=_ORBAX_TIMEOUT_S, post_finalization_callback=self._complete
-                ),
-                # Named, the processes meet at the coordinator; else orbax runs a collective.
-                multiprocessing_options=ocp.options.MultiprocessingOptions(
-                    active_processes=everyone, barrier_sync_key_prefix=self._name.replace("/", "-")
-                ),
-            )
-        return self._writer
-
-    def _complete(self) -> None:
-        """Add the manifest to orbax's folder, just before it gets its name."""
-        assert self._writing is not None
-        to, position, leaves, precision = self._writing
-        (unfinished,) = self.directory.glob(f"{to.name}{folder.UNFINISHED}")
-        manifest.write(unfinished, position, leaves, precision, _versions())
-
     def _read(self, saved: Path, state: TrainState) -> TrainState:
-        ocp = _orbax()
         try:
-            there = manifest.read(saved).leaves
-            wanted = saved_leaves.to_read(there, state)
-            found = self._orbax().restore(saved, args=ocp.args.StandardRestore(wanted))
+            return self._store.read(saved, state)
         except (CheckpointError, ValueError, OSError, KeyError) as error:
             raise CheckpointError(
                 f"process {jax.process_index()} cannot read {saved}: {folder.reason(error)}. All "
                 "processes need the folder on a file system that they share"
             ) from error
-        return saved_leaves.filled(state, there, found)
 
     def _nothing_to_resume(self, refused: list[str]) -> str:
         if not refused:
@@ -307,17 +333,8 @@ def _examine(saved: Path, own: tuple[Leaf, ...]) -> tuple[str | None, dict[str, 
     return None, asdict(found.position)
 
 
-def _orbax() -> Any:
-    try:
-        import orbax.checkpoint as ocp
-    except ImportError:
-        raise CheckpointError(
-            "checkpoints need the package orbax-checkpoint: pip install 'txcore[examples]'"
-        ) from None
-    return ocp
-
-
-def _versions() -> dict[str, str]:
-    from importlib import metadata
-
-    return {name: metadata.version(name) for name in ("txcore", "jax", "orbax-checkpoint")}
+def _count(name: str, value: Any) -> int:
+    number = whole_number(value)
+    if number is None or number < 1:
+        raise ValueError(f"Checkpoints needs {name}= a count from 1 on, got {value!r}")
+    return number

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -48,6 +49,17 @@ class Leaf(NamedTuple):
     kind: str
 
 
+class Metric(NamedTuple):
+    """Hold what an evaluation says of one checkpoint: ("accuracy", "max", 0.93).
+
+    `mode` says whether more ("max") or less ("min") of it is better.
+    """
+
+    name: str
+    mode: str
+    value: float
+
+
 @dataclass(frozen=True)
 class Manifest:
     """Hold what a checkpoint is of.
@@ -58,6 +70,7 @@ class Manifest:
       precision: in which dtype the steps compute.
       files: size in bytes and SHA-256 of every file beside the manifest, by its path.
       versions: of txcore, jax and orbax.
+      metric: by which the best checkpoint is kept, None where it was not evaluated.
     """
 
     position: Position
@@ -65,6 +78,7 @@ class Manifest:
     precision: str
     files: dict[str, tuple[int, str]]
     versions: dict[str, str]
+    metric: Metric | None = None
 
 
 def write(
@@ -73,9 +87,10 @@ def write(
     leaves: tuple[Leaf, ...],
     precision: str,
     versions: dict[str, str],
+    metric: Metric | None = None,
 ) -> None:
     """Write the manifest of a folder whose files are all there."""
-    body = asdict(Manifest(position, leaves, precision, digests(folder), versions))
+    body = asdict(Manifest(position, leaves, precision, digests(folder), versions, metric))
     text = json.dumps({"format": FORMAT, "version": VERSION, **body}, indent=1)
     with open(folder / NAME, "w", encoding="utf-8") as file:
         file.write(f"{_sha256(text.encode())}\n{text}\n")
@@ -111,7 +126,17 @@ def _parse(data: Any) -> Manifest:
     position = Position(**{name: kind(data["position"][name]) for name, kind in kinds.items()})
     leaves = tuple(Leaf(str(path), str(kind)) for path, kind in data["leaves"])
     files = {str(name): (int(size), str(sha)) for name, (size, sha) in data["files"].items()}
-    return Manifest(position, leaves, str(data["precision"]), files, dict(data["versions"]))
+    versions, metric = dict(data["versions"]), _parse_metric(data.get("metric"))
+    return Manifest(position, leaves, str(data["precision"]), files, versions, metric)
+
+
+def _parse_metric(given: Any) -> Metric | None:
+    if given is None:
+        return None
+    name, mode, value = given
+    if mode not in ("max", "min") or not math.isfinite(value):
+        raise ValueError(f"required a metric with 'max' or 'min' and a finite value, got {given}")
+    return Metric(str(name), str(mode), float(value))
 
 
 def verify(folder: Path, manifest: Manifest) -> None:
