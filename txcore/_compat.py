@@ -149,6 +149,14 @@ def backend_started() -> bool:
     return bool(started()) if started is not None else False
 
 
+def may_trace() -> bool:
+    """Tell whether jax may be tracing here (under jit, vmap, grad or scan)."""
+    from jax._src import core  # private: there is no public question
+
+    is_clean = getattr(core, "trace_state_clean", None)
+    return is_clean is None or not is_clean()
+
+
 def is_key_array(x: Any) -> bool:
     """Tell whether `x` is an array of typed PRNG keys."""
     return isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)

@@ -17,7 +17,9 @@ from txcore.optim.optimizer import (
 )
 
 
-def from_optax(transformation: Any, *, elementwise: bool = False) -> Optimizer:
+def from_optax(
+    transformation: Any, *, elementwise: bool = False, per_example: bool = False
+) -> Optimizer:
     """Make an optimizer of an optax GradientTransformation.
 
     Args:
@@ -25,6 +27,9 @@ def from_optax(transformation: Any, *, elementwise: bool = False) -> Optimizer:
       elementwise: whether each element's update depends on that element alone. Say so to use
         it on gradients of which each device holds a part: optax's global norm, for one, would
         be that of each part by itself.
+      per_example: whether it needs one gradient for each example of the global batch, as
+        `optax.contrib.dpsgd` does: `jax.vmap(jax.grad(loss_of_one), (None, 0))(state.params, batch)`
+        of this device's examples, gathered by `tx.all_gather(grads, axis, invariant=True)`.
 
     Returns:
       The optimizer. Gradients are cast to the parameters' dtypes first; the state keeps its
@@ -48,7 +53,8 @@ def from_optax(transformation: Any, *, elementwise: bool = False) -> Optimizer:
     def update(
         grads: Any, opt_state: Any, params: Any, *, step: jax.Array, grad_scale: ArrayLike = 1.0
     ) -> tuple[Any, Any]:
-        check_like_params("from_optax", "gradients", grads, params)
+        one = jax.tree.map(lambda g: g[0], grads) if per_example else grads
+        check_like_params("from_optax", "gradients", one, params)
         if not elementwise:
             refuse_parts(
                 "from_optax",
@@ -59,10 +65,25 @@ def from_optax(transformation: Any, *, elementwise: bool = False) -> Optimizer:
         grads = jax.tree.map(_cast_like, scale_gradients(grads, grad_scale), params)
         with _standard_promotion():
             changes, new_state = transformation.update(grads, opt_state, params)
+            _check_changes(changes, params)
             new_params = jax.tree.map(lambda p, c: _cast_like(p + c, p), params, changes)
         return new_params, jax.tree.map(_cast_like, new_state, opt_state)
 
-    return Optimizer(init, update)
+    return Optimizer(init, update, per_example)
+
+
+def _check_changes(changes: Any, params: Any) -> None:
+    """Refuse an update that would change the parameters' shapes."""
+    for (path, change), param in zip(
+        jax.tree_util.tree_leaves_with_path(changes), jax.tree.leaves(params), strict=True
+    ):
+        if jnp.shape(change) != jnp.shape(param):
+            raise ValueError(
+                f"from_optax: the transformation must return updates in the parameters' shapes; "
+                f"leaf {jax.tree_util.keystr(path) or 'itself'} came out as {jnp.shape(change)}, "
+                f"its parameter has {jnp.shape(param)}. per_example=True is for one that takes the "
+                "mean over the examples itself, such as optax.contrib.dpsgd."
+            )
 
 
 def as_optimizer(x: Any) -> Optimizer:

@@ -23,6 +23,8 @@ class Optimizer:
         scalar, the number of updates done before this one, `grad_scale` a scalar that
         multiplies the gradients before all else. The engine gives no grad_scale, so that an
         `update` of your own may do without.
+      per_example: whether `update` needs one gradient for each example of the global batch: each
+        leaf with one dim more than its parameter, in front.
 
     Example:
       >>> import jax.numpy as jnp
@@ -36,6 +38,7 @@ class Optimizer:
 
     init: Callable[[Any], Any]
     update: Callable[..., tuple[Any, Any]]
+    per_example: bool = False
 
 
 def scale_gradients(grads: Any, grad_scale: ArrayLike) -> Any:

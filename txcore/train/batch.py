@@ -9,6 +9,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from txcore.mesh import MeshSpec
 from txcore.plan import Plan, top_key
+from txcore.train.copies import in_native_order
 
 
 def examples(batch: Any, plan: Plan) -> tuple[int, Any]:
@@ -19,8 +20,24 @@ def examples(batch: Any, plan: Plan) -> tuple[int, Any]:
     """
     leaves = jax.tree_util.tree_flatten_with_path(batch)[0]
     mask = next((leaf for path, leaf in leaves if top_key(path) == "mask"), None)
-    counts = [leaf.shape[0] for path, leaf in leaves if top_key(path) not in plan.batch]
+    counts = [_rows(path, leaf) for path, leaf in leaves if top_key(path) not in plan.batch]
     return (int(counts[0]) if counts else 1), mask
+
+
+def _rows(path: Any, leaf: Any) -> int:
+    shape = getattr(leaf, "shape", ())
+    if not shape:
+        raise ValueError(_no_rows(f"batch{jax.tree_util.keystr(path)}", leaf))
+    return shape[0]
+
+
+def _no_rows(where: str, leaf: Any) -> str:
+    kind = "a scalar array" if hasattr(leaf, "shape") else f"a Python {type(leaf).__name__}"
+    return (
+        f"{where} needs to be an array with one row for each example, got {kind}: lists and tuples "
+        "are taken apart, so write numpy.asarray; what is the same for all examples is declared by "
+        "Plan(batch={name: PartitionSpec()})"
+    )
 
 
 def shard_batch(batch: Any, mesh: MeshSpec, plan: Plan) -> Any:
@@ -87,7 +104,13 @@ def _place(leaf: Any, sharding: NamedSharding, where: str) -> jax.Array:
     if isinstance(leaf, jax.Array) and leaf.committed and leaf.sharding == sharding:
         return leaf
     # A copy, since on CPU jax would use the caller's memory itself while steps are under way.
-    host = np.array(leaf)
+    host = in_native_order(np.array(leaf))
+    if host.dtype.kind not in "biufcV":  # V: those of ml_dtypes, bfloat16 for one
+        raise TypeError(
+            f"{where} needs numbers, got {host.dtype}: encode it, or leave it out of the batch"
+        )
+    if not host.shape and any(sharding.spec):
+        raise ValueError(_no_rows(where, leaf))
     # Several processes give only their own part, which their own devices share.
     _check_divisible(host.shape, sharding, where, jax.process_count())
     if jax.process_count() == 1:

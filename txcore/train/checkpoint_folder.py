@@ -21,13 +21,13 @@ def absolute(directory: str | os.PathLike[str]) -> Path:
     Raises:
       ValueError: there is no such user.
     """
-    try:
-        return Path(directory).expanduser().absolute()
-    except RuntimeError as error:
+    path = os.path.expanduser(os.fspath(directory))
+    if path.startswith("~"):
         raise ValueError(
-            f"{os.fspath(directory)!r} begins with '~', and that home is not known ({error}): give "
-            "the path itself, or './~...' for a folder of that name"
-        ) from None
+            f"{os.fspath(directory)!r} begins with '~', and no home of that user is known: give "
+            f"the path itself, or './{path}' for a folder of that name"
+        )
+    return Path(path).absolute()
 
 
 def name(steps: int) -> str:

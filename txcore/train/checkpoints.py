@@ -173,6 +173,30 @@ class Checkpoints:
         if lacks is not None:
             raise lacks
 
+    def note(self, position: Position, metrics: Metrics) -> None:
+        """Add the metric of `keep_best` to a checkpoint that was saved before it was evaluated.
+
+        Args:
+          position: where it was saved.
+          metrics: of its evaluation.
+
+        Raises:
+          CheckpointError: the metric of `keep_best` is not among them.
+        """
+        if self.keep_best is None:
+            return
+        self._finish()
+        metric, lacks = self._measure(metrics)
+        saved = self.directory / folder.name(position.steps)
+        if metric is not None and jax.process_index() == 0 and saved.exists():
+            try:
+                manifest.add_metric(saved, metric)
+            except (CheckpointError, OSError) as error:
+                self._warn(f"the {metric.name} of {saved} was not noted: {folder.reason(error)}")
+            self._prune(saved.name)
+        if lacks is not None:
+            raise lacks
+
     def _measure(self, metrics: Metrics | None) -> tuple[Metric | None, CheckpointError | None]:
         if self.keep_best is None or metrics is None:
             return None, None

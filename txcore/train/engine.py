@@ -10,6 +10,7 @@ import numpy as np
 
 from txcore import _compat
 from txcore.kernels import compiler_options as default_compiler_options
+from txcore.kernels.checks import whole_number
 from txcore.launch import watch
 from txcore.launch.threads import yield_to_compute
 from txcore.mesh import MeshSpec
@@ -21,9 +22,10 @@ from txcore.train.batch import examples, global_shapes, shapes_on, shard_batch
 from txcore.train.checkpoints import Checkpoints
 from txcore.train.compile import CompiledStep, compile_step, name_of
 from txcore.train.loggers import Logger, Metrics
+from txcore.train.copies import copies
 from txcore.train.precision import Precision
 from txcore.train.state import TrainState
-from txcore.train.step_fn import StepFn
+from txcore.train.step_fn import StepFn, refuse_tracing
 
 if TYPE_CHECKING:
     from txcore.profiling import Report
@@ -75,7 +77,8 @@ class Engine:
             )
         if not isinstance(plan, Plan):
             raise TypeError(f"Engine needs plan= a tx.Plan, got {type(plan).__name__}")
-        if not isinstance(seed, int) or not 0 <= seed < 2**32:
+        number = whole_number(seed)
+        if number is None or not 0 <= number < 2**32:
             raise ValueError(f"Engine needs seed= an int from 0 to 2**32 - 1, got {seed}")
         nonfinite.validate(on_nonfinite)
         plan.validate(mesh)
@@ -87,7 +90,7 @@ class Engine:
             raise TypeError("Engine needs loggers= a list of loggers, got one: write [logger]")
         self.loggers = tuple(loggers)
         self.precision = precision if isinstance(precision, Precision) else Precision(precision)
-        self.seed, self.on_nonfinite = seed, on_nonfinite
+        self.seed, self.on_nonfinite = number, on_nonfinite
         self._given_options = compiler_options
         if compiler_options is None:
             compiler_options = default_compiler_options(mesh.devices[0].platform)
@@ -116,21 +119,22 @@ class Engine:
         """Copy parameters to the mesh and start the optimizer.
 
         Args:
-          params: pytree of arrays; they are copied, yours stay alive.
-          extra: pytree of model state that is not trained (batch statistics).
+          params: pytree of arrays; they are copied, yours stay alive. Of an equinox or nnx model
+            it is the part that is trained: `eqx.partition`, `nnx.split`.
+          extra: pytree of model state that is not trained (batch statistics, PRNG keys).
 
         Returns:
           The state of a run that has made no step yet.
 
         Raises:
-          TypeError: a leaf is no array.
+          TypeError: a leaf is no array; the error says what to do with an equinox or nnx model.
         """
-        params, extra = _copies(params, "params"), _copies(extra, "extra")
+        params, extra = copies(params, "params", trained=True), copies(extra, "extra")
         skips = self.on_nonfinite == "skip"
         arrays = {
             "step": np.zeros((), np.int32),
             "stored_params": params,
-            "opt_state": _copies(self.optimizer.init(params), "optimizer state"),
+            "opt_state": copies(self.optimizer.init(params), "optimizer state"),
             "seed": np.asarray(self.seed, np.uint32),
             "extra": extra,
             "loss_scaling": loss_scale.start(
@@ -140,7 +144,32 @@ class Engine:
         placed = jax.tree.map(self._replicate, arrays)
         return TrainState(**placed, engine=self)
 
+    def place(self, tree: Any, what: str) -> Any:
+        """Return a pytree as arrays on the mesh, the same on every device; copy what is not there.
+
+        Args:
+          tree: pytree of arrays and numbers.
+          what: what errors call it.
+
+        Raises:
+          TypeError: a leaf is no array.
+        """
+        there = self.mesh.sharding()
+
+        def placed(path: Any, leaf: Any) -> Any:
+            if isinstance(leaf, jax.core.Tracer):
+                return leaf
+            if isinstance(leaf, jax.Array) and leaf.sharding.is_equivalent_to(there, leaf.ndim):
+                return leaf
+            where = f"{what}{jax.tree_util.keystr(path)}"
+            return self._replicate(copies(leaf, where, user="state.replace"))
+
+        return jax.tree_util.tree_map_with_path(placed, tree)
+
     def _replicate(self, leaf: Any) -> jax.Array:
+        if _compat.is_key_array(leaf):
+            data = self._replicate(jax.random.key_data(leaf))
+            return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
         sharding = self.mesh.sharding()
         host = np.asarray(leaf)
         if jax.process_count() == 1:
@@ -163,10 +192,11 @@ class Engine:
         Raises:
           ValueError, TypeError: what the step does wrong, found before anything runs.
         """
+        refuse_tracing(name_of(step), state, batch)
         batch = shard_batch(batch, self.mesh, self.plan)
         compiled = self._compiled(step, state, batch, train=True)
         arrays, metrics = compiled.call(state.arrays, batch)
-        return state.replace(**arrays), metrics
+        return replace(state, **arrays), metrics
 
     def evaluate(self, step: Any, state: TrainState, data: Iterable[Any]) -> Metrics:
         """Average a step's metrics over batches, weighted by their real examples.
@@ -187,6 +217,7 @@ class Engine:
         parts: list[Any] = []
         seen = 0
         for host in data:
+            refuse_tracing(name_of(step), state, host)
             batch = shard_batch(host, self.mesh, self.plan)
             compiled = self._compiled(step, state, batch, train=False)
             watch.at("eval step", label=compiled.last_words)
@@ -314,6 +345,7 @@ class Engine:
         from txcore.profiling.targets import parse_target
 
         self._check_own(state)
+        check_jit(name_of(step))
         machine = parse_target(target)
         devices = machine.mesh(sizes).devices.flat
         there = Engine(
@@ -344,19 +376,31 @@ class Engine:
         from txcore.profiling.prediction import against_plan
 
         report = audit_program(compiled.program)
+        if self.optimizer.per_example:  # gathers what the plan would have averaged
+            return report
         return against_plan(report, self.plan.predict(state.stored_params, self.mesh))
 
     def _check_own(self, state: TrainState) -> None:
         if not isinstance(state, TrainState) or state.engine is not self:
             raise ValueError("this engine runs states that its create_state made, got another")
 
+    def check_state(self, state: TrainState, user: str) -> None:
+        """Refuse a state that this engine did not make, or that a step has used up."""
+        self._check_own(state)
+        if state.step.is_deleted():
+            raise ValueError(
+                f"the state given to {user} was donated to an earlier step: keep the "
+                "state that the step returns, state, metrics = step(state, batch)"
+            )
+
     def _compiled(self, step: Any, state: TrainState, batch: Any, *, train: bool) -> CompiledStep:
         """Return the step compiled for these shapes; compile it the first time."""
-        self._check_own(state)
         fn = step.fn if isinstance(step, StepFn) else step
+        self.check_state(state, name_of(fn))
         key = (train, fn, _signature(state.arrays), _signature(batch))
         compiled = self._steps.get(key)
         if compiled is None:
+            check_jit(name_of(fn))
             watch.at("compile", label=name_of(fn))
             compiled = compile_step(
                 fn,
@@ -372,33 +416,19 @@ class Engine:
             watch.at("step" if train else "eval step", label=compiled.last_words)
         if train:
             self.last_words = compiled.last_words
-        if state.step.is_deleted():
-            raise ValueError(
-                f"the state given to {name_of(fn)} was donated to an earlier step: keep the "
-                "state that the step returns, state, metrics = step(state, batch)"
-            )
         return compiled
+
+
+def check_jit(name: str) -> None:
+    """Refuse to compile where jax is told not to."""
+    if _compat.setting("jax_disable_jit"):
+        raise RuntimeError(
+            f"{name} needs to be compiled, and jax_disable_jit is set: unset it (JAX_DISABLE_JIT=0, "
+            "or leave jax.disable_jit()). jax.debug.print and jax.debug.breakpoint show values "
+            "inside a compiled step"
+        )
 
 
 def _signature(tree: Any) -> Any:
     leaves, treedef = jax.tree.flatten(tree)
     return treedef, tuple((x.shape, x.dtype) for x in leaves)
-
-
-def _copies(tree: Any, what: str) -> Any:
-    def copy(path: Any, leaf: Any) -> np.ndarray:
-        where = f"{what}{jax.tree_util.keystr(path)}"
-        if _compat.is_key_array(leaf):
-            raise TypeError(
-                f"create_state needs arrays of numbers, got PRNG keys at {where}: pass "
-                "jax.random.key_data(keys), and wrap them in the step"
-            )
-        if not isinstance(leaf, (jax.Array, np.ndarray, np.generic, int, float)):
-            raise TypeError(
-                f"create_state needs arrays, got {type(leaf).__name__} at {where}: convert it "
-                "with numpy.asarray"
-            )
-        dtype = jax.dtypes.canonicalize_dtype(np.asarray(leaf).dtype)
-        return np.array(leaf, dtype=dtype)
-
-    return jax.tree_util.tree_map_with_path(copy, tree)

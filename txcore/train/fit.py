@@ -3,25 +3,25 @@
 import itertools
 import logging
 import math
-import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sized
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 
+from txcore.kernels.checks import whole_number
 from txcore.launch import watch
-from txcore.plan import Plan
 from txcore.train import checkpoint_folder as folder
 from txcore.train import nonfinite
 from txcore.train.batch import examples, shard_batch
 from txcore.train.checkpoints import Checkpoints
+from txcore.train.error_state import give_state, is_alive
 from txcore.train.interrupt import Interrupt, interrupts
-from txcore.train.loggers import Metrics, Record
+from txcore.train.loggers import Metrics
 from txcore.train.manifest import CheckpointError, Position
+from txcore.train.progress import Progress, real_examples, to_host
 from txcore.train.state import TrainState
 from txcore.train.step_fn import StepFn
 
@@ -30,11 +30,6 @@ if TYPE_CHECKING:
 
 Data = Iterable[Any] | Callable[[int], Iterable[Any]]
 Evaluate = Callable[[TrainState], Metrics]
-
-# How many steps the host may run ahead of the devices: enough to hide its work, few enough not
-# to pile up batches. A simulated device shares the host's cores: what waits there takes time from
-# the step under way.
-RUN_AHEAD, RUN_AHEAD_ON_CPU = 4, 1
 
 _LOG = logging.getLogger("txcore")
 
@@ -52,37 +47,53 @@ def fit(
     checkpoints: Checkpoints | None,
 ) -> TrainState:
     """Train as `Engine.fit` says."""
-    total = count_steps(data, steps, epochs)
-    if eval_every is not None and (eval_every < 1 or evaluate is None):
-        raise ValueError(
-            f"fit needs eval_every= at least 1 and evaluate= with it, got {eval_every=}"
-        )
-    if jax.process_count() > 1:
-        watch.start()  # where tx.initialize did not
-    with ExitStack() as stack:
-        position, interrupt = Position(), Interrupt()
-        if checkpoints is not None or jax.process_count() > 1:
-            interrupt = stack.enter_context(interrupts())  # until the last save is whole
-        # After the checkpoint under way is whole, for which the others have to be there.
-        stack.enter_context(told())
-        if checkpoints is not None:
-            stack.enter_context(checkpoints)
-            state, position = checkpoints.restore(state)
-            check_length(checkpoints, position, total)
-        run = Run(engine, state, position, total, evaluate, checkpoints)
-        for after, host in batches(data, steps, epochs, position, run.rows):
-            if interrupt.due(run.position.steps):
-                break
-            run.make(step, host, after)
-            if eval_every and run.position.steps % eval_every == 0:
+    run = Run(engine, state, evaluate, checkpoints)
+    with interrupts() as interrupt:  # until the last save is whole
+        try:
+            length = Length.of(steps, epochs)
+            every = check_evaluation(evaluate, eval_every, checkpoints)
+            engine.check_state(state, "fit")
+            if jax.process_count() > 1:
+                watch.start()  # where tx.initialize did not
+            return train(run, step, data, length, every, interrupt)
+        except BaseException as error:
+            interrupt.hold()  # it ends already
+            newest = checkpoints.newest() if isinstance(checkpoints, Checkpoints) else None
+            give_state(error, run.state, newest)
+            raise
+
+
+def train(
+    run: "Run",
+    step: StepFn,
+    data: Data,
+    length: "Length",
+    every: int | None,
+    interrupt: Interrupt,
+) -> TrainState:
+    """Make the steps of a run, and end it as a signal asks for, if one came."""
+    try:
+        with run.checkpoints or nullcontext():
+            run.begin(data, length)
+            for after, host in batches(data, length, run.position, run.rows):
+                if interrupt.due(run.position.steps):
+                    break
+                run.make(step, host, after, interrupt)
+                if every and run.position.steps % every == 0:
+                    run.evaluate_once()
+                if run.is_to_be_saved():
+                    run.save_once()
+                watch.at("data", run.position.steps)
+            run.wait()
+            if interrupt.stopped is None:
                 run.evaluate_once()
-            if checkpoints and run.position.steps % checkpoints.every == 0:
-                run.save_once()
-            watch.at("data", run.position.steps)
-        run.wait()
-        if interrupt.stopped is None:
-            run.evaluate_once()
-        run.save_once()
+            run.save_once()
+    except BaseException as error:
+        # Once the checkpoint under way is whole, and the steps that are: the others, which end
+        # when they are told, have to be there for both.
+        is_alive(run.state)
+        watch.failed(error)
+        raise
     if interrupt.stopped is None and not interrupt.due(run.position.steps):
         interrupt.stopped = interrupt.asked  # too late for the others to stop with this process
     watch.at("after fit", run.position.steps)
@@ -99,14 +110,27 @@ class Run:
 
     engine: "Engine"
     state: TrainState
-    position: Position
-    total: int | None
     evaluate: Evaluate | None
     checkpoints: Checkpoints | None
 
-    def __post_init__(self) -> None:
-        self.progress = Progress(self.engine, self.total, self.position, self._check)
+    def begin(self, data: Data, length: "Length") -> None:
+        """Go on from the newest checkpoint, or from where the state is."""
+        given, made = self.state, steps_made(self.state)
+        self.position = Position(steps=made)
+        if self.checkpoints is not None:
+            self.state, found = self.checkpoints.restore(given)
+            self.position = found if self.state is not given else self.position
+        total = length.total(data, self.position)
+        if self.checkpoints is not None and self.state is not given:
+            check_length(self.checkpoints, self.position, total)
+            if self.position.steps < made:
+                told = "the checkpoint is after %d steps, and the state given to fit after %d: "
+                _warn(told + "it goes on from the checkpoint", self.position.steps, made)
+        elif total is not None and made:
+            check_rest(made, total)
+        self.progress = Progress(self.engine, total, self.position, self._check)
         self.evaluated, self.saved = 0, self.position.steps  # after so many steps
+        self.metrics: Metrics = {}  # of the last evaluation
 
     def _check(self, done: int, metrics: Metrics) -> None:
         nonfinite.check(done, metrics, self.state, self.engine.on_nonfinite)
@@ -115,13 +139,17 @@ class Run:
         """Return how many rows the global batch has of which `host` is this process's part."""
         return examples(host, self.engine.plan)[0] * jax.process_count()
 
-    def make(self, step: StepFn, host: Any, after: Position) -> None:
+    def make(self, step: StepFn, host: Any, after: Position, interrupt: Interrupt) -> None:
         """Start a step; wait for an older one if too many are under way."""
         engine = self.engine
         batch = shard_batch(host, engine.mesh, engine.plan)
         self.progress.start_clock()
         watch.at("step", self.position.steps, engine.last_words)
-        self.state, metrics = engine.run(step, self.state, batch)
+        interrupt.hold()
+        try:
+            self.state, metrics = engine.run(step, self.state, batch)
+        finally:
+            interrupt.release()
         self.position = after
         self.progress.add(metrics, real_examples(host, batch, engine.plan))
 
@@ -135,47 +163,108 @@ class Run:
         if self.evaluate is None or self.evaluated == self.position.steps:
             return
         self.wait()
-        self.progress.tell("eval", to_host(self.evaluate(self.state)))
+        self.metrics = to_host(self.evaluate(self.state))
+        self.progress.tell("eval", self.metrics)
         self.evaluated = self.position.steps
+
+    def is_to_be_saved(self) -> bool:
+        """Tell whether a checkpoint is due, or the state has just been found to be the best."""
+        if self.checkpoints is None:
+            return False
+        if self.position.steps % self.checkpoints.every == 0:
+            return True
+        return self.evaluated == self.position.steps and self.checkpoints.improved_by(self.metrics)
 
     def save_once(self) -> None:
         """Start to write a checkpoint, unless there is nowhere to or it was done."""
-        if self.checkpoints is None or self.saved == self.position.steps:
+        if self.checkpoints is None:
+            return
+        metrics = self.metrics if self.evaluated == self.position.steps else None
+        if self.saved == self.position.steps:
+            if metrics is not None and self.saved:
+                self.checkpoints.note(self.position, metrics)
             return
         self.wait()
         nonfinite.check_parameters(self.position.steps, self.state, self.engine.on_nonfinite)
         watch.at("save", self.position.steps)
-        self.checkpoints.save(self.state, self.progress.position(self.position))
         self.saved = self.position.steps
+        self.checkpoints.save(self.state, self.progress.position(self.position), metrics)
 
     def tell_stopped(self, name: str) -> None:
         """Say by which signal the run stopped, and what is left of it."""
-        steps = self.position.steps
-        kept = ", all saved" if self.checkpoints else "; nothing is saved without checkpoints="
-        if jax.process_index() == 0:
-            _LOG.warning("txcore: %s: stopped after %d steps%s", name, steps, kept)
+        kept = "; nothing is saved without checkpoints= (the exception has the state)"
+        kept = ", all saved" if self.checkpoints else kept
+        _warn("%s: stopped after %d steps%s", name, self.position.steps, kept)
 
 
-@contextmanager
-def told() -> Iterator[None]:
-    """Tell the other processes of an error that ends this one; it goes on."""
-    try:
-        yield
-    except BaseException as error:
-        watch.failed(error)
-        raise
+def _warn(text: str, *values: Any) -> None:
+    if jax.process_index() == 0:
+        _LOG.warning("txcore: " + text, *values)
 
 
-def count_steps(data: Data, steps: int | None, epochs: int | None) -> int | None:
-    """Check `steps` and `epochs`, and return the number of steps if it is known."""
-    if (steps is None) == (epochs is None):
-        raise ValueError(f"fit needs one of steps= and epochs=, got {steps=} and {epochs=}")
-    given = steps if steps is not None else epochs
-    if not isinstance(given, int) or given < 0:
-        raise ValueError(f"fit needs steps= or epochs= a count from 0 on, got {given!r}")
-    if epochs is not None:
-        return epochs * len(data) if isinstance(data, Sized) else None
-    return steps
+@dataclass(frozen=True)
+class Length:
+    """Hold how long a run is to be: steps, those before this call among them, or epochs."""
+
+    steps: int | None
+    epochs: int | None
+
+    @classmethod
+    def of(cls, steps: Any, epochs: Any) -> "Length":
+        """Return the length that `fit` was given, or refuse it."""
+        if (steps is None) == (epochs is None):
+            raise ValueError(f"fit needs one of steps= and epochs=, got {steps=} and {epochs=}")
+        given = steps if steps is not None else epochs
+        number = whole_number(given)
+        if number is None or number < 0:
+            raise ValueError(f"fit needs steps= or epochs= a count from 0 on, got {given!r}")
+        return cls(number, None) if steps is not None else cls(None, number)
+
+    def total(self, data: Data, at: Position) -> int | None:
+        """Return the number of steps, from a position in the data on, if it is known."""
+        if self.epochs is None:
+            return self.steps
+        if not isinstance(data, Sized):
+            return None
+        return at.steps - at.batch + (self.epochs - at.epoch) * len(data)
+
+
+def check_evaluation(
+    evaluate: Evaluate | None, eval_every: Any, checkpoints: Checkpoints | None
+) -> int | None:
+    """Return `eval_every`, or refuse it and what does not go with it."""
+    every = whole_number(eval_every)
+    if eval_every is not None and (every is None or every < 1 or evaluate is None):
+        raise ValueError(
+            f"fit needs eval_every= at least 1 and evaluate= with it, got {eval_every=}"
+        )
+    if checkpoints is not None and not isinstance(checkpoints, Checkpoints):
+        raise TypeError(
+            f"fit needs checkpoints= a tx.Checkpoints(folder, every=...), got {checkpoints!r}"
+        )
+    if checkpoints is not None and checkpoints.keep_best and evaluate is None:
+        raise ValueError(
+            f"fit needs evaluate= for Checkpoints(keep_best={checkpoints.keep_best}), got none: "
+            "give a function that returns that metric"
+        )
+    return every
+
+
+def steps_made(state: TrainState) -> int:
+    """Return how many steps a state has made, those that a loss scale skipped too."""
+    skipped = 0 if state.loss_scaling is None else int(np.asarray(state.loss_scaling.skipped_steps))
+    return int(np.asarray(state.step)) + skipped
+
+
+def check_rest(made: int, total: int) -> None:
+    """Refuse to go on from a state that has made more steps than the run is to."""
+    more = f"give steps={made + total} for {total} more"
+    if made > total:
+        raise ValueError(
+            f"fit is to make steps={total} in all, and the state has made {made} already: {more}"
+        )
+    if made == total:
+        _warn("fit has no step to make: of steps=%d the state has made all: %s", total, more)
 
 
 def check_length(checkpoints: Checkpoints, position: Position, total: int | None) -> None:
@@ -190,15 +279,15 @@ def check_length(checkpoints: Checkpoints, position: Position, total: int | None
 
 def batches(
     data: Data,
-    steps: int | None,
-    epochs: int | None,
+    length: Length,
     at: Position,
     rows_of: Callable[[Any], int],
 ) -> Iterator[tuple[Position, Any]]:
-    """Yield the batches of `steps` steps or of `epochs` passes over `data`, from a position on.
+    """Yield the batches of a run, from a position on.
 
     Each comes with the position after it.
     """
+    first, steps, epochs = at.steps, length.steps, length.epochs
     last = math.inf if steps is None else steps
     while (epochs is None or at.epoch < epochs) and at.steps < last:
         before = at
@@ -210,9 +299,8 @@ def batches(
             yield at, batch
         if at.batch == 0:
             raise ValueError(
-                f"fit needs data for {steps if steps is not None else 'another'} "
-                f"{'steps' if steps is not None else 'epoch'}, but the data ended after "
-                f"{before.steps} batches: pass a list of batches, or a function epoch -> batches, "
+                f"fit needs data for {'another epoch' if steps is None else f'{steps - first} steps'}"
+                f", but the data ended after {before.steps - first} batches: pass a list of batches, or a function epoch -> batches, "
                 "that can be read again"
             )
         at = replace(at, epoch=at.epoch + 1, batch=0, rows=0)
@@ -229,96 +317,3 @@ def _rest(data: Iterable[Any], at: Position, rows_of: Callable[[Any], int]) -> I
             "size that the checkpoint was made with"
         )
     return iterator
-
-
-@dataclass
-class Progress:
-    """Turn the metrics of finished steps into records, and time them, compilation left out."""
-
-    engine: "Engine"
-    total_steps: int | None
-    start: Position
-    check: Callable[[int, Metrics], None]
-    pending: deque[tuple[Any, int]] = field(default_factory=deque)
-    _mark: float | None = None  # when the clock was started; None while it stands
-
-    def __post_init__(self) -> None:
-        self.done, self.seconds = self.start.steps, self.start.seconds
-        self.examples = self.start.examples
-        self.loggers = self.engine.loggers if jax.process_index() == 0 else ()
-        on_cpu = self.engine.mesh.devices[0].platform == "cpu"
-        self.run_ahead = RUN_AHEAD_ON_CPU if on_cpu else RUN_AHEAD
-        self._wrote: dict[int, bool] = {}  # by the logger's place: whether it got the last record
-
-    def position(self, reached: Position) -> Position:
-        """Return a position with the time and the examples so far."""
-        return replace(reached, seconds=self.seconds, examples=self.examples)
-
-    def start_clock(self) -> None:
-        """Count time from now on, if the clock stands."""
-        if self._mark is None:
-            self._mark = self._now()
-
-    def _now(self) -> float:
-        return time.perf_counter() - self.engine.compile_seconds
-
-    def stop_clock(self) -> None:
-        """Wait for the steps that are under way, and stop counting."""
-        while self.pending:
-            self._finish_one()
-        self._mark = None
-
-    def add(self, metrics: Any, examples: int) -> None:
-        """Note a step that was dispatched; wait for an older one if too many are under way."""
-        self.pending.append((metrics, examples))
-        while len(self.pending) > self.run_ahead:
-            self._finish_one()
-
-    def _finish_one(self) -> None:
-        metrics, examples = self.pending.popleft()
-        host = to_host(metrics)
-        now = self._now()
-        elapsed = now - self._mark if self._mark is not None else 0.0
-        self._mark = now if self._mark is not None else None
-        self.done += 1
-        self.seconds += elapsed
-        self.examples += examples
-        self.tell("step", host)
-        self.check(self.done, host)
-
-    def tell(self, kind: str, metrics: Metrics) -> None:
-        """Send a record to the loggers."""
-        record = Record(
-            kind,
-            self.done,
-            self.total_steps,
-            metrics,
-            self.seconds,
-            self.examples,
-            self.engine.compile_seconds,
-        )
-        for i, logger in enumerate(self.loggers):
-            try:
-                logger(record)
-                self._wrote[i] = True
-            except OSError as error:
-                if i not in self._wrote:
-                    raise
-                if self._wrote[i]:  # a full disk must not end a run of days
-                    _LOG.warning("txcore: a logger failed, and training goes on: %s", error)
-                self._wrote[i] = False
-
-
-def to_host(metrics: Any) -> Metrics:
-    """Return metrics as Python floats (lists for arrays), waiting for the devices."""
-    return jax.tree.map(lambda value: np.asarray(value).tolist(), metrics)
-
-
-def real_examples(host: Any, placed: Any, plan: Plan) -> int:
-    """Return the real examples of a global batch; `host` is this process's part of it.
-
-    In several processes it is an estimate by this process's mask: throughput needs no
-    communication of its own.
-    """
-    total, mask = examples(placed, plan)[0], examples(host, plan)[1]
-    return round(total * float(np.mean(mask != 0))) if isinstance(mask, np.ndarray) else total

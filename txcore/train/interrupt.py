@@ -2,11 +2,9 @@
 
 import signal
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from signal import Signals
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
 
@@ -27,6 +25,7 @@ class Interrupt:
         self.asked: Signals | None = None
         self.stopped: Signals | None = None
         self._sigint = False  # whether one came
+        self._held = self._hurry = False  # a second one waits; it came meanwhile
 
     def ask(self, number: int) -> None:
         """Note a signal (from its handler).
@@ -35,12 +34,30 @@ class Interrupt:
           KeyboardInterrupt: a second SIGINT: somebody is in a hurry.
         """
         if number == signal.SIGINT:
-            if self._sigint:
+            if self._sigint and not self._held:
                 raise KeyboardInterrupt
+            self._hurry = self._sigint
             self._sigint = True
         self.asked = self.asked or Signals(number)
         if jax.process_count() > 1:
             watch.request_stop(self.asked.name)
+
+    def hold(self) -> None:
+        """Have a second SIGINT wait for `release`.
+
+        For the call of a step, which takes one state and returns another: in between there is none.
+        """
+        self._held = True
+
+    def release(self) -> None:
+        """Let a second SIGINT end at once again.
+
+        Raises:
+          KeyboardInterrupt: one came meanwhile.
+        """
+        self._held = False
+        if self._hurry:
+            raise KeyboardInterrupt
 
     def due(self, step: int) -> bool:
         """Tell whether to stop before a step, at the same one on every rank."""
@@ -63,28 +80,31 @@ class Interrupt:
         raise SystemExit(128 + self.stopped)
 
 
-@contextmanager
-def interrupts() -> Iterator[Interrupt]:
+class interrupts:  # noqa: N801 (used as a function: with interrupts() as interrupt)
     """Note the first SIGTERM or SIGINT instead of ending at once; a second SIGINT ends.
 
     Only the main thread may handle signals; in another one nothing is noted. A signal that is
-    ignored (SIGINT by `train.py &` of a script) stays ignored.
+    ignored (SIGINT by `train.py &` of a script) stays ignored. It is a class, since contextlib sets
+    attributes of the exceptions that pass through a generator, and some refuse them.
     """
-    interrupt = Interrupt()
-    if threading.current_thread() is not threading.main_thread():
-        yield interrupt
-        return
 
-    def note(number: int, frame: FrameType | None) -> None:
-        interrupt.ask(number)
+    def __enter__(self) -> Interrupt:
+        interrupt = Interrupt()
+        self._before: dict[Signals, Any] = {}
+        if threading.current_thread() is not threading.main_thread():
+            return interrupt
 
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-    before = {number: was for number, was in before.items() if was != signal.SIG_IGN}
-    for number in before:
-        signal.signal(number, note)
-    try:
-        yield interrupt
-    finally:
-        for number, handler in before.items():
-            # None: a handler that was not installed from Python, which cannot be put back.
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        def note(number: int, frame: FrameType | None) -> None:
+            interrupt.ask(number)
+
+        for number in SIGNALS:
+            was = signal.getsignal(number)
+            if was != signal.SIG_IGN:
+                # None: a handler that was not installed from Python, which cannot be put back.
+                self._before[number] = signal.SIG_DFL if was is None else was
+                signal.signal(number, note)
+        return interrupt
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)

@@ -141,7 +141,7 @@ def _is_float(dtype: Any) -> bool:
 
 
 def _finite(values: np.ndarray) -> bool:
-    return not _is_float(values.dtype) or bool(np.isfinite(values.astype(np.float32)).all())
+    return not _is_float(values.dtype) or bool(np.isfinite(values).all())
 
 
 def _as(like: Any, read: np.ndarray | None, where: str) -> Any:

@@ -8,6 +8,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+from txcore.kernels.checks import whole_number
+from txcore.train.checkpoint_folder import absolute
+
 Metrics = dict[str, Any]
 
 
@@ -16,12 +19,13 @@ class Record:
     """What happened: a step, an evaluation, or the end of `fit`."""
 
     kind: str  # "step", "eval" or "end"
-    step: int  # completed steps of this run of fit
+    step: int  # completed steps of the run, those before this call of fit among them
     total_steps: int | None  # None where the data's length is unknown
     metrics: Metrics  # Python floats, or lists for arrays
     seconds: float  # of training so far; compilation and evaluation left out
     examples: int  # real ones, so far
     compile_seconds: float  # of the engine so far
+    since: tuple[int, float, int] = (0, 0.0, 0)  # step, seconds, examples where fit began
 
     @property
     def examples_per_second(self) -> float:
@@ -30,10 +34,11 @@ class Record:
 
     @property
     def eta_s(self) -> float | None:
-        """Seconds to go, at the mean pace so far."""
-        if self.total_steps is None or self.step == 0:
+        """Seconds to go, at the mean pace of this call of fit."""
+        made = self.step - self.since[0]
+        if self.total_steps is None or made <= 0:
             return None
-        return self.seconds / self.step * (self.total_steps - self.step)
+        return (self.seconds - self.since[1]) / made * (self.total_steps - self.step)
 
 
 Logger = Callable[[Record], None]
@@ -59,9 +64,10 @@ class Basic:
     def __init__(
         self, every: int = 100, *, unit: str = "examples", stream: TextIO | None = None
     ) -> None:
-        if every < 1:
+        steps = whole_number(every)
+        if steps is None or steps < 1:
             raise ValueError(f"Basic needs every= at least 1, got {every}")
-        self._every, self._unit, self._stream = every, unit, stream
+        self._every, self._unit, self._stream = steps, unit, stream
         self._last: Record | None = None
 
     def __call__(self, record: Record) -> None:
@@ -107,21 +113,27 @@ def format_line(record: Record, since: Record | None, unit: str) -> str:
 
 
 def _pace(record: Record, since: Record | None, unit: str) -> str:
-    before = (since.step, since.seconds, since.examples) if since is not None else (0, 0.0, 0)
+    before = (since.step, since.seconds, since.examples) if since is not None else record.since
     steps, seconds = record.step - before[0], record.seconds - before[1]
     rate = (record.examples - before[2]) / seconds if seconds else 0.0
     return f"{1e3 * seconds / max(steps, 1):6.1f} ms {rate:8,.0f} {unit}/s"
 
 
 def _number(value: Any) -> str:
-    return f"{value:.4f}" if isinstance(value, float) else str(value)
+    """Return a metric in at least three digits: 0.2500, and 3e-5 as such."""
+    if not isinstance(value, float):
+        return str(value)
+    if value == 0 or 0.01 <= abs(value) < 1e6 or not math.isfinite(value):
+        return f"{value:.4f}"
+    digits, e, exponent = f"{value:.4g}".partition("e")
+    return digits + (f"e{int(exponent)}" if e else "")
 
 
 class JSONL:
     """Append each record as one line of JSON to a file, flushed at once.
 
     Args:
-      path: the file; its folder is made if it is missing.
+      path: the file, "~" for the home; its folder is made if it is missing.
 
     Raises:
       OSError: the file cannot be written.
@@ -135,7 +147,7 @@ class JSONL:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self._path = Path(path)
+        self._path = absolute(path)
 
     def __call__(self, record: Record) -> None:
         """Append the record."""

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from txcore.kernels.checks import whole_number
+
 _SMALLEST, _LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 
 
@@ -56,9 +58,9 @@ class LossScale:
             raise ValueError(
                 f"LossScale needs initial= at least minimum={self.minimum}, got {self.initial}"
             )
-        interval = self.growth_interval
-        if not isinstance(interval, int) or isinstance(interval, bool) or interval < 1:
-            raise ValueError(f"LossScale needs growth_interval= steps from 1 on, got {interval!r}")
+        interval = whole_number(self.growth_interval)
+        if interval is None or interval < 1:
+            raise ValueError(f"LossScale needs growth_interval= steps from 1 on, got {self.growth_interval!r}")
         check_scale("LossScale", "growth_factor", self.growth_factor)
         if self.growth_factor <= 1:
             raise ValueError(f"LossScale needs growth_factor= above 1, got {self.growth_factor}")

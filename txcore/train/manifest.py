@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import os
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -90,9 +90,20 @@ def write(
     metric: Metric | None = None,
 ) -> None:
     """Write the manifest of a folder whose files are all there."""
-    body = asdict(Manifest(position, leaves, precision, digests(folder), versions, metric))
+    _write(folder / NAME, Manifest(position, leaves, precision, digests(folder), versions, metric))
+
+
+def add_metric(folder: Path, metric: Metric) -> None:
+    """Add to a manifest what an evaluation says of its checkpoint, at once or not at all."""
+    beside = folder.parent / f".{folder.name}.{NAME}"
+    _write(beside, replace(read(folder), metric=metric))
+    os.replace(beside, folder / NAME)
+
+
+def _write(path: Path, manifest: Manifest) -> None:
+    body = asdict(manifest)
     text = json.dumps({"format": FORMAT, "version": VERSION, **body}, indent=1)
-    with open(folder / NAME, "w", encoding="utf-8") as file:
+    with open(path, "w", encoding="utf-8") as file:
         file.write(f"{_sha256(text.encode())}\n{text}\n")
         file.flush()
         os.fsync(file.fileno())

@@ -4,11 +4,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import jax
+import numpy as np
 
 from txcore import _compat
 from txcore.collectives import vary
 from txcore.collectives._leaves import names_of
 from txcore.collectives._scope import Scope, current_scope
+from txcore.kernels.checks import whole_number
 from txcore.optim import Optimizer
 from txcore.parallel import sync_gradients
 from txcore.train import loss_scale, prng
@@ -24,6 +26,9 @@ class Runner(Protocol):
 
     def run(self, step: Any, state: "TrainState", batch: Any) -> Any:
         """Run one step."""
+
+    def place(self, tree: Any, what: str) -> Any:
+        """Return a pytree as arrays on the mesh."""
 
 
 @dataclass(frozen=True)
@@ -80,8 +85,36 @@ class TrainState:
         return prng.step_key(self.seed, self.step)
 
     def replace(self, **changes: Any) -> "TrainState":
-        """Return a copy with some fields changed (`extra=`, for example)."""
+        """Return a copy with some fields changed (`extra=`, for example).
+
+        Outside of a step, arrays and numbers of the host are copied to the mesh.
+
+        Raises:
+          TypeError: there is no such field, or a leaf is no array.
+          ValueError: parameters of another structure or shape than those that are trained.
+        """
+        if unknown := sorted(set(changes) - {*_ARRAYS, "engine"}):
+            raise TypeError(
+                f"state.replace knows the fields {', '.join(_ARRAYS)}, got {', '.join(unknown)}"
+                + (": write stored_params=" if "params" in unknown else "")
+            )
+        if current_scope() is None:
+            placed = {name: value for name, value in changes.items() if name in _ARRAYS}
+            changes |= {name: self._placed(name, value) for name, value in placed.items()}
         return replace(self, **changes)
+
+    def _placed(self, name: str, value: Any) -> Any:
+        if name in ("step", "seed") and not isinstance(value, jax.Array):
+            number = whole_number(value)
+            if number is None:
+                raise TypeError(f"state.replace needs {name}= a whole number, got {value!r}")
+            try:
+                value = np.asarray(number, getattr(self, name).dtype)
+            except OverflowError as error:
+                raise ValueError(f"state.replace needs another {name}=: {error}") from None
+        if name == "stored_params":
+            _check_like(self.stored_params, value)
+        return self.engine.place(value, f"state.{name}")
 
     def example_keys(self, batch: Any) -> jax.Array:
         """Return one random key for each example of `batch`, the same under every plan.
@@ -148,8 +181,9 @@ class TrainState:
           RuntimeError: called outside a step.
         """
         _scope_of("apply_gradients")
-        check_gradients(grads, self.stored_params)
-        params, opt_state = self.engine.optimizer.update(
+        optimizer = self.engine.optimizer
+        check_gradients(grads, self.stored_params, per_example=optimizer.per_example)
+        params, opt_state = optimizer.update(
             grads, self.opt_state, self.stored_params, step=self.step
         )
         new = self.replace(step=self.step + 1, stored_params=params, opt_state=opt_state)
@@ -175,8 +209,25 @@ def _scope_of(method: str) -> Scope:
     return scope
 
 
-def check_gradients(grads: Any, params: Any) -> None:
-    """Refuse gradients that do not fit the stored parameters in structure, shape and axes."""
+def _check_like(params: Any, new: Any) -> None:
+    """Refuse parameters that do not fit the optimizer's state."""
+    ours, theirs = (jax.tree_util.tree_flatten_with_path(tree)[0] for tree in (params, new))
+    shapes = [(jax.tree_util.keystr(path), np.shape(x)) for path, x in ours]
+    given = [(jax.tree_util.keystr(path), np.shape(x)) for path, x in theirs]
+    if shapes != given:
+        wrong = next((pair for pair in given if pair not in shapes), None) or "a leaf less"
+        raise ValueError(
+            f"state.replace needs stored_params= with the leaves {shapes}, got {wrong}: make "
+            "another state for other parameters (engine.create_state); lists are taken apart, so "
+            "write numpy.asarray"
+        )
+
+
+def check_gradients(grads: Any, params: Any, *, per_example: bool = False) -> None:
+    """Refuse gradients that do not fit the stored parameters in structure, shape and axes.
+
+    With `per_example` each has one dim more, the examples', in front.
+    """
     given: Any = jax.tree.structure(grads)
     wanted: Any = jax.tree.structure(params)
     if given != wanted:
@@ -187,10 +238,12 @@ def check_gradients(grads: Any, params: Any) -> None:
     leaves = jax.tree_util.tree_flatten_with_path(params)[0]
     for (path, param), grad in zip(leaves, jax.tree.leaves(grads), strict=True):
         where = f"params{jax.tree_util.keystr(path)}"
-        if grad.shape != param.shape:
+        shape = jax.numpy.shape(grad)
+        if shape[int(per_example) :] != param.shape or len(shape) != param.ndim + per_example:
+            examples = ", after a dim of examples (tx.all_gather(..., invariant=True))"
             raise ValueError(
-                f"apply_gradients needs the gradient of {where} in its shape {param.shape}, got "
-                f"{grad.shape}"
+                f"apply_gradients needs the gradient of {where} in its shape {param.shape}"
+                f"{examples if per_example else ''}, got {shape}"
             )
         unreduced = _compat.unequal_axes(grad) - _compat.varying_axes(param)
         if unreduced:

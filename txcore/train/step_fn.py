@@ -4,6 +4,9 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import jax
+
+from txcore import _compat
 from txcore.train.compile import name_of
 from txcore.train.state import TrainState
 
@@ -23,7 +26,21 @@ class StepFn:
                 f"{self.__name__} needs a state made by engine.create_state(params), got "
                 f"{type(state).__name__}"
             )
+        refuse_tracing(self.__name__, state, batch)  # before the state is asked for its engine
         return state.engine.run(self, state, batch)
+
+
+def refuse_tracing(name: str, state: Any, batch: Any) -> None:
+    """Refuse to run a step on what jax traces instead of on arrays."""
+    if not _compat.may_trace():
+        return
+    for leaf in jax.tree.leaves((state, batch)):
+        if isinstance(leaf, jax.core.Tracer):
+            raise TypeError(
+                f"{name} needs arrays, got {type(leaf).__name__}: a step is compiled by its engine "
+                "and cannot be called under jax.jit, vmap, grad or scan, nor inside a step. Call "
+                "it in a Python loop (the devices are not waited for)"
+            )
 
 
 def step_fn(fn: Callable[[TrainState, Any], Any]) -> StepFn:

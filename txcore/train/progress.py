@@ -1,0 +1,134 @@
+"""What `fit` tells the loggers: finished steps as records, timed."""
+
+import errno
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+
+from txcore.plan import Plan
+from txcore.train.batch import examples
+from txcore.train.compile import name_of
+from txcore.train.loggers import Logger, Metrics, Record
+from txcore.train.manifest import Position
+
+if TYPE_CHECKING:
+    from txcore.train.engine import Engine
+
+# How many steps the host may run ahead of the devices: enough to hide its work, few enough not
+# to pile up batches. A simulated device shares the host's cores: what waits there takes time from
+# the step under way.
+RUN_AHEAD, RUN_AHEAD_ON_CPU = 4, 1
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)  # of a disk that may have room again
+
+_LOG = logging.getLogger("txcore")
+
+
+@dataclass
+class Progress:
+    """Turn the metrics of finished steps into records, and time them, compilation left out."""
+
+    engine: "Engine"
+    total_steps: int | None
+    start: Position
+    check: Callable[[int, Metrics], None]
+    pending: deque[tuple[Any, int]] = field(default_factory=deque)
+    _mark: float | None = None  # when the clock was started; None while it stands
+
+    def __post_init__(self) -> None:
+        self.done, self.seconds = self.start.steps, self.start.seconds
+        self.examples = self.start.examples
+        self.loggers = self.engine.loggers if jax.process_index() == 0 else ()
+        on_cpu = self.engine.mesh.devices[0].platform == "cpu"
+        self.run_ahead = RUN_AHEAD_ON_CPU if on_cpu else RUN_AHEAD
+        self.since = (self.start.steps, self.start.seconds, self.start.examples)
+        # By the loggers' places, since they may be equal or have no hash.
+        self._full, self._left_out = set[int](), set[int]()
+
+    def position(self, reached: Position) -> Position:
+        """Return a position with the time and the examples so far."""
+        return replace(reached, seconds=self.seconds, examples=self.examples)
+
+    def start_clock(self) -> None:
+        """Count time from now on, if the clock stands."""
+        if self._mark is None:
+            self._mark = self._now()
+
+    def _now(self) -> float:
+        return time.perf_counter() - self.engine.compile_seconds
+
+    def stop_clock(self) -> None:
+        """Wait for the steps that are under way, and stop counting."""
+        while self.pending:
+            self._finish_one()
+        self._mark = None
+
+    def add(self, metrics: Any, examples: int) -> None:
+        """Note a step that was dispatched; wait for an older one if too many are under way."""
+        self.pending.append((metrics, examples))
+        while len(self.pending) > self.run_ahead:
+            self._finish_one()
+
+    def _finish_one(self) -> None:
+        metrics, examples = self.pending.popleft()
+        host = to_host(metrics)
+        now = self._now()
+        elapsed = now - self._mark if self._mark is not None else 0.0
+        self._mark = now if self._mark is not None else None
+        self.done += 1
+        self.seconds += elapsed
+        self.examples += examples
+        self.tell("step", host)
+        self.check(self.done, host)
+
+    def tell(self, kind: str, metrics: Metrics) -> None:
+        """Send a record to the loggers."""
+        record = Record(
+            kind,
+            self.done,
+            self.total_steps,
+            metrics,
+            self.seconds,
+            self.examples,
+            self.engine.compile_seconds,
+            self.since,
+        )
+        for i, logger in enumerate(self.loggers):
+            if i not in self._left_out:
+                self._call(i, logger, record)
+
+    def _call(self, i: int, logger: Logger, record: Record) -> None:
+        try:
+            logger(record)
+        except Exception as error:  # what it only tells must not end a run of days
+            full = isinstance(error, OSError) and error.errno in _FULL
+            if i not in self._full:
+                then = "called again for the next record" if full else "left out from now on"
+                _LOG.warning(
+                    "txcore: the logger %s failed at step %d, and is %s: %s: %s",
+                    *(name_of(logger), self.done, then, type(error).__name__, error),
+                )
+            (self._full if full else self._left_out).add(i)
+        else:
+            self._full.discard(i)
+
+
+def to_host(metrics: Any) -> Metrics:
+    """Return metrics as Python floats (lists for arrays), waiting for the devices."""
+    return jax.tree.map(lambda value: np.asarray(value).tolist(), metrics)
+
+
+def real_examples(host: Any, placed: Any, plan: Plan) -> int:
+    """Return the real examples of a global batch; `host` is this process's part of it.
+
+    In several processes it is an estimate by this process's mask: throughput needs no
+    communication of its own.
+    """
+    total, mask = examples(placed, plan)[0], examples(host, plan)[1]
+    return round(total * float(np.mean(mask != 0))) if isinstance(mask, np.ndarray) else total
