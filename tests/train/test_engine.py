@@ -276,8 +276,9 @@ def test_epochs_and_data_that_ends():
     data = [toys.batch(seed=i) for i in range(3)]
     state = engine.fit(toys.train_step, engine.create_state(toys.params()), data, epochs=2)
     assert int(state.step) == 6
-    with pytest.raises(ValueError, match="the data ended after 3 batches: pass a list of batches"):
-        engine.fit(toys.train_step, state, iter(data), steps=4)
+    text = "needs data for 4 steps, but the data ended after 3 batches: pass a list of batches"
+    with pytest.raises(ValueError, match=text):
+        engine.fit(toys.train_step, state, iter(data), steps=10)
 
 
 def test_a_host_buffer_may_be_filled_anew_at_once():

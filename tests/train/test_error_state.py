@@ -23,7 +23,7 @@ MANY = 20_000  # steps, more than are made
 
 
 @functools.cache
-def after(steps, n=2):
+def after(steps, n):
     """The state's arrays after so many steps of a loop without fit."""
     state = cases.start(engine_of(n))
     for batch in batches(0)[:steps]:
@@ -226,6 +226,7 @@ def test_a_signal_without_checkpoints(number, caplog):
 
 def test_a_second_sigint_between_a_steps_call_and_its_result(monkeypatch):
     run = tx.Engine.run
+    after(3, 2)  # by the plain one
 
     def interrupted(self, step, state, batch):
         made = run(self, step, state, batch)
@@ -267,7 +268,7 @@ def test_sigint_at_any_time():
             signal.pthread_kill(main, signal.SIGINT)
             time.sleep(rng.uniform(0, 0.0005))
 
-    after(12)  # compiled
+    after(12, 2)  # compiled
     handler = signal.signal(signal.SIGINT, lambda *_: None)  # for one that comes too late
     try:
         for _ in range(40):
@@ -361,7 +362,9 @@ class TestWhatIsKnownBeforeTheFirstStep:
             raise OSError(errno.EROFS, "Read-only file system")
 
         monkeypatch.setattr(checkpoint_folder.tempfile, "mkdtemp", mkdtemp)
-        self.refused(f"the checkpoint folder {tmp_path} cannot be used: Read-only file sys.*", tmp_path)
+        self.refused(
+            f"the checkpoint folder {tmp_path} cannot be used: Read-only file sys.*", tmp_path
+        )
 
     def test_an_array_that_cannot_be_saved(self, tmp_path):
         engine = toys.engine(1)
@@ -383,5 +386,5 @@ class TestWhatIsKnownBeforeTheFirstStep:
         assert tx.Checkpoints("./~/run", every=1).directory.parent.name == "~"
         tx.loggers.JSONL("~/log.jsonl")(tx.loggers.Record("step", 1, 2, {}, 1.0, 64, 0.0))
         assert (tmp_path / "log.jsonl").exists()
-        with pytest.raises(ValueError, match="^'~nobody-here/x' begins with '~', and no home of"):
+        with pytest.raises(ValueError, match=r"^'~nobody-here/x' begins with '~', and no home of"):
             tx.Checkpoints("~nobody-here/x", every=1)

@@ -13,7 +13,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 WORKER = pathlib.Path(__file__).with_name("stopped_run.py")
 SAID = (
     r"^txcore: SIGTERM on rank \d: stopped after (\d+) steps; nothing is saved without "
-    r"checkpoints=$"
+    r"checkpoints= \(the exception has the state\)$"
 )
 
 

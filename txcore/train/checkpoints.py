@@ -142,9 +142,7 @@ class Checkpoints:
         """
         return self.keep_best is not None and self._together(partial(self._is_best, metrics))
 
-    def save(
-        self, state: TrainState, position: Position, metrics: Metrics | None = None
-    ) -> None:
+    def save(self, state: TrainState, position: Position, metrics: Metrics | None = None) -> None:
         """Start to write a checkpoint, and return when the arrays have been copied.
 
         Waits for the one before to be whole. One that cannot be written is logged, and the run

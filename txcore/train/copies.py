@@ -60,7 +60,7 @@ def _problem(leaf: Any, in_module: bool, trained: bool) -> str | None:
         return f"arrays, got {type(leaf).__name__}, which stands for one while jax traces,"
     if _compat.is_key_array(leaf):
         return "arrays to train, got PRNG keys" if trained else None
-    numbers = (jax.Array, np.ndarray, np.generic)
+    numbers: tuple[type, ...] = (jax.Array, np.ndarray, np.generic)
     if not in_module:  # a module's numbers are its options
         numbers += (int, float)
     if not isinstance(leaf, numbers):

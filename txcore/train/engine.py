@@ -21,8 +21,8 @@ from txcore.train import loss_scale, nonfinite
 from txcore.train.batch import examples, global_shapes, shapes_on, shard_batch
 from txcore.train.checkpoints import Checkpoints
 from txcore.train.compile import CompiledStep, compile_step, name_of
-from txcore.train.loggers import Logger, Metrics
 from txcore.train.copies import copies
+from txcore.train.loggers import Logger, Metrics
 from txcore.train.precision import Precision
 from txcore.train.state import TrainState
 from txcore.train.step_fn import StepFn, refuse_tracing

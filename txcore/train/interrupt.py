@@ -80,7 +80,7 @@ class Interrupt:
         raise SystemExit(128 + self.stopped)
 
 
-class interrupts:  # noqa: N801 (used as a function: with interrupts() as interrupt)
+class interrupts:
     """Note the first SIGTERM or SIGINT instead of ending at once; a second SIGINT ends.
 
     Only the main thread may handle signals; in another one nothing is noted. A signal that is

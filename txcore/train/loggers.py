@@ -113,7 +113,9 @@ def format_line(record: Record, since: Record | None, unit: str) -> str:
 
 
 def _pace(record: Record, since: Record | None, unit: str) -> str:
-    before = (since.step, since.seconds, since.examples) if since is not None else record.since
+    before = record.since
+    if since is not None and since.since == record.since:  # else it is of another fit
+        before = since.step, since.seconds, since.examples
     steps, seconds = record.step - before[0], record.seconds - before[1]
     rate = (record.examples - before[2]) / seconds if seconds else 0.0
     return f"{1e3 * seconds / max(steps, 1):6.1f} ms {rate:8,.0f} {unit}/s"

@@ -60,7 +60,9 @@ class LossScale:
             )
         interval = whole_number(self.growth_interval)
         if interval is None or interval < 1:
-            raise ValueError(f"LossScale needs growth_interval= steps from 1 on, got {self.growth_interval!r}")
+            raise ValueError(
+                f"LossScale needs growth_interval= steps from 1 on, got {self.growth_interval!r}"
+            )
         check_scale("LossScale", "growth_factor", self.growth_factor)
         if self.growth_factor <= 1:
             raise ValueError(f"LossScale needs growth_factor= above 1, got {self.growth_factor}")
