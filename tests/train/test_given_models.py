@@ -1,6 +1,7 @@
 """create_state and models of other libraries: split first where they hold more than arrays."""
 
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +11,9 @@ import toys
 
 import txcore as tx
 
-eqx = pytest.importorskip("equinox")
-nn = pytest.importorskip("flax.linen")
-nnx = pytest.importorskip("flax.nnx")
+eqx: Any = pytest.importorskip("equinox")
+nn: Any = pytest.importorskip("flax.linen")
+nnx: Any = pytest.importorskip("flax.nnx")
 
 X = np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32)
 BATCH = {"x": X, "y": X.sum(1)}

@@ -28,8 +28,8 @@ def from_optax(
         it on gradients of which each device holds a part: optax's global norm, for one, would
         be that of each part by itself.
       per_example: whether it needs one gradient for each example of the global batch, as
-        `optax.contrib.dpsgd` does: `jax.vmap(jax.grad(loss_of_one), (None, 0))(state.params, batch)`
-        of this device's examples, gathered by `tx.all_gather(grads, axis, invariant=True)`.
+        `optax.contrib.dpsgd` does: those of this device, `jax.vmap(jax.grad(loss_of_one),
+        (None, 0))(state.params, batch)`, gathered by `tx.all_gather(grads, axis, invariant=True)`.
 
     Returns:
       The optimizer. Gradients are cast to the parameters' dtypes first; the state keeps its

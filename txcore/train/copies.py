@@ -1,4 +1,4 @@
-"""What a user gives as parameters, copied to the host; models that hold more than arrays refused."""
+"""What a user gives as parameters, copied to the host; models with more than arrays refused."""
 
 from collections.abc import Iterator
 from typing import Any

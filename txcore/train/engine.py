@@ -25,7 +25,7 @@ from txcore.train.copies import copies
 from txcore.train.loggers import Logger, Metrics
 from txcore.train.precision import Precision
 from txcore.train.state import TrainState
-from txcore.train.step_fn import StepFn, refuse_tracing
+from txcore.train.step_fn import StepFn, check_jit, refuse_tracing
 
 if TYPE_CHECKING:
     from txcore.profiling import Report
@@ -247,17 +247,19 @@ class Engine:
     ) -> TrainState:
         """Train: run the step over batches, tell the loggers, and save checkpoints.
 
-        With checkpoints the run goes on where the newest one ends, and SIGTERM or SIGINT stop it
-        between two steps, saved. In several processes they stop all of them, with checkpoints or
-        without.
+        With checkpoints the run goes on where the newest one ends, else where `state.step` is.
+        SIGTERM and SIGINT stop it between two steps, in several processes all of them, saved if
+        there are checkpoints; a second SIGINT ends at once. Every exception has the newest state as
+        `error.state`, None where a step failed that had been given it.
 
         Args:
           step: the training step.
           state: the state to start from; it is donated.
           data: batches as for `run`: an iterable that can be read again, or a function
             `epoch -> batches`. To resume within an epoch its first batches are read and dropped.
-          steps: how many steps to run, those before a checkpoint among them; or
-          epochs: how many times to go through the data.
+          steps: how many steps the run is to have, those before among them (before a checkpoint,
+            or by an earlier `fit`); or
+          epochs: how many times to go through the data, those before a checkpoint among them.
           evaluate: called with the state every `eval_every` steps and after the last; returns
             metrics (`lambda state: engine.evaluate(eval_step, state, test_batches)`).
           eval_every: steps between evaluations; None evaluates after the last step only.
@@ -267,12 +269,13 @@ class Engine:
           The state after the last step.
 
         Raises:
-          ValueError: neither or both of `steps` and `epochs`, or data that ends too early or
-            does not fit the checkpoint.
+          ValueError: neither or both of `steps` and `epochs`, a state that has made more steps, or
+            data that ends too early or does not fit the checkpoint.
           FloatingPointError: the loss is not finite, or a parameter that is to be saved; see
             `on_nonfinite`.
-          CheckpointError: no checkpoint can be used, the newest one is of more steps than this run
-            is to make, or the last one could not be written.
+          CheckpointError: no checkpoint can be used or made, the newest one is of more steps than
+            this run is to make, the last one could not be written, or `evaluate` does not return
+            the metric of `keep_best`.
           SystemExit, KeyboardInterrupt: after SIGTERM (with exit code 143) and SIGINT.
         """
         return loop.fit(
@@ -417,16 +420,6 @@ class Engine:
         if train:
             self.last_words = compiled.last_words
         return compiled
-
-
-def check_jit(name: str) -> None:
-    """Refuse to compile where jax is told not to."""
-    if _compat.setting("jax_disable_jit"):
-        raise RuntimeError(
-            f"{name} needs to be compiled, and jax_disable_jit is set: unset it (JAX_DISABLE_JIT=0, "
-            "or leave jax.disable_jit()). jax.debug.print and jax.debug.breakpoint show values "
-            "inside a compiled step"
-        )
 
 
 def _signature(tree: Any) -> Any:

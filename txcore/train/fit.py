@@ -298,10 +298,11 @@ def batches(
             at = replace(at, steps=at.steps + 1, batch=at.batch + 1, rows=rows)
             yield at, batch
         if at.batch == 0:
+            wanted = "another epoch" if steps is None else f"{steps - first} steps"
             raise ValueError(
-                f"fit needs data for {'another epoch' if steps is None else f'{steps - first} steps'}"
-                f", but the data ended after {before.steps - first} batches: pass a list of batches, or a function epoch -> batches, "
-                "that can be read again"
+                f"fit needs data for {wanted}, but the data ended after {before.steps - first} "
+                "batches: pass a list of batches, or a function epoch -> batches, that can be read "
+                "again"
             )
         at = replace(at, epoch=at.epoch + 1, batch=0, rows=0)
 

@@ -43,6 +43,16 @@ def refuse_tracing(name: str, state: Any, batch: Any) -> None:
             )
 
 
+def check_jit(name: str) -> None:
+    """Refuse to compile where jax is told not to."""
+    if _compat.setting("jax_disable_jit"):
+        raise RuntimeError(
+            f"{name} needs to be compiled, and jax_disable_jit is set: unset it "
+            "(JAX_DISABLE_JIT=0, or leave jax.disable_jit()). jax.debug.print and "
+            "jax.debug.breakpoint show values inside a compiled step"
+        )
+
+
 def step_fn(fn: Callable[[TrainState, Any], Any]) -> StepFn:
     """Make a training step of a function, to be called with a state and a whole batch.
 
