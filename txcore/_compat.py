@@ -151,10 +151,15 @@ def backend_started() -> bool:
 
 def may_trace() -> bool:
     """Tell whether jax may be tracing here (under jit, vmap, grad or scan)."""
+    is_clean = _trace_state_clean()
+    return is_clean is None or not is_clean()
+
+
+@functools.cache
+def _trace_state_clean() -> Callable[[], bool] | None:
     from jax._src import core  # private: there is no public question
 
-    is_clean = getattr(core, "trace_state_clean", None)
-    return is_clean is None or not is_clean()
+    return getattr(core, "trace_state_clean", None)
 
 
 def is_key_array(x: Any) -> bool:

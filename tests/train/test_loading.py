@@ -241,7 +241,7 @@ EXTRA = {
     "keys": jax.random.split(jax.random.key(3), 2),
     "fast": jax.random.key(5, impl="unsafe_rbg"),
     "empty": np.zeros((0, 3), np.float32),
-    "small": np.arange(-8, 8).astype(jnp.int4),
+    "small": np.arange(-8, 8).astype(np.int8),
     "half": np.float32([1.5, -2.25]).astype(jnp.bfloat16),
     "flag": np.array([True, False]),
 }

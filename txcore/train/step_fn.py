@@ -26,7 +26,6 @@ class StepFn:
                 f"{self.__name__} needs a state made by engine.create_state(params), got "
                 f"{type(state).__name__}"
             )
-        refuse_tracing(self.__name__, state, batch)  # before the state is asked for its engine
         return state.engine.run(self, state, batch)
 
 
