@@ -1,8 +1,6 @@
 """Account for every collective of a compiled program: `audit`, `audit_text` and what they share."""
 
 import inspect
-import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,7 +9,7 @@ import jax
 
 from txcore import _compat
 from txcore.profiling import meshes
-from txcore.profiling.hlo import Op, find_collectives
+from txcore.profiling.hlo import Module, Op, collectives_of, find_collectives, read_modules
 from txcore.profiling.jaxpr import Declared, inventory, is_one_shard_map, meshes_of
 from txcore.profiling.kernels_used import kernels_in_text, kernels_used
 from txcore.profiling.match import Matched, match
@@ -20,6 +18,9 @@ from txcore.profiling.program import Program, compile_for_target, compile_progra
 from txcore.profiling.report import Report
 from txcore.profiling.rows import rows_of
 from txcore.profiling.stages import reconcile
+from txcore.profiling.units import units_of
+
+MOST_BYTES = 1 << 28  # of a text from elsewhere
 
 
 class AutoShardingError(AssertionError):
@@ -179,7 +180,7 @@ def audit_compiled(
     text = compiled.as_text() or ""
     ops = _read(text, sizes)
     if jaxpr is None:
-        report = _report(ops, _match(ops, ()), None, sizes)
+        report = _report(ops, _unmatched(ops), None, sizes)
         return replace(report, target=machine_of(compiled), kernels=kernels_in_text(text))
     declared = inventory(jaxpr)
     matched = _match(ops, declared)
@@ -197,19 +198,24 @@ def audit_compiled(
     )
 
 
-def audit_text(hlo: str, *, mesh: meshes.MeshLike | None = None) -> Report:
+def audit_text(
+    hlo: str, *, mesh: meshes.MeshLike | None = None, max_bytes: int | None = None
+) -> Report:
     """List every collective in the text of compiled HLO, with what its own lines say of it.
 
     Args:
-      hlo: optimized HLO of any platform, one or more modules.
+      hlo: optimized HLO of any platform, one or more modules; indented, or with what a log puts
+        before each line, too.
       mesh: the mesh whose axes to name (a Mesh or AbstractMesh); without it rows have no axes.
+      max_bytes: the longest text to read, 256 MiB by default; time and memory grow with it.
 
     Returns:
       The report; its `checked` is False, since text cannot be compared with a traced program.
 
     Raises:
       TypeError: `hlo` is not text.
-      ValueError: there is no HLO module in it.
+      ValueError: there is no HLO module in it, it is too long, or was compiled for another number
+        of devices than the mesh has.
 
     Example:
       >>> report = audit_text("HloModule m, num_partitions=2\\nENTRY %e (x: f32[8]) -> f32[8] {\\n"
@@ -221,25 +227,32 @@ def audit_text(hlo: str, *, mesh: meshes.MeshLike | None = None) -> Report:
     """
     if not isinstance(hlo, str):
         raise TypeError(f"audit_text needs HLO text, but got a {type(hlo).__name__}")
+    most = MOST_BYTES if max_bytes is None else max_bytes
+    if len(hlo) > most:
+        raise ValueError(
+            f"audit_text needs at most {most} bytes of HLO, but got {len(hlo)}: give a larger "
+            "max_bytes"
+        )
     sizes = (meshes.sizes_of(mesh),) if mesh is not None else ()
-    _check_devices(hlo, _largest(sizes))
-    ops = _read(hlo, sizes)
+    modules = read_modules(hlo)
+    _check_devices(modules, _devices(sizes))
+    ops = collectives_of(modules, devices=_devices(sizes))
     if "HloModule" not in hlo and all(op.kind == "unknown" for op in ops):
         raise ValueError(
             "audit_text needs the text of an HLO module, which begins with 'HloModule', but got "
             f"{hlo[:40]!r}: pass compiled.as_text() or an XLA dump"
         )
-    report = _report(ops, _match(ops, ()), None, sizes)
+    report = _report(ops, _unmatched(ops), None, sizes)
     return replace(report, kernels=kernels_in_text(hlo))
 
 
-def _check_devices(hlo: str, given: int) -> None:
-    """Refuse a mesh of another number of devices than the text's header says."""
-    header = hlo[: hlo.find("\n")]
-    counts = [int(n) for n in re.findall(r"\b(?:num_partitions|replica_count)=(\d{1,9})\b", header)]
-    if given > 1 and counts and math.prod(counts) != given:
+def _check_devices(modules: Sequence[Module], given: int | None) -> None:
+    """Refuse a mesh of another number of devices than the text's headers say."""
+    counts = {module.devices for module in modules if module.devices is not None}
+    if given is not None and counts and given not in counts:
+        said = " or ".join(map(str, sorted(counts)))
         raise ValueError(
-            f"audit_text needs a mesh of {math.prod(counts)} devices, as the module was compiled "
+            f"audit_text needs a mesh of {said} devices, as the module was compiled "
             f"for, but got one of {given}: give the axes that it was compiled with"
         )
 
@@ -283,16 +296,23 @@ def _meshes(
     return tuple(dict.fromkeys(meshes.sizes_of(s.mesh) for s in named))
 
 
-def _largest(sizes: Sequence[meshes.Sizes]) -> int:
-    return max((meshes.count(s, tuple(name for name, _ in s)) for s in sizes), default=1)
+def _devices(sizes: Sequence[meshes.Sizes]) -> int | None:
+    """Return the devices of the largest mesh, None where there is no mesh."""
+    return max((meshes.count(s, tuple(name for name, _ in s)) for s in sizes), default=None)
 
 
 def _read(text: str, sizes: Sequence[meshes.Sizes]) -> tuple[Op, ...]:
-    return find_collectives(text, devices=_largest(sizes))
+    return find_collectives(text, devices=_devices(sizes))
 
 
 def _match(ops: Sequence[Op], declared: Sequence[Declared]) -> Matched:
     return match(ops, declared, marks=_compat.marks_partitioner())
+
+
+def _unmatched(ops: Sequence[Op]) -> Matched:
+    """Return the arrays of ops that there is nothing to match with."""
+    units = tuple(units_of(ops))
+    return Matched(units, ((),) * len(units), ())
 
 
 def _report(

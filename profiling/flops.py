@@ -51,7 +51,7 @@ def flops_of(instruction: Instruction, scope: Scope) -> tuple[str, int] | None:
         return _convolution(instruction, scope, _FORWARD)
     if instruction.opcode != "custom-call":
         return None
-    target = attributes.custom_call_target(instruction.rest)
+    target = attributes.custom_call_target(instruction)
     if target.startswith("__cublas$"):
         return _product(instruction, scope, _BLAS_CONTRACTED)
     if target.startswith("__cudnn$conv"):

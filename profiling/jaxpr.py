@@ -12,7 +12,7 @@ import numpy as np
 
 from txcore import _compat
 from txcore.profiling import meshes, source
-from txcore.profiling.hlo import Groups
+from txcore.profiling.hlo import NO_GROUPS, Groups
 from txcore.profiling.values import Numbering, Value, is_literal
 
 # jax's primitives by the HLO op that they lower to; a "_start" of an async pair is the same.
@@ -70,7 +70,7 @@ class Declared:
     foldable: bool = False
     live: bool = True
     operand: int = field(default=-1, repr=False, compare=False)
-    groups: Groups = field(default=(), repr=False)
+    groups: Groups = field(default=NO_GROUPS, repr=False)
     pairs: tuple[tuple[int, int], ...] = field(default=(), repr=False)
 
 
@@ -353,7 +353,7 @@ def _partners(
 ) -> tuple[Groups, tuple[tuple[int, int], ...]]:
     if kind == "collective-permute":
         perm = tuple((int(a), int(b)) for a, b in params["perm"])
-        return (), meshes.device_pairs(sizes, axes, perm)
+        return NO_GROUPS, meshes.device_pairs(sizes, axes, perm)
     index_groups = params.get("axis_index_groups")
     if index_groups is not None:
         index_groups = tuple(tuple(int(i) for i in group) for group in index_groups)

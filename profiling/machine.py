@@ -9,6 +9,7 @@ from typing import Any
 
 from txcore.profiling.bandwidth import ring_steps, wire_bytes
 from txcore.profiling.hlo import Groups, Op
+from txcore.profiling.hlo.groups import Pairs
 from txcore.profiling.targets.chips import Chip
 from txcore.profiling.work import Work
 
@@ -67,7 +68,8 @@ class Machine:
         if not sent:
             return Transfer(0.0, frozenset())
         members = op.groups or op.pairs
-        if (last := max(map(max, members), default=0)) >= len(self.places):
+        last = op.groups.last if op.groups else max(map(max, op.pairs), default=0)
+        if last >= len(self.places):
             raise ValueError(
                 f"{op.name} is on device {last}, but the machine has {len(self.places)}: give the "
                 "devices of the program's mesh"
@@ -89,7 +91,7 @@ _Spread = Sequence[Sequence[tuple[int, ...]]]  # the places of each group, or pe
 
 
 @functools.lru_cache(maxsize=1024)
-def _path(machine: Machine, kind: str, members: Groups) -> _Path:
+def _path(machine: Machine, kind: str, members: Groups | Pairs) -> _Path:
     if not members:  # a send, whose receiver is in another program
         return _Path(machine.chip.link_bytes_per_second, frozenset(), 1)
     spread = [[machine.places[device] for device in some] for some in members]

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
-from txcore.profiling.hlo import Groups, canonical
+from txcore.profiling.hlo import Groups, block, canonical
 
 Sizes = tuple[tuple[str, int], ...]  # the axes of a mesh and their sizes, in the mesh's order
 
@@ -33,7 +33,7 @@ def count(sizes: Sizes, axes: tuple[str, ...]) -> int:
 
 @functools.lru_cache(maxsize=4096)
 def device_groups(
-    sizes: Sizes, axes: tuple[str, ...], index_groups: Groups | None = None
+    sizes: Sizes, axes: tuple[str, ...], index_groups: tuple[tuple[int, ...], ...] | None = None
 ) -> Groups:
     """Return the groups of devices that a collective along `axes` makes, by place in the mesh.
 
@@ -46,16 +46,16 @@ def device_groups(
       The groups, sorted.
 
     Example:
-      >>> device_groups((("data", 2), ("model", 2)), ("data",))
-      ((0, 2), (1, 3))
+      >>> list(device_groups((("data", 2), ("model", 2)), ("data",)))
+      [(0, 2), (1, 3)]
     """
+    if index_groups is None:
+        return block((size, name in axes) for name, size in sizes)
     names = [name for name, _ in sizes]
     chosen = [names.index(axis) for axis in axes]
     kept = [i for i in range(len(names)) if i not in chosen]
     ids = np.arange(math.prod(size for _, size in sizes)).reshape([size for _, size in sizes])
     rows = ids.transpose(kept + chosen).reshape(-1, count(sizes, axes))
-    if index_groups is None:
-        return canonical(rows.tolist())
     return canonical(row[list(group)].tolist() for row in rows for group in index_groups)
 
 
@@ -77,12 +77,12 @@ def axes_of_groups(groups: Groups, sizes: Sizes) -> tuple[str, ...] | None:
 
     Axes of size 1 are never named: no group tells them apart.
     """
-    if not groups or sum(map(len, groups)) != math.prod(size for _, size in sizes):
+    if not groups or groups.devices != math.prod(size for _, size in sizes):
         return None
     names = tuple(name for name, size in sizes if size > 1)
     for number in range(len(names) + 1):
         for axes in itertools.combinations(names, number):
-            if count(sizes, axes) == len(groups[0]) and device_groups(sizes, axes) == groups:
+            if device_groups(sizes, axes) == groups:
                 return axes
     return None
 

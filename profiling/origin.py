@@ -25,7 +25,7 @@ collective. So `match.py` compares the result with the traced program.
 """
 
 from txcore.profiling.hlo import Op
-from txcore.profiling.hlo.types import split_outside
+from txcore.profiling.hlo.scan import split_outside
 from txcore.profiling.jaxpr import KIND_OF, made_by_autodiff
 
 UNEXPLAINED = ("partitioner", "boundary", "unknown")

@@ -112,6 +112,8 @@ def _row(
     parts = tuple(part for array in arrays for part in _parts(array, group_size))
     trips = _trips(op, arrays)
     notes = [array.note for array in arrays] + ["merged into one op with others"] * merged
+    if op.kind != "unknown":
+        notes.append(op.problem)
     on_wire = (group_size if op.kind == "all-gather" else 1) * sum(
         array.unit.shape.bytes for array in arrays
     )

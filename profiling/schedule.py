@@ -99,7 +99,7 @@ class Schedule:
         return max(0.0, 1 - exposed / whole) if whole else 1.0
 
 
-def schedule(hlo: str, *, machine: Machine | None = None, devices: int = 1) -> Schedule:
+def schedule(hlo: str, *, machine: Machine | None = None, devices: int | None = None) -> Schedule:
     """Predict a step from the text of its compiled program.
 
     Args:
@@ -168,5 +168,5 @@ def _overlap(flight: Flight, is_timed: bool) -> Overlap:
         bytes=flight.bytes,
         seconds=flight.seconds if is_timed else None,
         exposed_seconds=flight.exposed if is_timed else None,
-        note=flight.note,
+        note=flight.note or op.problem,
     )

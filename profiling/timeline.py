@@ -154,7 +154,7 @@ def _with_call(graph: Graph, target: str) -> frozenset[str]:
         name
         for name, computation in graph.module.computations.items()
         for i in computation.instructions
-        if i.opcode == "custom-call" and attributes.custom_call_target(i.rest) == target
+        if i.opcode == "custom-call" and attributes.custom_call_target(i) == target
     )
 
 
@@ -252,7 +252,7 @@ class _Clock:
         is_done = instruction.opcode.endswith(("-done", "-update"))
         if not (is_done or instruction.opcode == "fusion"):
             return None
-        names, seen = operand_names(instruction), set[str]()
+        names, seen = list(operand_names(instruction)), set[str]()
         while names and len(seen) < _MOST_PASSED:
             name = names.pop(0)
             if name in self.under_way:

@@ -79,7 +79,7 @@ def memory_bytes(type_: str) -> int:
 def _is_free_call(instruction: Instruction) -> bool:
     return (
         instruction.opcode == "custom-call"
-        and attributes.custom_call_target(instruction.rest) in _FREE_CALLS
+        and attributes.custom_call_target(instruction) in _FREE_CALLS
     )
 
 

@@ -1,13 +1,14 @@
 """Read the text of compiled programs: what is in a module, and every collective in it."""
 
-from txcore.profiling.hlo.collectives import Op, find_collectives
-from txcore.profiling.hlo.groups import Groups, canonical
+from txcore.profiling.hlo.collectives import Op, collectives_of, find_collectives
+from txcore.profiling.hlo.groups import NO_GROUPS, Groups, block, canonical
 from txcore.profiling.hlo.inputs import Input
 from txcore.profiling.hlo.text import KINDS, Computation, Instruction, Module, read_modules
 from txcore.profiling.hlo.types import HloError, Shape, parse_shapes
 
 __all__ = [
     "KINDS",
+    "NO_GROUPS",
     "Computation",
     "Groups",
     "HloError",
@@ -16,7 +17,9 @@ __all__ = [
     "Module",
     "Op",
     "Shape",
+    "block",
     "canonical",
+    "collectives_of",
     "find_collectives",
     "parse_shapes",
     "read_modules",

@@ -1,27 +1,32 @@
 """Find every collective of an HLO module, with its operands, groups, trips and witnesses."""
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from txcore.profiling.hlo import attributes, opaque
 from txcore.profiling.hlo.graph import Graph, Value
-from txcore.profiling.hlo.groups import Groups, canonical, parse_groups, parse_pairs
+from txcore.profiling.hlo.groups import NO_GROUPS, Groups, Pairs, parse_groups, parse_pairs
 from txcore.profiling.hlo.inputs import Input, inputs_of, witnesses, words_of
+from txcore.profiling.hlo.modes import groups_of_devices, mode_of, pairs_of_devices
+from txcore.profiling.hlo.scan import without_quoted
 from txcore.profiling.hlo.stepwise import is_later_step
 from txcore.profiling.hlo.text import KINDS, Instruction, Module, read_modules
 from txcore.profiling.hlo.trips import ONCE, Trips, runs
-from txcore.profiling.hlo.types import HloError, Shape, split_outside
+from txcore.profiling.hlo.types import HloError, Shape, parse_shapes
 from txcore.profiling.hlo.wanted import full_name, maker, wanted_by
 
 _KIND_OF = {f"{kind}{start}": kind for kind in KINDS for start in ("", "-start")}
 _START_OF = {f"{kind}-done": f"{kind}-start" for kind in KINDS}
-_GROUPS = "replica_groups="
-_PAIRS = "source_target_pairs="
-_TARGET = "custom_call_target="
-_SENT = "_xla_send_recv_"
+_TRACES = ("replica_groups=", "source_target_pairs=", "custom_call_target=", "_xla_send_recv_")
 # The second halves of pairs, and what takes their results apart.
 _OTHER_HALVES = ("async-", "send-done", "recv-done", "get-tuple-element")
-_PAIRS_OF_SEND = "_xla_send_recv_source_target_pairs="
+_PAIRS_OF_SEND = "_xla_send_recv_source_target_pairs"
+_DIMS = re.compile(r"\{([\d,\s]*+)\}")
+# Of these the result is n times the operand, or one n-th of it.
+_SIZED_BY_SHAPES = ("all-gather", "reduce-scatter")
+UNSIZED = "how many devices talk is not known: its module's header has no counts"
+ALONE = "each device is alone in its group"
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,9 +34,11 @@ class Op:
     """One collective of a compiled program, as the compiler prints it.
 
     kind: HLO's name without "-start"; "custom-call" for a call that can communicate unseen,
-      "unknown" for a line that could not be read (then `problem` says why).
+      "unknown" for a line that could not be read.
+    problem: why it could not be, or what the line leaves open.
     inputs: the arrays each device puts in, of one execution.
-    groups: the devices that talk to each other, by their place in the program's mesh.
+    groups: the devices that talk to each other, by their place in the program's mesh; none where
+      the text does not say, though `size` may be known.
     pairs: a permute's (source, target) devices; then `groups` is empty.
     tags, marked, op_name, frames: what the line says about where it comes from.
     wanted_by, wanted_frames: op_name and source of the first op of another origin that uses the
@@ -42,8 +49,9 @@ class Op:
     name: str
     kind: str
     inputs: tuple[Input, ...] = ()
-    groups: Groups = ()
-    pairs: tuple[tuple[int, int], ...] = ()
+    groups: Groups = NO_GROUPS
+    size: int = 0
+    pairs: Pairs = ()
     tags: tuple[str, ...] = ()
     marked: bool = False
     op_name: str = ""
@@ -62,8 +70,8 @@ class Op:
 
     @property
     def group_size(self) -> int:
-        """Return the size of the largest group; of a permute it is not known here, and 0."""
-        return max((len(group) for group in self.groups), default=0)
+        """Return the size of the largest group; 0 where it is not known, as of a permute."""
+        return self.groups.size or self.size
 
     @property
     def elements(self) -> int:
@@ -80,25 +88,30 @@ class Op:
         return self.group_size if self.kind == "all-gather" else 1
 
 
-def find_collectives(text: str, *, devices: int = 1) -> tuple[Op, ...]:
+def find_collectives(text: str, *, devices: int | None = None) -> tuple[Op, ...]:
     """Read HLO text and return every collective in it, in the text's order.
 
     Args:
       text: one or more HLO modules.
-      devices: how many devices the program runs on, where the text's header does not say.
+      devices: how many devices the program runs on, where the text's header does not say; None
+        where that is not known either.
 
     Returns:
       One `Op` for each collective; an async pair counts once. What looks like a collective and
       cannot be read is an `Op` of kind "unknown", never an exception.
     """
-    return tuple(op for module in read_modules(text) for op in _of_module(module, devices))
+    return collectives_of(read_modules(text), devices=devices)
 
 
-def _of_module(module: Module, devices: int) -> Iterator[Op]:
+def collectives_of(modules: Iterable[Module], *, devices: int | None = None) -> tuple[Op, ...]:
+    """Return every collective in modules that were read before, as `find_collectives`."""
+    return tuple(op for module in modules for op in _of_module(module, devices))
+
+
+def _of_module(module: Module, devices: int | None) -> Iterator[Op]:
     graph = Graph(module)
     trips = runs(graph)
     opcodes = frozenset(i.opcode for c in module.computations.values() for i in c.instructions)
-    devices = max(devices, module.num_partitions * module.replica_count)
     for name, computation in module.computations.items():
         context = _Context(graph, opcodes, name, devices)
         for instruction in computation.instructions:
@@ -117,7 +130,7 @@ class _Context:
     graph: Graph
     opcodes: frozenset[str]
     computation: str
-    devices: int
+    devices: int | None
 
 
 def _kind(instruction: Instruction, context: _Context) -> str | None:
@@ -130,14 +143,18 @@ def _kind(instruction: Instruction, context: _Context) -> str | None:
     if started := _START_OF.get(opcode):
         return _half_of(started, context)
     if opcode in ("custom-call", "custom-call-start"):
-        return "custom-call" if opaque.can_communicate(instruction.rest) else None
+        return "custom-call" if opaque.can_communicate(instruction) else None
     if opcode in ("send", "recv"):  # two halves of one transfer; only the send counts
         if "is_host_transfer=true" in instruction.rest:
             return None
         return "send" if opcode == "send" else _half_of("send", context)
-    rest = instruction.rest
-    is_like_one = _GROUPS in rest or _PAIRS in rest or _TARGET in rest or _SENT in rest
-    return "unknown" if is_like_one and not opcode.startswith(_OTHER_HALVES) else None
+    if opcode.startswith(_OTHER_HALVES) or not _has_trace(instruction.rest):
+        return None
+    return "unknown" if _has_trace(without_quoted(instruction.rest)) else None
+
+
+def _has_trace(rest: str) -> bool:
+    return any(trace in rest for trace in _TRACES)
 
 
 def _half_of(counted: str, context: _Context) -> str | None:
@@ -159,11 +176,11 @@ def _read(instruction: Instruction, kind: str, context: _Context) -> Op:
             raise HloError(f"unknown form {instruction.rest[:80]!r}")
         return _read_op(instruction, kind, context)
     except HloError as error:
-        return Op(instruction.name, "unknown", problem=f"{instruction.opcode}: {error}")
+        return Op(instruction.name, "unknown", problem=f"{instruction.opcode[:40]}: {error}")
 
 
 def _read_op(instruction: Instruction, kind: str, context: _Context) -> Op:
-    operands, rest = attributes.split(instruction)
+    operands, said = instruction.operands, instruction.attributes
     here = Value(context.graph.scope(context.computation), instruction)
     lines = witnesses(here, context.graph)
     words = words_of(lines)
@@ -175,23 +192,76 @@ def _read_op(instruction: Instruction, kind: str, context: _Context) -> Op:
         marked=words.marked,
         op_name=words.op_name,
         frames=_frames(lines, context.graph.module),
-        target=attributes.custom_call_target(rest),
+        target=attributes.custom_call_target(instruction),
     )
     if kind == "custom-call":
         return op
     if words.marked or "/" not in words.op_name or words.op_name.endswith("/shard_map"):
         op = _with_user(op, here, context.graph)  # else it says itself what it is for
-    inputs = inputs_of(here, _sent(operands, rest, kind), words, context.graph)
+    # A permute in place names slices of its first operand; a combined one has many whole ones.
+    slices = said.get("slice_sizes") if kind == "collective-permute" else None
+    sent = operands[:1] if slices or kind in ("ragged-all-to-all", "send") else operands
+    inputs = inputs_of(here, sent, words, context.graph)
+    if slices:
+        inputs = _slices(inputs, slices)
     op = _with_words_of(replace(op, inputs=inputs))
-    if kind == "collective-permute":
-        return replace(op, pairs=parse_pairs(_value(rest, _PAIRS)))
-    if kind == "send":
+    if kind in ("collective-permute", "send"):
+        return _with_pairs(op, instruction, context.graph.module)
+    return _with_groups(op, instruction, context)
+
+
+def _with_pairs(op: Op, instruction: Instruction, module: Module) -> Op:
+    said = instruction.attributes
+    mode = mode_of(op.kind, said)
+    if op.kind == "send":
         # XLA for GPU writes a permute as sends and receives where it pipelines it.
-        is_permute = _PAIRS_OF_SEND in rest
-        pairs = parse_pairs(_value(rest, _PAIRS_OF_SEND)) if is_permute else ()
-        return replace(op, kind="collective-permute" if is_permute else kind, pairs=pairs)
-    groups = parse_groups(_value(rest, _GROUPS), context.devices)
-    return replace(op, groups=_on_devices(groups, rest, kind, context.graph.module))
+        if (printed := instruction.frontend.get(_PAIRS_OF_SEND)) is None:
+            return op
+        op = replace(op, kind="collective-permute")
+    elif (printed := said.get("source_target_pairs")) is None:
+        raise HloError("no source_target_pairs")
+    return replace(op, pairs=pairs_of_devices(parse_pairs(printed), mode, module))
+
+
+def _with_groups(op: Op, instruction: Instruction, context: _Context) -> Op:
+    said = instruction.attributes
+    if (printed := said.get("replica_groups")) is None:
+        raise HloError("no replica_groups")
+    if "device_ids" in said:  # of the mesh form, whose comma parts it in two
+        printed += f", device_ids={said['device_ids']}"
+    module, mode = context.graph.module, mode_of(op.kind, said)
+    groups = groups_of_devices(parse_groups(printed), mode, module, context.devices)
+    if not groups:
+        size = _size_by_shapes(op, instruction)
+        return replace(op, size=size, problem="" if size else UNSIZED)
+    is_alone = groups.size == 1 and groups.devices > 1
+    return replace(op, groups=groups, problem=ALONE if is_alone else "")
+
+
+def _size_by_shapes(op: Op, instruction: Instruction) -> int:
+    """Return n as the shapes of operands and results have it, or 0 where they do not say."""
+    if op.kind == "all-to-all" and len(op.inputs) > 1:
+        return len(op.inputs)
+    if op.kind not in _SIZED_BY_SHAPES:
+        return 0
+    shapes, count = parse_shapes(instruction.type), len(op.inputs)
+    results = shapes[count : 2 * count] if instruction.opcode.endswith("-start") else shapes
+    ends = [sum(s.elements for s in of) for of in (op.operands, results or shapes)]
+    small, large = ends if op.kind == "all-gather" else ends[::-1]
+    return large // small if small and large % small == 0 else 0
+
+
+def _slices(inputs: tuple[Input, ...], printed: str) -> tuple[Input, ...]:
+    """Return what a permute in place sends: slices of the arrays of its first operand, in order."""
+    sizes = [parse_shapes(f"u8[{dims}]")[0] for dims in _DIMS.findall(printed)]
+    if not sizes or len(sizes) % len(inputs):
+        raise HloError(f"slice_sizes={printed[:40]} of {len(inputs)} arrays")
+    of_each = len(sizes) // len(inputs)
+    whole = (inputs[i // of_each] for i in range(len(sizes)))
+    return tuple(
+        replace(one, shape=replace(one.shape, dims=size.dims), pieces=())
+        for one, size in zip(whole, sizes, strict=True)
+    )
 
 
 def _with_user(op: Op, here: Value, graph: Graph) -> Op:
@@ -201,10 +271,8 @@ def _with_user(op: Op, here: Value, graph: Graph) -> Op:
     near = user or made
     # Where the compiler chose the results' shardings, it gathers for what made them.
     named = user or (made if graph.module.chooses_output_shardings else None)
-    frames = tuple(attributes.source_frames(near.rest, graph.module)) if near else ()
-    return replace(
-        op, wanted_by=attributes.op_name(named.rest) if named else "", wanted_frames=frames
-    )
+    frames = tuple(attributes.source_frames(near, graph.module)) if near else ()
+    return replace(op, wanted_by=attributes.op_name(named) if named else "", wanted_frames=frames)
 
 
 def _with_words_of(op: Op) -> Op:
@@ -221,40 +289,5 @@ def _with_words_of(op: Op) -> Op:
 
 
 def _frames(lines: list[Instruction], module: Module) -> tuple[tuple[str, int], ...]:
-    each = (tuple(attributes.source_frames(line.rest, module)) for line in lines)
+    each = (tuple(attributes.source_frames(line, module)) for line in lines)
     return next((frames for frames in each if frames), ())
-
-
-def _sent(operands: str, rest: str, kind: str) -> list[str]:
-    """Return the operands that are sent; others are buffers to write to, offsets and tokens."""
-    parts = split_outside(operands, ",")
-    # An in-place permute names a slice of its first operand; a combined one has many whole ones.
-    in_place_permute = kind == "collective-permute" and "slice_sizes=" in rest
-    return parts[:1] if in_place_permute or kind in ("ragged-all-to-all", "send") else parts
-
-
-def _value(rest: str, key: str) -> str:
-    """Return what follows `key`, without leading spaces."""
-    start = rest.find(key)
-    if start < 0:
-        raise HloError(f"no {key[:-1]}")
-    return rest[start + len(key) :].lstrip()
-
-
-def _on_devices(groups: Groups, rest: str, kind: str, module: Module) -> Groups:
-    """Turn groups of replicas or of partitions into groups of devices.
-
-    XLA numbers device (replica, partition) as replica x partitions + partition. Groups are of
-    devices with use_global_device_ids, of replicas (each partition by itself) without a channel;
-    with a channel alone of replicas with all their partitions, but for an all-to-all of partitions.
-    """
-    partitions, replicas = module.num_partitions, module.replica_count
-    if "use_global_device_ids=true" in rest or replicas == 1:
-        return groups
-    if "channel_id=" not in rest:
-        spread = [[[r * partitions + p for r in g] for p in range(partitions)] for g in groups]
-    elif kind in ("all-to-all", "ragged-all-to-all", "collective-broadcast"):
-        spread = [[[r * partitions + p for p in g] for r in range(replicas)] for g in groups]
-    else:
-        spread = [[[r * partitions + p for r in g for p in range(partitions)]] for g in groups]
-    return canonical(devices for group in spread for devices in group)

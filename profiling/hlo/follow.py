@@ -1,17 +1,17 @@
 """Follow a value through a module: back to what made it, on to what reads it."""
 
+import itertools
 import re
 from collections.abc import Iterator
 
-from txcore.profiling.hlo.graph import Graph, Scope, Value, operand_names
+from txcore.profiling.hlo.graph import Graph, Scope, Value, index_of, operand_names
 from txcore.profiling.hlo.text import Instruction
 
 VIEWS = frozenset({"bitcast", "copy", "reshape", "transpose"})
 _SAME_ORDER = frozenset({"bitcast", "copy", "reshape", "convert"})
 _RUNS_ITSELF_OFTEN = frozenset({"while", "conditional"})
 _IS_FLAT = re.compile(r"\w+\[\d+\]")
-_NUMBER = re.compile(r"\((\d+)\)")
-_INDEX = re.compile(r"\bindex=(\d+)")
+_NUMBER = re.compile(r"\((\d{1,9})\)")
 _FARTHEST = 32  # steps to follow; a damaged text may lead in a circle
 
 
@@ -44,8 +44,8 @@ def concatenation(value: Value, graph: Graph) -> Value | None:
         maker = value.instruction
         if maker.opcode == "concatenate":
             return value if _IS_FLAT.match(maker.type) else None
-        if maker.opcode == "get-tuple-element" and (index := _INDEX.search(maker.rest)):
-            element = int(index[1])
+        if maker.opcode == "get-tuple-element":
+            element = index_of(maker)
         before = _before(value, element, graph)
         if before is None:
             return None
@@ -71,7 +71,7 @@ def _before(value: Value, element: int, graph: Graph) -> Value | None:
 
 def _operand(value: Value, place: int) -> Value | None:
     names = operand_names(value.instruction)
-    found = value.scope.by_name.get(names[place]) if place < len(names) else None
+    found = value.scope.by_name.get(names[place]) if 0 <= place < len(names) else None
     return Value(value.scope, found) if found else None
 
 
@@ -81,6 +81,8 @@ def uses(value: Value, graph: Graph) -> Iterator[Value]:
     while reached:
         value = reached.pop()
         for user in value.scope.users.get(value.instruction.name, ()):
+            if not graph.allows(1 + len(operand_names(user))):
+                return
             for use in _entered(value, user, graph):
                 key = (use.scope.computation.name, use.instruction.name)
                 if key not in seen:
@@ -109,4 +111,5 @@ def views(value: Value, graph: Graph) -> Iterator[Value]:
         if value.instruction.opcode in VIEWS or value.instruction.opcode == "slice":
             reached += results(value, graph)[1:]
         users = value.scope.users.get(value.instruction.name, ())
-        reached += [Value(value.scope, user) for user in users if user.opcode in VIEWS]
+        near = itertools.islice(users, _FARTHEST)
+        reached += [Value(value.scope, user) for user in near if user.opcode in VIEWS]

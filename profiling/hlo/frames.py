@@ -4,8 +4,11 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from txcore.profiling.hlo.types import to_int
+
 TABLES = ("FileNames", "FunctionNames", "FileLocations", "StackFrames")
-_FIELD = re.compile(r"(\w+)=(\d+)")
+_FIELD = re.compile(r"\b(\w++)=(\d+)")
+_DEEPEST = 256  # of each stack that many calls from its innermost are walked
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,11 +39,11 @@ def read_frames(tables: Mapping[str, Mapping[int, str]]) -> dict[int, Frame]:
 def walk(frames: Mapping[int, Frame], number: int) -> Iterator[tuple[str, int]]:
     """Yield (file, line) of a frame and its callers; a damaged table cannot make it loop."""
     seen: set[int] = set()
-    while number in frames and number not in seen:
+    while number in frames and number not in seen and len(seen) < _DEEPEST:
         seen.add(number)
         yield frames[number].file, frames[number].line
         number = frames[number].parent
 
 
 def _fields(row: str) -> dict[str, int]:
-    return {name: int(number) for name, number in _FIELD.findall(row)}
+    return {name: to_int(number) for name, number in _FIELD.findall(row)}

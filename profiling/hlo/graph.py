@@ -1,16 +1,15 @@
 """Look instructions up by name, use and caller; each table is made when first asked for."""
 
-import re
 from collections import defaultdict
 from dataclasses import dataclass, field
 from functools import cached_property
 
 from txcore.profiling.hlo import attributes
 from txcore.profiling.hlo.text import Computation, Instruction, Module
-from txcore.profiling.hlo.types import HloError, split_outside
+from txcore.profiling.hlo.types import Shape, parse_shapes, to_int
 
+STEP = "async_collective_fusion_config"
 CALLERS = frozenset({"fusion", "call", "while", "conditional", "custom-call", "map"})
-_ELEMENT = re.compile(r"%?([\w.\-]+)\), index=(\d+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +27,19 @@ class Graph:
 
     module: Module
     _scopes: dict[str, "Scope"] = field(default_factory=dict)
+    _allowed: list[int] = field(default_factory=list)
+
+    def allows(self, steps: int) -> bool:
+        """Tell whether that many steps more may be done from value to value.
+
+        Real modules come nowhere near the limit; of one that leads each of its collectives through
+        the same thousand lines the rest is left unsaid, and counts as said by nobody.
+        """
+        if not self._allowed:
+            lines = sum(len(c.instructions) for c in self.module.computations.values())
+            self._allowed.append(200_000 + 16 * lines)
+        self._allowed[0] -= steps
+        return self._allowed[0] >= 0
 
     @cached_property
     def calls(self) -> tuple[Call, ...]:
@@ -61,20 +73,27 @@ class Graph:
         return self.scope(names[0]) if names and names[0] in self.module.computations else None
 
     @cached_property
-    def _into_custom_calls(self) -> "dict[tuple[str, str, str], list[Value]]":
-        found: dict[tuple[str, str, str], list[Value]] = defaultdict(list)
+    def _steps(self) -> "dict[tuple[str, str, str], dict[str, list[Value]]]":
+        found: dict[tuple[str, str, str], dict[str, list[Value]]] = defaultdict(dict)
+        is_step: dict[int, bool] = {}  # one may go into many calls
         for name, computation in self.module.computations.items():
             for instruction in computation.instructions:
-                if instruction.opcode == "custom-call":
-                    target = attributes.custom_call_target(instruction.rest)
-                    for value in self.scope(name).operands(instruction):
-                        made_by = value.instruction
-                        found[target, made_by.opcode, attributes.channel(made_by)].append(value)
+                if instruction.opcode != "custom-call":
+                    continue
+                target = attributes.custom_call_target(instruction)
+                for value in self.scope(name).operands(instruction):
+                    step = value.instruction
+                    if _is_step(step, is_step):
+                        key = target, step.opcode, attributes.channel(step)
+                        found[key].setdefault(name, []).append(value)
         return found
 
-    def into_custom_calls(self, target: str, like: Instruction) -> "list[Value]":
-        """Return the operands of the calls of a target that have an op's opcode and channel."""
-        return self._into_custom_calls.get((target, like.opcode, attributes.channel(like)), [])
+    def steps_into(self, target: str, like: Instruction) -> "dict[str, list[Value]]":
+        """Return the steps like an op that go into the calls of a target, by computation.
+
+        Like it are those with the same opcode and channel.
+        """
+        return self._steps.get((target, like.opcode, attributes.channel(like)), {})
 
     def scope(self, computation: str) -> "Scope":
         """Return the lookups within one computation."""
@@ -113,9 +132,9 @@ class Scope:
         """Of each tuple, by its name: what takes an element of it, by the element's number."""
         elements: dict[str, dict[int, Instruction]] = defaultdict(dict)
         for instruction in self.computation.instructions:
-            is_one = instruction.opcode == "get-tuple-element"
-            if is_one and (found := _ELEMENT.search(instruction.rest)):
-                elements[found[1]].setdefault(int(found[2]), instruction)
+            if instruction.opcode == "get-tuple-element" and (index := index_of(instruction)) >= 0:
+                for name in operand_names(instruction)[:1]:
+                    elements[name].setdefault(index, instruction)
         return elements
 
     @cached_property
@@ -133,7 +152,21 @@ class Scope:
         """The computation's parameters by their number."""
         found = (i for i in self.computation.instructions if i.opcode == "parameter")
         numbered = ((i.rest[1:].split(")")[0], i) for i in found)
-        return {int(number): i for number, i in numbered if number.isdecimal()}
+        return {to_int(number): i for number, i in numbered if number.isdecimal()}
+
+    @cached_property
+    def _shapes(self) -> dict[str, tuple[Shape, ...]]:
+        return {}
+
+    def shapes(self, instruction: Instruction) -> tuple[Shape, ...]:
+        """Return the arrays of an instruction's type.
+
+        Raises:
+          HloError: it has none, or one that is not known.
+        """
+        if (found := self._shapes.get(instruction.name)) is None:
+            found = self._shapes[instruction.name] = parse_shapes(instruction.type)
+        return found
 
     @cached_property
     def root(self) -> Instruction | None:
@@ -151,15 +184,19 @@ class Value:
     instruction: Instruction
 
 
-def operand_names(instruction: Instruction) -> list[str]:
+def _is_step(instruction: Instruction, known: dict[int, bool]) -> bool:
+    """Tell whether XLA for TPU carries an op out in steps; a line that many name is read once."""
+    if id(instruction) not in known:
+        known[id(instruction)] = STEP in instruction.rest
+    return known[id(instruction)]
+
+
+def operand_names(instruction: Instruction) -> tuple[str, ...]:
     """Return the names of an instruction's operands; none where they cannot be read."""
-    try:
-        operands, _ = attributes.split(instruction)
-    except HloError:
-        return []
-    return [operand_name(part) for part in split_outside(operands, ",")]
+    return instruction.operand_names
 
 
-def operand_name(text: str) -> str:
-    """Return the name in a printed operand, which older XLA precedes with its type."""
-    return text[text.rfind(" ") + 1 :].removeprefix("%")
+def index_of(instruction: Instruction) -> int:
+    """Return which element of a tuple an instruction takes, -1 where it does not say."""
+    index = instruction.attributes.get("index", "")
+    return to_int(index) if index.isdecimal() else -1

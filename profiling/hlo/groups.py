@@ -1,158 +1,320 @@
-"""Replica groups and source-target pairs, in every form that XLA prints."""
+"""Replica groups and source-target pairs, in every form that XLA prints.
+
+Groups that cut a block of devices along its dims, as those of a mesh do, are kept as these dims and
+never listed: a line of 40 characters may mean a billion devices.
+"""
 
 import functools
 import itertools
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import overload
 
 import numpy as np
 
-from txcore.profiling.hlo.types import HloError
+from txcore.profiling.hlo.types import MOST, HloError, to_int
 
-Groups = tuple[tuple[int, ...], ...]
+MOST_LISTED = 1 << 20  # devices of groups that have to be listed and whose text does not
 
-_FORM = re.compile(
-    r"(?P<mesh>@?mesh\s*\[(?P<sizes>[^\]]*)\]"
-    r"(?:\s*,\s*device_ids=\((?P<ids>[^()]*(?:\([^()]*\)[^()]*)?)\))?\s*\{(?P<axes>[^{}]*)\})"
-    r"|(?P<list>\{\s*(?:\{[\d,\s]*\}[,\s]*)*\})"
-    r"|(?P<iota>\[[\d,\s]+\]<=\[[\d,\s]+\](?:T\([\d,\s]+\))?)"
+_MESH = re.compile(
+    r"@?mesh\s*\[(?P<sizes>[^\]]*)\]"
+    r"(?:\s*,\s*device_ids=\((?P<ids>[^()]*(?:\([^()]*\)[^()]*)?)\))?\s*\{(?P<axes>[^{}]*)\}"
 )
-_IOTA = re.compile(r"\[([\d,\s]+)\]<=\[([\d,\s]+)\](?:T\(([\d,\s]+)\))?")
-_DEVICE_IOTA = re.compile(r"\[([\d,\s]+)\](?:T\(([\d,\s]+)\))?")
-_AXIS_SIZE = re.compile(r"\s*['\"]?([^'\"=]+?)['\"]?\s*=\s*(\d+)\s*")
-_AXIS_REF = re.compile(r"\s*['\"]?([^'\":]+?)['\"]?\s*(?::\((\d+)\)(\d+))?\s*")
-_PAIRS = re.compile(r"\{\s*((?:\{\s*\d+\s*,\s*\d+\s*\}[,\s]*)*)\}")
-_PAIR = re.compile(r"(\d+)\s*,\s*(\d+)")
-MOST_DEVICES = 1 << 20  # a corrupt text must not make us allocate without bound
+_LIST = re.compile(r"\{\s*+(?:\{[\d,\s]*+\}[,\s]*+)*+\}", re.ASCII)
+_DIMS = r"\[([\d,\s]+)\]"
+_ORDER = r"(?:T\(([\d,\s]+)\))?"
+_IOTA = re.compile(rf"{_DIMS}<={_DIMS}{_ORDER}", re.ASCII)
+_DEVICE_IOTA = re.compile(_DIMS + _ORDER, re.ASCII)
+_DEVICE_LIST = re.compile(r"[\d,\s]*", re.ASCII)
+_AXIS_SIZE = re.compile(r"['\"]?([^'\"=]++)['\"]?\s*=\s*(\d+)", re.ASCII)
+_AXIS_REF = re.compile(r"['\"]?([^'\":]++)['\"]?\s*(?::\((\d+)\)(\d+))?", re.ASCII)
+_PAIRS = re.compile(r"\{\s*+((?:\{\s*+\d++\s*+,\s*+\d++\s*+\}[,\s]*+)*+)\}", re.ASCII)
+_LONG = re.compile(r"[0-9]{10}")  # more digits than any device has
+
+Dim = tuple[int, bool]  # a size, and whether the devices along it are in one group
+Pairs = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Groups(Sequence[tuple[int, ...]]):
+    """Groups of devices, sorted; equal ones are equal, however they were printed.
+
+    Attributes:
+      dims: of groups that hold each device of a block once, its dims, major to minor; two that
+        follow each other differ, and none has size 1.
+      listed: the members of all other groups.
+    """
+
+    dims: tuple[Dim, ...] | None = None
+    listed: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def size(self) -> int:
+        """Return the devices in the largest group, 0 where there is no group."""
+        if self.dims is None:
+            return max(map(len, self.listed), default=0)
+        return math.prod(size for size, together in self.dims if together)
+
+    @property
+    def devices(self) -> int:
+        """Return the devices in all groups."""
+        if self.dims is None:
+            return sum(map(len, self.listed))
+        return math.prod(size for size, _ in self.dims)
+
+    @property
+    def last(self) -> int:
+        """Return the largest number of a device, -1 where there is none."""
+        return max(map(max, self.listed), default=-1) if self.dims is None else self.devices - 1
+
+    def __len__(self) -> int:
+        return len(self.listed) if self.dims is None else self.devices // self.size
+
+    @overload
+    def __getitem__(self, index: int) -> tuple[int, ...]: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[tuple[int, ...], ...]: ...
+    def __getitem__(self, index: int | slice) -> tuple[int, ...] | tuple[tuple[int, ...], ...]:
+        if self.dims is None:
+            return self.listed[index]
+        if isinstance(index, slice):
+            return tuple(self[i] for i in range(*index.indices(len(self))))
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"group {index} of {len(self)}")
+        first, stride, members = index % len(self), 1, [0]
+        start = 0
+        for size, together in reversed(self.dims):
+            if together:
+                members = [along * stride + i for along in range(size) for i in members]
+            else:
+                first, place = divmod(first, size)
+                start += place * stride
+            stride *= size
+        return tuple(start + member for member in members)
+
+
+NO_GROUPS = Groups()
+
+
+def block(dims: Iterable[Dim]) -> Groups:
+    """Return the groups that a block of devices falls into: those along the dims marked True.
+
+    Example:
+      >>> list(block([(2, False), (2, True)])), list(block([(2, True), (2, False)]))
+      ([(0, 1), (2, 3)], [(0, 2), (1, 3)])
+    """
+    merged: list[Dim] = []
+    for size, together in dims:
+        if size == 1:
+            continue
+        if merged and merged[-1][1] == together:
+            size *= merged.pop()[0]
+        merged.append((size, together))
+    return Groups(tuple(merged))
 
 
 def canonical(groups: Iterable[Iterable[int]]) -> Groups:
-    """Sort the members of each group and the groups, so that equal partitions are equal."""
-    return tuple(sorted(tuple(sorted(group)) for group in groups))
+    """Sort the members of each group and the groups; keep the dims of a block if they are one.
+
+    Example:
+      >>> canonical([[3, 2], [1, 0]]) == block([(2, False), (2, True)])
+      True
+    """
+    listed = tuple(sorted(tuple(sorted(group)) for group in groups))
+    sizes = {len(group) for group in listed}
+    if len(sizes) != 1 or listed[0][0] != 0:
+        return Groups(None, listed)
+    regular = _guess(listed[0], sum(map(len, listed)))
+    if regular is None or any(map(tuple.__ne__, regular, listed)):
+        return Groups(None, listed)
+    return regular
 
 
-def parse_groups(text: str, devices: int) -> Groups:
+def _guess(first: Sequence[int], devices: int) -> Groups | None:
+    """Return the block whose first group is this one, or None where there is none."""
+    dims: list[Dim] = []
+    unit = 1  # how many devices the dims so far cover
+    while len(first) > 1:
+        apart = first[1]
+        if apart % unit:
+            return None
+        run = next((i for i, device in enumerate(first) if device != i * apart), len(first))
+        if len(first) % run:
+            return None
+        dims += [(apart // unit, False), (run, True)]
+        unit, first = apart * run, first[::run]
+    if devices % unit:
+        return None
+    return block([(devices // unit, False), *reversed(dims)])
+
+
+def parse_groups(text: str) -> Groups:
     """Read the replica groups at the beginning of `text`.
 
     Args:
-      text: `{{0,1},{2,3}}`, `{}` (all in one), `[2,2]<=[4]T(1,0)`, or the mesh form
+      text: `{{0,1},{2,3}}`, `{}` (no group: all are one), `[2,2]<=[4]T(1,0)`, or the mesh form
         `mesh['a'=2,'b'=2] {'a'}` (also unquoted, with `device_ids=`, with sub-axes `a:(1)2`).
-      devices: how many devices `{}` stands for.
 
     Returns:
-      The groups, sorted.
+      The groups.
 
     Raises:
       HloError: the text is none of these forms, or contradicts itself.
 
     Example:
-      >>> parse_groups("[2,2]<=[2,2]T(1,0)", 4)
-      ((0, 2), (1, 3))
-      >>> parse_groups("mesh['data'=2,'model'=2] {'model'}", 4)
-      ((0, 1), (2, 3))
+      >>> list(parse_groups("[2,2]<=[2,2]T(1,0)"))
+      [(0, 2), (1, 3)]
+      >>> list(parse_groups("mesh['data'=2,'model'=2] {'model'}"))
+      [(0, 1), (2, 3)]
     """
-    form = _FORM.match(text)
-    if form is None:
-        raise HloError(f"unknown replica groups {text[:60]!r}")
-    if form["list"]:
-        return _listed(form["list"], devices)
-    if form["iota"]:
-        return _iota(form["iota"])
-    return _mesh_groups(form["sizes"], form["ids"], form["axes"])
+    if len(text) > 1 << 12:  # long ones are not kept
+        return _parse_groups.__wrapped__(text)
+    return _parse_groups(text)
 
 
-def parse_pairs(text: str) -> tuple[tuple[int, int], ...]:
+@functools.lru_cache(maxsize=1024)
+def _parse_groups(text: str) -> Groups:
+    if listed := _LIST.match(text):
+        return _listed(listed[0])
+    if iota := _IOTA.match(text):
+        shape, sizes = _numbers(iota[1]), _numbers(iota[2])
+        if len(shape) != 2 or not 0 < math.prod(shape) == math.prod(sizes):
+            raise HloError(f"the groups {text[:60]!r} do not hold {math.prod(sizes)} devices")
+        return _grouped(sizes, _numbers(iota[3]) if iota[3] else None, shape[1])
+    if mesh := _MESH.match(text):
+        return _mesh_groups(mesh["sizes"], mesh["ids"], mesh["axes"])
+    raise HloError(f"unknown replica groups {text[:60]!r}")
+
+
+def parse_pairs(text: str) -> Pairs:
     """Read source-target pairs, `{{0,1},{1,0}}`, at the beginning of `text`.
 
     Raises:
       HloError: the text is no list of pairs.
     """
     form = _PAIRS.match(text)
-    if form is None:
+    if form is None or _LONG.search(form[1]):
         raise HloError(f"unknown source_target_pairs {text[:60]!r}")
-    return tuple(sorted((int(a), int(b)) for a, b in _PAIR.findall(form[1])))
+    ends = iter(_integers(form[1]).tolist())
+    return tuple(sorted(zip(ends, ends, strict=True)))
 
 
 def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(n) for n in re.findall(r"\d+", text))
+    numbers = tuple(to_int(n) for n in re.findall(r"\d+", text))
+    if len(numbers) > 64 or math.prod(numbers) > MOST:
+        raise HloError(f"replica groups of more than 10^18 devices: {text[:60]!r}")
+    return numbers
 
 
-@functools.lru_cache(maxsize=1024)
-def _listed(text: str, devices: int) -> Groups:
-    groups = [_numbers(group) for group in re.findall(r"\{([\d,\s]*)\}", text)]
-    groups = [group for group in groups if group] or [tuple(range(_bounded(devices)))]
-    members = list(itertools.chain.from_iterable(groups))
-    if len(set(members)) != len(members):
+_TO_BLANKS = str.maketrans("{},", "   ")
+
+
+def _integers(text: str) -> np.ndarray:
+    blank = text.translate(_TO_BLANKS)
+    return np.array(blank.split(), np.int64) if len(text) < 1 << 12 else _many(blank)
+
+
+def _many(text: str) -> np.ndarray:
+    return np.fromstring(text, np.int64, sep=" ") if text.strip() else np.zeros(0, np.int64)
+
+
+def _listed(text: str) -> Groups:
+    if _LONG.search(text):
+        raise HloError(f"replica groups of more than 10^9 devices: {text[:60]!r}")
+    members = _integers(text)
+    if len(np.unique(members)) != len(members):
         raise HloError(f"a device is in two replica groups: {text[:60]!r}")
+    # Each group's members are those whose digits begin between its brace and the next one.
+    codes = np.frombuffer(text.encode("ascii", "replace"), np.uint8)
+    is_digit = (codes >= ord("0")) & (codes <= ord("9"))
+    begins = np.flatnonzero(is_digit & ~np.concatenate(([False], is_digit[:-1])))
+    braces = np.flatnonzero(codes == ord("{"))[1:]
+    ends = np.searchsorted(begins, braces)[1:].tolist()
+    listed, numbers = members.tolist(), [0, *ends, len(members)]
+    groups = (listed[a:b] for a, b in itertools.pairwise(numbers) if a < b)
     return canonical(groups)
 
 
-def _bounded(devices: int) -> int:
-    if not 0 < devices <= MOST_DEVICES:
-        raise HloError(f"replica groups of {devices} devices")
+def _grouped(sizes: Sequence[int], order: Sequence[int] | None, group: int) -> Groups:
+    """Return the groups of `group` devices that follow each other in a block's reordered dims."""
+    order = range(len(sizes)) if order is None else order
+    if sorted(order) != list(range(len(sizes))):
+        raise HloError(f"T{tuple(order)} does not permute the dims {tuple(sizes)}")
+    parts: list[list[Dim]] = [[] for _ in sizes]
+    left = group  # what of a group the dims so far, from the minor end, do not give
+    for dim in reversed(order):
+        inside = math.gcd(sizes[dim], left) if left > 1 else 1
+        is_split = inside != min(sizes[dim], left)
+        if is_split and left > 1:
+            return _spelled(sizes, order, group)
+        parts[dim] = [(sizes[dim] // inside, False), (inside, True)]
+        left //= inside
+    return block(itertools.chain.from_iterable(parts))
+
+
+def _spelled(sizes: Sequence[int], order: Sequence[int], group: int) -> Groups:
+    ids = np.arange(listable(math.prod(sizes))).reshape(tuple(sizes)).transpose(tuple(order))
+    return canonical(ids.reshape(-1, group).tolist())
+
+
+def listable(devices: int) -> int:
+    """Return a number of devices that are to be listed, or refuse it."""
+    if devices > MOST_LISTED:
+        raise HloError(f"groups of {devices} devices in an order that has to be listed")
     return devices
 
 
-def _ids(sizes: tuple[int, ...], order: tuple[int, ...] | None) -> np.ndarray:
-    if order is not None and sorted(order) != list(range(len(sizes))):
-        raise HloError(f"T{order} does not permute the dims {sizes}")
-    ids = np.arange(_bounded(math.prod(sizes))).reshape(sizes)
-    return (ids if order is None else ids.transpose(order)).reshape(-1)
-
-
-@functools.lru_cache(maxsize=1024)
-def _iota(text: str) -> Groups:
-    form = _IOTA.match(text)
-    if form is None:
-        raise HloError(f"unknown replica groups {text[:60]!r}")
-    shape = _numbers(form[1])
-    ids = _ids(_numbers(form[2]), _numbers(form[3]) if form[3] else None)
-    if len(shape) != 2 or math.prod(shape) != ids.size:
-        raise HloError(f"the groups {shape} do not hold {ids.size} devices: {text[:60]!r}")
-    return canonical(ids.reshape(shape).tolist())
-
-
-@functools.lru_cache(maxsize=1024)
 def _mesh_groups(sizes: str, ids: str | None, axes: str) -> Groups:
     mesh = _axis_sizes(sizes)
-    count = _bounded(math.prod(mesh.values()))
-    devices = np.arange(count) if ids is None else _device_ids(ids)
-    if sorted(devices.tolist()) != list(range(count)):
-        raise HloError(f"device_ids=({(ids or '')[:40]}) are not those of a mesh of {count}")
-    wanted = [_AXIS_REF.fullmatch(part) for part in axes.split(",") if part.strip()]
     # Each axis is split in (major, chosen, minor) parts; a whole axis is (1, all, 1).
-    parts: list[int] = []
-    chosen: list[int] = []
-    for name, size in mesh.items():
-        refs = [ref for ref in wanted if ref is not None and ref[1] == name]
-        for part, is_chosen in _split_axis(name, size, refs):
-            if is_chosen:
-                chosen.append(len(parts))
-            parts.append(part)
-    if any(ref is None or ref[1] not in mesh for ref in wanted):
-        raise HloError(f"axes {{{axes[:40]}}} are not axes of mesh[{sizes[:40]}]")
-    kept = [i for i in range(len(parts)) if i not in chosen]
-    grid = devices.reshape(parts).transpose(kept + chosen)
-    return canonical(grid.reshape(-1, math.prod(parts[i] for i in chosen)).tolist())
+    chosen: dict[str, list[tuple[int, int]]] = {name: [] for name in mesh}
+    for part in filter(None, map(str.strip, axes.split(","))):
+        ref = _AXIS_REF.fullmatch(part)
+        name = ref[1].strip() if ref else ""
+        if ref is None or name not in mesh:
+            raise HloError(f"axes {{{axes[:40]}}} are not axes of mesh[{sizes[:40]}]")
+        whole = (to_int(ref[2]), to_int(ref[3])) if ref[2] else (1, mesh[name])
+        chosen[name].append(whole)
+    dims = [dim for name, size in mesh.items() for dim in _split_axis(name, size, chosen[name])]
+    if ids is None:
+        return block(dims)
+    # The mesh's devices are in another order than that of their numbers.
+    devices = _device_ids(ids, math.prod(mesh.values()))
+    order = sorted(range(len(dims)), key=lambda i: dims[i][1])
+    group = math.prod(size for size, together in dims if together)
+    grid = devices.reshape([size for size, _ in dims]).transpose(order)
+    return canonical(grid.reshape(-1, group).tolist())
 
 
 def _axis_sizes(text: str) -> dict[str, int]:
-    found = [_AXIS_SIZE.fullmatch(part) for part in text.split(",") if part.strip()]
-    if not found or any(axis is None for axis in found):
+    found = [_AXIS_SIZE.fullmatch(part.strip()) for part in text.split(",") if part.strip()]
+    if not 0 < len(found) <= 32 or any(axis is None for axis in found):
         raise HloError(f"unknown axes in mesh[{text[:60]}]")
-    return {axis[1].strip(): int(axis[2]) for axis in found if axis is not None}
+    mesh = {axis[1].strip(): to_int(axis[2]) for axis in found if axis is not None}
+    if not 0 < math.prod(mesh.values()) <= MOST:
+        raise HloError(f"mesh[{text[:60]}] of no number of devices")
+    return mesh
 
 
-def _device_ids(text: str) -> np.ndarray:
+def _device_ids(text: str, devices: int) -> np.ndarray:
+    listable(devices)
     if form := _DEVICE_IOTA.fullmatch(text.strip()):
-        return _ids(_numbers(form[1]), _numbers(form[2]) if form[2] else None)
-    return np.array(_numbers(text))
+        sizes = _numbers(form[1])
+        order = _numbers(form[2]) if form[2] else tuple(range(len(sizes)))
+        if math.prod(sizes) == devices and sorted(order) == list(range(len(sizes))):
+            return np.arange(devices).reshape(sizes).transpose(order).reshape(-1)
+    elif _DEVICE_LIST.fullmatch(text) and not _LONG.search(text):
+        ids = _integers(text)
+        if np.array_equal(np.sort(ids), np.arange(devices)):
+            return ids
+    raise HloError(f"device_ids=({text[:40]}) are not those of a mesh of {devices}")
 
 
-def _split_axis(name: str, size: int, refs: list[re.Match[str]]) -> Iterator[tuple[int, bool]]:
+def _split_axis(name: str, size: int, chosen: list[tuple[int, int]]) -> Iterator[Dim]:
     done = 1  # how much of the axis, from its major end, the parts so far cover
-    for major, part in sorted((int(r[2] or 1), int(r[3] or size)) for r in refs):
+    for major, part in sorted(chosen):
         if part < 1 or major < done or major % done or size % (major * part):
             raise HloError(f"sub-axis {name}:({major}){part} does not divide an axis of {size}")
         yield major // done, False

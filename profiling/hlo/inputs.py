@@ -13,18 +13,21 @@ from dataclasses import dataclass, replace
 from txcore import _compat
 from txcore.profiling.hlo import attributes
 from txcore.profiling.hlo.follow import concatenation, results, uses, views
-from txcore.profiling.hlo.graph import Graph, Scope, Value, operand_name
+from txcore.profiling.hlo.graph import Graph, Scope, Value, operand_names
 from txcore.profiling.hlo.stepwise import last_step
-from txcore.profiling.hlo.text import Instruction
-from txcore.profiling.hlo.types import HloError, Shape, parse_shapes, split_outside
+from txcore.profiling.hlo.text import Instruction, operand_name
+from txcore.profiling.hlo.types import HloError, Shape, parse_shapes, to_int
 
 _MARK = "is_spmd_generated"
-_PRIMITIVES = re.compile(r"[\w.\-]+(?=:|\)*$)")  # "jit(f)/(dot_general:shard_map/psum)" has two
+_PRIMITIVES = re.compile(
+    r"(?<![\w.\-])[\w.\-]++(?=:|\)*+$)"
+)  # "jit(f)/(dot_general:shard_map/psum)" has two
 _OF_A_COLLECTIVE = re.compile(
     r"(?:unreduced_)?"
     r"(?:psum|pmax|pmin|all_gather|reduce_scatter|all_to_all|ppermute|pbroadcast)(?:_\w+|2)?$"
 )
-_SLICE = re.compile(r"\bslice=\{\[(\d+):(\d+)\]\}")
+_SLICE = re.compile(r"\{\[(\d+):(\d+)\]\}")
+MOST_ARRAYS = 1 << 17  # of one collective; real ones have some thousand
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +67,8 @@ def words_of(instructions: Iterable[Instruction]) -> Words:
     """Join what instructions say of one value: the first tag and op_name, and any mark."""
     tag, op_name, marked = "", "", False
     for instruction in instructions:
-        says = attributes.frontend_attributes(instruction.rest)
-        name = attributes.op_name(instruction.rest)
+        says = instruction.frontend
+        name = attributes.op_name(instruction)
         named = says.get(_compat.TAG_KEY) or ",".join(_compat.tags_in(name))
         tag, op_name = tag or named, op_name or name
         marked = marked or says.get(_MARK) == "true"
@@ -86,7 +89,7 @@ def inputs_of(
     Raises:
       HloError: there are no operands, or one is not defined or has no array type.
     """
-    shapes = [s for text in operands for s in _shapes(text, collective.scope)]
+    shapes = _all_shapes(operands, collective.scope, graph)
     if not shapes:
         raise HloError("no operands")
     # An all-to-all of several is one array, cut into a part for each device.
@@ -100,8 +103,36 @@ def inputs_of(
     result = results(collective, graph)[-1]
     elements = result.scope.elements.get(result.instruction.name, {})
     parts = [elements.get(i) for i in range(len(shapes))]
-    said = [_words_after(Value(result.scope, e), words, graph) if e else Words() for e in parts]
+    whole = _Whole.of(words)
+    said = [_words_after(Value(result.scope, e), whole, graph) if e else Words() for e in parts]
     return tuple(map(_said, _with_the_last_tag(said, words.tag.split(",")), shapes))
+
+
+def _all_shapes(operands: Sequence[str], scope: Scope, graph: Graph) -> list[Shape]:
+    shapes: list[Shape] = []
+    for operand in operands:
+        found = _shapes(operand, scope)
+        # A tuple may be named by any number of collectives, and any number of times by each.
+        if len(found) > 1 and not graph.allows(len(found)):
+            raise HloError("it sends more arrays of tuples than are looked at")
+        shapes += found
+        if len(shapes) > MOST_ARRAYS:
+            raise HloError(f"it sends more than {MOST_ARRAYS:,} arrays")
+    return shapes
+
+
+@dataclass(frozen=True)
+class _Whole:
+    """What a collective's own line says, taken apart once for all of its arrays."""
+
+    tags: frozenset[str]
+    primitives: frozenset[str] | None
+
+    @classmethod
+    def of(cls, words: Words) -> "_Whole":
+        tags = frozenset(words.tag.split(",") if words.tag else ())
+        primitives = frozenset(_PRIMITIVES.findall(words.op_name)) if words.op_name else None
+        return cls(tags, primitives)
 
 
 def _with_the_last_tag(said: list[Words], tags: list[str]) -> list[Words]:
@@ -122,10 +153,10 @@ def _shapes(operand: str, scope: Scope) -> tuple[Shape, ...]:
         return parse_shapes(operand)
     if (found := scope.by_name.get(operand.removeprefix("%"))) is None:
         raise HloError(f"operand {operand[:40]!r} is not defined")
-    return parse_shapes(found.type)
+    return scope.shapes(found)
 
 
-def _words_after(value: Value, whole: Words, graph: Graph) -> Words:
+def _words_after(value: Value, whole: _Whole, graph: Graph) -> Words:
     """Return what a part of a collective's result says, or the first view of it that speaks."""
     for view in views(value, graph):
         words = words_of([view.instruction])
@@ -134,25 +165,23 @@ def _words_after(value: Value, whole: Words, graph: Graph) -> Words:
     return Words()
 
 
-def _are_of(whole: Words, words: Words) -> bool:
+def _are_of(whole: _Whole, words: Words) -> bool:
     """Tell whether a view speaks of the collective, and not of the program's own next step."""
-    if words.tag and whole.tag and words.tag not in whole.tag.split(","):
+    if words.tag and whole.tags and words.tag not in whole.tags:
         return False
     primitive = words.op_name.rsplit("/", 1)[-1]
-    if whole.op_name:
-        return primitive in _PRIMITIVES.findall(whole.op_name)
-    return bool(_OF_A_COLLECTIVE.match(primitive))
+    if whole.primitives is None:
+        return bool(_OF_A_COLLECTIVE.match(primitive))
+    return primitive in whole.primitives
 
 
 def _pieces(collective: Value, operand: str, words: Words, graph: Graph) -> tuple[Input, ...]:
     maker = collective.scope.by_name.get(operand_name(operand))
     joined = concatenation(Value(collective.scope, maker), graph) if maker else None
-    if joined is None:
+    if joined is None or not graph.allows(len(operand_names(joined.instruction))):
         return ()
     try:
-        operands, _ = attributes.split(joined.instruction)
-        parts = split_outside(operands, ",")
-        shapes = [shape for part in parts for shape in _shapes(part, joined.scope)]
+        shapes = _all_shapes(joined.instruction.operands, joined.scope, graph)
     except HloError:
         return ()
     said = _words_of_ranges(collective, words, graph)
@@ -166,10 +195,12 @@ def _pieces(collective: Value, operand: str, words: Words, graph: Graph) -> tupl
 def _words_of_ranges(collective: Value, words: Words, graph: Graph) -> dict[tuple[int, int], Words]:
     """Return what the slices of a collective's flat result say, by the elements they read."""
     said: dict[tuple[int, int], Words] = {}
+    whole = _Whole.of(words)
     for use in uses(results(collective, graph)[-1], graph):
-        found = _SLICE.search(use.instruction.rest) if use.instruction.opcode == "slice" else None
-        if found:
-            elements = int(found[1]), int(found[2])
+        is_slice = use.instruction.opcode == "slice"
+        printed = use.instruction.attributes.get("slice", "") if is_slice else ""
+        if found := _SLICE.match(printed):
+            elements = to_int(found[1]), to_int(found[2])
             if said.get(elements, Words()) == Words():
-                said[elements] = _words_after(use, words, graph)
+                said[elements] = _words_after(use, whole, graph)
     return said

@@ -7,14 +7,13 @@ the loop itself: its counter starts at a constant, grows by one and is less than
 import re
 from dataclasses import dataclass
 
-from txcore.profiling.hlo.graph import Graph, Scope, operand_names
-from txcore.profiling.hlo.text import Instruction
+from txcore.profiling.hlo.graph import Graph, Scope, index_of, operand_names
+from txcore.profiling.hlo.text import Instruction, operand_name
+from txcore.profiling.hlo.types import to_int
 
 _SAME_VALUE = ("copy", "bitcast", "reshape", "copy-done", "copy-start", "opt-barrier")
-_CONDITION = re.compile(r"\bcondition=%?([\w.\-]+)")
-_BODY = re.compile(r"\bbody=%?([\w.\-]+)")
-_CONSTANT = re.compile(r"\((-?\d+)\)")
-_INDEX = re.compile(r"\bindex=(\d+)")
+_CONSTANT = re.compile(r"\((-?)(\d+)\)")
+_FARTHEST = 64  # instructions to look at; a damaged text may lead in a circle
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,12 +41,13 @@ def counted_trips(instruction: Instruction, scope: Scope, graph: Graph) -> int |
       scope: the computation that it is in.
       graph: its module.
     """
-    names = [found[1] for p in (_CONDITION, _BODY) if (found := p.search(instruction.rest))]
-    if len(names) != 2 or not all(name in graph.module.computations for name in names):
+    said = instruction.attributes
+    names = [operand_name(said.get(key, "")) for key in ("condition", "body")]
+    if not all(name in graph.module.computations for name in names):
         return None
     loop = _Loop(instruction, scope, graph.scope(names[0]), graph.scope(names[1]))
     test = loop.condition.root
-    if test is None or test.opcode != "compare" or "direction=LT" not in test.rest:
+    if test is None or test.opcode != "compare" or test.attributes.get("direction") != "LT":
         return None
     compared = [_value(name, loop.condition) for name in operand_names(test)]
     counter, bound = compared if len(compared) == 2 else (None, None)
@@ -66,17 +66,17 @@ def _value(name: str | None, scope: Scope) -> int | _Carried | None:
     if instruction is None:
         return None
     if instruction.opcode == "constant" and (number := _CONSTANT.match(instruction.rest)):
-        return int(number[1])
-    if instruction.opcode == "get-tuple-element" and (index := _INDEX.search(instruction.rest)):
+        return to_int(number[2]) * (-1 if number[1] else 1)
+    if instruction.opcode == "get-tuple-element" and (index := index_of(instruction)) >= 0:
         whole = _origin(next(iter(operand_names(instruction)), None), scope)
         is_argument = whole is not None and whole.opcode == "parameter"
-        return _Carried(int(index[1])) if is_argument else None
+        return _Carried(index) if is_argument else None
     return None
 
 
 def _origin(name: str | None, scope: Scope) -> Instruction | None:
     """Return the instruction behind a name, past those that leave its value as it is."""
-    for _ in scope.by_name:  # damaged text may define a value by itself
+    for _ in range(_FARTHEST):
         instruction = scope.by_name.get(name or "")
         if instruction is None or instruction.opcode not in _SAME_VALUE:
             return instruction

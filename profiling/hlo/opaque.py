@@ -2,7 +2,9 @@
 
 import re
 
-_TARGET = re.compile(r'custom_call_target="((?:[^"\\]|\\.)*+)"')
+from txcore.profiling.hlo import attributes
+from txcore.profiling.hlo.text import Instruction
+
 # Calls that compute on one device, lay out memory or call Python on the host. Every target that
 # is not named here could send anything, and is listed as opaque.
 _COMPUTES = re.compile(
@@ -25,17 +27,16 @@ _GPU_KERNEL = "mosaic_gpu"
 _GPU_IS_LOCAL = re.compile(r"\buses_xla_collective_metadata\s*=\s*false\b")
 
 
-def can_communicate(rest: str) -> bool:
-    """Tell whether a custom call may talk to other devices, from its operands and attributes.
+def can_communicate(instruction: Instruction) -> bool:
+    """Tell whether a custom call may talk to other devices.
 
     Python callbacks on the host are not counted: they are the user's own code.
     """
-    target = _TARGET.search(rest)
-    if target is None:
-        return True
-    if target[1] == _TPU_KERNEL:
-        is_cut = "custom_call_config" not in rest
-        return is_cut or bool(_TPU_COMMUNICATES.search(rest))
-    if target[1].startswith(_GPU_KERNEL):
+    target = attributes.custom_call_target(instruction)
+    if target == _TPU_KERNEL:
+        is_cut = "custom_call_config" not in instruction.rest
+        return is_cut or bool(_TPU_COMMUNICATES.search(instruction.rest))
+    if target.startswith(_GPU_KERNEL):
+        rest = instruction.rest
         return "nvshmem" in rest or _GPU_IS_LOCAL.search(rest) is None
-    return _COMPUTES.match(target[1]) is None
+    return _COMPUTES.match(target) is None

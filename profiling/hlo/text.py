@@ -9,9 +9,20 @@ collective.
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from txcore.profiling.hlo.frames import TABLES, Frame, read_frames
-from txcore.profiling.hlo.types import split_outside
+from txcore.profiling.hlo.scan import (
+    QUOTED,
+    closing,
+    inside,
+    read_attributes,
+    split_outside,
+    unquoted,
+    without_comments,
+    without_quoted,
+)
+from txcore.profiling.hlo.types import MOST, HloError, to_int
 
 KINDS = (
     "all-reduce",
@@ -27,29 +38,101 @@ _NAME = r"\s*(ROOT\s+)?%?([\w.\-]+)\s*=\s*"
 _INSTRUCTION = re.compile(_NAME + r"([a-z]\w*\[[^\[\]]*\](?:\{[^{}]*\})?)\s+([a-z][\w\-]*)(\(.*)")
 _TUPLE_INSTRUCTION = re.compile(_NAME + r"b?(?=\()")  # b(...) is the type of a buffer
 _OPCODE = re.compile(r"\s*([a-z][\w\-]*)(\(.*)")
-_COMPUTATION = re.compile(r"(ENTRY\s+)?%?([\w.\-]+)\s*(?:\(.*)?\{\s*$")
-_COUNT = re.compile(r"\b(num_partitions|replica_count)=(\d+)")
-_CHOOSES = "allow_spmd_sharding_propagation_to_output={true"
-_ELEMENT = re.compile(r"%([\w.\-]+)#(\d+)")
-_QUOTED = re.compile(r'"(?:[^"\\]|\\.)*+"')
+_COMPUTATION = re.compile(r"\s*(ENTRY\s+)?%?([\w.\-]+)\s*(?:\(.*)?\{\s*$")
+_END = re.compile(r"\s*\}\s*(?:,\s*execution_thread=.*|//.*)?$")
+# What a log puts before each line: "[rank0]: ", "0: ", "I1127 12:34:56.789 123 compiler.cc:101] ".
+_LOG_PREFIX = re.compile(
+    r"(?:\[[^\[\]\"={}()]{1,80}\](?:<\w+>)?:?\s?|\d{1,9}:\s)?"
+    r"(?:[^\"=(){}]{0,200}?\.(?:cc|cpp|h|py):\d+\]\s?)?"
+)
+_CALLS = (
+    *("calls", "body", "condition", "to_apply", "branch_computations", "true_computation"),
+    *("false_computation", "called_computations", "async_execution_computation"),
+)
+_WORD = re.compile(r"[\w.\-]+")
+_CHOOSES = "allow_spmd_sharding_propagation_to_output"
+_ELEMENT = re.compile(r"%([\w.\-]++)#(\d{1,9})(?!\d)")
 # A damaged line: the beginning of an instruction, or a trace of a collective.
 _TRACES = ("replica_groups=", "source_target_pairs=", "custom_call_target=")
 _LOOKS_DAMAGED = re.compile("|".join((*KINDS, *_TRACES, r"^\s*(?:ROOT\s+)?%")))
 _LONE_NAME = re.compile(r"\s*(?:ROOT\s+)?[A-Za-z_][\w.\-]*\s*(?:=|$)")
 _COLLECTIVE = re.compile(rf"(?:{'|'.join(KINDS)})(?:-start)?\(|{'|'.join(_TRACES)}")
-_SECOND = re.compile(r"(?:^|[\s,)}])%?[\w.\-]+ = (?:[a-z]\w*\[|\()")
-_TABLE_ROW = re.compile(r'(\d+)\s+("(?:[^"\\]|\\.)*+"|\{[^{}]*\})\s*$')
+_SECOND = re.compile(r"(?:^|[\s,)}])%?[\w.\-]++ = (?:[a-z]\w*\[|\()")
+_TABLE_ROW = re.compile(rf"\s*(\d{{1,9}})\s+({QUOTED}|\{{[^{{}}]*\}})\s*$")
+_PLAIN_OPERANDS = re.compile(r"\(([^()\"/]*)\)")  # most lines: names and commas only
+_METADATA = re.compile(rf"(?<![\w])(\w++)=({QUOTED}|[^\s\"{{}}]*+)")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Instruction:
-    """One line: `%name = type opcode(operands), attributes`; `rest` starts at the operands' "("."""
+    """One line: `%name = type opcode(operands), attributes`; `rest` starts at the operands' "(".
+
+    What is asked for more than once is read once: of lines that many others refer to as well.
+    """
 
     name: str
     opcode: str
     type: str
     rest: str
     is_root: bool = False
+
+    @cached_property
+    def _parts(self) -> tuple[tuple[str, ...] | None, str]:
+        if plain := _PLAIN_OPERANDS.match(self.rest):
+            return tuple(split_outside(plain[1], ",")), self.rest[plain.end() :]
+        end = closing(self.rest, 0)
+        if end is None:
+            return None, ""
+        operands = without_comments(self.rest[1 : end - 1])
+        return tuple(split_outside(operands, ",")), self.rest[end:]
+
+    @property
+    def operands(self) -> tuple[str, ...]:
+        """Return the operands as printed: "%x", "f32[8]{0} %x".
+
+        Raises:
+          HloError: their bracket is never closed.
+        """
+        operands, _ = self._parts
+        if operands is None:
+            raise HloError(f"the operands of {self.name[:40]} do not end")
+        return operands
+
+    @cached_property
+    def operand_names(self) -> tuple[str, ...]:
+        """Return the operands' names, without types; none where they cannot be read."""
+        return tuple(operand_name(operand) for operand in self._parts[0] or ())
+
+    @cached_property
+    def attributes(self) -> dict[str, str]:
+        """Return the attributes as printed, by name; none where the operands do not end."""
+        return read_attributes(self._parts[1])
+
+    @cached_property
+    def callees(self) -> tuple[str, ...]:
+        """Return the names of the computations that it runs."""
+        said = self.attributes
+        names = (name for key in said if key in _CALLS for name in _WORD.findall(said[key]))
+        return tuple(dict.fromkeys(names))
+
+    @cached_property
+    def metadata(self) -> dict[str, str]:
+        """Return where jax says that it comes from: op_name, source_file, stack_frame_id, ..."""
+        found: dict[str, str] = {}
+        for name, value in _METADATA.findall(inside(self.attributes.get("metadata", ""))):
+            found.setdefault(name, unquoted(value))
+        return found
+
+    @cached_property
+    def frontend(self) -> dict[str, str]:
+        """Return the frontend attributes, jax's tags and the partitioner's mark among them."""
+        printed = read_attributes(inside(self.attributes.get("frontend_attributes", "")))
+        return {name: unquoted(value) for name, value in printed.items()}
+
+
+def operand_name(text: str) -> str:
+    """Return the name in a printed operand, which older XLA precedes with its type."""
+    return text[text.rfind(" ") + 1 :].removeprefix("%")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,15 +149,24 @@ class Computation:
 class Module:
     """One HLO module; `frames` are the source lines that its header numbers.
 
+    num_partitions, replica_count: as the header says; None where it says neither. XLA prints
+      what is not 1, so that it says nothing for one device, but nor does text written by hand.
     chooses_output_shardings: the compiler was free to choose the shardings of the results.
     """
 
     name: str
-    num_partitions: int
-    replica_count: int
+    num_partitions: int | None
+    replica_count: int | None
     computations: Mapping[str, Computation]
     frames: Mapping[int, Frame]
     chooses_output_shardings: bool = False
+
+    @property
+    def devices(self) -> int | None:
+        """Return how many devices the header says that the module is for; None where nothing."""
+        if self.num_partitions is None or self.replica_count is None:
+            return None
+        return self.num_partitions * self.replica_count
 
 
 @dataclass(slots=True)
@@ -90,6 +182,7 @@ class _Draft:
     table: str = ""
     computation: str = ""
     is_entry: bool = False
+    in_constant: bool = False  # whose rows are on lines of their own
     instructions: list[Instruction] = field(default_factory=list)
     unreadable: list[str] = field(default_factory=list)
 
@@ -116,18 +209,29 @@ def read_modules(text: str) -> tuple[Module, ...]:
 def _drafts(lines: Iterable[str]) -> Iterable[_Draft]:
     draft = _Draft()
     for line in lines:
-        if line.startswith("HloModule"):
+        if prefix := _LOG_PREFIX.match(line)[0]:  # type: ignore[index]  # it matches nothing, too
+            line = line[len(prefix) :]
+        start = line.lstrip("\ufeff \t") if line[:1] in "\ufeff \t" else line
+        if start.startswith("HloModule"):
             yield draft
-            draft = _Draft(
-                has_header=True, name=line.split(",")[0].removeprefix("HloModule").strip()
-            )
-            draft.counts = {name: int(count) for name, count in _COUNT.findall(line)}
-            if _COLLECTIVE.search(_unquoted(line)):
-                draft.unreadable.append(line.strip())
-            draft.chooses_output_shardings = _CHOOSES in line
+            draft = _begin(start)
         else:
             _read_line(draft, line)
     yield draft
+
+
+def _begin(header: str) -> _Draft:
+    name, comma, rest = header.removeprefix("HloModule").partition(",")
+    said = read_attributes(rest) if comma else {}
+    draft = _Draft(has_header=True, name=name.strip())
+    for key in ("num_partitions", "replica_count"):
+        count = to_int(said[key]) if said.get(key, "").isdecimal() else 0
+        if 0 < count <= MOST:
+            draft.counts[key] = count
+    if _COLLECTIVE.search(without_quoted(header)):
+        draft.unreadable.append(header.strip())
+    draft.chooses_output_shardings = said.get(_CHOOSES, "").startswith("{true")
+    return draft
 
 
 def _read_line(draft: _Draft, line: str) -> None:
@@ -135,16 +239,19 @@ def _read_line(draft: _Draft, line: str) -> None:
         return
     if instruction := read_instruction(line):
         draft.instructions.append(instruction)
-        if " = " in instruction.rest and _SECOND.search(_unquoted(instruction.rest)):
+        draft.in_constant = (
+            instruction.opcode == "constant" and closing(instruction.rest, 0) is None
+        )
+        if " = " in instruction.rest and _SECOND.search(without_quoted(instruction.rest)):
             draft.unreadable.append(line.strip())  # two lines that lost what parted them
     elif draft.table and (row := _TABLE_ROW.match(line)):
         draft.tables[draft.table][int(row[1])] = row[2]
     elif "=" in line and "(" in line and _COLLECTIVE.search(line):
         draft.unreadable.append(line.strip())
-    elif line.startswith("}"):
+    elif line.startswith("}") or (not draft.in_constant and _END.match(line)):
         _close_computation(draft)
-    elif line.rstrip() in TABLES:
-        draft.table = line.rstrip()
+    elif line.strip() in TABLES:
+        draft.table = line.strip()
         draft.tables[draft.table] = {}
     elif header := _COMPUTATION.match(line):
         _close_computation(draft)
@@ -152,11 +259,8 @@ def _read_line(draft: _Draft, line: str) -> None:
         draft.computation, draft.is_entry = header[2], bool(header[1])
     elif _LOOKS_DAMAGED.search(line) or (draft.instructions and _LONE_NAME.match(line)):
         draft.unreadable.append(line.strip())
-
-
-def _unquoted(line: str) -> str:
-    # With an odd number of quotes nobody knows what is inside of them.
-    return line if line.count('"') % 2 else _QUOTED.sub('""', line)
+    elif "})" in line:
+        draft.in_constant = False
 
 
 def read_instruction(line: str) -> Instruction | None:
@@ -171,19 +275,6 @@ def read_instruction(line: str) -> Instruction | None:
     return Instruction(start[2], opcode[1], line[start.end() : end], opcode[2], bool(start[1]))
 
 
-_BRACKET = re.compile(r'[()]|"(?:[^"\\]|\\.)*+"')
-
-
-def closing(text: str, start: int) -> int | None:
-    """Return the index after the ")" that closes the "(" at `start`, or None."""
-    depth = 0
-    for bracket in _BRACKET.finditer(text, start):
-        depth += {"(": 1, ")": -1}.get(bracket[0], 0)
-        if depth == 0:
-            return bracket.end()
-    return None
-
-
 def _close_computation(draft: _Draft) -> None:
     if draft.instructions or draft.unreadable:
         name = draft.computation
@@ -193,7 +284,7 @@ def _close_computation(draft: _Draft) -> None:
         draft.computations[name] = Computation(
             name, draft.is_entry, instructions, tuple(draft.unreadable)
         )
-    draft.computation, draft.is_entry = "", False
+    draft.computation, draft.is_entry, draft.in_constant = "", False, False
     draft.instructions, draft.unreadable = [], []
 
 
@@ -218,8 +309,8 @@ def _finish(draft: _Draft) -> Module:
     _close_computation(draft)
     return Module(
         name=draft.name,
-        num_partitions=draft.counts.get("num_partitions", 1),
-        replica_count=draft.counts.get("replica_count", 1),
+        num_partitions=draft.counts.get("num_partitions", 1 if draft.counts else None),
+        replica_count=draft.counts.get("replica_count", 1 if draft.counts else None),
         computations=draft.computations,
         frames=read_frames(draft.tables),
         chooses_output_shardings=draft.chooses_output_shardings,

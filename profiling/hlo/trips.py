@@ -6,11 +6,15 @@ from dataclasses import dataclass
 from txcore.profiling.hlo import attributes
 from txcore.profiling.hlo.graph import Call, Graph
 from txcore.profiling.hlo.loops import counted_trips
+from txcore.profiling.hlo.types import MOST
 
 
 @dataclass(frozen=True, slots=True)
 class Trips:
-    """`count` runs; where not `known`, a loop runs at least once and nobody knows how often."""
+    """`count` runs; where not `known`, a loop runs at least once and nobody knows how often.
+
+    More than `MOST` runs are `MOST` + 1.
+    """
 
     count: int
     known: bool = True
@@ -39,14 +43,17 @@ def runs(graph: Graph) -> dict[str, Trips]:
         callers[call.callee].append((call.caller, trips_of(call, graph)))
     for name in _callers_first(calls):
         incoming = [
-            Trips(total[caller].count * trips.count, total[caller].known and trips.known)
+            Trips(_bounded(total[caller].count * trips.count), total[caller].known and trips.known)
             for caller, trips in callers[name]
             if caller in total  # a caller not counted yet is a cycle, which only damage makes
         ]
-        total[name] = Trips(
-            sum(t.count for t in incoming) if incoming else 1, all(t.known for t in incoming)
-        )
+        count = _bounded(sum(t.count for t in incoming)) if incoming else 1
+        total[name] = Trips(count, all(t.known for t in incoming))
     return total
+
+
+def _bounded(count: int) -> int:
+    return min(count, MOST + 1)
 
 
 def trips_of(call: Call, graph: Graph) -> Trips:

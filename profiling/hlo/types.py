@@ -1,13 +1,19 @@
 """Array types as HLO prints them: `f32[8,4]{1,0}`, tuples of them, and their bytes."""
 
+import functools
 import math
 import re
 from dataclasses import dataclass
+
+from txcore.profiling.hlo.scan import without_comments
 
 
 class HloError(ValueError):
     """A line of HLO text that looks like a collective and cannot be read."""
 
+
+MOST = 10**18  # XLA counts in int64; what is more is not counted on, but said to be more
+_DIGITS = 18
 
 # HLO's name of each element type: (jax's name, bits of one element).
 _DTYPES: dict[str, tuple[str, int]] = {
@@ -23,9 +29,7 @@ _DTYPES: dict[str, tuple[str, int]] = {
 }
 # float8_e4m3fn prints as f8e4m3fn, float4_e2m1fn as f4e2m1fn.
 _SMALL_FLOAT = re.compile(r"f([468])(e\d+m\d+\w*)")
-_ARRAY = re.compile(r"([a-z]\w*)\[([^\[\]]*)\]")
-_ANY_BRACKET = re.compile(r"[()\[\]{}]")
-_COMMENT = re.compile(r"/\*.*?\*/")
+_ARRAY = re.compile(r"(?<!\w)([a-z]\w*+)\[([^\[\]]*+)\]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +51,12 @@ class Shape:
         return -(-self.elements * self.bits // 8)
 
 
+def to_int(digits: str) -> int:
+    """Read a number, of which a text may have any number of digits; `MOST` + 1 for any above."""
+    digits = digits.lstrip("0") if len(digits) > _DIGITS else digits
+    return int(digits or "0") if len(digits) <= _DIGITS else MOST + 1
+
+
 def parse_shapes(text: str) -> tuple[Shape, ...]:
     """Read a printed type and return its arrays, a tuple's from left to right.
 
@@ -57,20 +67,25 @@ def parse_shapes(text: str) -> tuple[Shape, ...]:
       >>> [(s.dtype, s.dims) for s in parse_shapes("(f32[8,4]{1,0}, bf16[])")]
       [('float32', (8, 4)), ('bfloat16', ())]
     """
-    found = _ARRAY.findall(_COMMENT.sub("", text))
+    found = _ARRAY.findall(without_comments(text))
     if not found:
         raise HloError(f"no array type in {text[:60]!r}")
     return tuple(_shape(name, dims) for name, dims in found)
 
 
+@functools.lru_cache(maxsize=1024)
 def _shape(name: str, dims: str) -> Shape:
     dtype, bits = _dtype(name)
-    try:
-        # A bounded dynamic dim prints as <=8: the bound is what is allocated and sent.
-        sizes = tuple(int(d.strip().removeprefix("<=")) for d in dims.split(",") if d.strip())
-    except ValueError:
-        raise HloError(f"no dims in {name}[{dims[:40]}]") from None
-    return Shape(dtype, sizes, bits)
+    # A bounded dynamic dim prints as <=8: the bound is what is allocated and sent.
+    sizes = [d.strip().removeprefix("<=") for d in dims.split(",") if d.strip()]
+    if not all(size.isdecimal() for size in sizes):
+        raise HloError(f"no dims in {name[:20]}[{dims[:40]}]")
+    elements = 1
+    for size in sizes:
+        elements *= to_int(size)
+        if elements * bits > 8 * MOST:
+            raise HloError(f"more than 10^18 bytes in {name[:20]}[{dims[:40]}]")
+    return Shape(dtype, tuple(map(to_int, sizes)), bits)
 
 
 def _dtype(name: str) -> tuple[str, int]:
@@ -78,17 +93,4 @@ def _dtype(name: str) -> tuple[str, int]:
         return known
     if small := _SMALL_FLOAT.fullmatch(name):
         return f"float{small[1]}_{small[2]}", int(small[1])
-    raise HloError(f"unknown element type {name!r}")
-
-
-def split_outside(text: str, separator: str) -> list[str]:
-    """Split a text at the separators that are outside of all brackets; drop empty parts."""
-    if not _ANY_BRACKET.search(text):
-        return [p.strip() for p in text.split(separator) if p.strip()]
-    parts, depth, start = [], 0, 0
-    for i, char in enumerate(text):
-        depth += (char in "([{") - (char in ")]}")
-        if char == separator and depth == 0:
-            parts.append(text[start:i].strip())
-            start = i + 1
-    return [p for p in [*parts, text[start:].strip()] if p]
+    raise HloError(f"unknown element type {name[:40]!r}")

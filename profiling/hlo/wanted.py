@@ -10,19 +10,22 @@ from txcore.profiling.hlo.graph import Graph, Value, operand_names
 from txcore.profiling.hlo.text import Instruction
 
 _FARTHEST = 64  # instructions to look at; a damaged text may lead in a circle
+_LONGEST = 4096  # characters of a caller's path
 
 
 def wanted_by(collective: Value, graph: Graph) -> Instruction | None:
     """Return the nearest instruction that uses a value and has another path; None without one."""
-    own = attributes.metadata(collective.instruction.rest)
+    own = attributes.metadata(collective.instruction)
     reached = [collective]
     seen = {collective.instruction.name}
     for value in reached:
         for after in (*results(value, graph)[1:], *_users(value)):
-            says = attributes.metadata(after.instruction.rest)
-            if says != own and "/" in attributes.op_name(after.instruction.rest):
+            says = attributes.metadata(after.instruction)
+            if says != own and "/" in attributes.op_name(after.instruction):
                 return after.instruction
-            if after.instruction.name not in seen and len(reached) < _FARTHEST:
+            if len(reached) >= _FARTHEST:
+                break
+            if after.instruction.name not in seen:
                 seen.add(after.instruction.name)
                 reached.append(after)
     return None
@@ -34,7 +37,7 @@ def maker(collective: Value) -> Instruction | None:
     for _ in range(_FARTHEST):
         names = operand_names(value)
         found = collective.scope.by_name.get(names[0]) if names else None
-        if found is None or "/" in attributes.op_name(found.rest):
+        if found is None or "/" in attributes.op_name(found):
             return found
         value = found
     return None
@@ -53,11 +56,12 @@ def full_name(op_name: str, value: Value, graph: Graph) -> str:
             break
         scope = graph.scope(call.caller)
         if call.instruction.opcode == "call":
-            outer = attributes.op_name(call.instruction.rest)
-            op_name = f"{outer}/{op_name}" if "/" in outer else op_name
+            outer = attributes.op_name(call.instruction)
+            is_path = "/" in outer and len(outer) + len(op_name) <= _LONGEST
+            op_name = f"{outer}/{op_name}" if is_path else op_name
     return op_name
 
 
 def _users(value: Value) -> list[Value]:
     users = value.scope.users.get(value.instruction.name, ())
-    return [Value(value.scope, user) for user in users]
+    return [Value(value.scope, user) for user in users[:_FARTHEST]]

@@ -147,7 +147,7 @@ def _state(report: Report) -> tuple[str, str, str]:
 def _facts(report: Report) -> Html:
     devices = math.prod(size for _, size in report.mesh)
     mesh = " × ".join(f"{name} {size:,}" for name, size in report.mesh)
-    at_least = "" if all(row.trips_known for row in report.collectives) else "≥ "
+    at_least = "≥ " if report.at_least else ""
     facts = [
         ("Target", report.target or "unknown"),
         ("Mesh", mesh or "unknown"),

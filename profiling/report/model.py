@@ -13,6 +13,10 @@ from txcore.profiling.predicates import Divergence
 from txcore.profiling.report.printable import printable
 
 _NAMED_IN_VERDICT = 3
+MOST = 10**18  # bytes and executions; what is more is said to be more, and by how much is not
+_OVER = "over 10^18"
+# What each device sends of these does not depend on how many there are.
+_SENT_WHOLE = ("collective-permute", "collective-broadcast", "send")
 _DIVERGENT = {"hangs": "that not all devices reach", "lies": "of a false type"}
 
 
@@ -52,7 +56,8 @@ class Collective:
         call that can communicate) or "unknown" (cannot be read).
       tags: txcore's tags; several where the compiler combined collectives.
       axes: the mesh axes whose groups it talks in; empty where they are none of the mesh's.
-      group_size: devices in a group (n); of a permute, devices along `axes`.
+      group_size: devices in a group (n); of a permute, devices along `axes`; 0 where the program
+        does not say it: then the bytes that depend on it are not known either, and 0.
       dtype: as declared ("bfloat16"); the compiled one where no declaration matches.
       wire_dtype: as compiled; "float32" for a bfloat16 sum that the compiler promoted.
       payload_bytes: S of one execution in the declared dtype.
@@ -85,6 +90,32 @@ class Collective:
     note: str = ""
     op: str = ""
     parts: tuple[Part, ...] = ()
+
+    @property
+    def payload_known(self) -> bool:
+        """Tell whether `payload_bytes` says it; nothing does of what cannot be read."""
+        if self.kind in ("unknown", "custom-call"):
+            return False
+        return self.kind != "all-gather" or self.group_size > 0
+
+    @property
+    def wire_known(self) -> bool:
+        """Tell whether `wire_bytes` says it."""
+        return self.payload_known and (self.group_size > 0 or self.kind in _SENT_WHOLE)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the row as plain lists, numbers and strings; None is what is not known."""
+        row = {name: _figure(value) for name, value in dataclasses.asdict(self).items()}
+        row["parts"] = [
+            {name: _figure(value) for name, value in dataclasses.asdict(part).items()}
+            for part in self.parts
+        ]
+        unknown = {
+            "group_size": self.group_size == 0,
+            "payload_bytes": not self.payload_known,
+            "wire_bytes": not self.wire_known,
+        }
+        return row | {name: None for name, is_unknown in unknown.items() if is_unknown}
 
 
 @dataclass(frozen=True)
@@ -187,6 +218,11 @@ class Report:
         """Return what each device sends in one call of the program."""
         return sum(c.wire_bytes * c.trips for c in self.collectives)
 
+    @property
+    def at_least(self) -> bool:
+        """Tell whether the bytes of a call are the least, since not all of them are known."""
+        return not all(c.trips_known and c.wire_known for c in self.collectives)
+
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain lists, numbers and strings."""
         return {
@@ -195,9 +231,10 @@ class Report:
             "checked": self.checked,
             "target": self.target,
             "mesh": dict(self.mesh),
-            "payload_bytes": self.payload_bytes,
-            "wire_bytes": self.wire_bytes,
-            "collectives": [dataclasses.asdict(c) for c in self.collectives],
+            "payload_bytes": _figure(self.payload_bytes),
+            "wire_bytes": _figure(self.wire_bytes),
+            "at_least": self.at_least,
+            "collectives": [c.to_dict() for c in self.collectives],
             "missing": [_declared_dict(d) for d in self.missing],
             "fates": [
                 {"declared": _declared_dict(f.declared), "fates": f.fates, "rows": f.rows}
@@ -245,7 +282,9 @@ class Report:
         number = _plural(len(self.collectives), "collective")
         origins = Counter(c.origin for c in self.collectives)
         by_origin = ", ".join(f"{count} {origin}" for origin, count in sorted(origins.items()))
-        least = "" if all(c.trips_known for c in self.collectives) else "at least "
+        least = (
+            "" if all(c.trips_known and c.payload_known for c in self.collectives) else "at least "
+        )
         sent = f"{number}, {least}{format_bytes(self.payload_bytes)} payload a call"
         if not self.checked:
             return (
@@ -277,14 +316,26 @@ def _declared_dict(declared: Declared) -> dict[str, Any]:
     return {name: value for name, value in row.items() if name not in ("groups", "pairs")}
 
 
+def format_count(number: int) -> str:
+    """Write a number with its thousands apart, or that it is over 10^18."""
+    return f"{number:,}" if number <= MOST else _OVER
+
+
+def _figure(value: Any) -> Any:
+    """Return what a report says of a number: itself, or that it is over 10^18."""
+    return _OVER if type(value) is int and value > MOST else value
+
+
 def format_bytes(number: int) -> str:
     """Write a number of bytes with three digits and its decimal unit.
 
     Example:
-      >>> format_bytes(1664300)
-      '1.66 MB'
+      >>> format_bytes(1664300), format_bytes(10**40)
+      ('1.66 MB', 'over 10^18 B')
     """
-    size, unit = float(min(number, 10**30)), "B"  # a damaged text may say anything
+    if number > MOST:
+        return f"{_OVER} B"
+    size, unit = float(number), "B"
     for larger in ("kB", "MB", "GB", "TB"):
         if size < 999.5:
             break

@@ -186,7 +186,7 @@ FILES = sorted(FIXTURES.glob("[cgt]pu/*.hlo"))
 
 
 def reading(op):
-    among = op.pairs if op.kind == "collective-permute" else op.groups
+    among = op.pairs if op.kind == "collective-permute" else tuple(op.groups)
     trips = op.trips.count if op.trips.known else UNKNOWN
     return op.kind, among, ", ".join(map(written, op.inputs)), op.bytes, trips, op.marked
 
@@ -252,7 +252,7 @@ HANDMADE = {
     # No % before names; a start with context, in place, four in one, a send, no pairs at all.
     "permutes": [
         one("collective-permute", ((0, 1), (1, 0), (2, 3), (3, 2)), "float32 8,128", 4 * 1024),
-        one("collective-permute", ((0, 1), (1, 2)), "float32 8,128", 4 * 1024),
+        one("collective-permute", ((0, 1), (1, 2)), "float32 4,128", 4 * 512),
         one(
             "collective-permute",
             ((0, 3), (3, 0)),

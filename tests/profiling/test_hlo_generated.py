@@ -129,7 +129,7 @@ def test_a_random_program_reads_as_it_was_generated(seed):
     assert sorted(op.tags for op in ops) == sorted((name,) for name in wanted)
     for op in ops:
         kind, among, sizes, trips = wanted[op.tags[0]]
-        assert (op.kind, op.pairs or op.groups) == (kind, among)
+        assert (op.kind, op.pairs or tuple(op.groups)) == (kind, among)
         assert op.bytes in sizes
         assert (op.trips.count, op.trips.known) == (trips, True)
         assert {array.tag for array in op.inputs} == {op.tags[0]}

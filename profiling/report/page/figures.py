@@ -2,25 +2,25 @@
 
 from collections.abc import Sequence
 
-from txcore.profiling.report.model import Report, format_bytes
+from txcore.profiling.report.model import MOST, Report, format_bytes, format_count
 from txcore.profiling.report.page.markup import Html, el, join, text
 
 AxisSet = tuple[str, ...]
 
 
-def size(number: int, *, at_least: bool = False) -> Html:
+def size(number: int, *, at_least: bool = False, known: bool = True) -> Html:
     """Write bytes for people, with the exact number for sorting and for the pointer."""
-    return _data(format_bytes(number), number, at_least)
+    return _data(format_bytes(number), number, at_least) if known else text("?")
 
 
 def count(number: int, *, at_least: bool = False) -> Html:
     """Write a number with its thousands apart, and plain for sorting where that differs."""
-    return _data(f"{number:,}", number, at_least)
+    return _data(format_count(number), number, at_least)
 
 
 def _data(shown: str, number: int, at_least: bool) -> Html:
     shown = f"≥ {shown}" if at_least else shown
-    return text(shown) if shown == str(number) else el("data", shown, value=number)
+    return text(shown) if shown == str(number) else el("data", shown, value=min(number, MOST + 1))
 
 
 def dtypes(declared: str, wire: str) -> str:

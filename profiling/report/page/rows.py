@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 
-from txcore.profiling.report.model import Collective, Part, Report
+from txcore.profiling.report.model import Collective, Part, Report, format_count
 from txcore.profiling.report.page.figures import (
     axis_sets,
     badge,
@@ -83,10 +83,10 @@ def _row(number: int, row: Collective, axes: int) -> Html:
         " + ".join(row.axes) or "–",
         count(row.group_size) if row.group_size else "?",
         dtypes(row.dtype, row.wire_dtype),
-        size(row.payload_bytes),
-        size(row.wire_bytes),
+        size(row.payload_bytes, known=row.payload_known),
+        size(row.wire_bytes, known=row.wire_known),
         count(row.trips, at_least=not row.trips_known),
-        size(row.wire_bytes * row.trips, at_least=not row.trips_known),
+        size(row.wire_bytes * row.trips, at_least=not row.trips_known, known=row.wire_known),
         origin_badge(row.origin, row.explained),
         _names(row),
     )
@@ -127,7 +127,7 @@ def _more(row: Collective) -> list[Html]:
     facts: list[tuple[str, object]] = [("HLO", row.op), ("op_name", row.op_name)]
     if len(row.parts) == 1:  # all else of it is the row's own
         (part,) = row.parts
-        facts += [("elements", f"{part.elements:,}"), ("fates", ", ".join(part.fates))]
+        facts += [("elements", format_count(part.elements)), ("fates", ", ".join(part.fates))]
     if not row.parts and len(row.tags) > _TAGS_SHOWN:
         facts.append(("tags", tag_list(row.tags)))
     listed = [join([el("dt", name), el("dd", fact)]) for name, fact in facts if fact]
