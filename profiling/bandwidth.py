@@ -6,12 +6,14 @@ all-gather S is n times one device's operand; for every other kind S is one devi
 https://github.com/NVIDIA/nccl-tests/blob/master/doc/PERFORMANCE.md
 """
 
+import functools
 import math
 from fractions import Fraction
 
 _ONE_PART_STAYS = ("all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all")
 
 
+@functools.lru_cache(maxsize=1024)
 def bus_factor(kind: str, n: int) -> Fraction:
     """Return the bytes that each device sends, as a multiple of S.
 
@@ -53,7 +55,8 @@ def wire_bytes(kind: str, n: int, payload: int) -> int:
       >>> wire_bytes("all-reduce", 8, 1_000_000)
       1750000
     """
-    return math.ceil(bus_factor(kind, n) * payload)
+    factor = bus_factor(kind, n)
+    return -(-factor.numerator * payload // factor.denominator)
 
 
 def ring_steps(kind: str, n: int) -> int:

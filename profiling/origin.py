@@ -24,6 +24,8 @@ A line can lie: jax 0.10 prints no mark, and its partitioner copies op_name and 
 collective. So `match.py` compares the result with the traced program.
 """
 
+import functools
+
 from txcore.profiling.hlo import Op
 from txcore.profiling.hlo.scan import split_outside
 from txcore.profiling.jaxpr import KIND_OF, made_by_autodiff
@@ -58,7 +60,8 @@ def is_inserted(op: Op) -> bool:
     return set(_last_parts(op.op_name)) <= _EDGES and (op.marked or not op.tags)
 
 
-def _last_parts(op_name: str) -> list[str]:
+@functools.lru_cache(maxsize=4096)
+def _last_parts(op_name: str) -> tuple[str, ...]:
     """Return the last part of each op that was merged; an argument's name, without a path, is "".
 
     XLA writes the path of merged ops as "jit(f)/shard_map/(transpose(jvp())/psum:reduce_sum)".
@@ -66,9 +69,9 @@ def _last_parts(op_name: str) -> list[str]:
     is_balanced = all(op_name.count(a) == op_name.count(b) for a, b in ("()", "[]", "{}"))
     parts = split_outside(op_name, "/") if is_balanced else op_name.split("/")  # a scope's name
     if len(parts) < 2:
-        return [""]
+        return ("",)
     last = parts[-1]
     if not (last.startswith("(") and last.endswith(")")):
-        return [last]
+        return (last,)
     merged = split_outside(last[1:-1], ":")
-    return [path.rsplit("/", 1)[-1] for path in merged] or [""]
+    return tuple(path.rsplit("/", 1)[-1] for path in merged) or ("",)

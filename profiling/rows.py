@@ -151,7 +151,7 @@ def _parts(array: _Array, group_size: int) -> Iterator[Part]:
     scale = group_size if unit.kind == "all-gather" else 1
     dtypes = {d.dtype for d in array.declared} or {wire}
     sources = {d.source for d in array.declared} or {unit.source}
-    tags = [d.tag for d in array.declared] or [tag for tag in unit.claims if tag]
+    tags = dict.fromkeys(d.tag for d in array.declared if d.tag)
     dtype = dtypes.pop() if len(dtypes) == 1 else wire
     payload = scale * unit.shape.bytes
     if dtype != wire and not dtype.startswith("complex"):  # those are sent as two real numbers
@@ -160,7 +160,7 @@ def _parts(array: _Array, group_size: int) -> Iterator[Part]:
         of_a_call = sum(d.payload_bytes * d.trips for d in array.declared)
         payload = of_a_call // unit.trips.count
     yield Part(
-        tag=",".join(dict.fromkeys(filter(None, tags))),
+        tag=",".join(tags) if array.declared else unit.tag,
         dtype=dtype,
         wire_dtype=wire,
         elements=unit.elements,

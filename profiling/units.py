@@ -1,6 +1,6 @@
 """The arrays of compiled collectives: what is matched with the declared ones."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from txcore.profiling import source
@@ -9,6 +9,7 @@ from txcore.profiling.hlo.trips import ONCE, Trips
 from txcore.profiling.jaxpr import Declared
 from txcore.profiling.origin import UNEXPLAINED, is_inserted, origin_of
 
+_MOST_NAMED = 64
 _NOTHING = Shape("", (0,), 0)
 
 
@@ -19,7 +20,7 @@ class Unit:
     op: its op's place in the list of ops.
     elements: S as in nccl-tests (times n for an all-gather).
     claims: the tags that it may have, None standing for no tag; of an array that was merged with
-      others, and of which nothing else is left, those of all.
+      others, and of which nothing else is left, those of all. `tag` names them.
     origin, note: what its line says of where it comes from.
     source, wanted_source: "file.py:12" of itself, and of what uses it.
     has_own_line: the line speaks of this array alone, not of all that were merged into its op.
@@ -35,6 +36,7 @@ class Unit:
     elements: int
     trips: Trips = ONCE
     claims: tuple[str | None, ...] = (None,)
+    tag: str = ""
     op_name: str = ""
     source: str = ""
     wanted_source: str = ""
@@ -64,8 +66,9 @@ def size_of(declared: Declared) -> int:
 def units_of(ops: Sequence[Op]) -> Iterator[Unit]:
     """Yield the arrays of compiled collectives, in order; an op without arrays is one, empty."""
     for place, op in enumerate(ops):
+        like: dict[Hashable, Unit] = {}  # of many arrays that say the same, one that says it
         for one in _inputs(op):
-            yield _unit(place, op, one)
+            yield _unit(place, op, one, like)
 
 
 def _inputs(op: Op) -> tuple[Input, ...]:
@@ -77,7 +80,22 @@ def _inputs(op: Op) -> tuple[Input, ...]:
     return op.inputs or (Input(_NOTHING),)
 
 
-def _unit(place: int, op: Op, one: Input, *, is_piece: bool = False) -> Unit:
+def _unit(
+    place: int, op: Op, one: Input, like: dict[Hashable, Unit], *, is_piece: bool = False
+) -> Unit:
+    says = one.tag, one.op_name, one.marked, bool(one.pieces), is_piece
+    if (same := like.get(says)) is None:
+        same = like[says] = _said(place, op, one, is_piece=is_piece)
+    return replace(
+        same,
+        shape=one.shape,
+        elements=(op.group_size if op.kind == "all-gather" else 1) * one.shape.elements,
+        pieces=tuple(_unit(place, op, piece, like, is_piece=True) for piece in one.pieces),
+    )
+
+
+def _said(place: int, op: Op, one: Input, *, is_piece: bool) -> Unit:
+    """Return an array with all but its size: where it comes from, as far as it is said."""
     # Of a merged array that says nothing itself, the op's line tells what it may be.
     is_merged = is_piece or len(op.inputs) > 1
     has_own = bool(one.tag or one.op_name or one.marked)
@@ -91,9 +109,10 @@ def _unit(place: int, op: Op, one: Input, *, is_piece: bool = False) -> Unit:
         op=place,
         kind=op.kind,
         shape=one.shape,
-        elements=(op.group_size if op.kind == "all-gather" else 1) * one.shape.elements,
+        elements=0,
         trips=op.trips,
         claims=(*tags, None) if may_be_untagged else tags,
+        tag=_joined(tags),
         op_name=op_name,
         source=_source(line, origin),
         wanted_source=source.shorten(op.wanted_frames),
@@ -101,8 +120,14 @@ def _unit(place: int, op: Op, one: Input, *, is_piece: bool = False) -> Unit:
         note=note,
         has_own_line=has_own or not is_merged,
         doubtful=doubtful,
-        pieces=tuple(_unit(place, op, piece, is_piece=True) for piece in one.pieces),
     )
+
+
+def _joined(tags: Sequence[str]) -> str:
+    """Name what an array may be, in a text that each of many thousand arrays can hold."""
+    named = list(dict.fromkeys(tags))
+    more = len(named) - _MOST_NAMED
+    return ",".join(named[:_MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 def _source(op: Op, origin: str) -> str:

@@ -143,7 +143,7 @@ def _part_read(parameter: Instruction | None, fused: Scope) -> int | None:
         return None
     total = 0
     for user in fused.users.get(parameter.name, ()):
-        is_first = operand_names(user)[:1] == [parameter.name]
+        is_first = operand_names(user)[:1] == (parameter.name,)
         if user.opcode in _SLICES and is_first:
             total += sum(shape.bytes for shape in parse_shapes(user.type))
         elif not (user.opcode == "dynamic-update-slice" and is_first):

@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 
 from txcore.profiling.hlo import attributes, opaque
 from txcore.profiling.hlo.graph import Graph, Value
-from txcore.profiling.hlo.groups import NO_GROUPS, Groups, Pairs, parse_groups, parse_pairs
+from txcore.profiling.hlo.groups import NO_GROUPS, Groups, Pairs, parse_pairs
 from txcore.profiling.hlo.inputs import Input, inputs_of, witnesses, words_of
-from txcore.profiling.hlo.modes import groups_of_devices, mode_of, pairs_of_devices
+from txcore.profiling.hlo.modes import mode_of, pairs_of_devices
 from txcore.profiling.hlo.scan import without_quoted
 from txcore.profiling.hlo.stepwise import is_later_step
 from txcore.profiling.hlo.text import KINDS, Instruction, Module, read_modules
@@ -206,11 +206,11 @@ def _read_op(instruction: Instruction, kind: str, context: _Context) -> Op:
         inputs = _slices(inputs, slices)
     op = _with_words_of(replace(op, inputs=inputs))
     if kind in ("collective-permute", "send"):
-        return _with_pairs(op, instruction, context.graph.module)
+        return _with_pairs(op, instruction, context.graph)
     return _with_groups(op, instruction, context)
 
 
-def _with_pairs(op: Op, instruction: Instruction, module: Module) -> Op:
+def _with_pairs(op: Op, instruction: Instruction, graph: Graph) -> Op:
     said = instruction.attributes
     mode = mode_of(op.kind, said)
     if op.kind == "send":
@@ -220,7 +220,9 @@ def _with_pairs(op: Op, instruction: Instruction, module: Module) -> Op:
         op = replace(op, kind="collective-permute")
     elif (printed := said.get("source_target_pairs")) is None:
         raise HloError("no source_target_pairs")
-    return replace(op, pairs=pairs_of_devices(parse_pairs(printed), mode, module))
+    return replace(
+        op, pairs=pairs_of_devices(parse_pairs(printed), mode, graph.module, graph.allows_listing)
+    )
 
 
 def _with_groups(op: Op, instruction: Instruction, context: _Context) -> Op:
@@ -229,8 +231,7 @@ def _with_groups(op: Op, instruction: Instruction, context: _Context) -> Op:
         raise HloError("no replica_groups")
     if "device_ids" in said:  # of the mesh form, whose comma parts it in two
         printed += f", device_ids={said['device_ids']}"
-    module, mode = context.graph.module, mode_of(op.kind, said)
-    groups = groups_of_devices(parse_groups(printed), mode, module, context.devices)
+    groups = context.graph.groups(printed, mode_of(op.kind, said), context.devices)
     if not groups:
         size = _size_by_shapes(op, instruction)
         return replace(op, size=size, problem="" if size else UNSIZED)

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from txcore.profiling.hlo import attributes
+from txcore.profiling.hlo.groups import Groups, parse_groups
+from txcore.profiling.hlo.modes import groups_of_devices
 from txcore.profiling.hlo.text import Computation, Instruction, Module
 from txcore.profiling.hlo.types import Shape, parse_shapes, to_int
 
@@ -27,7 +29,12 @@ class Graph:
 
     module: Module
     _scopes: dict[str, "Scope"] = field(default_factory=dict)
-    _allowed: list[int] = field(default_factory=list)
+    _groups: dict[tuple[str, str], Groups] = field(default_factory=dict)
+    _done: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+
+    @cached_property
+    def _lines(self) -> int:
+        return sum(len(c.instructions) for c in self.module.computations.values())
 
     def allows(self, steps: int) -> bool:
         """Tell whether that many steps more may be done from value to value.
@@ -35,11 +42,31 @@ class Graph:
         Real modules come nowhere near the limit; of one that leads each of its collectives through
         the same thousand lines the rest is left unsaid, and counts as said by nobody.
         """
-        if not self._allowed:
-            lines = sum(len(c.instructions) for c in self.module.computations.values())
-            self._allowed.append(200_000 + 16 * lines)
-        self._allowed[0] -= steps
-        return self._allowed[0] >= 0
+        self._done["steps"] += steps
+        return self._done["steps"] <= 50_000 + 8 * self._lines
+
+    def allows_listing(self, devices: int) -> bool:
+        """Tell whether that many devices more may be listed that the text itself does not list."""
+        if may := self._done["devices"] + devices <= (1 << 20) + 16 * self._lines:
+            self._done["devices"] += devices
+        return may
+
+    def groups(self, printed: str, mode: str, devices: int | None) -> Groups:
+        """Return the groups of devices that printed ones mean, each reading kept.
+
+        Args:
+          printed: as for `parse_groups`.
+          mode, devices: as for `groups_of_devices`.
+
+        Raises:
+          HloError: as both of these.
+        """
+        if (found := self._groups.get((printed, mode))) is None:
+            allow = self.allows_listing
+            read = parse_groups(printed, allow)
+            found = groups_of_devices(read, mode, self.module, devices, allow)
+            self._groups[printed, mode] = found
+        return found
 
     @cached_property
     def calls(self) -> tuple[Call, ...]:

@@ -4,19 +4,16 @@ Groups that cut a block of devices along its dims, as those of a mesh do, are ke
 never listed: a line of 40 characters may mean a billion devices.
 """
 
-import functools
 import itertools
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import overload
 
 import numpy as np
 
 from txcore.profiling.hlo.types import MOST, HloError, to_int
-
-MOST_LISTED = 1 << 20  # devices of groups that have to be listed and whose text does not
 
 _MESH = re.compile(
     r"@?mesh\s*\[(?P<sizes>[^\]]*)\]"
@@ -35,6 +32,7 @@ _LONG = re.compile(r"[0-9]{10}")  # more digits than any device has
 
 Dim = tuple[int, bool]  # a size, and whether the devices along it are in one group
 Pairs = tuple[tuple[int, int], ...]
+Allow = Callable[[int], bool]  # whether that many devices may be listed that the text does not
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,18 +148,24 @@ def _guess(first: Sequence[int], devices: int) -> Groups | None:
     return block([(devices // unit, False), *reversed(dims)])
 
 
-def parse_groups(text: str) -> Groups:
+def up_to_a_million(devices: int) -> bool:
+    """Allow to list up to 2^20 devices."""
+    return devices <= 1 << 20
+
+
+def parse_groups(text: str, allow: Allow = up_to_a_million) -> Groups:
     """Read the replica groups at the beginning of `text`.
 
     Args:
       text: `{{0,1},{2,3}}`, `{}` (no group: all are one), `[2,2]<=[4]T(1,0)`, or the mesh form
         `mesh['a'=2,'b'=2] {'a'}` (also unquoted, with `device_ids=`, with sub-axes `a:(1)2`).
+      allow: asked where the groups are no dims of a block and their text is shorter than they.
 
     Returns:
       The groups.
 
     Raises:
-      HloError: the text is none of these forms, or contradicts itself.
+      HloError: the text is none of these forms, contradicts itself, or may not be listed.
 
     Example:
       >>> list(parse_groups("[2,2]<=[2,2]T(1,0)"))
@@ -169,23 +173,27 @@ def parse_groups(text: str) -> Groups:
       >>> list(parse_groups("mesh['data'=2,'model'=2] {'model'}"))
       [(0, 1), (2, 3)]
     """
-    if len(text) > 1 << 12:  # long ones are not kept
-        return _parse_groups.__wrapped__(text)
-    return _parse_groups(text)
-
-
-@functools.lru_cache(maxsize=1024)
-def _parse_groups(text: str) -> Groups:
     if listed := _LIST.match(text):
         return _listed(listed[0])
     if iota := _IOTA.match(text):
         shape, sizes = _numbers(iota[1]), _numbers(iota[2])
         if len(shape) != 2 or not 0 < math.prod(shape) == math.prod(sizes):
             raise HloError(f"the groups {text[:60]!r} do not hold {math.prod(sizes)} devices")
-        return _grouped(sizes, _numbers(iota[3]) if iota[3] else None, shape[1])
+        order = _numbers(iota[3]) if iota[3] else tuple(range(len(sizes)))
+        return _grouped(sizes, order, shape[1], allow)
     if mesh := _MESH.match(text):
-        return _mesh_groups(mesh["sizes"], mesh["ids"], mesh["axes"])
+        return _mesh_groups(mesh["sizes"], mesh["ids"], mesh["axes"], allow)
     raise HloError(f"unknown replica groups {text[:60]!r}")
+
+
+def check_listing(devices: int, allow: Allow) -> None:
+    """Refuse to list devices where that is not allowed.
+
+    Raises:
+      HloError: it is not.
+    """
+    if not allow(devices):
+        raise HloError(f"groups of {devices} devices in an order that would have to be listed")
 
 
 def parse_pairs(text: str) -> Pairs:
@@ -237,36 +245,24 @@ def _listed(text: str) -> Groups:
     return canonical(groups)
 
 
-def _grouped(sizes: Sequence[int], order: Sequence[int] | None, group: int) -> Groups:
+def _grouped(sizes: Sequence[int], order: Sequence[int], group: int, allow: Allow) -> Groups:
     """Return the groups of `group` devices that follow each other in a block's reordered dims."""
-    order = range(len(sizes)) if order is None else order
     if sorted(order) != list(range(len(sizes))):
         raise HloError(f"T{tuple(order)} does not permute the dims {tuple(sizes)}")
     parts: list[list[Dim]] = [[] for _ in sizes]
     left = group  # what of a group the dims so far, from the minor end, do not give
     for dim in reversed(order):
-        inside = math.gcd(sizes[dim], left) if left > 1 else 1
-        is_split = inside != min(sizes[dim], left)
-        if is_split and left > 1:
-            return _spelled(sizes, order, group)
-        parts[dim] = [(sizes[dim] // inside, False), (inside, True)]
-        left //= inside
+        together = math.gcd(sizes[dim], left)
+        if left > 1 and together != min(sizes[dim], left):  # a group ends within a row of it
+            check_listing(math.prod(sizes), allow)
+            ids = np.arange(math.prod(sizes)).reshape(sizes).transpose(order)
+            return canonical(ids.reshape(-1, group).tolist())
+        parts[dim] = [(sizes[dim] // together, False), (together, True)]
+        left //= together
     return block(itertools.chain.from_iterable(parts))
 
 
-def _spelled(sizes: Sequence[int], order: Sequence[int], group: int) -> Groups:
-    ids = np.arange(listable(math.prod(sizes))).reshape(tuple(sizes)).transpose(tuple(order))
-    return canonical(ids.reshape(-1, group).tolist())
-
-
-def listable(devices: int) -> int:
-    """Return a number of devices that are to be listed, or refuse it."""
-    if devices > MOST_LISTED:
-        raise HloError(f"groups of {devices} devices in an order that has to be listed")
-    return devices
-
-
-def _mesh_groups(sizes: str, ids: str | None, axes: str) -> Groups:
+def _mesh_groups(sizes: str, ids: str | None, axes: str, allow: Allow) -> Groups:
     mesh = _axis_sizes(sizes)
     # Each axis is split in (major, chosen, minor) parts; a whole axis is (1, all, 1).
     chosen: dict[str, list[tuple[int, int]]] = {name: [] for name in mesh}
@@ -281,7 +277,9 @@ def _mesh_groups(sizes: str, ids: str | None, axes: str) -> Groups:
     if ids is None:
         return block(dims)
     # The mesh's devices are in another order than that of their numbers.
-    devices = _device_ids(ids, math.prod(mesh.values()))
+    count = math.prod(mesh.values())
+    check_listing(count, allow)
+    devices = _device_ids(ids, count)
     order = sorted(range(len(dims)), key=lambda i: dims[i][1])
     group = math.prod(size for size, together in dims if together)
     grid = devices.reshape([size for size, _ in dims]).transpose(order)
@@ -299,7 +297,6 @@ def _axis_sizes(text: str) -> dict[str, int]:
 
 
 def _device_ids(text: str, devices: int) -> np.ndarray:
-    listable(devices)
     if form := _DEVICE_IOTA.fullmatch(text.strip()):
         sizes = _numbers(form[1])
         order = _numbers(form[2]) if form[2] else tuple(range(len(sizes)))

@@ -16,7 +16,15 @@ No groups, `{}`, mean one group of all that the numbers are of.
 
 from collections.abc import Mapping
 
-from txcore.profiling.hlo.groups import NO_GROUPS, Groups, Pairs, block, canonical, listable
+from txcore.profiling.hlo.groups import (
+    NO_GROUPS,
+    Allow,
+    Groups,
+    Pairs,
+    block,
+    canonical,
+    check_listing,
+)
 from txcore.profiling.hlo.text import Module
 from txcore.profiling.hlo.types import HloError
 
@@ -47,7 +55,9 @@ def mode_of(kind: str, attributes: Mapping[str, str]) -> str:
     return "cross_partition" if kind in _OF_PARTITIONS else "cross_replica_and_partition"
 
 
-def groups_of_devices(printed: Groups, mode: str, module: Module, devices: int | None) -> Groups:
+def groups_of_devices(
+    printed: Groups, mode: str, module: Module, devices: int | None, allow: Allow
+) -> Groups:
     """Turn the numbers in printed groups into devices.
 
     Args:
@@ -55,12 +65,14 @@ def groups_of_devices(printed: Groups, mode: str, module: Module, devices: int |
       mode: from `mode_of`.
       module: its module, whose header may say how many replicas and partitions there are.
       devices: how many there are together, where the header says nothing; None if not known.
+      allow: as for `parse_groups`.
 
     Returns:
       The groups of devices; none where the text does not say how many talk to each other.
 
     Raises:
-      HloError: a number is of none of the header's replicas, partitions or devices.
+      HloError: a number is of none of the header's replicas, partitions or devices, or the
+        groups may not be listed.
     """
     replicas, partitions = _counts(printed, mode, module, devices)
     if replicas is None or partitions is None:
@@ -70,14 +82,14 @@ def groups_of_devices(printed: Groups, mode: str, module: Module, devices: int |
     count = {"cross_partition": partitions, "flattened_id": replicas * partitions}
     numbered = printed if printed else block([(count.get(mode, replicas), True)])
     if mode == "cross_partition":
-        return _spread(numbered, replicas, partitions, major=True, together=False)
+        return _spread(numbered, replicas, partitions, major=True, together=False, allow=allow)
     if mode == "flattened_id":
         return numbered
     together = mode == "cross_replica_and_partition"
-    return _spread(numbered, replicas, partitions, major=False, together=together)
+    return _spread(numbered, replicas, partitions, major=False, together=together, allow=allow)
 
 
-def pairs_of_devices(printed: Pairs, mode: str, module: Module) -> Pairs:
+def pairs_of_devices(printed: Pairs, mode: str, module: Module, allow: Allow) -> Pairs:
     """Turn the numbers in printed pairs into devices, as `groups_of_devices`."""
     replicas, partitions = module.replica_count, module.num_partitions
     last = max(map(max, printed), default=-1)
@@ -86,10 +98,10 @@ def pairs_of_devices(printed: Pairs, mode: str, module: Module) -> Pairs:
     if _are_devices(last, mode, replicas, partitions) or mode == "flattened_id":
         return printed
     if mode == "cross_partition":
-        listable(len(printed) * replicas)
+        check_listing(len(printed) * replicas, allow)
         each = (r * partitions for r in range(replicas))
         return tuple(sorted((at + a, at + b) for at in each for a, b in printed))
-    listable(len(printed) * partitions)
+    check_listing(len(printed) * partitions, allow)
     return tuple(
         sorted(
             (a * partitions + p, b * partitions + p) for p in range(partitions) for a, b in printed
@@ -126,14 +138,14 @@ def _are_devices(last: int, mode: str, replicas: int, partitions: int) -> bool:
 
 
 def _spread(
-    numbered: Groups, replicas: int, partitions: int, *, major: bool, together: bool
+    numbered: Groups, replicas: int, partitions: int, *, major: bool, together: bool, allow: Allow
 ) -> Groups:
     """Repeat groups of one count's numbers for the other count, which is the major or minor one."""
     count, others = (partitions, replicas) if major else (replicas, partitions)
     if numbered.dims is not None and numbered.devices == count:
         dims = [(others, together)]
         return block([*dims, *numbered.dims] if major else [*numbered.dims, *dims])
-    listable(numbered.devices * others)
+    check_listing(numbered.devices * others, allow)
 
     def at(number: int, other: int) -> int:
         return other * partitions + number if major else number * partitions + other

@@ -6,6 +6,7 @@ from txcore.profiling.report.model import Collective, format_bytes
 from txcore.profiling.report.printable import printable
 
 _WIDTH = 100
+_MOST_ROWS = 10_000
 _HEAD = ("kind", "axes", "n", "dtype", "payload", "wire", "trips", "origin", "tags", "source")
 _ALIGN = ("left", "left", "right", "left", "right", "right", "right", "left", "left", "left")
 _SHORT_KIND = {
@@ -16,10 +17,13 @@ _SHORT_KIND = {
 
 
 def table(rows: tuple[Collective, ...]) -> list[str]:
-    """Return the lines of a table of at most 100 columns; none where there is no row."""
+    """Return the lines of a table of at most 100 columns; none where there is no row.
+
+    Of more than 10,000 rows the last line counts what is left out.
+    """
     if not rows:
         return []
-    cells = [list(_HEAD), *map(_cells, rows)]
+    cells = [list(_HEAD), *map(_cells, rows[:_MOST_ROWS])]
     widths = [max(len(row[i]) for row in cells) for i in range(len(_HEAD))]
     # The last two columns share what the others and the blanks between them leave.
     room = _WIDTH - sum(widths[:-2]) - 2 * (len(_HEAD) - 1)
@@ -29,7 +33,14 @@ def table(rows: tuple[Collective, ...]) -> list[str]:
     # As a row of its own the head costs no padding, which tabulate adds to real headers.
     table = tabulate(cells, tablefmt="plain", disable_numparse=True, colalign=_ALIGN)
     lines = [line.rstrip() for line in table.splitlines()]
-    return [lines[0], "-" * max(map(len, lines)), *lines[1:]]
+    return [lines[0], "-" * max(map(len, lines)), *lines[1:], *_left_out(rows[_MOST_ROWS:])]
+
+
+def _left_out(rows: tuple[Collective, ...]) -> list[str]:
+    if not rows:
+        return []
+    unexplained = sum(not row.explained for row in rows)
+    return [f"and {len(rows):,} rows more, {unexplained:,} of them unexplained: to_json has all"]
 
 
 def _cells(row: Collective) -> list[str]:

@@ -4,12 +4,12 @@ import dataclasses
 
 import pytest
 
-from txcore.profiling.hlo import find_collectives
+from txcore.profiling.hlo import canonical, find_collectives
 from txcore.profiling.jaxpr import Declared
 from txcore.profiling.match import match
 from txcore.profiling.rows import rows_of
 
-ALL = ((0, 1, 2, 3),)
+ALL = canonical([(0, 1, 2, 3)])
 SIZES = ((("data", 4),),)
 COMMON = "channel_id=1, replica_groups={{0,1,2,3}}, use_global_device_ids=true, to_apply=%add"
 
