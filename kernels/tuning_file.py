@@ -12,6 +12,7 @@ from typing import Any
 _FORMAT = "txcore-tuning"
 _VERSION = 1
 _MOST_BYTES = 1 << 24
+_MOST_DIGITS = 18
 _IMPLEMENTATIONS = ("xla", "pallas", "triton")
 
 
@@ -49,11 +50,12 @@ def label(implementation: str, config: Mapping[str, Any]) -> str:
     return f"{implementation}({fields})" if fields else implementation
 
 
-def read(path: str | os.PathLike[str]) -> dict[str, Entry]:
+def read(path: str | os.PathLike[str], *, max_bytes: int = _MOST_BYTES) -> dict[str, Entry]:
     """Read a tuning file.
 
     Args:
-      path: the file; at most 16 MiB.
+      path: the file.
+      max_bytes: the longest file to read, 16 MiB by default.
 
     Returns:
       Its entries by `Problem.key`; none where there is no such file.
@@ -63,9 +65,9 @@ def read(path: str | os.PathLike[str]) -> dict[str, Entry]:
     """
     try:
         with open(path, "rb") as file:
-            data = file.read(_MOST_BYTES + 1)
-        if len(data) > _MOST_BYTES:
-            raise TuningError(f"must have at most {_MOST_BYTES} bytes, and is longer")
+            data = file.read(max_bytes + 1)
+        if len(data) > max_bytes:
+            raise TuningError(f"must have at most {max_bytes} bytes, and is longer")
         return _loads(data.decode())
     except FileNotFoundError:
         return {}
@@ -87,24 +89,34 @@ def _refused(path: Any, reason: str) -> TuningError:
 
 
 def _loads(text: str) -> dict[str, Entry]:
-    data = json.loads(text, object_pairs_hook=_each_once, parse_constant=_no_number)
+    data = json.loads(
+        text, object_pairs_hook=_each_once, parse_int=_short, parse_constant=_no_number
+    )
     if not (isinstance(data, dict) and data.get("format") == _FORMAT):
         raise TuningError(f'must have "format": "{_FORMAT}", and has not')
     if type(data.get("version")) is not int or data["version"] != _VERSION:
         raise TuningError(
-            f"must have version {_VERSION} for this txcore, and has {data.get('version')!r}"
+            f"must have version {_VERSION} for this txcore, and has {_brief(data.get('version'))}"
         )
     entries = _typed(data.get("entries"), dict, "entries")
     return {key: _entry(key, fields) for key, fields in entries.items()}
 
 
 def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):  # json alone would keep the last one
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise TuningError(f"must have each name once, and has {_brief(twice)} twice")
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:  # json alone would keep the last one
+            raise TuningError(f"must have each name once, and has {_brief(name)} twice")
+        found[name] = value
     return found
+
+
+def _short(digits: str) -> int:
+    if len(digits) > _MOST_DIGITS:
+        raise TuningError(
+            f"must have numbers of at most {_MOST_DIGITS} digits, and has one of {len(digits)}"
+        )
+    return int(digits)
 
 
 def _no_number(text: str) -> Any:

@@ -3,11 +3,12 @@
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 from txcore.profiling.hlo import attributes, opaque
 from txcore.profiling.hlo.graph import Graph, Value
 from txcore.profiling.hlo.groups import NO_GROUPS, Groups, Pairs, parse_pairs
-from txcore.profiling.hlo.inputs import Input, inputs_of, witnesses, words_of
+from txcore.profiling.hlo.inputs import Input, Words, inputs_of, witnesses, words_of
 from txcore.profiling.hlo.modes import mode_of, pairs_of_devices
 from txcore.profiling.hlo.scan import without_quoted
 from txcore.profiling.hlo.stepwise import is_later_step
@@ -113,11 +114,10 @@ def _of_module(module: Module, devices: int | None) -> Iterator[Op]:
     trips = runs(graph)
     opcodes = frozenset(i.opcode for c in module.computations.values() for i in c.instructions)
     for name, computation in module.computations.items():
-        context = _Context(graph, opcodes, name, devices)
+        context = _Context(graph, opcodes, name, devices, trips[name])
         for instruction in computation.instructions:
             if kind := _kind(instruction, context):
-                op = _read(instruction, kind, context)
-                yield replace(op, trips=trips[name], computation=name)
+                yield _read(instruction, kind, context)
         for line in computation.unreadable:
             problem = f"cannot be read: {line[:120]}"
             yield Op(line[:40], "unknown", problem=problem, computation=name)
@@ -131,6 +131,7 @@ class _Context:
     opcodes: frozenset[str]
     computation: str
     devices: int | None
+    trips: Trips
 
 
 def _kind(instruction: Instruction, context: _Context) -> str | None:
@@ -176,79 +177,89 @@ def _read(instruction: Instruction, kind: str, context: _Context) -> Op:
             raise HloError(f"unknown form {instruction.rest[:80]!r}")
         return _read_op(instruction, kind, context)
     except HloError as error:
-        return Op(instruction.name, "unknown", problem=f"{instruction.opcode[:40]}: {error}")
+        problem = f"{instruction.opcode[:40]}: {error}"
+        name, trips = context.computation, context.trips
+        return Op(instruction.name, "unknown", problem=problem, computation=name, trips=trips)
 
 
 def _read_op(instruction: Instruction, kind: str, context: _Context) -> Op:
-    operands, said = instruction.operands, instruction.attributes
-    here = Value(context.graph.scope(context.computation), instruction)
-    lines = witnesses(here, context.graph)
+    graph = context.graph
+    here = Value(graph.scope(context.computation), instruction)
+    lines = witnesses(here, graph)
     words = words_of(lines)
-    words = replace(words, op_name=full_name(words.op_name, here, context.graph))
-    op = Op(
+    words = Words(words.tag, full_name(words.op_name, here, graph), words.marked)
+    if kind == "custom-call":
+        inputs: tuple[Input, ...] = ()
+    else:
+        inputs = _inputs(instruction, kind, here, words, graph)
+    says = _with_words_of(words, inputs)
+    is_silent = words.marked or "/" not in words.op_name or words.op_name.endswith("/shard_map")
+    by_user = _user(here, graph) if is_silent and inputs else {}  # else it says what it is for
+    if _PAIRS_OF_SEND in instruction.frontend and kind == "send":
+        kind = "collective-permute"  # pipelined; XLA for GPU writes it as sends and receives
+    return Op(
         name=instruction.name,
         kind=kind,
-        tags=tuple(t for t in words.tag.split(",") if t),
         marked=words.marked,
-        op_name=words.op_name,
-        frames=_frames(lines, context.graph.module),
-        target=attributes.custom_call_target(instruction),
+        frames=_frames(lines, graph.module),
+        target=attributes.custom_call_target(instruction) if kind == "custom-call" else "",
+        computation=context.computation,
+        trips=context.trips,
+        **says,
+        **by_user,
+        **_among(instruction, kind, says["inputs"], context),
     )
-    if kind == "custom-call":
-        return op
-    if words.marked or "/" not in words.op_name or words.op_name.endswith("/shard_map"):
-        op = _with_user(op, here, context.graph)  # else it says itself what it is for
+
+
+def _inputs(
+    instruction: Instruction, kind: str, here: Value, words: Words, graph: Graph
+) -> tuple[Input, ...]:
+    """Return what is sent; other operands are buffers to write to, offsets and tokens."""
     # A permute in place names slices of its first operand; a combined one has many whole ones.
-    slices = said.get("slice_sizes") if kind == "collective-permute" else None
-    sent = operands[:1] if slices or kind in ("ragged-all-to-all", "send") else operands
-    inputs = inputs_of(here, sent, words, context.graph)
-    if slices:
-        inputs = _slices(inputs, slices)
-    op = _with_words_of(replace(op, inputs=inputs))
-    if kind in ("collective-permute", "send"):
-        return _with_pairs(op, instruction, context.graph)
-    return _with_groups(op, instruction, context)
+    slices = instruction.attributes.get("slice_sizes") if kind == "collective-permute" else None
+    is_first_alone = slices is not None or kind in ("ragged-all-to-all", "send")
+    sent = instruction.operands[:1] if is_first_alone else instruction.operands
+    inputs = inputs_of(here, sent, words, graph)
+    return inputs if slices is None else _slices(inputs, slices)
 
 
-def _with_pairs(op: Op, instruction: Instruction, graph: Graph) -> Op:
-    said = instruction.attributes
-    mode = mode_of(op.kind, said)
-    if op.kind == "send":
-        # XLA for GPU writes a permute as sends and receives where it pipelines it.
-        if (printed := instruction.frontend.get(_PAIRS_OF_SEND)) is None:
-            return op
-        op = replace(op, kind="collective-permute")
-    elif (printed := said.get("source_target_pairs")) is None:
-        raise HloError("no source_target_pairs")
-    return replace(
-        op, pairs=pairs_of_devices(parse_pairs(printed), mode, graph.module, graph.allows_listing)
-    )
-
-
-def _with_groups(op: Op, instruction: Instruction, context: _Context) -> Op:
-    said = instruction.attributes
+def _among(
+    instruction: Instruction, kind: str, inputs: tuple[Input, ...], context: _Context
+) -> dict[str, Any]:
+    """Return which devices talk to each other: an op's groups or pairs, and what is not known."""
+    said, graph = instruction.attributes, context.graph
+    if kind in ("custom-call", "send"):
+        return {}
+    mode = mode_of(kind, said)
+    if kind == "collective-permute":
+        pairs = said.get("source_target_pairs") or instruction.frontend.get(_PAIRS_OF_SEND)
+        if pairs is None:
+            raise HloError("no source_target_pairs")
+        allow = graph.allows_listing
+        return {"pairs": pairs_of_devices(parse_pairs(pairs), mode, graph.module, allow)}
     if (printed := said.get("replica_groups")) is None:
         raise HloError("no replica_groups")
     if "device_ids" in said:  # of the mesh form, whose comma parts it in two
         printed += f", device_ids={said['device_ids']}"
-    groups = context.graph.groups(printed, mode_of(op.kind, said), context.devices)
+    groups = graph.groups(printed, mode, context.devices)
     if not groups:
-        size = _size_by_shapes(op, instruction)
-        return replace(op, size=size, problem="" if size else UNSIZED)
+        size = _size_by_shapes(instruction, kind, inputs)
+        return {"size": size, "problem": "" if size else UNSIZED}
     is_alone = groups.size == 1 and groups.devices > 1
-    return replace(op, groups=groups, problem=ALONE if is_alone else "")
+    return {"groups": groups, "problem": ALONE if is_alone else ""}
 
 
-def _size_by_shapes(op: Op, instruction: Instruction) -> int:
+def _size_by_shapes(instruction: Instruction, kind: str, inputs: tuple[Input, ...]) -> int:
     """Return n as the shapes of operands and results have it, or 0 where they do not say."""
-    if op.kind == "all-to-all" and len(op.inputs) > 1:
-        return len(op.inputs)
-    if op.kind not in _SIZED_BY_SHAPES:
+    if kind == "all-to-all" and len(inputs) > 1:
+        return len(inputs)
+    if kind not in _SIZED_BY_SHAPES:
         return 0
-    shapes, count = parse_shapes(instruction.type), len(op.inputs)
+    shapes, count = parse_shapes(instruction.type), len(inputs)
     results = shapes[count : 2 * count] if instruction.opcode.endswith("-start") else shapes
-    ends = [sum(s.elements for s in of) for of in (op.operands, results or shapes)]
-    small, large = ends if op.kind == "all-gather" else ends[::-1]
+    sent = sum(one.shape.elements for one in inputs)
+    got = sum(shape.elements for shape in results or shapes)
+    small, large = (sent, got) if kind == "all-gather" else (got, sent)
     return large // small if small and large % small == 0 else 0
 
 
@@ -265,7 +276,7 @@ def _slices(inputs: tuple[Input, ...], printed: str) -> tuple[Input, ...]:
     )
 
 
-def _with_user(op: Op, here: Value, graph: Graph) -> Op:
+def _user(here: Value, graph: Graph) -> dict[str, Any]:
     """Name what wanted the data; at a program's end, where that is nothing, what made it."""
     user = wanted_by(here, graph)
     made = maker(here) if user is None else None
@@ -273,20 +284,20 @@ def _with_user(op: Op, here: Value, graph: Graph) -> Op:
     # Where the compiler chose the results' shardings, it gathers for what made them.
     named = user or (made if graph.module.chooses_output_shardings else None)
     frames = tuple(attributes.source_frames(near, graph.module)) if near else ()
-    return replace(op, wanted_by=attributes.op_name(named) if named else "", wanted_frames=frames)
+    return {"wanted_by": attributes.op_name(named) if named else "", "wanted_frames": frames}
 
 
-def _with_words_of(op: Op) -> Op:
+def _with_words_of(words: Words, inputs: tuple[Input, ...]) -> dict[str, Any]:
     """Let a silent op speak with its arrays' words: older XLA for GPU merged them without any."""
-    if op.tags or op.op_name:
-        return op
-    said = [*op.inputs, *(piece for i in op.inputs for piece in i.pieces)]
+    tags = tuple(t for t in words.tag.split(",") if t)
+    if tags or words.op_name:
+        return {"tags": tags, "op_name": words.op_name, "inputs": inputs}
+    said = [*inputs, *(piece for i in inputs for piece in i.pieces)]
     tags = tuple(dict.fromkeys(i.tag for i in said if i.tag))
     op_name = next((i.op_name for i in said if i.op_name), "")
-    inputs = op.inputs
-    if len(inputs) == 1:
+    if len(inputs) == 1 and (tags or op_name):
         inputs = (replace(inputs[0], tag=",".join(tags), op_name=op_name),)
-    return replace(op, tags=tags, op_name=op_name, inputs=inputs)
+    return {"tags": tags, "op_name": op_name, "inputs": inputs}
 
 
 def _frames(lines: list[Instruction], module: Module) -> tuple[tuple[str, int], ...]:

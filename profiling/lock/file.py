@@ -16,13 +16,15 @@ _FIELDS: dict[str, type] = {
     **{"payload_bytes": int, "trips": int, "trips_known": bool, "origin": str},
 }
 _MAY_LACK = {"tag", "source", "trips_known"}
+_MOST_DIGITS = 18
 
 
-def read(path: str | os.PathLike[str]) -> dict[str, Lock]:
+def read(path: str | os.PathLike[str], *, max_bytes: int = _MOST_BYTES) -> dict[str, Lock]:
     """Read a lock file.
 
     Args:
-      path: the file; at most 16 MiB.
+      path: the file.
+      max_bytes: the longest file to read, 16 MiB by default.
 
     Returns:
       Its locks by target.
@@ -32,11 +34,11 @@ def read(path: str | os.PathLike[str]) -> dict[str, Lock]:
     """
     try:
         with open(path, "rb") as file:
-            data = file.read(_MOST_BYTES + 1)
+            data = file.read(max_bytes + 1)
     except OSError as error:
         raise LockError(f"cannot read {path}: {error.strerror or error}") from None
-    if len(data) > _MOST_BYTES:
-        raise LockError(f"{path} is longer than {_MOST_BYTES} bytes: that is no lock file")
+    if len(data) > max_bytes:
+        raise LockError(f"{path} is longer than {max_bytes} bytes: that is no lock file")
     try:
         return loads(data.decode())
     except (ValueError, RecursionError) as error:
@@ -53,38 +55,57 @@ def _reason(error: Exception) -> str:
 
 def loads(text: str) -> dict[str, Lock]:
     """Return the locks in a lock file's text, by target."""
-    data = json.loads(text, object_pairs_hook=_each_once)
+    data = json.loads(
+        text, object_pairs_hook=_each_once, parse_int=_short, parse_constant=_no_number
+    )
     if not (isinstance(data, dict) and data.get("format") == _FORMAT):
         raise LockError(f'is no lock file, which has "format": "{_FORMAT}"')
-    if data.get("version") != _VERSION:
+    if type(data.get("version")) is not int or data["version"] != _VERSION:
         raise LockError(
-            f"has version {data.get('version')!r}, but this txcore reads version {_VERSION}"
+            f"has version {_brief(data.get('version'))}, but this txcore reads version {_VERSION}"
         )
     targets = _typed(data.get("targets"), dict, "targets")
     return {target: _lock(target, section) for target, section in targets.items()}
 
 
 def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):  # what a bad merge leaves; json would keep the last one
-        names = [name for name, _ in pairs]
-        raise LockError(f"has {next(n for n in names if names.count(n) > 1)!r} twice")
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:  # what a bad merge leaves; json would keep the last one
+            raise LockError(f"has {_brief(name)} twice")
+        found[name] = value
     return found
+
+
+def _short(digits: str) -> int:
+    if len(digits) > _MOST_DIGITS:
+        raise LockError(f"is damaged: it has a number of {len(digits)} digits")
+    return int(digits)
+
+
+def _no_number(text: str) -> Any:
+    raise LockError(f"is damaged: {text} is no number of bytes or trips")
+
+
+def _brief(value: Any) -> str:
+    """Quote a value that may be anything: short, and on one line."""
+    text = ascii(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _typed(value: Any, wanted: type, where: str) -> Any:
     is_one = type(value) is wanted  # not isinstance: a bool is no number here
     if not is_one or (wanted is int and value < 0):
-        raise LockError(f"is damaged: {where} is {str(value)[:40]!r}, and no {wanted.__name__}")
+        raise LockError(f"is damaged: {where} is {_brief(str(value))}, and no {wanted.__name__}")
     return value
 
 
 def _lock(target: str, section: Any) -> Lock:
-    where = f"target {target!r}"
+    where = f"target {_brief(target)}"
     section = _typed(section, dict, where)
     budgets = _typed(section.get("budgets", {}), dict, f"{where}, budgets")
     for axis, most in budgets.items():
-        _typed(most, int, f"{where}, budget {axis!r}")
+        _typed(most, int, f"{where}, budget {_brief(axis)}")
     listed = _typed(section.get("collectives"), list, f"{where}, collectives")
     entries = [_entry(data, f"{where}, collective {i + 1}") for i, data in enumerate(listed)]
     if len({entry.key for entry in entries}) < len(entries):
@@ -95,7 +116,8 @@ def _lock(target: str, section: Any) -> Lock:
 def _entry(data: Any, where: str) -> Entry:
     data = _typed(data, dict, where)
     if wrong := {*data} - {*_FIELDS} or {*_FIELDS} - _MAY_LACK - {*data}:
-        raise LockError(f"is damaged: {where} has unknown or lacks {', '.join(sorted(wrong))}")
+        names = _brief(", ".join(sorted(wrong)))[1:-1]
+        raise LockError(f"is damaged: {where} has unknown or lacks {names}")
     if ("tag" in data) == ("source" in data):
         raise LockError(f"is damaged: {where} needs either a tag or a source")
     for name, value in data.items():

@@ -23,11 +23,13 @@ class Amount:
       rows: how many there are.
       payload_bytes: S times trips.
       wire_bytes: what each device sends.
+      at_least: whether not all of both is known: a loop's length, or how many devices talk.
     """
 
     rows: int = 0
     payload_bytes: int = 0
     wire_bytes: int = 0
+    at_least: bool = False
 
 
 @dataclass(frozen=True)
@@ -149,6 +151,7 @@ def _amount(rows: Sequence[Collective]) -> Amount:
         len(rows),
         sum(row.payload_bytes * row.trips for row in rows),
         sum(row.wire_bytes * row.trips for row in rows),
+        not all(row.trips_known and row.wire_known for row in rows),
     )
 
 
@@ -199,10 +202,14 @@ def _cells(change: Change) -> list[str]:
 
 
 def _wire(change: Change) -> str:
-    before, after = (format_bytes(a.wire_bytes) for a in (change.before, change.after))
+    before, after = map(_sent, (change.before, change.after))
     if not (change.before.rows and change.after.rows):
         return after if change.after.rows else before
     return f"{before} -> {after}" if before != after else f"{before} {signed(change.wire_growth)}"
+
+
+def _sent(amount: Amount) -> str:
+    return f"{'>= ' if amount.at_least else ''}{format_bytes(amount.wire_bytes)}"
 
 
 def _label(change: Change) -> str:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import time
 from typing import Literal
 
 import jax
@@ -257,6 +258,15 @@ DAMAGED = {
         "must have microseconds of what it chooses in entry 'a', and has none",
     ),
     "jax": (with_entry(jax=11), "must have text as jax in entry 'a', and has 11"),
+    "a long number": (
+        with_entry(microseconds={"xla": 1}).replace(": 1}", f": {'9' * 5000}}}"),
+        "must have numbers of at most 18 digits, and has one of 5000",
+    ),
+    "a long name twice": (
+        f'{{"{"n" * 999}": 1, "{"n" * 999}": 2}}',
+        f"and has '{'n' * 76}... twice",
+    ),
+    "a long version": (document(version="v" * 999), f"and has '{'v' * 76}..."),
     "a long machine": (with_entry(machine=["x" * 999]), f"and has ['{'x' * 75}..."),
 }
 
@@ -275,6 +285,36 @@ def test_a_damaged_file_is_refused_with_what_to_do(name, cache):
         ". Delete it, and run `txcore tune` to measure anew, or name another by TXCORE_TUNING "
         "(an empty one for none)."
     )
+
+
+HOSTILE = {
+    "many names, the last one twice": lambda n: (
+        "{" + ",".join(f'"{i}":1' for i in range(n // 12)) + ',"0":1}'
+    ),
+    "nested lists": lambda n: "[" * n,
+    "nested objects": lambda n: '{"a":' * (n // 5),
+    "one long number": lambda n: "9" * n,
+    "one long text": lambda n: f'"{"a" * n}"',
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_a_hostile_file_is_refused_in_time_that_grows_with_its_length(kind, tmp_path):
+    path = tmp_path / "tuning.json"
+    path.write_text(HOSTILE[kind](2_000_000))
+    start = time.process_time()
+    with pytest.raises(TuningError) as refused:
+        read(path)
+    assert time.process_time() - start < 10  # what grows with the square takes minutes
+    assert len(str(refused.value)) < 500 + len(str(path))
+
+
+def test_the_limit_is_an_option(tmp_path):
+    path = tmp_path / "tuning.json"
+    path.write_text(document())
+    assert read(path, max_bytes=path.stat().st_size)
+    with pytest.raises(TuningError, match="must have at most 10 bytes, and is longer"):
+        read(path, max_bytes=10)
 
 
 def test_a_long_file_is_refused(cache):

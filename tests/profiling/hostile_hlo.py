@@ -54,9 +54,7 @@ def loop(name, callee, trips):
     )
 
 
-BODY = (
-    "%body (x: f32[8]) -> f32[8] {\n  %x = f32[8] parameter(0)\n  ROOT %r = " + REDUCE + "\n}\n"
-)
+BODY = "%body (x: f32[8]) -> f32[8] {\n  %x = f32[8] parameter(0)\n  ROOT %r = " + REDUCE + "\n}\n"
 
 
 def nested_loops(size):

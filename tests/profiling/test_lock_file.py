@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import time
 
 import pytest
 from hypothesis import given, settings
@@ -115,12 +116,17 @@ BAD = {
     "negative": (changed(payload_bytes=-1), "payload_bytes is '-1', and no int"),
     "a fraction": (changed(trips=1.5), "trips is '1.5', and no int"),
     "a bool": (changed(trips=True), "trips is 'True', and no int"),
-    "not a number": (changed(trips=float("nan")), "trips is 'nan', and no int"),
+    "not a number": (changed(trips=float("nan")), "NaN is no number of bytes or trips"),
+    "endless": (changed(trips=float("inf")), "Infinity is no number of bytes or trips"),
+    "a version that is a bool": (TEXT.replace('version": 1', 'version": true'), "has version True"),
+    "a name of a line and more": (changed(**{"x" * 10**6 + "\n": 1}), "xxxx..: restore"),
+    "a name of half a character": (changed(**{"\ud800": 1}), "lacks \\ud800"),
     "axes of numbers": (changed(axes=[1]), "axes is '1', and no str"),
     "tag and source": (changed(source="a.py"), "needs either a tag or a source"),
     "neither": (changed(tag=None), "needs either a tag or a source"),
     "too many digits": (TEXT.replace("400", "4" * 5000),
-                        "is not JSON (Exceeds the limit (4300 digits)"),
+                        "has a number of 5000 digits"),
+    "more than any count": (TEXT.replace("400", "4" * 19), "has a number of 19 digits"),
 }  # fmt: skip
 
 
@@ -146,6 +152,40 @@ def test_files_that_cannot_be_read(tmp_path):
         file.truncate((16 << 20) + 1)
     with pytest.raises(LockError, match="longer than 16777216 bytes: that is no lock file"):
         read(big)
+
+
+HOSTILE = {
+    "many names, the last one twice": lambda n: (
+        "{" + ",".join(f'"{i}":1' for i in range(n // 12)) + ',"0":1}'
+    ),
+    "nested lists": lambda n: "[" * n,
+    "nested sections": lambda n: '{"a":' * (n // 5),
+    "one long number": lambda n: "9" * n,
+    "one long text": lambda n: f'"{"a" * n}"',
+    "many escapes": lambda n: '"' + "\\u0041" * (n // 6) + '"',
+    "many sections": lambda n: (
+        '{"format":"txcore-lock","version":1,"targets":{'
+        + ",".join(f'"{i}":{{"collectives":[]}}' for i in range(n // 25))
+        + ',"x":3}}'
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_a_hostile_file_is_refused_in_time_that_grows_with_its_length(kind, tmp_path):
+    path = save(tmp_path, HOSTILE[kind](2_000_000))
+    start = time.process_time()
+    with pytest.raises(LockError) as refused:
+        read(path)
+    assert time.process_time() - start < 10  # 0.1 to 2 s; what grows with the square takes minutes
+    assert len(str(refused.value)) < 400 + len(str(path))
+
+
+def test_the_limit_is_an_option(tmp_path):
+    path = save(tmp_path, TEXT)
+    assert read(path, max_bytes=len(TEXT.encode()))
+    with pytest.raises(LockError, match="longer than 100 bytes"):
+        read(path, max_bytes=100)
 
 
 @settings(max_examples=300, deadline=None)

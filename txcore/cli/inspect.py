@@ -10,7 +10,7 @@ from txcore.cli.output import show
 if TYPE_CHECKING:
     from txcore.profiling import Report
 
-_MOST_BYTES = 1 << 30
+_MOST_BYTES = 1 << 28
 
 
 def add(commands: Any) -> None:
@@ -93,7 +93,7 @@ def _of_file(options: argparse.Namespace, file: str) -> "Report":
     sizes = options.mesh
     mesh = jax.sharding.AbstractMesh(tuple(sizes.values()), tuple(sizes)) if sizes else None
     try:
-        return audit_text(text, mesh=mesh)
+        return audit_text(text, mesh=mesh, max_bytes=options.max_bytes or _MOST_BYTES)
     except ValueError as error:
         raise BadInput(f"{file}: {first_line(error)}") from error
 

@@ -15,6 +15,7 @@ MOST_BYTES = 1 << 26  # of the manifest
 # Those that orbax writes after the last moment at which the manifest can be made.
 _LATE = ("_CHECKPOINT_METADATA", "commit_success.txt")
 _CHUNK = 1 << 20
+_MOST = 1 << 62  # of steps, rows, bytes
 
 
 class CheckpointError(RuntimeError):
@@ -109,45 +110,136 @@ def _write(path: Path, manifest: Manifest) -> None:
         os.fsync(file.fileno())
 
 
-def read(folder: Path) -> Manifest:
+def read(folder: Path, *, max_bytes: int = MOST_BYTES) -> Manifest:
     """Read a checkpoint's manifest.
 
+    Args:
+      folder: the checkpoint's.
+      max_bytes: the longest manifest to read, 64 MiB by default.
+
     Raises:
-      CheckpointError: there is none, or it is damaged or of another format.
+      CheckpointError: there is none, or it is too long, damaged or of another format.
     """
     try:
         with open(folder / NAME, "rb") as file:
-            digest, _, text = file.read(MOST_BYTES).rstrip(b"\n").partition(b"\n")
+            data = file.read(max_bytes + 1)
     except FileNotFoundError:
         raise CheckpointError(f"{folder} has no {NAME}: it is no txcore checkpoint") from None
     except OSError as error:
         raise CheckpointError(f"{folder / NAME} cannot be read: {error.strerror}") from None
+    if len(data) > max_bytes:
+        raise CheckpointError(
+            f"{folder / NAME} is longer than {max_bytes} bytes: that is no manifest that txcore "
+            "wrote; use another checkpoint"
+        )
+    digest, _, text = data.rstrip(b"\n").partition(b"\n")
     if digest.decode("ascii", "replace") != _sha256(text):
         raise CheckpointError(f"{folder / NAME} is damaged: its first line is not its SHA-256")
     try:
-        return _parse(json.loads(text))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{folder / NAME} is no manifest of a checkpoint: {error}") from None
+        return _parse(
+            json.loads(
+                text, object_pairs_hook=_each_once, parse_int=_short, parse_constant=_no_number
+            )
+        )
+    except KeyError as error:
+        problem = f"it lacks {error}"
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        problem = str(error)
+    raise CheckpointError(f"{folder / NAME} is no manifest of a checkpoint: {problem}")
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:  # json alone would keep the last one
+            raise ValueError(f"required each name once, got {_brief(name)} twice")
+        found[name] = value
+    return found
+
+
+def _short(digits: str) -> int:
+    if len(digits) > 18:
+        raise ValueError(f"required numbers of at most 18 digits, got one of {len(digits)}")
+    return int(digits)
+
+
+def _no_number(text: str) -> Any:
+    raise ValueError(f"required finite numbers, got {text}")
+
+
+def _brief(value: Any) -> str:
+    """Quote a value that may be anything: short, and on one line."""
+    text = ascii(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _parse(data: Any) -> Manifest:
-    if data["format"] != FORMAT or data["version"] != VERSION:
-        raise ValueError(f"required {FORMAT} {VERSION}, got {data['format']!r} {data['version']!r}")
+    data = _typed(data, dict, "the manifest")
+    given = data["format"], data["version"]
+    if type(given[1]) is not int or given != (FORMAT, VERSION):
+        raise ValueError(f"required {FORMAT} {VERSION}, got {' '.join(map(_brief, given))}")
+    position = _typed(data["position"], dict, "position")
     kinds: dict[str, Any] = {field.name: type(field.default) for field in fields(Position)}
-    position = Position(**{name: kind(data["position"][name]) for name, kind in kinds.items()})
-    leaves = tuple(Leaf(str(path), str(kind)) for path, kind in data["leaves"])
-    files = {str(name): (int(size), str(sha)) for name, (size, sha) in data["files"].items()}
-    versions, metric = dict(data["versions"]), _parse_metric(data.get("metric"))
-    return Manifest(position, leaves, str(data["precision"]), files, versions, metric)
+    at = {name: _count(position[name], kind, name) for name, kind in kinds.items()}
+    leaves = [_texts(leaf, 2, "a leaf") for leaf in _typed(data["leaves"], list, "leaves")]
+    return Manifest(
+        position=Position(**at),
+        leaves=tuple(Leaf(path, kind) for path, kind in leaves),
+        precision=_typed(data["precision"], str, "precision"),
+        files={
+            name: _size_and_digest(found, name)
+            for name, found in _typed(data["files"], dict, "files").items()
+        },
+        versions={
+            name: _typed(version, str, f"version of {_brief(name)}")
+            for name, version in _typed(data["versions"], dict, "versions").items()
+        },
+        metric=_metric(data.get("metric")),
+    )
 
 
-def _parse_metric(given: Any) -> Metric | None:
+def _metric(given: Any) -> Metric | None:
     if given is None:
         return None
-    name, mode, value = given
-    if mode not in ("max", "min") or not math.isfinite(value):
-        raise ValueError(f"required a metric with 'max' or 'min' and a finite value, got {given}")
-    return Metric(str(name), str(mode), float(value))
+    values = _typed(given, list, "metric")
+    if len(values) != 3:
+        raise ValueError(f"required a name, a mode and a value as metric, got {len(values)} values")
+    name, mode = _texts(values[:2], 2, "name and mode of the metric")
+    value = values[2]
+    is_number = type(value) in (int, float) and abs(value) < math.inf
+    if mode not in ("max", "min") or not is_number:
+        raise ValueError(
+            f"required a metric with 'max' or 'min' and a finite value, got {_brief(given)}"
+        )
+    return Metric(name, mode, float(value))
+
+
+def _typed(value: Any, wanted: type, where: str) -> Any:
+    if type(value) is not wanted:  # not isinstance: a bool is no number here
+        raise ValueError(f"required {wanted.__name__} as {where}, got {_brief(value)}")
+    return value
+
+
+def _count(value: Any, kind: type, where: str) -> Any:
+    """Return a number of steps or seconds, where it can be one."""
+    is_one = type(value) is int or (kind is float and type(value) is float)
+    if not is_one or not 0 <= value < _MOST or not math.isfinite(value):
+        raise ValueError(f"required a number of at least 0 as {where}, got {_brief(value)}")
+    return kind(value)
+
+
+def _texts(value: Any, number: int, where: str) -> list[str]:
+    listed = _typed(value, list, where)
+    if len(listed) != number:
+        raise ValueError(f"required {number} texts as {where}, got {len(listed)}")
+    return [_typed(text, str, where) for text in listed]
+
+
+def _size_and_digest(value: Any, name: str) -> tuple[int, str]:
+    where = f"size and digest of {_brief(name)}"
+    if len(_typed(value, list, where)) != 2:
+        raise ValueError(f"required two values as {where}, got {len(value)}")
+    return _count(value[0], int, where), _typed(value[1], str, where)
 
 
 def verify(folder: Path, manifest: Manifest) -> None:

@@ -90,4 +90,4 @@ def _name(change: Change) -> Html:
 
 
 def _bytes(amount: Amount, number: int) -> Html | str:
-    return size(number) if amount.rows else "–"
+    return size(number, at_least=amount.at_least) if amount.rows else "–"

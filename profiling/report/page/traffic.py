@@ -59,8 +59,8 @@ def _axes_body(axes: AxisSet, kinds: dict[str, list[Collective]], longest: int) 
                 name if place == 0 else None,
                 el("td", kind, " " if mark else None, mark),
                 el("td", count(len(rows))),
-                el("td", size(_payload(rows))),
-                el("td", size(_wire(rows))),
+                el("td", size(_payload(rows), at_least=not _all_known(rows))),
+                el("td", size(_wire(rows), at_least=not _all_known(rows))),
                 el("td", _bars(_payload(rows), _wire(rows), _wire(unexplained), longest)),
             )
         )
@@ -84,6 +84,10 @@ def _bar(name: str, start: float, length: float, top: int) -> Html | None:
     # What is there stays visible beside what is a million times larger.
     width = f"{max(100 * length, 0.5):.2f}%"
     return el("rect", class_=name, x=f"{100 * start:.2f}%", width=width, y=top, height=7)
+
+
+def _all_known(rows: Sequence[Collective]) -> bool:
+    return all(row.trips_known and row.wire_known for row in rows)
 
 
 def _payload(rows: Sequence[Collective]) -> int:
