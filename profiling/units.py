@@ -86,22 +86,26 @@ def _unit(
     says = one.tag, one.op_name, one.marked, bool(one.pieces), is_piece
     if (same := like.get(says)) is None:
         same = like[says] = _said(place, op, one, is_piece=is_piece)
+    if one.shape == same.shape and not one.pieces:
+        return same
     return replace(
         same,
         shape=one.shape,
-        elements=(op.group_size if op.kind == "all-gather" else 1) * one.shape.elements,
+        elements=_elements(op, one),
         pieces=tuple(_unit(place, op, piece, like, is_piece=True) for piece in one.pieces),
     )
 
 
 def _said(place: int, op: Op, one: Input, *, is_piece: bool) -> Unit:
-    """Return an array with all but its size: where it comes from, as far as it is said."""
+    """Return an array, but for its pieces: where it comes from, as far as it is said."""
     # Of a merged array that says nothing itself, the op's line tells what it may be.
     is_merged = is_piece or len(op.inputs) > 1
     has_own = bool(one.tag or one.op_name or one.marked)
     tags = tuple(t for t in one.tag.split(",") if t) if has_own else op.tags
     op_name = one.op_name or op.op_name
-    line = replace(op, tags=tags, op_name=op_name, marked=one.marked if has_own else op.marked)
+    line = op
+    if has_own:
+        line = replace(op, tags=tags, op_name=op_name, marked=one.marked)
     origin, note = origin_of(line)
     doubtful = origin in UNEXPLAINED and (bool(one.pieces) or (is_merged and not has_own))
     may_be_untagged = not tags or len(tags) > 1 or (is_merged and not has_own)
@@ -109,7 +113,7 @@ def _said(place: int, op: Op, one: Input, *, is_piece: bool) -> Unit:
         op=place,
         kind=op.kind,
         shape=one.shape,
-        elements=0,
+        elements=_elements(op, one),
         trips=op.trips,
         claims=(*tags, None) if may_be_untagged else tags,
         tag=_joined(tags),
@@ -121,6 +125,10 @@ def _said(place: int, op: Op, one: Input, *, is_piece: bool) -> Unit:
         has_own_line=has_own or not is_merged,
         doubtful=doubtful,
     )
+
+
+def _elements(op: Op, one: Input) -> int:
+    return (op.group_size if op.kind == "all-gather" else 1) * one.shape.elements
 
 
 def _joined(tags: Sequence[str]) -> str:

@@ -28,6 +28,8 @@ _DEVICE_LIST = re.compile(r"[\d,\s]*", re.ASCII)
 _AXIS_SIZE = re.compile(r"['\"]?([^'\"=]++)['\"]?\s*=\s*(\d+)", re.ASCII)
 _AXIS_REF = re.compile(r"['\"]?([^'\":]++)['\"]?\s*(?::\((\d+)\)(\d+))?", re.ASCII)
 _PAIRS = re.compile(r"\{\s*+((?:\{\s*+\d++\s*+,\s*+\d++\s*+\}[,\s]*+)*+)\}", re.ASCII)
+_NUMBER = re.compile(r"[0-9]+")
+_SHORT = 1 << 10  # characters that NumPy does not make faster
 _LONG = re.compile(r"[0-9]{10}")  # more digits than any device has
 
 Dim = tuple[int, bool]  # a size, and whether the devices along it are in one group
@@ -125,9 +127,17 @@ def canonical(groups: Iterable[Iterable[int]]) -> Groups:
     if len(sizes) != 1 or listed[0][0] != 0:
         return Groups(None, listed)
     regular = _guess(listed[0], sum(map(len, listed)))
-    if regular is None or any(map(tuple.__ne__, regular, listed)):
+    if regular is None or not np.array_equal(_rows(regular.dims or ()), np.array(listed)):
         return Groups(None, listed)
     return regular
+
+
+def _rows(dims: Sequence[Dim]) -> np.ndarray:
+    """List the groups of a block, one a row."""
+    order = sorted(range(len(dims)), key=lambda i: dims[i][1])
+    ids = np.arange(math.prod(size for size, _ in dims)).reshape([size for size, _ in dims])
+    together = math.prod(size for size, is_one in dims if is_one)
+    return ids.transpose(order).reshape(-1, together)
 
 
 def _guess(first: Sequence[int], devices: int) -> Groups | None:
@@ -221,7 +231,7 @@ _TO_BLANKS = str.maketrans("{},", "   ")
 
 def _integers(text: str) -> np.ndarray:
     blank = text.translate(_TO_BLANKS)
-    return np.array(blank.split(), np.int64) if len(text) < 1 << 12 else _many(blank)
+    return np.array(blank.split(), np.int64) if len(text) < _SHORT else _many(blank)
 
 
 def _many(text: str) -> np.ndarray:
@@ -231,18 +241,22 @@ def _many(text: str) -> np.ndarray:
 def _listed(text: str) -> Groups:
     if _LONG.search(text):
         raise HloError(f"replica groups of more than 10^9 devices: {text[:60]!r}")
+    if len(text) < _SHORT:
+        groups = [list(map(int, _NUMBER.findall(part))) for part in text[1:-1].split("}")]
+        if len({n for group in groups for n in group}) != sum(map(len, groups)):
+            raise HloError(f"a device is in two replica groups: {text[:60]!r}")
+        return canonical(group for group in groups if group)
     members = _integers(text)
     if len(np.unique(members)) != len(members):
         raise HloError(f"a device is in two replica groups: {text[:60]!r}")
     # Each group's members are those whose digits begin between its brace and the next one.
-    codes = np.frombuffer(text.encode("ascii", "replace"), np.uint8)
+    codes = np.frombuffer(text.encode(), np.uint8)
     is_digit = (codes >= ord("0")) & (codes <= ord("9"))
     begins = np.flatnonzero(is_digit & ~np.concatenate(([False], is_digit[:-1])))
     braces = np.flatnonzero(codes == ord("{"))[1:]
     ends = np.searchsorted(begins, braces)[1:].tolist()
     listed, numbers = members.tolist(), [0, *ends, len(members)]
-    groups = (listed[a:b] for a, b in itertools.pairwise(numbers) if a < b)
-    return canonical(groups)
+    return canonical(listed[a:b] for a, b in itertools.pairwise(numbers) if a < b)
 
 
 def _grouped(sizes: Sequence[int], order: Sequence[int], group: int, allow: Allow) -> Groups:

@@ -56,6 +56,8 @@ def read_attributes(text: str) -> dict[str, str]:
       {'dimensions': '{0,1}', 'metadata': '{op_name="a, b"}', 'flag': 'true'}
     """
     found: dict[str, str] = {}
+    if not text:
+        return found
     depth, start = 0, 0
     for token in _BRACKETS_AND_COMMAS.finditer(text):
         if token[0] == "," and depth == 0:

@@ -349,10 +349,11 @@ def _plural(number: int, noun: str) -> str:
 
 def _faults(report: Report) -> list[str]:
     faults = []
-    if report.unexplained:
+    if unexplained := report.unexplained:
         total = _plural(len(report.collectives), "collective")
-        named = [_name(c) for c in report.unexplained]
-        faults.append(f"{len(named)} of {total} unexplained: {_some(named)}")
+        named = [_name(c) for c in unexplained[:_NAMED_IN_VERDICT]]
+        some = _some(named, len(unexplained))
+        faults.append(f"{len(unexplained)} of {total} unexplained: {some}")
     if report.missing:
         named = [
             f"{d.tag or d.primitive} over {'+'.join(d.axes)} at {d.source or '?'}"
@@ -378,6 +379,6 @@ def _name(row: Collective) -> str:
     return f"{row.kind}{axes}{place} ({row.origin}{note})"
 
 
-def _some(named: list[str]) -> str:
-    more = len(named) - _NAMED_IN_VERDICT
+def _some(named: list[str], count: int | None = None) -> str:
+    more = (len(named) if count is None else count) - _NAMED_IN_VERDICT
     return ", ".join(named[:_NAMED_IN_VERDICT]) + (f" and {more} more" if more > 0 else "")

@@ -6,7 +6,7 @@ from txcore.profiling.report.model import Collective, format_bytes
 from txcore.profiling.report.printable import printable
 
 _WIDTH = 100
-_MOST_ROWS = 10_000
+_MOST_ROWS = 5000
 _HEAD = ("kind", "axes", "n", "dtype", "payload", "wire", "trips", "origin", "tags", "source")
 _ALIGN = ("left", "left", "right", "left", "right", "right", "right", "left", "left", "left")
 _SHORT_KIND = {
@@ -19,7 +19,7 @@ _SHORT_KIND = {
 def table(rows: tuple[Collective, ...]) -> list[str]:
     """Return the lines of a table of at most 100 columns; none where there is no row.
 
-    Of more than 10,000 rows the last line counts what is left out.
+    Of more than 5,000 rows the last line counts what is left out.
     """
     if not rows:
         return []

@@ -2,12 +2,13 @@
 
 import json
 import time
+from typing import Any
 
 import pytest
 
 from txcore.train.manifest import NAME, CheckpointError, Leaf, Position, _sha256, read
 
-WHOLE = {
+WHOLE: dict[str, Any] = {
     "format": "txcore-checkpoint",
     "version": 1,
     "position": {"steps": 3, "epoch": 0, "batch": 3, "rows": 48, "examples": 48, "seconds": 0.5},
