@@ -325,7 +325,7 @@ def _declare_reshard(eqn: Any, scope: _Scope, value: Value) -> Iterator[Declared
         size_known=False,
         foldable=True,
         operand=value.number,
-        groups=meshes.device_groups(sizes, sums) if sums else (),
+        groups=meshes.device_groups(sizes, sums) if sums else NO_GROUPS,
     )
 
 
