@@ -421,23 +421,6 @@ def test_gradients_that_autodiff_summed_are_refused():
     step(one.create_state(toys.params()), toys.batch())  # one device has nothing to sum
 
 
-def test_a_reduction_inside_the_loss_without_vary_is_refused():
-    @tx.step_fn
-    def step(state, batch):
-        def loss_of(params):
-            hidden = batch["x"] @ params["w1"]
-            return ((hidden - tx.pmean(hidden.mean(0), "data")) ** 2).mean()
-
-        loss, grads = tx.value_and_grad(loss_of)(state.params)
-        grads, state = state.sync_gradients(grads)
-        return state.apply_gradients(grads=grads), {"loss": tx.pmean(loss, "data")}
-
-    engine = toys.engine(2)
-    text = "A value that was reduced inside the loss needs tx.vary(x, 'data') before it meets"
-    with pytest.raises(ValueError, match=re.escape(text)):
-        step(engine.create_state(toys.params()), toys.batch())
-
-
 def psum_of(v):
     return tx.vary(tx.psum(v, "data", name="total"), "data")
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import time
+import warnings
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -99,6 +100,7 @@ def compile_step(
     declared = inventory(jaxpr)
     _check_reductions(jaxpr, declared, mesh, data_axes)
     _check_predicates(jaxpr)
+    _warn_of_shared_draws(fn, jaxpr, data_axes)
     if train and scales_loss:
         _check_scaled(fn, jaxpr, (state.arrays, batch), traced.out_info)
     collectives = _lines(declared)
@@ -140,17 +142,44 @@ def _check_reductions(
             "Remove the reduction: compute with the gathered value directly, and use "
             "tx.all_gather(..., invariant=True) where it leaves the step (a mean of it: tx.pmean)"
         )
-    for made in declared:
-        axes = [a for a in made.axes if a in data_axes]
-        if made.live and made.autodiff and made.primitive == "psum_invariant" and axes:
-            names = names_of(axes)
-            raise ValueError(
-                f"autodiff put a psum of {made.elements} elements over axis {names} into the "
-                f"backward pass ({made.source}): something is differentiated that does not vary "
-                "along it. Gradients of state.stored_params come out summed over the devices: "
-                "take state.params. A value that was reduced inside the loss needs tx.vary(x, "
-                f"{names}) before it meets the batch, so that its transpose is yours"
-            )
+    _check_summed(jaxpr, declared, data_axes)
+
+
+def _check_summed(jaxpr: Any, declared: Iterable["Declared"], data_axes: tuple[str, ...]) -> None:
+    """Refuse gradients that autodiff has summed over the devices already."""
+    from txcore.profiling.summed_gradients import summed_gradients  # as in compile_step
+
+    sums = [made for made in declared if made.live and made.primitive == "psum_invariant"]
+    if not any(made.autodiff or (made.tag or "").startswith("vary") for made in sums):
+        return
+    for found in summed_gradients(jaxpr, data_axes):
+        inside = " (a cast inside of what is differentiated)"
+        cast = "" if found.tag is None else f", the transpose of {found.tag}{inside}"
+        raise ValueError(
+            f"autodiff put a psum of {found.elements} elements over axis {found.axis!r} into the "
+            f"backward pass ({found.source}){cast}: what is differentiated there does not vary "
+            "along it, so that its gradient comes out summed over the devices, not as their mean. "
+            "Differentiate state.params in place of state.stored_params, and reduce the gradients "
+            "yourself: loss, grads = tx.value_and_grad(loss_of)(state.params); grads, state = "
+            "state.sync_gradients(grads). (tx.value_and_grad casts other arguments too; "
+            "jax.value_and_grad does not)"
+        )
+
+
+def _warn_of_shared_draws(fn: Callable[..., Any], jaxpr: Any, data_axes: tuple[str, ...]) -> None:
+    """Warn of random numbers for local examples that each device draws as the others do."""
+    from txcore.profiling.shared_draws import shared_draws  # as above
+
+    for draw in shared_draws(jaxpr, data_axes):
+        where = f"{draw.source}, in {draw.inside}" if draw.inside else draw.source
+        warnings.warn(
+            f"{name_of(fn)} draws random numbers of shape {draw.shape} for its examples ({where}) "
+            f"from a key that is the same on every device along axis {draw.axis!r}: each device "
+            "gets the same ones, such as one dropout mask for the examples of all. Give each "
+            "example a key, of keys = state.example_keys(batch) (the same numbers under every "
+            "plan), or draw from state.device_key() in place of state.key (docs/models.md)",
+            stacklevel=2,
+        )
 
 
 def _check_predicates(jaxpr: Any) -> None:

@@ -5,6 +5,9 @@ import jax.numpy as jnp
 
 from txcore.collectives import _leaves, axis_index
 
+# No example has this place: fold_in takes the uint32, and places count up from 0 as int32.
+_DEVICES = 2**32 - 1
+
 
 def step_key(seed: jax.Array, step: jax.Array) -> jax.Array:
     """Return the key of one step; `seed` is a uint32 scalar, `step` an int32 scalar.
@@ -27,3 +30,9 @@ def example_keys(key: jax.Array, count: int, data_axes: tuple[str, ...]) -> jax.
     data = _leaves.vary_leaf(jax.random.key_data(key), data_axes)
     key = jax.random.wrap_key_data(data, impl=jax.random.key_impl(key))
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, places)
+
+
+def device_key(key: jax.Array, data_axes: tuple[str, ...]) -> jax.Array:
+    """Return a key that differs on each data shard, and from the keys of all examples."""
+    shard = axis_index(data_axes) if data_axes else jnp.int32(0)
+    return jax.random.fold_in(jax.random.fold_in(key, _DEVICES), shard)

@@ -81,8 +81,51 @@ class TrainState:
 
     @property
     def key(self) -> jax.Array:
-        """The random key of this step, the same on every device."""
+        """The random key of this step, the same on every device.
+
+        Use it for what is the same on every device: noise on the parameters, a choice that all
+        examples share. A mask or noise of local examples that is drawn from it would be the
+        same on every device too, the first example's that of the first one of each other device:
+        draw those by `example_keys`, or else from `device_key()`. A step that does so gets a
+        warning when it is compiled.
+
+        Example:
+          >>> @tx.step_fn
+          ... def step(state, batch):
+          ...     noisy = state.params + 0.1 * jax.random.normal(state.key)  # one noise for all
+          ...     return state.replace(step=state.step + 1), {"w": tx.pmean(noisy, "data")}
+          >>> engine = tx.Engine(mesh=tx.MeshSpec(jax.devices()[:2]), plan=tx.Plan(tx.DP("data")),
+          ...                    optimizer=tx.optim.sgd(0.1))
+          >>> _, metrics = step(engine.create_state(np.float32(1)), np.zeros(4))
+        """
         return prng.step_key(self.seed, self.step)
+
+    def device_key(self) -> jax.Array:
+        """Return the random key of this step and this data shard, another one on each.
+
+        What a model that takes one key for its whole batch needs, as flax's and equinox's dropout
+        do. What is drawn from it depends on how the batch is sharded: it is as random on any
+        number of devices, and the same on none. `example_keys` gives numbers that are the same
+        under every plan.
+
+        Returns:
+          A scalar typed key that varies along the plan's data axes, and is the same along
+          others: devices that share examples share it.
+
+        Raises:
+          RuntimeError: called outside a step.
+
+        Example:
+          >>> @tx.step_fn
+          ... def step(state, batch):
+          ...     mask = jax.random.bernoulli(state.device_key(), 0.5, batch.shape)
+          ...     kept = tx.psum(mask.sum(), "data")
+          ...     return state.replace(step=state.step + 1), {"kept": kept}
+          >>> engine = tx.Engine(mesh=tx.MeshSpec(jax.devices()[:2]), plan=tx.Plan(tx.DP("data")),
+          ...                    optimizer=tx.optim.sgd(0.1))
+          >>> _, metrics = step(engine.create_state(np.float32(1)), np.zeros(4))
+        """
+        return prng.device_key(self.key, _scope_of("device_key").data_axes)
 
     def replace(self, **changes: Any) -> "TrainState":
         """Return a copy with some fields changed (`extra=`, for example).
