@@ -28,6 +28,7 @@ from txcore.launch import barrier as barrier
 from txcore.launch import initialize as initialize
 from txcore.mesh import MeshSpec as MeshSpec
 from txcore.mesh import ProcessGroup as ProcessGroup
+from txcore.parallel import batch_moments as batch_moments
 from txcore.parallel import example_mean as example_mean
 from txcore.parallel import grad as grad
 from txcore.parallel import sync_gradients as sync_gradients
