@@ -1,0 +1,146 @@
+"""Whether two trees of numbers agree up to rounding, and what to say where they do not."""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+_LOG = logging.getLogger("txcore")
+
+# Says of a leaf, by its number, why it exceeds the tolerance by so much, or None.
+Excuse = Callable[[int, np.ndarray], str | None]
+
+# What rounding changes is random: another rounding rarely changes a norm four times as much.
+_OF_ROUNDING = 4.0
+# A wrong factor changes a leaf by half of its norm or more; this much is still no such thing.
+_OF_LEAF = 0.25
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Compare trees of float64 arrays leaf by leaf.
+
+    when: what errors begin with.
+    sizes: the numbers of devices that may explain a ratio.
+    rtol, atol: tolerances relative to each element, and to the leaf's largest.
+    """
+
+    when: str
+    sizes: set[int]
+    rtol: float
+    atol: float
+
+    def check(
+        self,
+        what: str,
+        first: Any,
+        second: Any,
+        *,
+        floor: Sequence[np.ndarray | float] | None = None,
+        excuse: Excuse | None = None,
+    ) -> None:
+        """Refuse trees that differ.
+
+        Args:
+          what: the trees' name.
+          first: the reference.
+          second: the other.
+          floor: for each leaf what a difference may always be, absolute.
+          excuse: asked where a leaf differs by more.
+
+        Raises:
+          AssertionError: naming the leaf, how many of its elements differ, the ratio between the
+            two, and what usually causes it.
+        """
+        if jax.tree.structure(first) != jax.tree.structure(second):  # type: ignore[operator]
+            raise AssertionError(
+                f"{self.when}: {what} have another structure under the second plan: "
+                f"{jax.tree.structure(first)} and {jax.tree.structure(second)}"
+            )
+        paths = jax.tree_util.tree_flatten_with_path(first)[0]
+        for i, ((path, left), right) in enumerate(zip(paths, jax.tree.leaves(second), strict=True)):
+            where = f"{self.when}: {what}{jax.tree_util.keystr(path)}"
+            if left.shape != right.shape:
+                raise AssertionError(f"{where} has shape {left.shape} and {right.shape}")
+            if not (np.isfinite(left).all() and np.isfinite(right).all()):
+                raise AssertionError(f"{where} is not finite: such values cannot be compared")
+            allowed = self.rtol * np.abs(left) + self.atol * np.max(np.abs(left), initial=0.0)
+            allowed = allowed + (1e-30 if floor is None else floor[i])
+            beyond = np.maximum(np.abs(right - left) - allowed, 0)
+            count = np.count_nonzero(beyond)
+            if not count:
+                continue
+            of_all = f"{count} of {left.size} elements"
+            reason = excuse(i, beyond) if excuse is not None else None
+            if reason is None:
+                text = _explain(left, right, beyond, self.sizes)
+                raise AssertionError(f"{where} differs between the plans: {of_all}, {text}")
+            _LOG.info("txcore: %s: %s differ: %s", where, of_all, reason)
+
+
+def of_rounding(
+    reference: Any, probes: Callable[[], Sequence[Any]], last_place: float = 0.0
+) -> Excuse:
+    """Return an excuse: rounding the parameters otherwise changes the leaf by as much.
+
+    Args:
+      reference: the tree.
+      probes: returns the same tree of runs whose parameters were rounded otherwise.
+      last_place: what a leaf that is nothing but rounding may differ by in any case.
+    """
+
+    def excuse(i: int, beyond: np.ndarray) -> str | None:
+        leaf = jax.tree.leaves(reference)[i]
+        norm = float(np.linalg.norm(leaf))
+        changes = [np.linalg.norm(jax.tree.leaves(probe)[i] - leaf) for probe in probes()]
+        noise = max(map(float, changes), default=0.0)
+        allowed = _OF_ROUNDING * noise
+        is_noise = noise >= norm / 2  # as a gradient that is really 0
+        allowed = max(allowed, last_place) if is_noise else min(allowed, _OF_LEAF * norm)
+        if np.linalg.norm(beyond) > allowed:
+            return None
+        return (
+            "rounding changes them as much, as it does at a tie (of a max-pool, a sort, an argmax) "
+            "and in a difference of what is nearly equal"
+        )
+
+    return excuse
+
+
+def of_inputs(explained: Callable[[], Any]) -> Excuse:
+    """Return an excuse: `explained()` is, for each element, what other inputs change it by."""
+
+    def excuse(i: int, beyond: np.ndarray) -> str | None:
+        allowed = 2 * np.abs(jax.tree.leaves(explained())[i])
+        return "the optimizer makes that of the gradients" if (beyond <= allowed).all() else None
+
+    return excuse
+
+
+def norm_of(tree: Any) -> float:
+    """Return the norm of all leaves together."""
+    return float(np.sqrt(sum(float(np.sum(leaf**2)) for leaf in jax.tree.leaves(tree))))
+
+
+def _explain(left: np.ndarray, right: np.ndarray, beyond: np.ndarray, sizes: set[int]) -> str:
+    """Name the difference by its ratio where there is one: N and 1/N are the classics."""
+    worst = float(np.max(np.abs(left - right)))
+    large = np.abs(left) > 1e-3 * np.max(np.abs(left), initial=0.0)
+    ratios = right[large] / left[large] if large.any() else np.array([np.nan])
+    ratio = float(np.median(ratios))
+    text = f"largest difference {worst:.3g}, median ratio second/first {ratio:.4g}"
+    if np.isnan(ratio) or np.max(np.abs(ratios - ratio)) > 1e-2 * abs(ratio):
+        few = 10 * np.count_nonzero(beyond) < beyond.size
+        tie = "; so few may be a tie (of a max-pool, a sort, an argmax) that the plans break"
+        return text + (f"{tie} differently, but rounding otherwise does not show it" if few else "")
+    for n in sorted(sizes):
+        if abs(ratio - n) < 1e-2 * n:
+            return f"{text} = N for N = {n} devices: summed where the mean is meant, or twice"
+        if abs(ratio - 1 / n) < 1e-2 / n:
+            return f"{text} = 1/N for N = {n} devices: averaged twice"
+    if abs(ratio + 1) < 1e-2:
+        return f"{text}: the sign is another one"
+    return text
