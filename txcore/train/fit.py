@@ -15,8 +15,8 @@ import numpy as np
 
 from txcore.launch import watch
 from txcore.plan import Plan
+from txcore.train import agreement, nonfinite
 from txcore.train import checkpoint_folder as folder
-from txcore.train import nonfinite
 from txcore.train.batch import examples, shard_batch
 from txcore.train.checkpoints import Checkpoints
 from txcore.train.interrupt import Interrupt, interrupts
@@ -50,15 +50,28 @@ def fit(
     evaluate: Evaluate | None,
     eval_every: int | None,
     checkpoints: Checkpoints | None,
+    check_replicas_every: int | None = None,
 ) -> TrainState:
     """Train as `Engine.fit` says."""
     total = count_steps(data, steps, epochs)
+    check_count("check_replicas_every", check_replicas_every)
     if eval_every is not None and (eval_every < 1 or evaluate is None):
         raise ValueError(
             f"fit needs eval_every= at least 1 and evaluate= with it, got {eval_every=}"
         )
     if jax.process_count() > 1:
         watch.start()  # where tx.initialize did not
+    if engine.spans:
+        agreement.check_fit(
+            engine,
+            data,
+            steps=steps,
+            epochs=epochs,
+            evaluate=evaluate,
+            eval_every=eval_every,
+            checkpoints=checkpoints,
+            check_replicas_every=check_replicas_every,
+        )
     with ExitStack() as stack:
         position, interrupt = Position(), Interrupt()
         if checkpoints is not None or jax.process_count() > 1:
@@ -70,6 +83,8 @@ def fit(
             state, position = checkpoints.restore(state)
             check_length(checkpoints, position, total)
         run = Run(engine, state, position, total, evaluate, checkpoints)
+        if check_replicas_every:
+            run.compare_copies()
         for after, host in batches(data, steps, epochs, position, run.rows):
             if interrupt.due(run.position.steps):
                 break
@@ -78,11 +93,15 @@ def fit(
                 run.evaluate_once()
             if checkpoints and run.position.steps % checkpoints.every == 0:
                 run.save_once()
+            if check_replicas_every and run.position.steps % check_replicas_every == 0:
+                run.compare_copies()
             watch.at("data", run.position.steps)
         run.wait()
         if interrupt.stopped is None:
             run.evaluate_once()
         run.save_once()
+        if engine.spans:
+            watch.meet(f"the end of fit, after {run.position.steps} steps")
     if interrupt.stopped is None and not interrupt.due(run.position.steps):
         interrupt.stopped = interrupt.asked  # too late for the others to stop with this process
     watch.at("after fit", run.position.steps)
@@ -107,6 +126,7 @@ class Run:
     def __post_init__(self) -> None:
         self.progress = Progress(self.engine, self.total, self.position, self._check)
         self.evaluated, self.saved = 0, self.position.steps  # after so many steps
+        self.equal: int | None = None  # after so many steps all copies were
 
     def _check(self, done: int, metrics: Metrics) -> None:
         nonfinite.check(done, metrics, self.state, self.engine.on_nonfinite)
@@ -121,6 +141,8 @@ class Run:
         batch = shard_batch(host, engine.mesh, engine.plan)
         self.progress.start_clock()
         watch.at("step", self.position.steps, engine.last_words)
+        if engine.spans:
+            watch.meet(f"batch {after.batch} of epoch {after.epoch}, step {after.steps} of fit")
         self.state, metrics = engine.run(step, self.state, batch)
         self.position = after
         self.progress.add(metrics, real_examples(host, batch, engine.plan))
@@ -145,8 +167,17 @@ class Run:
         self.wait()
         nonfinite.check_parameters(self.position.steps, self.state, self.engine.on_nonfinite)
         watch.at("save", self.position.steps)
+        if self.engine.spans:
+            watch.meet(f"a checkpoint after {self.position.steps} steps")
         self.checkpoints.save(self.state, self.progress.position(self.position))
         self.saved = self.position.steps
+
+    def compare_copies(self) -> None:
+        """Refuse to go on where copies that have to be equal differ."""
+        self.wait()
+        steps = self.position.steps
+        self.engine.check_replicas(self.state, after=steps, since=self.equal)
+        self.equal = steps
 
     def tell_stopped(self, name: str) -> None:
         """Say by which signal the run stopped, and what is left of it."""
@@ -176,6 +207,12 @@ def count_steps(data: Data, steps: int | None, epochs: int | None) -> int | None
     if epochs is not None:
         return epochs * len(data) if isinstance(data, Sized) else None
     return steps
+
+
+def check_count(option: str, value: Any) -> None:
+    """Refuse what is no count of steps."""
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise ValueError(f"fit needs {option}= a count of steps from 1 on, got {value!r}")
 
 
 def check_length(checkpoints: Checkpoints, position: Position, total: int | None) -> None:

@@ -42,6 +42,10 @@ class TrainState:
     extra: Any  # model state that is not trained
     loss_scaling: LossScaling | None  # None but in float16 and where steps are skipped
     engine: Runner = field(metadata={"static": True})
+    # The leaves of each field that are known to be equal on all ranks (agreement.py).
+    known_equal: dict[str, list[Any]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     @property
     def arrays(self) -> dict[str, Any]:
@@ -81,7 +85,9 @@ class TrainState:
 
     def replace(self, **changes: Any) -> "TrainState":
         """Return a copy with some fields changed (`extra=`, for example)."""
-        return replace(self, **changes)
+        new = replace(self, **changes)
+        new.known_equal.update({k: v for k, v in self.known_equal.items() if k not in changes})
+        return new
 
     def example_keys(self, batch: Any) -> jax.Array:
         """Return one random key for each example of `batch`, the same under every plan.
