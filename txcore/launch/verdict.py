@@ -17,10 +17,15 @@ def rank_names(ranks: Iterable[int]) -> str:
       >>> rank_names([3]), rank_names([0, 2, 5]), rank_names(range(100))[-18:]
       ('rank 3', 'ranks 0, 2 and 5', '6, 7 and 92 others')
     """
-    names = _cut([str(rank) for rank in sorted(ranks)], MOST_NAMED)
+    return name_each("rank", ranks)
+
+
+def name_each(what: str, numbers: Iterable[int]) -> str:
+    """Return "device 1", or "devices 0, 2 and 5"; many are cut."""
+    names = _cut([str(number) for number in sorted(numbers)], MOST_NAMED)
     if len(names) == 1:
-        return f"rank {names[0]}"
-    return f"ranks {', '.join(names[:-1])} and {names[-1]}"
+        return f"{what} {names[0]}"
+    return f"{what}s {', '.join(names[:-1])} and {names[-1]}"
 
 
 def _cut(names: list[str], most: int) -> list[str]:

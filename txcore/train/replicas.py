@@ -1,11 +1,13 @@
 """Copies of a state that have to be equal bit for bit: compared by digests, or made equal.
 
-A digest is two 32-bit words, made where the copy lies. A change within one 32-bit word of a leaf
-always changes it; other differences go unnoticed with a probability of 2**-32 at most (2**-64 where
-they are spread over the leaf). NaNs are equal where their bits are, 0.0 and -0.0 are not.
+Each copy has a digest of 64 bits (BLAKE2b); one of a large leaf is made of the few words that its
+device folds it to. Two small leaves that differ have the same digest with a probability of 2**-64.
+So have two large ones that differ within one 32-bit word; others are folded to the same words with
+one of 2**-32 at most. NaNs are equal where their bits are, 0.0 and -0.0 are not.
 """
 
 import functools
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,15 +24,13 @@ from txcore.collectives.all_gather import all_gather
 from txcore.collectives.broadcast import broadcast
 from txcore.collectives.pmax import pmax
 from txcore.collectives.vary import vary
-from txcore.launch.verdict import rank_names
+from txcore.launch.verdict import name_each, rank_names
 
 MOST_LEAVES = 8  # that differ, in a message
-MOST_DEVICES = 8  # of a group, in a message
-SLICES = 32  # of a leaf that are folded into one, in one pass over memory
-_FOLDED = 1 << 16  # words that need no folding
-
+SMALL = 1 << 16  # elements of a leaf that is read by the host rather than folded on its device
+FOLDED = 1 << 12  # words that a larger one is folded to
+SLICES = 32  # that are folded into one
 _ODD = np.uint32(0x9E3779B1)
-_SALTS = (np.uint32(0x85EBCA6B), np.uint32(0xC2B2AE35))
 
 
 @dataclass(frozen=True)
@@ -48,25 +48,14 @@ class Difference:
     def __str__(self) -> str:
         reference, *others = self.groups
         odd = [device for group in others for device in group]
+        ours, theirs = ({d.process_index for d in devices} for devices in (odd, reference))
+        who, whom = (name_each("device", [d.id for d in devices]) for devices in (odd, reference))
+        if ours.isdisjoint(theirs):
+            verb = "differs" if len(ours) == 1 else "differ"
+            return f"{self.leaf}: {rank_names(ours)} {verb} from {rank_names(theirs)} ({who})"
         verb = "differs" if len(odd) == 1 else "differ"
-        if _ranks(reference).isdisjoint(_ranks(odd)):
-            verb = "differs" if len(_ranks(odd)) == 1 else "differ"
-            who, whom = rank_names(_ranks(odd)), rank_names(_ranks(reference))
-            return f"{self.leaf}: {who} {verb} from {whom} ({_names(odd)})"
-        return f"{self.leaf}: {_names(odd)} {verb} from {_names(reference)}"
-
-
-def _ranks(devices: Sequence[jax.Device]) -> set[int]:
-    return {device.process_index for device in devices}
-
-
-def _names(devices: Sequence[jax.Device]) -> str:
-    several = jax.process_count() > 1
-    names = [f"{d.id} of rank {d.process_index}" if several else str(d.id) for d in devices]
-    if len(names) > MOST_DEVICES + 1:
-        names = [*names[:MOST_DEVICES], f"{len(names) - MOST_DEVICES} others"]
-    head = "device" if len(names) == 1 else "devices"
-    return f"{head} {' and '.join([', '.join(names[:-1])] * (len(names) > 1) + names[-1:])}"
+        of = f" of {rank_names(ours)}" if jax.process_count() > 1 else ""
+        return f"{self.leaf}: {who}{of} {verb} from {whom}"
 
 
 def find_differences(tree: Any, mesh: Mesh) -> list[Difference]:
@@ -82,27 +71,15 @@ def find_differences(tree: Any, mesh: Mesh) -> list[Difference]:
     found = [
         (path, _on_mesh(leaf, mesh)) for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
     ]
+    if not found:
+        return []
     specs = tuple(_spec(leaf) for _, leaf in found)
-    digests = [_digest_on(mesh, spec)(leaf) for (_, leaf), spec in zip(found, specs, strict=True)]
-    flags = np.asarray(_compare_on(mesh, specs)(digests)) if found else np.zeros(0)
-    bad = np.flatnonzero(flags)[:MOST_LEAVES]
+    digests = _digests([leaf for _, leaf in found], mesh)
+    bad = np.flatnonzero(np.asarray(_compare_on(mesh, specs)(digests)))[:MOST_LEAVES]
     if not bad.size:
         return []
-    rows = np.asarray(_gather_on(mesh)([digests[i] for i in bad]))
-    return [
-        Difference(_line(*found[i]), _groups(found[i][1], mesh, rows[:, k]))
-        for k, i in enumerate(bad)
-    ]
-
-
-def _spec(leaf: jax.Array) -> P:
-    assert isinstance(leaf.sharding, NamedSharding)
-    return leaf.sharding.spec
-
-
-def _same_mesh(one: Any, other: Mesh) -> bool:
-    same_axes = one.axis_names == other.axis_names and one.devices.shape == other.devices.shape
-    return same_axes and bool((one.devices == other.devices).all())
+    rows = np.asarray(_gather_on(mesh)(digests))
+    return [Difference(_line(*found[i]), _groups(found[i][1], mesh, rows[:, i])) for i in bad]
 
 
 def describe(tree: Any) -> list[str]:
@@ -114,6 +91,16 @@ def _line(path: Any, leaf: Any) -> str:
     field, *rest = path
     name = f"{getattr(field, 'key', field)}{jax.tree_util.keystr(tuple(rest))}"
     return f"{name} {jnp.result_type(leaf)}[{','.join(map(str, np.shape(leaf)))}]"
+
+
+def _spec(leaf: jax.Array) -> P:
+    assert isinstance(leaf.sharding, NamedSharding)
+    return leaf.sharding.spec
+
+
+def _same_mesh(one: Any, other: Mesh) -> bool:
+    same_axes = one.axis_names == other.axis_names and one.devices.shape == other.devices.shape
+    return same_axes and bool((one.devices == other.devices).all())
 
 
 def _on_mesh(leaf: Any, mesh: Mesh) -> jax.Array:
@@ -136,33 +123,53 @@ def _groups(leaf: jax.Array, mesh: Mesh, digests: np.ndarray) -> tuple[tuple[jax
     return tuple(tuple(g) for g in sorted(first.values(), key=lambda group: -len(group)))
 
 
-# The programs. A leaf's copies are typed as equal, so each device's digest is made varying first.
+def _digests(leaves: Sequence[jax.Array], mesh: Mesh) -> jax.Array:
+    """Return each device's digests of what it holds: uint32[devices, leaves, 2]."""
+    plain = [jax.random.key_data(x) if _compat.is_key_array(x) else x for x in leaves]
+    folded = [x if x.size <= SMALL else _fold_on(mesh, _spec(x))(x) for x in plain]
+    rows: dict[jax.Device, list[np.ndarray]] = {device: [] for device in mesh.local_devices}
+    for leaf in folded:
+        for shard in leaf.addressable_shards:
+            data = np.asarray(shard.data).tobytes()
+            rows[shard.device].append(np.frombuffer(_hash(data).digest(), np.uint32))
+    return jax.make_array_from_single_device_arrays(
+        (mesh.size, len(leaves), 2),
+        NamedSharding(mesh, P(mesh.axis_names)),
+        [jax.device_put(np.stack(row)[None], device) for device, row in rows.items()],
+    )
+
+
+_hash = functools.partial(hashlib.blake2b, digest_size=8)
+
+
+# The programs. A leaf's copies are typed as equal, so what each device makes of its own is cast to
+# varying first.
 
 
 @functools.lru_cache(maxsize=256)
-def _digest_on(mesh: Mesh, spec: P) -> Callable[[jax.Array], jax.Array]:
-    def digest_of(leaf: jax.Array) -> jax.Array:
-        return vary(digest(leaf)[None], mesh.axis_names)
+def _fold_on(mesh: Mesh, spec: P) -> Callable[[jax.Array], jax.Array]:
+    def fold_own(leaf: jax.Array) -> jax.Array:
+        return vary(fold(leaf)[None], mesh.axis_names)
 
-    mapped = jax.shard_map(digest_of, mesh=mesh, in_specs=spec, out_specs=P(mesh.axis_names))
+    mapped = jax.shard_map(fold_own, mesh=mesh, in_specs=spec, out_specs=P(mesh.axis_names))
     return jax.jit(mapped)
 
 
 @functools.lru_cache(maxsize=64)
-def _compare_on(mesh: Mesh, specs: tuple[P, ...]) -> Callable[[list[jax.Array]], jax.Array]:
+def _compare_on(mesh: Mesh, specs: tuple[P, ...]) -> Callable[[jax.Array], jax.Array]:
     """Return a program that tells for each leaf, on every device, whether any copies differ."""
     names = mesh.axis_names
     split = [frozenset(jax.tree.leaves(tuple(spec))) for spec in specs]
 
-    def compare(digests: list[jax.Array]) -> jax.Array:
-        flags = [jnp.int32(0)] * len(digests)
-        for axes in set(split):
+    def compare(digests: jax.Array) -> jax.Array:
+        flags = [jnp.int32(0)] * len(specs)
+        for axes in sorted(set(split), key=sorted):
             places = [i for i, own in enumerate(split) if own == axes]
-            rows = jnp.concatenate([digests[i] for i in places])
             copies = tuple(a for a in names if a not in axes)
             if not copies:
                 continue
             # The largest of x and of ~x: the copies are equal where these belong together.
+            rows = digests[0, np.array(places)]
             most = pmax(jnp.stack([rows, ~rows]), copies, name="replicas")
             differ = jnp.any(most[0] != ~most[1], axis=1).astype(jnp.int32)
             if axes:
@@ -176,40 +183,41 @@ def _compare_on(mesh: Mesh, specs: tuple[P, ...]) -> Callable[[list[jax.Array]],
 
 
 @functools.lru_cache(maxsize=16)
-def _gather_on(mesh: Mesh) -> Callable[[list[jax.Array]], jax.Array]:
+def _gather_on(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
     names = mesh.axis_names
 
-    def gather(digests: list[jax.Array]) -> jax.Array:
-        return all_gather(jnp.stack(digests, axis=1), names, invariant=True, name="replicas")
+    def gather(digests: jax.Array) -> jax.Array:
+        return all_gather(digests, names, invariant=True, name="replicas")
 
     return jax.jit(jax.shard_map(gather, mesh=mesh, in_specs=P(names), out_specs=P()))
 
 
-def digest(leaf: jax.Array) -> jax.Array:
-    """Return the digest of one array, of any dtype and shape: uint32[2].
+def fold(leaf: jax.Array) -> jax.Array:
+    """Return a few 32-bit words that depend on every bit of an array and on where it stands.
+
+    Slices of the array are folded into one, so many at a time, by a bijection of each word: what
+    changes within one word of the array always changes the result. Each pass reads its input once
+    and copies none of it.
+
+    Args:
+      leaf: array of any dtype and shape.
+
+    Returns:
+      uint32 array of at most `FOLDED` elements' words.
 
     Example:
-      >>> from txcore.train.replicas import digest
-      >>> zero, minus = digest(jax.numpy.zeros(3)), digest(-jax.numpy.zeros(3))
-      >>> bool((zero == minus).any())
-      False
+      >>> from txcore.train.replicas import fold
+      >>> zeros = jax.numpy.zeros(10_000)
+      >>> fold(zeros).shape, bool((fold(zeros) == fold(-zeros)).all())
+      ((313,), False)
     """
-    if _compat.is_key_array(leaf):
-        leaf = jax.random.key_data(leaf)
     folded = leaf.reshape(-1)
-    if folded.size <= _FOLDED:
-        folded = jnp.concatenate(_words(folded))
-    while folded.size > _FOLDED:
-        folded = _fold(folded)
-    places = lax.iota(jnp.uint32, folded.size) * _ODD
-    return jnp.stack([jnp.sum(_mix(folded ^ (places + s)), dtype=jnp.uint32) for s in _SALTS])
+    while folded.size > FOLDED:
+        folded = _fold_once(folded)
+    return jnp.concatenate(_words(folded))
 
 
-def _fold(flat: jax.Array) -> jax.Array:
-    """Fold slices of a flat array into one, word by word: one pass, without a copy of the array.
-
-    The words of all slices at one place go one after the other through a bijection.
-    """
+def _fold_once(flat: jax.Array) -> jax.Array:
     size = -(-flat.size // SLICES)
     folded = jnp.full((size,), _ODD, jnp.uint32)
     for start in range(0, flat.size, size):
@@ -219,13 +227,6 @@ def _fold(flat: jax.Array) -> jax.Array:
             folded = (folded ^ words) * _ODD
             folded = folded ^ (folded >> np.uint32(15))
     return folded
-
-
-def _mix(words: jax.Array) -> jax.Array:
-    """Mix the bits of each word; a bijection (C. Wellons, "Prospecting for hash functions")."""
-    words = (words ^ (words >> np.uint32(16))) * np.uint32(0x7FEB352D)
-    words = (words ^ (words >> np.uint32(15))) * np.uint32(0x846CA68B)
-    return words ^ (words >> np.uint32(16))
 
 
 def _words(x: jax.Array) -> list[jax.Array]:
