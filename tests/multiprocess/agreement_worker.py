@@ -21,7 +21,6 @@ sys.path.append(str(pathlib.Path(__file__).resolve().parents[1] / "train"))
 import toys
 
 import txcore as tx
-from txcore.launch import MismatchError
 from txcore.train import agreement
 
 EXTRA = {
@@ -62,6 +61,12 @@ def step(state, batch):
     loss = tx.pmean(loss, "data", name="loss")
     extra = {**state.extra, "mean": 0.9 * state.extra["mean"] + 0.1 * loss}
     return state.apply_gradients(grads=grads).replace(extra=extra), {"loss": loss}
+
+
+@tx.step_fn
+def eval_step(state, batch):
+    """Return the loss."""
+    return {"loss": tx.pmean(toys.local_loss(state.params, batch), "data", name="eval")}
 
 
 def batch(i=0):
@@ -129,7 +134,7 @@ def beginnings():
 
     def one(made, params=None, **options):
         state = made.create_state(toys.params() if params is None else params, EXTRA, **options)
-        state, metrics = step(state, batch())
+        state, _ = step(state, batch())
         return np.asarray(state.stored_params["w1"]).ravel()[:2].tolist()
 
     return {
@@ -169,58 +174,41 @@ def bits():
 
 
 def later():
-    """Change a state by hand in the middle of a run, and in the middle of fit."""
+    """Change a state by hand in the middle of a run, and a copy's memory in the middle of fit."""
     made = engine()
     state = made.create_state(toys.params(), EXTRA)
     state, _ = step(state, batch())
     extra = {**state.extra, "mean": np.float32(rank())}
-    by_hand = outcome(lambda: step(state.replace(extra=extra), batch()) and None)
-    restored = outcome(lambda: step(jax.tree.map(jnp.copy, state), batch()) and None)
+    found = {
+        "by hand": outcome(lambda: step(state.replace(extra=extra), batch()) and None),
+        "evaluated": outcome(
+            lambda: made.evaluate(eval_step, state.replace(extra=extra), [batch()])
+        ),
+        "copied": outcome(lambda: step(jax.tree.map(jnp.copy, state), batch()) and None),
+    }
+    seen = []
 
-    odd = {"after": None}
+    def damage(state):
+        seen.append(int(state.step))
+        if len(seen) == 5 and rank() == 1:
+            state.stored_params["w1"] = flipped(state.stored_params["w1"], 7)
+        return {}
 
-    def corrupt(record):  # a logger has no business here: it stands for damaged memory
-        if record.kind == "step" and record.step == 5:
-            odd["after"] = record.step
-
-    def data(epoch):
-        for i in range(8):
-            yield batch(i)
-            if i == 4 and rank() == 1:
-                leaf = target["state"].stored_params["w1"]
-                target["run"](flipped(leaf, 7))
-
-    target = {}
-
-    @tx.step_fn
-    def watched(state, batch):
-        return step.fn(state, batch)
-
-    made = engine()
-    run = made.run
-
-    def running(fn, state, batch):
-        if target.pop("odd", None) is not None:
-            params = {**state.stored_params, "w1": flipped(state.stored_params["w1"], 7)}
-            state.stored_params.update(params)
-            agreement.note_equal(state)
-        target["count"] = target.get("count", 0) + 1
-        if target["count"] == 5 and rank() == 1:
-            target["odd"] = 1
-        return run(fn, state, batch)
-
-    made.run = running
-    kept = outcome(
-        lambda: made.fit(
-            watched,
-            made.create_state(toys.params(), EXTRA),
-            batches(8),
-            steps=8,
-            check_replicas_every=2,
+    found["in fit"] = outcome(
+        lambda: (
+            made.fit(
+                step,
+                made.create_state(toys.params(), EXTRA),
+                batches(8),
+                steps=8,
+                evaluate=damage,
+                eval_every=1,
+                check_replicas_every=3,
+            )
+            and None
         )
-        and None
     )
-    return {"by hand": by_hand, "copied": restored, "in fit": kept}
+    return found
 
 
 def arguments(directory):
@@ -275,6 +263,59 @@ def arguments(directory):
         found[name] = outcome(lambda options=options: one(**options))
         found[name]["seconds"] = time.perf_counter() - started
     return found
+
+
+def alone(what):
+    """Train, and do something on rank 1 alone; this does not return where that is found."""
+    own = rank() == 1
+    made = engine()
+    state = made.create_state(toys.params(), EXTRA)
+    data, options = batches(6), {"steps": 6}
+
+    def evaluate(state):
+        if what == "run in evaluation" and own:
+            step(jax.tree.map(jnp.copy, state), batch())
+        if what == "evaluation in evaluation" and own:
+            made.evaluate(eval_step, state, batches(1))
+        more = what == "longer evaluation" and own
+        return made.evaluate(eval_step, state, batches(2 + more))
+
+    options["evaluate"] = evaluate
+    if what == "epoch that ends early":
+        data, options = (lambda epoch: iter(batches(4 if own else 6))), {"epochs": 1}
+    if what == "epochs of other lengths":
+        data, options = (lambda epoch: iter(batches(4 if own else 6))), {"steps": 12}
+    if what == "barrier in data":
+        data = lambda epoch: (say(i, own) for i in range(6))  # noqa: E731
+
+        def say(i, own):
+            if i == 3 and own:
+                tx.barrier("one rank alone")
+            return batch(i)
+
+    if what == "slow":
+        data = lambda epoch: (rest(i) for i in range(6))  # noqa: E731
+
+        def rest(i):
+            time.sleep(45 if i == 3 and own else 0)
+            return batch(i)
+
+    state = made.fit(step, state, data, **options)
+    print(json.dumps(["alone", f"after fit at {time.time():.1f}"]), flush=True)
+    if what == "run after fit" and own:
+        state, metrics = step(state, batch())
+        float(metrics["loss"])
+    if what == "evaluation after fit" and own:
+        made.evaluate(eval_step, state, batches(1))
+    if what == "barrier after fit" and own:
+        tx.barrier("one rank alone")
+    if what == "second fit" and own:
+        made.fit(step, state, batches(2), steps=2)
+    if what == "run before a barrier":
+        if own:
+            float(step(state, batch())[1]["loss"])
+        tx.barrier("both")
+    return "done"
 
 
 def cost(megabytes, times):

@@ -1,7 +1,7 @@
 """The order in which ranks come to what needs all of them: steps, evaluations, barriers."""
 
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from txcore.launch.table import FAILED, Entry, Verdict
@@ -44,17 +44,23 @@ class Order:
         for _, entry in sorted(table.items()):
             own = self._kept[entry.count % KEPT]
             if own is not None and own.number == entry.count and own.digest != entry.order:
-                said = (entry.count, entry.order)
-                alike = [r for r, e in table.items() if (e.count, e.order) == said]
-                like = [r for r, e in table.items() if (e.count, e.order) == own[:2]]
-                return Verdict(_difference(alike, entry.event, {rank, *like}, own.event), FAILED)
+                theirs = _ranks_at(entry.count, entry.order, table)
+                ours = {rank, *_ranks_at(own.number, own.digest, table)}
+                return Verdict(_difference((theirs, entry.event), (ours, own.event)), FAILED)
         return None
 
 
-def _difference(ranks: Iterable[int], theirs: str, others: Iterable[int], own: str) -> str:
-    what = f"{rank_names(ranks)} came to {theirs}, where {rank_names(others)} came to {own}"
-    if theirs == own:
-        what = f"{rank_names(ranks)} came to {own} by another way than {rank_names(others)}"
+def _ranks_at(count: int, order: int, table: Mapping[int, Entry]) -> set[int]:
+    return {rank for rank, e in table.items() if (e.count, e.order) == (count, order)}
+
+
+def _difference(*groups: tuple[set[int], str]) -> str:
+    # The same text whichever rank is first to see it: the fewer differ from the others.
+    few, many = sorted(groups, key=lambda group: (len(group[0]), -min(group[0])))
+    (ranks, event), (others, theirs) = few, many
+    what = f"{rank_names(ranks)} came to {event}, where {rank_names(others)} came to {theirs}"
+    if event == theirs:
+        what = f"{rank_names(ranks)} came to {event} by another way than {rank_names(others)}"
     return (
         f"{what}. Every rank has to make the same steps, evaluations, checkpoints and barriers in "
         "the same order, and to have as many batches in an epoch: see what only one of them does"

@@ -92,6 +92,8 @@ def compare(
     theirs = [_read(client, f"{folder}facts/{group[0]}") for group in groups[: MOST_GROUPS + 1]]
     with contextlib.suppress(RuntimeError):  # the coordinator must not go before all have read
         client.wait_at_barrier(f"{folder}read", int(READ_S * 1000))
+    if any(their.get("program") != [name] for their in theirs):  # what else is compared differs too
+        texts = PROBLEM, REMEDY
     raise MismatchError(difference(groups, theirs, *texts))
 
 
@@ -170,7 +172,7 @@ def difference(
     for group, theirs in zip(others, facts[1:], strict=False):
         if len(others) > 1:
             rows.append(f"{rank_names(group)} against {rank_names(reference)}:")
-        for title in sorted(facts[0].keys() | theirs.keys()):
+        for title in _titles(facts[0], theirs):
             before, after = facts[0].get(title, []), theirs.get(title, [])
             if before != after:
                 rows += [f"{title}:", *_changes(before, after, reference, group)]
@@ -178,6 +180,13 @@ def difference(
         rows.append(f"({len(groups) - len(facts)} more groups of ranks differ from all these)")
     rows.append(remedy)
     return "\n".join(rows)
+
+
+def _titles(ours: Mapping[str, list[str]], theirs: Mapping[str, list[str]]) -> list[str]:
+    """Return which facts to compare; of two programs that are of another kind only the name."""
+    if ours.keys() != theirs.keys() and ours.get("program") != theirs.get("program"):
+        return ["program"]
+    return sorted(ours.keys() | theirs.keys())
 
 
 def _changes(
@@ -190,7 +199,8 @@ def _changes(
     cut = slice(MOST_COMPARED)  # difflib takes time by the square of the lines
     changes = list(difflib.unified_diff(old[cut], new[cut], n=2, lineterm=""))[3:]
     rows = [f"--- {rank_names(reference)}", f"+++ {rank_names(group)}"]
-    rows += [f"({first} lines are the same)"] * (first > 0)
+    if first:
+        rows.append(f"({first} line{' is' if first == 1 else 's are'} the same)")
     rows += ["..." if row.startswith("@@") else row for row in changes[:MOST_LINES]]
     if len(changes) > MOST_LINES or max(len(old), len(new)) > MOST_COMPARED:
         rows.append("(and more)")

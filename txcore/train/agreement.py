@@ -16,6 +16,9 @@ from txcore.train.state import TrainState
 if TYPE_CHECKING:
     from txcore.train.checkpoints import Checkpoints
     from txcore.train.engine import Engine
+    from txcore.train.manifest import Position
+
+COMPILED_S = 1800.0  # until all ranks have compiled what they are about to run
 
 _SAME_STATE = (
     "Nothing was run. Make the same state on every rank (by the same seed, files and numbers), or "
@@ -70,6 +73,27 @@ def check_fit(
     )
 
 
+def check_end(position: "Position") -> None:
+    """Refuse a loop that was another one on some rank; every process has to come.
+
+    Args:
+      position: where it ended.
+
+    Raises:
+      MismatchError: the ranks ended at other batches: their data are of other lengths.
+    """
+    names = ("steps", "epoch", "batch", "rows")
+    preflight.check(
+        "the end of fit",
+        {"position": [f"{name}={getattr(position, name)}" for name in names]},
+        problem="the ranks have run different loops",
+        remedy=(
+            "An epoch has to have as many batches on every rank: give all the same number, or data "
+            "that never end. What was trained was trained on other parts of the data than meant"
+        ),
+    )
+
+
 def describe_engine(engine: "Engine") -> list[str]:
     """Return what of an engine has to be the same on every rank, a line for each."""
     update = engine.optimizer.update
@@ -99,6 +123,7 @@ def check_beginning(engine: "Engine", state: TrainState, name: str) -> None:
     preflight.check(
         f"the state for {name}",
         {"state": replicas.describe(state.arrays), "engine": describe_engine(engine)},
+        timeout_s=COMPILED_S,
         problem="the ranks would begin with different states",
         remedy=_SAME_STATE,
     )
@@ -159,23 +184,15 @@ def check_rank(op: str, option: str, rank: Any) -> int:
 
 
 # A state that a step returned is equal on all ranks if the one before was. It is known by its
-# arrays, since `replace` and tree functions put others in their place.
+# fields, since `replace` and tree functions put others in their place.
 
 
 def note_equal(state: TrainState) -> None:
     """Note that a state is equal on all ranks."""
-    state.known_equal.update(_leaves(state))
+    state.known_equal.update(state.arrays)
 
 
 def is_equal(state: TrainState) -> bool:
     """Tell whether a state is known to be equal on all ranks."""
     known = state.known_equal
-    return all(
-        len(leaves) == len(known.get(name, ())) and all(map(operator.is_, leaves, known[name]))
-        for name, leaves in _leaves(state).items()
-        if leaves
-    )
-
-
-def _leaves(state: TrainState) -> dict[str, list[Any]]:
-    return {name: jax.tree.leaves(tree) for name, tree in state.arrays.items()}
+    return all(known.get(name) is tree for name, tree in state.arrays.items())

@@ -360,6 +360,8 @@ class Engine:
             is to make, or the last one could not be written.
           SystemExit, KeyboardInterrupt: after SIGTERM (with exit code 143) and SIGINT.
         """
+        self._check_own(state)
+        state.known_equal.clear()  # compared before the first step, whatever was done to it
         return loop.fit(
             self,
             step,

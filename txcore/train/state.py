@@ -42,10 +42,8 @@ class TrainState:
     extra: Any  # model state that is not trained
     loss_scaling: LossScaling | None  # None but in float16 and where steps are skipped
     engine: Runner = field(metadata={"static": True})
-    # The leaves of each field that are known to be equal on all ranks (agreement.py).
-    known_equal: dict[str, list[Any]] = field(
-        default_factory=dict, init=False, repr=False, compare=False
-    )
+    # The fields that are known to be equal on all ranks (agreement.py).
+    known_equal: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def arrays(self) -> dict[str, Any]:
