@@ -230,7 +230,7 @@ ALONE = {
 def check_alone(what):
     ended = run([["alone", {"what": what}]], seconds=90)
     assert any(code != 0 for code, _, _ in ended)
-    assert any(ALONE[what] in err for _, _, err in ended), ended
+    assert any(ALONE[what] in err for _, _, err in ended), "\n".join(err for _, _, err in ended)
     for code, _, err in ended:
         assert code in (0, 1, 70), err  # 0: it had ended before
 

@@ -28,7 +28,7 @@ class Entry:
     ended: bool = False
     count: int = 0  # of what all ranks have to come to (order.py)
     order: int = 0  # the digest of all of it
-    event: str = "the start"  # the last of it
+    events: str = "the start"  # the last few of it, a line each
     waits: float = 0.0  # seconds since then
 
     def to_json(self) -> str:

@@ -134,7 +134,7 @@ def _never_comes(table: Mapping[int, Entry], peer_timeout_s: float) -> Verdict |
     if not early:
         return None
     further = [rank for rank, e in ahead.items() if e.count > min(ended[r] for r in early)]
-    events = dict.fromkeys(ahead[rank].event for rank in further)
+    events = dict.fromkeys(ahead[rank].events.rpartition("\n")[2] for rank in further)
     return Verdict(
         f"{rank_names(early)} ended the program, but {rank_names(further)} came to "
         f"{', '.join(events)} after that, which needs every rank: see what only one of them does",

@@ -88,7 +88,7 @@ class Watcher:
     def meet(self, event: str) -> None:
         """Come to what every rank has to come to, in the same order."""
         if self.client is not None and threading.get_ident() == _MAIN:
-            self.order.add(event)
+            self.order.add(event.replace("\n", " "))
 
     def request_stop(self, reason: str) -> None:
         """Ask all ranks to stop; a signal handler may call it."""
@@ -144,9 +144,9 @@ class Watcher:
         phase, step, _ = position
         seconds = round(listened - self._since[2], 1)
         stop, reason = self.stop.propose(), self.stop.reason or ""
-        met = self.order.last
-        if met.number != self._met[0]:
-            self._met = (met.number, listened)
+        met = self.order.said()
+        if met["count"] != self._met[0]:
+            self._met = (met["count"], listened)
         return replace(
             told,
             beat=self.sent.beat + 1,
@@ -155,9 +155,7 @@ class Watcher:
             seconds=seconds,
             stop=stop,
             reason=reason,
-            count=met.number,
-            order=met.digest,
-            event=met.event,
+            **met,
             waits=round(listened - self._met[1], 1),
         )
 

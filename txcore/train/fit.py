@@ -102,6 +102,7 @@ def fit(
         run.save_once()
         if engine.spans:
             watch.meet(f"the end of fit, after {run.position.steps} steps")
+            watch.at("comparison", run.position.steps, "the end of fit")
             agreement.check_end(run.position)
     if interrupt.stopped is None and not interrupt.due(run.position.steps):
         interrupt.stopped = interrupt.asked  # too late for the others to stop with this process
