@@ -92,7 +92,7 @@ def compare(
     theirs = [_read(client, f"{folder}facts/{group[0]}") for group in groups[: MOST_GROUPS + 1]]
     with contextlib.suppress(RuntimeError):  # the coordinator must not go before all have read
         client.wait_at_barrier(f"{folder}read", int(READ_S * 1000))
-    if any(their.get("program") != [name] for their in theirs):  # what else is compared differs too
+    if any(their.get("program", [name]) != [name] for their in theirs):
         texts = PROBLEM, REMEDY
     raise MismatchError(difference(groups, theirs, *texts))
 
@@ -184,7 +184,8 @@ def difference(
 
 def _titles(ours: Mapping[str, list[str]], theirs: Mapping[str, list[str]]) -> list[str]:
     """Return which facts to compare; of two programs that are of another kind only the name."""
-    if ours.keys() != theirs.keys() and ours.get("program") != theirs.get("program"):
+    other_program = theirs and ours.get("program") != theirs.get("program")
+    if other_program and ours.keys() != theirs.keys():
         return ["program"]
     return sorted(ours.keys() | theirs.keys())
 
