@@ -223,7 +223,7 @@ ALONE = {
     "evaluation after fit": "rank 0 ended the program at step 6 (after fit), but rank 1 waits",
     "barrier after fit": "rank 0 ended the program, but rank 1 came to the barrier",
     "second fit": "rank 0 ended the program, but rank 1 came to a comparison of the ranks",
-    "run before a barrier": "rank 0 came to the barrier 'both', where rank 1 came to a run of step",
+    "run before a barrier": "rank 1 came to a run of step, where rank 0 came to the barrier 'both'",
 }
 
 

@@ -84,7 +84,8 @@ class TrainState:
     def replace(self, **changes: Any) -> "TrainState":
         """Return a copy with some fields changed (`extra=`, for example)."""
         new = replace(self, **changes)
-        new.known_equal.update({k: v for k, v in self.known_equal.items() if k not in changes})
+        if self.known_equal:
+            new.known_equal.update({k: v for k, v in self.known_equal.items() if k not in changes})
         return new
 
     def example_keys(self, batch: Any) -> jax.Array:
