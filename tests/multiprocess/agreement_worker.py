@@ -280,7 +280,7 @@ def alone(what):
         more = what == "longer evaluation" and own
         return made.evaluate(eval_step, state, batches(2 + more))
 
-    options = {"steps": 6}
+    options = {"steps": 6, "evaluate": evaluate}
     if what == "epoch that ends early":
         data, options = (lambda epoch: iter(batches(4 if own else 6))), {"epochs": 1}
     if what == "epochs of other lengths":
@@ -300,7 +300,7 @@ def alone(what):
             time.sleep(45 if i == 3 and own else 0)
             return batch(i)
 
-    state = made.fit(step, state, data, evaluate=evaluate, **options)
+    state = made.fit(step, state, data, **options)
     print(json.dumps(["alone", f"after fit at {time.time():.1f}"]), flush=True)
     if what == "run after fit" and own:
         state, metrics = step(state, batch())
