@@ -13,8 +13,7 @@ import time
 import traceback
 from collections.abc import Callable
 
-from txcore.launch.preflight import MismatchError
-from txcore.launch.table import Verdict
+from txcore.launch.table import MismatchError, Verdict
 from txcore.launch.verdict import rank_names
 from txcore.launch.watcher import OWN_THREADS, Watcher
 

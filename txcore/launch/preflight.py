@@ -12,6 +12,8 @@ from typing import Any
 import jax
 
 from txcore import _compat
+from txcore.launch import watch
+from txcore.launch.table import MismatchError as MismatchError
 from txcore.launch.verdict import rank_names
 
 Facts = Mapping[str, str | Sequence[str]]
@@ -26,11 +28,20 @@ LONGEST_LINE = 300
 _calls = itertools.count()
 
 
-class MismatchError(RuntimeError):
-    """The ranks of a run would not run the same program; every one of them raises it alike."""
+PROBLEM = "the ranks would run different programs"
+REMEDY = (
+    "Nothing was run. Start every rank with the same script, arguments, data and installed packages"
+)
 
 
-def check(name: str, facts: Facts, *, timeout_s: float = 300.0) -> None:
+def check(
+    name: str,
+    facts: Facts,
+    *,
+    timeout_s: float = 300.0,
+    problem: str = PROBLEM,
+    remedy: str = REMEDY,
+) -> None:
     """Compare what all ranks are about to run; every rank has to come here.
 
     A digest of the facts goes through the coordinator, and the facts where they differ.
@@ -39,6 +50,8 @@ def check(name: str, facts: Facts, *, timeout_s: float = 300.0) -> None:
       name: what is about to run ("train_step").
       facts: what has to be the same on every rank; each a text, or its lines (`facts_of`).
       timeout_s: seconds to wait for the others, which may still be compiling.
+      problem: what is wrong where they differ, for the message.
+      remedy: what to do about it.
 
     Raises:
       MismatchError: the facts differ, on every rank with the same text.
@@ -51,11 +64,20 @@ def check(name: str, facts: Facts, *, timeout_s: float = 300.0) -> None:
     client, world = _compat.coordination_client(), _compat.coordination_size()
     if client is not None and world > 1:
         folder = f"{FOLDER}{next(_calls)}/"  # the first programs of all ranks are compared, ...
-        compare(client, _compat.coordination_rank(), world, folder, name, facts, timeout_s)
+        watch.meet("a comparison of the ranks")  # which finds other names itself
+        texts = problem, remedy
+        compare(client, _compat.coordination_rank(), world, folder, name, facts, timeout_s, texts)
 
 
 def compare(
-    client: Any, rank: int, world: int, folder: str, name: str, facts: Facts, timeout_s: float
+    client: Any,
+    rank: int,
+    world: int,
+    folder: str,
+    name: str,
+    facts: Facts,
+    timeout_s: float,
+    texts: tuple[str, str] = (PROBLEM, REMEDY),
 ) -> None:
     """Do what `check` does, in a folder of the coordinator's that is used once."""
     told = {title: _lines(fact) for title, fact in facts.items()} | {"program": [name]}
@@ -70,7 +92,9 @@ def compare(
     theirs = [_read(client, f"{folder}facts/{group[0]}") for group in groups[: MOST_GROUPS + 1]]
     with contextlib.suppress(RuntimeError):  # the coordinator must not go before all have read
         client.wait_at_barrier(f"{folder}read", int(READ_S * 1000))
-    raise MismatchError(difference(groups, theirs))
+    if any(their.get("program", [name]) != [name] for their in theirs):
+        texts = PROBLEM, REMEDY
+    raise MismatchError(difference(groups, theirs, *texts))
 
 
 def _read(client: Any, key: str) -> dict[str, list[str]]:
@@ -113,12 +137,18 @@ def _groups(digests: Mapping[int, str]) -> list[list[int]]:
     return sorted(groups.values(), key=lambda group: (-len(group), group[0]))
 
 
-def difference(groups: Sequence[Sequence[int]], facts: Sequence[Mapping[str, list[str]]]) -> str:
+def difference(
+    groups: Sequence[Sequence[int]],
+    facts: Sequence[Mapping[str, list[str]]],
+    problem: str = PROBLEM,
+    remedy: str = REMEDY,
+) -> str:
     """Return what to say of groups of ranks whose facts differ.
 
     Args:
       groups: the ranks of each group; the others are compared with the first.
       facts: each group's facts; may be cut to the first groups.
+      problem, remedy: what is wrong, and what to do about it.
 
     Returns:
       A text of bounded length.
@@ -138,24 +168,26 @@ def difference(groups: Sequence[Sequence[int]], facts: Sequence[Mapping[str, lis
     reference, *others = groups
     differing = sorted(rank for group in others for rank in group)
     differ = "differs" if len(differing) == 1 else "differ"
-    rows = [
-        f"the ranks would run different programs: {rank_names(differing)} {differ} from "
-        f"{rank_names(reference)}"
-    ]
+    rows = [f"{problem}: {rank_names(differing)} {differ} from {rank_names(reference)}"]
     for group, theirs in zip(others, facts[1:], strict=False):
         if len(others) > 1:
             rows.append(f"{rank_names(group)} against {rank_names(reference)}:")
-        for title in sorted(facts[0].keys() | theirs.keys()):
+        for title in _titles(facts[0], theirs):
             before, after = facts[0].get(title, []), theirs.get(title, [])
             if before != after:
                 rows += [f"{title}:", *_changes(before, after, reference, group)]
     if len(groups) > len(facts):
         rows.append(f"({len(groups) - len(facts)} more groups of ranks differ from all these)")
-    rows.append(
-        "Nothing was run. Start every rank with the same script, arguments, data and installed "
-        "packages"
-    )
+    rows.append(remedy)
     return "\n".join(rows)
+
+
+def _titles(ours: Mapping[str, list[str]], theirs: Mapping[str, list[str]]) -> list[str]:
+    """Return which facts to compare; of two programs that are of another kind only the name."""
+    other_program = theirs and ours.get("program") != theirs.get("program")
+    if other_program and ours.keys() != theirs.keys():
+        return ["program"]
+    return sorted(ours.keys() | theirs.keys())
 
 
 def _changes(
@@ -168,7 +200,8 @@ def _changes(
     cut = slice(MOST_COMPARED)  # difflib takes time by the square of the lines
     changes = list(difflib.unified_diff(old[cut], new[cut], n=2, lineterm=""))[3:]
     rows = [f"--- {rank_names(reference)}", f"+++ {rank_names(group)}"]
-    rows += [f"({first} lines are the same)"] * (first > 0)
+    if first:
+        rows.append(f"({first} line{' is' if first == 1 else 's are'} the same)")
     rows += ["..." if row.startswith("@@") else row for row in changes[:MOST_LINES]]
     if len(changes) > MOST_LINES or max(len(old), len(new)) > MOST_COMPARED:
         rows.append("(and more)")

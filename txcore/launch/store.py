@@ -1,6 +1,7 @@
 """Words between processes, through the coordinator: no backend, no collective."""
 
 from txcore import _compat
+from txcore.launch import watch
 
 
 def world_size() -> int:
@@ -29,6 +30,7 @@ def barrier(name: str, *, timeout_s: float = 1800.0) -> None:
     """
     client = _compat.coordination_client()
     if client is not None:
+        watch.meet(f"the barrier {name!r}")
         client.wait_at_barrier(f"txcore/{name}", int(timeout_s * 1000))
 
 

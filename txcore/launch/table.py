@@ -9,6 +9,10 @@ TRY_AGAIN = 75  # EX_TEMPFAIL of BSD's sysexits.h: another attempt may succeed
 FAILED = 70  # EX_SOFTWARE: a rank failed by an error of its own, and will again
 
 
+class MismatchError(RuntimeError):
+    """Ranks or devices differ in what has to be the same; every rank raises it alike."""
+
+
 @dataclass(frozen=True)
 class Entry:
     """What one rank tells: a counter that shows that it lives, and what it does."""
@@ -22,6 +26,10 @@ class Entry:
     failed: str = ""  # its own error
     lost: str = ""  # its error that speaks of a lost peer
     ended: bool = False
+    count: int = 0  # of what all ranks have to come to (order.py)
+    order: int = 0  # the digest of all of it
+    events: str = "the start"  # the last few of it, a line each
+    waits: float = 0.0  # seconds since then
 
     def to_json(self) -> str:
         """Return the entry as short text."""

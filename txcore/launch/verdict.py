@@ -1,11 +1,11 @@
 """Whether a run has to end, and why: what the ranks' entries say."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from txcore.launch.table import FAILED, Entry, Verdict
 
 # The phases in which a rank waits for the others, and which therefore have to end in time.
-TIMED = ("step", "eval step")
+TIMED = ("step", "eval step", "comparison")
 MOST_NAMED = 8  # ranks in a message
 
 
@@ -17,10 +17,15 @@ def rank_names(ranks: Iterable[int]) -> str:
       >>> rank_names([3]), rank_names([0, 2, 5]), rank_names(range(100))[-18:]
       ('rank 3', 'ranks 0, 2 and 5', '6, 7 and 92 others')
     """
-    names = _cut([str(rank) for rank in sorted(ranks)], MOST_NAMED)
+    return name_each("rank", ranks)
+
+
+def name_each(what: str, numbers: Iterable[int]) -> str:
+    """Return "device 1", or "devices 0, 2 and 5"; many are cut."""
+    names = _cut([str(number) for number in sorted(numbers)], MOST_NAMED)
     if len(names) == 1:
-        return f"rank {names[0]}"
-    return f"ranks {', '.join(names[:-1])} and {names[-1]}"
+        return f"{what} {names[0]}"
+    return f"{what}s {', '.join(names[:-1])} and {names[-1]}"
 
 
 def _cut(names: list[str], most: int) -> list[str]:
@@ -35,6 +40,7 @@ def judge(
     peer_timeout_s: float,
     suspect_s: float,
     step_timeout_s: float,
+    order: Callable[[Mapping[int, Entry]], Verdict | None] = lambda table: None,
 ) -> Verdict | None:
     """Say whether the run has to end, and why.
 
@@ -44,6 +50,7 @@ def judge(
       peer_timeout_s: after how long a silent rank counts as dead.
       suspect_s: the same where some rank has lost a connection already.
       step_timeout_s: how long a step may take.
+      order: says who came to something else than others (`Order.judge`).
 
     Returns:
       The verdict; None where the run goes well.
@@ -51,6 +58,7 @@ def judge(
     return (
         _failed(table)
         or _silent(table, silent, peer_timeout_s, suspect_s)
+        or order(table)
         or _ended(table, peer_timeout_s)
         or _cut_off(table, silent, peer_timeout_s)
         or _too_long(table, step_timeout_s)
@@ -102,7 +110,7 @@ def _ended(table: Mapping[int, Entry], peer_timeout_s: float) -> Verdict | None:
     hangs = [r for r, e in left.items() if e.lost or (_timed(e) and e.seconds >= peer_timeout_s)]
     early = [r for r in ended if any(table[r].step <= table[h].step for h in hangs)]
     if not early:
-        return None
+        return _never_comes(table, peer_timeout_s)
     waits = [rank for rank, entry in left.items() if entry.lost or _timed(entry)]
     step = max(table[rank].step for rank in waits)
     places = ", ".join(dict.fromkeys(_where(table[rank]) for rank in sorted(early)))
@@ -110,6 +118,26 @@ def _ended(table: Mapping[int, Entry], peer_timeout_s: float) -> Verdict | None:
         f"{rank_names(early)} ended the program {places}, but {rank_names(waits)} "
         f"{'waits' if len(waits) == 1 else 'wait'} for it in step {step}: every rank has to make "
         "the same steps (is there less data on one, or a sys.exit()?)",
+        FAILED,
+    )
+
+
+def _never_comes(table: Mapping[int, Entry], peer_timeout_s: float) -> Verdict | None:
+    """Blame those that ended though others came to what needs them."""
+    ended = {rank: entry.count for rank, entry in table.items() if entry.ended}
+    ahead = {
+        rank: entry
+        for rank, entry in table.items()
+        if not entry.ended and entry.waits >= peer_timeout_s
+    }
+    early = [rank for rank, count in ended.items() if any(count < e.count for e in ahead.values())]
+    if not early:
+        return None
+    further = [rank for rank, e in ahead.items() if e.count > min(ended[r] for r in early)]
+    events = dict.fromkeys(ahead[rank].events.rpartition("\n")[2] for rank in further)
+    return Verdict(
+        f"{rank_names(early)} ended the program, but {rank_names(further)} came to "
+        f"{', '.join(events)} after that, which needs every rank: see what only one of them does",
         FAILED,
     )
 

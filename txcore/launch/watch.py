@@ -97,6 +97,23 @@ def at(phase: str, step: int | None = None, label: str = "") -> None:
     _watcher.position = (phase, _watcher.position[1] if step is None else step, label)
 
 
+def meet(event: str) -> None:
+    """Note that this rank comes to what every rank has to come to, in the same order; about 1 us.
+
+    Ranks that come to something else are named within seconds: an evaluation or a barrier of one
+    rank alone, another number of batches. A slow one never is. Steps, evaluations and checkpoints
+    of an engine and `tx.barrier` note themselves; only the main thread's are compared.
+
+    Args:
+      event: what it comes to, the same text on every rank: "batch 3 of epoch 1".
+
+    Example:
+      >>> from txcore.launch import watch
+      >>> watch.meet("the exchange of counts")  # alone: nobody to compare with
+    """
+    _watcher.meet(event)
+
+
 def reach(step: int) -> bool:
     """Come to the boundary before a step, and tell whether all ranks stop here.
 

@@ -13,6 +13,7 @@ from typing import Any
 from txcore import _compat
 from txcore.launch.hearing import Hearing
 from txcore.launch.lifeline import Lifeline
+from txcore.launch.order import Order
 from txcore.launch.stop import Stop
 from txcore.launch.table import FAILED, FOLDER, VERDICT, Entry, Verdict, read_entry, read_verdict
 from txcore.launch.verdict import coordinator_gone, judge, silence
@@ -22,6 +23,8 @@ HURRY_S = 0.05  # between two readings while somebody waits for what the table s
 OWN_THREADS = "txcore-"  # what the names of the watch's threads start with
 TICK_S = 0.5  # between two looks at the clock
 JOIN_S = 2.0  # for a thread to end, on a busy machine
+# Other threads come to things in no order: what they do is not compared.
+_MAIN = threading.main_thread().ident
 
 
 class Watcher:
@@ -49,6 +52,7 @@ class Watcher:
         self.step_timeout_s = step_timeout_s
         self.position = ("start", 0, "")  # phase, step, label
         self.stop = Stop()
+        self.order = Order()
         self.error: BaseException | None = None  # what this rank fails by
         self.told = Entry()  # failed, lost and ended, as they are to be told
         self.sent = Entry()  # the last entry that the coordinator took
@@ -59,6 +63,7 @@ class Watcher:
         self._hearing = Hearing(world, 2 * self.interval_s)
         self._stood_still = (0.0, 0.0)  # this process: seconds, and when it went on
         self._since: tuple[Any, str, float] = (None, "", 0.0)  # position, loss, when first seen
+        self._met: tuple[int, float] = (0, 0.0)  # the last event's count, when first seen
         self._wake: queue.SimpleQueue[None] = queue.SimpleQueue()  # a signal handler may put
         self._lifeline: Lifeline | None = None
         self._threads: list[threading.Thread] = []
@@ -79,6 +84,11 @@ class Watcher:
         while (decided := self.stop.decide()) is None and not self.closed:
             time.sleep(0.002)
         return decided is not False
+
+    def meet(self, event: str) -> None:
+        """Come to what every rank has to come to, in the same order."""
+        if self.client is not None and threading.get_ident() == _MAIN:
+            self.order.add(event.replace("\n", " "))
 
     def request_stop(self, reason: str) -> None:
         """Ask all ranks to stop; a signal handler may call it."""
@@ -134,9 +144,19 @@ class Watcher:
         phase, step, _ = position
         seconds = round(listened - self._since[2], 1)
         stop, reason = self.stop.propose(), self.stop.reason or ""
-        beat = self.sent.beat + 1
+        met = self.order.said()
+        if met["count"] != self._met[0]:
+            self._met = (met["count"], listened)
         return replace(
-            told, beat=beat, step=step, phase=phase, seconds=seconds, stop=stop, reason=reason
+            told,
+            beat=self.sent.beat + 1,
+            step=step,
+            phase=phase,
+            seconds=seconds,
+            stop=stop,
+            reason=reason,
+            **met,
+            waits=round(listened - self._met[1], 1),
         )
 
     def _judge(self) -> Verdict | None:
@@ -147,6 +167,7 @@ class Watcher:
             peer_timeout_s=self.peer_timeout_s,
             suspect_s=max(3 * self.interval_s, self.peer_timeout_s / 3),
             step_timeout_s=self.step_timeout_s,
+            order=lambda table: self.order.judge(self.rank, table),
         )
         if verdict is None:
             return None

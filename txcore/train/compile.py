@@ -36,12 +36,16 @@ class CompiledStep:
     Attributes:
       program: the program and its stages.
       seconds: of tracing and compiling.
+      name: the step's.
       last_words: what a rank that waits in it says: the step's name and its last collective.
+      reduces: whether it has any collective, for which all ranks have to come.
     """
 
     program: "Program"
     seconds: float
+    name: str
     last_words: str
+    reduces: bool
 
     @property
     def call(self) -> jax.stages.Compiled:
@@ -110,7 +114,8 @@ def compile_step(
         preflight.check(name_of(fn), {**facts, "StableHLO": _digest(lowered)})
     program = compile_lowered(jaxpr, lowered, options)
     last = f", whose last collective is {collectives[-1]}" if collectives else ""
-    return CompiledStep(program, time.perf_counter() - started, name_of(fn) + last)
+    seconds, name = time.perf_counter() - started, name_of(fn)
+    return CompiledStep(program, seconds, name, name + last, bool(collectives))
 
 
 def _lines(declared: Iterable["Declared"]) -> list[str]:

@@ -16,8 +16,8 @@ from txcore.launch.threads import yield_to_compute
 from txcore.mesh import MeshSpec
 from txcore.optim import as_optimizer
 from txcore.plan import Plan
+from txcore.train import agreement, loss_scale, nonfinite, replicas
 from txcore.train import fit as loop
-from txcore.train import loss_scale, nonfinite
 from txcore.train.batch import examples, global_shapes, shapes_on, shard_batch
 from txcore.train.checkpoints import Checkpoints
 from txcore.train.compile import CompiledStep, compile_step, name_of
@@ -97,6 +97,8 @@ class Engine:
         self._options = dict(compiler_options)
         self._steps: dict[Any, CompiledStep] = {}
         self.last_words = ""  # what is running, for a rank that waits in it
+        ranks = {device.process_index for device in mesh.devices}
+        self.spans = len(ranks) > 1  # several processes
 
     def with_optimizer(self, optimizer: Any) -> "Engine":
         """Return an engine that differs in its optimizer alone, without loggers."""
@@ -111,24 +113,42 @@ class Engine:
         )
 
     @property
+    def compiler_options(self) -> dict[str, Any]:
+        """XLA options of the steps."""
+        return dict(self._options)
+
+    @property
     def compile_seconds(self) -> float:
         """Seconds spent tracing and compiling steps so far."""
         return sum(step.seconds for step in self._steps.values())
 
-    def create_state(self, params: Any, extra: Any = None) -> TrainState:
+    def create_state(
+        self, params: Any, extra: Any = None, broadcast_from: int | None = None
+    ) -> TrainState:
         """Copy parameters to the mesh and start the optimizer.
+
+        In several processes the state is compared bit for bit before its first step: each has to
+        make the same one, or to take that of one of them.
 
         Args:
           params: pytree of arrays; they are copied, yours stay alive. Of an equinox or nnx model
             it is the part that is trained: `eqx.partition`, `nnx.split`.
           extra: pytree of model state that is not trained (batch statistics, PRNG keys).
+          broadcast_from: the rank whose state all take: parameters, optimizer state, `extra` and
+            seed; the others give the same leaves with any values. `audit_broadcast` shows what is
+            sent.
 
         Returns:
           The state of a run that has made no step yet.
 
         Raises:
           TypeError: a leaf is no array; the error says what to do with an equinox or nnx model.
+          ValueError: `broadcast_from` is no rank of this run.
+          MismatchError: with `broadcast_from`, the leaves of the ranks differ in path, dtype or
+            shape.
         """
+        if broadcast_from is not None:
+            agreement.check_rank("create_state", "broadcast_from", broadcast_from)
         params, extra = copies(params, "params", trained=True), copies(extra, "extra")
         skips = self.on_nonfinite == "skip"
         arrays = {
@@ -141,6 +161,10 @@ class Engine:
                 1.0 if skips and self.precision.scaling is None else self.precision.scaling
             ),
         }
+        if broadcast_from is not None and self.spans:
+            agreement.check_broadcast(broadcast_from, arrays)
+            root = self._first_device(broadcast_from)
+            return TrainState(**replicas.send_from(arrays, self.mesh.mesh, root), engine=self)
         placed = jax.tree.map(self._replicate, arrays)
         return TrainState(**placed, engine=self)
 
@@ -165,6 +189,80 @@ class Engine:
             return self._replicate(copies(leaf, where, user="state.replace"))
 
         return jax.tree_util.tree_map_with_path(placed, tree)
+
+    def _first_device(self, rank: int) -> int:
+        """Return the place in the mesh of a process's first device."""
+        ranks = [device.process_index for device in self.mesh.devices]
+        if rank not in ranks:
+            raise ValueError(
+                f"create_state needs broadcast_from= a rank with devices in the mesh, {ranks}, "
+                f"got {rank}"
+            )
+        return ranks.index(rank)
+
+    def audit_broadcast(self, state: TrainState, broadcast_from: int = 0) -> "Report":
+        """Account for every collective by which `create_state(broadcast_from=)` sends a state.
+
+        Args:
+          state: a state that this engine made; nothing of it is sent.
+          broadcast_from: the rank whose state would be sent.
+
+        Returns:
+          A `txcore.profiling.Report` of the compiled program.
+
+        Raises:
+          ValueError: `broadcast_from` is no rank of this run, or the state another engine's.
+
+        Example:
+          >>> engine = tx.Engine(mesh=tx.MeshSpec(jax.devices()[:2]), plan=tx.Plan(tx.DP("data")),
+          ...                    optimizer=tx.optim.sgd(0.1))
+          >>> report = engine.audit_broadcast(engine.create_state({"w": np.zeros(3, np.float32)}))
+          >>> report.ok, {c.kind for c in report.collectives}
+          (True, {'all-reduce'})
+        """
+        from txcore.profiling import audit
+
+        self._check_own(state)
+        agreement.check_rank("audit_broadcast", "broadcast_from", broadcast_from)
+        mesh, root = self.mesh.mesh, self._first_device(broadcast_from)
+        shapes = replicas.sending_shapes(state.arrays, mesh)
+        return audit(replicas.sending_program(mesh, root), shapes)
+
+    def check_replicas(
+        self, state: TrainState, *, after: int | None = None, since: int | None = None
+    ) -> None:
+        """Compare the copies of a state on all devices and ranks, bit for bit.
+
+        Cheap: digests are made on the devices and compared there. Every process has to come.
+
+        Args:
+          state: a state that this engine made; it is not donated.
+          after: how many steps were made, for the message.
+          since: after how many the copies were last known to be equal.
+
+        Raises:
+          MismatchError: copies differ; names leaf, devices and ranks, on every rank alike.
+
+        Example:
+          >>> engine = tx.Engine(mesh=tx.MeshSpec(jax.devices()[:2]), plan=tx.Plan(tx.DP("data")),
+          ...                    optimizer=tx.optim.sgd(0.1))
+          >>> state = engine.create_state({"w": np.zeros(3, np.float32)})
+          >>> engine.check_replicas(state)
+        """
+        self._check_own(state)
+        if self.spans:
+            self._check_beginning(state, "check_replicas")
+            watch.meet("a comparison of the copies of the state")
+            watch.at("comparison")
+        agreement.check_copies(state, self.mesh.mesh, after, since)
+        watch.at("between steps")
+
+    def _check_beginning(self, state: TrainState, name: str) -> None:
+        """Compare a state over the ranks where it is not known to be equal on all of them."""
+        if self.spans and not agreement.is_equal(state):
+            watch.at("comparison", label=name)
+            agreement.check_beginning(self, state, name)
+            agreement.note_equal(state)
 
     def _replicate(self, leaf: Any) -> jax.Array:
         if _compat.is_key_array(leaf):
@@ -195,8 +293,19 @@ class Engine:
         refuse_tracing(name_of(step), state, batch)
         batch = shard_batch(batch, self.mesh, self.plan)
         compiled = self._compiled(step, state, batch, train=True)
+        self._come_to(compiled, state)
         arrays, metrics = compiled.call(state.arrays, batch)
-        return replace(state, **arrays), metrics
+        state = replace(state, **arrays)
+        if self.spans:
+            agreement.note_equal(state)
+        return state, metrics
+
+    def _come_to(self, compiled: CompiledStep, state: TrainState) -> None:
+        """Do what several processes need before a program of all of them runs."""
+        if self.spans:
+            self._check_beginning(state, compiled.name)
+            if compiled.reduces:
+                watch.meet(f"a run of {compiled.name}")
 
     def evaluate(self, step: Any, state: TrainState, data: Iterable[Any]) -> Metrics:
         """Average a step's metrics over batches, weighted by their real examples.
@@ -220,6 +329,7 @@ class Engine:
             refuse_tracing(name_of(step), state, host)
             batch = shard_batch(host, self.mesh, self.plan)
             compiled = self._compiled(step, state, batch, train=False)
+            self._come_to(compiled, state)
             watch.at("eval step", label=compiled.last_words)
             metrics, count = compiled.call(state.arrays, batch)
             weight = int(count) if count is not None else examples(batch, self.plan)[0]
@@ -244,6 +354,7 @@ class Engine:
         evaluate: loop.Evaluate | None = None,
         eval_every: int | None = None,
         checkpoints: Checkpoints | None = None,
+        check_replicas_every: int | None = None,
     ) -> TrainState:
         """Train: run the step over batches, tell the loggers, and save checkpoints.
 
@@ -264,11 +375,16 @@ class Engine:
             metrics (`lambda state: engine.evaluate(eval_step, state, test_batches)`).
           eval_every: steps between evaluations; None evaluates after the last step only.
           checkpoints: where and how often to save the run, and whether to resume it.
+          check_replicas_every: steps between comparisons of the state's copies on all devices, bit
+            for bit (`check_replicas`): before the first step, and after every so many.
 
         Returns:
           The state after the last step.
 
         Raises:
+          MismatchError: the ranks differ in these arguments (but for what data and evaluate do), in
+            the engine or in the state, before the first step; or copies that have to be equal
+            differ (`check_replicas_every`); or the ranks ended at other batches.
           ValueError: neither or both of `steps` and `epochs`, a state that has made more steps, or
             data that ends too early or does not fit the checkpoint.
           FloatingPointError: the loss is not finite, or a parameter that is to be saved; see
@@ -278,6 +394,8 @@ class Engine:
             the metric of `keep_best`.
           SystemExit, KeyboardInterrupt: after SIGTERM (with exit code 143) and SIGINT.
         """
+        self._check_own(state)
+        state.known_equal.clear()  # compared before the first step, whatever was done to it
         return loop.fit(
             self,
             step,
@@ -288,6 +406,7 @@ class Engine:
             evaluate=evaluate,
             eval_every=eval_every,
             checkpoints=checkpoints,
+            check_replicas_every=check_replicas_every,
         )
 
     def audit(
@@ -413,7 +532,7 @@ class Engine:
                 plan=self.plan,
                 options=self._options,
                 train=train,
-                together=jax.process_count() > 1,
+                together=self.spans,
             )
             self._steps[key] = compiled
             watch.at("step" if train else "eval step", label=compiled.last_words)

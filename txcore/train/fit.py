@@ -13,8 +13,8 @@ import numpy as np
 
 from txcore.kernels.checks import whole_number
 from txcore.launch import watch
+from txcore.train import agreement, nonfinite
 from txcore.train import checkpoint_folder as folder
-from txcore.train import nonfinite
 from txcore.train.batch import examples, shard_batch
 from txcore.train.checkpoints import Checkpoints
 from txcore.train.error_state import give_state, is_alive
@@ -45,17 +45,30 @@ def fit(
     evaluate: Evaluate | None,
     eval_every: int | None,
     checkpoints: Checkpoints | None,
+    check_replicas_every: int | None = None,
 ) -> TrainState:
     """Train as `Engine.fit` says."""
     run = Run(engine, state, evaluate, checkpoints)
     with interrupts() as interrupt:  # until the last save is whole
         try:
             length = Length.of(steps, epochs)
-            every = check_evaluation(evaluate, eval_every, checkpoints)
+            run.eval_every = check_evaluation(evaluate, eval_every, checkpoints)
+            run.compare_every = check_count("check_replicas_every", check_replicas_every)
             engine.check_state(state, "fit")
             if jax.process_count() > 1:
                 watch.start()  # where tx.initialize did not
-            return train(run, step, data, length, every, interrupt)
+            if engine.spans:
+                agreement.check_fit(
+                    engine,
+                    data,
+                    steps=length.steps,
+                    epochs=length.epochs,
+                    evaluate=evaluate,
+                    eval_every=run.eval_every,
+                    checkpoints=checkpoints,
+                    check_replicas_every=run.compare_every,
+                )
+            return train(run, step, data, length, interrupt)
         except BaseException as error:
             interrupt.hold()  # it ends already
             newest = checkpoints.newest() if isinstance(checkpoints, Checkpoints) else None
@@ -64,30 +77,30 @@ def fit(
 
 
 def train(
-    run: "Run",
-    step: StepFn,
-    data: Data,
-    length: "Length",
-    every: int | None,
-    interrupt: Interrupt,
+    run: "Run", step: StepFn, data: Data, length: "Length", interrupt: Interrupt
 ) -> TrainState:
     """Make the steps of a run, and end it as a signal asks for, if one came."""
     try:
         with run.checkpoints or nullcontext():
             run.begin(data, length)
+            if run.compare_every:
+                run.compare_copies()
             for after, host in batches(data, length, run.position, run.rows):
                 if interrupt.due(run.position.steps):
                     break
                 run.make(step, host, after, interrupt)
-                if every and run.position.steps % every == 0:
+                if run.is_due(run.eval_every):
                     run.evaluate_once()
                 if run.is_to_be_saved():
                     run.save_once()
+                if run.is_due(run.compare_every):
+                    run.compare_copies()
                 watch.at("data", run.position.steps)
             run.wait()
             if interrupt.stopped is None:
                 run.evaluate_once()
             run.save_once()
+            run.compare_ends()
     except BaseException as error:
         # Once the checkpoint under way is whole, and the steps that are: the others, which end
         # when they are told, have to be there for both.
@@ -112,6 +125,8 @@ class Run:
     state: TrainState
     evaluate: Evaluate | None
     checkpoints: Checkpoints | None
+    eval_every: int | None = None
+    compare_every: int | None = None
 
     def begin(self, data: Data, length: "Length") -> None:
         """Go on from the newest checkpoint, or from where the state is."""
@@ -131,6 +146,7 @@ class Run:
         self.progress = Progress(self.engine, total, self.position, self._check)
         self.evaluated, self.saved = 0, self.position.steps  # after so many steps
         self.metrics: Metrics = {}  # of the last evaluation
+        self.equal: int | None = None  # after so many steps all copies were
 
     def _check(self, done: int, metrics: Metrics) -> None:
         nonfinite.check(done, metrics, self.state, self.engine.on_nonfinite)
@@ -145,6 +161,8 @@ class Run:
         batch = shard_batch(host, engine.mesh, engine.plan)
         self.progress.start_clock()
         watch.at("step", self.position.steps, engine.last_words)
+        if engine.spans:
+            watch.meet(f"batch {after.batch} of epoch {after.epoch}, step {after.steps} of fit")
         interrupt.hold()
         try:
             self.state, metrics = engine.run(step, self.state, batch)
@@ -167,11 +185,15 @@ class Run:
         self.progress.tell("eval", self.metrics)
         self.evaluated = self.position.steps
 
+    def is_due(self, every: int | None) -> bool:
+        """Tell whether what is done every so many steps is to be done now."""
+        return every is not None and self.position.steps % every == 0
+
     def is_to_be_saved(self) -> bool:
         """Tell whether a checkpoint is due, or the state has just been found to be the best."""
         if self.checkpoints is None:
             return False
-        if self.position.steps % self.checkpoints.every == 0:
+        if self.is_due(self.checkpoints.every):
             return True
         return self.evaluated == self.position.steps and self.checkpoints.improved_by(self.metrics)
 
@@ -187,8 +209,24 @@ class Run:
         self.wait()
         nonfinite.check_parameters(self.position.steps, self.state, self.engine.on_nonfinite)
         watch.at("save", self.position.steps)
+        if self.engine.spans:
+            watch.meet(f"a checkpoint after {self.position.steps} steps")
         self.saved = self.position.steps
         self.checkpoints.save(self.state, self.progress.position(self.position), metrics)
+
+    def compare_copies(self) -> None:
+        """Refuse to go on where copies that have to be equal differ."""
+        self.wait()
+        steps = self.position.steps
+        self.engine.check_replicas(self.state, after=steps, since=self.equal)
+        self.equal = steps
+
+    def compare_ends(self) -> None:
+        """Refuse a loop that ended elsewhere on another rank."""
+        if self.engine.spans:
+            watch.meet(f"the end of fit, after {self.position.steps} steps")
+            watch.at("comparison", self.position.steps, "the end of fit")
+            agreement.check_end(self.position)
 
     def tell_stopped(self, name: str) -> None:
         """Say by which signal the run stopped, and what is left of it."""
@@ -265,6 +303,14 @@ def check_rest(made: int, total: int) -> None:
         )
     if made == total:
         _warn("fit has no step to make: of steps=%d the state has made all: %s", total, more)
+
+
+def check_count(option: str, value: Any) -> int | None:
+    """Return a count of steps, None for none, or refuse what is no count."""
+    number = whole_number(value)
+    if value is not None and (number is None or number < 1):
+        raise ValueError(f"fit needs {option}= a count of steps from 1 on, got {value!r}")
+    return number
 
 
 def check_length(checkpoints: Checkpoints, position: Position, total: int | None) -> None:

@@ -47,6 +47,8 @@ class TrainState:
     extra: Any  # model state that is not trained
     loss_scaling: LossScaling | None  # None but in float16 and where steps are skipped
     engine: Runner = field(metadata={"static": True})
+    # The fields that are known to be equal on all ranks (agreement.py).
+    known_equal: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def arrays(self) -> dict[str, Any]:
@@ -144,7 +146,10 @@ class TrainState:
         if current_scope() is None:
             placed = {name: value for name, value in changes.items() if name in _ARRAYS}
             changes |= {name: self._placed(name, value) for name, value in placed.items()}
-        return replace(self, **changes)
+        new = replace(self, **changes)
+        if self.known_equal:
+            new.known_equal.update({k: v for k, v in self.known_equal.items() if k not in changes})
+        return new
 
     def _placed(self, name: str, value: Any) -> Any:
         if name in ("step", "seed") and not isinstance(value, jax.Array):
