@@ -75,7 +75,7 @@ def batch_moments(
         raise TypeError(f"tx.batch_moments needs floating-point x, got {x.dtype}: cast it first")
     over = _dims(dims, x.ndim)
     kept = _leaves.reduced_axes("batch_moments", _leaves.Leaf(x, "x"), axes, mean=True)
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    x = x.astype(accumulator(x.dtype))
     real = None if mask is None else _real(mask, x, over)
     mean, within, count = _local(x, real, over)
     if not kept:
