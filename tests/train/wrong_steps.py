@@ -197,14 +197,14 @@ GRADIENTS = {
         lambda s, b: jax.grad(mse)(s.stored_params, b), "autodiff put a psum"),
     "cast_inside_grad": (
         lambda s, b: jax.grad(lambda p: mse(tx.vary(p, "data"), b))(s.stored_params),
-        "gradients that autodiff summed"),
+        "autodiff put a psum|gradients that autodiff summed"),
     "cast_inside_value_and_grad": (
         lambda s, b: jax.value_and_grad(lambda p: mse(tx.vary(p, "data"), b))(
-            s.stored_params)[1], "gradients that autodiff summed"),
+            s.stored_params)[1], "autodiff put a psum|gradients that autodiff summed"),
     "cast_inside_a_scan": (
         lambda s, b: lax.scan(lambda c, _: (jax.grad(lambda p: mse(tx.vary(p, "data"), b))(
             s.stored_params), None), s.stored_params, None, length=2)[0],
-        "gradients that autodiff summed"),
+        "autodiff put a psum|gradients that autodiff summed"),
     "clipped_before": (
         lambda s, b: tx.pmean(tx.optim.clip_by_global_norm(local(s, b)[1], 0.5), "data"),
         "clip_by_global_norm needs gradients that are whole"),
