@@ -1,5 +1,7 @@
 """What the steps of the guards' table are about: linear regression, and its truth in float64."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,12 @@ import numpy as np
 import txcore as tx
 
 RATE = 0.1
+
+
+def f64(x: Any) -> np.ndarray:
+    return np.asarray(x, np.float64)
+
+
 _RNG = np.random.default_rng(0)
 X = _RNG.normal(size=(8, 3)).astype(np.float32)
 Y = (X @ np.float32([1, -2, 3]) + _RNG.normal(size=8)).astype(np.float32)
@@ -50,8 +58,8 @@ def _copies(x):
 
 
 # In float64, by hand.
-_X, _Y = np.float64(X), np.float64(Y)
-_W, _B = np.float64(PARAMS["w"]), np.float64(PARAMS["b"])
+_X, _Y = f64(X), f64(Y)
+_W, _B = f64(PARAMS["w"]), f64(PARAMS["b"])
 _ERROR = _X @ _W + _B - _Y
 SQUARES = _ERROR**2
 GRAD = {"w": 2 * _X.T @ _ERROR / 8, "b": 2 * _ERROR.mean()}
@@ -65,6 +73,6 @@ def updated(grad=None, **changes):
 
 def weighted(weights):
     """The loss and the gradient of a weighted mean of the squares."""
-    share = np.float64(weights) / np.float64(weights).sum()
+    share = f64(weights) / f64(weights).sum()
     residual = 2 * share * _ERROR
     return float(share @ SQUARES), {"w": _X.T @ residual, "b": residual.sum()}

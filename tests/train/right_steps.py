@@ -1,5 +1,7 @@
 """Steps that are right on any number of devices, each with its truth: none may be refused."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +17,7 @@ from guard_data import (
     X,
     Y,
     errors,
+    f64,
     mse,
     updated,
     weighted,
@@ -23,7 +26,7 @@ from jax import lax
 
 import txcore as tx
 
-RIGHT = {}  # name: (step, metrics, parameters, extra, axes)
+RIGHT: dict[str, Any] = {}  # name: (step, metrics, parameters, extra, axes)
 SCALAR = jax.ShapeDtypeStruct((), jnp.float32)
 LOSS = float(SQUARES.mean())
 
@@ -148,7 +151,7 @@ for _name, _f in GRADIENTS.items():
     _step.__name__ = _name
     right()(_step)
 
-_NORM = float((np.float64(PARAMS["w"]) ** 2).sum())
+_NORM = float((f64(PARAMS["w"]) ** 2).sum())
 _LARGEST = float(np.abs(GRAD["w"]).argmax())
 METRICS = {
     "norm_of_stored_params": (lambda s, b, g: jnp.sum(s.stored_params["w"] ** 2), _NORM),
@@ -216,12 +219,12 @@ METRICS = {
     "tokens": (
         lambda s, b, g: tx.pmean(tx.example_mean(
             b["t"].reshape(-1), b["tm"].reshape(-1), axis="data"), "data"),
-        (np.float64(TOKENS) * TOKEN_MASK).sum() / TOKEN_MASK.sum()),
+        (f64(TOKENS) * TOKEN_MASK).sum() / TOKEN_MASK.sum()),
     "tokens_in_a_loop_of_their_own": (
         lambda s, b, g: tx.pmean(lax.scan(lambda c, _: (c + tx.example_mean(
             b["t"].reshape(-1), b["tm"].reshape(-1), axis="data"), None),
             tx.vary(jnp.float32(0), "data"), None, length=2)[0] / 2, "data"),
-        (np.float64(TOKENS) * TOKEN_MASK).sum() / TOKEN_MASK.sum()),
+        (f64(TOKENS) * TOKEN_MASK).sum() / TOKEN_MASK.sum()),
     "all_gathered_examples_in_vmap": (
         lambda s, b, g: jax.vmap(lambda y: y * 2)(tx.all_gather(b["y"], "data")).sum(),
         2 * Y.sum()),
@@ -229,8 +232,8 @@ METRICS = {
         lambda s, b, g: lax.while_loop(lambda c: c < tx.psum(b["m"].sum(), "data"),
                                        lambda c: c + 1.0, jnp.float32(0)), 4.0),
 }  # fmt: skip
-for _name, (_f, _truth) in METRICS.items():
-    _step = measure(_f)
+for _name, (_metric, _truth) in METRICS.items():
+    _step = measure(_metric)
     _step.__name__ = _name
     right({"m": float(_truth)})(_step)
 
@@ -256,7 +259,7 @@ def masked_microbatches(state, batch):
     return _parts(state, batch, lambda p, b: (errors(p, b), b["m"]), batch["m"])
 
 
-_DECAY = {"w": GRAD["w"] + 0.01 * np.float64(PARAMS["w"]), "b": GRAD["b"] + 0.01 * 0.1}
+_DECAY = {"w": GRAD["w"] + 0.01 * f64(PARAMS["w"]), "b": GRAD["b"] + 0.01 * 0.1}
 
 
 @right(params=updated(_DECAY))
@@ -312,7 +315,7 @@ def clipped_after_the_mean(state, batch):
 
 def _private():
     """The mean of each example's gradient, clipped to a norm of 1."""
-    each = 2 * (np.float64(X) @ PARAMS["w"] + PARAMS["b"] - Y)
+    each = 2 * (f64(X) @ PARAMS["w"] + PARAMS["b"] - Y)
     each = np.concatenate([each[:, None] * X, each[:, None]], 1)
     each *= np.minimum(1, 1 / np.linalg.norm(each, axis=1))[:, None]
     return {"w": each.mean(0)[:3], "b": each.mean(0)[3]}
@@ -338,7 +341,7 @@ def each_example_clipped_in_a_loop(state, batch):
     return finish(state, tx.pmean(grads, "data"))
 
 
-@right(extra={"a": 0.9 * 2 + 0.1 * np.float64(Y).mean()})
+@right(extra={"a": 0.9 * 2 + 0.1 * f64(Y).mean()})
 def running_mean(state, batch):
     grads = tx.pmean(local(state, batch)[1], "data")
     mean = tx.pmean(jnp.mean(batch["y"]), "data")
@@ -346,7 +349,7 @@ def running_mean(state, batch):
     return finish(state.replace(extra=extra), grads)
 
 
-@right(extra={"v": np.float64(PARAMS["w"])})
+@right(extra={"v": f64(PARAMS["w"])})
 def extra_of_params(state, batch):
     grads = tx.pmean(local(state, batch)[1], "data")
     return finish(state.replace(extra={**state.extra, "v": state.params["w"]}), grads)
@@ -354,11 +357,9 @@ def extra_of_params(state, batch):
 
 def _centred():
     """The gradient of mean((x @ w - mean(x @ w)) ** 2), and the mean."""
-    hidden = np.float64(X) @ PARAMS["w"]
+    hidden = f64(X) @ PARAMS["w"]
     residual = hidden - hidden.mean()
-    return {"w": 2 * (residual[:, None] * (X - np.float64(X).mean(0))).mean(0), "b": 0.0}, (
-        hidden.mean()
-    )
+    return {"w": 2 * (residual[:, None] * (X - f64(X).mean(0))).mean(0), "b": 0.0}, (hidden.mean())
 
 
 def statistics(wrap):

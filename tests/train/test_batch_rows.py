@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import toys
-from guard_data import MASK, PARAMS, SQUARES, X, Y, errors, weighted
+from guard_data import MASK, PARAMS, SQUARES, X, Y, errors, f64, weighted
 from jax.sharding import PartitionSpec as P
 
 import txcore as tx
@@ -90,8 +90,8 @@ def test_the_advice_works(n):
         return {"loss": tx.pmean(mean, "data")}
 
     batch = {"x": X, "y": LABELS, "cw": CLASS_WEIGHTS}
-    logits = (np.float64(X) @ PARAMS["w"])[:, None] * np.arange(4)
-    losses = np.log(np.exp(logits).sum(1)) - logits[np.arange(8), LABELS]
+    logits = (f64(X) @ PARAMS["w"])[:, None] * np.arange(4)
+    losses = np.log(np.exp(logits).sum(1)) - np.take_along_axis(logits, LABELS[:, None], 1)[:, 0]
     truth = np.average(losses, weights=CLASS_WEIGHTS[LABELS])
     assert evaluated(n, [batch], step, cw=P())["loss"] == pytest.approx(truth, rel=1e-5)
 
@@ -101,7 +101,7 @@ def test_batches_are_weighed_by_their_rows(n):
     """Whichever leaf comes first, and where each leaf's layout is declared."""
     last = {"aux": np.zeros(16), "x": 3 * X[:4], "y": Y[:4]}
     got = evaluated(n, [{"aux": np.zeros(16), "x": X, "y": Y}, last], aux=P())
-    each = [SQUARES, np.float64((3 * X[:4]) @ PARAMS["w"] + PARAMS["b"] - Y[:4]) ** 2]
+    each = [SQUARES, f64((3 * X[:4]) @ PARAMS["w"] + PARAMS["b"] - Y[:4]) ** 2]
     truth = np.concatenate(each).mean()
     assert got["mse"] == pytest.approx(truth, rel=1e-5)
     whole = P("data")

@@ -1,5 +1,7 @@
 """Steps that give another number on several devices than on one: each must be refused."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,7 @@ from right_steps import SCALAR, _each, finish, gradient_of, local, measure
 
 import txcore as tx
 
-WRONG = {}  # name: (step, a part of the error, axes)
+WRONG: dict[str, Any] = {}  # name: (step, a part of the error, axes)
 DIFFERS = "varies along axis"
 
 
@@ -295,7 +297,7 @@ table(
 @wrong("needs the mask of the whole batch")
 def masked_halves_averaged(state, batch):
     grads = tx.pmean(local(state, batch)[1], "data")
-    mean = 0.0
+    mean = jnp.float32(0)
     for i in (0, 1):
         part = jax.tree.map(lambda a, i=i: a[i], halves(batch))
         mean += tx.example_mean(errors(state.params, part), part["m"], axis="data")
