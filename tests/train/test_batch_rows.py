@@ -12,8 +12,8 @@ from jax.sharding import PartitionSpec as P
 
 import txcore as tx
 
-LABELS = np.int32([0, 0, 0, 1, 1, 2, 2, 3])
-CLASS_WEIGHTS = np.float32([1, 2, 4, 9])
+LABELS = np.array([0, 0, 0, 1, 1, 2, 2, 3], np.int32)
+CLASS_WEIGHTS = np.array([1, 2, 4, 9], np.float32)
 DECLARED = "Plan(batch={'cw': P()})"
 
 
