@@ -1,38 +1,58 @@
-"""Find reductions of a value that was gathered along the same axis: they multiply by its size.
+"""Find what is wrong though jax's types allow it: doubled sums, means of parts, false claims.
 
 jax types the result of an all_gather as varying, though it is equal on all devices along the
-axis; so a psum of it is legal and silently n times too large. Types cannot tell; the walk can.
+axis, and so it does what was cast; a psum of it is legal and silently n times too large. The
+result of an argsort it types as equal though it differs. Types cannot tell; the walk can.
 """
 
-import math
-from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
 from txcore import _compat
-from txcore.profiling import source
-from txcore.profiling.along import GATHERS, Along, Seen, search
-from txcore.profiling.jaxpr import made_by_autodiff
-from txcore.profiling.values import is_literal
-
-_REDUCTIONS = ("psum", "psum_invariant", "reduce_scatter")
+from txcore.profiling import along, relation, source
+from txcore.profiling.along import SUMS, Seen, search
+from txcore.profiling.relation import Relation, may_differ
 
 
 @dataclass(frozen=True)
 class Finding:
-    """A reduction along `axis` of a gathered value: its tag, jax primitive and "file.py:12"."""
+    """A reduction along `axis` of something that it is wrong for, or a false claim.
+
+    problem: "gathered": a sum of what an all_gather made equal; "equal": of what is equal;
+      "multiplied": a sum of gradients that hold each device's part n times already; "part": a mean
+      of gradients of a loss that is reduced already; "typed": a reduction of gradients that went
+      back through a value that differs, and that jax types as equal; "claim": a claim
+      (`_compat.claim`) that does not hold; "total": what is claimed to be equal is a gradient
+      that autodiff summed.
+    tag, axis, primitive: of the reduction; primitive is "claim" for a claim.
+    source: "file.py:12".
+    what, error: those of a claim; dropped: whether it retypes the value as equal.
+    """
 
     tag: str | None
     axis: str
     primitive: str
     source: str
+    problem: str = "gathered"
+    what: str = ""
+    error: str = ""
+    dropped: bool = False
 
 
-def reductions_of_gathered(jaxpr: Any) -> list[Finding]:
-    """Find the sums along an axis of values that an all_gather made equal along it.
+@dataclass(frozen=True)
+class Mistyped:
+    """An operation whose result jax types as equal along `axis` though it is made of local data."""
 
-    Means, and the reductions that autodiff makes (the transpose of a gather is one), are right
-    and left out. What the walk does not know counts as different on each device: no false alarm.
+    axis: str
+    operation: str
+    source: str
+
+
+def wrong_reductions(jaxpr: Any) -> list[Finding]:
+    """Find the reductions and the claims that are wrong along an axis, which types cannot tell.
+
+    The reductions that autodiff makes (the transpose of a gather is one) are left out. What the
+    walk does not know counts as right: no false alarm.
 
     Args:
       jaxpr: a Jaxpr or ClosedJaxpr with shard_maps in it.
@@ -40,39 +60,75 @@ def reductions_of_gathered(jaxpr: Any) -> list[Finding]:
     Returns:
       One finding for each equation and axis.
     """
-    return search(jaxpr, _wrong_sum, only_with=GATHERS)
+    return search(_compat.live_jaxpr(getattr(jaxpr, "jaxpr", jaxpr)), _look)
 
 
-def _wrong_sum(seen: Seen) -> Finding | None:
-    if seen.name not in _REDUCTIONS or seen.place.axis not in seen.axes:
+def mistyped(jaxpr: Any) -> list[Mistyped]:
+    """Find the operations on local data whose results jax types as equal on all devices."""
+
+    def look(seen: Seen) -> Mistyped | None:
+        axis = seen.place.axis
+        if seen.name == _compat.CLAIM or axis in seen.axes or not seen.place.tracked:
+            return None
+        made = zip(seen.eqn.outvars, seen.outputs, strict=True)
+        wrong = any(v & relation.DIFFERS and not _varies(var, axis) for var, v in made)
+        if not wrong or not any(_varies(var, axis) for var in seen.eqn.invars):
+            return None
+        # What stands inside jnp.argsort has no line of the user's: the call of it has.
+        name = str(seen.eqn.params.get("name", seen.name))
+        return Mistyped(axis, name, source.shorten(_compat.eqn_frames(seen.eqn)))
+
+    found = search(jaxpr, look, every=True)
+    return [m for m in found if m.source] or found
+
+
+def _varies(var: Any, axis: str) -> bool:
+    return axis in _compat.varying_axes_of(var.aval)
+
+
+def _look(seen: Seen) -> Finding | None:
+    if seen.name == _compat.CLAIM:
+        return _false_claim(seen)
+    if seen.name not in SUMS or seen.place.axis not in seen.axes or seen.by_autodiff:
         return None
     if seen.eqn.params.get("axis_index_groups") is not None:
         return None
-    if (
-        max(seen.inputs) is not Along.GATHERED
-        or made_by_autodiff(seen.place.path)
-        or _is_mean(seen)
+    for value, var in zip(seen.inputs, seen.eqn.outvars, strict=False):
+        if (problem := _problem(seen, value, var)) is not None:
+            return _finding(seen, problem, tag=seen.tag)
+    return None
+
+
+def _problem(seen: Seen, value: Relation, var: Any) -> str | None:
+    if value & relation.SUMMED and may_differ(value):
+        return "typed"
+    if (seen.tag or "").split("/")[0] == "pmean" or along.is_divided(
+        seen.jaxpr, var, seen.axes, seen.place
     ):
+        return "part" if value & relation.PART and may_differ(value) else None
+    if value & relation.MULTIPLIED:
+        return "multiplied"
+    if may_differ(value) or value & relation.ASKED or not value & relation.DEPENDS:
         return None
+    return "gathered" if value & relation.GATHERED else "equal"
+
+
+def _false_claim(seen: Seen) -> Finding | None:
+    params, axis, (value,) = seen.eqn.params, seen.place.axis, seen.inputs
+    if axis not in params["mesh_axes"]:
+        return None
+    dropped = axis in params["drop"]
+    wrong = {
+        "equal": bool(value & relation.DIFFERS) or (dropped and may_differ(value)),
+        "differs": not may_differ(value),
+        "whole": bool(value & relation.SLICED),
+    }[params["kind"]]
+    if not wrong and not (params["kind"] == "equal" and value & relation.TOTAL):
+        return None
+    said = {"what": params["what"], "error": params["error"], "dropped": dropped}
+    return _finding(seen, "claim" if wrong else "total", **said)
+
+
+def _finding(seen: Seen, problem: str, *, tag: str | None = None, **said: Any) -> Finding:
     place = source.shorten(_compat.eqn_frames(seen.eqn))
-    return Finding(_compat.tag_in(seen.place.path), seen.place.axis, seen.name, place)
-
-
-def _is_mean(seen: Seen) -> bool:
-    if (_compat.tag_in(seen.place.path) or "").startswith("pmean/"):
-        return True
-    count = math.prod(seen.place.sizes.get(axis, 1) for axis in seen.axes)
-    divisors = _divisors(seen.jaxpr)
-    return all(divisors.get(out) == count for out in seen.eqn.outvars)  # jax.lax.pmean
-
-
-def _divisors(jaxpr: Any) -> dict[Any, float]:
-    """Return of each value that is only ever divided by one number, that number."""
-    variables = [v for eqn in jaxpr.eqns for v in eqn.invars] + list(jaxpr.outvars)
-    uses = Counter(v for v in variables if not is_literal(v))
-    divided = (eqn.invars for eqn in jaxpr.eqns if eqn.primitive.name == "div")
-    return {
-        value: float(by.val)
-        for value, by in divided
-        if is_literal(by) and not is_literal(value) and uses[value] == 1
-    }
+    return Finding(tag, seen.place.axis, seen.name, place, problem, **said)

@@ -9,8 +9,9 @@ from typing import Any
 
 from txcore import _compat
 from txcore.profiling import source
-from txcore.profiling.along import BRANCHING, Along, Seen, search
+from txcore.profiling.along import BRANCHING, Seen, search
 from txcore.profiling.jaxpr import KIND_OF
+from txcore.profiling.relation import may_differ
 from txcore.profiling.values import is_literal
 
 
@@ -89,7 +90,7 @@ def _look(seen: Seen) -> Divergence | None:
     if kind is None or seen.name == "psend" or seen.place.under is None or not axes:
         return None
     if kind == "collective-permute" or seen.place.axis in axes:
-        name = _compat.tag_in(seen.place.path) or seen.name
+        name = seen.tag or seen.name
         return _divergence("hangs", seen, name, kind, axes, seen.place.under)
     return None
 
@@ -101,7 +102,7 @@ def _lie(seen: Seen) -> Divergence | None:
     wrong = {
         var
         for var, value in zip(seen.eqn.outvars, seen.outputs, strict=True)
-        if value is Along.DIFFERS and axis not in _compat.varying_axes_of(var.aval)
+        if may_differ(value) and axis not in _compat.varying_axes_of(var.aval)
     }
     # A loop's own counter has such a type, and mostly nothing after the loop looks at it.
     if not any(v in wrong for v in _uses(seen.jaxpr)):

@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -175,6 +175,16 @@ def key_impl(x: Any) -> Any:
         return x.dtype._impl.name
 
 
+def is_vmapped(x: Any) -> bool:
+    """Tell whether `x` is one row of what jax.vmap goes over, as far as this jax shows it."""
+    from jax._src.interpreters import batching  # private: no public question exists
+
+    tracer = getattr(batching, "BatchTracer", ())
+    while x is not None and not isinstance(x, tracer):
+        x = getattr(x, "primal", None)  # under differentiation
+    return x is not None
+
+
 def match_varying(*arrays: jax.Array) -> tuple[jax.Array, ...]:
     """Cast every array to vary along the union of the axes that any of them varies along.
 
@@ -285,6 +295,23 @@ def eqn_frames(eqn: Any) -> tuple[tuple[str, int], ...]:
     if user_frames is None or traceback is None:
         return ()
     return tuple((str(f.file_name), int(f.start_line)) for f in user_frames(traceback))
+
+
+def eqn_collective(eqn: Any) -> str | None:
+    """Return the function of jax.lax's collectives that made an equation ("psum"), "" for none.
+
+    An equation that transposes another has its traceback. None where jax does not keep any.
+    """
+    frames = getattr(getattr(eqn.source_info, "traceback", None), "frames", None)
+    if frames is None:
+        return None
+    for frame in frames:
+        path = frame.file_name.replace("\\", "/")
+        if path.endswith("jax/_src/lax/parallel.py"):
+            return str(frame.function_name)
+        if "/jax/" not in path:
+            return ""
+    return ""
 
 
 def live_jaxpr(jaxpr: Any) -> Any:
@@ -418,25 +445,80 @@ def run_untracked(function: Callable[..., Any], *arrays: jax.Array) -> Any:
     axes = tuple(sorted(frozenset[str]().union(*(varying_axes(a) for a in arrays))))
     if not axes:
         return function(*arrays)
-    forget = _forget_varying()
-    results = function(*(forget.bind(a) for a in arrays))
+    results = function(*(claim(a, "", (), drop=axes) for a in arrays))
     return jax.tree.map(lambda result: cast_to_varying(result, axes), results)
 
 
-@functools.cache
-def _forget_varying() -> Any:
-    """Return the identity whose result is typed as invariant; it compiles to nothing."""
-    from jax.extend.core import Primitive
-    from jax.interpreters import batching, mlir
+CLAIM = "claim"
 
-    forget = Primitive("forget_varying")
-    forget.def_impl(lambda x: x)
-    forget.def_abstract_eval(
-        lambda aval: aval.update(manual_axis_type=type(aval.manual_axis_type)())
+
+def claim(
+    x: jax.Array,
+    kind: str,
+    axes: tuple[str, ...],
+    *,
+    what: str = "",
+    error: str = "",
+    add: Iterable[str] = (),
+    drop: Iterable[str] = (),
+) -> jax.Array:
+    """Return `x`, of which a traced program then says something that can be checked.
+
+    Nothing is left of it in the compiled program. Its transpose is itself, without the claim.
+
+    Args:
+      x: an array.
+      kind: what is claimed along each of the axes: "equal" (all devices hold the same), "differs",
+        "whole" (it is not made of one slice of what a loop goes over), "" for nothing.
+      axes: mesh axes.
+      what: what errors call the value.
+      error: the text of the error where the claim is false; "{axis}" stands for the axes along
+        which it is, "{source}" for the line that made it.
+      add: axes along which the result is typed as varying.
+      drop: axes along which the result is typed as invariant.
+    """
+    return _claim().bind(
+        *(x,),
+        **{"kind": kind, "mesh_axes": axes, "what": what, "error": error},
+        **{"add": tuple(sorted(add)), "drop": tuple(sorted(drop))},
     )
-    mlir.register_lowering(forget, lambda ctx, x: [x])
-    batching.primitive_batchers[forget] = lambda args, dims: (forget.bind(*args), dims[0])
-    return forget
+
+
+@functools.cache
+def _claim() -> Any:
+    from jax.extend.core import Primitive
+    from jax.interpreters import ad, batching, mlir
+
+    claim = Primitive(CLAIM)
+    claim.def_impl(lambda x, **_: x)
+    claim.def_abstract_eval(_retyped)
+    mlir.register_lowering(claim, lambda ctx, x, **_: [x])
+    batching.primitive_batchers[claim] = lambda args, dims, **params: (
+        claim.bind(args[0], **params),
+        dims[0],
+    )
+    ad.deflinear2(claim, _transposed_claim)
+    return claim
+
+
+def _retyped(aval: Any, *, add: tuple[str, ...], drop: tuple[str, ...], **_: Any) -> Any:
+    if not add and not drop:
+        return aval
+    axis_type = aval.manual_axis_type
+    varying = (axis_type.varying | set(add)) - set(drop)
+    # A callback's result has no mesh yet, as a type that varies needs.
+    return aval.update(
+        sharding=aval.sharding.update(mesh=jax.sharding.get_abstract_mesh()),
+        manual_axis_type=axis_type.update(varying=varying, reduced=axis_type.reduced - set(add)),
+    )
+
+
+def _transposed_claim(cotangent: Any, _: Any, **params: Any) -> list[Any]:
+    from jax.interpreters import ad
+
+    if type(cotangent) is ad.Zero:
+        return [cotangent]
+    return [claim(cotangent, "", (), add=params["drop"], drop=params["add"])]
 
 
 def needed(jaxpr: Any, outputs: list[bool]) -> tuple[bool, list[bool]]:
@@ -453,5 +535,6 @@ def needed(jaxpr: Any, outputs: list[bool]) -> tuple[bool, list[bool]]:
     from jax.interpreters import partial_eval
 
     live, used = partial_eval.dce_jaxpr(getattr(jaxpr, "jaxpr", jaxpr), outputs)
-    inner = [getattr(eqn.params.get("jaxpr"), "eqns", [eqn]) for eqn in live.eqns]
-    return any(inner), used
+    bodies = [getattr(eqn.params.get("jaxpr"), "eqns", [eqn]) for eqn in live.eqns]
+    computes = any(eqn.primitive.name != CLAIM for body in bodies for eqn in body)
+    return computes, used

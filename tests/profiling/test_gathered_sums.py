@@ -6,7 +6,7 @@ import pytest
 from audit_cases import P, mesh_of, on, tag, vary
 from jax import lax
 
-from txcore.profiling.gathered import Finding, reductions_of_gathered
+from txcore.profiling.gathered import Finding, wrong_reductions
 
 
 def gather(x, axis="data"):
@@ -81,13 +81,15 @@ def findings(body, **options):
     fn = on(mesh, P("data"), P(("data", "model")), **options)(
         lambda x: vary(jnp.sum(body(x)), "data", "model")[None]
     )
-    return reductions_of_gathered(jax.jit(fn).trace(jnp.ones((8, 4))).jaxpr)
+    return wrong_reductions(jax.jit(fn).trace(jnp.ones((8, 4))).jaxpr)
 
 
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong(name):
-    (found,) = findings(WRONG[name])
-    assert found.axis == "data"
+    found, *others = findings(WRONG[name])
+    # Both axes' sums are wrong: nothing differs along the other one.
+    assert [f.axis for f in others] == (["model"] if name == "over both axes" else [])
+    assert (found.axis, found.problem) == ("data", "gathered")
     assert found.primitive in ("psum", "psum_invariant", "reduce_scatter")
     assert found.source.startswith("test_gathered_sums.py:")
 
@@ -101,7 +103,7 @@ def test_wrong_without_varying_types():
     body = lambda x: jnp.sum(total(gather(x)))  # noqa: E731
     mesh = mesh_of(data=4, model=2)
     fn = on(mesh, P("data"), P(), check_vma=False)(body)
-    (found,) = reductions_of_gathered(jax.make_jaxpr(fn)(jnp.ones((8, 4))))
+    (found,) = wrong_reductions(jax.make_jaxpr(fn)(jnp.ones((8, 4))))
     assert found.axis == "data"
 
 
@@ -124,4 +126,4 @@ def test_txcores_mean_is_right():
 
 
 def test_a_program_without_shard_map():
-    assert reductions_of_gathered(jax.make_jaxpr(jnp.sin)(1.0)) == []
+    assert wrong_reductions(jax.make_jaxpr(jnp.sin)(1.0)) == []

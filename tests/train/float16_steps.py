@@ -22,9 +22,9 @@ def predicted(state, params, batch):
     return (jnp.tanh(x @ params["w1"]) @ params["w2"])[:, 0]
 
 
-def local_loss(state, params, batch):
+def local_loss(state, params, batch, count=None):
     error = predicted(state, params, batch) - state.precision.cast(batch["y"])
-    return tx.example_mean(error.astype(jnp.float32) ** 2, batch["mask"], axis="data")
+    return tx.example_mean(error.astype(jnp.float32) ** 2, batch["mask"], axis="data", count=count)
 
 
 @tx.step_fn

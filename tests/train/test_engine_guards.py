@@ -79,14 +79,16 @@ BAD = [
         forgotten,
         ValueError,
         "apply_gradients needs reduced gradients: the gradient of params['w1'] varies along axis "
-        "'data', so it was never reduced there. Write grads = tx.pmean(grads, 'data'), or grads, "
-        "state = state.sync_gradients(grads), before apply_gradients",
+        "'data', so it was never reduced there (test_engine_guards.py:26). Write grads = "
+        "tx.pmean(grads, 'data'), or grads, state = state.sync_gradients(grads), before "
+        "apply_gradients",
     ),
     (
         doubled,
         ValueError,
-        "tx.pmean over axis 'data': grads['w1'] does not vary along it: it is reduced already, or "
-        "the same on every device. Another reduction would change nothing: remove one",
+        "tx.pmean over axis 'data': grads['w1'] does not vary along it (test_engine_guards.py:35): "
+        "it is reduced already, or the same on every device. Another reduction would change "
+        "nothing: remove one. If it is meant all the same, reduce tx.vary(x, 'data')",
     ),
     (
         psum_after_all_gather,
@@ -108,8 +110,7 @@ BAD = [
         unreduced_metric,
         ValueError,
         "metrics['loss'] varies along axis 'data': it is one device's value, not the global one. "
-        "Report tx.pmean(..., 'data') of a mean, tx.psum(..., 'data') of a count, and what is made "
-        "of the parameters alone from state.stored_params",
+        "Report tx.pmean(..., 'data') of a mean, tx.psum(..., 'data') of a count",
     ),
     (
         missing_leaf,
@@ -131,8 +132,7 @@ BAD = [
         varying_extra,
         ValueError,
         "train_step needs to return a state that is the same on every device, but state.extra "
-        "varies along axis 'data': reduce it, for example with tx.pmean, or make it of "
-        "state.stored_params (state.params varies by design)",
+        "varies along axis 'data': reduce it, for example with tx.pmean",
     ),
     (
         other_dtype,
@@ -164,9 +164,9 @@ def test_pmean_in_the_loss_and_again_on_the_gradients():
     engine = toys.engine(2)
     text = (
         "tx.value_and_grad needs a loss that is local along data axis 'data', but the loss does "
-        "not vary along it: it is reduced or gathered already, and tx.pmean of its gradients "
-        "would give 1/2 of the truth. Return the local loss, and apply tx.pmean(..., 'data') to "
-        "loss and gradients afterwards"
+        "not vary along it (test_engine_guards.py:160): it is reduced or gathered already, and "
+        "tx.pmean of its gradients would give 1/2 of the truth. Return the local loss, and apply "
+        "tx.pmean(..., 'data') to loss and gradients afterwards"
     )
     with pytest.raises(ValueError, match=re.escape(text)):
         step(engine.create_state(toys.params()), toys.batch())

@@ -102,19 +102,20 @@ def accumulating(microbatches):
 
     @tx.step_fn
     def step(state, batch):
+        count = tx.psum(jnp.sum(batch["mask"]), "data")
+
         def split(x):
             return x.reshape(microbatches, -1, *x.shape[1:])
 
         def add(total, part):
             def loss_of(params):
-                return f16.local_loss(state, params, part)
+                return f16.local_loss(state, params, part, count)
 
             both = tx.value_and_grad(loss_of, loss_scale=state.loss_scale)(state.params)
             return jax.tree.map(jnp.add, total, both), None
 
         zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params))
-        total, _ = jax.lax.scan(add, tx.vary(zeros, "data"), jax.tree.map(split, batch))
-        loss, grads = jax.tree.map(lambda x: x / microbatches, total)
+        (loss, grads), _ = jax.lax.scan(add, tx.vary(zeros, "data"), jax.tree.map(split, batch))
         state = state.apply_gradients(grads=tx.pmean(grads, "data"))
         return state, {"loss": tx.pmean(loss, "data")}
 

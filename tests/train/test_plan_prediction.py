@@ -70,7 +70,7 @@ def audited(body, n=2, params=None, **options):
 
 
 GRADIENTS = PlanLine("gradients", "all-reduce", ("data",), "float32", 160, 160)
-COUNT = PlanLine("psum/example_count", "all-reduce", ("data",), "int32", 0, 4)
+COUNT = PlanLine("psum/example_count", "all-reduce", ("data",), "float32", 0, 4)
 LOSS = PlanLine("pmean/loss", "all-reduce", ("data",), "float32", 0, 4)
 
 
@@ -191,7 +191,7 @@ def test_a_reduction_in_another_dtype_is_short_of_the_plan():
         ("pmean/w1", "bfloat16", 64),
         ("pmean/w2", "bfloat16", 16),
         ("pmean/loss", "float32", 4),
-        ("psum/example_count", "int32", 4),
+        ("psum/example_count", "float32", 4),
     }
 
 

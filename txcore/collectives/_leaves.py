@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from txcore import _compat
+from txcore.collectives._scope import current_scope
 
 _NAME = re.compile(r"[A-Za-z0-9_./-]+")
 
@@ -138,6 +139,23 @@ def _check_leaf(op: str, value: Any, where: str, verb: str) -> jax.Array:
     return jnp.asarray(value)
 
 
+def claim_differing(op: str, leaf: Leaf, axes: tuple[str, ...], *, mean: bool) -> Leaf:
+    """Return `leaf` typed as varying along each axis that it is to be reduced over, in a step.
+
+    There jax's type is not the last word: the engine refuses it when it has the whole program, if
+    its data are equal. Elsewhere `reduced_axes` refuses it by its type.
+    """
+    if current_scope() is None:
+        return leaf
+    value, parts = leaf.value, _compat.unreduced_axes(leaf.value)
+    for axis in axes:
+        size = _compat.axis_size(axis)
+        if size != 1 and axis not in parts and varies(value, axis) is False:
+            error = _reduced_already(op, leaf.where, axis, mean=mean)
+            value = claim_differs(value, axis, what=leaf.where, error=error)
+    return leaf._replace(value=value)
+
+
 def reduced_axes(op: str, leaf: Leaf, axes: tuple[str, ...], *, mean: bool) -> tuple[str, ...]:
     """Return the axes to reduce `leaf` over; refuse those along which it does not vary.
 
@@ -156,14 +174,33 @@ def reduced_axes(op: str, leaf: Leaf, axes: tuple[str, ...], *, mean: bool) -> t
         if size == 1 and not varying:
             continue
         if varying is False:
-            effect = "change nothing" if mean else f"multiply it by {size}"
-            raise ValueError(
-                f"tx.{op} over axis {axis!r}: {leaf.where} does not vary along it: it is reduced "
-                f"already, or the same on every device. Another reduction would {effect}: remove "
-                f"one. If it is meant all the same, reduce tx.vary(x, {axis!r})"
-            )
+            raise ValueError(_reduced_already(op, leaf.where, axis, mean=mean, source=""))
         kept.append(axis)
     return tuple(kept)
+
+
+def _reduced_already(
+    op: str, where: str, axis: str, *, mean: bool, source: str = " ({source})"
+) -> str:
+    effect = "change nothing" if mean else f"multiply it by {_compat.axis_size(axis)}"
+    return (
+        f"tx.{op} over axis {axis!r}: {where} does not vary along it{source}: it is reduced "
+        f"already, or the same on every device. Another reduction would {effect}: remove one. If "
+        f"it is meant all the same, reduce tx.vary(x, {axis!r})"
+    )
+
+
+def claim_differs(x: jax.Array, axis: str, *, what: str, error: str) -> jax.Array:
+    """Claim that `x`, typed as equal along `axis`, differs; outside a step its type is believed.
+
+    In the error " ({source})" stands for the line.
+    """
+    without_line = error.replace(" ({source})", "")
+    scope = current_scope()
+    if scope is None:
+        raise ValueError(without_line)
+    scope.doubts.append(without_line)
+    return _compat.claim(x, "differs", (axis,), what=what, error=error, add=(axis,))
 
 
 def in_one_state(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:

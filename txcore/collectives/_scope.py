@@ -3,14 +3,15 @@
 import contextlib
 import contextvars
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
 class Scope:
     """The step that is being traced: its data axes, the mesh axes of size 1, its batch.
 
-    `scales_loss` says whether it computes in float16, so that its loss needs a scale.
+    `scales_loss` says whether it computes in float16, so that its loss needs a scale. `doubts`
+    are what looks wrong by its type, and cannot be judged before the whole step is traced.
 
     The engine leaves axes of size 1 out of every spec, so nothing varies along them and no
     collective over them is in the program.
@@ -20,6 +21,7 @@ class Scope:
     left_out: frozenset[str]
     examples: int  # on this device
     scales_loss: bool
+    doubts: list[str] = field(default_factory=list)
 
 
 _scope: contextvars.ContextVar[Scope | None] = contextvars.ContextVar("txcore_scope", default=None)
@@ -42,5 +44,9 @@ def tracing(scope: Scope) -> Iterator[None]:
     token = _scope.set(scope)
     try:
         yield
+    except Exception as error:
+        for doubt in scope.doubts:  # which may be why
+            error.add_note(f"txcore: before that, {doubt}")
+        raise
     finally:
         _scope.reset(token)

@@ -87,6 +87,7 @@ def _reduce(op: str, x: Any, axis: str | tuple[str, ...], name: str | None, *, m
     axes = _leaves.check_axes(op, axis)
 
     def one(leaf: Leaf) -> jax.Array:
+        leaf = _leaves.claim_differing(op, leaf, axes, mean=mean)
         kept = _leaves.reduced_axes(op, leaf, axes, mean=mean)
         if mean:
             return _leaves.mean_of(leaf.value, kept, lambda value: _psum(value, kept))

@@ -56,6 +56,7 @@ def reduce_scatter(
     def one(leaf: Leaf) -> jax.Array:
         at = _leaves.check_dim("reduce_scatter", "dim", dim, leaf)
         _leaves.check_divisible("reduce_scatter", "dim", at, leaf, axes)
+        leaf = _leaves.claim_differing("reduce_scatter", leaf, axes, mean=mean)
         kept = _leaves.reduced_axes("reduce_scatter", leaf, axes, mean=mean)
         parts = _compat.unreduced_axes(leaf.value)
         kept = tuple(a for a in kept if _compat.axis_size(a) != 1 or a in parts)

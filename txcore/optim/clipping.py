@@ -36,7 +36,7 @@ def global_norm(tree: Any) -> jax.Array:
     return jnp.sqrt(total)
 
 
-def clip_by_global_norm(tree: Any, max_norm: float) -> Any:
+def clip_by_global_norm(tree: Any, max_norm: float, *, parts: bool = False) -> Any:
     """Scale a tree down to a global norm of `max_norm` where it is larger.
 
     A norm that is not finite makes every leaf NaN: scaling by max_norm / inf would turn the
@@ -45,12 +45,15 @@ def clip_by_global_norm(tree: Any, max_norm: float) -> Any:
     Args:
       tree: pytree of floating-point arrays, any shapes.
       max_norm: above 0.
+      parts: clip what differs between devices, each by the norm of its own part; gradients that
+        are not reduced yet would come out otherwise on another number of devices. Inside
+        `jax.vmap`, as for the gradient of each example, it need not be said.
 
     Returns:
       The tree, each leaf in its own dtype.
 
     Raises:
-      ValueError: `max_norm` is not above 0.
+      ValueError: `max_norm` is not above 0, or the devices hold different trees.
 
     Example:
       >>> import jax.numpy as jnp
@@ -62,6 +65,10 @@ def clip_by_global_norm(tree: Any, max_norm: float) -> Any:
       Pascanu et al., "On the difficulty of training recurrent neural networks", 2013.
     """
     check_max_norm("clip_by_global_norm", "max_norm", max_norm)
+    if not parts:
+        tree = optimizer.claim_whole(
+            "clip_by_global_norm", tree, "pass parts=True if each device's own norm is meant"
+        )
     factor = _factor(global_norm(tree), max_norm)
     return jax.tree.map(lambda leaf: _scaled(leaf, factor), tree)
 
@@ -89,8 +96,8 @@ def clipping_scale(
     optimizer.refuse_parts(
         f"{op}: clip_norm",
         grads,
-        "leave clip_norm out and scale the gradients with tx.optim.clip_by_global_norm if the "
-        "norm of each device's own part is meant",
+        "leave clip_norm out and scale the gradients with tx.optim.clip_by_global_norm(..., "
+        "parts=True) if the norm of each device's own part is meant",
     )
     scale, norm = jnp.asarray(grad_scale), global_norm(grads)
     dtype = checks.common_dtype(scale.dtype, norm.dtype)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from txcore import _compat
+from txcore.collectives._scope import current_scope
 from txcore.kernels import checks
 
 
@@ -118,16 +119,42 @@ def check_like_params(op: str, what: str, tree: Any, params: Any) -> None:
     )
 
 
+_PARTS = (
+    "{op} needs gradients that are whole and equal on every device; leaf {leaf} varies along "
+    "{axis}{source}. Reduce it first (tx.pmean), or {remedy}."
+)
+
+
 def refuse_parts(op: str, grads: Any, remedy: str) -> None:
     """Refuse gradients of which each device holds a part: their norm here is not the norm."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
         axes = sorted(_compat.varying_axes(leaf))
         if axes:
-            raise ValueError(
-                f"{op} needs gradients that are whole and equal on every device; leaf "
-                f"{jax.tree_util.keystr(path) or 'itself'} varies along {', '.join(axes)}. "
-                f"Reduce it first (tx.pmean), or {remedy}."
-            )
+            where = jax.tree_util.keystr(path) or "itself"
+            names = ", ".join(axes)
+            words = {"op": op, "leaf": where, "axis": names, "source": "", "remedy": remedy}
+            raise ValueError(_PARTS.format(**words))
+
+
+def claim_whole(op: str, grads: Any, remedy: str) -> Any:
+    """Return gradients as equal on every device; refuse parts, outside a step by their types.
+
+    In a step the engine follows the data. The values of one example under vmap are its own.
+    """
+    axes = _compat.bound_axes()
+    if not axes or any(map(_compat.is_vmapped, jax.tree.leaves(grads))):
+        return grads
+    if current_scope() is None:
+        refuse_parts(op, grads, remedy)
+        return grads
+
+    def one(path: Any, leaf: Any) -> jax.Array:
+        where = jax.tree_util.keystr(path) or "itself"
+        words = {"axis": "{axis}", "source": " ({source})"}
+        error = _PARTS.format(op=op, leaf=where, remedy=remedy, **words)
+        return _compat.claim(jnp.asarray(leaf), "equal", axes, what=where, error=error)
+
+    return jax.tree_util.tree_map_with_path(one, grads)
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:

@@ -70,8 +70,10 @@ def value_and_grad(
     def checked(*args: Any, **kwargs: Any) -> Any:
         out = f(*args, **kwargs)
         loss, aux = out if has_aux else (out, None)
-        _check_local(loss, _data_axes(axis))
-        return out if loss_scale is None else (_scaled(loss, loss_scale), (loss, aux))
+        loss = _local(loss, _data_axes(axis))
+        if loss_scale is not None:
+            return _scaled(loss, loss_scale), (loss, aux)
+        return (loss, aux) if has_aux else loss
 
     scaled = loss_scale is not None
     differentiated = jax.value_and_grad(checked, argnums, has_aux=has_aux or scaled)
@@ -148,15 +150,19 @@ def _data_axes(axis: Axis | None) -> tuple[str, ...]:
     return tuple(a for a in _leaves.check_axes("value_and_grad", axis) if axis_size(a) > 1)
 
 
-def _check_local(loss: Any, axes: tuple[str, ...]) -> None:
+def _local(loss: Any, axes: tuple[str, ...]) -> jax.Array:
+    """Return a loss that is local along the data axes; refuse one that is equal there."""
+    loss = jnp.asarray(loss)
     for a in axes:
-        if _leaves.varies(jnp.asarray(loss), a) is False:
-            raise ValueError(
+        if _leaves.varies(loss, a) is False:
+            error = (
                 f"tx.value_and_grad needs a loss that is local along data axis {a!r}, but the loss "
-                f"does not vary along it: it is reduced or gathered already, and tx.pmean of "
-                f"its gradients would give 1/{axis_size(a)} of the truth. Return the local loss, "
-                f"and apply tx.pmean(..., {a!r}) to loss and gradients afterwards"
+                f"does not vary along it ({{source}}): it is reduced or gathered already, and "
+                f"tx.pmean of its gradients would give 1/{axis_size(a)} of the truth. Return the "
+                f"local loss, and apply tx.pmean(..., {a!r}) to loss and gradients afterwards"
             )
+            loss = _leaves.claim_differs(loss, a, what="the loss", error=error)
+    return loss
 
 
 def _check_scale(loss_scale: Any) -> None:

@@ -1,6 +1,7 @@
 """A batch: which of its leaves hold examples, and how it is placed on the mesh."""
 
 import math
+from collections import Counter
 from typing import Any
 
 import jax
@@ -15,20 +16,86 @@ from txcore.train.copies import in_native_order
 def examples(batch: Any, plan: Plan) -> tuple[int, Any]:
     """Return how many examples `batch` holds, and its mask (None where all are real).
 
-    Examples lie along the leading dim of those leaves for which the plan declares no other
-    layout; the mask is the leaf "mask" at the top of a dict, named tuple or dataclass.
+    Examples lie along the leading dim of those leaves that the plan shards there over its data
+    axes; the mask is the leaf "mask" of shape (batch,) at the top of a dict, named tuple or
+    dataclass.
     """
+    rows = _rows(batch, plan)
+    mask = mask_of(batch)
+    return (next(iter(rows.values())) if rows else 1), None if np.ndim(mask) != 1 else mask
+
+
+def mask_of(batch: Any) -> Any:
+    """Return the leaf "mask" at the top of a batch, of any shape, or None."""
     leaves = jax.tree_util.tree_flatten_with_path(batch)[0]
-    mask = next((leaf for path, leaf in leaves if top_key(path) == "mask"), None)
-    counts = [_rows(path, leaf) for path, leaf in leaves if top_key(path) not in plan.batch]
-    return (int(counts[0]) if counts else 1), mask
+    return next((leaf for path, leaf in leaves if top_key(path) == "mask"), None)
 
 
-def _rows(path: Any, leaf: Any) -> int:
-    shape = getattr(leaf, "shape", ())
-    if not shape:
-        raise ValueError(_no_rows(f"batch{jax.tree_util.keystr(path)}", leaf))
-    return shape[0]
+def _rows(batch: Any, plan: Plan) -> dict[str, int]:
+    """Return the leading size of each leaf that holds examples; refuse what has none."""
+    found = {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(batch)[0]:
+        if not _holds_examples(top_key(path), plan):
+            continue
+        where, shape = f"batch{jax.tree_util.keystr(path)}", getattr(leaf, "shape", ())
+        if not shape:
+            raise ValueError(_no_rows(where, leaf))
+        found[where] = int(shape[0])
+    return found
+
+
+def _holds_examples(key: str, plan: Plan) -> bool:
+    """Tell whether a leaf has one row for each example, as far as the plan says."""
+    if key not in plan.batch:
+        return True
+    spec = plan.batch[key]
+    return bool(plan.data_axes) and bool(spec) and set(_axes_of(spec[0])) == set(plan.data_axes)
+
+
+def _declared(path: Any) -> str:
+    """Return what to write of a leaf that all examples share."""
+    key = top_key(path)
+    if key:
+        return f"Plan(batch={{{key!r}: P()}})"
+    return "as a leaf of a dict batch, by Plan(batch={key: P()})"
+
+
+def check_rows(batch: Any, plan: Plan) -> None:
+    """Refuse a batch without examples, or whose leaves do not have equally many.
+
+    Raises:
+      ValueError: naming the leaf, and how the plan says that all examples share it.
+    """
+    rows = _rows(batch, plan)
+    if not rows:
+        return
+    counts = Counter(rows.values())
+    most = max(counts, key=counts.__getitem__)
+    like = next(where for where, n in rows.items() if n == most)
+    for path, _ in jax.tree_util.tree_flatten_with_path(batch)[0]:
+        where = f"batch{jax.tree_util.keystr(path)}"
+        if rows.get(where, most) != most:
+            raise ValueError(
+                f"{where} has {rows[where]} rows, but {like} has {most}: all leaves of a batch "
+                "need one row for each example. What all examples share (class weights) is "
+                f"declared, {_declared(path)}"
+            )
+    if most == 0:
+        raise ValueError(f"{like} has no rows: a batch needs at least one example")
+
+
+def _check_mask(batch: Any, plan: Plan) -> None:
+    """Refuse an example mask on the host that holds anything but 0 and 1."""
+    mask = mask_of(batch)
+    if isinstance(mask, jax.Array) or np.ndim(mask) != 1 or "mask" in plan.batch:
+        return
+    host = np.asarray(mask)
+    wrong = host[(host != 0) & (host != 1)]
+    if wrong.size:
+        raise ValueError(
+            f"batch['mask'] needs 1 for real examples and 0 for padding, got {wrong[0]!s}: give "
+            "weights in a leaf of another name, to tx.example_mean(..., weights=...)"
+        )
 
 
 def _no_rows(where: str, leaf: Any) -> str:
@@ -54,13 +121,16 @@ def shard_batch(batch: Any, mesh: MeshSpec, plan: Plan) -> Any:
       Global arrays, sharded.
 
     Raises:
-      ValueError: a dim is not divisible by the devices that share it, or a leaf has no dim.
+      ValueError: a dim is not divisible by the devices that share it, a leaf has no dim or
+        another number of rows than the others, the batch is empty, or its mask is not 0 and 1.
     """
 
     def place(path: Any, leaf: Any, spec: PartitionSpec) -> jax.Array:
         where = f"batch{jax.tree_util.keystr(path)}"
         return _place(leaf, NamedSharding(mesh.mesh, spec), where)
 
+    check_rows(batch, plan)
+    _check_mask(batch, plan)
     return jax.tree_util.tree_map_with_path(place, batch, plan.batch_specs(batch, mesh))
 
 
@@ -76,7 +146,8 @@ def global_shapes(shard: Any, mesh: MeshSpec, plan: Plan) -> Any:
       `jax.ShapeDtypeStruct`s with shardings.
 
     Raises:
-      ValueError: a dim is not divisible by the devices that share it, or a leaf has no dim.
+      ValueError: a dim is not divisible by the devices that share it, a leaf has no dim or
+        another number of rows than the others, or the batch is empty.
     """
 
     def shape(path: Any, leaf: Any, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
@@ -89,6 +160,7 @@ def global_shapes(shard: Any, mesh: MeshSpec, plan: Plan) -> Any:
         dtype = jax.dtypes.canonicalize_dtype(leaf.dtype)
         return jax.ShapeDtypeStruct(tuple(sizes), dtype, sharding=sharding)
 
+    check_rows(shard, plan)
     return jax.tree_util.tree_map_with_path(shape, shard, plan.batch_specs(shard, mesh))
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
 from jax.tree_util import DictKey, GetAttrKey, SequenceKey
@@ -20,9 +21,10 @@ from txcore.launch import preflight
 from txcore.mesh import MeshSpec
 from txcore.parallel.data import global_count
 from txcore.plan import Plan
-from txcore.train.batch import examples
+from txcore.train import refusals
+from txcore.train.batch import examples, mask_of
 from txcore.train.loss_scale import select
-from txcore.train.state import TrainState
+from txcore.train.state import TrainState, claim_equal
 
 if TYPE_CHECKING:
     from txcore.profiling.jaxpr import Declared
@@ -136,18 +138,13 @@ def _digest(lowered: jax.stages.Lowered) -> str:
 def _check_reductions(
     jaxpr: Any, declared: Iterable["Declared"], mesh: MeshSpec, data_axes: tuple[str, ...]
 ) -> None:
-    """Refuse the reductions that types cannot tell to be wrong."""
-    from txcore.profiling.gathered import reductions_of_gathered  # as in compile_step
+    """Refuse the reductions and results that types cannot tell to be wrong."""
+    from txcore.profiling.gathered import wrong_reductions  # as in compile_step
 
-    for found in reductions_of_gathered(jaxpr):
-        size = mesh.shape[found.axis]
-        raise ValueError(
-            f"{found.tag or found.primitive} over axis {found.axis!r} ({found.source}) reduces a "
-            f"value that tx.all_gather made equal on every device, which multiplies it by {size}. "
-            "Remove the reduction: compute with the gathered value directly, and use "
-            "tx.all_gather(..., invariant=True) where it leaves the step (a mean of it: tx.pmean)"
-        )
+    findings = wrong_reductions(jaxpr)
+    refusals.check_reductions(findings, jaxpr, mesh)
     _check_summed(jaxpr, declared, data_axes)
+    refusals.check_totals(findings, mesh)
 
 
 def _check_summed(jaxpr: Any, declared: Iterable["Declared"], data_axes: tuple[str, ...]) -> None:
@@ -227,9 +224,15 @@ def _check_scaled(fn: Callable[..., Any], jaxpr: Any, given: Any, returned: Any)
 
 
 def _count(batch: Any, plan: Plan, data_axes: tuple[str, ...]) -> jax.Array | None:
-    mask = examples(batch, plan)[1]
-    if mask is None:
+    mask = mask_of(batch)
+    if mask is None or "mask" in plan.batch:
         return None
+    if mask.ndim != 1:
+        raise ValueError(
+            "engine.evaluate weighs batches by the real examples in batch['mask'], 1 or 0 for each "
+            f"in shape (batch,), got {mask.shape}: give a mask of something else (of tokens) "
+            "another name. Every metric is a mean over examples"
+        )
     return global_count(mask, data_axes) if data_axes else (mask != 0).sum()
 
 
@@ -277,19 +280,20 @@ def _check_state(fn: Callable[..., Any], old: TrainState, new: TrainState) -> Tr
         )
 
     def check(path: Any, before: Any, after: Any) -> jax.Array:
+        if after is before:
+            return after
         where = f"state{jax.tree_util.keystr(path)}"
-        after = jax.numpy.asarray(after)
+        after = jnp.asarray(after)
         if (after.shape, after.dtype) != (before.shape, before.dtype):
             raise ValueError(
                 f"{name_of(fn)} needs to return {where} as {before.dtype}{list(before.shape)}, as "
                 f"it was given, got {after.dtype}{list(after.shape)}"
             )
-        if axes := _compat.unequal_axes(after):
-            raise ValueError(
-                f"{name_of(fn)} needs to return a state that is the same on every device, but "
-                f"{where} varies along axis {names_of(sorted(axes))}: reduce it, for example with "
-                "tx.pmean, or make it of state.stored_params (state.params varies by design)"
-            )
+        error = (
+            f"{name_of(fn)} needs to return a state that is the same on every device, but "
+            f"{where} varies along axis {{axis}}: reduce it, for example with tx.pmean"
+        )
+        after = claim_equal(after, like=before, what=where, error=error)
         return lax.convert_element_type(after, before.dtype)  # drops a weak type
 
     return jax.tree_util.tree_map_with_path(check, old, new)
@@ -304,14 +308,12 @@ def _unless_overflowed(before: TrainState, after: TrainState) -> TrainState:
 
 
 def _check_metrics(metrics: dict[str, Any]) -> dict[str, Any]:
-    for path, value in jax.tree_util.tree_flatten_with_path(metrics)[0]:
-        axes = _compat.unequal_axes(jax.numpy.asarray(value))
-        if axes:
-            names = names_of(sorted(axes))
-            raise ValueError(
-                f"metrics{jax.tree_util.keystr(path)} varies along axis {names}: it is one "
-                f"device's value, not the global one. Report tx.pmean(..., {names}) of a mean, "
-                f"tx.psum(..., {names}) of a count, and what is made of the parameters alone from "
-                "state.stored_params"
-            )
-    return jax.tree.map(jax.numpy.asarray, metrics)
+    def check(path: Any, value: Any) -> jax.Array:
+        where = f"metrics{jax.tree_util.keystr(path)}"
+        error = (
+            f"{where} varies along axis {{axis}}: it is one device's value, not the global one. "
+            "Report tx.pmean(..., {axis}) of a mean, tx.psum(..., {axis}) of a count"
+        )
+        return claim_equal(jnp.asarray(value), like=None, what=where, error=error)
+
+    return jax.tree_util.tree_map_with_path(check, metrics)

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from txcore import _compat
@@ -224,13 +225,13 @@ class TrainState:
           The state after the update, one step further.
 
         Raises:
-          ValueError: a leaf is missing, has another shape, or varies along an axis along
-            which its parameter does not (a forgotten reduction).
+          ValueError: a leaf is missing or has another shape. When the step is compiled: a leaf
+            differs along an axis along which its parameter does not (a forgotten reduction).
           RuntimeError: called outside a step.
         """
         _scope_of("apply_gradients")
         optimizer = self.engine.optimizer
-        check_gradients(grads, self.stored_params, per_example=optimizer.per_example)
+        grads = check_gradients(grads, self.stored_params, per_example=optimizer.per_example)
         params, opt_state = optimizer.update(
             grads, self.opt_state, self.stored_params, step=self.step
         )
@@ -271,8 +272,29 @@ def _check_like(params: Any, new: Any) -> None:
         )
 
 
-def check_gradients(grads: Any, params: Any, *, per_example: bool = False) -> None:
-    """Refuse gradients that do not fit the stored parameters in structure, shape and axes.
+def claim_equal(value: jax.Array, *, like: jax.Array | None, what: str, error: str) -> jax.Array:
+    """Claim that a value is the same on all devices along the axes along which `like` is.
+
+    Whether it is, the engine finds when it has the whole step; then it raises the error, if at
+    all. jax's type alone does not tell: what it types as varying may be equal, and is typed so now.
+
+    Args:
+      value: what leaves the step, or goes into its optimizer.
+      like: what it takes the place of, as stored; None for what is the same on every device.
+      what: what errors call the value.
+      error: the error's text, "{axis}" in it for the axes, "{source}" for the line.
+    """
+    stored = frozenset[str]() if like is None else _compat.varying_axes(like)
+    axes = tuple(a for a in _compat.bound_axes() if a not in stored)
+    if parts := _compat.unreduced_axes(value) - stored:  # of a sum: its type is certain
+        names = names_of(sorted(parts))
+        raise ValueError(error.replace(" ({source})", "").replace("{axis}", names))
+    drop = _compat.varying_axes(value) - stored
+    return _compat.claim(value, "equal", axes, what=what, error=error, drop=drop)
+
+
+def check_gradients(grads: Any, params: Any, *, per_example: bool = False) -> Any:
+    """Return gradients that are claimed to be reduced; refuse another structure or shape.
 
     With `per_example` each has one dim more, the examples', in front.
     """
@@ -283,22 +305,21 @@ def check_gradients(grads: Any, params: Any, *, per_example: bool = False) -> No
             f"apply_gradients needs gradients with the structure of the parameters, {wanted}, "
             f"got {given}: pass the gradients that value_and_grad(...)(state.params) returned"
         )
-    leaves = jax.tree_util.tree_flatten_with_path(params)[0]
-    for (path, param), grad in zip(leaves, jax.tree.leaves(grads), strict=True):
-        where = f"params{jax.tree_util.keystr(path)}"
-        shape = jax.numpy.shape(grad)
+
+    def check(path: Any, param: jax.Array, grad: Any) -> jax.Array:
+        where = f"the gradient of params{jax.tree_util.keystr(path)}"
+        shape = jnp.shape(grad)
         if shape[int(per_example) :] != param.shape or len(shape) != param.ndim + per_example:
             examples = ", after a dim of examples (tx.all_gather(..., invariant=True))"
             raise ValueError(
-                f"apply_gradients needs the gradient of {where} in its shape {param.shape}"
+                f"apply_gradients needs {where} in its shape {param.shape}"
                 f"{examples if per_example else ''}, got {shape}"
             )
-        unreduced = _compat.unequal_axes(grad) - _compat.varying_axes(param)
-        if unreduced:
-            axis = names_of(sorted(unreduced))
-            raise ValueError(
-                f"apply_gradients needs reduced gradients: the gradient of {where} varies along "
-                f"axis {axis}, so it was never reduced there. Write grads = tx.pmean(grads, "
-                f"{axis}), or grads, state = state.sync_gradients(grads), before apply_gradients "
-                "(terms made of the parameters themselves: take state.stored_params)"
-            )
+        error = (
+            f"apply_gradients needs reduced gradients: {where} varies along axis {{axis}}, so it "
+            "was never reduced there ({source}). Write grads = tx.pmean(grads, {axis}), or grads, "
+            "state = state.sync_gradients(grads), before apply_gradients"
+        )
+        return claim_equal(jnp.asarray(grad), like=param, what=where, error=error)
+
+    return jax.tree_util.tree_map_with_path(check, params, grads)

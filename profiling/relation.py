@@ -1,0 +1,110 @@
+"""How a value relates to one mesh axis: bits that a walk joins with `|` where values meet.
+
+A value without a bit but SLICED is zero on every device. One without `DIFFERS` and `UNKNOWN` is
+equal on all devices along the axis, whatever jax's type says of it.
+"""
+
+from typing import Any
+
+import numpy as np
+
+CONSTANT = 1  # not zero, and written into the program
+DEPENDS = 2  # made of the program's inputs
+GATHERED = 4  # made from an all_gather along the axis
+DIFFERS = 8  # made of what differs along the axis
+UNKNOWN = 16  # of an operation that is not followed: it may differ
+SLICED = 32  # made of what a loop goes over or carries
+ASKED = 64  # cast by tx.vary just before: a sum of it is meant
+# Of gradients. A local loss's gradient on one device is that of the sum of all devices' losses,
+# so that the mean over the devices is the gradient of the mean loss.
+SUMMED = 128  # autodiff summed it over the devices, as the gradient of something equal needs
+TOTAL = 256  # the same, and nothing has divided it by their number yet
+MULTIPLIED = 512  # holds the gradient of an equal loss once for each device
+PART = 1024  # of a loss that is reduced already: the gradient is the sum of the parts, no mean
+
+Relation = int
+
+_OF_GRADIENTS = SUMMED | TOTAL | MULTIPLIED | PART
+_ZERO_KEEPING = frozenset(
+    ("add", "add_any", "sub", "neg", "mul", "broadcast_in_dim", "convert_element_type", "reshape")
+    + ("squeeze", "transpose", "copy", "reduce_sum", "pvary", "pcast", "pad", "concatenate")
+)
+_ASKED_KEEPING = frozenset(
+    ("broadcast_in_dim", "convert_element_type", "reshape", "squeeze", "transpose", "copy")
+    + ("reduce_sum", "neg", "pvary", "pcast")
+)
+
+
+def may_differ(value: Relation) -> bool:
+    """Tell whether a value is not known to be equal on all devices along the axis."""
+    return bool(value & (DIFFERS | UNKNOWN))
+
+
+def is_zero(value: Relation) -> bool:
+    """Tell whether a value is known to be zero on every device."""
+    return not value & ~SLICED
+
+
+def of_literal(value: Any) -> Relation:
+    """Return the relation of a constant that is written into an equation."""
+    return CONSTANT if np.any(np.asarray(value) != 0) else 0
+
+
+def after(name: str, inputs: list[Relation]) -> Relation:
+    """Return the relation of what an operation without communication makes of its inputs."""
+    value = 0
+    for one in inputs:
+        value |= one
+    if value & ASKED and name not in _ASKED_KEEPING:
+        value &= ~ASKED
+    if name == "mul" and any(map(is_zero, inputs)):
+        return value & SLICED
+    return value | CONSTANT if is_zero(value) and name not in _ZERO_KEEPING else value
+
+
+def after_sum(value: Relation) -> Relation:
+    """Return the relation of a reduction over the axis that the program itself asks for."""
+    return value & (CONSTANT | DEPENDS | SLICED)
+
+
+def after_sum_of_cotangents(value: Relation, *, divided: bool, scatters: bool) -> Relation:
+    """Return the relation of a sum that autodiff makes: the transpose of a cast or of a gather.
+
+    Args:
+      value: that of the cotangent.
+      divided: whether the sum is divided by the number of devices.
+      scatters: whether each device keeps a part of the sum alone.
+    """
+    if is_zero(value):
+        return value
+    equal = not may_differ(value)
+    kept = value & (CONSTANT | DEPENDS | SLICED | PART | MULTIPLIED)
+    if equal and not value & PART:
+        kept |= MULTIPLIED
+    if scatters:
+        return kept | DIFFERS
+    return kept | SUMMED | (0 if divided or value & PART else TOTAL)
+
+
+def after_crossing(value: Relation, transposed: str | None) -> Relation:
+    """Return the relation of a cotangent that is cast to varying in a backward pass.
+
+    Args:
+      value: that of the cotangent, which is not zero.
+      transposed: the collective whose transpose the cast is, "" if it is none, None if unknown.
+    """
+    if transposed == "":
+        return value
+    if value & SUMMED and not value & PART:
+        return value & ~(SUMMED | TOTAL)
+    return value if transposed is None else value | PART
+
+
+def after_gather(value: Relation) -> Relation:
+    """Return the relation of what was gathered along the axis."""
+    return value & (CONSTANT | DEPENDS | SLICED) | (0 if is_zero(value) else GATHERED)
+
+
+def after_exchange(value: Relation) -> Relation:
+    """Return the relation of what each device got from another, or kept of a sum."""
+    return value & (CONSTANT | DEPENDS | SLICED | _OF_GRADIENTS) | DIFFERS
