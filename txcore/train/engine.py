@@ -394,8 +394,6 @@ class Engine:
             the metric of `keep_best`.
           SystemExit, KeyboardInterrupt: after SIGTERM (with exit code 143) and SIGINT.
         """
-        self._check_own(state)
-        state.known_equal.clear()  # compared before the first step, whatever was done to it
         return loop.fit(
             self,
             step,

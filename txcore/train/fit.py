@@ -55,6 +55,7 @@ def fit(
             run.eval_every = check_evaluation(evaluate, eval_every, checkpoints)
             run.compare_every = check_count("check_replicas_every", check_replicas_every)
             engine.check_state(state, "fit")
+            state.known_equal.clear()  # compared before the first step, whatever was done to it
             if jax.process_count() > 1:
                 watch.start()  # where tx.initialize did not
             if engine.spans:
