@@ -37,6 +37,7 @@ lint: setup  ## ruff and mypy over everything
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy -p txcore
 	$(BIN)/mypy examples/*.py examples/mnist
+	$(BIN)/mypy examples/ecosystem
 	$(BIN)/mypy tests benchmarks
 
 bench: setup  ## run the benchmark suites

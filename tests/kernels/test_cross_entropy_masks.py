@@ -115,7 +115,7 @@ def test_the_mean_over_the_valid_rows_on_several_devices(op, implementation):
         in_specs=(P(), P("data"), P("data")),
         out_specs=P(),
     )
-    valid = labels >= 0
+    valid = np.asarray(labels) >= 0
     out, (_, dw, _) = linear_oracle(
         x[valid], w, np.zeros(7), labels[valid], lambda out: np.full(out.shape, 1 / 7)
     )

@@ -1,5 +1,6 @@
 """Two ranks: the best is decided alike, keys are saved, and an error has the state on its rank."""
 
+import functools
 import json
 import os
 import pathlib
@@ -49,8 +50,8 @@ def test_two_ranks(tmp_path):
     assert saved(tmp_path) == ["step_00000004", "step_00000006"]
     assert first["step"] == 6
     assert first["key"] == jax.random.key_data(jax.random.key(7)).tolist()
-    close = {"rtol": 1e-4, "atol": 1e-6}
-    np.testing.assert_allclose(first["best_w2"], after(range(4)), **close)
-    np.testing.assert_allclose(first["w2"], after(range(6)), **close)
+    assert_close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6)
+    assert_close(first["best_w2"], after(range(4)))
+    assert_close(first["w2"], after(range(6)))
     assert second["left"] == 9
-    np.testing.assert_allclose(second["left_w2"], after([*range(6), 0, 1, 2]), **close)
+    assert_close(second["left_w2"], after([*range(6), 0, 1, 2]))
