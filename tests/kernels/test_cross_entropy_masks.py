@@ -94,7 +94,7 @@ def test_the_mean_over_the_valid_rows_on_several_devices(op, implementation):
     machine.mesh(data=4)
     random = np.random.default_rng(3)
     x, w = (random.normal(size=s).astype(np.float32) for s in ((8, 5), (5, 7)))
-    labels = np.int32([0, 1, 2, -100, 3, 4, 0, 1])
+    labels = np.array([0, 1, 2, -100, 3, 4, 0, 1], np.int32)
     some: dict = {"implementation": implementation}
 
     def loss_of(w, x, labels):
@@ -115,7 +115,7 @@ def test_the_mean_over_the_valid_rows_on_several_devices(op, implementation):
         in_specs=(P(), P("data"), P("data")),
         out_specs=P(),
     )
-    valid = np.asarray(labels) >= 0
+    valid = labels >= 0
     out, (_, dw, _) = linear_oracle(
         x[valid], w, np.zeros(7), labels[valid], lambda out: np.full(out.shape, 1 / 7)
     )
