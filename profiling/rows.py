@@ -1,7 +1,7 @@
 """Turn the matched arrays of a compiled program into a report's rows."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 
 import jax.numpy as jnp
@@ -67,10 +67,15 @@ def rows_of(
 
 
 def _arrays(matched: Matched, declared: Sequence[Declared] | None) -> Iterator[_Array]:
+    # An op that was merged has one name for all that it carries.
+    names: dict[int, set[str | None]] = {}
+    for unit, places in zip(matched.units, matched.links, strict=True):
+        if declared is not None:
+            names.setdefault(unit.op, set()).update(declared[i].tag for i in places)
     for unit, places in zip(matched.units, matched.links, strict=True):
         of = tuple(declared[i] for i in places) if declared is not None else ()
         fates = dict.fromkeys(fate for i in places for fate in matched.fates[i])
-        verdict = _by_its_line(unit) if declared is None else _by_match(unit, of)
+        verdict = _by_its_line(unit) if declared is None else _by_match(unit, of, names[unit.op])
         yield _Array(unit, places, of, tuple(fates), *verdict)
 
 
@@ -79,15 +84,20 @@ def _by_its_line(unit: Unit) -> tuple[str, bool, str]:
     return origin, origin not in UNEXPLAINED, unit.note
 
 
-def _by_match(unit: Unit, declared: Sequence[Declared]) -> tuple[str, bool, str]:
-    """Return the origin that the match gives an array, whether it is explained, and a note."""
+def _by_match(
+    unit: Unit, declared: Sequence[Declared], names: Set[str | None]
+) -> tuple[str, bool, str]:
+    """Return the origin that the match gives an array, whether it is explained, and a note.
+
+    `names` are the tags of all that its op carries.
+    """
     if unit.added:
         return unit.origin, False, f"one that was added at {unit.added} was merged into it"
     if declared:
         origin = _origin_of_declared(declared)
         differs = unit.has_own_line and unit.origin not in (origin, "reshard", "boundary")
         claimed = {tag for tag in unit.claims if tag}
-        if claimed and claimed.isdisjoint(d.tag for d in declared):
+        if claimed and claimed.isdisjoint(names):
             return origin, True, f"compiled under the name {','.join(sorted(claimed))}"
         return origin, True, f"its own line looks like {unit.origin}" if differs else ""
     if unit.origin in (*UNEXPLAINED, "opaque"):

@@ -307,7 +307,11 @@ def train(args: argparse.Namespace) -> int:
     history = History()
     loggers: list[tx.loggers.Logger] = [tx.loggers.Basic(unit="images"), history]
     if args.log_dir:
-        loggers.append(tx.loggers.JSONL(pathlib.Path(args.log_dir) / "train.jsonl"))
+        log = pathlib.Path(args.log_dir) / "train.jsonl"
+        if jax.process_index() == 0:  # a logger that fails later does not end the run
+            log.parent.mkdir(parents=True, exist_ok=True)
+            log.touch()
+        loggers.append(tx.loggers.JSONL(log))
     engine = tx.Engine(
         mesh=tx.MeshSpec(devices=devices, axes=("data",)),
         plan=tx.Plan(data_parallel=tx.DP(axis="data")),

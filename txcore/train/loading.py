@@ -52,7 +52,25 @@ def load_params(path: str | os.PathLike[str], params: Any, *, best: bool = False
 
 
 def load_extra(path: str | os.PathLike[str], extra: Any, *, best: bool = False) -> Any:
-    """Read the `extra` of a checkpoint's state (batch statistics), as `load_params` does."""
+    """Read the `extra` of a checkpoint's state (batch statistics), as `load_params` does.
+
+    Args:
+      path: as for `load_params`.
+      extra: pytree of arrays of the shapes and dtypes to return; a part of what was saved will do.
+      best: as for `load_params`.
+
+    Returns:
+      `extra` with the values of the checkpoint, as NumPy arrays.
+
+    Raises:
+      CheckpointError: as `load_params`.
+
+    Example:
+      >>> tx.load_extra("no/such/folder", {"mean": np.zeros(3, np.float32)})
+      Traceback (most recent call last):
+      ...
+      txcore.train.manifest.CheckpointError: /...no/such/folder has no checkpoint to load
+    """
     return _load(path, "extra", "extra", extra, best)
 
 
