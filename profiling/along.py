@@ -193,13 +193,20 @@ class _Walk:
             values = [read(v) for v in eqn.invars]
             name = eqn.primitive.name
             if name in _PLAIN:
-                outputs = [relation.after(name, values)]
+                outputs = [self._plain(eqn, name, values)]
                 if self.every:
                     self._show(Seen(eqn, jaxpr, name, (), values, outputs, False, self.place))
             else:
                 outputs = self._eqn(eqn, jaxpr, values)
             known.update(zip(eqn.outvars, outputs, strict=True))
         return [read(v) for v in jaxpr.outvars]
+
+    def _plain(self, eqn: Any, name: str, inputs: list[Relation]) -> Relation:
+        value = relation.after(name, inputs)
+        used = value & relation.OF_GRADIENTS
+        if used and not made_by_autodiff(path_of(eqn, self.place.path)):
+            return relation.after_use(name, inputs, value)
+        return value
 
     def _eqn(self, eqn: Any, jaxpr: Any, inputs: list[Relation]) -> list[Relation]:
         name = eqn.primitive.name.removesuffix("_start")
@@ -210,7 +217,7 @@ class _Walk:
         elif name in _KERNELS or name in _REFS or name == "io_callback":
             outputs = self._opaque(eqn, name, inputs)
         elif not axes and not inner:
-            outputs = [relation.after(name, inputs)] * len(eqn.outvars)
+            outputs = [self._plain(eqn, name, inputs)] * len(eqn.outvars)
         else:
             within = self.enter(path=path_of(eqn, self.place.path))
             if name in BRANCHING:
