@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from txcore import _compat
 from txcore.profiling import meshes, relation
-from txcore.profiling.jaxpr import axes_of, made_by_autodiff, path_of, sub_jaxprs
+from txcore.profiling.jaxpr import axes_of, has_any, made_by_autodiff, path_of, sub_jaxprs
 from txcore.profiling.relation import DEPENDS, DIFFERS, SLICED, UNKNOWN, Relation, may_differ
 from txcore.profiling.values import is_literal
 
@@ -114,17 +114,9 @@ def search(
       What was found, each once, in the order of the equations.
     """
     jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
-    if only_with is not None and not _has(jaxpr, only_with):
+    if only_with is not None and not has_any(jaxpr, only_with):
         return []
     return list(dict.fromkeys(_search(jaxpr, "", look, every)))
-
-
-def _has(jaxpr: Any, names: Sequence[str]) -> bool:
-    return any(
-        eqn.primitive.name.removesuffix("_start") in names
-        or any(_has(inner, names) for inner in sub_jaxprs(eqn))
-        for eqn in jaxpr.eqns
-    )
 
 
 def _search(jaxpr: Any, path: str, look: Look, every: bool) -> Iterator[Any]:
@@ -203,10 +195,10 @@ class _Walk:
 
     def _plain(self, eqn: Any, name: str, inputs: list[Relation]) -> Relation:
         value = relation.after(name, inputs)
-        used = value & relation.OF_GRADIENTS
-        if used and not made_by_autodiff(path_of(eqn, self.place.path)):
-            return relation.after_use(name, inputs, value)
-        return value
+        used = relation.after_use(name, inputs, value)
+        # Most are the same either way, and a path takes a while to write.
+        by_autodiff = used != value and made_by_autodiff(path_of(eqn, self.place.path))
+        return value if by_autodiff else used
 
     def _eqn(self, eqn: Any, jaxpr: Any, inputs: list[Relation]) -> list[Relation]:
         name = eqn.primitive.name.removesuffix("_start")

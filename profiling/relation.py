@@ -24,7 +24,7 @@ PART = 1024  # of a loss that is reduced already: the gradient is the sum of the
 
 Relation = int
 
-OF_GRADIENTS = SUMMED | TOTAL | MULTIPLIED | PART
+_OF_GRADIENTS = SUMMED | TOTAL | MULTIPLIED | PART
 _ZERO_KEEPING = frozenset(
     ("add", "add_any", "sub", "neg", "mul", "broadcast_in_dim", "convert_element_type", "reshape")
     + ("squeeze", "transpose", "copy", "reduce_sum", "pvary", "pcast", "pad", "concatenate")
@@ -87,6 +87,10 @@ def after_use(name: str, inputs: list[Relation], value: Relation) -> Relation:
     return value & ~PART if squared or name in _NOT_LINEAR else value
 
 
+def _is_of_own_sum(value: Relation) -> bool:
+    return bool(value & SUMMED) and may_differ(value)
+
+
 def after_sum(value: Relation) -> Relation:
     """Return the relation of a reduction over the axis that the program itself asks for."""
     return value & (CONSTANT | DEPENDS | SLICED)
@@ -133,4 +137,4 @@ def after_gather(value: Relation) -> Relation:
 
 def after_exchange(value: Relation) -> Relation:
     """Return the relation of what each device got from another, or kept of a sum."""
-    return value & (CONSTANT | DEPENDS | SLICED | OF_GRADIENTS) | DIFFERS
+    return value & (CONSTANT | DEPENDS | SLICED | _OF_GRADIENTS) | DIFFERS
