@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from txcore import _compat
 from txcore.profiling import meshes, relation
-from txcore.profiling.jaxpr import axes_of, made_by_autodiff, path_of, sub_jaxprs
+from txcore.profiling.jaxpr import axes_of, has_any, made_by_autodiff, path_of, sub_jaxprs
 from txcore.profiling.relation import DEPENDS, DIFFERS, SLICED, UNKNOWN, Relation, may_differ
 from txcore.profiling.values import is_literal
 
@@ -114,17 +114,9 @@ def search(
       What was found, each once, in the order of the equations.
     """
     jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
-    if only_with is not None and not _has(jaxpr, only_with):
+    if only_with is not None and not has_any(jaxpr, only_with):
         return []
     return list(dict.fromkeys(_search(jaxpr, "", look, every)))
-
-
-def _has(jaxpr: Any, names: Sequence[str]) -> bool:
-    return any(
-        eqn.primitive.name.removesuffix("_start") in names
-        or any(_has(inner, names) for inner in sub_jaxprs(eqn))
-        for eqn in jaxpr.eqns
-    )
 
 
 def _search(jaxpr: Any, path: str, look: Look, every: bool) -> Iterator[Any]:
@@ -193,13 +185,20 @@ class _Walk:
             values = [read(v) for v in eqn.invars]
             name = eqn.primitive.name
             if name in _PLAIN:
-                outputs = [relation.after(name, values)]
+                outputs = [self._plain(eqn, name, values)]
                 if self.every:
                     self._show(Seen(eqn, jaxpr, name, (), values, outputs, False, self.place))
             else:
                 outputs = self._eqn(eqn, jaxpr, values)
             known.update(zip(eqn.outvars, outputs, strict=True))
         return [read(v) for v in jaxpr.outvars]
+
+    def _plain(self, eqn: Any, name: str, inputs: list[Relation]) -> Relation:
+        value = relation.after(name, inputs)
+        used = relation.after_use(name, inputs, value)
+        # Most are the same either way, and a path takes a while to write.
+        by_autodiff = used != value and made_by_autodiff(path_of(eqn, self.place.path))
+        return value if by_autodiff else used
 
     def _eqn(self, eqn: Any, jaxpr: Any, inputs: list[Relation]) -> list[Relation]:
         name = eqn.primitive.name.removesuffix("_start")
@@ -210,7 +209,7 @@ class _Walk:
         elif name in _KERNELS or name in _REFS or name == "io_callback":
             outputs = self._opaque(eqn, name, inputs)
         elif not axes and not inner:
-            outputs = [relation.after(name, inputs)] * len(eqn.outvars)
+            outputs = [self._plain(eqn, name, inputs)] * len(eqn.outvars)
         else:
             within = self.enter(path=path_of(eqn, self.place.path))
             if name in BRANCHING:

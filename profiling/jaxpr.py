@@ -329,6 +329,15 @@ def _declare_reshard(eqn: Any, scope: _Scope, value: Value) -> Iterator[Declared
     )
 
 
+def has_any(jaxpr: Any, names: Sequence[str]) -> bool:
+    """Tell whether a primitive of these names stands in a jaxpr, or inside of its equations."""
+    return any(
+        eqn.primitive.name.removesuffix("_start") in names
+        or any(has_any(inner, names) for inner in sub_jaxprs(eqn))
+        for eqn in jaxpr.eqns
+    )
+
+
 def path_of(eqn: Any, outer: str) -> str:
     """Return the jax transformations that made an equation, `outer` being those around it."""
     return f"{outer}/{_compat.eqn_name_stack(eqn)}"

@@ -29,6 +29,12 @@ _ZERO_KEEPING = frozenset(
     ("add", "add_any", "sub", "neg", "mul", "broadcast_in_dim", "convert_element_type", "reshape")
     + ("squeeze", "transpose", "copy", "reduce_sum", "pvary", "pcast", "pad", "concatenate")
 )
+# Of a part of a sum they make what is no part of it any more.
+_NOT_LINEAR = frozenset(
+    ("integer_pow", "pow", "square", "abs", "sign", "sqrt", "rsqrt", "exp", "log", "max", "min")
+    + ("eq", "ne", "lt", "le", "gt", "ge", "reduce_max", "reduce_min", "argmax", "argmin")
+)
+_PRODUCTS = ("mul", "div", "dot_general")
 _ASKED_KEEPING = frozenset(
     ("broadcast_in_dim", "convert_element_type", "reshape", "squeeze", "transpose", "copy")
     + ("reduce_sum", "neg", "pvary", "pcast")
@@ -62,6 +68,29 @@ def after(name: str, inputs: list[Relation]) -> Relation:
     return value | CONSTANT if is_zero(value) and name not in _ZERO_KEEPING else value
 
 
+def after_use(name: str, inputs: list[Relation], value: Relation) -> Relation:
+    """Return the relation of what an operation that autodiff did not make makes of gradients.
+
+    Args:
+      name: the operation.
+      inputs: what it takes, some of it gradients.
+      value: the relation of its result by `after`.
+    """
+    if (
+        value & SUMMED
+        and may_differ(value)
+        and not any(v & SUMMED and may_differ(v) for v in inputs)
+    ):
+        # A device's own part of a whole gradient, or the gradient times something of its own.
+        value &= ~(SUMMED | PART)
+    squared = name in _PRODUCTS and sum(bool(one & PART) for one in inputs) > 1
+    return value & ~PART if squared or name in _NOT_LINEAR else value
+
+
+def _is_of_own_sum(value: Relation) -> bool:
+    return bool(value & SUMMED) and may_differ(value)
+
+
 def after_sum(value: Relation) -> Relation:
     """Return the relation of a reduction over the axis that the program itself asks for."""
     return value & (CONSTANT | DEPENDS | SLICED)
@@ -93,16 +122,17 @@ def after_crossing(value: Relation, transposed: str | None) -> Relation:
       value: that of the cotangent, which is not zero.
       transposed: the collective whose transpose the cast is, "" if it is none, None if unknown.
     """
-    if transposed == "":
-        return value
+    if transposed == "" or (value & SUMMED and value & DIFFERS):
+        return value  # what differs came to it after the sum, where jax took it for equal
     if value & SUMMED and not value & PART:
         return value & ~(SUMMED | TOTAL)
+    value &= ~SUMMED
     return value if transposed is None else value | PART
 
 
 def after_gather(value: Relation) -> Relation:
     """Return the relation of what was gathered along the axis."""
-    return value & (CONSTANT | DEPENDS | SLICED) | (0 if is_zero(value) else GATHERED)
+    return value & (CONSTANT | DEPENDS | SLICED | TOTAL) | (0 if is_zero(value) else GATHERED)
 
 
 def after_exchange(value: Relation) -> Relation:

@@ -19,7 +19,7 @@ from typing import Any
 from txcore import _compat
 from txcore.profiling import source
 from txcore.profiling.forward import CASTS, Calls, Forward
-from txcore.profiling.jaxpr import axes_of, sub_jaxprs
+from txcore.profiling.jaxpr import axes_of, has_any, sub_jaxprs
 
 _DRAWS = ("random_bits", "random_gamma")
 _SAME_AFTER = ("psum", "psum_invariant", "pmax", "pmin", "pbroadcast")
@@ -86,7 +86,7 @@ def shared_draws(jaxpr: Any, axes: Sequence[str]) -> list[Draw]:
       [('data', (4,))]
     """
     jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
-    if not axes or not _draws_any(jaxpr):
+    if not axes or not has_any(jaxpr, _DRAWS):
         return []
     found: dict[Draw, None] = {}
     for eqn in _shard_maps(jaxpr):
@@ -98,12 +98,6 @@ def shared_draws(jaxpr: Any, axes: Sequence[str]) -> list[Draw]:
             ]
             _walk(axis, found).run(body, inputs)
     return list(found)
-
-
-def _draws_any(jaxpr: Any) -> bool:
-    return any(
-        eqn.primitive.name in _DRAWS or any(map(_draws_any, sub_jaxprs(eqn))) for eqn in jaxpr.eqns
-    )
 
 
 def _shard_maps(jaxpr: Any) -> list[Any]:

@@ -33,11 +33,6 @@ def unreduced_axes(x: Any) -> frozenset[str]:
     return frozenset(getattr(_axis_type(x), "unreduced", ()))
 
 
-def unequal_axes(x: Any) -> frozenset[str]:
-    """Return the mesh axes along which devices hold different values, or parts, of `x`."""
-    return varying_axes(x) | unreduced_axes(x)
-
-
 def equal_reduced_axes(x: Any) -> frozenset[str]:
     """Return the mesh axes along which `x` is equal and its cotangent is unreduced ("reduced")."""
     return frozenset(getattr(_axis_type(x), "reduced", ()))

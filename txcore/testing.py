@@ -12,8 +12,8 @@ from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
 from txcore import _compat
-from txcore.agreement import Agreement, norm_of, of_inputs, of_rounding
 from txcore.optim import Optimizer
+from txcore.parity import Agreement, norm_of, of_inputs, of_rounding
 from txcore.train import Engine, StepFn, TrainState
 from txcore.train.precision import POLICIES
 

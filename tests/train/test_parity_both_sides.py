@@ -15,7 +15,7 @@ import pytest
 import toys
 
 import txcore as tx
-from txcore.agreement import Agreement, norm_of, of_inputs, of_rounding
+from txcore.parity import Agreement, norm_of, of_inputs, of_rounding
 
 ALL = os.environ.get("TXCORE_ALL_PARITY") == "1"
 AGREEMENT = Agreement("step 0", {4}, 1e-4, 1e-6)

@@ -210,6 +210,11 @@ GRADIENTS = {
     "clipped_before": (
         lambda s, b: tx.pmean(tx.optim.clip_by_global_norm(local(s, b)[1], 0.5), "data"),
         "clip_by_global_norm needs gradients that are whole"),
+    "mean_times_a_mistyped_value": (
+        lambda s, b: tx.pmean(local(s, b, lambda p, b: mse(p, b) + host(np.mean, b["y"])
+                                    * tx.pmean(mse(p, b), "data"))[1], "data"),
+        "autodiff has summed over the devices on their way back.* of pure_callback|"
+        "jax types what pure_callback"),
     "sum_of_decay": (
         lambda s, b: {**tx.pmean(local(s, b)[1], "data"),
                       "b": tx.psum(jax.grad(lambda p: p["b"] ** 2)(s.params)["b"], "data")},
