@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -12,7 +12,6 @@ from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
 from txcore import _compat
-from txcore.optim import Optimizer
 from txcore.parity import Agreement, norm_of, of_inputs, of_rounding
 from txcore.train import Engine, StepFn, TrainState
 from txcore.train.precision import POLICIES
@@ -127,6 +126,9 @@ def assert_plans_agree(
         )
     sizes = {n for e in engines for n in (*e.mesh.shape.values(), e.mesh.size) if n > 1}
     states = [_recording(engine).create_state(params, extra) for engine in engines]
+    begun = [_wide(state.arrays["loss_scaling"]) for state in states]
+    if None not in begun:  # float16 may be compared with another precision
+        Agreement("step 0", sizes, rtol, atol).check("loss_scaling", *begun)
     number = -1
     for number, batch in enumerate(batches):
         start = _host(states[0].arrays)
@@ -221,7 +223,6 @@ def _compare(agreement: Agreement, reference: _Reference, first: _End, second: _
         agreement.check("optimizer state", *states, excuse=excuse)
     check("extra", lambda end: end.arrays["extra"])
     if None not in [end.arrays["loss_scaling"] for end in (first, second)]:
-        # float16 may be compared with another precision
         check("loss_scaling", lambda end: end.arrays["loss_scaling"])
 
 
@@ -266,7 +267,9 @@ def _recording(engine: Engine) -> Engine:
 
     def update(grads: Any, opt_state: Any, params: Any, *, step: jax.Array) -> Any:
         params, state = inner.update(grads, opt_state["inner"], params, step=step)
+        if inner.per_example:
+            grads = jax.tree.map(lambda g: g.mean(0), grads)
         kept = jax.tree.map(lambda g, old: g.astype(old.dtype), grads, opt_state["grads"])
         return params, {"inner": state, "grads": kept}
 
-    return engine.with_optimizer(Optimizer(init, update))
+    return engine.with_optimizer(replace(inner, init=init, update=update))

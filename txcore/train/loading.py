@@ -66,10 +66,15 @@ def load_extra(path: str | os.PathLike[str], extra: Any, *, best: bool = False) 
       CheckpointError: as `load_params`.
 
     Example:
-      >>> tx.load_extra("no/such/folder", {"mean": np.zeros(3, np.float32)})
-      Traceback (most recent call last):
-      ...
-      txcore.train.manifest.CheckpointError: /...no/such/folder has no checkpoint to load
+      >>> import tempfile
+      >>> engine = tx.Engine(mesh=tx.MeshSpec(jax.devices()[:2]), plan=tx.Plan(tx.DP("data")),
+      ...                    optimizer=tx.optim.sgd(0.1))
+      >>> extra = {"mean": np.ones(2, np.float32)}
+      >>> state = engine.create_state({"w": np.zeros(3, np.float32)}, extra)
+      >>> with tx.Checkpoints(tempfile.mkdtemp(), every=1) as checkpoints:
+      ...     checkpoints.save(state, tx.train.Position(steps=1))
+      >>> tx.load_extra(checkpoints.directory, {"mean": np.zeros(2, np.float32)})
+      {'mean': array([1., 1.], dtype=float32)}
     """
     return _load(path, "extra", "extra", extra, best)
 
