@@ -145,10 +145,11 @@ class Plan:
 
     def batch_specs(self, batch: Any, mesh: MeshSpec) -> Any:
         """Return the spec of each leaf of `batch`, with axes of size 1 left out."""
-        whole = P(self.data_axes) if self.data_axes else P()
+        whole = _without_size_one(P(self.data_axes) if self.data_axes else P(), mesh)
+        declared = {key: _without_size_one(spec, mesh) for key, spec in self.batch.items()}
 
         def spec(path: Any, _: Any) -> P:
-            return _without_size_one(self.batch.get(top_key(path), whole), mesh)
+            return declared.get(top_key(path), whole)
 
         keys = {top_key(path) for path, _ in jax.tree_util.tree_flatten_with_path(batch)[0]}
         if unknown := sorted(set(self.batch) - keys):

@@ -12,6 +12,8 @@ from txcore.mesh import MeshSpec
 from txcore.plan import Plan, top_key
 from txcore.train.copies import in_native_order
 
+Leaves = list[tuple[Any, Any]]  # of a batch, each with its path
+
 
 def examples(batch: Any, plan: Plan) -> tuple[int, Any]:
     """Return how many examples `batch` holds, and its mask (None where all are real).
@@ -20,28 +22,40 @@ def examples(batch: Any, plan: Plan) -> tuple[int, Any]:
     axes; the mask is the leaf "mask" of shape (batch,) at the top of a dict, named tuple or
     dataclass.
     """
-    rows = _rows(batch, plan)
-    mask = mask_of(batch)
-    return (next(iter(rows.values())) if rows else 1), None if np.ndim(mask) != 1 else mask
+    leaves = _leaves(batch)
+    rows, mask = _rows(leaves, plan), _mask(leaves)
+    return (rows[0][1] if rows else 1), None if np.ndim(mask) != 1 else mask
 
 
 def mask_of(batch: Any) -> Any:
     """Return the leaf "mask" at the top of a batch, of any shape, or None."""
-    leaves = jax.tree_util.tree_flatten_with_path(batch)[0]
+    return _mask(_leaves(batch))
+
+
+def _leaves(batch: Any) -> Leaves:
+    return jax.tree_util.tree_flatten_with_path(batch)[0]
+
+
+def _mask(leaves: Leaves) -> Any:
     return next((leaf for path, leaf in leaves if top_key(path) == "mask"), None)
 
 
-def _rows(batch: Any, plan: Plan) -> dict[str, int]:
-    """Return the leading size of each leaf that holds examples; refuse what has none."""
-    found = {}
-    for path, leaf in jax.tree_util.tree_flatten_with_path(batch)[0]:
+def _rows(leaves: Leaves, plan: Plan) -> list[tuple[Any, int]]:
+    """Return path and leading size of each leaf that holds examples; refuse what has none."""
+    found = []
+    for path, leaf in leaves:
         if not _holds_examples(top_key(path), plan):
             continue
-        where, shape = f"batch{jax.tree_util.keystr(path)}", getattr(leaf, "shape", ())
+        shape = getattr(leaf, "shape", ())
         if not shape:
-            raise ValueError(_no_rows(where, leaf))
-        found[where] = int(shape[0])
+            raise ValueError(_no_rows(_name(path), leaf))
+        found.append((path, int(shape[0])))
     return found
+
+
+def _name(path: Any) -> str:
+    """Return what errors call a leaf; not made for each leaf of each step."""
+    return f"batch{jax.tree_util.keystr(path)}"
 
 
 def _holds_examples(key: str, plan: Plan) -> bool:
@@ -60,33 +74,33 @@ def _declared(path: Any) -> str:
     return "as a leaf of a dict batch, by Plan(batch={key: P()})"
 
 
-def check_rows(batch: Any, plan: Plan) -> None:
+def _check_rows(leaves: Leaves, plan: Plan) -> None:
     """Refuse a batch without examples, or whose leaves do not have equally many.
 
     Raises:
       ValueError: naming the leaf, and how the plan says that all examples share it.
     """
-    rows = _rows(batch, plan)
+    rows = _rows(leaves, plan)
     if not rows:
         return
-    counts = Counter(rows.values())
-    most = max(counts, key=counts.__getitem__)
-    like = next(where for where, n in rows.items() if n == most)
-    for path, _ in jax.tree_util.tree_flatten_with_path(batch)[0]:
-        where = f"batch{jax.tree_util.keystr(path)}"
-        if rows.get(where, most) != most:
-            raise ValueError(
-                f"{where} has {rows[where]} rows, but {like} has {most}: all leaves of a batch "
-                "need one row for each example. What all examples share (class weights) is "
-                f"declared, {_declared(path)}"
-            )
+    most = rows[0][1]
+    if any(n != most for _, n in rows):
+        counts = Counter(n for _, n in rows)
+        most = max(counts, key=counts.__getitem__)
+        path, odd = next(row for row in rows if row[1] != most)
+        like = next(_name(path) for path, n in rows if n == most)
+        raise ValueError(
+            f"{_name(path)} has {odd} rows, but {like} has {most}: all leaves of a batch "
+            "need one row for each example. What all examples share (class weights) is "
+            f"declared, {_declared(path)}"
+        )
     if most == 0:
-        raise ValueError(f"{like} has no rows: a batch needs at least one example")
+        raise ValueError(f"{_name(rows[0][0])} has no rows: a batch needs at least one example")
 
 
-def _check_mask(batch: Any, plan: Plan) -> None:
+def _check_mask(leaves: Leaves, plan: Plan) -> None:
     """Refuse an example mask on the host that holds anything but 0 and 1."""
-    mask = mask_of(batch)
+    mask = _mask(leaves)
     if isinstance(mask, jax.Array) or np.ndim(mask) != 1 or "mask" in plan.batch:
         return
     host = np.asarray(mask)
@@ -126,11 +140,11 @@ def shard_batch(batch: Any, mesh: MeshSpec, plan: Plan) -> Any:
     """
 
     def place(path: Any, leaf: Any, spec: PartitionSpec) -> jax.Array:
-        where = f"batch{jax.tree_util.keystr(path)}"
-        return _place(leaf, NamedSharding(mesh.mesh, spec), where)
+        return _place(leaf, NamedSharding(mesh.mesh, spec), path)
 
-    check_rows(batch, plan)
-    _check_mask(batch, plan)
+    leaves = _leaves(batch)
+    _check_rows(leaves, plan)
+    _check_mask(leaves, plan)
     return jax.tree_util.tree_map_with_path(place, batch, plan.batch_specs(batch, mesh))
 
 
@@ -156,11 +170,11 @@ def global_shapes(shard: Any, mesh: MeshSpec, plan: Plan) -> Any:
         for dim, axes in zip(range(len(sizes)), map(_axes_of, spec), strict=False):
             sizes[dim] *= math.prod(mesh.shape[a] for a in axes if a in plan.data_axes)
         sharding = NamedSharding(mesh.mesh, spec)
-        _check_divisible(tuple(sizes), sharding, f"batch{jax.tree_util.keystr(path)}", processes=1)
+        _check_divisible(tuple(sizes), sharding, path, processes=1)
         dtype = jax.dtypes.canonicalize_dtype(leaf.dtype)
         return jax.ShapeDtypeStruct(tuple(sizes), dtype, sharding=sharding)
 
-    check_rows(shard, plan)
+    _check_rows(_leaves(shard), plan)
     return jax.tree_util.tree_map_with_path(shape, shard, plan.batch_specs(shard, mesh))
 
 
@@ -172,31 +186,33 @@ def shapes_on(arrays: Any, mesh: MeshSpec) -> Any:
     )
 
 
-def _place(leaf: Any, sharding: NamedSharding, where: str) -> jax.Array:
+def _place(leaf: Any, sharding: NamedSharding, path: Any) -> jax.Array:
     if isinstance(leaf, jax.Array) and leaf.committed and leaf.sharding == sharding:
         return leaf
     # A copy, since on CPU jax would use the caller's memory itself while steps are under way.
     host = in_native_order(np.array(leaf))
     if host.dtype.kind not in "biufcV":  # V: those of ml_dtypes, bfloat16 for one
         raise TypeError(
-            f"{where} needs numbers, got {host.dtype}: encode it, or leave it out of the batch"
+            f"{_name(path)} needs numbers, got {host.dtype}: encode it, or leave it out of the "
+            "batch"
         )
     if not host.shape and any(sharding.spec):
-        raise ValueError(_no_rows(where, leaf))
+        raise ValueError(_no_rows(_name(path), leaf))
     # Several processes give only their own part, which their own devices share.
-    _check_divisible(host.shape, sharding, where, jax.process_count())
+    _check_divisible(host.shape, sharding, path, jax.process_count())
     if jax.process_count() == 1:
         return jax.device_put(host, sharding)
     return jax.make_array_from_process_local_data(sharding, host)
 
 
 def _check_divisible(
-    shape: tuple[int, ...], sharding: NamedSharding, where: str, processes: int
+    shape: tuple[int, ...], sharding: NamedSharding, path: Any, processes: int
 ) -> None:
     mesh, spec = sharding.mesh, sharding.spec
     if len(shape) < len(spec):
         raise ValueError(
-            f"{where} needs at least {len(spec)} dims to be sharded by {spec}, got shape {shape}"
+            f"{_name(path)} needs at least {len(spec)} dims to be sharded by {spec}, got shape "
+            f"{shape}"
         )
     for dim, entry in enumerate(spec):
         axes = _axes_of(entry)
@@ -206,8 +222,9 @@ def _check_divisible(
             names = ", ".join(map(repr, axes))
             what = "examples" if dim == 0 else f"in dim {dim}"
             raise ValueError(
-                f"{where} has {length} {what}, which {size} devices along axis {names} cannot "
-                f"share equally: use a size divisible by {size}, or pad it (and set the mask)"
+                f"{_name(path)} has {length} {what}, which {size} devices along axis {names} "
+                f"cannot share equally: use a size divisible by {size}, or pad it (and set the "
+                "mask)"
             )
 
 
