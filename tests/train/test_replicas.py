@@ -351,6 +351,7 @@ def test_what_of_a_loop_is_compared(sized, monkeypatch, tmp_path):
         f"batches in data: {3 if sized else 'not known'}",
         "checkpoints.every=4",
         "checkpoints.keep=2",
+        "checkpoints.keep_best=None",
         "checkpoints.resume=auto",
         f"checkpoints.directory={tmp_path.resolve()}",
     ]
