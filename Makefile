@@ -11,7 +11,16 @@ TARGETS = $(VENV)-targets
 PEERS = $(VENV)-peers
 PEERS_FALLBACK ?= python3
 
-.PHONY: setup mnist test lint bench bench-peers clean
+# What depends on the version of jax or of Python; kernels on more than these values, runs of several
+# processes and documents do not.
+VERSIONED = tests/collectives tests/profiling tests/train/test_engine.py tests/train/test_engine_guards.py \
+  tests/train/test_guarded_steps.py tests/train/test_batch_statistics.py tests/train/test_loading.py \
+  tests/train/test_replicas.py tests/train/test_prng.py tests/optim tests/kernels/test_kernel_values.py \
+  tests/launch/test_initialize.py tests/multiprocess/test_ranks_agree.py tests/examples/test_ecosystem.py \
+  tests/test_import.py tests/test_packaging.py
+TARGETS_VERSIONED = tests/profiling/test_sends_target.py tests/profiling/test_targets_compile.py
+
+.PHONY: setup mnist test test-versioned lint bench bench-peers clean
 
 setup: $(SETUP)
 
@@ -26,6 +35,10 @@ mnist: setup  ## train the CNN on two devices and show which collectives the ste
 test: setup $(TARGETS)/.installed  ## run the tests, those that compile for absent machines last
 	$(BIN)/python -m pytest $(PARALLEL) $(PYTEST_ARGS)
 	$(TARGETS)/bin/python -m pytest $(PARALLEL) tests/profiling/test_*target*.py
+
+test-versioned: setup $(TARGETS)/.installed  ## run the tests of what depends on the version of jax or Python
+	$(BIN)/python -m pytest $(PARALLEL) $(VERSIONED) $(PYTEST_ARGS)
+	$(TARGETS)/bin/python -m pytest $(PARALLEL) $(TARGETS_VERSIONED)
 
 $(TARGETS)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(TARGETS)
