@@ -164,3 +164,21 @@ def test_basic_shows_every_number_in_three_digits(value, text):
     assert f"  rate {text}  " in out.getvalue()
     shown = float(text)
     assert np.isnan(value) or shown == pytest.approx(value, rel=5e-3)
+
+
+class Unsized:
+    """Batches whose number nobody knows, as of a torch loader of an IterableDataset."""
+
+    def __len__(self):
+        raise TypeError("object of type 'IterableDataset' has no len()")
+
+    def __iter__(self):
+        return iter([toys.batch(seed=i) for i in range(3)])
+
+
+def test_data_whose_length_nobody_knows():
+    records = []
+    engine = toys.engine(1, loggers=[records.append])
+    state = engine.fit(toys.train_step, engine.create_state(toys.params()), Unsized(), epochs=2)
+    assert int(state.step) == 6
+    assert {record.total_steps for record in records} == {None}

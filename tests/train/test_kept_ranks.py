@@ -49,6 +49,7 @@ def test_two_ranks(tmp_path):
     assert first["best"] == "step_00000004"
     assert saved(tmp_path) == ["step_00000004", "step_00000006"]
     assert first["step"] == 6
+    assert first["alike"] == ["ValueError", "FloatingPointError", 6]
     assert first["key"] == jax.random.key_data(jax.random.key(7)).tolist()
     assert_close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6)
     assert_close(first["best_w2"], after(range(4)))

@@ -55,10 +55,10 @@ def check_fit(
     Raises:
       MismatchError: an argument differs; names it, on every rank alike.
     """
-    length = str(len(data)) if isinstance(data, Sized) else "not known"
+    number = count_batches(data)
     lines = [f"{name}={count}" for name, count in counts.items()]
     lines.append(f"evaluate={'given' if evaluate is not None else None}")
-    lines.append(f"batches in data: {length}")
+    lines.append(f"batches in data: {'not known' if number is None else number}")
     if checkpoints is None:
         lines.append("checkpoints=None")
     else:
@@ -71,6 +71,16 @@ def check_fit(
         problem="the ranks would run different loops",
         remedy=_SAME_LOOP,
     )
+
+
+def count_batches(data: Any) -> int | None:
+    """Return how many batches an epoch has, None where the data does not say."""
+    if not isinstance(data, Sized):
+        return None
+    try:
+        return len(data)
+    except (TypeError, NotImplementedError):  # a loader that has a length for some datasets alone
+        return None
 
 
 def check_end(position: "Position") -> None:

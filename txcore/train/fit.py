@@ -3,7 +3,7 @@
 import itertools
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -51,13 +51,13 @@ def fit(
     run = Run(engine, state, evaluate, checkpoints)
     with interrupts() as interrupt:  # until the last save is whole
         try:
+            if jax.process_count() > 1:
+                watch.start()  # where tx.initialize did not
             length = Length.of(steps, epochs)
             run.eval_every = check_evaluation(evaluate, eval_every, checkpoints)
             run.compare_every = check_count("check_replicas_every", check_replicas_every)
             engine.check_state(state, "fit")
             state.known_equal.clear()  # compared before the first step, whatever was done to it
-            if jax.process_count() > 1:
-                watch.start()  # where tx.initialize did not
             if engine.spans:
                 agreement.check_fit(
                     engine,
@@ -81,9 +81,11 @@ def train(
     run: "Run", step: StepFn, data: Data, length: "Length", interrupt: Interrupt
 ) -> TrainState:
     """Make the steps of a run, and end it as a signal asks for, if one came."""
+    begun = False
     try:
         with run.checkpoints or nullcontext():
             run.begin(data, length)
+            begun = True
             if run.compare_every:
                 run.compare_copies()
             for after, host in batches(data, length, run.position, run.rows):
@@ -106,7 +108,9 @@ def train(
         # Once the checkpoint under way is whole, and the steps that are: the others, which end
         # when they are told, have to be there for both.
         is_alive(run.state)
-        watch.failed(error)
+        # Of what all ranks find alike none is told: they may go on, as after a MismatchError.
+        if begun and not isinstance(error, FloatingPointError):
+            watch.failed(error)
         raise
     if interrupt.stopped is None and not interrupt.due(run.position.steps):
         interrupt.stopped = interrupt.asked  # too late for the others to stop with this process
@@ -263,9 +267,10 @@ class Length:
         """Return the number of steps, from a position in the data on, if it is known."""
         if self.epochs is None:
             return self.steps
-        if not isinstance(data, Sized):
+        number = agreement.count_batches(data)
+        if number is None:
             return None
-        return at.steps - at.batch + (self.epochs - at.epoch) * len(data)
+        return at.steps - at.batch + (self.epochs - at.epoch) * number
 
 
 def check_evaluation(
