@@ -63,7 +63,7 @@ def resumes_after(run, step, whole, caplog, *said):
         curve, state = train(run)
     assert min(curve.steps) == step + 1
     cases.equal(state, whole[1])
-    text = "\n".join(caplog.messages)
+    text = "\n".join(toys.messages(caplog))
     for words in said:
         assert words in text
     assert saved(run)[-1] == f"step_{STEPS:08d}"
@@ -219,7 +219,7 @@ def test_a_rank_says_its_own_error(tmp_path, monkeypatch, caplog):
     checkpoints = tx.Checkpoints(tmp_path, every=1)
     checkpoints._fail(tmp_path / "step_00000001", "it is full")  # rank 0 says so
     checkpoints._fail(tmp_path / "step_00000002", OSError(28, "No space left on device"))
-    assert caplog.messages == [
+    assert toys.messages(caplog) == [
         f"txcore: {tmp_path / 'step_00000002'} was not saved by rank 1: No space left on device; "
         "the run goes on. There is no checkpoint yet"
     ]
@@ -229,7 +229,7 @@ def test_the_clock_does_not_matter(run, whole, caplog):
     for i, name in enumerate(saved(run)):
         os.utime(run / name, (2e9 - i, 2e9 - i))  # the oldest has the newest time
     resumes_after(run, 8, whole, caplog)
-    assert caplog.messages == []
+    assert toys.messages(caplog) == []
 
 
 def test_where_all_are_damaged_nothing_is_started_anew(run):
@@ -318,7 +318,7 @@ def test_a_full_disk(told_before, tmp_path, request, monkeypatch, caplog, whole)
     text = r"step_00000014 was not saved: .*\. The newest checkpoint is .*step_00000003$"
     with pytest.raises(tx.CheckpointError, match=text), caplog.at_level(logging.WARNING, "txcore"):
         train(disk / "run", data=fill)
-    said = [m for m in caplog.messages if m.startswith("txcore: ")]
+    said = [m for m in toys.messages(caplog) if m.startswith("txcore: ")]
     assert len(said) == 4, "those of 6, 9, 12 and 14; that of 3 is there"
     assert all("the run goes on" in m for m in said)
     reason = "it needs about " if told_before else "No space left on device"
@@ -336,7 +336,7 @@ def test_a_disk_that_is_full_for_a_while(tmp_path, request, monkeypatch, whole, 
         _, state = train(tmp_path)
     cases.equal(state, whole[1])
     assert saved(tmp_path) == ["step_00000009", "step_00000012", "step_00000014"]
-    assert caplog.messages == [
+    assert toys.messages(caplog) == [
         f"txcore: {tmp_path / 'step_00000006'} was not saved: it is full; the run goes on. The "
         f"newest checkpoint is {tmp_path / 'step_00000003'}"
     ]
@@ -355,7 +355,7 @@ def test_a_logger_whose_disk_is_full_for_a_while_does_not_end_the_run(caplog):
     with caplog.at_level(logging.WARNING, "txcore"):
         engine.fit(cases.step, state, cases.batches(0), steps=4)
     assert told == [1, 4, 4]
-    assert caplog.messages == [
+    assert toys.messages(caplog) == [
         "txcore: the logger logger failed at step 2, and is called again for the next record: "
         "OSError: [Errno 28] No space left on device"
     ]
@@ -374,4 +374,4 @@ def test_loggers_that_are_equal_or_have_no_hash(caplog):
     state = engine.create_state(toys.params(), extra={"mean": np.float32(0)})
     engine.fit(cases.step, state, cases.batches(0), steps=4)
     assert loggers == [[1, 2, 3, 4, 4]] * 2
-    assert len(caplog.messages) == 2, "each of them said so"
+    assert len(toys.messages(caplog)) == 2, "each of them said so"

@@ -211,7 +211,7 @@ def test_a_signal_after_the_last_step_ends_it_too(number, tmp_path, caplog):
         )
     assert getattr(ended.value, "code", None) == (143 if number == signal.SIGTERM else None)
     assert saved(tmp_path) == ["step_00000003", "step_00000004"]
-    assert caplog.messages == [f"txcore: {number.name}: stopped after 4 steps, all saved"]
+    assert toys.messages(caplog) == [f"txcore: {number.name}: stopped after 4 steps, all saved"]
 
 
 def test_only_a_second_sigint_ends_at_once():

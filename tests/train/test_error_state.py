@@ -218,7 +218,7 @@ def test_a_signal_without_checkpoints(number, caplog):
     assert getattr(error, "code", None) == (143 if number == signal.SIGTERM else None)
     assert signal.getsignal(number) is handler
     holds(error, 4)
-    assert caplog.messages == [
+    assert toys.messages(caplog) == [
         f"txcore: {number.name}: stopped after 4 steps; nothing is saved without checkpoints= (the "
         "exception has the state)"
     ]

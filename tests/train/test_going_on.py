@@ -56,10 +56,10 @@ def test_steps_are_those_in_all(caplog):
     with pytest.raises(ValueError, match=f"^{text}$") as caught:
         engine.fit(cases.step, state, data, steps=3)
     assert caught.value.state is state
-    assert caplog.messages == []
+    assert toys.messages(caplog) == []
     assert engine.fit(cases.step, state, data, steps=4) is state
     text = "fit has no step to make: of steps=4 the state has made all: give steps=8 for 4 more"
-    assert caplog.messages == [f"txcore: {text}"]
+    assert toys.messages(caplog) == [f"txcore: {text}"]
 
 
 def test_epochs_are_passes_over_the_data_of_this_call():
@@ -106,7 +106,7 @@ def test_a_state_that_is_newer_than_the_checkpoint(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "txcore"):  # another test may have left it lower
         state = engine.fit(cases.step, newer, data, steps=6, checkpoints=checkpoints)
     assert int(state.step) == 6
-    assert caplog.messages == [
+    assert toys.messages(caplog) == [
         "txcore: the checkpoint is after 3 steps, and the state given to fit after 5: it goes on "
         "from the checkpoint"
     ]
@@ -127,7 +127,7 @@ def test_a_logger_that_raises_is_reported_once_and_left_out(error, caplog):
         engine.fit(cases.step, cases.start(engine), cases.batches(0), steps=4)
     assert calls == [1, 2]
     assert records.of("step") == [1, 2, 3, 4]
-    assert caplog.messages == [
+    assert toys.messages(caplog) == [
         "txcore: the logger broken failed at step 2, and is left out from now on: "
         f"{type(error).__name__}: no"
     ]
@@ -138,7 +138,7 @@ def test_a_logger_that_never_could_write_is_left_out(tmp_path, caplog):
     engine = cases.engine(1, tx.loggers.JSONL(tmp_path / "file" / "log.jsonl"))
     state = engine.fit(cases.step, cases.start(engine), cases.batches(0), steps=2)
     assert int(state.step) == 2
-    (said,) = caplog.messages
+    (said,) = toys.messages(caplog)
     assert said.startswith("txcore: the logger JSONL failed at step 1, and is left out from now")
 
 

@@ -70,3 +70,8 @@ def reference_step(params, batch, rate=0.1):
     d_hidden = d_out @ w2.T * (1 - hidden**2)
     new = {"w1": w1 - rate * x.T @ d_hidden, "w2": w2 - rate * hidden.T @ d_out}
     return new, float(np.mean(error**2))
+
+
+def messages(caplog):
+    """Return what txcore logged: asyncio complains of an earlier test's failed save at any time."""
+    return [record.getMessage() for record in caplog.records if record.name == "txcore"]
