@@ -1,13 +1,18 @@
-"""A free port for the processes that a test starts, and their ends."""
+"""The processes that a test starts: their port, their environment and their ends."""
 
 import contextlib
+import os
+import pathlib
 import random
 import socket
+import subprocess
+import sys
 import time
 
 # Linux gives these to no connection by itself, so nobody takes one between here and its use.
 PORTS = range(20_000, 30_000)
 DEADLINE_S = 90
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
 def free_port():
@@ -17,6 +22,27 @@ def free_port():
             tried.bind(("127.0.0.1", port))
             return port
     raise OSError(f"no free port from {PORTS.start} to {PORTS.stop - 1}")
+
+
+def rank_environment(**more):
+    """Return a rank's variables: this tree on CPU, without the number of devices of the tests."""
+    own = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    return own | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)} | more
+
+
+def start_ranks(worker, *args, count=2):
+    """Start ranks of a worker that is called with the coordinator, its rank and `args`."""
+    coordinator = f"127.0.0.1:{free_port()}"
+    return [
+        subprocess.Popen(
+            [sys.executable, worker, coordinator, str(rank), *map(str, args)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=rank_environment(),
+        )
+        for rank in range(count)
+    ]
 
 
 @contextlib.contextmanager

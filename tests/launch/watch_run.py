@@ -1,7 +1,6 @@
 """Start the ranks of watch_worker.py, and see how each ends and when."""
 
 import json
-import os
 import pathlib
 import subprocess
 import sys
@@ -9,9 +8,8 @@ import threading
 import time
 from dataclasses import dataclass, field
 
-from processes import free_port
+from processes import free_port, rank_environment
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
 WORKER = pathlib.Path(__file__).with_name("watch_worker.py")
 DEADLINE_S = 90
 
@@ -48,8 +46,7 @@ class Rank:
 def start(world, worker=WORKER, **plan):
     """Start all ranks."""
     coordinator = f"127.0.0.1:{free_port()}"
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    environment |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    environment = rank_environment()
     ranks = []
     for rank in range(world):
         process = subprocess.Popen(

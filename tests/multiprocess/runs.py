@@ -1,7 +1,6 @@
 """Start the ranks of a run on this machine, signal one, and look at what comes of it."""
 
 import json
-import os
 import pathlib
 import random
 import re
@@ -12,9 +11,8 @@ import time
 
 sys.path.append(str(pathlib.Path(__file__).resolve().parents[1]))  # where this is a script
 
-from processes import free_port
+from processes import free_port, rank_environment
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
 SCRIPT = pathlib.Path(__file__).with_name("long_run.py")
 START_S = 120  # until the first checkpoint, on a loaded machine
 ENDED = 75  # the exit code of a rank that ends because of another one
@@ -28,9 +26,7 @@ def start(folder, world, *args, out="out", devices=1):
     port = free_port()
     ranks = []
     for rank in range(world):
-        environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-        environment |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-        environment["JAX_NUM_CPU_DEVICES"] = str(devices)
+        environment = rank_environment(JAX_NUM_CPU_DEVICES=str(devices))
         if world > 1:
             environment["JAX_COORDINATOR_ADDRESS"] = f"127.0.0.1:{port}"
             environment |= {"JAX_NUM_PROCESSES": str(world), "JAX_PROCESS_ID": str(rank)}

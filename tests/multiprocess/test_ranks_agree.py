@@ -9,9 +9,8 @@ import sys
 
 import numpy as np
 import pytest
-from processes import finish, free_port
+from processes import finish, free_port, rank_environment
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
 WORKER = pathlib.Path(__file__).with_name("agreement_worker.py")
 sweep = pytest.mark.skipif(
     os.environ.get("TXCORE_ALL_RANKS") != "1", reason="a sweep: set TXCORE_ALL_RANKS=1"
@@ -29,8 +28,7 @@ def run(cases, world=2, devices=1, seconds=240):
     port = free_port()
     ranks = []
     for rank in range(world):
-        environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-        environment |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+        environment = rank_environment()
         environment |= {"JAX_NUM_CPU_DEVICES": str(devices), "JAX_PROCESS_ID": str(rank)}
         environment |= {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}"}
         ranks.append(

@@ -2,21 +2,17 @@
 
 import functools
 import json
-import os
 import pathlib
-import subprocess
-import sys
 
 import jax
 import numpy as np
 import pytest
 import toys
 from checkpoint_cases import saved
-from processes import finish, free_port
+from processes import finish, start_ranks
 
 pytest.importorskip("orbax.checkpoint")
 
-ROOT = pathlib.Path(__file__).parents[2]
 WORKER = pathlib.Path(__file__).with_name("kept_run.py")
 
 
@@ -29,19 +25,7 @@ def after(steps):
 
 
 def test_two_ranks(tmp_path):
-    coordinator = f"127.0.0.1:{free_port()}"
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    environment |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, WORKER, coordinator, str(rank), tmp_path],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-        for rank in range(2)
-    ]
+    ranks = start_ranks(WORKER, tmp_path)
     _, outputs, errors = zip(*finish(*ranks, deadline_s=120), strict=True)
     assert "shard 7 is gone" in errors[1], errors
     first, second = (json.loads(out.splitlines()[-1]) for out in outputs)
