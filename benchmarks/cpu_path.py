@@ -22,9 +22,10 @@ sys.path.append(str(pathlib.Path(__file__).resolve().parents[1] / "examples" / "
 import mnist_step
 
 from txcore import launch
-from txcore.kernels import compiler_options, registry
+from txcore.kernels import compiler_options
 from txcore.kernels.conv import xla as conv
 from txcore.kernels.dense import xla as dense
+from txcore.kernels.dispatch import registry
 from txcore.train.batch import shard_batch
 
 OFF = compiler_options("cpu")

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from txcore.kernels import measure
-from txcore.kernels.shapes import MAIN, SHAPES
+from txcore.kernels.tuning import measure
+from txcore.kernels.tuning.shapes import MAIN, SHAPES
 
 SIDE = 2048
 COPIED = 1 << 26  # float32: eight times a large cache

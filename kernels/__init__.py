@@ -8,12 +8,14 @@ if __name__ == "kernels":  # found by its folder, not as the installed package
     raise ImportError("'kernels' is installed as txcore.kernels: write 'import txcore.kernels'")
 
 from txcore.kernels.bucket import pack, unpack
+from txcore.kernels.common.compiler_options import compiler_options
 from txcore.kernels.conv import conv2d
-from txcore.kernels.cross_entropy import cross_entropy, linear_cross_entropy
+from txcore.kernels.cross_entropy import cross_entropy
 from txcore.kernels.dense import dense
 from txcore.kernels.dropout import dropout
-from txcore.kernels.optimizer import adamw, sgd_momentum, squared_norm
-from txcore.kernels.options import compiler_options
+from txcore.kernels.linear_cross_entropy import linear_cross_entropy
+from txcore.kernels.optimizer import adamw, sgd_momentum
+from txcore.kernels.squared_norm import squared_norm
 
 __all__ = [
     "adamw",

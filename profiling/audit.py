@@ -9,16 +9,16 @@ import jax
 
 from txcore import _compat
 from txcore.profiling import meshes
+from txcore.profiling.declared.collectives import Declared, inventory, is_one_shard_map, meshes_of
+from txcore.profiling.declared.divergence import divergences
+from txcore.profiling.declared.kernels import kernels_in_text, kernels_used
 from txcore.profiling.hlo import Module, Op, collectives_of, find_collectives, read_modules
-from txcore.profiling.jaxpr import Declared, inventory, is_one_shard_map, meshes_of
-from txcore.profiling.kernels_used import kernels_in_text, kernels_used
-from txcore.profiling.match import Matched, match
-from txcore.profiling.predicates import divergences
+from txcore.profiling.matching.arrays import units_of
+from txcore.profiling.matching.match import Matched, match
+from txcore.profiling.matching.reconcile import reconcile
+from txcore.profiling.matching.rows import rows_of
 from txcore.profiling.program import Program, compile_for_target, compile_program, machine_of
 from txcore.profiling.report import Report
-from txcore.profiling.rows import rows_of
-from txcore.profiling.stages import reconcile
-from txcore.profiling.units import units_of
 
 MOST_BYTES = 1 << 28  # of a text from elsewhere
 

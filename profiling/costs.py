@@ -11,12 +11,12 @@ import jax
 
 from txcore.profiling.audit import audit_program
 from txcore.profiling.bandwidth import bus_factor
-from txcore.profiling.machine import Machine, machine_on
-from txcore.profiling.memory import Memory, memory_of
+from txcore.profiling.cost.machine import Machine, machine_on
+from txcore.profiling.cost.memory import Memory, memory_of
+from txcore.profiling.cost.replicated import Replicated, replicated
+from txcore.profiling.cost.schedule import Overlap, Schedule, schedule
 from txcore.profiling.program import Program, compile_for_target, compile_program
-from txcore.profiling.replicated import Replicated, replicated
 from txcore.profiling.report import Collective, Report
-from txcore.profiling.schedule import Overlap, Schedule, schedule
 from txcore.profiling.targets import parse_target
 
 
@@ -100,7 +100,7 @@ class Costs:
         return json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
 
     def __str__(self) -> str:
-        from txcore.profiling.report.costs import lines  # tabulate, which importing must not cost
+        from txcore.profiling.cost.text import lines  # tabulate, which importing must not cost
 
         return "\n".join(lines(self))
 

@@ -7,8 +7,8 @@ from typing import Any
 import jax
 
 from txcore import _compat
+from txcore.profiling.declared.collectives import is_one_shard_map
 from txcore.profiling.dump import compile_with_partitioned
-from txcore.profiling.jaxpr import is_one_shard_map
 from txcore.profiling.targets import Target, parse_target
 
 

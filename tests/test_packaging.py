@@ -14,7 +14,7 @@ FOLDERS = {"txcore": "txcore", "kernels": "txcore.kernels", "profiling": "txcore
 LINKS = ("txcore/kernels", "txcore/profiling")
 CONTENTS = (
     *("txcore/kernels/conv/xla.py", "txcore/profiling/hlo/text.py", "txcore/py.typed"),
-    "txcore/kernels/recorded/cpu.json",
+    "txcore/kernels/dispatch/recorded/cpu.json",
     *(f"txcore/profiling/report/page/{name}" for name in ("style.css", "script.js")),
 )
 

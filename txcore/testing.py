@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from txcore import _compat
 from txcore.parity import Agreement, norm_of, of_inputs, of_rounding
 from txcore.train import Engine, StepFn, TrainState
-from txcore.train.precision import POLICIES
+from txcore.train.numerics.precision import POLICIES
 
 
 def run_sharded(

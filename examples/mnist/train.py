@@ -31,7 +31,7 @@ from dataset import NAMES, Dataset, load  # noqa: E402
 import txcore as tx  # noqa: E402
 from txcore import kernels, launch  # noqa: E402
 from txcore.launch import watch  # noqa: E402
-from txcore.train import nonfinite  # noqa: E402
+from txcore.train.numerics import nonfinite  # noqa: E402
 
 EVAL_BATCH = 1024
 BASE_BATCH = 64  # the batch to which --lr-scaling linear refers

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
 from txcore import _compat
-from txcore.kernels import checks, registry
 from txcore.kernels.bucket import pallas, xla
+from txcore.kernels.common import checks
+from txcore.kernels.dispatch import registry
 
 PACK: registry.Kernels = {
     "xla": registry.Kernel(xla.pack),

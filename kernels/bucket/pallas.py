@@ -8,7 +8,7 @@ import jax
 
 from txcore import _compat
 from txcore.kernels.bucket import xla
-from txcore.kernels.problem import Problem
+from txcore.kernels.dispatch.problem import Problem
 
 Shapes = tuple[tuple[int, ...], ...]
 Dtypes = tuple[str, ...]

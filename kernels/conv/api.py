@@ -6,8 +6,9 @@ import jax
 from jax.typing import ArrayLike
 
 from txcore import _compat
-from txcore.kernels import checks, registry
+from txcore.kernels.common import checks
 from txcore.kernels.conv import pallas, xla
+from txcore.kernels.dispatch import registry
 
 Activation = Literal["relu"] | None
 Padding = Literal["SAME", "VALID"]

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from txcore import _compat
-from txcore.kernels import registry
 from txcore.kernels.conv import pallas_kernels
-from txcore.kernels.conv.pallas_geometry import Blocks, Geometry
-from txcore.kernels.problem import Problem
+from txcore.kernels.conv.geometry import Blocks, Geometry
+from txcore.kernels.dispatch import registry
+from txcore.kernels.dispatch.problem import Problem
 
 Residuals = tuple[jax.Array, jax.Array, jax.Array | None]
 DTYPES = ("float16", "bfloat16", "float32", "float64")

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from txcore.kernels.conv.pallas_geometry import Blocks, Geometry, split, within
+from txcore.kernels.conv.geometry import Blocks, Geometry, split, within
 
 
 def forward(*refs: Any, geometry: Geometry, blocks: Blocks) -> None:

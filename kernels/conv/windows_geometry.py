@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import jax
 
-from txcore.kernels.conv.pallas_geometry import Geometry
+from txcore.kernels.conv.geometry import Geometry
 
 
 @dataclass(frozen=True)

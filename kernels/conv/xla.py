@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from txcore.kernels import checks, chunks
+from txcore.kernels.common import checks, chunks
 from txcore.kernels.conv import pooling, windows, winograd
-from txcore.kernels.conv.pallas_geometry import Geometry
+from txcore.kernels.conv.geometry import Geometry
 from txcore.kernels.conv.windows_geometry import Windows, windows_of
-from txcore.kernels.problem import Problem
+from txcore.kernels.dispatch.problem import Problem
 
 Form = Literal["direct", "windows", "winograd"]
 

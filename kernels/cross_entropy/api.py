@@ -8,9 +8,10 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from txcore import _compat
-from txcore.kernels import checks, registry
+from txcore.kernels.common import checks
 from txcore.kernels.cross_entropy import pallas, xla
 from txcore.kernels.cross_entropy.blocks import ClassBlocks, LossTiles
+from txcore.kernels.dispatch import registry
 
 KERNELS: registry.Kernels = {
     "xla": registry.Kernel(xla.cross_entropy, xla.configs),

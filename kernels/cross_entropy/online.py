@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from txcore.kernels import checks
+from txcore.kernels.common import checks
 
 
 class Stats(NamedTuple):

@@ -12,13 +12,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from txcore.kernels import checks, tiles
+from txcore.kernels.common import checks, pallas_tiles
 from txcore.kernels.cross_entropy import online
 from txcore.kernels.cross_entropy.blocks import Cut, LossTiles
-from txcore.kernels.problem import Problem
+from txcore.kernels.dispatch.problem import Problem
 
 Residuals = tuple[jax.Array, jax.Array, online.Normalizer]
-Operand = tuple[jax.Array, tiles.Spec]
+Operand = tuple[jax.Array, pallas_tiles.Spec]
 
 
 @dataclass(frozen=True)
@@ -92,8 +92,8 @@ _cross_entropy.defvjp(_forward, _backward)
 
 def _source(logits: jax.Array, config: LossTiles) -> Source:
     count, classes = logits.shape
-    tile = tiles.block(count, config.rows), tiles.block(classes, config.classes)
-    operand = (tiles.pad(logits, *tile), (tile, lambda i, j: (i, j)))
+    tile = pallas_tiles.block(count, config.rows), pallas_tiles.block(classes, config.classes)
+    operand = (pallas_tiles.pad(logits, *tile), (tile, lambda i, j: (i, j)))
     dtype = checks.accumulator(logits.dtype)
     return Source(
         (count, classes), tile, [operand], lambda ref: ref[...].astype(dtype), config.warps
@@ -119,7 +119,7 @@ def stats(source: Source, labels: jax.Array, smoothing: float) -> online.Stats:
             ref[...] = part[:, None]
 
     result = ((height * rows, width), dtype, ((rows, 1), lambda i, j: (i, j)))
-    parts = tiles.call(
+    parts = pallas_tiles.call(
         kernel,
         (height, width),
         [_column(labels, rows), *source.operands],
@@ -159,7 +159,7 @@ def gradient(
             smoothing,
         ).astype(dtype)
 
-    (out,) = tiles.call(
+    (out,) = pallas_tiles.call(
         kernel,
         (height, width),
         [*(_column(side, rows) for side in (labels, *normalizer, g)), *source.operands],
@@ -170,4 +170,4 @@ def gradient(
 
 
 def _column(vector: jax.Array, rows: int) -> Operand:
-    return tiles.pad(vector[:, None], rows, 1), tiles.column(rows)
+    return pallas_tiles.pad(vector[:, None], rows, 1), pallas_tiles.column(rows)

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from txcore import _compat
-from txcore.kernels import checks
+from txcore.kernels.common import checks
 from txcore.kernels.cross_entropy import online
 from txcore.kernels.cross_entropy.blocks import ClassBlocks, Cut
-from txcore.kernels.problem import Problem
+from txcore.kernels.dispatch.problem import Problem
 
 Residuals = tuple[jax.Array, jax.Array, online.Normalizer]
 

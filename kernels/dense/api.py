@@ -6,8 +6,9 @@ import jax
 from jax.typing import ArrayLike
 
 from txcore import _compat
-from txcore.kernels import checks, random, registry
+from txcore.kernels.common import checks, random_bits
 from txcore.kernels.dense import elementwise, pallas, xla
+from txcore.kernels.dispatch import registry
 from txcore.kernels.dropout import operands
 
 Activation = Literal["relu", "gelu", "tanh", "silu"] | None
@@ -124,7 +125,7 @@ def _seeds(
             "keys=state.example_keys(batch) or jax.random.split(key, len(x)), or dropout=0.0 to "
             "evaluate."
         )
-    words = random.key_words("dense", keys)
+    words = random_bits.key_words("dense", keys)
     if words.shape[:-1] != x.shape[:-1]:
         raise ValueError(
             "dense: keys must have the shape of x without its last dim; got x "

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from txcore.kernels import random
+from txcore.kernels.common import random_bits
 
 ACTIVATIONS: dict[str | None, Callable[[jax.Array], jax.Array]] = {
     None: lambda y: y,
@@ -61,4 +61,4 @@ def derivative(
 def _drop(y: jax.Array, dropout: float, kept: jax.Array | None) -> jax.Array:
     if kept is None:
         return y
-    return jnp.where(kept, y / random.keep_share(dropout) if dropout else y, 0)
+    return jnp.where(kept, y / random_bits.keep_share(dropout) if dropout else y, 0)

@@ -8,12 +8,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from txcore.kernels import checks, random, tiles
+from txcore.kernels.common import checks, pallas_tiles, random_bits
 from txcore.kernels.dense import elementwise
+from txcore.kernels.dispatch.problem import Problem
 from txcore.kernels.dropout import tile_masks
-from txcore.kernels.problem import Problem
 
-Side = tuple[jax.Array, tiles.Spec]
+Side = tuple[jax.Array, pallas_tiles.Spec]
 
 
 @dataclass(frozen=True)
@@ -101,16 +101,17 @@ def _layer(
     save: bool,
 ) -> list[jax.Array]:
     """Return the layer's output, and with `save` the activation's input."""
-    rows, columns = tiles.block(len(x), config.rows), tiles.block(w.shape[1], config.columns)
+    rows = pallas_tiles.block(len(x), config.rows)
+    columns = pallas_tiles.block(w.shape[1], config.columns)
 
     def finish(y: jax.Array, bias: jax.Array, *seeds: jax.Array) -> list[jax.Array]:
         y, kept = y + bias.astype(y.dtype), None
         if seeds:
             first, second, start = seeds
-            kept = random.keep((first, second), tile_masks.counters(start, columns), dropout)
+            kept = random_bits.keep((first, second), tile_masks.counters(start, columns), dropout)
         return [elementwise.apply(y, activation, dropout, kept), y][: 1 + save]
 
-    bias = (tiles.pad(b[None], 1, columns), tiles.row(columns))
+    bias = (pallas_tiles.pad(b[None], 1, columns), pallas_tiles.row(columns))
     sides = [bias, *tile_masks.seeds(words, offset, rows)]
     return _product(x, w, (1, 0), config, finish, sides, 1 + save)
 
@@ -145,8 +146,9 @@ def _product(
 
     dtype = checks.accumulator(a.dtype)
     shape = (a.shape[1 - contract[0]], b.shape[1 - contract[1]])
-    rows, columns = tiles.block(shape[0], config.rows), tiles.block(shape[1], config.columns)
-    inner = tiles.block(a.shape[contract[0]], config.inner)
+    rows = pallas_tiles.block(shape[0], config.rows)
+    columns = pallas_tiles.block(shape[1], config.columns)
+    inner = pallas_tiles.block(a.shape[contract[0]], config.inner)
 
     def part(ref: Any, step: Any, dim: int) -> jax.Array:
         where = pl.ds(step * inner, inner)
@@ -165,7 +167,7 @@ def _product(
 
     a_tile = (rows, inner) if contract[0] else (inner, rows)
     b_tile = (inner, columns) if contract[1] == 0 else (columns, inner)
-    a, b = tiles.pad(a, *a_tile), tiles.pad(b, *b_tile)
+    a, b = pallas_tiles.pad(a, *a_tile), pallas_tiles.pad(b, *b_tile)
     whole = (a.shape[1 - contract[0]], b.shape[1 - contract[1]])
     a_spec = ((rows, a.shape[1]), lambda i, j: (i, 0))
     if contract[0] == 0:
@@ -173,7 +175,7 @@ def _product(
     b_spec = ((b.shape[0], columns), lambda i, j: (0, j))
     if contract[1] == 1:
         b_spec = ((columns, b.shape[1]), lambda i, j: (j, 0))
-    outs = tiles.call(
+    outs = pallas_tiles.call(
         kernel,
         (whole[0] // rows, whole[1] // columns),
         [(a, a_spec), (b, b_spec), *sides],
@@ -206,8 +208,9 @@ def _derivative(
     from jax.experimental import pallas as pl
 
     dtype, (count, features) = checks.accumulator(g.dtype), g.shape
-    rows, columns = tiles.block(count, config.rows), tiles.block(features, config.columns)
-    matrices = [tiles.pad(m, rows, columns) for m in (g, saved) if m is not None]
+    rows = pallas_tiles.block(count, config.rows)
+    columns = pallas_tiles.block(features, config.columns)
+    matrices = [pallas_tiles.pad(m, rows, columns) for m in (g, saved) if m is not None]
     height, width = matrices[0].shape
     seeds = tile_masks.seeds(words, offset, height)
 
@@ -221,7 +224,7 @@ def _derivative(
             wide, *more = (ref[where, :].astype(dtype) for ref in matrix_refs)
             if counters is not None:
                 key = seed_refs[0][where, :], seed_refs[1][where, :]
-                kept = random.keep(key, counters, dropout)
+                kept = random_bits.keep(key, counters, dropout)
             beside = more[0] if more else None
             dy = elementwise.derivative(wide, beside, activation, dropout, kept)
             dy_ref[where, :] = dy.astype(g.dtype)
@@ -230,12 +233,12 @@ def _derivative(
         db = jax.lax.fori_loop(0, height // rows, step, jnp.zeros((1, columns), dtype))
         db_ref[...] = db.astype(g.dtype)
 
-    strip: tiles.Spec = ((height, columns), lambda i, j: (0, j))
-    dy, db = tiles.call(
+    strip: pallas_tiles.Spec = ((height, columns), lambda i, j: (0, j))
+    dy, db = pallas_tiles.call(
         kernel,
         (1, width // columns),
         [*((m, strip) for m in matrices), *seeds],
-        [((height, width), g.dtype, strip), ((1, width), g.dtype, tiles.row(columns))],
+        [((height, width), g.dtype, strip), ((1, width), g.dtype, pallas_tiles.row(columns))],
         warps=config.warps,
     )
     return dy[:count, :features], db[0, :features]

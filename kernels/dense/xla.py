@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from txcore.kernels import checks, random
+from txcore.kernels.common import checks, random_bits
 from txcore.kernels.dense import elementwise
-from txcore.kernels.problem import Problem
+from txcore.kernels.dispatch.problem import Problem
 
 Residuals = tuple[jax.Array, jax.Array, jax.Array | None, jax.Array | None, jax.Array | None]
 
@@ -93,7 +93,7 @@ def _mask(
 ) -> jax.Array | None:
     if words is None or offset is None:
         return None
-    return random.keep_rows(words, offset, features, dropout)
+    return random_bits.keep_rows(words, offset, features, dropout)
 
 
 def _backward(

@@ -6,7 +6,8 @@ import jax
 from jax.typing import ArrayLike
 
 from txcore import _compat
-from txcore.kernels import checks, random, registry
+from txcore.kernels.common import checks, random_bits
+from txcore.kernels.dispatch import registry
 from txcore.kernels.dropout import operands, pallas, xla
 
 KERNELS: registry.Kernels = {
@@ -64,7 +65,7 @@ def dropout(
     """
     (x,) = checks.float_arrays("dropout", x=x)
     rate = operands.fixed_rate("dropout", "rate", rate)
-    words = random.key_words("dropout", keys)
+    words = random_bits.key_words("dropout", keys)
     shape = words.shape[:-1]
     if x.shape[: len(shape)] != shape:
         raise ValueError(

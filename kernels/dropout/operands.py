@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from txcore import _compat
-from txcore.kernels import checks
+from txcore.kernels.common import checks
 
 
 def fixed_rate(op: str, name: str, rate: Any) -> float:

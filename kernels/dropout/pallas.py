@@ -8,9 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from txcore.kernels import checks, random, tiles
+from txcore.kernels.common import checks, pallas_tiles, random_bits
+from txcore.kernels.dispatch.problem import Problem
 from txcore.kernels.dropout import tile_masks
-from txcore.kernels.problem import Problem
 
 
 @dataclass(frozen=True)
@@ -40,18 +40,19 @@ def dropout(
 def _dropout(
     x: jax.Array, words: jax.Array, offset: jax.Array, rate: float, config: Config
 ) -> jax.Array:
-    (count, features), share = x.shape, random.keep_share(rate)
-    rows, columns = tiles.block(count, config.rows), tiles.block(features, config.columns)
+    (count, features), share = x.shape, random_bits.keep_share(rate)
+    rows = pallas_tiles.block(count, config.rows)
+    columns = pallas_tiles.block(features, config.columns)
 
     def kernel(x_ref: Any, first_ref: Any, second_ref: Any, offset_ref: Any, out_ref: Any) -> None:
         counters = tile_masks.counters(offset_ref[...], columns)
-        kept = random.keep((first_ref[...], second_ref[...]), counters, rate)
+        kept = random_bits.keep((first_ref[...], second_ref[...]), counters, rate)
         wide = x_ref[...].astype(checks.accumulator(x.dtype))
         out_ref[...] = jnp.where(kept, wide / share, 0).astype(x.dtype)
 
-    padded = tiles.pad(x, rows, columns)
-    tile: tiles.Spec = ((rows, columns), lambda i, j: (i, j))
-    (out,) = tiles.call(
+    padded = pallas_tiles.pad(x, rows, columns)
+    tile: pallas_tiles.Spec = ((rows, columns), lambda i, j: (i, j))
+    (out,) = pallas_tiles.call(
         kernel,
         (padded.shape[0] // rows, padded.shape[1] // columns),
         [(padded, tile), *tile_masks.seeds(words, offset, rows)],

@@ -3,18 +3,18 @@
 import jax
 import jax.numpy as jnp
 
-from txcore.kernels import tiles
+from txcore.kernels.common import pallas_tiles
 
 
 def seeds(
     words: jax.Array | None, offset: jax.Array | None, rows: int
-) -> list[tuple[jax.Array, tiles.Spec]]:
+) -> list[tuple[jax.Array, pallas_tiles.Spec]]:
     """Return the operands: the two words of each row's key, and the offset; none without keys."""
     if words is None or offset is None:
         return []
-    first, second = (tiles.pad(words[:, i : i + 1], rows, 1) for i in (0, 1))
-    scalar = (offset.reshape(1, 1), tiles.SCALAR)
-    return [(first, tiles.column(rows)), (second, tiles.column(rows)), scalar]
+    first, second = (pallas_tiles.pad(words[:, i : i + 1], rows, 1) for i in (0, 1))
+    scalar = (offset.reshape(1, 1), pallas_tiles.SCALAR)
+    return [(first, pallas_tiles.column(rows)), (second, pallas_tiles.column(rows)), scalar]
 
 
 def counters(offset: jax.Array, columns: int) -> jax.Array:

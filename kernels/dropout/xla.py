@@ -5,7 +5,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from txcore.kernels import checks, random
+from txcore.kernels.common import checks, random_bits
 
 
 def dropout(
@@ -17,9 +17,9 @@ def dropout(
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _dropout(x: jax.Array, words: jax.Array, offset: jax.Array, rate: float) -> jax.Array:
-    kept = random.keep_rows(words, offset, x.shape[-1], rate)
+    kept = random_bits.keep_rows(words, offset, x.shape[-1], rate)
     wide = x.astype(checks.accumulator(x.dtype))
-    return jnp.where(kept, wide / random.keep_share(rate), 0).astype(x.dtype)
+    return jnp.where(kept, wide / random_bits.keep_share(rate), 0).astype(x.dtype)
 
 
 def _forward(

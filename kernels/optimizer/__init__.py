@@ -1,6 +1,5 @@
-"""One update of one array, by SGD with momentum or AdamW, and the norm to clip by."""
+"""One update of one array, by SGD with momentum or AdamW."""
 
 from txcore.kernels.optimizer.api import adamw, sgd_momentum
-from txcore.kernels.optimizer.norm import squared_norm
 
-__all__ = ["adamw", "sgd_momentum", "squared_norm"]
+__all__ = ["adamw", "sgd_momentum"]

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
 from txcore import _compat
-from txcore.kernels import checks, registry
+from txcore.kernels.common import checks
+from txcore.kernels.dispatch import registry
 from txcore.kernels.optimizer import equations, pallas, xla
 
 INFINITY = float("inf")

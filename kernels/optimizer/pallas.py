@@ -7,9 +7,9 @@ from typing import Any
 
 import jax
 
-from txcore.kernels import tiles
+from txcore.kernels.common import pallas_tiles
+from txcore.kernels.dispatch.problem import Problem
 from txcore.kernels.optimizer import equations
-from txcore.kernels.problem import Problem
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def _update(
     config: Config,
 ) -> tuple[jax.Array, ...]:
     shape, size, wide = arrays[0].shape, arrays[0].size, scalars[0].dtype
-    columns = tiles.block(size, config.elements)
+    columns = pallas_tiles.block(size, config.elements)
 
     def kernel(*refs: Any) -> None:
         inputs, outputs = refs[: -len(dtypes)], refs[-len(dtypes) :]
@@ -61,13 +61,13 @@ def _update(
         for ref, result in zip(outputs, (new, *moments, *copies), strict=True):
             ref[...] = result.astype(ref.dtype)
 
-    block = tiles.row(columns)
-    flat = [tiles.pad(x.reshape(1, -1), 1, columns) for x in arrays]
+    block = pallas_tiles.row(columns)
+    flat = [pallas_tiles.pad(x.reshape(1, -1), 1, columns) for x in arrays]
     padded = flat[0].shape
-    results = tiles.call(
+    results = pallas_tiles.call(
         kernel,
         (1, padded[1] // columns),
-        [(x, block) for x in flat] + [(x.reshape(1, 1), tiles.SCALAR) for x in scalars],
+        [(x, block) for x in flat] + [(x.reshape(1, 1), pallas_tiles.SCALAR) for x in scalars],
         [(padded, dtype, block) for dtype in dtypes],
         warps=config.warps,
     )

@@ -2,7 +2,7 @@
 
 from txcore.profiling.hlo.collectives import Op, collectives_of, find_collectives
 from txcore.profiling.hlo.groups import NO_GROUPS, Groups, block, canonical
-from txcore.profiling.hlo.inputs import Input
+from txcore.profiling.hlo.operands import Input
 from txcore.profiling.hlo.text import KINDS, Computation, Instruction, Module, read_modules
 from txcore.profiling.hlo.types import HloError, Shape, parse_shapes
 

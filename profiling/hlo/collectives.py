@@ -5,17 +5,17 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from txcore.profiling.hlo import attributes, opaque
+from txcore.profiling.hlo import attributes, custom_calls
+from txcore.profiling.hlo.consumer import full_name, maker, wanted_by
 from txcore.profiling.hlo.graph import Graph, Value
 from txcore.profiling.hlo.groups import NO_GROUPS, Groups, Pairs, parse_pairs
-from txcore.profiling.hlo.inputs import Input, Words, inputs_of, witnesses, words_of
 from txcore.profiling.hlo.modes import mode_of, pairs_of_devices
+from txcore.profiling.hlo.operands import Input, Words, inputs_of, witnesses, words_of
 from txcore.profiling.hlo.scan import without_quoted
-from txcore.profiling.hlo.stepwise import is_later_step
 from txcore.profiling.hlo.text import KINDS, Instruction, Module, read_modules
-from txcore.profiling.hlo.trips import ONCE, Trips, runs
+from txcore.profiling.hlo.tpu_async import is_later_step
+from txcore.profiling.hlo.trip_counts import ONCE, Trips, runs
 from txcore.profiling.hlo.types import HloError, Shape, parse_shapes
-from txcore.profiling.hlo.wanted import full_name, maker, wanted_by
 
 _KIND_OF = {f"{kind}{start}": kind for kind in KINDS for start in ("", "-start")}
 _START_OF = {f"{kind}-done": f"{kind}-start" for kind in KINDS}
@@ -144,7 +144,7 @@ def _kind(instruction: Instruction, context: _Context) -> str | None:
     if started := _START_OF.get(opcode):
         return _half_of(started, context)
     if opcode in ("custom-call", "custom-call-start"):
-        return "custom-call" if opaque.can_communicate(instruction) else None
+        return "custom-call" if custom_calls.can_communicate(instruction) else None
     if opcode in ("send", "recv"):  # two halves of one transfer; only the send counts
         if "is_host_transfer=true" in instruction.rest:
             return None

@@ -7,11 +7,11 @@
 `txcore lock update|check` and the pytest fixture `collectives_lock` do the same.
 """
 
+from txcore.profiling.lock.check import Outcome as Outcome
+from txcore.profiling.lock.check import check as check
+from txcore.profiling.lock.check import update as update
 from txcore.profiling.lock.diff import Change as Change
 from txcore.profiling.lock.diff import compare as compare
-from txcore.profiling.lock.gate import Outcome as Outcome
-from txcore.profiling.lock.gate import check as check
-from txcore.profiling.lock.gate import update as update
 from txcore.profiling.lock.model import Entry as Entry
 from txcore.profiling.lock.model import Lock as Lock
 from txcore.profiling.lock.model import LockError as LockError

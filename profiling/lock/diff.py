@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from txcore.profiling.lock.model import Entry, Lock
-from txcore.profiling.report.model import format_bytes
 from txcore.profiling.report.printable import printable
+from txcore.profiling.report.report import format_bytes
 from txcore.profiling.report.table import shorten
 
 _WIDTH = 100

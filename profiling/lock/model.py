@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
-from txcore.profiling.jaxpr import Declared
+from txcore.profiling.declared.collectives import Declared
 from txcore.profiling.report import Collective, Report
 
 

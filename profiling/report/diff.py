@@ -4,8 +4,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from txcore.profiling.report.model import Collective, Report, format_bytes
 from txcore.profiling.report.printable import printable
+from txcore.profiling.report.report import Collective, Report, format_bytes
 from txcore.profiling.report.table import shorten
 
 _WIDTH = 100

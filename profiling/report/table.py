@@ -2,8 +2,8 @@
 
 from tabulate import tabulate
 
-from txcore.profiling.report.model import Collective, format_bytes
 from txcore.profiling.report.printable import printable
+from txcore.profiling.report.report import Collective, format_bytes
 
 _WIDTH = 100
 _MOST_ROWS = 5000

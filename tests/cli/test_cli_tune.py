@@ -3,8 +3,8 @@
 import pytest
 
 from txcore import cli
-from txcore.kernels import measure
-from txcore.kernels.tuning_file import Entry, read, write
+from txcore.kernels.dispatch.tuning_file import Entry, read, write
+from txcore.kernels.tuning import measure
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2] / "examples" 
 import models
 import train
 
-from txcore.train import precision
+from txcore.train.numerics import precision
 
 MODELS = {
     # cnn3x3 with few channels: XLA has no fast convolution in float64 on CPU.

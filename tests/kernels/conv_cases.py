@@ -16,11 +16,11 @@ import pytest
 from kernel_cases import Case, conv_case
 
 from txcore import _compat
-from txcore.kernels import registry, tuning
 from txcore.kernels.conv.api import KERNELS
-from txcore.kernels.conv.pallas_geometry import Blocks
-from txcore.kernels.problem import Problem
-from txcore.kernels.tuning_file import label
+from txcore.kernels.conv.geometry import Blocks
+from txcore.kernels.dispatch import registry, tuned
+from txcore.kernels.dispatch.problem import Problem
+from txcore.kernels.dispatch.tuning_file import label
 
 ALL = os.environ.get("TXCORE_ALL_KERNELS") == "1"
 # Several programs along every axis of each kernel's grid, and sums in several parts.
@@ -34,7 +34,7 @@ class Variant:
     first: bool  # the implementation's best guess
 
     def __str__(self):
-        return label(self.implementation, tuning.fields_of(self.config))
+        return label(self.implementation, tuned.fields_of(self.config))
 
     def op(self, **options):
         """Return conv2d by this implementation and configuration."""

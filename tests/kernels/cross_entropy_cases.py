@@ -12,10 +12,11 @@ from kernel_oracles import linear_cross_entropy as linear_oracle
 from kernel_oracles import smoothed_cross_entropy as logits_oracle
 
 from txcore import kernels
-from txcore.kernels import registry
-from txcore.kernels.cross_entropy import api, linear_api
+from txcore.kernels.cross_entropy import api
 from txcore.kernels.cross_entropy.blocks import ClassBlocks, LossTiles
-from txcore.kernels.problem import Problem
+from txcore.kernels.dispatch import registry
+from txcore.kernels.dispatch.problem import Problem
+from txcore.kernels.linear_cross_entropy import api as linear_api
 
 # Smaller than what anyone would take, so that little takes several blocks, the last of them odd.
 SMALL = {"xla": ClassBlocks(13), "pallas": LossTiles(16, 16, 16, block=15)}

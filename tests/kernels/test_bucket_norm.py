@@ -11,11 +11,12 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from txcore import kernels
-from txcore.kernels.optimizer import norm, pallas
+from txcore.kernels.optimizer import pallas
+from txcore.kernels.squared_norm import api
 
 WAYS = {
     "default": {},
-    "one sum": {"implementation": "xla", "config": norm.Config(1)},
+    "one sum": {"implementation": "xla", "config": api.Config(1)},
     "pallas": {"implementation": "pallas"},
     "small blocks": {"implementation": "pallas", "config": pallas.Config(32)},
 }

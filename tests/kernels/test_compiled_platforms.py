@@ -7,9 +7,9 @@ import jax
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
-from txcore.kernels import registry
-from txcore.kernels.measure import problem_of
-from txcore.kernels.shapes import OPS, SHAPES
+from txcore.kernels.dispatch import registry
+from txcore.kernels.tuning.measure import problem_of
+from txcore.kernels.tuning.shapes import OPS, SHAPES
 
 ODD = {
     "conv2d": "conv-odd",

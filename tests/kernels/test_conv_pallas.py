@@ -13,8 +13,8 @@ from kernel_cases import conv_case
 
 from txcore import kernels
 from txcore.kernels.conv import pallas
-from txcore.kernels.conv.pallas_geometry import Blocks
-from txcore.kernels.problem import Problem
+from txcore.kernels.conv.geometry import Blocks
+from txcore.kernels.dispatch.problem import Problem
 
 GPU = AbstractMesh(
     (1,),

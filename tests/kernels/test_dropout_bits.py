@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from txcore import kernels
-from txcore.kernels import random
+from txcore.kernels.common import random_bits
 
 # Random123's kat_vectors, "threefry2x32 20": counter, key, result.
 KNOWN = [
@@ -25,7 +25,7 @@ def words_of(pair):
 
 @pytest.mark.parametrize("counter, key, result", KNOWN)
 def test_the_published_answers(counter, key, result):
-    got = random.threefry2x32(words_of(key), words_of(counter))
+    got = random_bits.threefry2x32(words_of(key), words_of(counter))
     assert tuple(int(word) for word in got) == result
     assert tuple(int(word) for word in oracles.threefry(key, counter)) == result
 
@@ -34,7 +34,7 @@ def test_jax_gives_the_same_bits():
     keys = jax.random.split(jax.random.key(7), 3)
     words = jax.random.key_data(keys)
     counters = jnp.arange(101, dtype=jnp.uint32)
-    got = random.bits((words[:, :1], words[:, 1:]), counters)
+    got = random_bits.bits((words[:, :1], words[:, 1:]), counters)
     want = jax.vmap(lambda key: jax.random.bits(key, (101,)))(keys)
     np.testing.assert_array_equal(got, want)
 
@@ -46,7 +46,7 @@ def test_the_first_half_of_jax_bits_is_that_of_fewer():
 
 @pytest.mark.parametrize("rate", [0.0, 1e-12, 0.1, 1 / 3, 0.5, 0.999, 1 - 1e-16])
 def test_the_mean_is_kept_at_every_rate(rate):
-    share = random.keep_share(rate)
+    share = random_bits.keep_share(rate)
     assert share == pytest.approx(1 - rate, abs=2**-32)
     assert share > 0
     kept = kernels.dropout(jnp.ones((1, 64)), jax.random.split(jax.random.key(0), 1), rate)

@@ -12,8 +12,8 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
 from txcore import kernels
-from txcore.kernels import registry
-from txcore.kernels.problem import Problem
+from txcore.kernels.dispatch import registry
+from txcore.kernels.dispatch.problem import Problem
 
 CPU = ("cpu", "cpu")
 HERE = jax.devices()[0].platform, jax.devices()[0].device_kind

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from txcore import kernels
-from txcore.kernels import measure, registry, tuning
-from txcore.kernels.shapes import MAIN, OPS, SHAPES, Op, Shape
+from txcore.kernels.dispatch import registry, tuned
+from txcore.kernels.tuning import measure
+from txcore.kernels.tuning.shapes import MAIN, OPS, SHAPES, Op, Shape
 
 FLOAT = jnp.float32
 
@@ -61,7 +62,7 @@ def test_the_layers_of_the_mnist_models_are_all_there(model, batch, named):
 
 
 def test_what_is_recorded_is_of_named_shapes_and_runs():
-    recorded = tuning.recorded("cpu")
+    recorded = tuned.recorded("cpu")
     asked = {}
     for dtype in {key.split("|")[2].partition(",")[0] for key in recorded}:
         for shape in SHAPES.values():

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from txcore.kernels import registry, tuning
-from txcore.kernels.problem import Problem
-from txcore.kernels.tuning_file import Entry, TuningError, read, write
+from txcore.kernels.dispatch import registry, tuned
+from txcore.kernels.dispatch.problem import Problem
+from txcore.kernels.dispatch.tuning_file import Entry, TuningError, read, write
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +63,7 @@ def cache(tmp_path, monkeypatch):
 @pytest.fixture
 def recorded(monkeypatch):
     def record(entries):
-        monkeypatch.setattr(tuning, "recorded", lambda platform: entries)
+        monkeypatch.setattr(tuned, "recorded", lambda platform: entries)
 
     return record
 
@@ -141,22 +141,22 @@ class TestCandidates:
 class TestPath:
     def test_the_variable_then_the_cache_folder(self, monkeypatch):
         monkeypatch.setenv("TXCORE_TUNING", "here.json")
-        assert tuning.cache_path() == "here.json"
+        assert tuned.cache_path() == "here.json"
         monkeypatch.setenv("TXCORE_TUNING", "")
-        assert tuning.cache_path() is None
+        assert tuned.cache_path() is None
         monkeypatch.delenv("TXCORE_TUNING")
         monkeypatch.setenv("HOME", "/home/one")
         monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
-        assert tuning.cache_path() == "/cache/txcore/tuning.json"
+        assert tuned.cache_path() == "/cache/txcore/tuning.json"
         for ignored in ("", "relative"):
             monkeypatch.setenv("XDG_CACHE_HOME", ignored)
-            assert tuning.cache_path() == "/home/one/.cache/txcore/tuning.json"
+            assert tuned.cache_path() == "/home/one/.cache/txcore/tuning.json"
 
     def test_none_reads_nothing(self, monkeypatch, recorded):
         recorded({})
         monkeypatch.setenv("TXCORE_TUNING", "")
-        monkeypatch.setattr(tuning, "read", None)
-        assert list(tuning.lookup(problem())) == []
+        monkeypatch.setattr(tuned, "read", None)
+        assert list(tuned.lookup(problem())) == []
 
 
 class TestFile:
@@ -186,14 +186,14 @@ class TestFile:
             reads.append(path)
             return read(path)
 
-        monkeypatch.setattr(tuning, "read", counted)
+        monkeypatch.setattr(tuned, "read", counted)
         for _ in range(3):
-            assert list(tuning.lookup(problem())) == [(str(cache), XLA)]
+            assert list(tuned.lookup(problem())) == [(str(cache), XLA)]
         assert len(reads) == 1
         write(cache, {KEY: BEST})
-        assert list(tuning.lookup(problem())) == [(str(cache), BEST)]
+        assert list(tuned.lookup(problem())) == [(str(cache), BEST)]
         cache.unlink()
-        assert list(tuning.lookup(problem())) == []
+        assert list(tuned.lookup(problem())) == []
         assert len(reads) == 3
 
     def test_a_failed_write_leaves_the_file_and_no_draft(self, cache, monkeypatch):
@@ -367,10 +367,10 @@ def test_a_configuration_for_what_has_none_is_refused(recorded):
 
 @pytest.mark.parametrize("platform", ["cpu"])
 def test_what_comes_with_txcore_is_sound_and_there(platform):
-    path = os.path.join(os.path.dirname(tuning.__file__), "recorded", f"{platform}.json")
+    path = os.path.join(os.path.dirname(tuned.__file__), "recorded", f"{platform}.json")
     assert os.path.getsize(path) > 0
-    assert tuning.recorded(platform) == read(path)
+    assert tuned.recorded(platform) == read(path)
 
 
 def test_no_record_of_a_platform_is_an_empty_one():
-    assert tuning.recorded("abacus") == {}
+    assert tuned.recorded("abacus") == {}

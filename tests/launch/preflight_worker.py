@@ -16,7 +16,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from watch_worker import join, say
 
-from txcore.launch import preflight, watch
+from txcore.launch import preflight
+from txcore.launch.watch import watch
 from txcore.profiling import audit
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from txcore import _compat
 from txcore.launch import Cluster, cluster
-from txcore.launch.cluster import first_host, local_devices, tasks_per_node
+from txcore.launch.join.cluster import first_host, local_devices, tasks_per_node
 
 # As srun -n 2 and mpirun -n 2 set them on one host.
 SRUN = {

@@ -20,11 +20,11 @@ from processes import finish, free_port, killed_at_the_end
 
 import txcore as tx
 from txcore import _compat, launch
-from txcore.launch.meeting import NotTogether
+from txcore.launch.join.rendezvous import NotTogether
 
 # 127.0.0.1 as /proc/net/tcp and tcp6 (there as ::ffff:127.0.0.1) write it, by host-order words.
 LOOPBACK = {"0100007F", "0000000000000000FFFF00000100007F"}
-joining_code = importlib.import_module("txcore.launch.initialize")  # a function has its name
+joining_code = importlib.import_module("txcore.launch.join.initialize")  # a function has its name
 TORCH = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "12345", "RANK": "0", "WORLD_SIZE": "2"}
 GOOD = {"coordinator": "127.0.0.1:12345", "num_processes": 2, "process_id": 0}
 

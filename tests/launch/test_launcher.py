@@ -13,9 +13,8 @@ from launched_cases import REPORT, environment, launch, reports, script
 
 from txcore import cli
 from txcore.cli import launch as launch_command
-from txcore.cli import placing
 from txcore.cli.load import BadInput
-from txcore.launch import hosts
+from txcore.launch.launcher import hosts, placement
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="tested on Linux")
 
@@ -128,7 +127,7 @@ def test_ranks_are_told_their_places():
 def test_the_coordinator_is_on_loopback_and_no_port_of_outgoing_connections():
     (report,) = reports("-n", 1, REPORT)
     host, _, port = report["env"]["JAX_COORDINATOR_ADDRESS"].rpartition(":")
-    low, high = map(int, placing._EPHEMERAL.read_text().split())
+    low, high = map(int, placement._EPHEMERAL.read_text().split())
     assert host == "127.0.0.1"
     assert not low <= int(port) <= high
     assert report["env"]["JAX_COORDINATOR_BIND_ADDRESS"] == f"127.0.0.1:{port}"
@@ -141,18 +140,18 @@ def test_a_port_that_is_taken_or_held_is_not_chosen(monkeypatch):
         ports = [s.getsockname()[1] for s in (taken, other)]
         taken.listen()
         other.close()
-        monkeypatch.setattr(placing, "_ports", lambda: ports)
-        assert placing.hold_port("127.0.0.1", held) == ports[1]
+        monkeypatch.setattr(placement, "_ports", lambda: ports)
+        assert placement.hold_port("127.0.0.1", held) == ports[1]
         with pytest.raises(
             BadInput, match=r"^no port of 127\.0\.0\.1 is free: give --coordinator$"
         ):
-            placing.hold_port("127.0.0.1", held)
+            placement.hold_port("127.0.0.1", held)
 
 
 @pytest.mark.parametrize("share", ["SO_REUSEADDR", "SO_REUSEPORT"])  # tx.initialize and jax
 def test_rank_0_can_listen_at_the_port_that_is_held(share):
     with contextlib.ExitStack() as held:
-        port = placing.hold_port("127.0.0.1", held)
+        port = placement.hold_port("127.0.0.1", held)
         listener = held.enter_context(socket.socket())
         listener.setsockopt(socket.SOL_SOCKET, getattr(socket, share), 1)
         listener.bind(("127.0.0.1", port))
@@ -319,7 +318,7 @@ def test_siblings_of_a_core_go_to_one_rank(tmp_path, monkeypatch):
     ],
 )
 def test_ranks_are_spread_over_hosts(size, text, expected):
-    assert placing.place(size, text) == expected
+    assert placement.place(size, text) == expected
 
 
 def test_a_folder_that_is_deleted_meanwhile_hides_no_exit_code(tmp_path):

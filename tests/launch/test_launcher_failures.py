@@ -10,7 +10,7 @@ import time
 import pytest
 from launched_cases import launch, runs, script, started, wait_for_end, wait_for_pids, wait_until
 
-from txcore.launch import hosts, local
+from txcore.launch.launcher import hosts, supervise
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="tested on Linux")
 
@@ -142,12 +142,12 @@ def test_who_only_notices_the_loss_of_another_is_not_the_first(tmp_path, ranks, 
     "later, first", [("kill -KILL $$", 1), ("kill -ABRT $$", 0), ("exit 3", 0)]
 )
 def test_of_those_that_end_at_once_the_one_that_was_killed_counts(monkeypatch, later, first):
-    monkeypatch.setattr(local, "_SETTLE_S", 1.5)
+    monkeypatch.setattr(supervise, "_SETTLE_S", 1.5)
     tasks = [
         hosts.Task(0, ["sh", "-c", "exit 1"]),
         hosts.Task(1, ["sh", "-c", f"sleep 0.3; {later}"]),
     ]
-    assert local.launch(tasks).rank == first
+    assert supervise.launch(tasks).rank == first
 
 
 IGNORES = "signal.signal(signal.SIGTERM, signal.SIG_IGN); tell(os.getpid(), 'ignores')\n"
@@ -291,7 +291,7 @@ def test_nothing_is_left_where_a_later_rank_cannot_start(tmp_path, monkeypatch, 
     environment = {"JAX_PROCESS_ID": "0"}
     before = {n: signal.getsignal(n) for n in (*hosts.STOPS, *hosts.PASSED, signal.SIGCHLD)}
     with pytest.raises(OSError, match="no more processes"):
-        local.launch([hosts.Task(rank, argv, environment) for rank in range(2)])
+        supervise.launch([hosts.Task(rank, argv, environment) for rank in range(2)])
     assert not runs(wait_for_pids(tmp_path, 1)[0])
     assert {n: signal.getsignal(n) for n in before} == before
 
@@ -307,5 +307,5 @@ def test_it_sleeps_while_it_waits_though_another_rank_fails_meanwhile(monkeypatc
     stays = "trap : TERM; sleep 1 & wait; sleep 1"
     commands = ["sleep 0.5; exit 3", "trap 'exit 5' TERM; sleep 30 & wait", stays]
     tasks = [hosts.Task(rank, ["sh", "-c", text]) for rank, text in enumerate(commands)]
-    assert local.launch(tasks).exit_code == 3
+    assert supervise.launch(tasks).exit_code == 3
     assert len(waits) < 30

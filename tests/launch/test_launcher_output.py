@@ -12,7 +12,7 @@ import time
 import pytest
 from launched_cases import launch, runs, script, started, wait_for_end, wait_for_pids, wait_until
 
-from txcore.launch import output
+from txcore.launch.launcher import output
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="tested on Linux")
 

@@ -13,8 +13,8 @@ import time
 import pytest
 from processes import free_port
 
-from txcore.launch import meeting
-from txcore.launch.meeting import Host, NotTogether, attend, listen
+from txcore.launch.join import rendezvous
+from txcore.launch.join.rendezvous import Host, NotTogether, attend, listen
 
 
 def says(text):
@@ -115,7 +115,7 @@ def test_strangers_are_not_heard_and_hold_nobody_up():
 
 
 def test_many_strangers_do_not_use_up_all_connections(monkeypatch):
-    monkeypatch.setattr(meeting, "_STRANGERS", 8)
+    monkeypatch.setattr(rendezvous, "_STRANGERS", 8)
     with gathering(2) as (address, first, pool):
         strangers = [socket.create_connection(address.split(":")) for _ in range(50)]
         other = join(pool, address, 1, 2)
@@ -245,7 +245,7 @@ def test_a_port_that_becomes_free_in_time():
 
 def test_there_are_three_attempts_to_listen(monkeypatch):
     pauses = []
-    monkeypatch.setattr(meeting.time, "sleep", pauses.append)
+    monkeypatch.setattr(rendezvous.time, "sleep", pauses.append)
     address = f"127.0.0.1:{free_port()}"
     with listen(address, 0.0), says(cannot(address, os.strerror(errno.EADDRINUSE))):
         listen(address, time.monotonic() + 60)

@@ -5,8 +5,8 @@ import socket
 
 import pytest
 
-from txcore.launch import network
-from txcore.launch.door import close_door
+from txcore.launch.join import addresses
+from txcore.launch.join.seal_port import close_door
 
 
 @pytest.mark.parametrize(
@@ -14,8 +14,8 @@ from txcore.launch.door import close_door
     [("host:1", "host", 1), ("10.0.0.1:65535", "10.0.0.1", 65535), ("[fd00::1]:80", "fd00::1", 80)],
 )
 def test_address(text, host, port):
-    assert network.split_address(text) == (host, port)
-    assert network.join_address(host, port) == text
+    assert addresses.split_address(text) == (host, port)
+    assert addresses.join_address(host, port) == text
 
 
 @pytest.mark.parametrize(
@@ -25,15 +25,15 @@ def test_address(text, host, port):
 def test_no_address(text):
     text_of_error = f"an address is needed as 'host:port', got {text!r}"
     with pytest.raises(ValueError, match=f"^{re.escape(text_of_error)}$"):
-        network.split_address(text)
+        addresses.split_address(text)
 
 
 def test_the_way_to_loopback_is_loopback():
-    assert network.address_towards("127.0.0.1", 1) == "127.0.0.1"
-    assert network.resolve("localhost", 1) == "127.0.0.1"
-    assert network.is_loopback("127.0.1.1")
-    assert network.is_loopback("::1")
-    assert not network.is_loopback("10.127.0.1")
+    assert addresses.address_towards("127.0.0.1", 1) == "127.0.0.1"
+    assert addresses.resolve("localhost", 1) == "127.0.0.1"
+    assert addresses.is_loopback("127.0.1.1")
+    assert addresses.is_loopback("::1")
+    assert not addresses.is_loopback("10.127.0.1")
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def test_the_way_to_loopback_is_loopback():
 )
 def test_proxies_are_not_asked_for_the_coordinator(before, after):
     environment = dict(before)
-    network.bypass_proxies("node1", environment)
+    addresses.bypass_proxies("node1", environment)
     assert environment == before | after
 
 
@@ -56,7 +56,7 @@ def test_proxies_are_not_asked_for_the_coordinator(before, after):
     "wanted", ["eth0", "eth", "ib,eth", "=eth0", "=ib0,eth0", "^docker", "^eth", "^=eth", ""]
 )
 def test_interfaces_that_nccl_finds(wanted):
-    network.check_interfaces({"NCCL_SOCKET_IFNAME": wanted}, ["lo", "eth0"])
+    addresses.check_interfaces({"NCCL_SOCKET_IFNAME": wanted}, ["lo", "eth0"])
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_interfaces_that_nobody_finds(variable, wanted):
         "of these, on each rank to what its own host has, or leave it out"
     )
     with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
-        network.check_interfaces({variable: wanted}, ["lo", "eth0"])
+        addresses.check_interfaces({variable: wanted}, ["lo", "eth0"])
 
 
 def test_a_closed_door_keeps_those_who_are_in():

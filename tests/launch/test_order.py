@@ -7,11 +7,12 @@ import pytest
 from watch_fakes import Clock, Coordinator
 
 from txcore import _compat
-from txcore.launch import barrier, preflight, watch
-from txcore.launch.order import KEPT, SAID, Order
-from txcore.launch.table import FAILED, Entry, read_entry
-from txcore.launch.verdict import judge
-from txcore.launch.watcher import Watcher
+from txcore.launch import barrier, preflight
+from txcore.launch.watch import watch
+from txcore.launch.watch.order import KEPT, SAID, Order
+from txcore.launch.watch.status import FAILED, Entry, read_entry
+from txcore.launch.watch.verdict import judge
+from txcore.launch.watch.watcher import Watcher
 
 REMEDY = (
     ". Every rank has to make the same steps, evaluations, checkpoints and barriers in the same "

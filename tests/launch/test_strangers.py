@@ -16,7 +16,7 @@ from joining import (
 )
 from processes import finish, free_port, killed_at_the_end
 
-from txcore.launch.door import close_door
+from txcore.launch.join.seal_port import close_door
 
 # A stranger that uses jax's own client, and says that it is process 1.
 CLAIMS_TO_BE_1 = """

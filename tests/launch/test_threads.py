@@ -51,7 +51,7 @@ def test_only_unnamed_threads_that_wait_for_sockets_yield():
 
 
 def test_no_thread_yields_where_the_system_does_not_tell(monkeypatch):
-    from txcore.launch import threads
+    from txcore.launch import gloo_threads
 
-    monkeypatch.setattr(threads.platform, "machine", lambda: "unknown")
-    assert threads.yield_to_compute.__wrapped__() == ()
+    monkeypatch.setattr(gloo_threads.platform, "machine", lambda: "unknown")
+    assert gloo_threads.yield_to_compute.__wrapped__() == ()

@@ -13,11 +13,11 @@ import pytest
 from watch_fakes import Clock, Coordinator
 
 from txcore import _compat
-from txcore.launch import leaving, watch
-from txcore.launch.lifeline import Lifeline
 from txcore.launch.preflight import MismatchError
-from txcore.launch.table import FAILED, FOLDER, VERDICT, Verdict
-from txcore.launch.watcher import Watcher
+from txcore.launch.watch import shutdown, watch
+from txcore.launch.watch.coordinator import Lifeline
+from txcore.launch.watch.status import FAILED, FOLDER, VERDICT, Verdict
+from txcore.launch.watch.watcher import Watcher
 
 GLOO = "Gloo all-reduce failed: [external/gloo/pair.cc:1] Connection closed by peer [127.0.0.1]"
 
@@ -293,7 +293,7 @@ def real(coordinator, monkeypatch):
 
 def test_a_rank_tells_its_error_and_disconnects(real):
     run_exchanges(real)
-    leaving.fail(real[1], ValueError("batch 7\nis damaged"))
+    shutdown.fail(real[1], ValueError("batch 7\nis damaged"))
     entry = real[1].sent
     assert (entry.failed, entry.ended) == ("ValueError: batch 7 is damaged", True)
     assert real[0].shut == [1]
@@ -301,7 +301,7 @@ def test_a_rank_tells_its_error_and_disconnects(real):
 
 
 @pytest.mark.parametrize(
-    "leave", [leaving.close, lambda rank: leaving.fail(rank, ValueError("no"))]
+    "leave", [shutdown.close, lambda rank: shutdown.fail(rank, ValueError("no"))]
 )
 def test_nothing_is_asked_of_the_coordinator_once_a_rank_disconnects(
     leave, real, coordinator, monkeypatch
@@ -331,10 +331,10 @@ def test_nothing_is_asked_of_the_coordinator_once_a_rank_disconnects(
 
 def test_the_coordinator_fails_last(real, monkeypatch):
     run_exchanges(real)
-    monkeypatch.setattr(leaving, "GRACE_S", 60)
+    monkeypatch.setattr(shutdown, "GRACE_S", 60)
     gone = threading.Timer(0.3, lambda: [rank.tell(ended=True) for rank in real[1:]])
     gone.start()
-    leaving.fail(real[0], ValueError("no"))
+    shutdown.fail(real[0], ValueError("no"))
     assert real[1].sent.ended
     assert real[2].sent.ended
     assert real[0].shut == []
@@ -354,7 +354,7 @@ def test_the_coordinator_does_not_wait_for_a_rank_that_was_killed_after_its_end(
         rank.tell(ended=True)
     real[0].peer_timeout_s = 0.5
     real[0].start_threads(lambda watcher, verdict: None)
-    leaving.close(real[0])
+    shutdown.close(real[0])
     assert down.is_set()
     assert not any(thread.is_alive() for thread in real[0]._threads)
 
@@ -371,7 +371,7 @@ def test_a_rank_that_ended_stays_until_a_verdict_has_ended_the_others(real):
     run_exchanges(real[:2])
     real[0].verdict = Verdict("rank 2 failed", 70)
     threading.Timer(0.3, lambda: real[1].tell(ended=True)).start()
-    leaving.close(real[0])  # rank 2 is silent
+    shutdown.close(real[0])  # rank 2 is silent
     assert real[1].sent.ended
     assert real[0].shut == []
 
@@ -388,36 +388,36 @@ def test_many_ranks_do_not_hurry():
 
 
 def test_an_error_that_all_ranks_raise_is_not_told(real):
-    leaving.fail(real[1], MismatchError("different"))
+    shutdown.fail(real[1], MismatchError("different"))
     assert real[1].told.failed == ""
 
 
 def test_only_the_first_error_is_told(real):
     run_exchanges(real)
-    leaving.fail(real[1], ValueError("first"))
-    leaving.fail(real[1], ValueError("second"))
+    shutdown.fail(real[1], ValueError("first"))
+    shutdown.fail(real[1], ValueError("second"))
     assert real[1].told.failed == "ValueError: first"
 
 
 def test_nobody_is_told_in_a_fork_or_alone(real):
     real[1]._pid += 1
-    leaving.fail(real[1], ValueError("no"))
-    leaving.close(real[1])
+    shutdown.fail(real[1], ValueError("no"))
+    shutdown.close(real[1])
     assert real[1].told.failed == ""
-    leaving.fail(Watcher(), ValueError("no"))
-    leaving.close(Watcher())
+    shutdown.fail(Watcher(), ValueError("no"))
+    shutdown.close(Watcher())
 
 
 def test_a_coordinator_that_does_not_answer_does_not_hold_an_error_back(coordinator):
     rank = Watcher(coordinator, 1, 2, peer_timeout_s=0.5)
     started = time.monotonic()
-    leaving.fail(rank, ValueError("no"))
+    shutdown.fail(rank, ValueError("no"))
     assert time.monotonic() - started < 30
 
 
 def test_a_lost_connection_is_told_as_such_and_then_as_a_failure(coordinator, monkeypatch):
     rank = Watcher(coordinator, 0, 2, peer_timeout_s=0.2)
-    monkeypatch.setattr(leaving, "AT_MOST_S", 0.1)
+    monkeypatch.setattr(shutdown, "AT_MOST_S", 0.1)
     seen = []
 
     def closed():
@@ -425,7 +425,7 @@ def test_a_lost_connection_is_told_as_such_and_then_as_a_failure(coordinator, mo
         return rank.closed
 
     run_exchanges([rank], until=closed)
-    leaving.fail(rank, ValueError(GLOO))
+    shutdown.fail(rank, ValueError(GLOO))
     rank.closed = True
     assert f"ValueError: {GLOO}" in seen
     assert rank.told.failed == f"ValueError: {GLOO}"
@@ -448,16 +448,16 @@ def test_a_lost_connection_is_told_as_such_and_then_as_a_failure(coordinator, mo
     ],
 )
 def test_errors_that_speak_of_a_lost_peer(error, lost):
-    assert leaving.speaks_of_a_lost_peer(error) is lost
+    assert shutdown.speaks_of_a_lost_peer(error) is lost
 
 
 def test_long_errors_are_cut():
-    text = leaving.describe(ValueError("x" * 5000))
-    assert text == f"ValueError: {'x' * (leaving.LONGEST_ERROR - 15)}..."
+    text = shutdown.describe(ValueError("x" * 5000))
+    assert text == f"ValueError: {'x' * (shutdown.LONGEST_ERROR - 15)}..."
 
 
 def test_last_words(real, capfd, monkeypatch):
-    monkeypatch.setattr(leaving, "_end_anyway", lambda code: None)
+    monkeypatch.setattr(shutdown, "_end_anyway", lambda code: None)
     run_exchanges(real)
     real[1].position = ("step", 120, "train_step, whose last collective is psum/grads (a.py:1)")
     try:
@@ -466,7 +466,7 @@ def test_last_words(real, capfd, monkeypatch):
         real[1].error = error
     real[1]._stood_still = (25.0, time.monotonic())
     codes = []
-    leaving.end(real[1], Verdict("rank 2 is lost"), codes.append)
+    shutdown.end(real[1], Verdict("rank 2 is lost"), codes.append)
     assert codes == [75]
     assert real[1].sent.ended
     text = capfd.readouterr().err
@@ -482,43 +482,44 @@ def test_last_words(real, capfd, monkeypatch):
 
 
 def test_the_coordinator_ends_after_those_that_live(real, clock, monkeypatch):
-    monkeypatch.setattr(leaving, "_end_anyway", lambda code: None)
+    monkeypatch.setattr(shutdown, "_end_anyway", lambda code: None)
     run_exchanges(real[:2])  # rank 2 is dead
     deadline = time.monotonic() + 10
     while 2 not in real[0].silent_ranks():
         assert time.monotonic() < deadline
         time.sleep(0.05)
     threading.Timer(0.4, lambda: real[1].tell(ended=True)).start()
-    monkeypatch.setattr(leaving, "GRACE_S", 60)
-    monkeypatch.setattr(leaving.time, "sleep", lambda seconds, sleep=time.sleep: sleep(0.01))
+    monkeypatch.setattr(shutdown, "GRACE_S", 60)
+    monkeypatch.setattr(shutdown.time, "sleep", lambda seconds, sleep=time.sleep: sleep(0.01))
     codes = []
-    leaving.end(real[0], Verdict("rank 2 is lost"), codes.append)
+    shutdown.end(real[0], Verdict("rank 2 is lost"), codes.append)
     assert codes == [75]
     assert real[1].sent.ended
 
 
 def test_nobody_waits_for_a_dead_coordinator(real, monkeypatch):
-    monkeypatch.setattr(leaving, "_end_anyway", lambda code: None)
+    monkeypatch.setattr(shutdown, "_end_anyway", lambda code: None)
     real[1].coordinator_lost = True
 
     def left(code):
         raise SystemExit(code)
 
-    monkeypatch.setattr(leaving, "wait", lambda *_: pytest.fail("it waits"))
+    monkeypatch.setattr(shutdown, "wait", lambda *_: pytest.fail("it waits"))
     with pytest.raises(SystemExit):
-        leaving.end(real[1], Verdict("rank 0 is gone"), left)
+        shutdown.end(real[1], Verdict("rank 0 is gone"), left)
 
 
 def test_a_blocked_stderr_does_not_keep_a_rank(tmp_path):
     """The pipe that nobody reads is full: the process ends all the same."""
     script = (
-        "import os, fcntl; from txcore.launch import leaving; leaving.AT_MOST_S = 0.5\n"
-        "from txcore.launch.table import Verdict; from txcore.launch.watcher import Watcher\n"
+        "import os, fcntl; from txcore.launch.watch import shutdown; shutdown.AT_MOST_S = 0.5\n"
+        "from txcore.launch.watch.status import Verdict\n"
+        "from txcore.launch.watch.watcher import Watcher\n"
         "r, w = os.pipe(); os.set_blocking(w, False)\n"
         "try:\n    while True: os.write(w, bytes(65536))\n"
         "except BlockingIOError: pass\n"
         "os.set_blocking(w, True); os.dup2(w, 2)\n"
-        "leaving.end(Watcher(), Verdict('no'))"
+        "shutdown.end(Watcher(), Verdict('no'))"
     )
     done = subprocess.run([sys.executable, "-c", script], timeout=60)
     assert done.returncode == 75

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from txcore.launch.stop import Stop
-from txcore.launch.table import Entry
+from txcore.launch.watch.status import Entry
+from txcore.launch.watch.stop import Stop
 
 
 class Rank:

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from txcore.launch.hearing import Hearing
-from txcore.launch.table import FAILED, TRY_AGAIN, Entry, Verdict, read_entry, read_verdict
-from txcore.launch.verdict import coordinator_gone, judge, rank_names, silence
+from txcore.launch.watch.silence import Hearing
+from txcore.launch.watch.status import FAILED, TRY_AGAIN, Entry, Verdict, read_entry, read_verdict
+from txcore.launch.watch.verdict import coordinator_gone, judge, rank_names, silence
 
 LIMITS = {"peer_timeout_s": 10, "suspect_s": 3, "step_timeout_s": 60}
 GLOO = "JaxRuntimeError: Gloo all-reduce failed: Connection closed by peer"

@@ -46,7 +46,7 @@ def times_of(sign, world, victim):
 
 def cost(coordinator, rank, world, plan):
     """Print what watching costs in one of several ranks that do nothing else."""
-    from txcore.launch import watch
+    from txcore.launch.watch import watch
 
     join(coordinator, rank, world)
     if plan["on"]:

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from txcore.launch import watch
+from txcore.launch.watch import watch
 
 LABEL = "train_step, whose last collective is psum/loss (worker.py:1)"
 

@@ -21,7 +21,7 @@ sys.path.append(str(pathlib.Path(__file__).resolve().parents[1] / "train"))
 import toys
 
 import txcore as tx
-from txcore.train import agreement
+from txcore.train.replicas import agreement
 
 EXTRA = {
     "mean": np.float32(0.5),

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 from txcore.profiling import Collective, Declared, Report
-from txcore.profiling.predicates import Divergence
+from txcore.profiling.declared.divergence import Divergence
 from txcore.profiling.report import Fate, Part, PlanLine
 
 HOSTILE = (

@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import AbstractMesh
 
 from txcore.profiling import Collective, Declared, Report, audit_text
-from txcore.profiling.report.model import format_bytes
+from txcore.profiling.report.report import format_bytes
 from txcore.profiling.report.table import shorten
 
 ROW = Collective(

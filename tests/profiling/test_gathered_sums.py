@@ -6,7 +6,7 @@ import pytest
 from audit_cases import P, mesh_of, on, tag, vary
 from jax import lax
 
-from txcore.profiling.gathered import Finding, wrong_reductions
+from txcore.profiling.declared.gathered_sums import Finding, wrong_reductions
 
 
 def gather(x, axis="data"):

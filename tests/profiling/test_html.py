@@ -15,9 +15,9 @@ from html_cases import HOSTILE, MESH, ROW, added, failed, hostile, large, part, 
 from jax.sharding import PartitionSpec as P
 
 from txcore.profiling import Report, audit
-from txcore.profiling.report.html import to_html
-from txcore.profiling.report.page.figures import axis_sets
-from txcore.profiling.report.page.markup import Html, el, join, text
+from txcore.profiling.report.html.figures import axis_sets
+from txcore.profiling.report.html.markup import Html, el, join, text
+from txcore.profiling.report.html.page import to_html
 
 VOID = {"meta", "input"}
 

@@ -7,7 +7,7 @@ import pytest
 from html_cases import HOSTILE, MESH, added, failed, hostile, large, row
 
 from txcore.profiling import Report
-from txcore.profiling.report.html import to_html
+from txcore.profiling.report.html.page import to_html
 
 PROGRAM = chromium.find()
 pytestmark = pytest.mark.skipif(PROGRAM is None, reason="no chromium is installed")

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 import txcore as tx
 from txcore import kernels
 from txcore.profiling import audit, audit_text
-from txcore.profiling.kernels_used import KernelUse, kernels_in_text, kernels_used
+from txcore.profiling.declared.kernels import KernelUse, kernels_in_text, kernels_used
 
 W, B, X = jnp.eye(4), jnp.zeros(4), jnp.ones((2, 4))
 

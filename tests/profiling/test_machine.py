@@ -4,10 +4,10 @@ import dataclasses
 
 import pytest
 
+from txcore.profiling.cost.instruction import Work
+from txcore.profiling.cost.machine import Machine
 from txcore.profiling.hlo import find_collectives
-from txcore.profiling.machine import Machine
 from txcore.profiling.targets import Chip
-from txcore.profiling.work import Work
 
 # A link sends 10 bytes a second, a network card 1.
 GPU = Chip("toy", 200.0, 100.0, 1e9, 50.0, 1, 10.0, 4, 1.0)

@@ -4,10 +4,10 @@ import dataclasses
 
 import pytest
 
+from txcore.profiling.declared.collectives import Declared
 from txcore.profiling.hlo import canonical, find_collectives
-from txcore.profiling.jaxpr import Declared
-from txcore.profiling.match import match
-from txcore.profiling.rows import rows_of
+from txcore.profiling.matching.match import match
+from txcore.profiling.matching.rows import rows_of
 
 ALL = canonical([(0, 1, 2, 3)])
 SIZES = ((("data", 4),),)

@@ -14,7 +14,7 @@ from audit_cases import P, mesh_of, on, tag, vary
 from jax import lax
 
 from txcore.profiling import Report
-from txcore.profiling.predicates import Divergence, divergences
+from txcore.profiling.declared.divergence import Divergence, divergences
 
 HERE = pathlib.Path(__file__).name
 

@@ -6,7 +6,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from txcore.profiling.replicated import Replicated, replicated
+from txcore.profiling.cost.replicated import Replicated, replicated
 
 AXES = ("data", "model")
 

@@ -5,8 +5,8 @@ A product of two 1000 x 1000 takes 2 ms, an all-reduce of a million bytes on two
 
 import pytest
 
-from txcore.profiling.machine import Machine
-from txcore.profiling.schedule import schedule
+from txcore.profiling.cost.machine import Machine
+from txcore.profiling.cost.schedule import schedule
 from txcore.profiling.targets import Chip
 
 GPU = Chip("toy", 1e12, 1e12, 80e9, 1e12, 1, 1e9, 8, 1e8)

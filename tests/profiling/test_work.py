@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from txcore.profiling.flops import flops_of
+from txcore.profiling.cost.flops import flops_of
+from txcore.profiling.cost.instruction import Work, memory_bytes, work_of
 from txcore.profiling.hlo import HloError, read_modules
 from txcore.profiling.hlo.graph import Graph
-from txcore.profiling.work import Work, memory_bytes, work_of
 
 
 def count(line, operands, before=""):

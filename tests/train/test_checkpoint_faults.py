@@ -17,7 +17,8 @@ import toys
 from checkpoint_cases import STEPS, saved, train
 
 import txcore as tx
-from txcore.train import checkpoint_folder, manifest
+from txcore.train.checkpoints import folder as checkpoint_folder
+from txcore.train.checkpoints import manifest
 
 pytest.importorskip("orbax.checkpoint")
 

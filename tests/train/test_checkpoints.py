@@ -15,7 +15,8 @@ import toys
 from checkpoint_cases import EVERY, STEPS, saved, train
 
 import txcore as tx
-from txcore.train import fit, manifest
+from txcore.train import fit
+from txcore.train.checkpoints import manifest
 from txcore.train.interrupt import interrupts
 
 pytest.importorskip("orbax.checkpoint")

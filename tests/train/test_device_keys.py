@@ -12,7 +12,7 @@ from jax import lax
 from jax import random as r
 
 import txcore as tx
-from txcore.train import prng
+from txcore.train.numerics import prng
 
 
 def drop(x, key):

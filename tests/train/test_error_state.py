@@ -17,7 +17,7 @@ import pytest
 import toys
 
 import txcore as tx
-from txcore.train import checkpoint_folder
+from txcore.train.checkpoints import folder
 
 MANY = 20_000  # steps, more than are made
 
@@ -142,7 +142,7 @@ class TestCheckpoints:
         pytest.importorskip("orbax.checkpoint")
 
     def test_that_cannot_be_written(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(checkpoint_folder, "no_room", lambda directory, need: "it is full")
+        monkeypatch.setattr(folder, "no_room", lambda directory, need: "it is full")
         error = fails(tx.CheckpointError, directory=tmp_path)
         assert str(error).endswith("was not saved: it is full. There is no checkpoint yet")
         holds(error, 8)
@@ -361,7 +361,7 @@ class TestWhatIsKnownBeforeTheFirstStep:
         def mkdtemp(prefix, dir):
             raise OSError(errno.EROFS, "Read-only file system")
 
-        monkeypatch.setattr(checkpoint_folder.tempfile, "mkdtemp", mkdtemp)
+        monkeypatch.setattr(folder.tempfile, "mkdtemp", mkdtemp)
         self.refused(
             f"the checkpoint folder {tmp_path} cannot be used: Read-only file sys.*", tmp_path
         )

@@ -12,7 +12,7 @@ import pytest
 import toys
 
 import txcore as tx
-from txcore.train import manifest
+from txcore.train.checkpoints import manifest
 
 pytest.importorskip("orbax.checkpoint")
 

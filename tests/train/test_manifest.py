@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from txcore.train.manifest import NAME, CheckpointError, Leaf, Position, _sha256, read
+from txcore.train.checkpoints.manifest import NAME, CheckpointError, Leaf, Position, _sha256, read
 
 WHOLE: dict[str, Any] = {
     "format": "txcore-checkpoint",

@@ -12,7 +12,7 @@ from jax import lax
 
 import txcore as tx
 from txcore.profiling import Declared, Report
-from txcore.profiling.prediction import against_plan
+from txcore.profiling.matching.against_plan import against_plan
 from txcore.profiling.report import Fate, PlanLine
 
 DP = tx.Plan(data_parallel=tx.DP("data"))

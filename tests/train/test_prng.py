@@ -104,7 +104,7 @@ def test_the_same_masks_on_any_number_of_devices(name):
 
 
 def test_the_keys_are_threefry_s_and_those_that_the_paper_gives():
-    from txcore.train import prng
+    from txcore.train.numerics import prng
 
     with set_to({"jax_default_prng_impl": "unsafe_rbg"}):
         keys = prng.example_keys(prng.step_key(jnp.uint32(SEED), jnp.int32(3)), 5, ())

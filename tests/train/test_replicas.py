@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 import txcore as tx
 from txcore.launch import MismatchError, preflight
-from txcore.train import agreement, replicas
+from txcore.train.replicas import agreement, digests
 
 DTYPES = [
     np.float32,
@@ -64,11 +64,11 @@ def laid_out(host, on, spec=WHOLE, change=None, device=2):
 
 
 def texts(tree, on):
-    return [str(found) for found in replicas.find_differences(tree, on)]
+    return [str(found) for found in digests.find_differences(tree, on)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: np.dtype(dtype).name)
-@pytest.mark.parametrize("size", [1, 300, replicas.SMALL + 1])
+@pytest.mark.parametrize("size", [1, 300, digests.SMALL + 1])
 def test_a_bit_of_any_dtype(dtype, size):
     on, host = mesh(), numbers(dtype, (size,))
     other = laid_out(host, on)
@@ -91,7 +91,7 @@ def test_each_bit_of_a_small_leaf():
 
 def test_200_random_bits_of_a_large_leaf():
     host = numbers(np.float32, (300, 301))
-    fold = jax.jit(replicas.fold)
+    fold = jax.jit(digests.fold)
     plain = np.asarray(fold(host))
     rng = np.random.default_rng(1)
     for bit in rng.integers(0, 8 * host.nbytes, 200):
@@ -102,7 +102,7 @@ def test_elements_that_change_places_in_a_large_leaf():
     """A plain sum would miss these; floats of few digits have many zeros at their ends."""
     rng = np.random.default_rng(2)
     host = rng.integers(-2, 3, 100_000).astype(np.float32)
-    fold = jax.jit(replicas.fold)
+    fold = jax.jit(digests.fold)
     plain = np.asarray(fold(host))
     for _ in range(200):
         i, j = rng.integers(0, host.size, 2)
@@ -157,7 +157,7 @@ def test_keys_empty_leaves_and_leaves_of_the_host():
 def test_many_leaves_are_cut():
     on, host = mesh((2,)), numbers(np.float32, (3,))
     changed = laid_out(host, on, change=lambda part: flipped(part, 0), device=1)
-    assert len(texts({f"w{i}": changed for i in range(20)}, on)) == replicas.MOST_LEAVES
+    assert len(texts({f"w{i}": changed for i in range(20)}, on)) == digests.MOST_LEAVES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,7 +177,7 @@ class Device:
 def test_ranks_are_named_where_all_their_devices_agree(groups, text, monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 3)
     devices = tuple(tuple(Device(i, i // 4) for i in group) for group in groups)
-    assert str(replicas.Difference("w float32[3]", devices)) == f"w float32[3]: {text}"
+    assert str(digests.Difference("w float32[3]", devices)) == f"w float32[3]: {text}"
 
 
 def broken_at(step, odd_device=1):
@@ -295,7 +295,7 @@ def test_every_bit_of_the_root_is_sent(dtype):
     host = host.view(dtype) if dtype != ml_dtypes.int4 else host.astype(dtype)
     rows = np.stack([np.zeros_like(host), host, *[numbers(dtype, host.shape, i) for i in (1, 2)]])
     given = jax.device_put(rows, NamedSharding(on, P("data")))
-    sent = replicas.sending_program(on, 1)({"w": given})["w"]
+    sent = digests.sending_program(on, 1)({"w": given})["w"]
     assert sent.dtype == host.dtype
     for shard in sent.addressable_shards:
         assert np.asarray(shard.data).tobytes() == host.tobytes()
@@ -303,7 +303,7 @@ def test_every_bit_of_the_root_is_sent(dtype):
 
 def test_typed_keys_are_sent_as_such():
     keys = jax.random.split(jax.random.key(3), 2)
-    sent = replicas.send_from({"keys": keys, "w": np.float32([-0.0])}, mesh((2,)), 0)
+    sent = digests.send_from({"keys": keys, "w": np.float32([-0.0])}, mesh((2,)), 0)
     assert sent["keys"].dtype == keys.dtype
     assert (jax.random.key_data(sent["keys"]) == jax.random.key_data(keys)).all()
     assert np.signbit(np.asarray(sent["w"]))

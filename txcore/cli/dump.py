@@ -78,7 +78,7 @@ def _check(folder: pathlib.Path) -> None:
 def _texts(program: "Program") -> dict[str, str]:
     """Return the files' texts; those that the program lacks are left out."""
     from txcore.profiling.audit import audit_program
-    from txcore.profiling.memory import memory_of
+    from txcore.profiling.cost.memory import memory_of
 
     memory = memory_of(program.compiled)
     texts = {

@@ -35,11 +35,11 @@ def run(options: argparse.Namespace) -> int:
 
 def _kernels() -> list[tuple[str, ...]]:
     """Return what would run on the default device for the main named shapes."""
-    from txcore.kernels import registry
-    from txcore.kernels.measure import problem_of
-    from txcore.kernels.shapes import MAIN, SHAPES
-    from txcore.kernels.tuning import cache_path, fields_of
-    from txcore.kernels.tuning_file import TuningError, label
+    from txcore.kernels.dispatch import registry
+    from txcore.kernels.dispatch.tuned import cache_path, fields_of
+    from txcore.kernels.dispatch.tuning_file import TuningError, label
+    from txcore.kernels.tuning.measure import problem_of
+    from txcore.kernels.tuning.shapes import MAIN, SHAPES
 
     rows: list[tuple[str, ...]] = [("tuning file", cache_path() or "none")]
     for name in MAIN:

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 from txcore.cli.errors import BadInput, BadUsage
 from txcore.cli.load import path, positive
 from txcore.cli.output import complain
-from txcore.cli.placing import coordinator, place, resolve
+from txcore.launch.launcher.placement import coordinator, place, resolve
 
 if TYPE_CHECKING:
-    from txcore.launch.hosts import Task
+    from txcore.launch.launcher.hosts import Task
 
 # What a rank on another host is given of our environment; its own host has the rest.
 _PASSED_ON = ("JAX_", "XLA_", "TXCORE_", "NCCL_", "GLOO_", "OMP_", "PYTHON", "LD_LIBRARY_PATH")
@@ -88,7 +88,7 @@ def _seconds(text: str) -> float:
 
 def run(options: argparse.Namespace) -> int:
     """Run the ranks; return 0, or the exit code of the one that failed first."""
-    from txcore.launch import local
+    from txcore.launch.launcher import supervise as local
 
     folder = None if options.output_dir is None else pathlib.Path(options.output_dir)
     with contextlib.ExitStack() as held:
@@ -119,7 +119,7 @@ def make_tasks(options: argparse.Namespace, held: contextlib.ExitStack) -> "list
     Raises:
       BadInput: something cannot be had.
     """
-    from txcore.launch.hosts import Task, gpus_of
+    from txcore.launch.launcher.hosts import Task, gpus_of
 
     argv = _argv(options)
     hosts = place(options.size, options.hosts)
@@ -174,7 +174,7 @@ def _passed_on(export: Sequence[str]) -> dict[str, str]:
 
 def _remote_shell(options: argparse.Namespace) -> list[str]:
     """Return the words of --remote-shell; they go through a shell on the way, or not."""
-    from txcore.launch import hosts
+    from txcore.launch.launcher import hosts
 
     try:
         words = shlex.split(options.remote_shell)

@@ -10,9 +10,9 @@ from txcore.cli.load import path, positive
 from txcore.cli.output import show
 
 if TYPE_CHECKING:
-    from txcore.kernels.measure import Measured
-    from txcore.kernels.shapes import Shape
-    from txcore.kernels.tuning_file import Entry
+    from txcore.kernels.dispatch.tuning_file import Entry
+    from txcore.kernels.tuning.measure import Measured
+    from txcore.kernels.tuning.shapes import Shape
 
 _DTYPES = ("float32", "bfloat16", "float16")
 _ROUNDS = 7
@@ -59,8 +59,8 @@ def add(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Print the candidates' times, and write the fastest; return 0."""
-    from txcore.kernels.measure import measure
-    from txcore.kernels.tuning import cache_path
+    from txcore.kernels.dispatch.tuned import cache_path
+    from txcore.kernels.tuning.measure import measure
 
     shapes = _shapes(options)
     file = None if options.dry_run else options.cache or cache_path()
@@ -85,7 +85,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _shapes(options: argparse.Namespace) -> "list[Shape]":
-    from txcore.kernels.shapes import OPS, SHAPES
+    from txcore.kernels.tuning.shapes import OPS, SHAPES
 
     _check("ops", options.ops, OPS)
     _check("--shapes", options.shapes or (), SHAPES)
@@ -109,7 +109,7 @@ def _check(what: str, given: Iterable[str], known: Iterable[str]) -> None:
 def _table(measured: "Measured") -> str:
     from tabulate import tabulate
 
-    from txcore.kernels.tuning_file import label
+    from txcore.kernels.dispatch.tuning_file import label
 
     entry = measured.entry
     best = label(entry.implementation, entry.config) if entry is not None else None
@@ -133,7 +133,7 @@ def _table(measured: "Measured") -> str:
 
 def _add_to(file: str, entries: "Mapping[str, Entry] | None" = None) -> None:
     """Add entries to a tuning file, shape by shape: what was measured outlives Ctrl-C."""
-    from txcore.kernels.tuning_file import TuningError, read, write
+    from txcore.kernels.dispatch.tuning_file import TuningError, read, write
 
     try:
         found = read(file)

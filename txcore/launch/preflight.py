@@ -13,8 +13,8 @@ import jax
 
 from txcore import _compat
 from txcore.launch import watch
-from txcore.launch.table import MismatchError as MismatchError
-from txcore.launch.verdict import rank_names
+from txcore.launch.watch.status import MismatchError as MismatchError
+from txcore.launch.watch.verdict import rank_names
 
 Facts = Mapping[str, str | Sequence[str]]
 

@@ -7,7 +7,7 @@ import jax
 from jax.typing import ArrayLike
 
 from txcore import kernels
-from txcore.kernels import checks
+from txcore.kernels.common import checks
 from txcore.optim import clipping, optimizer
 from txcore.optim.schedules import Schedule, as_schedule
 

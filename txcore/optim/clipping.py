@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from txcore import kernels
-from txcore.kernels import checks
+from txcore.kernels.common import checks
 from txcore.optim import optimizer
 
 

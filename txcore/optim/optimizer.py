@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 
 from txcore import _compat
 from txcore.collectives._scope import current_scope
-from txcore.kernels import checks
+from txcore.kernels.common import checks
 
 
 @dataclass(frozen=True)

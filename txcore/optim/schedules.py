@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from txcore.kernels.checks import whole_number
+from txcore.kernels.common.checks import whole_number
 
 Schedule = Callable[[ArrayLike], ArrayLike]
 

@@ -2,6 +2,6 @@
 
 from txcore.parallel.data import example_mean as example_mean
 from txcore.parallel.data import sync_gradients as sync_gradients
-from txcore.parallel.grad import grad as grad
-from txcore.parallel.grad import value_and_grad as value_and_grad
+from txcore.parallel.differentiate import grad as grad
+from txcore.parallel.differentiate import value_and_grad as value_and_grad
 from txcore.parallel.moments import batch_moments as batch_moments

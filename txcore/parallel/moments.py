@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from txcore.collectives import _leaves
 from txcore.collectives.psum import psum
-from txcore.kernels.checks import accumulator
+from txcore.kernels.common.checks import accumulator
 
 Dims = int | tuple[int, ...]
 

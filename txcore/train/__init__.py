@@ -1,13 +1,13 @@
 """Training: the engine, the state, the step, and what they need."""
 
-from txcore.train.checkpoints import Checkpoints as Checkpoints
+from txcore.train.checkpoints.checkpoints import Checkpoints as Checkpoints
+from txcore.train.checkpoints.loading import load_extra as load_extra
+from txcore.train.checkpoints.loading import load_params as load_params
+from txcore.train.checkpoints.manifest import CheckpointError as CheckpointError
+from txcore.train.checkpoints.manifest import Position as Position
 from txcore.train.engine import Engine as Engine
-from txcore.train.loading import load_extra as load_extra
-from txcore.train.loading import load_params as load_params
-from txcore.train.loss_scale import LossScale as LossScale
-from txcore.train.manifest import CheckpointError as CheckpointError
-from txcore.train.manifest import Position as Position
-from txcore.train.precision import Precision as Precision
+from txcore.train.numerics.loss_scale import LossScale as LossScale
+from txcore.train.numerics.precision import Precision as Precision
 from txcore.train.state import TrainState as TrainState
 from txcore.train.step_fn import StepFn as StepFn
 from txcore.train.step_fn import step_fn as step_fn

@@ -9,8 +9,8 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from txcore.mesh import MeshSpec
-from txcore.plan import Plan, top_key
-from txcore.train.copies import in_native_order
+from txcore.plan.plan import Plan, top_key
+from txcore.train.replicas.copies import in_native_order
 
 Leaves = list[tuple[Any, Any]]  # of a batch, each with its path
 

@@ -20,14 +20,14 @@ from txcore.collectives._scope import Scope, tracing
 from txcore.launch import preflight
 from txcore.mesh import MeshSpec
 from txcore.parallel.data import global_count
-from txcore.plan import Plan
+from txcore.plan.plan import Plan
 from txcore.train import refusals
 from txcore.train.batch import examples, mask_of
-from txcore.train.loss_scale import select
+from txcore.train.numerics.loss_scale import select
 from txcore.train.state import TrainState, claim_equal
 
 if TYPE_CHECKING:
-    from txcore.profiling.jaxpr import Declared
+    from txcore.profiling.declared.collectives import Declared
     from txcore.profiling.program import Program
 
 
@@ -74,7 +74,7 @@ def compile_step(
     With `together` every process of the run compiles it now, and all compare what it is.
     """
     # Imported when first needed: the audit's readers would be a third of `import txcore`.
-    from txcore.profiling.jaxpr import inventory
+    from txcore.profiling.declared.collectives import inventory
     from txcore.profiling.program import compile_lowered
 
     data_axes = plan.active_data_axes(mesh)
@@ -139,7 +139,7 @@ def _check_reductions(
     jaxpr: Any, declared: Iterable["Declared"], mesh: MeshSpec, data_axes: tuple[str, ...]
 ) -> None:
     """Refuse the reductions and results that types cannot tell to be wrong."""
-    from txcore.profiling.gathered import wrong_reductions  # as in compile_step
+    from txcore.profiling.declared.gathered_sums import wrong_reductions  # as in compile_step
 
     findings = wrong_reductions(jaxpr)
     refusals.check_reductions(findings, jaxpr, mesh)
@@ -149,7 +149,7 @@ def _check_reductions(
 
 def _check_summed(jaxpr: Any, declared: Iterable["Declared"], data_axes: tuple[str, ...]) -> None:
     """Refuse gradients that autodiff has summed over the devices already."""
-    from txcore.profiling.summed_gradients import summed_gradients  # as in compile_step
+    from txcore.profiling.declared.summed_gradients import summed_gradients  # as in compile_step
 
     sums = [made for made in declared if made.live and made.primitive == "psum_invariant"]
     if not any(made.autodiff or (made.tag or "").startswith("vary") for made in sums):
@@ -170,7 +170,7 @@ def _check_summed(jaxpr: Any, declared: Iterable["Declared"], data_axes: tuple[s
 
 def _warn_of_shared_draws(fn: Callable[..., Any], jaxpr: Any, data_axes: tuple[str, ...]) -> None:
     """Warn of random numbers for local examples that each device draws as the others do."""
-    from txcore.profiling.shared_draws import shared_draws  # as above
+    from txcore.profiling.declared.shared_draws import shared_draws  # as above
 
     for draw in shared_draws(jaxpr, data_axes):
         where = f"{draw.source}, in {draw.inside}" if draw.inside else draw.source
@@ -186,7 +186,7 @@ def _warn_of_shared_draws(fn: Callable[..., Any], jaxpr: Any, data_axes: tuple[s
 
 def _check_predicates(jaxpr: Any) -> None:
     """Refuse what hangs or lies where devices branch or loop differently."""
-    from txcore.profiling.predicates import divergences  # as above
+    from txcore.profiling.declared.divergence import divergences  # as above
 
     for found in divergences(jaxpr):
         if found.problem == "lies":

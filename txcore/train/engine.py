@@ -10,20 +10,21 @@ import numpy as np
 
 from txcore import _compat
 from txcore.kernels import compiler_options as default_compiler_options
-from txcore.kernels.checks import whole_number
+from txcore.kernels.common.checks import whole_number
 from txcore.launch import watch
-from txcore.launch.threads import yield_to_compute
+from txcore.launch.gloo_threads import yield_to_compute
 from txcore.mesh import MeshSpec
 from txcore.optim import as_optimizer
-from txcore.plan import Plan
-from txcore.train import agreement, loss_scale, nonfinite, replicas
+from txcore.plan.plan import Plan
 from txcore.train import fit as loop
 from txcore.train.batch import examples, global_shapes, shapes_on, shard_batch
-from txcore.train.checkpoints import Checkpoints
+from txcore.train.checkpoints.checkpoints import Checkpoints
 from txcore.train.compile import CompiledStep, compile_step, name_of
-from txcore.train.copies import copies
 from txcore.train.loggers import Logger, Metrics
-from txcore.train.precision import Precision
+from txcore.train.numerics import loss_scale, nonfinite
+from txcore.train.numerics.precision import Precision
+from txcore.train.replicas import agreement, digests
+from txcore.train.replicas.copies import copies
 from txcore.train.state import TrainState
 from txcore.train.step_fn import StepFn, check_jit, refuse_tracing
 
@@ -164,7 +165,7 @@ class Engine:
         if broadcast_from is not None and self.spans:
             agreement.check_broadcast(broadcast_from, arrays)
             root = self._first_device(broadcast_from)
-            return TrainState(**replicas.send_from(arrays, self.mesh.mesh, root), engine=self)
+            return TrainState(**digests.send_from(arrays, self.mesh.mesh, root), engine=self)
         placed = jax.tree.map(self._replicate, arrays)
         return TrainState(**placed, engine=self)
 
@@ -225,8 +226,8 @@ class Engine:
         self._check_own(state)
         agreement.check_rank("audit_broadcast", "broadcast_from", broadcast_from)
         mesh, root = self.mesh.mesh, self._first_device(broadcast_from)
-        shapes = replicas.sending_shapes(state.arrays, mesh)
-        return audit(replicas.sending_program(mesh, root), shapes)
+        shapes = digests.sending_shapes(state.arrays, mesh)
+        return audit(digests.sending_program(mesh, root), shapes)
 
     def check_replicas(
         self, state: TrainState, *, after: int | None = None, since: int | None = None
@@ -493,7 +494,7 @@ class Engine:
     def _report(self, compiled: CompiledStep, state: TrainState) -> "Report":
         # Not needed to train: see compile.py.
         from txcore.profiling.audit import audit_program
-        from txcore.profiling.prediction import against_plan
+        from txcore.profiling.matching.against_plan import against_plan
 
         report = audit_program(compiled.program)
         if self.optimizer.per_example:  # gathers what the plan would have averaged

@@ -11,17 +11,18 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from txcore.kernels.checks import whole_number
+from txcore.kernels.common.checks import whole_number
 from txcore.launch import watch
-from txcore.train import agreement, nonfinite
-from txcore.train import checkpoint_folder as folder
 from txcore.train.batch import examples, shard_batch
-from txcore.train.checkpoints import Checkpoints
+from txcore.train.checkpoints import folder
+from txcore.train.checkpoints.checkpoints import Checkpoints
+from txcore.train.checkpoints.manifest import CheckpointError, Position
 from txcore.train.error_state import give_state, is_alive
 from txcore.train.interrupt import Interrupt, interrupts
 from txcore.train.loggers import Metrics
-from txcore.train.manifest import CheckpointError, Position
+from txcore.train.numerics import nonfinite
 from txcore.train.progress import Progress, real_examples, to_host
+from txcore.train.replicas import agreement
 from txcore.train.state import TrainState
 from txcore.train.step_fn import StepFn
 

@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from txcore.kernels.checks import whole_number
-from txcore.train.checkpoint_folder import absolute
+from txcore.kernels.common.checks import whole_number
+from txcore.train.checkpoints.folder import absolute
 
 Metrics = dict[str, Any]
 

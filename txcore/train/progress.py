@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from txcore.plan import Plan
+from txcore.plan.plan import Plan
 from txcore.train.batch import examples
+from txcore.train.checkpoints.manifest import Position
 from txcore.train.compile import name_of
 from txcore.train.loggers import Logger, Metrics, Record
-from txcore.train.manifest import Position
 
 if TYPE_CHECKING:
     from txcore.train.engine import Engine

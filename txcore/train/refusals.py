@@ -10,7 +10,7 @@ from txcore.collectives._leaves import names_of
 from txcore.mesh import MeshSpec
 
 if TYPE_CHECKING:
-    from txcore.profiling.gathered import Finding
+    from txcore.profiling.declared.gathered_sums import Finding
 
 _REDUCTIONS = {
     "gathered": (
@@ -95,7 +95,7 @@ def _filled(text: str, **words: object) -> str:
 
 def _mistyped(jaxpr: Any, axes: list[str]) -> str:
     """Return which operation jax types wrongly along these axes, in parentheses, or nothing."""
-    from txcore.profiling.gathered import mistyped  # as in compile.py
+    from txcore.profiling.declared.gathered_sums import mistyped  # as in compile.py
 
     for found in mistyped(jaxpr):
         if found.axis in axes:

@@ -11,12 +11,12 @@ from txcore import _compat
 from txcore.collectives import vary
 from txcore.collectives._leaves import names_of
 from txcore.collectives._scope import Scope, current_scope
-from txcore.kernels.checks import whole_number
+from txcore.kernels.common.checks import whole_number
 from txcore.optim import Optimizer
 from txcore.parallel import sync_gradients
-from txcore.train import loss_scale, prng
-from txcore.train.loss_scale import LossScaling
-from txcore.train.precision import Precision
+from txcore.train.numerics import loss_scale, prng
+from txcore.train.numerics.loss_scale import LossScaling
+from txcore.train.numerics.precision import Precision
 
 
 class Runner(Protocol):

@@ -1,0 +1,4 @@
+"""What the kernels share: checks, random bits, tiles.
+
+Imports only `_compat`.
+"""

@@ -1,0 +1,79 @@
+"""What the Pallas kernels over tiles of a matrix share."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from txcore import _compat
+from txcore.kernels.dispatch import registry
+
+Spec = tuple[tuple[int, int], Callable[[Any, Any], tuple[Any, Any]]]  # a block, and where it lies
+
+SCALAR: Spec = ((1, 1), lambda i, j: (0, 0))
+
+
+def column(rows: int) -> Spec:
+    """Return the block of a column vector that belongs to a tile of so many rows."""
+    return (rows, 1), lambda i, j: (i, 0)
+
+
+def row(columns: int) -> Spec:
+    """Return the block of a row vector that belongs to a tile of so many columns."""
+    return (1, columns), lambda i, j: (0, j)
+
+
+def block(size: int, largest: int) -> int:
+    """Return the power of two from 16 (a GPU's least) to `largest` that covers `size` or part."""
+    return max(16, min(largest, 1 << max(size - 1, 0).bit_length()))
+
+
+def pad(x: jax.Array, rows: int, columns: int) -> jax.Array:
+    """Return a matrix with zeros added until its dims are multiples of a block's, at least one."""
+    height, width = (
+        max(-(-size // unit), 1) * unit for size, unit in zip(x.shape, (rows, columns), strict=True)
+    )
+    if x.shape == (height, width):
+        return x
+    return jnp.pad(x, ((0, height - x.shape[0]), (0, width - x.shape[1])))
+
+
+def call(
+    kernel: Callable[..., None],
+    grid: tuple[int, int],
+    operands: Sequence[tuple[jax.Array, Spec]],
+    results: Sequence[tuple[tuple[int, ...], Any, Spec]],
+    *,
+    warps: int,
+) -> list[jax.Array]:
+    """Run a kernel on every tile of a grid, interpreted unless a GPU is there to compile it for.
+
+    Args:
+      kernel: called with a reference to each operand's and result's block.
+      grid: the number of tiles along each dim.
+      operands: matrices that vary along the same axes, with the block that a tile reads.
+      results: shapes and dtypes, with the block that a tile writes.
+      warps: of a GPU's program.
+
+    Returns:
+      The results.
+    """
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import triton
+
+    on_gpu = registry.current_device()[0] == "gpu"
+
+    def run(*arrays: jax.Array) -> list[jax.Array]:
+        return pl.pallas_call(  # type: ignore[no-any-return]
+            kernel,
+            [_compat.shape_like(arrays[0], shape, dtype) for shape, dtype, _ in results],
+            grid=grid,
+            in_specs=[pl.BlockSpec(*spec) for _, spec in operands],
+            out_specs=[pl.BlockSpec(*spec) for *_, spec in results],
+            interpret=not on_gpu,
+            compiler_params=triton.CompilerParams(num_warps=warps),
+        )(*arrays)
+
+    arrays = [array for array, _ in operands]
+    return run(*arrays) if on_gpu else _compat.run_untracked(run, *arrays)

@@ -1,0 +1,137 @@
+"""Where the elements of a convolution lie: shapes, flat positions, and the blocks of a program."""
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from txcore.kernels.common import checks
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Hold how much one program of the convolution's kernels computes, and on how many threads.
+
+    Args:
+      pixels: pixels in a block, a power of two of at least 16.
+      channels: channels of the result in a block, likewise.
+      depth: how many products a step adds to each element, likewise. The filter's gradient, whose
+        sum runs over pixels, takes `pixels` for this and `depth` for the rows of its result.
+      splits: into how many parts, each summed by a program of its own, the filter's gradient
+        divides the pixels.
+      warps: groups of 32 threads of a program on a GPU.
+      stages: steps whose loads are under way at once on a GPU.
+
+    Raises:
+      ValueError: a number is not one that the kernels can run with.
+
+    Example:
+      >>> from txcore.kernels.conv.geometry import Blocks
+      >>> Blocks(pixels=128).channels
+      32
+    """
+
+    pixels: int = 64
+    channels: int = 32
+    depth: int = 32
+    splits: int = 32
+    warps: int = 4
+    stages: int = 2
+
+    def __post_init__(self) -> None:
+        least = {"pixels": 16, "channels": 16, "depth": 16}
+        for field in fields(self):
+            value, low = getattr(self, field.name), least.get(field.name, 1)
+            power = field.name in least or field.name == "warps"
+            if not isinstance(value, int) or value < low or (power and value & (value - 1)):
+                kind = "a power of two of" if power else "an integer of"
+                raise ValueError(
+                    f"conv2d: {field.name} of Blocks must be {kind} at least {low}; got {value!r}."
+                )
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Hold the shapes and options of one convolution; the kernels are compiled for them."""
+
+    batch: int
+    height: int
+    width: int
+    channels: int
+    rows: int
+    columns: int
+    features: int
+    padding: str
+    pool: int
+    relu: bool
+    dtype: jnp.dtype
+
+    @staticmethod
+    def of(x: Any, w: Any, activation: str | None, pool: int | None, padding: str) -> "Geometry":
+        """Describe the convolution of images with a filter."""
+        batch, height, width, channels = x.shape
+        rows, columns, _, features = w.shape
+        return Geometry(
+            batch=batch,
+            height=height,
+            width=width,
+            channels=channels,
+            rows=rows,
+            columns=columns,
+            features=features,
+            padding=padding,
+            pool=pool or 1,
+            relu=activation == "relu",
+            dtype=x.dtype,
+        )
+
+    @property
+    def before(self) -> tuple[int, int]:
+        """How many zeros pad the top and the left."""
+        same = self.padding == "SAME"
+        return ((self.rows - 1) // 2, (self.columns - 1) // 2) if same else (0, 0)
+
+    @property
+    def unpooled(self) -> tuple[int, int]:
+        """Height and width before pooling."""
+        if self.padding == "SAME":
+            return self.height, self.width
+        return self.height - self.rows + 1, self.width - self.columns + 1
+
+    @property
+    def pooled(self) -> tuple[int, int]:
+        """Height and width of the result."""
+        height, width = self.unpooled
+        return height // self.pool, width // self.pool
+
+    @property
+    def windows(self) -> int:
+        """How many pixels the result has."""
+        return self.batch * math.prod(self.pooled)
+
+    @property
+    def depth(self) -> int:
+        """How many products each element before pooling is the sum of."""
+        return self.rows * self.columns * self.channels
+
+    @property
+    def accumulator(self) -> jnp.dtype:
+        """The dtype that sums are held in."""
+        return checks.accumulator(self.dtype)
+
+
+def split(index: Any, *sizes: int) -> tuple[Any, ...]:
+    """Return the coordinates of a flat, non-negative index; the first of them has no bound."""
+    coordinates: tuple[Any, ...] = ()
+    for size in reversed(sizes):  # `//` would spend more on negative numbers, which are masked
+        coordinates = (lax.rem(index, np.int32(size)), *coordinates)
+        index = lax.div(index, np.int32(size))
+    return index, *coordinates
+
+
+def within(row: Any, column: Any, height: int, width: int) -> Any:
+    """Tell which pixels lie in an image."""
+    return (row >= 0) & (row < height) & (column >= 0) & (column < width)

@@ -1,0 +1,4 @@
+"""Which implementation of an op runs, and why: the registry and what was measured.
+
+Imports `common`.
+"""

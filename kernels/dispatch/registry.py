@@ -1,0 +1,234 @@
+"""Which implementation of an op runs, with which configuration, and why."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+from jax.ad_checkpoint import checkpoint_name
+
+from txcore import _compat
+from txcore.kernels.dispatch import tuned
+from txcore.kernels.dispatch.problem import Problem
+
+Implementation = Literal["xla", "pallas", "triton"]
+NAMES: tuple[Implementation, ...] = ("xla", "pallas", "triton")
+_COMPILED_FOR = {"pallas": ("gpu",), "triton": ("gpu",)}  # "xla": for every platform
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """Hold one implementation of an op.
+
+    Args:
+      run: `run(*operands, config=, **options)` computes the op on checked operands.
+      configs: the configurations worth trying for a problem, the best guess first; (None,) for
+        an implementation that has none.
+      refuse: why it cannot run a problem, or None where it can.
+      compiled_for: the platforms for which it is compiled; elsewhere it is interpreted, if
+        `refuse` lets it run at all: on CPU, where it is named; an accelerator refuses it. By
+        default those of its name: all for "xla", "gpu" for "pallas" and "triton".
+    """
+
+    run: Callable[..., Any]
+    configs: Callable[[Problem], Sequence[Any]] = lambda problem: (None,)
+    refuse: Callable[[Problem], str | None] = lambda problem: None
+    compiled_for: tuple[str, ...] | None = None
+
+
+Kernels = Mapping[Implementation, Kernel]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Hold what runs an op, and where the choice comes from."""
+
+    implementation: Implementation
+    config: Any
+    source: str  # "given", a cache file's path, "recorded" or "heuristic"
+
+
+def current_device() -> tuple[str, str]:
+    """Return (platform, device kind) of the device for which an op is traced here."""
+    given = _compat.mesh_device()  # its devices need not be here
+    if given is not None:
+        return given
+    device = _compat.setting("jax_default_device") or jax.devices()[0]
+    if isinstance(device, str):
+        device = jax.devices(device)[0]
+    return device.platform, device.device_kind
+
+
+def choose(
+    problem: Problem, kernels: Kernels, implementation: str | None, config: Any = None
+) -> Choice:
+    """Return the implementation that was asked for, never another one, or else the fastest known.
+
+    In this order: what the caller names, the tuning cache's entry for the problem's class, what
+    was recorded for the device, and the best guess.
+
+    Args:
+      problem: what is to be computed, and where.
+      kernels: the op's implementations by name; every op has "xla".
+      implementation: one of `NAMES`, or None.
+      config: a configuration of the implementation that is named, or None.
+
+    Returns:
+      The choice.
+
+    Raises:
+      ValueError: there is no implementation of that name for any op, or a configuration without
+        an implementation.
+      TypeError: a configuration of another implementation.
+      NotImplementedError: this op has no implementation of that name, or it cannot run this.
+    """
+    op = problem.op
+    if implementation is None:
+        if config is not None:
+            raise ValueError(
+                f"{op}: config= needs implementation= with it, got {config!r} alone. Name the "
+                "implementation that it configures."
+            )
+        return _fastest(problem, kernels)
+    if implementation not in NAMES:
+        raise ValueError(
+            f"{op}: implementation must be None or one of {', '.join(map(repr, NAMES))}; "
+            f"got {implementation!r}. Leave it out to have one chosen."
+        )
+    reason = _why_not(problem, kernels, implementation)
+    if reason is not None:
+        able = [name for name in kernels if _why_not(problem, kernels, name) is None]
+        raise NotImplementedError(
+            f"{op}: implementation={implementation!r} was asked for, but {reason}. "
+            f"Pass {' or '.join(map(repr, able))}, or leave implementation out to have one chosen."
+        )
+    name: Implementation = implementation  # type: ignore[assignment]
+    guess = kernels[name].configs(problem)[0]
+    if config is not None and type(config) is not type(guess):
+        wanted = "no config" if guess is None else f"config= a {type(guess).__qualname__}"
+        raise TypeError(
+            f"{op}: implementation={name!r} takes {wanted}, got {type(config).__qualname__}."
+        )
+    return Choice(name, guess if config is None else config, "given")
+
+
+def _why_not(problem: Problem, kernels: Kernels, name: str) -> str | None:
+    if name not in kernels:
+        return f"{problem.op} has no {name} kernel"
+    reason = kernels[name].refuse(problem)  # type: ignore[index]
+    if reason is None and problem.platform != "cpu" and not is_compiled(problem, kernels, name):
+        platforms = " and ".join(_platforms(kernels, name) or ()) or "no platform"
+        return (
+            f"its kernel is compiled for {platforms}, and on {problem.platform} it would be "
+            "interpreted, which shows on CPU that it is right"
+        )
+    return reason
+
+
+def _fastest(problem: Problem, kernels: Kernels) -> Choice:
+    for source, entry in tuned.lookup(problem):
+        name: Implementation = entry.implementation  # type: ignore[assignment]
+        if _why_not(problem, kernels, name) is not None or not is_compiled(problem, kernels, name):
+            continue
+        configs = kernels[name].configs(problem)
+        config = tuned.config_of(configs[0], problem.key, source, entry)
+        if config in configs:  # what was measured for another problem of the class may not fit
+            return Choice(name, config, source)
+    return Choice("xla", kernels["xla"].configs(problem)[0], "heuristic")
+
+
+def is_compiled(problem: Problem, kernels: Kernels, name: str) -> bool:
+    """Tell whether an implementation is compiled for a problem's platform, not interpreted."""
+    platforms = _platforms(kernels, name)
+    return platforms is None or problem.platform in platforms
+
+
+def _platforms(kernels: Kernels, name: str) -> tuple[str, ...] | None:
+    """Return the platforms for which an implementation is compiled; None for all."""
+    given = kernels[name].compiled_for  # type: ignore[index]
+    return _COMPILED_FOR.get(name) if given is None else given
+
+
+def candidates(
+    problem: Problem, kernels: Kernels, named: Sequence[str] | None = None
+) -> list[Choice]:
+    """List the implementations and configurations that can run a problem.
+
+    Args:
+      problem: what is to be computed, and where.
+      kernels: the op's implementations by name.
+      named: the implementations to list, interpreted ones too; None for all that are compiled.
+
+    Returns:
+      The candidates, the implementations in the order of `NAMES`.
+    """
+    return [
+        Choice(name, config, "given")
+        for name in NAMES
+        if _why_not(problem, kernels, name) is None
+        and (is_compiled(problem, kernels, name) if named is None else name in named)
+        for config in kernels[name].configs(problem)
+    ]
+
+
+Decide = Callable[[Problem, Kernels], Choice | None]
+_DECIDE: ContextVar[Decide] = ContextVar("_DECIDE", default=lambda problem, kernels: None)
+
+
+@contextlib.contextmanager
+def decided_by(decide: Decide) -> Iterator[None]:
+    """Let a function see every problem that is traced in this context, and choose for it.
+
+    For measuring: what it returns runs, whatever the call names; None leaves the choice as it is.
+    jax does not know of it: trace a function of its own in each such context.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from txcore import kernels
+      >>> seen = []
+      >>> with decided_by(lambda problem, kernels: seen.append(problem.op)):
+      ...     out = kernels.dense(jnp.ones((2, 3)), jnp.ones((3, 4)), jnp.zeros(4))
+      >>> seen
+      ['dense']
+    """
+    token = _DECIDE.set(decide)
+    try:
+        yield
+    finally:
+        _DECIDE.reset(token)
+
+
+def run(
+    op: str,
+    kernels: Kernels,
+    *operands: jax.Array,
+    implementation: str | None,
+    config: Any = None,
+    **options: Any,
+) -> Any:
+    """Run an op by the implementation that `choose` gives.
+
+    The operations are named "kernel.OP.IMPLEMENTATION" in the compiled program, for an audit and
+    a profile to show, and so is the first operand (by `jax.ad_checkpoint.checkpoint_name`, which
+    compiles to nothing): once for each call, so that calls can be counted.
+
+    Args:
+      op: the op's public name.
+      kernels: its implementations.
+      *operands: checked arrays, which vary along the same axes.
+      implementation: as for `choose`.
+      config: as for `choose`.
+      **options: the op's static options, hashable.
+
+    Returns:
+      What the implementation returns.
+    """
+    problem = Problem.of(op, current_device(), operands, options)
+    choice = _DECIDE.get()(problem, kernels) or choose(problem, kernels, implementation, config)
+    name = f"kernel.{op}.{choice.implementation}"
+    with jax.named_scope(name):
+        first = checkpoint_name(operands[0], name)
+        run = kernels[choice.implementation].run
+        return run(first, *operands[1:], config=choice.config, **options)

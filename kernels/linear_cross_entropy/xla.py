@@ -1,0 +1,167 @@
+"""The fused linear layer and loss in XLA's own ops, by blocks of classes."""
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from txcore.kernels.common import checks
+from txcore.kernels.cross_entropy import online, xla
+from txcore.kernels.cross_entropy.blocks import ClassBlocks, Cut
+from txcore.kernels.dispatch import registry
+from txcore.kernels.dispatch.problem import Problem
+
+Operands = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
+Residuals = tuple[Operands, online.Normalizer, jax.Array | None]
+
+
+def configs(problem: Problem) -> list[ClassBlocks]:
+    """Return the block sizes worth trying."""
+    x, w, *_ = problem.shapes
+    return [ClassBlocks(size) for size in xla.block_sizes(math.prod(x[:-1]), w[1])]
+
+
+def linear_cross_entropy(
+    x: jax.Array,
+    w: jax.Array,
+    b: jax.Array,
+    labels: jax.Array,
+    *,
+    config: ClassBlocks,
+    label_smoothing: float,
+) -> jax.Array:
+    """Compute the op of `txcore.kernels.linear_cross_entropy` on checked operands."""
+    rows, indices = x.reshape(-1, x.shape[-1]), labels.reshape(-1)
+    factors = factor_dtype(x.dtype)
+    losses = _linear(rows, w, b, indices, factors, config.classes, label_smoothing)
+    return losses.reshape(labels.shape)
+
+
+def factor_dtype(dtype: jnp.dtype) -> jnp.dtype:
+    """Return the dtype in which operands of `dtype` enter a matrix product."""
+    # Few CPUs multiply half-precision numbers, and XLA widens them far slower than a cast does.
+    return checks.accumulator(dtype) if registry.current_device()[0] == "cpu" else dtype
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _linear(
+    x: jax.Array,
+    w: jax.Array,
+    b: jax.Array,
+    labels: jax.Array,
+    factors: jnp.dtype,
+    block: int,
+    smoothing: float,
+) -> jax.Array:
+    return _forward(x, w, b, labels, factors, block, smoothing)[0]
+
+
+def _forward(
+    x: jax.Array,
+    w: jax.Array,
+    b: jax.Array,
+    labels: jax.Array,
+    factors: jnp.dtype,
+    block: int,
+    smoothing: float,
+) -> tuple[jax.Array, Residuals]:
+    cut = Cut.evenly(w.shape[1], block)
+    whole = logits(x, w, b, factors) if cut.count == 1 else None
+
+    def part(index: jax.Array | int) -> online.Stats:
+        scores = _scores(x, w, b, factors, cut, index) if whole is None else whole
+        chosen = online.is_label(labels, cut.start(index), cut.size)
+        return online.stats(scores, chosen, cut.is_fresh(index), smoothing)
+
+    known = online.combine(xla.over_blocks(part, cut), cut.fresh)
+    loss, normalizer = online.losses(known, labels, cut.length, smoothing)
+    return loss, ((x, w, b, labels), normalizer, whole)
+
+
+def _backward(
+    factors: jnp.dtype, block: int, smoothing: float, residuals: Residuals, g: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, None]:
+    operands, normalizer, whole = residuals
+    x, w, b, labels = operands
+    cut = Cut.evenly(w.shape[1], block)
+
+    def change(index: jax.Array | int) -> jax.Array:
+        scores = _scores(x, w, b, factors, cut, index) if whole is None else whole
+        chosen = online.is_label(labels, cut.start(index), cut.size)
+        return online.gradient(scores, chosen, normalizer, g, cut.length, smoothing)
+
+    return (*gradients(change, x, w, b, factors, cut), None)
+
+
+_linear.defvjp(_forward, _backward)
+
+
+# The scores are computed a second time for the gradient. Keeping it from the forward pass instead
+# (as Liger does) would need the losses' cotangents there: the examples' shares of w's gradient
+# cannot be weighted once they are added up.
+def gradients(
+    change: Callable[[jax.Array | int], jax.Array],
+    x: jax.Array,
+    w: jax.Array,
+    b: jax.Array,
+    factors: jnp.dtype,
+    cut: Cut,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return the gradients of x, w and b.
+
+    Args:
+      change: returns the gradient of the scores of one block of classes, (rows, its classes).
+      x: (rows, features).
+      w: (features, classes).
+      b: (classes,).
+      factors: the dtype that enters the products.
+      cut: the blocks of classes.
+    """
+
+    def part(index: jax.Array | int) -> tuple[jax.Array, jax.Array, jax.Array]:
+        dy, fresh, columns = change(index), cut.is_fresh(index), cut.slice(w, index)
+        if fresh is not None:  # an earlier block has given dx the rest
+            columns = jnp.where(checks.lift(fresh, columns), columns, 0)
+        db = jnp.sum(dy, 0, dtype=checks.accumulator(x.dtype)).astype(b.dtype)
+        return product(dy, columns.T, factors), product(x.T, dy, factors).astype(w.dtype), db
+
+    def add(
+        index: jax.Array, sums: tuple[jax.Array, jax.Array, jax.Array]
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        dx, dw, db = part(index)
+        return sums[0] + dx, cut.update(sums[1], dw, index), cut.update(sums[2], db, index)
+
+    if cut.count == 1:
+        dx, dw, db = part(0)
+    else:
+        accumulated = xla.zeros(x.shape, x, checks.accumulator(x.dtype))
+        dx, dw, db = lax.fori_loop(
+            0, cut.count, add, (accumulated, xla.zeros(w.shape, w), xla.zeros(b.shape, b))
+        )
+    return dx.astype(x.dtype), dw, db
+
+
+def product(left: jax.Array, right: jax.Array, factors: jnp.dtype) -> jax.Array:
+    """Return a matrix product, added up in float32 or wider."""
+    dtype = checks.accumulator(factors)
+    return jnp.matmul(left.astype(factors), right.astype(factors), preferred_element_type=dtype)
+
+
+def logits(x: jax.Array, w: jax.Array, b: jax.Array, factors: jnp.dtype) -> jax.Array:
+    """Return x @ w + b, not rounded."""
+    scores = product(x, w, factors)
+    return scores + checks.lift(b.astype(scores.dtype), scores)
+
+
+def _scores(
+    x: jax.Array,
+    w: jax.Array,
+    b: jax.Array,
+    factors: jnp.dtype,
+    cut: Cut,
+    index: jax.Array | int,
+) -> jax.Array:
+    return logits(x, cut.slice(w, index), cut.slice(b, index), factors)

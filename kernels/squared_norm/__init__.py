@@ -1,0 +1,5 @@
+"""The sum of an array's squares: what a norm to clip by is made of."""
+
+from txcore.kernels.squared_norm.api import squared_norm
+
+__all__ = ["squared_norm"]

@@ -1,0 +1,289 @@
+"""Walk the schedule of a compiled program with a clock; see `schedule.py` for what it means."""
+
+from bisect import bisect_right
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from txcore.profiling.cost.instruction import work_of
+from txcore.profiling.cost.machine import Machine, Transfer
+from txcore.profiling.hlo import KINDS, HloError, Instruction, Op, attributes
+from txcore.profiling.hlo.graph import Call, Graph, Scope, operand_names
+from txcore.profiling.hlo.trip_counts import Trips, trips_of
+
+_COPIES = frozenset({"copies"})  # copies to and from on-chip memory wait in line for each other
+_RUNS_OTHERS = ("while", "call", "conditional")
+# XLA for TPU starts and ends some collectives in fusions, and continues them in one with compute.
+_START, _DONE = "AsyncCollectiveStart", "AsyncCollectiveDone"
+_PASSED_THROUGH = ("get-tuple-element", "tuple", "bitcast", "fusion", "opt-barrier")
+_MOST_PASSED = 64  # instructions between a start and its done's operand; real ones pass under 8
+
+
+@dataclass(slots=True)
+class Flight:
+    """One collective from its start to its done, on the clock of its computation.
+
+    op: the collective; None for a copy.
+    begin, end: when it is on its links; later than its start where they were busy.
+    flops, bytes: what the device has done at its start, then between start and done.
+    """
+
+    op: Op | None
+    links: frozenset[str]
+    begin: float
+    end: float
+    flops: int
+    bytes: int
+    is_async: bool
+    seconds: float = 0.0
+    exposed: float = 0.0
+    trips: int = 1
+    note: str = ""
+
+
+@dataclass(slots=True)
+class Run:
+    """One run of a computation: its time, the part of it that is exposed, work, and flights."""
+
+    seconds: float = 0.0
+    exposed: float = 0.0
+    flops: int = 0
+    bytes: int = 0
+    busy: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    flights: list[Flight] = field(default_factory=list)
+    is_exact: bool = True
+
+
+class Timeline:
+    """A module whose computations are walked when first asked for."""
+
+    def __init__(self, graph: Graph, ops: Sequence[Op], machine: Machine | None):
+        self._graph, self._machine = graph, machine
+        self._ops: dict[str, dict[str, Op]] = defaultdict(dict)
+        for op in ops:
+            self._ops[op.computation][op.name] = op
+        self._starts, self._dones = (_with_call(graph, target) for target in (_START, _DONE))
+        self._runs: dict[str, Run | None] = {}
+
+    def run(self, computation: str) -> Run:
+        """Walk a computation, and all that it runs.
+
+        Raises:
+          HloError: it runs itself, or a line of it cannot be read.
+        """
+        if computation not in self._runs:
+            self._runs[computation] = None
+            self._runs[computation] = self._walk(computation)
+        run = self._runs[computation]
+        if run is None:
+            raise HloError(f"the computation {computation} runs itself")
+        return run
+
+    def _walk(self, computation: str) -> Run:
+        scope = self._graph.scope(computation)
+        clock = _Clock()
+        for instruction in scope.computation.instructions:
+            if instruction.opcode in _RUNS_OTHERS:
+                clock.run(self._nested(instruction, scope))
+            elif (start := clock.start_of(instruction, scope)) is not None:
+                if self._ends(instruction):
+                    clock.wait(start)
+                else:  # a fusion that computes while the collective goes on
+                    self._compute(clock, instruction, scope)
+            elif self._ends(instruction):
+                continue  # its start is in another computation, where it is said
+            elif ops := self._collectives(instruction, computation):
+                self._start(clock, instruction, ops)
+            elif instruction.opcode.endswith("-start"):
+                work = work_of(instruction, scope, self._graph)
+                seconds = self._machine.compute_seconds(work) if self._machine else 0.0
+                clock.start(instruction.name, None, Transfer(seconds, _COPIES))
+                clock.count(work.total_flops, work.bytes)
+            else:
+                self._compute(clock, instruction, scope)
+        return clock.finish()
+
+    def _compute(self, clock: "_Clock", instruction: Instruction, scope: Scope) -> None:
+        work = work_of(instruction, scope, self._graph)
+        clock.now += self._machine.compute_seconds(work) if self._machine else 0.0
+        clock.count(work.total_flops, work.bytes)
+
+    def _start(self, clock: "_Clock", instruction: Instruction, ops: Sequence[Op]) -> None:
+        is_async = (
+            instruction.opcode.endswith("-start")
+            or instruction.opcode == "send"
+            or _calls_any(instruction, self._starts)
+        )
+        for op in ops:
+            is_read = op.kind in (*KINDS, "send")
+            transfer = Transfer(0.0, frozenset())
+            if is_read and self._machine:
+                transfer = self._machine.transfer(op)
+            flight = clock.start(instruction.name, op, transfer, is_async)
+            if not is_read:
+                flight.note = "its bytes are not known: counted as no time"
+        if not is_async:
+            clock.wait(instruction.name)
+
+    def _collectives(self, instruction: Instruction, computation: str) -> list[Op]:
+        """Return the collectives that an instruction is, or that it starts or runs in a fusion."""
+        if (op := self._ops[computation].get(instruction.name)) is not None:
+            return [op]
+        if not (instruction.opcode == "fusion" or instruction.opcode.endswith("-start")):
+            return []
+        called = attributes.callees(instruction)
+        return [op for name in called if name in self._ops for op in self._ops[name].values()]
+
+    def _ends(self, instruction: Instruction) -> bool:
+        return instruction.opcode.endswith("-done") or _calls_any(instruction, self._dones)
+
+    def _nested(self, instruction: Instruction, scope: Scope) -> Run:
+        """Run what a loop, a call or a conditional runs, as one."""
+        names = [n for n in attributes.callees(instruction) if n in self._graph.module.computations]
+        call = Call(scope.computation.name, "", instruction)
+        trips = trips_of(call, self._graph)
+        runs = [self.run(name) for name in names]
+        if instruction.opcode == "conditional" and runs:
+            slowest = max(runs, key=lambda run: (run.seconds, run.flops, run.bytes))
+            runs = [slowest, *(_left_out(run) for run in runs if run is not slowest)]
+        return _together(runs, trips)
+
+
+def _with_call(graph: Graph, target: str) -> frozenset[str]:
+    return frozenset(
+        name
+        for name, computation in graph.module.computations.items()
+        for i in computation.instructions
+        if i.opcode == "custom-call" and attributes.custom_call_target(i) == target
+    )
+
+
+def _calls_any(instruction: Instruction, names: frozenset[str]) -> bool:
+    is_fusion = bool(names) and instruction.opcode == "fusion"
+    return is_fusion and not names.isdisjoint(attributes.callees(instruction))
+
+
+def _left_out(run: Run) -> Run:
+    note = "in a branch that is not the slowest: not in the predicted time"
+    return Run(flights=[replace(f, note=f.note or note) for f in run.flights])
+
+
+def _together(runs: Sequence[Run], trips: Trips) -> Run:
+    busy: dict[str, float] = defaultdict(float)
+    for run in runs:
+        for link, seconds in run.busy.items():
+            busy[link] += trips.count * seconds
+    return Run(
+        seconds=trips.count * sum(run.seconds for run in runs),
+        exposed=trips.count * sum(run.exposed for run in runs),
+        flops=trips.count * sum(run.flops for run in runs),
+        bytes=trips.count * sum(run.bytes for run in runs),
+        busy=busy,
+        flights=[replace(f, trips=f.trips * trips.count) for run in runs for f in run.flights],
+        is_exact=trips.known and all(run.is_exact for run in runs),
+    )
+
+
+@dataclass(slots=True)
+class _Clock:
+    """The time in one computation, and what is under way.
+
+    free: when each link has done all that waits in line for it.
+    waits: when the device waited for a collective, from and to.
+    """
+
+    now: float = 0.0
+    free: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    waits: list[tuple[float, float]] = field(default_factory=list)
+    under_way: dict[str, list[Flight]] = field(default_factory=dict)
+    over: list[Flight] = field(default_factory=list)
+    total: Run = field(default_factory=Run)
+
+    def count(self, flops: int, bytes_: int) -> None:
+        """Add to the work done so far."""
+        self.total.flops += flops
+        self.total.bytes += bytes_
+
+    def start(self, name: str, op: Op | None, transfer: Transfer, is_async: bool = True) -> Flight:
+        """Put a transfer in line for its links."""
+        begin = max((self.now, *(self.free[link] for link in transfer.links)))
+        end = begin + transfer.seconds
+        work = self.total
+        flight = Flight(op, transfer.links, begin, end, work.flops, work.bytes, is_async)
+        flight.seconds = transfer.seconds
+        for link in transfer.links:
+            self.free[link] = end
+            work.busy[link] += transfer.seconds
+        self.under_way.setdefault(name, []).append(flight)
+        return flight
+
+    def wait(self, name: str) -> None:
+        """Wait until what `name` started is there."""
+        for flight in self.under_way.pop(name):
+            if flight.end > self.now and flight.op is not None:
+                self.waits.append((self.now, flight.end))
+            self.now = max(self.now, flight.end)
+            flight.flops = self.total.flops - flight.flops
+            flight.bytes = self.total.bytes - flight.bytes
+            if flight.op is not None:
+                self.over.append(flight)
+
+    def run(self, inner: Run) -> None:
+        """Let a loop or call run; its own collectives go before those that are under way."""
+        for flight in (f for flights in self.under_way.values() for f in flights):
+            taken = max((inner.busy.get(link, 0.0) for link in flight.links), default=0.0)
+            if flight.end > self.now:
+                flight.begin += taken if flight.begin >= self.now else 0.0
+                flight.end += taken
+        for link, seconds in inner.busy.items():
+            if self.free[link] > self.now:
+                self.free[link] += seconds
+            self.total.busy[link] += seconds
+        self.now += inner.seconds
+        self.count(inner.flops, inner.bytes)
+        self.total.exposed += inner.exposed
+        self.total.flights += inner.flights
+        self.total.is_exact &= inner.is_exact
+
+    def start_of(self, instruction: Instruction, scope: Scope) -> str | None:
+        """Return the start under way that an instruction belongs to, through what passes it on."""
+        if not self.under_way:
+            return None
+        is_done = instruction.opcode.endswith(("-done", "-update"))
+        if not (is_done or instruction.opcode == "fusion"):
+            return None
+        names, seen = list(operand_names(instruction)), set[str]()
+        while names and len(seen) < _MOST_PASSED:
+            name = names.pop(0)
+            if name in self.under_way:
+                return name
+            passed = scope.by_name.get(name)
+            if name not in seen and passed is not None and passed.opcode in _PASSED_THROUGH:
+                seen.add(name)
+                names += operand_names(passed)
+        return None
+
+    def finish(self) -> Run:
+        """Wait for what is still under way, and return the run."""
+        for name in list(self.under_way):
+            for flight in self.under_way[name]:
+                flight.note = "its done is in another computation: counted as exposed"
+            self.wait(name)
+        starts = [start for start, _ in self.waits]
+        waited = [0.0]
+        for start, end in self.waits:
+            waited.append(waited[-1] + end - start)
+
+        def before(time: float) -> float:
+            place = bisect_right(starts, time)
+            beyond = max(0.0, self.waits[place - 1][1] - time) if place else 0.0
+            return waited[place] - beyond
+
+        for flight in self.over:
+            # Sums of the same times in another order differ in the last digits.
+            exposed = before(flight.end) - before(flight.begin)
+            flight.exposed = min(max(exposed, 0.0), flight.seconds)
+        self.total.flights = [*self.over, *self.total.flights]
+        self.total.seconds = self.now
+        self.total.exposed += waited[-1]
+        return self.total

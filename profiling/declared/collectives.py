@@ -1,0 +1,378 @@
+"""The collectives that a traced program declares, before the compiler has seen it."""
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from txcore import _compat
+from txcore.profiling import meshes
+from txcore.profiling.declared import source
+from txcore.profiling.declared.value_numbering import Numbering, Value, is_literal
+from txcore.profiling.hlo import NO_GROUPS, Groups
+
+# jax's primitives by the HLO op that they lower to; a "_start" of an async pair is the same.
+_KINDS = {
+    "all-reduce": (
+        *("psum", "psum2", "psum_invariant", "pmax", "pmin"),
+        *("unreduced_psum", "unreduced_pmax", "unreduced_pmin"),
+    ),
+    "all-gather": ("all_gather", "all_gather_invariant", "all_gather_reduced"),
+    "reduce-scatter": ("reduce_scatter", "unreduced_reduce_scatter"),
+    "all-to-all": ("all_to_all",),
+    "ragged-all-to-all": ("ragged_all_to_all",),
+    "collective-permute": ("ppermute", "psend"),  # a precv is the other half
+    "collective-broadcast": ("pbroadcast",),
+}
+KIND_OF = {primitive: kind for kind, names in _KINDS.items() for primitive in names}
+# An explicit reshard: XLA chooses which collectives it takes, at most one of each whole array.
+RESHARD, RESHARD_OF_A_SUM = "reshard", "reshard of a sum"
+_NO_JAXPRS = frozenset({int, float, bool, str, type(None), np.dtype, frozenset})
+_KERNELS = ("pallas_call", "core_map", "mpmd_map")  # their bodies hold no collectives
+
+
+@dataclass(frozen=True)
+class Declared:
+    """One operand of one collective of a traced program.
+
+    kind: the HLO op it lowers to ("all-reduce"), or "reshard", which the compiler translates;
+    primitive: jax's name ("psum").
+    axes: mesh axes as the program names them; group_size: devices along them.
+    dtype: jax's name ("float32").
+    payload_bytes: S of one execution: the operand's bytes on one device, times n for all_gather.
+    trips: executions in one call; where not `trips_known` (a while loop) at least that many.
+    tag: txcore's tag, or None; source: "file.py:12", the innermost line outside jax and txcore.
+    autodiff: made by jax's transposition, without a tag.
+    elements: as payload_bytes, in elements. Not `size_known`: under a shard_map that leaves axes
+      to the partitioner, which may shard the operand further, so that this is an upper bound.
+    foldable: the compiler may do without it (its operand does not depend on the program's inputs,
+      or it runs among one device).
+    groups, pairs: the devices that talk to each other, by place in the mesh.
+    """
+
+    kind: str
+    primitive: str
+    axes: tuple[str, ...]
+    group_size: int
+    dtype: str
+    payload_bytes: int
+    trips: int
+    tag: str | None
+    source: str
+    autodiff: bool
+    elements: int = 0
+    trips_known: bool = True
+    size_known: bool = True
+    foldable: bool = False
+    live: bool = True
+    operand: int = field(default=-1, repr=False, compare=False)
+    groups: Groups = field(default=NO_GROUPS, repr=False)
+    pairs: tuple[tuple[int, int], ...] = field(default=(), repr=False)
+
+
+@dataclass(frozen=True)
+class _Scope:
+    """What surrounds an equation: the mesh, which axes are manual, how often it runs, its path.
+
+    foldable: the compiler may find that it never runs.
+    """
+
+    sizes: meshes.Sizes = ()
+    manual: frozenset[str] = frozenset()
+    trips: int = 1
+    trips_known: bool = True
+    foldable: bool = False
+    path: str = ""
+
+    @property
+    def size_known(self) -> bool:
+        return all(size == 1 or name in self.manual for name, size in self.sizes)
+
+
+def inventory(jaxpr: Any) -> tuple[Declared, ...]:
+    """List the collectives of a traced program, in the order in which it traced them.
+
+    Goes through shard_map, jit, scan (times its length), while, every branch of cond, remat,
+    custom derivatives and whatever else holds a jaxpr.
+
+    Args:
+      jaxpr: a Jaxpr or ClosedJaxpr, as `jax.jit(f).trace(*args).jaxpr`.
+
+    Returns:
+      One `Declared` for each operand of each collective.
+
+    Example:
+      >>> mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+      >>> spec = jax.sharding.PartitionSpec()
+      >>> total = jax.shard_map(lambda x: jax.lax.psum(jax.lax.pcast(x, "data", to="varying"),
+      ...     "data"), mesh=mesh, in_specs=spec, out_specs=spec)
+      >>> [(d.kind, d.axes, d.payload_bytes) for d in inventory(jax.make_jaxpr(total)(jnp.ones(4)))]
+      [('all-reduce', ('data',), 16)]
+    """
+    jaxpr = _open(jaxpr)
+    live = _compat.live_jaxpr(jaxpr)
+    if _count(live) == _count(jaxpr):
+        return tuple(_top(jaxpr))
+    used = Counter(map(_line_of, _top(live)))
+    found = []
+    for declared in _top(jaxpr):
+        line = _line_of(declared)
+        found.append(declared if used[line] > 0 else replace(declared, live=False))
+        used[line] -= 1
+    return tuple(found)
+
+
+def _count(jaxpr: Any) -> int:
+    """Return how many equations of collectives and reshards a jaxpr has."""
+    return sum(
+        (eqn.primitive.name.removesuffix("_start") in KIND_OF or eqn.primitive.name == RESHARD)
+        + sum(map(_count, sub_jaxprs(eqn)))
+        for eqn in jaxpr.eqns
+    )
+
+
+def _top(jaxpr: Any) -> Iterator[Declared]:
+    numbering = Numbering()
+    known = {v: numbering.fresh(depends=True) for v in jaxpr.invars}
+    known |= {v: numbering.fresh(depends=False) for v in jaxpr.constvars}
+    return _walk(jaxpr, _Scope(), known, numbering)
+
+
+def _line_of(declared: Declared) -> tuple[object, ...]:
+    """Return what two declarations share that no reader could tell apart."""
+    # Groups and pairs come from a cache: the same ones are the same object.
+    d = declared
+    who = d.kind, d.primitive, d.axes, d.tag, d.source, id(d.groups), id(d.pairs)
+    return *who, d.elements, d.dtype, d.trips
+
+
+def meshes_of(jaxpr: Any) -> tuple[meshes.Sizes, ...]:
+    """List the meshes of a program's shard_maps, each once, outermost first."""
+    found = []
+    for eqn in _open(jaxpr).eqns:
+        if eqn.primitive.name == "shard_map":
+            found.append(meshes.sizes_of(eqn.params["mesh"]))
+        for inner in sub_jaxprs(eqn):
+            found += meshes_of(inner)
+    return tuple(dict.fromkeys(found))
+
+
+def is_one_shard_map(jaxpr: Any) -> bool:
+    """Tell whether a program is one shard_map over all axes: the partitioner decides nothing."""
+    eqns = _open(jaxpr).eqns
+    if len(eqns) != 1:
+        return False
+    (eqn,) = eqns
+    if eqn.primitive.name == "shard_map":
+        manual = _manual_axes(eqn)
+        return all(size == 1 or name in manual for name, size in _sizes_of(eqn))
+    return eqn.primitive.name in ("jit", "pjit") and is_one_shard_map(sub_jaxprs(eqn)[0])
+
+
+def sub_jaxprs(eqn: Any) -> list[Any]:
+    """Return the jaxprs in an equation's parameters, a kernel's body left out."""
+    if eqn.primitive.name in _KERNELS:
+        return []
+    found: list[Any] = []
+    for parameter in eqn.params.values():
+        # Most are of the types that hold none, and asking each for an attribute would take long.
+        if type(parameter) not in _NO_JAXPRS:
+            ones = parameter if isinstance(parameter, tuple | list) else (parameter,)
+            found += [inner for inner in map(_open, ones) if hasattr(inner, "eqns")]
+    return found
+
+
+def _open(jaxpr: Any) -> Any:
+    return getattr(jaxpr, "jaxpr", jaxpr)
+
+
+def _walk(
+    jaxpr: Any, scope: _Scope, known: dict[Any, Value], numbering: Numbering
+) -> Iterator[Declared]:
+    """Yield the collectives of a jaxpr; `known` has the values of its inputs, and gets the rest."""
+
+    def value(var: Any) -> Value:
+        return numbering.literal(var) if is_literal(var) else known[var]
+
+    for eqn in jaxpr.eqns:
+        inputs = [value(v) for v in eqn.invars]
+        known.update(zip(eqn.outvars, numbering.results(eqn, inputs), strict=True))
+        name = eqn.primitive.name.removesuffix("_start")
+        if kind := KIND_OF.get(name):
+            yield from _declare(eqn, kind, name, scope, inputs)
+        elif name == RESHARD:
+            yield from _declare_reshard(eqn, scope, inputs[0])
+        for inner in sub_jaxprs(eqn):
+            values = _passed(eqn, inner, inputs, numbering)
+            yield from _walk(inner, _enter(eqn, scope, inputs), values, numbering)
+
+
+def _passed(
+    eqn: Any, inner: Any, inputs: Sequence[Value], numbering: Numbering
+) -> dict[Any, Value]:
+    """Return the values of an inner jaxpr's inputs: a call's are the outer ones, a loop's new."""
+    name = eqn.primitive.name
+    values = list(inputs)
+    if name == "shard_map":
+        specs = eqn.params["in_specs"]
+        values = [numbering.shard(v, spec) for v, spec in zip(inputs, specs, strict=True)]
+    elif len(inner.invars) != len(inputs) or name in ("scan", "while"):
+        depends = any(v.depends for v in inputs)
+        constants = _loop_constants(eqn, inner, inputs)
+        carried = len(inner.invars) - len(constants)
+        values = [*constants, *(numbering.fresh(depends) for _ in range(carried))]
+    known = dict(zip(inner.invars, values, strict=True))
+    return known | {v: numbering.fresh(depends=False) for v in inner.constvars}
+
+
+def _loop_constants(eqn: Any, inner: Any, inputs: Sequence[Value]) -> Sequence[Value]:
+    """Return the inputs that are the same in every trip of a loop, which come first in its body."""
+    if eqn.primitive.name == "scan":
+        return inputs[: _compat.scan_counts(eqn)[0]]
+    if eqn.primitive.name == "while":
+        of_cond, of_body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+        is_cond = inner is _open(eqn.params["cond_jaxpr"])
+        return inputs[:of_cond] if is_cond else inputs[of_cond : of_cond + of_body]
+    return ()
+
+
+def _enter(eqn: Any, scope: _Scope, inputs: Sequence[Value]) -> _Scope:
+    name = eqn.primitive.name
+    scope = replace(scope, path=path_of(eqn, scope.path))
+    if name == "scan":
+        return replace(scope, trips=scope.trips * int(eqn.params["length"]))
+    if name == "while":
+        return replace(scope, trips_known=False)
+    if name == "cond" and not inputs[0].depends:
+        return replace(scope, foldable=True)  # the compiler knows which branch is taken
+    if name == "shard_map":
+        return replace(scope, sizes=_sizes_of(eqn), manual=scope.manual | _manual_axes(eqn))
+    return scope
+
+
+def _manual_axes(eqn: Any) -> frozenset[str]:
+    return frozenset(eqn.params.get("newly_manual_axes", eqn.params.get("manual_axes", ())))
+
+
+def _sizes_of(eqn: Any) -> meshes.Sizes:
+    return meshes.sizes_of(eqn.params["mesh"])
+
+
+def _declare(
+    eqn: Any, kind: str, primitive: str, scope: _Scope, inputs: Sequence[Value]
+) -> Iterator[Declared]:
+    named = axes_of(eqn.params)
+    axes = tuple(a for a in named if any(a == name for name, _ in scope.sizes))
+    if not axes:
+        return  # an axis of vmap, or of the array itself: nothing is sent
+    path = path_of(eqn, scope.path)
+    tag = _compat.tag_in(path)
+    groups, pairs = _partners(eqn.params, kind, scope.sizes, axes)
+    size = len(groups[0]) if groups else meshes.count(scope.sizes, axes)
+    operands = zip(eqn.invars, inputs, strict=True)
+    for var, value in list(operands)[: 1 if kind == "ragged-all-to-all" else None]:
+        elements, dtype = _extent(var.aval)
+        scale = size if kind == "all-gather" else 1
+        yield Declared(
+            kind=kind,
+            primitive=primitive,
+            axes=axes,
+            group_size=size,
+            dtype=dtype.name,
+            payload_bytes=scale * elements * dtype.itemsize,
+            trips=scope.trips,
+            tag=tag,
+            source=source.shorten(_compat.eqn_frames(eqn)),
+            autodiff=tag is None and made_by_autodiff(path),
+            elements=scale * elements,
+            trips_known=scope.trips_known,
+            size_known=scope.size_known,
+            foldable=scope.foldable or not value.depends or 0 in (size - 1, elements, scope.trips),
+            operand=value.number,
+            groups=groups,
+            pairs=pairs,
+        )
+
+
+def _declare_reshard(eqn: Any, scope: _Scope, value: Value) -> Iterator[Declared]:
+    aval, target = eqn.invars[0].aval, eqn.params["dst_sharding"]
+    given = getattr(aval, "sharding", None)
+    if given is None or given == target:
+        return
+    sizes = meshes.sizes_of(given.mesh)
+    sums = tuple(a for a, n in sizes if n > 1 and a in getattr(given.spec, "unreduced", ()))
+    axes = sums or tuple(name for name, size in sizes if size > 1)
+    elements, dtype = _extent(aval)
+    if sums:  # each device sends its shard
+        elements = elements * math.prod(given.shard_shape(aval.shape)) // max(aval.size, 1)
+    yield Declared(
+        kind=RESHARD_OF_A_SUM if sums else RESHARD,
+        primitive=RESHARD,
+        axes=axes,
+        group_size=meshes.count(sizes, axes),
+        dtype=dtype.name,
+        payload_bytes=elements * dtype.itemsize,
+        trips=scope.trips,
+        tag=None,
+        source=source.shorten(_compat.eqn_frames(eqn)),
+        autodiff=False,
+        elements=elements,
+        trips_known=scope.trips_known,
+        size_known=False,
+        foldable=True,
+        operand=value.number,
+        groups=meshes.device_groups(sizes, sums) if sums else NO_GROUPS,
+    )
+
+
+def has_any(jaxpr: Any, names: Sequence[str]) -> bool:
+    """Tell whether a primitive of these names stands in a jaxpr, or inside of its equations."""
+    return any(
+        eqn.primitive.name.removesuffix("_start") in names
+        or any(has_any(inner, names) for inner in sub_jaxprs(eqn))
+        for eqn in jaxpr.eqns
+    )
+
+
+def path_of(eqn: Any, outer: str) -> str:
+    """Return the jax transformations that made an equation, `outer` being those around it."""
+    return f"{outer}/{_compat.eqn_name_stack(eqn)}"
+
+
+def made_by_autodiff(path: str) -> bool:
+    """Tell from its path whether autodiff's transposition made an op.
+
+    A forward pass that is rematerialized runs inside a transposed one, but the user wrote it.
+    """
+    return "transpose(" in path and "rematted_computation" not in path
+
+
+def axes_of(params: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the axis names in a collective's parameters, in order, positions left out."""
+    named = params.get("axes", params.get("axis_name", ()))
+    return tuple(a for a in (named if isinstance(named, tuple) else (named,)) if type(a) is str)
+
+
+def _partners(
+    params: Mapping[str, Any], kind: str, sizes: meshes.Sizes, axes: tuple[str, ...]
+) -> tuple[Groups, tuple[tuple[int, int], ...]]:
+    if kind == "collective-permute":
+        perm = tuple((int(a), int(b)) for a, b in params["perm"])
+        return NO_GROUPS, meshes.device_pairs(sizes, axes, perm)
+    index_groups = params.get("axis_index_groups")
+    if index_groups is not None:
+        index_groups = tuple(tuple(int(i) for i in group) for group in index_groups)
+    return meshes.device_groups(sizes, axes, index_groups), ()
+
+
+def _extent(aval: Any) -> tuple[int, np.dtype]:
+    """Return the elements of an array type and their dtype; of PRNG keys their words'."""
+    if jnp.issubdtype(aval.dtype, jax.dtypes.prng_key):
+        keys = jax.ShapeDtypeStruct(aval.shape, aval.dtype)
+        aval = jax.eval_shape(jax.random.key_data, keys)
+    return aval.size, np.dtype(aval.dtype)

@@ -1,0 +1,134 @@
+"""Find what is wrong though jax's types allow it: doubled sums, means of parts, false claims.
+
+jax types the result of an all_gather as varying, though it is equal on all devices along the
+axis, and so it does what was cast; a psum of it is legal and silently n times too large. The
+result of an argsort it types as equal though it differs. Types cannot tell; the walk can.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from txcore import _compat
+from txcore.profiling.declared import axis_dataflow, relation, source
+from txcore.profiling.declared.axis_dataflow import SUMS, Seen, search
+from txcore.profiling.declared.relation import Relation, may_differ
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A reduction along `axis` of something that it is wrong for, or a false claim.
+
+    problem: "gathered": a sum of what an all_gather made equal; "equal": of what is equal;
+      "multiplied": a sum of gradients that hold each device's part n times already; "part": a mean
+      of gradients of a loss that is reduced already; "typed": a reduction of gradients that went
+      back through a value that differs, and that jax types as equal; "claim": a claim
+      (`_compat.claim`) that does not hold; "total": what is claimed to be equal is a gradient
+      that autodiff summed.
+    tag, axis, primitive: of the reduction; primitive is "claim" for a claim.
+    source: "file.py:12".
+    what, error: those of a claim; dropped: whether it retypes the value as equal.
+    """
+
+    tag: str | None
+    axis: str
+    primitive: str
+    source: str
+    problem: str = "gathered"
+    what: str = ""
+    error: str = ""
+    dropped: bool = False
+
+
+@dataclass(frozen=True)
+class Mistyped:
+    """An operation whose result jax types as equal along `axis` though it is made of local data."""
+
+    axis: str
+    operation: str
+    source: str
+
+
+def wrong_reductions(jaxpr: Any) -> list[Finding]:
+    """Find the reductions and the claims that are wrong along an axis, which types cannot tell.
+
+    The reductions that autodiff makes (the transpose of a gather is one) are left out. What the
+    walk does not know counts as right: no false alarm.
+
+    Args:
+      jaxpr: a Jaxpr or ClosedJaxpr with shard_maps in it.
+
+    Returns:
+      One finding for each equation and axis.
+    """
+    return search(_compat.live_jaxpr(getattr(jaxpr, "jaxpr", jaxpr)), _look)
+
+
+def mistyped(jaxpr: Any) -> list[Mistyped]:
+    """Find the operations on local data whose results jax types as equal on all devices."""
+
+    def look(seen: Seen) -> Mistyped | None:
+        axis = seen.place.axis
+        if seen.name == _compat.CLAIM or axis in seen.axes or not seen.place.tracked:
+            return None
+        made = zip(seen.eqn.outvars, seen.outputs, strict=True)
+        wrong = any(v & relation.DIFFERS and not _varies(var, axis) for var, v in made)
+        if not wrong or not any(_varies(var, axis) for var in seen.eqn.invars):
+            return None
+        # What stands inside jnp.argsort has no line of the user's: the call of it has.
+        name = str(seen.eqn.params.get("name", seen.name))
+        return Mistyped(axis, name, source.shorten(_compat.eqn_frames(seen.eqn)))
+
+    found = search(jaxpr, look, every=True)
+    return [m for m in found if m.source] or found
+
+
+def _varies(var: Any, axis: str) -> bool:
+    return axis in _compat.varying_axes_of(var.aval)
+
+
+def _look(seen: Seen) -> Finding | None:
+    if seen.name == _compat.CLAIM:
+        return _false_claim(seen)
+    if seen.name not in SUMS or seen.place.axis not in seen.axes or seen.by_autodiff:
+        return None
+    if seen.eqn.params.get("axis_index_groups") is not None:
+        return None
+    for value, var in zip(seen.inputs, seen.eqn.outvars, strict=False):
+        if (problem := _problem(seen, value, var)) is not None:
+            return _finding(seen, problem, tag=seen.tag)
+    return None
+
+
+def _problem(seen: Seen, value: Relation, var: Any) -> str | None:
+    if value & relation.SUMMED and may_differ(value):
+        return "typed"
+    if (seen.tag or "").split("/")[0] == "pmean" or axis_dataflow.is_divided(
+        seen.jaxpr, var, seen.axes, seen.place
+    ):
+        return "part" if value & relation.PART and may_differ(value) else None
+    if value & relation.MULTIPLIED:
+        return "multiplied"
+    if may_differ(value) or value & relation.ASKED or not value & relation.DEPENDS:
+        return None
+    return "gathered" if value & relation.GATHERED else "equal"
+
+
+def _false_claim(seen: Seen) -> Finding | None:
+    params, axis, (value,) = seen.eqn.params, seen.place.axis, seen.inputs
+    if axis not in params["mesh_axes"]:
+        return None
+    dropped = axis in params["drop"]
+    wrong = {
+        "equal": bool(value & relation.DIFFERS) or (dropped and may_differ(value)),
+        "differs": not may_differ(value),
+        "whole": bool(value & relation.SLICED),
+    }[params["kind"]]
+    if not wrong and not (params["kind"] == "equal" and value & relation.TOTAL):
+        return None
+    said = {"what": params["what"], "error": params["error"], "dropped": dropped}
+    return _finding(seen, "claim" if wrong else "total", **said)
+
+
+def _finding(seen: Seen, problem: str, *, tag: str | None = None, **said: Any) -> Finding:
+    place = source.shorten(_compat.eqn_frames(seen.eqn))
+    return Finding(tag, seen.place.axis, seen.name, place, problem, **said)

@@ -1,0 +1,191 @@
+"""Find random numbers of which each example should have its own, and each device draws the same.
+
+A key that is the same on every device gives every device the same numbers. That is right for what
+is the same there, as noise on the parameters is, and wrong for a mask over local examples: those of
+the second device lose what those of the first lose. Types do not tell: what is drawn from such a
+key is invariant, and cast to varying where it meets the batch.
+
+So this follows whose rows the first dim of each value holds. Found is a draw with numbers of its
+own for each row that meets, row by row, a value with a row for each local example. What has lost
+its rows before (by a sum, a contraction, a broadcast), or met parameters first, is left out: no
+false alarm, though what comes to the examples in another way is not seen.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any
+
+from txcore import _compat
+from txcore.profiling.declared import source
+from txcore.profiling.declared.collectives import axes_of, has_any, sub_jaxprs
+from txcore.profiling.declared.forward import CASTS, Calls, Forward
+
+_DRAWS = ("random_bits", "random_gamma")
+_SAME_AFTER = ("psum", "psum_invariant", "pmax", "pmin", "pbroadcast")
+_PICKS = ("dynamic_slice", "gather")
+_OTHER_LENGTH = ("slice", "dynamic_slice", "concatenate", "pad", "rev", "dynamic_update_slice")
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Random numbers that are the same on all devices along `axis`.
+
+    source: "file.py:12" of the draw, in the user's code; inside: the same in the package that he
+    calls, or "".
+    """
+
+    axis: str
+    shape: tuple[int, ...]
+    source: str
+    inside: str
+
+
+class _Rows(IntEnum):
+    """What the rows of a value are; the larger wins where values meet."""
+
+    NOTHING = 0  # constants, scalars, what is broadcast along the first dim
+    DRAWN = 1  # random numbers, for each row its own, the same on every device
+    SHARED = 2  # those of a parameter or another input that is the same on every device
+    EXAMPLES = 3  # one or more for each local example
+
+
+@dataclass(frozen=True)
+class _Fact:
+    differs: bool = False
+    rows: _Rows = _Rows.NOTHING
+    draws: frozenset[Draw] = frozenset()
+
+
+def _join(a: _Fact, b: _Fact) -> _Fact:
+    rows = max(a.rows, b.rows)
+    draws = a.draws | b.draws if rows is _Rows.DRAWN else frozenset()
+    return _Fact(a.differs or b.differs, rows, draws)
+
+
+def shared_draws(jaxpr: Any, axes: Sequence[str]) -> list[Draw]:
+    """Find the draws from keys that are the same along `axes`, for local examples.
+
+    Args:
+      jaxpr: a Jaxpr or ClosedJaxpr with shard_maps in it.
+      axes: the data axes, over which the first dim of a batch is sharded.
+
+    Returns:
+      Each draw once for each axis.
+
+    Example:
+      >>> import jax
+      >>> mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+      >>> spec = jax.sharding.PartitionSpec
+      >>> def drop(key, x):
+      ...     return jax.numpy.where(jax.random.bernoulli(key, 0.5, x.shape), x, 0)
+      >>> f = jax.shard_map(drop, mesh=mesh, in_specs=(spec(), spec("data")),
+      ...                   out_specs=spec("data"))
+      >>> jaxpr = jax.make_jaxpr(f)(jax.random.key(0), jax.numpy.ones(8))
+      >>> [(draw.axis, draw.shape) for draw in shared_draws(jaxpr, ["data"])]
+      [('data', (4,))]
+    """
+    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+    if not axes or not has_any(jaxpr, _DRAWS):
+        return []
+    found: dict[Draw, None] = {}
+    for eqn in _shard_maps(jaxpr):
+        body = getattr(eqn.params["jaxpr"], "jaxpr", eqn.params["jaxpr"])
+        for axis in axes:
+            inputs = [
+                _of_spec(spec, axis, var.aval.shape)
+                for spec, var in zip(eqn.params["in_specs"], body.invars, strict=True)
+            ]
+            _walk(axis, found).run(body, inputs)
+    return list(found)
+
+
+def _shard_maps(jaxpr: Any) -> list[Any]:
+    found = []
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "shard_map":
+            found.append(eqn)
+        else:
+            found += [inner for j in sub_jaxprs(eqn) for inner in _shard_maps(j)]
+    return found
+
+
+def _of_spec(spec: Any, axis: str, shape: tuple[int, ...]) -> _Fact:
+    parts = [part if isinstance(part, tuple) else (part,) for part in spec]
+    if parts and axis in parts[0]:
+        return _Fact(True, _Rows.EXAMPLES)
+    return _Fact(any(axis in part for part in parts), _Rows.SHARED if shape else _Rows.NOTHING)
+
+
+def _walk(axis: str, found: dict[Draw, None]) -> Forward[_Fact]:
+    """Return a walk along one axis, which puts what it finds into `found`."""
+
+    def rule(eqn: Any, inputs: Sequence[_Fact], calls: Calls) -> _Fact:
+        name, shape = eqn.primitive.name.removesuffix("_start"), eqn.outvars[0].aval.shape
+        differs = any(fact.differs for fact in inputs)
+        if axis in axes_of(eqn.params) and name not in CASTS:
+            differs = not name.startswith("all_gather") and name not in _SAME_AFTER
+            rows = any(fact.rows for fact in inputs) and bool(shape)
+            return _Fact(differs, _Rows.SHARED if rows else _Rows.NOTHING)
+        if name in _DRAWS:
+            if differs or not shape:
+                return _Fact(differs)
+            return _Fact(False, _Rows.DRAWN, frozenset({_draw((*calls, eqn), axis, shape)}))
+        kept = [
+            fact
+            for i, (var, fact) in enumerate(zip(eqn.invars, inputs, strict=True))
+            if fact.rows and _keeps_rows(eqn, name, i, var.aval.shape, shape)
+        ]
+        if any(fact.rows is _Rows.EXAMPLES for fact in kept):
+            found.update(dict.fromkeys(draw for fact in kept for draw in fact.draws))
+        result = _Fact(differs)
+        for fact in kept:
+            result = _join(result, fact)
+        if name in _PICKS and differs and result.rows is _Rows.DRAWN:
+            return _Fact(differs)  # a device's own part of what all have drawn
+        return result
+
+    return Forward(rule, _join, _Fact())
+
+
+def _keeps_rows(
+    eqn: Any, name: str, i: int, given: tuple[int, ...], result: tuple[int, ...]
+) -> bool:
+    """Tell whether the first dim of an equation's result holds the rows of its i-th input."""
+    if not given or not result:
+        return False
+    params = eqn.params
+    match name:
+        case "dot_general":
+            return _keeps_rows_in_dot(params["dimension_numbers"], i, len(eqn.invars[0].aval.shape))
+        case "conv_general_dilated":
+            numbers = params["dimension_numbers"]
+            return i == 0 and numbers.lhs_spec[0] == numbers.out_spec[0] == 0
+        case "transpose":
+            return params["permutation"][0] == 0
+        case "broadcast_in_dim":
+            return params["broadcast_dimensions"][0] == 0 and given[0] == result[0]
+        case "reshape":  # (batch, time) to (batch * time), and back
+            return given[0] % result[0] == 0 or result[0] % given[0] == 0
+        case "gather":
+            return (0 in params["dimension_numbers"].offset_dims) == (i == 0)
+        case "sort":
+            return params["dimension"] != 0
+    if 0 in params.get("axes", ()):
+        return False
+    return given[0] == result[0] or (name in _OTHER_LENGTH and len(given) == len(result))
+
+
+def _keeps_rows_in_dot(numbers: Any, i: int, left_dims: int) -> bool:
+    contracted, batched = numbers
+    if batched[0]:
+        return batched[i][0] == 0
+    return 0 not in contracted[i] and (i == 0 or len(contracted[0]) == left_dims)
+
+
+def _draw(calls: Calls, axis: str, shape: tuple[int, ...]) -> Draw:
+    # jax traces its own functions once, without the lines of who called them.
+    frames = next(filter(None, map(_compat.eqn_frames, reversed(calls))), ())
+    own = [frame for frame in frames if "site-packages" not in frame[0]]
+    inside, place = source.shorten(frames), source.shorten(own or frames)
+    return Draw(axis, shape, place, "" if inside == place else inside)

@@ -1,0 +1,67 @@
+"""Which op wanted the data that a collective brings.
+
+A collective that the partitioner inserts on an argument has the argument's name, or none. The
+first instruction after it that has a path of jax's own is the op that it was inserted for.
+"""
+
+from txcore.profiling.hlo import attributes
+from txcore.profiling.hlo.dataflow import results
+from txcore.profiling.hlo.graph import Graph, Value, operand_names
+from txcore.profiling.hlo.text import Instruction
+
+_FARTHEST = 64  # instructions to look at; a damaged text may lead in a circle
+_LONGEST = 4096  # characters of a caller's path
+
+
+def wanted_by(collective: Value, graph: Graph) -> Instruction | None:
+    """Return the nearest instruction that uses a value and has another path; None without one."""
+    own = attributes.metadata(collective.instruction)
+    reached = [collective]
+    seen = {collective.instruction.name}
+    for value in reached:
+        for after in (*results(value, graph)[1:], *_users(value)):
+            says = attributes.metadata(after.instruction)
+            if says != own and "/" in attributes.op_name(after.instruction):
+                return after.instruction
+            if len(reached) >= _FARTHEST:
+                break
+            if after.instruction.name not in seen:
+                seen.add(after.instruction.name)
+                reached.append(after)
+    return None
+
+
+def maker(collective: Value) -> Instruction | None:
+    """Return the nearest instruction that computes a collective's operand and has a path."""
+    value = collective.instruction
+    for _ in range(_FARTHEST):
+        names = operand_names(value)
+        found = collective.scope.by_name.get(names[0]) if names else None
+        if found is None or "/" in attributes.op_name(found):
+            return found
+        value = found
+    return None
+
+
+def full_name(op_name: str, value: Value, graph: Graph) -> str:
+    """Return an op_name with its caller's before it, as XLA writes it once a call is inlined.
+
+    Right after partitioning the body of a shard_map is a computation of its own, whose ops have
+    names from there on: "psum". That could be the name of an argument too.
+    """
+    scope = value.scope
+    for _ in range(_FARTHEST):
+        call = graph.only_caller(scope.computation.name)
+        if call is None or not op_name or op_name.startswith("jit("):
+            break
+        scope = graph.scope(call.caller)
+        if call.instruction.opcode == "call":
+            outer = attributes.op_name(call.instruction)
+            is_path = "/" in outer and len(outer) + len(op_name) <= _LONGEST
+            op_name = f"{outer}/{op_name}" if is_path else op_name
+    return op_name
+
+
+def _users(value: Value) -> list[Value]:
+    users = value.scope.users.get(value.instruction.name, ())
+    return [Value(value.scope, user) for user in users[:_FARTHEST]]

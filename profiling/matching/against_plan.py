@@ -1,0 +1,129 @@
+"""Compare what a plan predicts of a program's communication with what an audit found."""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Protocol
+
+import jax.numpy as jnp
+
+from txcore.profiling.declared.collectives import Declared
+from txcore.profiling.report import PlanLine, Report
+
+
+class Prediction(Protocol):
+    """What a plan predicts of one step: arrays that a kind of collective sends over some axes."""
+
+    @property
+    def what(self) -> str:
+        """Return what is sent ("gradients")."""
+
+    @property
+    def kind(self) -> str:
+        """Return HLO's name of the collective ("all-reduce")."""
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """Return the mesh axes, all of them of more than one device."""
+
+    @property
+    def dtype(self) -> str:
+        """Return jax's name of the dtype ("float32")."""
+
+    @property
+    def elements(self) -> tuple[int, ...]:
+        """Return the elements of S of each array."""
+
+
+def against_plan(report: Report, predictions: Sequence[Prediction]) -> Report:
+    """Return a report that says, line by line, whether the program does what a plan predicts.
+
+    A predicted array is found where the program declares a collective of its kind, dtype and
+    size over its axes, together or one after the other, and maybe over more; whatever the
+    compiler made of it. Arrays that are left are found in buckets, by their total.
+
+    Args:
+      report: an audit that was compared with the traced program.
+      predictions: what the plan predicts of one call of the program.
+
+    Returns:
+      The report with `plan`: a line for each prediction, then one for each tag (or primitive),
+      kind, axes and dtype of what the program declares beyond them.
+
+    Raises:
+      ValueError: the report was not compared with a traced program.
+    """
+    if not report.checked:
+        raise ValueError(
+            "against_plan needs a report of a program that was traced, but got one with "
+            "checked=False: audit the function itself, not what it was compiled to"
+        )
+    left = {i: f.declared for i, f in enumerate(report.fates) if "missing" not in f.fates}
+    gone = {i for i in left if "eliminated" in report.fates[i].fates}
+    lines = []
+    for predicted in predictions:
+        covered, used = _covered(predicted, left)
+        lines.append(_line(predicted, covered, gone))
+        left = {i: d for i, d in left.items() if i not in used}
+    beyond = [d for i, d in left.items() if i not in gone]
+    return replace(report, plan=(*lines, *_beyond(beyond)))
+
+
+def _covered(
+    predicted: Prediction, left: Mapping[int, Declared]
+) -> tuple[dict[int, int], set[int]]:
+    """Return the elements that each declaration covers along the worst axis, and who does any."""
+    alike = {
+        i: d for i, d in left.items() if (d.kind, d.dtype) == (predicted.kind, predicted.dtype)
+    }
+    by_axis = [
+        _cover(predicted.elements, {i: d for i, d in alike.items() if axis in d.axes})
+        for axis in predicted.axes
+    ]
+    worst = min(by_axis, key=lambda covered: sum(covered.values()))
+    return worst, {i for covered in by_axis for i in covered}
+
+
+def _cover(sizes: Iterable[int], declared: Mapping[int, Declared]) -> dict[int, int]:
+    """Return how many elements, of arrays of these sizes, each declaration stands for."""
+    wanted = Counter(sizes)
+    covered: dict[int, int] = {}
+    sent = {i: d.elements * d.trips for i, d in declared.items()}
+    # In a loop it may be a slice of the array, or else the whole of it each time.
+    for size_of in (sent, {i: d.elements for i, d in declared.items()}):
+        for place, size in size_of.items():
+            if place not in covered and wanted[size]:
+                wanted[size] -= 1
+                covered[place] = size
+    buckets = {i: n for i, n in sent.items() if i not in covered}
+    # wanted.elements() are the arrays that are left, each by its size.
+    missing = sum(wanted.elements())
+    if sum(buckets.values()) < missing:
+        # Not all is there; then what is smaller than any array is certainly something else.
+        buckets = {i: n for i, n in buckets.items() if n >= min(wanted.elements())}
+    for place, elements in sorted(buckets.items(), key=lambda item: -item[1]):
+        if missing:
+            covered[place] = min(elements, missing)
+            missing -= covered[place]
+    return covered
+
+
+def _line(predicted: Prediction, covered: Mapping[int, int], gone: set[int]) -> PlanLine:
+    size = jnp.dtype(predicted.dtype).itemsize
+    eliminated = sum(n for place, n in covered.items() if place in gone)
+    return PlanLine(
+        what=predicted.what,
+        kind=predicted.kind,
+        axes=predicted.axes,
+        dtype=predicted.dtype,
+        payload_bytes=size * sum(predicted.elements),
+        found_bytes=size * (sum(covered.values()) - eliminated),
+        eliminated_bytes=size * eliminated,
+    )
+
+
+def _beyond(declared: Iterable[Declared]) -> list[PlanLine]:
+    found: dict[tuple[str, str, tuple[str, ...], str], int] = defaultdict(int)
+    for d in declared:
+        found[d.tag or d.primitive, d.kind, d.axes, d.dtype] += d.payload_bytes * d.trips
+    return [PlanLine(*key, payload_bytes=0, found_bytes=sent) for key, sent in found.items()]

@@ -1,0 +1,150 @@
+"""The arrays of compiled collectives: what is matched with the declared ones."""
+
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from txcore.profiling.declared import source
+from txcore.profiling.declared.collectives import Declared
+from txcore.profiling.hlo import Input, Op, Shape
+from txcore.profiling.hlo.trip_counts import ONCE, Trips
+from txcore.profiling.matching.origin import UNEXPLAINED, is_inserted, origin_of
+
+_MOST_NAMED = 64
+_NOTHING = Shape("", (0,), 0)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One array of a compiled collective.
+
+    op: its op's place in the list of ops.
+    elements: S as in nccl-tests (times n for an all-gather).
+    claims: the tags that it may have, None standing for no tag; of an array that was merged with
+      others, and of which nothing else is left, those of all. `tag` names them.
+    origin, note: what its line says of where it comes from.
+    source, wanted_source: "file.py:12" of itself, and of what uses it.
+    has_own_line: the line speaks of this array alone, not of all that were merged into its op.
+    doubtful: its op was merged with something of the partitioner's, and nothing tells which of
+      its arrays that is.
+    pieces: what it was concatenated from; the program may have done it itself.
+    added: "file.py:12" of one that nobody declared and that was merged into this one, else "".
+    """
+
+    op: int
+    kind: str
+    shape: Shape
+    elements: int
+    trips: Trips = ONCE
+    claims: tuple[str | None, ...] = (None,)
+    tag: str = ""
+    op_name: str = ""
+    source: str = ""
+    wanted_source: str = ""
+    origin: str = "unknown"
+    note: str = ""
+    has_own_line: bool = True
+    doubtful: bool = False
+    pieces: tuple["Unit", ...] = ()
+    added: str = ""
+
+    @property
+    def size(self) -> int:
+        """Return the real numbers that it holds: a compiler may send a complex one's apart."""
+        return reals(self.elements, self.shape.dtype)
+
+
+def reals(elements: int, dtype: str) -> int:
+    """Return how many real numbers an array of a dtype holds."""
+    return elements * (2 if dtype.startswith("complex") else 1)
+
+
+def size_of(declared: Declared) -> int:
+    """Return the real numbers that a declared collective sends, as `Unit.size`."""
+    return reals(declared.elements, declared.dtype)
+
+
+def units_of(ops: Sequence[Op]) -> Iterator[Unit]:
+    """Yield the arrays of compiled collectives, in order; an op without arrays is one, empty."""
+    for place, op in enumerate(ops):
+        like: dict[Hashable, Unit] = {}  # of many arrays that say the same, one that says it
+        for one in _inputs(op):
+            yield _unit(place, op, one, like)
+
+
+def _inputs(op: Op) -> tuple[Input, ...]:
+    if op.kind == "all-to-all" and len(op.inputs) == op.group_size > 1:
+        # One array, printed as the parts that go to each device.
+        first = op.inputs[0]
+        whole = replace(first.shape, dims=(len(op.inputs), *first.shape.dims))
+        return (replace(first, shape=whole),)
+    return op.inputs or (Input(_NOTHING),)
+
+
+def _unit(
+    place: int, op: Op, one: Input, like: dict[Hashable, Unit], *, is_piece: bool = False
+) -> Unit:
+    says = one.tag, one.op_name, one.marked, bool(one.pieces), is_piece
+    if (same := like.get(says)) is None:
+        same = like[says] = _said(place, op, one, is_piece=is_piece)
+    if one.shape == same.shape and not one.pieces:
+        return same
+    return replace(
+        same,
+        shape=one.shape,
+        elements=_elements(op, one),
+        pieces=tuple(_unit(place, op, piece, like, is_piece=True) for piece in one.pieces),
+    )
+
+
+def _said(place: int, op: Op, one: Input, *, is_piece: bool) -> Unit:
+    """Return an array, but for its pieces: where it comes from, as far as it is said."""
+    # Of a merged array that says nothing itself, the op's line tells what it may be.
+    is_merged = is_piece or len(op.inputs) > 1
+    has_own = bool(one.tag or one.op_name or one.marked)
+    tags = tuple(t for t in one.tag.split(",") if t) if has_own else op.tags
+    op_name = one.op_name or op.op_name
+    line = op
+    if has_own:
+        line = replace(op, tags=tags, op_name=op_name, marked=one.marked)
+    origin, note = origin_of(line)
+    doubtful = origin in UNEXPLAINED and (bool(one.pieces) or (is_merged and not has_own))
+    may_be_untagged = not tags or len(tags) > 1 or (is_merged and not has_own)
+    return Unit(
+        op=place,
+        kind=op.kind,
+        shape=one.shape,
+        elements=_elements(op, one),
+        trips=op.trips,
+        claims=(*tags, None) if may_be_untagged else tags,
+        tag=_joined(tags),
+        op_name=op_name,
+        source=_source(line, origin),
+        wanted_source=source.shorten(op.wanted_frames),
+        origin=origin,
+        note=note,
+        has_own_line=has_own or not is_merged,
+        doubtful=doubtful,
+    )
+
+
+def _elements(op: Op, one: Input) -> int:
+    return (op.group_size if op.kind == "all-gather" else 1) * one.shape.elements
+
+
+def _joined(tags: Sequence[str]) -> str:
+    """Name what an array may be, in a text that each of many thousand arrays can hold."""
+    named = list(dict.fromkeys(tags))
+    more = len(named) - _MOST_NAMED
+    return ",".join(named[:_MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
+def _source(op: Op, origin: str) -> str:
+    """Return the line of an op, or of what it was inserted for."""
+    own, wanted = source.shorten(op.frames), source.shorten(op.wanted_frames)
+    if origin == "reshard" and not op.op_name.endswith("/reshard"):
+        return wanted
+    # Named after the shard_map where it is needed: by a compiler that does not mark it, or where
+    # the shard_map leaves axes to the partitioner.
+    at_its_use = not op.marked or origin == "partitioner"
+    is_named = op.op_name.endswith("/shard_map") and at_its_use and own
+    return own if is_named or not is_inserted(op) else wanted or own

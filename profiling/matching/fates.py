@@ -1,0 +1,75 @@
+"""What became of each declared collective in the compiled program."""
+
+from collections import Counter, defaultdict
+from collections.abc import Hashable, Mapping, Sequence
+
+import jax.numpy as jnp
+
+from txcore.profiling.declared.collectives import RESHARD, Declared
+from txcore.profiling.matching.arrays import Unit, size_of
+
+# One of a + b may stand for one of a and one of b.
+LINEAR = ("all-reduce", "reduce-scatter", "all-gather")
+
+
+def fates_of(
+    declared: Sequence[Declared],
+    devices: Sequence[int],
+    units: Sequence[Unit],
+    links: Sequence[Sequence[int]],
+) -> tuple[tuple[str, ...], ...]:
+    """Name what became of each declaration, see `txcore.profiling.Fate`.
+
+    Args:
+      declared: the declarations.
+      devices: of each, a number for the devices that talk to each other.
+      units: the arrays of the compiled program.
+      links: of each unit, the places of the declarations that it carries out.
+    """
+    carried: dict[int, list[Unit]] = defaultdict(list)
+    shared = Counter(unit.op for unit, link in zip(units, links, strict=True) for _ in link)
+    for unit, link in zip(units, links, strict=True):
+        for i in link:
+            carried[i].append(unit)
+
+    def twin(place: int, what: int) -> Hashable:
+        return declared[place].kind, devices[place], what
+
+    equal = {twin(i, declared[i].operand) for i in carried}
+    as_large = {twin(i, declared[i].elements) for i in carried}
+    fates: list[tuple[str, ...]] = []
+    for i, d in enumerate(declared):
+        if d.primitive == RESHARD:
+            fates.append(("kept",) if i in carried else ("eliminated",))
+        elif i in carried:
+            fates.append(_of_kept(d, carried[i], shared))
+        elif not d.live or d.foldable:
+            fates.append(("eliminated",))
+        elif twin(i, d.operand) in equal:
+            fates.append(("deduplicated",))
+        elif d.kind in LINEAR and twin(i, d.elements) in as_large:
+            fates.append(("reassociated",))
+        else:
+            fates.append(("missing",))
+    return tuple(fates)
+
+
+def _of_kept(d: Declared, units: Sequence[Unit], shared: Mapping[int, int]) -> tuple[str, ...]:
+    trips = sum(u.trips.count for u in units)
+    known = d.trips_known and all(u.trips.known for u in units)
+
+    def is_alone(unit: Unit) -> bool:
+        return shared[unit.op] == 1
+
+    bits = 8 * jnp.dtype(d.dtype).itemsize
+    is_cut = any(u.size < size_of(d) for u in units) and d.size_known
+    fates = {
+        "combined": not all(map(is_alone, units)) and not is_cut,
+        "split": is_cut,
+        "unrolled": len(units) > 1 and not is_cut,
+        "hoisted": known and not is_cut and trips < d.trips,
+        "rewritten": any(u.kind != d.kind or (is_alone(u) and u.size > size_of(d)) for u in units),
+        "promoted": any(u.shape.bits > bits for u in units),
+        "narrowed": any(8 <= u.shape.bits < bits for u in units) and not is_cut,
+    }
+    return tuple(name for name, is_so in fates.items() if is_so) or ("kept",)

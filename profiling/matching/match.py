@@ -1,0 +1,345 @@
+"""Match the collectives of a compiled program one to one with those that the traced one declares.
+
+Both sides are broken down into single arrays: a `Unit` is one of a compiled op, a `Declared` one
+of a traced equation. Each is used once. A pair has the devices that talk to each other, the kind,
+the tag and the elements in common (elements and not bytes, since compilers promote dtypes). What
+compilers do to a collective is undone from the plain to the rare:
+
+1. kept as declared, or merged with others into one op (its arrays are told apart)
+2. joined with others into one flat array, or cut into several
+3. moved out of a loop (fewer trips), or its loop unrolled (several, with the same trips together)
+4. sharded further by the partitioner, in a shard_map that leaves axes to it
+5. rewritten as another kind that does the same
+6. without its tag, where the compiler marks what it adds itself and did not mark this
+7. under a tag that this trace does not have: jax's cache on disk ignores names
+
+What is left of the compiled program is unexplained, whatever its tag says. What is left of the
+traced one is missing, unless nothing uses it, an equal one does its work, or it has none to do.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass
+
+from txcore.profiling.declared.collectives import RESHARD, RESHARD_OF_A_SUM, Declared
+from txcore.profiling.hlo import Op
+from txcore.profiling.matching.arrays import Unit, size_of, units_of
+from txcore.profiling.matching.fates import fates_of
+from txcore.profiling.matching.origin import UNEXPLAINED
+
+# What may stand in the place of a kind, with the same S: a sum of which a part is used, a sum and
+# a slice of it, each one's part among zeros and a sum, and so on.
+_REWRITTEN = {
+    "all-reduce": ("reduce-scatter",),
+    "reduce-scatter": ("all-reduce",),
+    "all-gather": ("all-reduce", "collective-broadcast"),
+    "collective-broadcast": ("all-reduce", "collective-permute"),
+}
+
+
+@dataclass(frozen=True)
+class Matched:
+    """What was found: `links` has, for each unit, the places of the declarations it carries out.
+
+    `fates` are those of the declarations, in their order; see `txcore.profiling.Fate`.
+    """
+
+    units: tuple[Unit, ...]
+    links: tuple[tuple[int, ...], ...]
+    fates: tuple[tuple[str, ...], ...]
+
+
+def match(ops: Sequence[Op], declared: Sequence[Declared], *, marks: bool) -> Matched:
+    """Match compiled collectives with declared ones.
+
+    Args:
+      ops: the compiled program's, as `find_collectives` returns them.
+      declared: what the traced program declares, as `inventory` returns it.
+      marks: whether this compiler marks the collectives that it adds itself.
+
+    Returns:
+      The arrays of the compiled ops, what each carries out, and what became of the declared ones.
+    """
+    work = _Match(ops, declared)
+    certain, doubtful = _by_credibility(declared, work.devices)
+    # What nothing uses and the double of another are mostly dropped. In a shard_map that leaves it
+    # axes, a partitioner that does not mark its work names it as theirs.
+    has_copies = not marks and not all(declared[i].size_known for i in (*certain, *doubtful))
+    for work.order in (certain,) if has_copies else (certain, doubtful):
+        for rule in _PLAIN:
+            work.join(rule)
+        work.take_apart()
+        work.sum_up()
+        for rule in (_LOOPS, _SHARDED, _REWRITE, _PADDED, *((_UNTAGGED,) if marks else ())):
+            work.join(rule)
+        work.join(_RENAMED, work.units_under_other_names())
+    work.explain_reshards()
+    work.settle_loops()
+    work.settle_doubts()
+    places = sorted(work.units, key=lambda i: work.units[i].op)
+    links = tuple(tuple(work.links.get(i, ())) for i in places)
+    units = tuple(work.units[i] for i in places)
+    return Matched(units, links, fates_of(declared, work.devices, units, links))
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """What a unit (with one of its claims) and a declaration must have in common, to be joined."""
+
+    of_unit: Callable[[Unit, str | None], Hashable]
+    of_declared: Callable[[Declared], Hashable]
+    fits: Callable[[Unit, Declared], bool] = lambda unit, declared: True
+
+
+def _enough_trips(unit: Unit, d: Declared) -> bool:
+    return unit.trips.count <= d.trips or not (unit.trips.known and d.trips_known)
+
+
+_MATCHED = ("txcore", "user", "autodiff")
+_SUMS = ("all-reduce", "reduce-scatter")
+_MOVES = ("all-gather", "all-to-all", "collective-permute")
+
+
+_PLAIN = (
+    _Rule(
+        lambda u, tag: (u.kind, tag, u.size, u.trips.count, u.source),
+        lambda d: (d.kind, d.tag, size_of(d), d.trips, d.source),
+    ),
+    _Rule(
+        lambda u, tag: (u.kind, tag, u.size, u.trips.count),
+        lambda d: (d.kind, d.tag, size_of(d), d.trips),
+    ),
+)
+_LOOPS = _Rule(
+    lambda u, tag: (u.kind, tag, u.size), lambda d: (d.kind, d.tag, size_of(d)), _enough_trips
+)
+_SHARDED = _Rule(
+    lambda u, tag: (u.kind, tag, u.trips.count),
+    lambda d: (d.kind, d.tag, d.trips),
+    lambda u, d: not d.size_known and u.size > 0 and size_of(d) % u.size == 0,
+)
+_REWRITE = _Rule(
+    lambda u, tag: (tag, u.size, u.trips.count),
+    lambda d: (d.tag, size_of(d), d.trips),
+    lambda u, d: u.kind in _REWRITTEN.get(d.kind, ()),
+)
+# XLA for TPU sends rows of 128.
+_PADDED = _Rule(
+    lambda u, tag: (u.kind, tag, u.trips.count),
+    lambda d: (d.kind, d.tag, d.trips),
+    lambda u, d: u.kind == "ragged-all-to-all" and u.size % max(size_of(d), 1) == 0,
+)
+_UNTAGGED = _Rule(
+    lambda u, tag: (u.kind, u.size, u.trips.count, tag is None),
+    lambda d: (d.kind, size_of(d), d.trips, True),
+)
+_RENAMED = _Rule(
+    lambda u, tag: (u.kind, u.size, u.trips.count),
+    lambda d: (d.kind, size_of(d), d.trips),
+)
+
+
+class _Match:
+    """The work in progress: which units and declarations are still open, and who does what."""
+
+    def __init__(self, ops: Sequence[Op], declared: Sequence[Declared]):
+        self.declared = declared
+        self.units = dict(enumerate(units_of(ops)))
+        self.links: dict[int, list[int]] = {}  # of a unit, the declarations
+        self.left = [d.trips for d in declared]  # executions that no unit carries out yet
+        numbers: dict[Hashable, int] = {}
+        self.op_devices = [_number(numbers, op) for op in ops]
+        self.devices = [_number(numbers, d) for d in declared]
+        self.order: Sequence[int] = ()  # the declarations to consider, the first ones first
+
+    def open_units(self, origins: Sequence[str] = _MATCHED) -> list[int]:
+        """Return the units of these origins that nothing explains yet."""
+        may_match = (i for i, u in self.units.items() if u.doubtful or u.origin in origins)
+        return [i for i in may_match if i not in self.links]
+
+    def open_declared(self) -> list[int]:
+        """Return the declarations that are not wholly carried out, in order."""
+        return [i for i in self.order if self.left[i] > 0]
+
+    def link(self, unit: int, declared: Iterable[int]) -> None:
+        """Note that a unit carries out these declarations, as often as it runs."""
+        self.links[unit] = list(declared)
+        trips = self.units[unit].trips
+        for i in self.links[unit]:
+            known = trips.known and self.declared[i].trips_known
+            self.left[i] -= trips.count if known else self.left[i]
+
+    def units_under_other_names(self) -> list[int]:
+        """Return the open units all of whose tags this trace does not have."""
+        known = {d.tag for d in self.declared}
+        tags = {i: [t for t in self.units[i].claims if t] for i in self.open_units()}
+        return [i for i, of in tags.items() if of and not known.intersection(of)]
+
+    def join(self, rule: _Rule, units: Sequence[int] | None = None) -> None:
+        """Match one to one what a rule finds equal, among all open units or the given ones."""
+        waiting: dict[Hashable, list[int]] = defaultdict(list)
+        for i in reversed(self.open_declared()):
+            waiting[self.devices[i], rule.of_declared(self.declared[i])].append(i)
+        refused: set[Hashable] = set()  # of many units that fit nothing, only the first is tried
+        for unit in self.open_units() if units is None else units:
+            u = self.units[unit]
+            for tag in u.claims:
+                key = self.op_devices[u.op], rule.of_unit(u, tag)
+                if (*key, u.size, u.trips) in refused:
+                    continue
+                found = waiting.get(key, [])
+                if (chosen := self._first(found, u, rule)) is not None:
+                    self.link(unit, [chosen])
+                    break
+                refused.add((*key, u.size, u.trips))
+
+    def _first(self, waiting: list[int], unit: Unit, rule: _Rule) -> int | None:
+        while waiting and self.left[waiting[-1]] <= 0:
+            waiting.pop()
+        still = (i for i in reversed(waiting) if self.left[i] > 0)
+        return next((i for i in still if rule.fits(unit, self.declared[i])), None)
+
+    def take_apart(self) -> None:
+        """Put a flat array's pieces in its place, where it is not declared and one of them is."""
+        flat = {i: self.units[i] for i in self.open_units() if self.units[i].pieces}
+        pieces: dict[int, range] = {}
+        for i, unit in flat.items():
+            del self.units[i]
+            start = max(self.units, default=-1) + 1
+            pieces[i] = range(max(start, i + 1), max(start, i + 1) + len(unit.pieces))
+            self.units |= dict(zip(pieces[i], unit.pieces, strict=True))
+        for rule in (*_PLAIN, _LOOPS):
+            self.join(rule)
+        for i, unit in flat.items():
+            if not any(piece in self.links for piece in pieces[i]):
+                for piece in pieces[i]:
+                    del self.units[piece]
+                self.units[i] = unit
+
+    def sum_up(self) -> None:
+        """Match by sums: arrays that were joined into a flat one, and one that was cut up."""
+        units, declared = self._alike()
+        for key, places in units.items():
+            by_tag = self._by_tag(declared.get(key, ()))
+            sums = {t: sum(size_of(self.declared[i]) for i in of) for t, of in by_tag.items()}
+            for unit in places:
+                claims = [tag for tag in self.units[unit].claims if tag in by_tag]
+                if claims and sum(sums[t] for t in claims) == self.units[unit].size:
+                    self.link(unit, [i for t in claims for i in by_tag.pop(t)])
+        for key, wanted in declared.items():
+            for tag, whole in self._by_tag(i for i in wanted if self.left[i] > 0).items():
+                parts = [i for i in units.get(key, ()) if self.units[i].claims == (tag,)]
+                parts = [i for i in parts if i not in self.links]
+                sent = sum(self.units[i].size for i in parts)
+                if parts and sent == sum(size_of(self.declared[i]) for i in whole):
+                    for part in parts:
+                        self.link(part, whole)
+
+    def _by_tag(self, places: Iterable[int]) -> dict[str | None, list[int]]:
+        found: dict[str | None, list[int]] = defaultdict(list)
+        for i in places:
+            found[self.declared[i].tag].append(i)
+        return found
+
+    def _alike(self) -> tuple[dict[Hashable, list[int]], dict[Hashable, list[int]]]:
+        """Group what is open by kind, devices and trips."""
+        units: dict[Hashable, list[int]] = defaultdict(list)
+        declared: dict[Hashable, list[int]] = defaultdict(list)
+        for i in self.open_units():
+            u = self.units[i]
+            units[u.kind, self.op_devices[u.op], u.trips.count].append(i)
+        for i in self.open_declared():
+            d = self.declared[i]
+            declared[d.kind, self.devices[i], d.trips].append(i)
+        return units, declared
+
+    def explain_reshards(self) -> None:
+        """Explain what is at the line of an explicit reshard; the compiler chooses the ways."""
+        live = (i for i, d in enumerate(self.declared) if d.primitive == RESHARD and d.live)
+        asked = {self.declared[i].source: i for i in live}
+        for unit in self.open_units((RESHARD,)):
+            u = self.units[unit]
+            if (place := asked.get(u.source)) is None:
+                continue
+            d = self.declared[place]
+            can_be = u.kind in _MOVES or d.kind == RESHARD_OF_A_SUM
+            if can_be and u.size <= size_of(d) and u.trips.count <= d.trips:
+                self.links[unit] = [place]
+        self._explain_sums()
+
+    def _explain_sums(self) -> None:
+        """Explain one sum by each reshard of one that is left.
+
+        XLA gives it the name and line of what made the parts, so that its devices and size decide;
+        those come first that are named a reshard all the same.
+        """
+        used = {i for of in self.links.values() for i in of}
+        left = [
+            i
+            for i, d in enumerate(self.declared)
+            if d.kind == RESHARD_OF_A_SUM and d.live and i not in used
+        ]
+        sizes = {size_of(self.declared[i]) for i in left}
+        units = (*self.open_units((RESHARD,)), *self.open_units(UNEXPLAINED))
+        for unit in sorted(units, key=lambda unit: self.units[unit].size not in sizes):
+            fits = (i for i in left if self._is_sum_of(unit, i))
+            if (chosen := next(fits, None)) is not None:
+                self.links[unit] = [chosen]
+                left.remove(chosen)
+
+    def _is_sum_of(self, unit: int, declared: int) -> bool:
+        """Tell whether a unit sums what a reshard has to, or a part of it that is wanted."""
+        u, d = self.units[unit], self.declared[declared]
+        same_devices = self.op_devices[u.op] == self.devices[declared]
+        is_part = u.size > 0 and size_of(d) % u.size == 0
+        return u.kind in _SUMS and same_devices and is_part and u.trips.count <= d.trips
+
+    def settle_loops(self) -> None:
+        """Keep several units of one declaration only where they run as often as it, together."""
+        of_declared = self.units_of_declared()
+        for i, units in of_declared.items():
+            same = [u for u in units if self.units[u].size == size_of(self.declared[i])]
+            if len(same) > 1 and self.left[i] != 0:
+                for unit in same[1:]:
+                    del self.links[unit]
+
+    def settle_doubts(self) -> None:
+        """Believe the mark of an op of which every array has a match: one of them is too much."""
+        doubtful: dict[int, list[int]] = defaultdict(list)
+        for i, u in self.units.items():
+            if u.doubtful:
+                doubtful[u.op].append(i)
+        for units in doubtful.values():
+            if all(i in self.links for i in units):
+                for i in units:
+                    del self.links[i]
+
+    def units_of_declared(self) -> dict[int, list[int]]:
+        """Return the units that carry out each declaration."""
+        found: dict[int, list[int]] = defaultdict(list)
+        for unit, declared in self.links.items():
+            for i in declared:
+                found[i].append(unit)
+        return found
+
+
+def _number(numbers: dict[Hashable, int], one: Op | Declared) -> int:
+    """Return a number for the devices that talk to each other: equal for equal ones."""
+    return numbers.setdefault((one.groups, one.pairs), len(numbers))
+
+
+def _by_credibility(
+    declared: Sequence[Declared], devices: Sequence[int]
+) -> tuple[list[int], list[int]]:
+    """Part the declarations: those that a compiler has to keep, and the dead and the doubles."""
+    seen: set[Hashable] = set()
+    certain: list[int] = []
+    doubtful: list[int] = []
+    for i, d in enumerate(declared):
+        if d.primitive == RESHARD:
+            continue
+        value = d.kind, devices[i], d.operand
+        (certain if d.live and value not in seen else doubtful).append(i)
+        if d.live:
+            seen.add(value)
+    return certain, doubtful

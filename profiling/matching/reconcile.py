@@ -1,0 +1,172 @@
+"""Put together what two modules of one program show.
+
+Right after partitioning every collective that anybody asked for, the user or the partitioner, is
+still by itself: that module decides who asked for what. The optimized module shows what is sent,
+after merging, moving and rewriting. So, where the optimized one alone leaves a doubt:
+
+- what nobody declared has its origin and line from the early module
+- what nobody declared there, and is not to be seen later, was merged into one that looks declared
+- what matches nothing later, though everything was declared early on, is a rewritten declared one
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import replace
+
+from txcore.profiling.declared.collectives import RESHARD, Declared
+from txcore.profiling.hlo import Op
+from txcore.profiling.matching.arrays import Unit, size_of
+from txcore.profiling.matching.fates import LINEAR
+from txcore.profiling.matching.match import Matched
+from txcore.profiling.matching.origin import UNEXPLAINED
+
+_LOST = (("missing",), ("reassociated",))
+_Way = Callable[[Unit, Hashable], Hashable]
+# What an array of the optimized module has in common with the early one that it was.
+_WAYS: tuple[_Way, ...] = (
+    lambda unit, devices: (unit.kind, devices, unit.size, unit.op_name),
+    lambda unit, devices: (unit.kind, devices, unit.size, unit.origin),
+    lambda unit, devices: (unit.kind, devices, unit.size),
+    lambda unit, devices: (devices, unit.size),  # rewritten as another kind
+    lambda unit, devices: devices,
+)
+
+
+def reconcile(
+    final: Matched,
+    ops: Sequence[Op],
+    early: Matched,
+    early_ops: Sequence[Op],
+    declared: Sequence[Declared],
+) -> Matched:
+    """Correct the match of the optimized module by that of the partitioned one.
+
+    Args:
+      final, ops: the match of the optimized module, and its collectives.
+      early, early_ops: those of the module right after partitioning.
+      declared: what both were matched with.
+
+    Returns:
+      The match of the optimized module, corrected.
+    """
+    state = _State(final, ops, early, early_ops, declared)
+    state.name_what_is_open()
+    state.find_what_is_hidden()
+    state.explain_rewritten()
+    return Matched(tuple(state.units), tuple(state.links), tuple(state.fates))
+
+
+class _State:
+    """The match of the optimized module while it is corrected."""
+
+    def __init__(
+        self,
+        final: Matched,
+        ops: Sequence[Op],
+        early: Matched,
+        early_ops: Sequence[Op],
+        declared: Sequence[Declared],
+    ):
+        self.ops, self.early, self.early_ops, self.declared = ops, early, early_ops, declared
+        self.units, self.links = list(final.units), list(final.links)
+        self.fates = list(final.fates)
+        paired = enumerate(zip(early.units, early.links, strict=True))
+        # A reshard that was asked for is known by the copy after it, which only this module has.
+        self.left = {i for i, (u, link) in paired if not link or u.origin == RESHARD}
+        self.blamed: set[int] = set()  # arrays that are something added
+        self.added = {i for i in self.left if not early.links[i] and not _is_opaque(early.units[i])}
+
+    def name_what_is_open(self) -> None:
+        """Take origin and line of what nothing explains from the early module."""
+        for place, i in self._pair([p for p, link in enumerate(self.links) if not link]):
+            self.links[place] = self.early.links[i]
+            for d in self.links[place]:
+                self.fates[d] = ("kept",)
+            if i in self.added:
+                self.blamed.add(place)
+            self.units[place] = _renamed(self.units[place], self.early.units[i])
+
+    def find_what_is_hidden(self) -> None:
+        """Blame the declared ones that something added was merged into."""
+        self.left &= self.added
+        for place, i in self._pair([p for p, link in enumerate(self.links) if link]):
+            unit, renamed = self.units[place], _renamed(self.units[place], self.early.units[i])
+            self.units[place] = replace(unit, origin=renamed.origin, added=renamed.source)
+
+    def _pair(self, places: Sequence[int]) -> Iterator[tuple[int, int]]:
+        """Yield (array, early array) for what is the same in both modules, the surest first."""
+        open_places = list(places)
+        for way in _WAYS:
+            waiting: dict[Hashable, list[int]] = defaultdict(list)
+            for i in sorted(self.left, reverse=True):
+                unit = self.early.units[i]
+                waiting[way(unit, _devices(self.early_ops[unit.op]))].append(i)
+            for place in list(open_places):
+                unit = self.units[place]
+                if found := waiting.get(way(unit, _devices(self.ops[unit.op]))):
+                    i = found.pop()
+                    self.left.remove(i)
+                    open_places.remove(place)
+                    yield place, i
+
+    def explain_rewritten(self) -> None:
+        """Explain what is open by what is lost, where nothing was added among those devices."""
+        unseen = self.added & self.left
+        added_on = {_devices(self.early_ops[self.early.units[i].op]) for i in unseen}
+        lost: dict[Hashable, dict[int, int]] = defaultdict(dict)  # what is not sent yet, by place
+        for i, d in enumerate(self.declared):
+            if self.fates[i] in _LOST:
+                lost[_devices(d)][i] = size_of(d) * d.trips
+        for place, unit in enumerate(self.units):
+            devices = _devices(self.ops[unit.op])
+            is_open = not self.links[place] and place not in self.blamed
+            if not is_open or _is_opaque(unit) or devices in added_on:
+                continue
+            self.links[place] = tuple(self._choose(unit, lost[devices]))
+            for i in self.links[place]:
+                self.fates[i] = ("rewritten",)
+        self._settle_sums(lost)
+
+    def _settle_sums(self, lost: dict[Hashable, dict[int, int]]) -> None:
+        """Say of what is still lost whether one like it that is sent does its work."""
+        carried = [self.declared[i] for i in {i for link in self.links for i in link}]
+        equal = {(d.kind, _devices(d), d.operand) for d in carried}
+        as_large = {(d.kind, _devices(d), d.elements) for d in carried if d.kind in LINEAR}
+        for i in (i for of_devices in lost.values() for i in of_devices):
+            d = self.declared[i]
+            if (d.kind, _devices(d), d.operand) in equal:
+                self.fates[i] = ("deduplicated",)
+            elif (d.kind, _devices(d), d.elements) in as_large:
+                self.fates[i] = ("reassociated",)
+
+    def _choose(self, unit: Unit, lost: dict[int, int]) -> list[int]:
+        """Take the declarations that a rewritten unit stands for: by size, else the next."""
+        sent = unit.size * unit.trips.count
+        nearest = sorted(lost, key=lambda i: self.declared[i].source != unit.source)
+        whole = [i for i in nearest if lost[i] == sent]
+        of_a_loop = [
+            i for i in nearest if lost[i] > sent and size_of(self.declared[i]) == unit.size
+        ]
+        if of_a_loop and not whole:
+            lost[of_a_loop[0]] -= sent
+            return of_a_loop[:1]
+        chosen = whole[:1] or (nearest if sum(lost.values()) == sent else nearest[:1])
+        for i in chosen:
+            del lost[i]
+        return chosen
+
+
+def _devices(one: Op | Declared) -> Hashable:
+    return one.groups, one.pairs
+
+
+def _is_opaque(unit: Unit) -> bool:
+    return unit.kind in ("custom-call", "unknown")
+
+
+def _renamed(unit: Unit, early: Unit) -> Unit:
+    # What looks like the user's and is not was inserted for what uses it.
+    is_known = early.origin in (*UNEXPLAINED, RESHARD)
+    line = early.source if is_known else early.wanted_source or early.source
+    origin = early.origin if is_known else "partitioner"
+    return replace(unit, origin=origin, source=line, note=early.note)

@@ -1,0 +1,207 @@
+"""Turn the matched arrays of a compiled program into a report's rows."""
+
+import itertools
+from collections.abc import Iterator, Sequence, Set
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+
+from txcore.profiling import meshes
+from txcore.profiling.bandwidth import wire_bytes
+from txcore.profiling.declared.collectives import RESHARD, Declared
+from txcore.profiling.hlo import Op
+from txcore.profiling.hlo.trip_counts import Trips
+from txcore.profiling.matching.arrays import Unit
+from txcore.profiling.matching.match import Matched
+from txcore.profiling.matching.origin import UNEXPLAINED
+from txcore.profiling.report import Collective, Fate, Part
+
+
+@dataclass(frozen=True)
+class _Array:
+    """One unit, the declarations that it carries out, and the verdict over it."""
+
+    unit: Unit
+    places: tuple[int, ...]
+    declared: tuple[Declared, ...]
+    fates: tuple[str, ...]
+    origin: str
+    explained: bool
+    note: str
+
+
+def rows_of(
+    ops: Sequence[Op],
+    matched: Matched,
+    declared: Sequence[Declared] | None,
+    sizes: Sequence[meshes.Sizes],
+) -> tuple[tuple[Collective, ...], tuple[Fate, ...]]:
+    """Describe compiled collectives, and what became of the declared ones.
+
+    Args:
+      ops: the compiled program's.
+      matched: their arrays, and what each carries out.
+      declared: what they were compared with; None where there was nothing.
+      sizes: the meshes whose axes may name an op's groups; the first that fits does.
+
+    Returns:
+      A row for each op and origin of its arrays, and a fate for each declaration.
+    """
+    rows: list[Collective] = []
+    rows_of_declared: dict[int, list[int]] = {}
+    arrays = _arrays(matched, declared)
+    for place, same_op in itertools.groupby(arrays, key=lambda a: a.unit.op):
+        by_verdict: dict[tuple[str, bool], list[_Array]] = {}
+        for array in same_op:
+            by_verdict.setdefault((array.origin, array.explained), []).append(array)
+        for alike in by_verdict.values():
+            for i in dict.fromkeys(i for array in alike for i in array.places):
+                rows_of_declared.setdefault(i, []).append(len(rows))
+            rows.append(_row(ops[place], alike, sizes, merged=len(by_verdict) > 1))
+    fates = (
+        Fate(d, matched.fates[i], tuple(rows_of_declared.get(i, ())))
+        for i, d in enumerate(declared or ())
+        if d.primitive != RESHARD  # of which only the rows tell what became
+    )
+    return tuple(rows), tuple(fates)
+
+
+def _arrays(matched: Matched, declared: Sequence[Declared] | None) -> Iterator[_Array]:
+    # An op that was merged has one name for all that it carries.
+    names: dict[int, set[str | None]] = {}
+    for unit, places in zip(matched.units, matched.links, strict=True):
+        if declared is not None:
+            names.setdefault(unit.op, set()).update(declared[i].tag for i in places)
+    for unit, places in zip(matched.units, matched.links, strict=True):
+        of = tuple(declared[i] for i in places) if declared is not None else ()
+        fates = dict.fromkeys(fate for i in places for fate in matched.fates[i])
+        verdict = _by_its_line(unit) if declared is None else _by_match(unit, of, names[unit.op])
+        yield _Array(unit, places, of, tuple(fates), *verdict)
+
+
+def _by_its_line(unit: Unit) -> tuple[str, bool, str]:
+    origin = "partitioner" if unit.doubtful else unit.origin
+    return origin, origin not in UNEXPLAINED, unit.note
+
+
+def _by_match(
+    unit: Unit, declared: Sequence[Declared], names: Set[str | None]
+) -> tuple[str, bool, str]:
+    """Return the origin that the match gives an array, whether it is explained, and a note.
+
+    `names` are the tags of all that its op carries.
+    """
+    if unit.added:
+        return unit.origin, False, f"one that was added at {unit.added} was merged into it"
+    if declared:
+        origin = _origin_of_declared(declared)
+        differs = unit.has_own_line and unit.origin not in (origin, "reshard", "boundary")
+        claimed = {tag for tag in unit.claims if tag}
+        if claimed and claimed.isdisjoint(names):
+            return origin, True, f"compiled under the name {','.join(sorted(claimed))}"
+        return origin, True, f"its own line looks like {unit.origin}" if differs else ""
+    if unit.origin in (*UNEXPLAINED, "opaque"):
+        return unit.origin, unit.origin == "opaque", unit.note
+    tags = [tag for tag in unit.claims if tag]
+    claim = f"claims the tag {','.join(tags)}" if tags else f"looks like {unit.origin}"
+    return "partitioner", False, f"{claim}, but the traced program does not declare it"
+
+
+def _origin_of_declared(declared: Sequence[Declared]) -> str:
+    if any(d.autodiff for d in declared):
+        return "autodiff"
+    if all(d.primitive == RESHARD for d in declared):
+        return "reshard"
+    return "txcore" if any(d.tag for d in declared) else "user"
+
+
+def _row(
+    op: Op, arrays: Sequence[_Array], sizes: Sequence[meshes.Sizes], *, merged: bool
+) -> Collective:
+    axes, group_size = _axes(op, _meant_first(sizes, arrays))
+    parts = tuple(part for array in arrays for part in _parts(array, group_size))
+    trips = _trips(op, arrays)
+    notes = [array.note for array in arrays] + ["merged into one op with others"] * merged
+    if op.kind != "unknown":
+        notes.append(op.problem)
+    on_wire = (group_size if op.kind == "all-gather" else 1) * sum(
+        array.unit.shape.bytes for array in arrays
+    )
+    sources = {part.source for part in parts}
+    first = arrays[0]
+    return Collective(
+        kind=op.kind,
+        origin=first.origin,
+        tags=tuple(dict.fromkeys(part.tag for part in parts if part.tag)),
+        axes=axes,
+        group_size=group_size,
+        dtype=",".join(dict.fromkeys(part.dtype for part in parts)),
+        wire_dtype=",".join(dict.fromkeys(part.wire_dtype for part in parts)),
+        payload_bytes=sum(part.payload_bytes for part in parts),
+        wire_bytes=wire_bytes(op.kind, max(group_size, 1), on_wire),
+        trips=trips.count,
+        source=sources.pop() if len(sources) == 1 else first.unit.source,
+        op_name=op.op_name,
+        explained=first.explained,
+        trips_known=trips.known,
+        note="; ".join(dict.fromkeys(filter(None, notes))),
+        op=op.name,
+        parts=parts,
+    )
+
+
+def _parts(array: _Array, group_size: int) -> Iterator[Part]:
+    unit, wire = array.unit, array.unit.shape.dtype
+    if len(array.declared) > 1 and sum(d.elements for d in array.declared) == unit.elements:
+        for d in array.declared:  # joined into one flat array, of which nothing shows the parts
+            yield Part(
+                d.tag or "", d.dtype, wire, d.elements, d.payload_bytes, d.source, array.fates
+            )
+        return
+    scale = group_size if unit.kind == "all-gather" else 1
+    dtypes = {d.dtype for d in array.declared} or {wire}
+    sources = {d.source for d in array.declared} or {unit.source}
+    tags = dict.fromkeys(d.tag for d in array.declared if d.tag)
+    dtype = dtypes.pop() if len(dtypes) == 1 else wire
+    payload = scale * unit.shape.bytes
+    if dtype != wire and not dtype.startswith("complex"):  # those are sent as two real numbers
+        payload = unit.elements * jnp.dtype(dtype).itemsize
+    if "rewritten" in array.fates and unit.elements not in {d.elements for d in array.declared}:
+        of_a_call = sum(d.payload_bytes * d.trips for d in array.declared)
+        payload = of_a_call // unit.trips.count
+    yield Part(
+        tag=",".join(tags) if array.declared else unit.tag,
+        dtype=dtype,
+        wire_dtype=wire,
+        elements=unit.elements,
+        payload_bytes=payload,
+        source=unit.added or (sources.pop() if len(sources) == 1 else unit.source),
+        fates=array.fates,
+    )
+
+
+def _trips(op: Op, arrays: Sequence[_Array]) -> Trips:
+    """Return how often an op runs: a loop whose length only the traced program has is known."""
+    declared = [d for array in arrays for d in array.declared]
+    traced = {d.trips for d in declared if d.trips_known}
+    if op.trips.known or len(traced) != 1 or not all(d.trips_known for d in declared):
+        return op.trips
+    return Trips(traced.pop())
+
+
+def _meant_first(sizes: Sequence[meshes.Sizes], arrays: Sequence[_Array]) -> list[meshes.Sizes]:
+    """Put the meshes first that have the axes that were declared."""
+    wanted = {axis for array in arrays for d in array.declared for axis in d.axes}
+    return sorted(sizes, key=lambda mesh: not wanted <= {name for name, _ in mesh})
+
+
+def _axes(op: Op, sizes: Sequence[meshes.Sizes]) -> tuple[tuple[str, ...], int]:
+    """Return the mesh axes that the devices of an op form groups along, and the groups' size."""
+    for mesh in sizes:
+        if op.kind == "collective-permute":
+            axes = meshes.axes_of_pairs(op.pairs, mesh)
+        else:
+            axes = meshes.axes_of_groups(op.groups, mesh)
+        if axes is not None:
+            return axes, op.group_size or meshes.count(mesh, axes)
+    return (), op.group_size

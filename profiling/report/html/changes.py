@@ -1,0 +1,93 @@
+"""What changed since an earlier report."""
+
+from collections.abc import Sequence
+
+from txcore.profiling.report.diff import Amount, Change, signed, summary
+from txcore.profiling.report.html.figures import badge, over, size
+from txcore.profiling.report.html.markup import Html, el, join
+from txcore.profiling.report.html.rows import origin_badge
+from txcore.profiling.report.report import Report
+
+_PLACES = 4
+_BADGES = {
+    "added": ("+ added", "warn"),
+    "removed": ("− removed", ""),
+    "grown": ("▲ grown", "warn"),
+    "shrunk": ("▼ shrunk", ""),
+    "same": ("= same", ""),
+}
+
+
+def changes_section(before: Report, after: Report, changes: Sequence[Change]) -> Html:
+    """Show what changed between two reports.
+
+    Args:
+      before: the earlier report.
+      after: the one that the page shows.
+      changes: what `diff` says of them.
+
+    Returns:
+      The section; what stayed the same is folded away.
+    """
+    changed = [c for c in changes if c.change != "same"]
+    same = [c for c in changes if c.change == "same"]
+    place = f" ({before.target})" if before.target not in ("", after.target) else ""
+    return el(
+        "section",
+        el("h2", "Changes"),
+        el("p", summary(changes).replace("->", "→")),
+        el("dl", el("dt", f"Before{place}"), el("dd", before.verdict())),
+        _table(changed) if changed else None,
+        el("details", el("summary", f"{len(same):,} unchanged"), _table(same)) if same else None,
+        id="changes",
+    )
+
+
+def _table(changes: Sequence[Change]) -> Html:
+    above = el(
+        "tr",
+        *(el("td") for _ in range(6)),
+        el("th", "Payload a call", colspan=2, scope="colgroup"),
+        el("th", "Wire a call", colspan=3, scope="colgroup"),
+    )
+    names = (
+        *("Change", "Kind", "Axes", "Dtype", "Origin", "Tags or source"),
+        *("before", "now", "before", "now", "change"),
+    )
+    heads = el("tr", *(el("th", name, scope="col") for name in names))
+    return el(
+        "table",
+        el("thead", above, heads),
+        el("tbody", *map(_row, changes)),
+        class_="changes cards",
+    )
+
+
+def _row(change: Change) -> Html:
+    cells = (
+        badge(*_BADGES[change.change]),
+        change.kind,
+        over(change.axes),
+        change.dtype,
+        origin_badge(change.origin, change.explained),
+        _name(change),
+        _bytes(change.before, change.before.payload_bytes),
+        _bytes(change.after, change.after.payload_bytes),
+        _bytes(change.before, change.before.wire_bytes),
+        _bytes(change.after, change.after.wire_bytes),
+        signed(change.wire_growth).replace("-", "−"),
+    )
+    return el("tr", *(el("td", cell) for cell in cells))
+
+
+def _name(change: Change) -> Html:
+    """Write the tags, or the file, and where it is now; of many places the first."""
+    places = ", ".join(change.places[:_PLACES])
+    more = len(change.places) - _PLACES
+    where = f"{places} and {more} more" if more > 0 else places
+    name = el("code", change.name.replace(",", ", "))
+    return join([name, el("span", where, class_="source") if where else None])
+
+
+def _bytes(amount: Amount, number: int) -> Html | str:
+    return size(number, at_least=amount.at_least) if amount.rows else "–"

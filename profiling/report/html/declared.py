@@ -1,0 +1,89 @@
+"""What the traced program declares: what is missing, and what became of each."""
+
+from collections import Counter
+
+from txcore.profiling.declared.collectives import Declared
+from txcore.profiling.report.html.figures import badge, count, over, size
+from txcore.profiling.report.html.markup import Html, el, join, text
+from txcore.profiling.report.report import Fate, Report
+
+_HEAD = ("Tag", "Primitive", "Axes", "n", "Dtype", "Payload", "Trips", "Source")
+_OPEN = 20  # fates up to which they are shown at once
+
+
+def missing_section(report: Report) -> Html:
+    """Show what is declared but not compiled; "" where nothing is.
+
+    Args:
+      report: any report.
+
+    Returns:
+      The section.
+    """
+    if not report.missing:
+        return Html("")
+    heads = el("tr", *(el("th", name, scope="col") for name in _HEAD))
+    lines = (el("tr", *(el("td", cell) for cell in _cells(d))) for d in report.missing)
+    return el(
+        "section",
+        el("h2", "Declared but missing"),
+        el("p", "The traced program asks for these; the compiled one lacks them.", class_="quiet"),
+        el("table", el("thead", heads), el("tbody", *lines, class_="bad"), class_="declared cards"),
+        id="missing",
+    )
+
+
+def fates_section(report: Report) -> Html:
+    """Show what became of each declared operand; "" where the report does not know.
+
+    Args:
+      report: any report.
+
+    Returns:
+      The section.
+    """
+    if not report.fates:
+        return Html("")
+    counts = Counter(", ".join(fate.fates) or "unknown" for fate in report.fates)
+    summary = " · ".join(f"{number:,} {fates}" for fates, number in counts.most_common())
+    heads = el("tr", *(el("th", name, scope="col") for name in (*_HEAD, "Fates", "Row")))
+    table = el(
+        "table",
+        el("thead", heads),
+        el("tbody", *map(_fate, report.fates)),
+        class_="declared cards",
+    )
+    return el(
+        "section",
+        el("h2", "Fates of what is declared"),
+        el("details", el("summary", summary), table, open=len(report.fates) <= _OPEN),
+        id="fates",
+    )
+
+
+def _cells(declared: Declared) -> tuple[object, ...]:
+    return (
+        el("code", declared.tag) if declared.tag else "–",
+        declared.primitive,
+        over(declared.axes),
+        count(declared.group_size),
+        declared.dtype,
+        size(declared.payload_bytes),
+        count(declared.trips, at_least=not declared.trips_known),
+        declared.source or "–",
+    )
+
+
+def _fate(fate: Fate) -> Html:
+    names = (_name(name, fate.declared) for name in fate.fates)
+    links = (el("a", row + 1, href=f"#r{row + 1}") for row in fate.rows)
+    cells = (*_cells(fate.declared), join(names, ", "), join(links, " ") or "–")
+    return el("tr", *(el("td", cell) for cell in cells))
+
+
+def _name(fate: str, declared: Declared) -> Html:
+    """Mark a fate that somebody should look at."""
+    if fate == "missing":
+        return badge("✕ missing", "bad")
+    surprising = fate == "eliminated" and declared.live and not declared.foldable
+    return badge("! eliminated", "warn") if surprising else text(fate)

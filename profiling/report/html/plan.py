@@ -1,0 +1,70 @@
+"""What hangs or lies, and what an engine's plan predicts."""
+
+from txcore.profiling.report.html.figures import badge, over, size
+from txcore.profiling.report.html.markup import Html, el
+from txcore.profiling.report.report import PlanLine, Report
+
+_PROBLEMS = {"hangs": "✕ hangs", "lies": "✕ false type"}
+_HEAD = ("What", "Kind", "Axes", "Dtype", "Predicted", "Found", "Eliminated", "")
+
+
+def divergent_section(report: Report) -> Html:
+    """Show what not all devices reach, and what has a false type; "" where nothing does.
+
+    Args:
+      report: any report.
+
+    Returns:
+      The section.
+    """
+    if not report.divergent:
+        return Html("")
+    items = (
+        el("li", badge(_PROBLEMS.get(found.problem, found.problem), "bad"), " ", str(found))
+        for found in report.divergent
+    )
+    return el("section", el("h2", "Under a predicate that differs"), el("ul", *items), id="hangs")
+
+
+def plan_section(report: Report) -> Html:
+    """Compare what the plan predicts with what was found; "" without a plan.
+
+    Args:
+      report: any report.
+
+    Returns:
+      The section.
+    """
+    if not report.plan:
+        return Html("")
+    heads = el("tr", *(el("th", name, scope="col") for name in _HEAD))
+    return el(
+        "section",
+        el("h2", "What the plan predicts"),
+        el("p", "Payload of one call.", class_="quiet"),
+        el(
+            "table",
+            el("thead", heads),
+            el("tbody", *map(_line, report.plan)),
+            class_="plan cards",
+        ),
+        id="plan",
+    )
+
+
+def _line(line: PlanLine) -> Html:
+    if not line.ok:
+        state = badge("✕ short", "bad")
+    else:
+        state = badge("✓ as predicted", "good") if line.payload_bytes else badge("beyond the plan")
+    cells = (
+        line.what,
+        line.kind,
+        over(line.axes),
+        line.dtype,
+        size(line.payload_bytes),
+        size(line.found_bytes),
+        size(line.eliminated_bytes),
+        state,
+    )
+    return el("tr", *(el("td", cell) for cell in cells))

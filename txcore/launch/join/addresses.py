@@ -1,0 +1,106 @@
+"""Which addresses and interfaces the processes of a run use, and that no proxy stands between."""
+
+import os
+import re
+import socket
+from collections.abc import Iterable, Mapping, MutableMapping
+
+_PROXIES = ("grpc_proxy", "https_proxy", "http_proxy")  # what gRPC reads, first one first
+
+
+def split_address(text: str) -> tuple[str, int]:
+    """Return host and port of "host:port"; an IPv6 address stands in brackets.
+
+    Raises:
+      ValueError: it is not of that form.
+
+    Example:
+      >>> from txcore.launch.join.addresses import split_address
+      >>> split_address("[::1]:12345")
+      ('::1', 12345)
+    """
+    found = re.fullmatch(r"(\[[^]]+\]|[^:\[\]]+):(\d{1,5})", text)
+    if found is None or not 0 < int(found[2]) < 2**16:
+        raise ValueError(f"an address is needed as 'host:port', got {text!r}")
+    return found[1].strip("[]"), int(found[2])
+
+
+def join_address(host: str, port: int) -> str:
+    """Return "host:port", an IPv6 address in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def resolve(host: str, port: int) -> str:
+    """Return the IP address of a host, an IPv4 one where it has any.
+
+    Raises:
+      OSError: nobody knows the host.
+    """
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    found.sort(key=lambda row: row[0] != socket.AF_INET)
+    return str(found[0][4][0])
+
+
+def is_loopback(address: str) -> bool:
+    """Tell whether an IP address is this host's own, which no other host can reach."""
+    return address.startswith("127.") or address == "::1"
+
+
+def address_towards(host: str, port: int) -> str:
+    """Return this host's address on the way to another; nothing is sent."""
+    where = resolve(host, port)
+    family = socket.AF_INET6 if ":" in where else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect((where, port))
+        return str(probe.getsockname()[0])
+
+
+def bypass_proxies(host: str, environ: MutableMapping[str, str]) -> None:
+    """Keep gRPC from asking a proxy for the coordinator, which makes jax's join hang.
+
+    Only gRPC reads no_grpc_proxy; it is like no_proxy, which it replaces.
+    """
+    if any(environ.get(name) for name in _PROXIES):
+        before = environ.get("no_grpc_proxy") or environ.get("no_proxy")
+        environ["no_grpc_proxy"] = f"{before},{host}" if before else host
+
+
+def check_interfaces(
+    environ: Mapping[str, str] | None = None, there: Iterable[str] | None = None
+) -> None:
+    """Refuse an NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME that names nothing on this host.
+
+    NCCL would end with "no socket interface found" only when the first collective starts.
+
+    Args:
+      environ: the environment variables; this process's by default.
+      there: the names of this host's interfaces; asked for by default.
+
+    Raises:
+      ValueError: there is no such interface.
+
+    Example:
+      >>> from txcore.launch.join.addresses import check_interfaces
+      >>> check_interfaces({"NCCL_SOCKET_IFNAME": "eth"}, ["lo", "eth0"])
+    """
+    environ = os.environ if environ is None else environ
+    names = sorted(there if there is not None else (name for _, name in socket.if_nameindex()))
+    for variable, chosen in (("NCCL_SOCKET_IFNAME", _nccl), ("GLOO_SOCKET_IFNAME", _exactly)):
+        wanted = environ.get(variable)
+        if wanted and not any(chosen(wanted, name) for name in names):
+            raise ValueError(
+                f"{variable}={wanted!r} names no interface of this host, which has "
+                f"{', '.join(names)}: set it to one of these, on each rank to what its own host "
+                "has, or leave it out"
+            )
+
+
+def _nccl(wanted: str, name: str) -> bool:
+    """Tell whether NCCL would take an interface: prefixes, "=exact names", or "^all but"."""
+    but, exact = wanted.startswith("^"), "=" in wanted[:2]
+    words = wanted.lstrip("^=").split(",")
+    return but != any(name == word if exact else name.startswith(word) for word in words if word)
+
+
+def _exactly(wanted: str, name: str) -> bool:
+    return wanted == name

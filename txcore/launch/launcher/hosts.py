@@ -1,0 +1,345 @@
+"""A rank of `txcore launch` on its host: its environment, cores and GPUs, start and signals.
+
+Run as a script this file is the far end of a remote shell: it starts one rank there. It needs
+nothing but Python's own library.
+"""
+
+import contextlib
+import ctypes
+import dataclasses
+import glob
+import json
+import os
+import pathlib
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import IO, Any
+
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # end a run
+PASSED = (signal.SIGUSR1, signal.SIGUSR2)  # say something to the ranks
+# Kills the process groups of the last line that it has read when the other end is gone.
+_WATCHMAN = 'while read -r line; do last=$line; done; [ -z "$last" ] || kill -s KILL -- $last'
+_TAIL_LINES, _TAIL_BYTES = 20, 2**16
+_CPU = pathlib.Path("/sys/devices/system/cpu")
+_PR_SET_PDEATHSIG = 1  # Linux's include/uapi/linux/prctl.h
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What one rank runs, and where.
+
+    Attributes:
+      rank: from 0.
+      argv: the command.
+      environment: what it gets beside its host's own environment.
+      cwd: its working folder.
+      host: its host's name for the remote shell; "" for this host.
+      local_rank: which of its host's ranks it is.
+      local_size: how many ranks its host has.
+      devices: how many GPUs it gets; None for an equal share of its host's.
+      pin: whether it gets cores of its own.
+    """
+
+    rank: int
+    argv: list[str]
+    environment: dict[str, str] = dataclasses.field(default_factory=dict)
+    cwd: str = "."
+    host: str = ""
+    local_rank: int = 0
+    local_size: int = 1
+    devices: int | None = None
+    pin: bool = True
+
+
+@dataclasses.dataclass
+class Rank:
+    """A rank that was started; `code` as in Popen.returncode, None while it runs."""
+
+    task: Task
+    process: subprocess.Popen[bytes]
+    stderr: pathlib.Path | None  # its file, which may have had content before
+    stderr_start: int
+    sent: set[int] = dataclasses.field(default_factory=set)  # signals that are to end it
+    code: int | None = None
+
+    def ended_by_us(self) -> bool:
+        """Tell whether it ended by a signal that was to end it."""
+        return self.code in {code for number in self.sent for code in (-number, 128 + number)}
+
+    def tail(self) -> list[str]:
+        """Return the last lines of its file of stderr."""
+        if self.stderr is None:
+            return []
+        try:
+            with self.stderr.open("rb") as file:
+                file.seek(max(self.stderr_start, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
+                return file.read().decode(errors="replace").splitlines()[-_TAIL_LINES:]
+        except OSError:  # deleted meanwhile
+            return []
+
+    def __str__(self) -> str:
+        where = f"on {self.task.host}" if self.task.host else f"pid {self.process.pid}"
+        return f"rank {self.task.rank} ({where})"
+
+
+def cores_of(local_rank: int, local_size: int) -> set[int]:
+    """Return one rank's equal share of the cores that this process may use.
+
+    Cores that share a socket or a physical core go to the same rank. Where there are fewer cores
+    than ranks, all share all.
+
+    Args:
+      local_rank: which of the host's ranks it is.
+      local_size: how many ranks the host has.
+
+    Example:
+      >>> import os
+      >>> from txcore.launch.launcher import hosts
+      >>> hosts.cores_of(0, 1) == os.sched_getaffinity(0)
+      True
+    """
+    cores = sorted(os.sched_getaffinity(0), key=_topology)
+    each = len(cores) // local_size
+    return set(cores[local_rank * each : (local_rank + 1) * each]) or set(cores)
+
+
+def _topology(core: int) -> tuple[int, int, int]:
+    """Return a core's (socket, physical core, number)."""
+    try:
+        names = ("physical_package_id", "core_id")
+        texts = [(_CPU / f"cpu{core}" / "topology" / name).read_text() for name in names]
+        return int(texts[0]), int(texts[1]), core
+    except (OSError, ValueError):
+        return 0, core, core
+
+
+def gpus_of(task: Task, environment: Mapping[str, str]) -> list[str]:
+    """Return a rank's GPUs: consecutive ones, its own; none where it does not run on GPUs.
+
+    Args:
+      task: the rank; without `devices` it gets an equal share of its host's.
+      environment: its host's; CUDA_VISIBLE_DEVICES says which GPUs there are to share.
+
+    Raises:
+      ValueError: there are fewer GPUs than the ranks of its host need.
+
+    Example:
+      >>> from txcore.launch.launcher import hosts
+      >>> second = hosts.Task(1, ["true"], local_rank=1, local_size=2)
+      >>> hosts.gpus_of(second, {"CUDA_VISIBLE_DEVICES": "4,5,6,7"})
+      ['6', '7']
+    """
+    platforms = environment.get("JAX_PLATFORMS", "").lower()
+    if platforms and not {"cuda", "gpu"} & {*platforms.split(",")}:
+        return []
+    visible = environment.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        found = [str(i) for i in range(len(glob.glob("/dev/nvidia[0-9]*")))]
+    else:
+        found = [gpu.strip() for gpu in visible.split(",") if gpu.strip() not in ("", "-1")]
+    each = task.devices or len(found) // task.local_size
+    if found and each * task.local_size > len(found):
+        raise ValueError(
+            f"--devices-per-process {each} for {task.local_size} ranks on a host needs "
+            f"{each * task.local_size} GPUs, but there are {len(found)}: lower it, or set "
+            "JAX_PLATFORMS=cpu to simulate devices on the CPU"
+        )
+    return found[task.local_rank * each : (task.local_rank + 1) * each]
+
+
+def start(task: Task, **options: Any) -> subprocess.Popen[bytes]:
+    """Start a rank on this host, in a session of its own, on its cores and GPUs.
+
+    Args:
+      task: the rank.
+      **options: of subprocess.Popen.
+
+    Raises:
+      OSError: it cannot be started.
+      ValueError: there are too few GPUs.
+
+    Example:
+      >>> from txcore.launch.launcher import hosts
+      >>> hosts.start(hosts.Task(0, ["true"])).wait()
+      0
+    """
+    environment = os.environ | task.environment
+    if gpus := gpus_of(task, environment):
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
+    with _pinned(task):
+        return subprocess.Popen(
+            task.argv, cwd=task.cwd, env=environment, start_new_session=True, **options
+        )
+
+
+@contextlib.contextmanager
+def _pinned(task: Task) -> Any:
+    """Run this thread on a rank's cores: a child that starts meanwhile stays there."""
+    if not task.pin or not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores_of(task.local_rank, task.local_size))
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def deliver(pid: int, number: int) -> None:
+    """Send a signal to a rank and to what it has started.
+
+    SIGUSR1 and SIGUSR2 go to the rank alone: they end a process that does not expect them.
+
+    Args:
+      pid: the rank's process, which leads its group.
+      number: the signal.
+
+    Example:
+      >>> import signal
+      >>> from txcore.launch.launcher import hosts
+      >>> rank = hosts.start(hosts.Task(0, ["sleep", "60"]))
+      >>> hosts.deliver(rank.pid, signal.SIGTERM)
+      >>> rank.wait()
+      -15
+    """
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        if number in PASSED:
+            os.kill(pid, number)
+        else:
+            os.killpg(pid, number)
+
+
+def name_of(number: int) -> str:
+    """Return a signal's name; real-time ones have none but their number."""
+    named = {*map(int, signal.Signals)}
+    return signal.Signals(number).name if number in named else f"signal {number}"
+
+
+def open_rank(
+    task: Task, remote_shell: Sequence[str], output_dir: pathlib.Path | None, *, alone: bool
+) -> Rank:
+    """Start a rank; alone it has our own streams, and else rank 0 our stdin."""
+    stdin = None if task.rank == 0 else subprocess.DEVNULL
+    path, at = None, 0
+    with contextlib.ExitStack() as files:
+        out: int | IO[bytes] | None = None if alone else subprocess.PIPE
+        err = out
+        if output_dir is not None:
+            path = output_dir / f"rank-{task.rank}.err"
+            out = files.enter_context(path.with_suffix(".out").open("ab"))
+            err = files.enter_context(path.open("ab"))
+            at = err.tell()
+        if not task.host:
+            process = start(task, stdin=stdin, stdout=out, stderr=err, bufsize=0)
+            return Rank(task, process, path, at)
+        process = subprocess.Popen(
+            [*remote_shell, task.host, sys.executable, "-I", "-S", __file__],
+            stdin=subprocess.PIPE,
+            stdout=out,
+            stderr=err,
+            bufsize=0,
+            start_new_session=True,
+        )
+    tell(process, json.dumps(dataclasses.asdict(task)))
+    return Rank(task, process, path, at)
+
+
+def send(rank: Rank, number: int) -> None:
+    """Send a signal to a rank, wherever it is."""
+    if rank.task.host:
+        tell(rank.process, signal.Signals(number).name)
+    else:
+        deliver(rank.process.pid, number)
+
+
+def tell(process: subprocess.Popen[bytes], line: str) -> None:
+    """Write a line to a process that reads them from an unbuffered pipe; it may have ended."""
+    text = line.encode() + b"\n"
+    with contextlib.suppress(BrokenPipeError):
+        while text and process.stdin is not None:
+            text = text[process.stdin.write(text) :]
+
+
+@contextlib.contextmanager
+def signals() -> Iterator[int]:
+    """Collect signals instead of obeying them; yield the pipe from which to read their numbers."""
+    arrived, wakeup = os.pipe()
+    os.set_blocking(wakeup, False)
+    # An ignored one stays so: under nohup a hangup ends neither us nor the ranks.
+    taken = [n for n in (*STOPS, *PASSED) if signal.getsignal(n) is not signal.SIG_IGN]
+    before = {n: signal.signal(n, lambda *_: None) for n in (*taken, signal.SIGCHLD)}
+    previous = signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
+    try:
+        yield arrived
+    finally:
+        signal.set_wakeup_fd(previous)
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+        os.close(arrived)
+        os.close(wakeup)
+
+
+def read_signals(arrived: int, until: float) -> bytes:
+    """Wait for signals until a monotonic time; return their numbers as they came."""
+    timeout = max(0.0, min(until - time.monotonic(), 3600.0))
+    return os.read(arrived, 2**16) if select.select([arrived], [], [], timeout)[0] else b""
+
+
+@contextlib.contextmanager
+def watchman() -> Iterator[Callable[[Sequence[int]], None]]:
+    """Start a process that kills ranks should we be killed; yield what tells it which there are."""
+    null = subprocess.DEVNULL
+    command = ["/bin/sh", "-c", _WATCHMAN]
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=null, stderr=null, bufsize=0, start_new_session=True
+    )
+    with process:
+        try:
+            yield lambda pids: tell(process, " ".join(f"-{pid}" for pid in pids))
+        finally:
+            tell(process, "")
+
+
+def _far_end() -> int:
+    """Start the rank that the first line of stdin tells; obey the signals that the others name.
+
+    The end of stdin (the launcher or the connection is gone) kills the rank.
+    """
+    line = sys.stdin.buffer.readline()
+    if not line:
+        return 1
+    task = Task(**json.loads(line))
+    try:
+        process = start(task, stdin=subprocess.DEVNULL, preexec_fn=_die_with_parent)
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
+        where = socket.gethostname()
+        print(f"txcore: rank {task.rank} cannot start on {where}: {error}", file=sys.stderr)
+        return 127
+    threading.Thread(target=_obey, args=(process.pid,), daemon=True).start()
+    code = process.wait()
+    deliver(process.pid, signal.SIGKILL)  # what it has left running
+    return code if code >= 0 else 128 - code
+
+
+def _obey(pid: int) -> None:
+    for line in sys.stdin.buffer:
+        deliver(pid, signal.Signals[line.decode().strip()])
+    deliver(pid, signal.SIGKILL)
+
+
+def _die_with_parent() -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    ending = _far_end()
+    sys.stderr.flush()
+    os._exit(ending)  # a thread still waits for stdin

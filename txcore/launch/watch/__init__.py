@@ -1,0 +1,12 @@
+"""The watch: a rank that dies or stalls is named, and all others end.
+
+Imports only `_compat`.
+"""
+
+from txcore.launch.watch.watch import at as at
+from txcore.launch.watch.watch import failed as failed
+from txcore.launch.watch.watch import meet as meet
+from txcore.launch.watch.watch import reach as reach
+from txcore.launch.watch.watch import request_stop as request_stop
+from txcore.launch.watch.watch import start as start
+from txcore.launch.watch.watch import stop_reason as stop_reason

@@ -1,0 +1,168 @@
+"""Watching the ranks of a run: where one dies or stalls, all others end and say which it was.
+
+Every rank tells the others about once a second where it is. The loop says so with `at` and `reach`,
+which cost well under a microsecond; in a single process nothing is watched.
+"""
+
+import atexit
+import faulthandler
+import sys
+from collections.abc import Callable
+from types import TracebackType
+
+from txcore import _compat
+from txcore.launch.watch import shutdown
+from txcore.launch.watch.watcher import Watcher
+
+Hook = Callable[[type[BaseException], BaseException, TracebackType | None], object]
+
+_watcher = Watcher()
+
+
+def start(*, peer_timeout_s: float = 10.0, step_timeout_s: float = 600.0) -> None:
+    """Watch the ranks of this run from now on; in a single process there is nothing to watch.
+
+    A rank that ends because of another one writes why to stderr, with the Python stacks of its
+    threads, and exits with code 75 (EX_TEMPFAIL) where another attempt may succeed, with 70
+    (EX_SOFTWARE) where a rank failed by an error of its own.
+
+    Args:
+      peer_timeout_s: seconds after which a rank that is not heard of counts as lost. It has to be
+        longer than Python may stand still on a healthy rank (in a call into C that keeps the GIL).
+      step_timeout_s: seconds that a step may take, waiting for the others included.
+
+    Raises:
+      ValueError: a timeout that is not positive.
+
+    Example:
+      >>> from txcore.launch import watch
+      >>> watch.start(step_timeout_s=60)  # alone: nothing to watch
+    """
+    global _watcher
+    if not (peer_timeout_s > 0 and step_timeout_s > 0):
+        raise ValueError(
+            "watch.start needs peer_timeout_s= and step_timeout_s= above 0, got "
+            f"{peer_timeout_s} and {step_timeout_s}"
+        )
+    client, world = _compat.coordination_client(), _compat.coordination_size()
+    if client is None or world == 1 or _watcher.watches():
+        return
+    _watcher = Watcher(
+        client,
+        _compat.coordination_rank(),
+        world,
+        peer_timeout_s=peer_timeout_s,
+        step_timeout_s=step_timeout_s,
+    )
+    _show_stacks_of_aborts()
+    sys.excepthook = _telling(sys.excepthook)
+    atexit.register(shutdown.close, _watcher)  # jax's own came first, so that this runs before it
+    _watcher.start_threads(shutdown.end)
+
+
+def _show_stacks_of_aborts() -> None:
+    """Have Python's stacks printed where jax aborts the process itself."""
+    try:
+        if not faulthandler.is_enabled():
+            faulthandler.enable()
+    except (AttributeError, OSError, RuntimeError, ValueError):  # no stderr, or none with a file
+        pass
+
+
+def _telling(before: Hook) -> Hook:
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if shutdown.speaks_of_a_lost_peer(error):  # it ends there, and prints the error last
+            shutdown.fail(_watcher, error)
+        before(kind, error, trace)  # before the others end, and a launcher this one
+        shutdown.fail(_watcher, error)
+
+    return hook
+
+
+def at(phase: str, step: int | None = None, label: str = "") -> None:
+    """Note where this rank is; about 0.2 us.
+
+    Args:
+      phase: what it does: "data", "compile", "save". In "step" and "eval step" it waits for the
+        other ranks, and these have to end within `step_timeout_s`: name them only for programs
+        that span several processes.
+      step: the step that it is at; None for the one that was noted last.
+      label: what is running, for the last words of a rank that waits ("train_step, whose last
+        collective is all-reduce grads (train.py:120)").
+
+    Example:
+      >>> from txcore.launch import watch
+      >>> watch.at("step", 120, "train_step, whose last collective is psum/loss (train.py:31)")
+    """
+    _watcher.position = (phase, _watcher.position[1] if step is None else step, label)
+
+
+def meet(event: str) -> None:
+    """Note that this rank comes to what every rank has to come to, in the same order; about 1 us.
+
+    Ranks that come to something else are named within seconds: an evaluation or a barrier of one
+    rank alone, another number of batches. A slow one never is. Steps, evaluations and checkpoints
+    of an engine and `tx.barrier` note themselves; only the main thread's are compared.
+
+    Args:
+      event: what it comes to, the same text on every rank: "batch 3 of epoch 1".
+
+    Example:
+      >>> from txcore.launch import watch
+      >>> watch.meet("the exchange of counts")  # alone: nobody to compare with
+    """
+    _watcher.meet(event)
+
+
+def reach(step: int) -> bool:
+    """Come to the boundary before a step, and tell whether all ranks stop here.
+
+    Every rank passes the same boundaries, in every loop whose steps span several processes. Once
+    one is asked to stop, all stop before the same step, and at every boundary after that one.
+
+    Args:
+      step: the step that comes next, for messages; boundaries are counted by themselves.
+
+    Returns:
+      True before the step at which all ranks stop; it is not to be made.
+
+    Example:
+      >>> from txcore.launch import watch
+      >>> watch.reach(0)
+      False
+    """
+    return _watcher.reach(step)
+
+
+def request_stop(reason: str) -> None:
+    """Ask all ranks to stop before the same step; a signal handler may call it.
+
+    Args:
+      reason: why, as in "SIGTERM"; the first one counts.
+    """
+    _watcher.request_stop(reason)
+
+
+def stop_reason() -> str | None:
+    """Return why the ranks are asked to stop ("SIGTERM on rank 1"), or None if they are not."""
+    return _watcher.stop.reason
+
+
+def failed(error: BaseException) -> None:
+    """Tell the other ranks of an error that ends this one, so that they end too and name it.
+
+    Where the error comes of another rank's end (a closed connection), this process ends here, as
+    the others do, with the words about that rank; its own error is printed with them. Otherwise it
+    returns in a moment, and the error is to be raised on. Uncaught errors are told by themselves.
+
+    Args:
+      error: the exception.
+
+    Example:
+      >>> from txcore.launch import watch
+      >>> try:
+      ...     raise ValueError("batch 7 is damaged")
+      ... except ValueError as error:
+      ...     watch.failed(error)  # alone: nobody to tell
+    """
+    shutdown.fail(_watcher, error)

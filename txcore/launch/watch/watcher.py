@@ -1,0 +1,296 @@
+"""One rank's part of the watch: what it tells the others, what it hears, and when it judges."""
+
+import contextlib
+import functools
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from txcore import _compat
+from txcore.launch.watch.coordinator import Lifeline
+from txcore.launch.watch.order import Order
+from txcore.launch.watch.silence import Hearing
+from txcore.launch.watch.status import (
+    FAILED,
+    FOLDER,
+    VERDICT,
+    Entry,
+    Verdict,
+    read_entry,
+    read_verdict,
+)
+from txcore.launch.watch.stop import Stop
+from txcore.launch.watch.verdict import coordinator_gone, judge, silence
+
+RANKS_PER_S = 250  # the coordinator serves so many ranks a second, with two calls for each
+HURRY_S = 0.05  # between two readings while somebody waits for what the table says
+OWN_THREADS = "txcore-"  # what the names of the watch's threads start with
+TICK_S = 0.5  # between two looks at the clock
+JOIN_S = 2.0  # for a thread to end, on a busy machine
+# Other threads come to things in no order: what they do is not compared.
+_MAIN = threading.main_thread().ident
+
+
+class Watcher:
+    """Watch the ranks of a run from one of them; nothing is watched without a `client`.
+
+    About once a second one thread (`exchange`) writes this rank's entry and reads all. It may be
+    kept waiting by a coordinator that stands still. So a second thread (`guard`) looks at the
+    clock, and ends the process where there is a verdict. The main thread only stores where it is.
+    """
+
+    def __init__(
+        self,
+        client: Any = None,
+        rank: int = 0,
+        world: int = 1,
+        *,
+        peer_timeout_s: float = 10.0,
+        step_timeout_s: float = 600.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.client, self.rank, self.world, self.clock = client, rank, world, clock
+        self.interval_s = max(min(1.0, peer_timeout_s / 5), world / RANKS_PER_S)
+        self._hurry_s = max(HURRY_S, world / RANKS_PER_S)
+        self.peer_timeout_s = max(peer_timeout_s, 3 * self.interval_s)
+        self.step_timeout_s = step_timeout_s
+        self.position = ("start", 0, "")  # phase, step, label
+        self.stop = Stop()
+        self.order = Order()
+        self.error: BaseException | None = None  # what this rank fails by
+        self.told = Entry()  # failed, lost and ended, as they are to be told
+        self.sent = Entry()  # the last entry that the coordinator took
+        self.table: dict[int, Entry] = {}
+        self.verdict: Verdict | None = None
+        self.answers = 0  # of the coordinator
+        self.leaving = self.closed = self.coordinator_lost = self._quiet = False
+        self._hearing = Hearing(world, 2 * self.interval_s)
+        self._stood_still = (0.0, 0.0)  # this process: seconds, and when it went on
+        self._since: tuple[Any, str, float] = (None, "", 0.0)  # position, loss, when first seen
+        self._met: tuple[int, float] = (0, 0.0)  # the last event's count, when first seen
+        self._wake: queue.SimpleQueue[None] = queue.SimpleQueue()  # a signal handler may put
+        self._lifeline: Lifeline | None = None
+        self._threads: list[threading.Thread] = []
+        self._pid = os.getpid()
+
+    def watches(self) -> bool:
+        """Tell whether others are watched, and from this process (a fork does not)."""
+        return self.client is not None and not self.closed and os.getpid() == self._pid
+
+    # What the main thread calls.
+
+    def reach(self, step: int) -> bool:
+        """Come to the boundary before `step`; tell whether to stop there."""
+        self.position = ("between steps", step, "")
+        self.stop.reach()
+        if self.client is None:
+            return self.stop.reason is not None
+        while (decided := self.stop.decide()) is None and not self.closed:
+            time.sleep(0.002)
+        return decided is not False
+
+    def meet(self, event: str) -> None:
+        """Come to what every rank has to come to, in the same order."""
+        if self.client is not None and threading.get_ident() == _MAIN:
+            self.order.add(event.replace("\n", " "))
+
+    def request_stop(self, reason: str) -> None:
+        """Ask all ranks to stop; a signal handler may call it."""
+        if self.stop.reason is None:
+            self.stop.reason = reason if self.client is None else f"{reason} on rank {self.rank}"
+            self._wake.put(None)
+
+    def tell(self, **changes: Any) -> None:
+        """Tell the others at once that this rank has `failed`, `lost` a connection or `ended`."""
+        self.told = replace(self.told, **changes)
+        self._wake.put(None)
+
+    def others(self) -> set[int]:
+        """Return the other ranks that have not ended, as far as is known."""
+        ended = {rank for rank, entry in self.table.items() if entry.ended}
+        return set(range(self.world)) - ended - {self.rank}
+
+    def silent_ranks(self) -> set[int]:
+        """Return the ranks that have been silent for a while."""
+        silent = self._hearing.silent()
+        return {rank for rank, seconds in silent.items() if seconds > 2 * self.interval_s}
+
+    def stood_still_s(self) -> float:
+        """Return the seconds for which this process stood still, if that was just now."""
+        seconds, when = self._stood_still
+        return seconds if self.clock() - when < 2 * self.peer_timeout_s else 0.0
+
+    # What the first thread does.
+
+    def exchange(self) -> None:
+        """Tell what this rank does, and take in what the others do.
+
+        Raises:
+          RuntimeError: the coordinator refuses.
+        """
+        entry = self._entry()
+        self.client.key_value_set(f"{FOLDER}{self.rank}", entry.to_json(), True)
+        self.sent = entry
+        rows = dict(self.client.key_value_dir_get(FOLDER))
+        self.answers += 1
+        read = {r: read_entry(rows.get(f"{FOLDER}{r}", "")) for r in range(self.world)}
+        # A new one, since other threads may be going through the old one.
+        self.table = self.table | {rank: e for rank, e in read.items() if e is not None}
+        self._hearing.hear({r: e.beat for r, e in self.table.items()}, self.clock())
+        self.stop.hear(self.table, self.world)
+        if self.verdict is None:
+            self.verdict = read_verdict(rows.get(VERDICT, "")) or self._judge()
+
+    def _entry(self) -> Entry:
+        position, told, listened = self.position, self.told, self._hearing.listened
+        if position is not self._since[0] or told.lost != self._since[1]:
+            self._since = (position, told.lost, listened)
+        phase, step, _ = position
+        seconds = round(listened - self._since[2], 1)
+        stop, reason = self.stop.propose(), self.stop.reason or ""
+        met = self.order.said()
+        if met["count"] != self._met[0]:
+            self._met = (met["count"], listened)
+        return replace(
+            told,
+            beat=self.sent.beat + 1,
+            step=step,
+            phase=phase,
+            seconds=seconds,
+            stop=stop,
+            reason=reason,
+            **met,
+            waits=round(listened - self._met[1], 1),
+        )
+
+    def _judge(self) -> Verdict | None:
+        """Judge, and let all hear the same verdict: that of the rank that was first."""
+        verdict = judge(
+            self.table,
+            self._hearing.silent(),
+            peer_timeout_s=self.peer_timeout_s,
+            suspect_s=max(3 * self.interval_s, self.peer_timeout_s / 3),
+            step_timeout_s=self.step_timeout_s,
+            order=lambda table: self.order.judge(self.rank, table),
+        )
+        if verdict is None:
+            return None
+        try:
+            self.client.key_value_set(VERDICT, verdict.to_json(), False)
+        except RuntimeError:  # somebody was faster
+            rows = dict(self.client.key_value_dir_get(FOLDER))
+            return read_verdict(rows.get(VERDICT, "")) or verdict
+        return verdict
+
+    def pause(self) -> None:
+        """Wait until the next exchange is due."""
+        asked = self.stop.reason is not None and self.stop.target is None
+        waited_for = self.told != Entry() or asked
+        with contextlib.suppress(queue.Empty):
+            self._wake.get(timeout=self._hurry_s if waited_for else self.interval_s)
+
+    # What the second thread does.
+
+    def guard(self, lifeline: Lifeline, end: Callable[["Watcher", Verdict], object]) -> None:
+        """Call `end` with the verdict where there is one."""
+        waited, answers, before = 0.0, self.answers, self.clock()
+        while not self.closed:
+            hung_up = lifeline.wait(min(TICK_S, self.interval_s / 2))
+            now = self.clock()
+            # As in Hearing: a process that stood still has not waited.
+            waited = waited + min(now - before, 2 * TICK_S) if answers == self.answers else 0.0
+            if now - before > self.peer_timeout_s / 2:
+                self._stood_still = (now - before, now)
+            answers, before = self.answers, now
+            verdict = self.due(waited, hung_up)
+            if verdict is not None and not self.closed and self.is_connected():
+                end(self, verdict)
+
+    def due(self, waited_s: float, hung_up: bool) -> Verdict | None:
+        """Return the verdict by which to end now.
+
+        Args:
+          waited_s: seconds without an answer of the coordinator.
+          hung_up: its connections are closed.
+        """
+        # Who failed, or came to the end of its program, keeps its own exit code.
+        own = self.told.failed or self.told.ended
+        if self.verdict is not None and not (own and self.verdict.code == FAILED):
+            return self.verdict
+        unheard = waited_s >= self.peer_timeout_s
+        self.coordinator_lost = unheard or (hung_up and not self.leaving)
+        if not self.coordinator_lost:
+            return None
+        text = silence([0], waited_s, self.table) if unheard else coordinator_gone(self.table)
+        return Verdict(text)
+
+    # The threads.
+
+    def is_connected(self) -> bool:
+        """Tell whether jax still has the client that this was started with."""
+        try:
+            return _compat.coordination_client() is self.client
+        except RuntimeError:  # jax.distributed.shutdown() was called
+            return False
+
+    def start_threads(self, end: Callable[["Watcher", Verdict], object]) -> None:
+        """Start watching; `end` is called with a verdict."""
+        self._lifeline = Lifeline(None if self.rank == 0 else _compat.coordinator_address())
+        guard = functools.partial(self.guard, self._lifeline, end)
+        for name, run in (("exchange", self._exchanges), ("guard", guard)):
+            thread = threading.Thread(
+                target=self._run, args=(run,), daemon=True, name=OWN_THREADS + name
+            )
+            self._threads.append(thread)
+            thread.start()
+
+    def stop_exchanges(self) -> bool:
+        """Have the first thread end, on rank 0 once all others have disconnected; tell if it did.
+
+        On other ranks the second thread ends the process where the coordinator keeps the first.
+        """
+        self._quiet = True
+        self._wake.put(None)
+        for thread in self._threads[:1]:
+            thread.join(self.peer_timeout_s if self.rank == 0 else 2 * self.peer_timeout_s)
+        return not any(thread.is_alive() for thread in self._threads[:1])
+
+    def stop_threads(self) -> None:
+        """End both threads."""
+        self.closed = True
+        self._wake.put(None)
+        if self._lifeline is not None:
+            self._lifeline.wake()
+        for thread in self._threads:
+            thread.join(JOIN_S)
+        if self._lifeline is not None and not any(t.is_alive() for t in self._threads):
+            self._lifeline.close()
+
+    def _run(self, watch: Callable[[], object]) -> None:
+        try:
+            watch()
+        except BaseException:  # a fault of the watch is to end the watch alone
+            self.closed = True
+            raise
+
+    def _exchanges(self) -> None:
+        while not (self.closed or self._quiet):
+            try:
+                self.exchange()
+            except RuntimeError:
+                self.closed = self.closed or not self.is_connected()
+            if self.verdict is not None and self._lifeline is not None:
+                self._lifeline.wake()
+            self.pause()
+        if self._quiet and self.rank == 0:
+            self._await_disconnects()
+
+    def _await_disconnects(self) -> None:
+        try:  # returns once all ranks that are connected have called it, which no other one does
+            self.client.get_live_nodes(list(range(self.world)))
+        except (AttributeError, RuntimeError):
+            time.sleep(TICK_S)

@@ -1,0 +1,213 @@
+"""value_and_grad and grad that keep the gradient reduction explicit."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from txcore.collectives import _leaves, axis_size, vary
+from txcore.collectives._scope import current_scope
+from txcore.kernels.common import checks
+
+Axis = str | tuple[str, ...]
+
+
+def value_and_grad(
+    f: Callable[..., Any],
+    argnums: int | Sequence[int] = 0,
+    *,
+    has_aux: bool = False,
+    axis: Axis | None = None,
+    loss_scale: jax.Array | float | None = None,
+) -> Callable[..., Any]:
+    """Differentiate a local loss; gradients come out local, for you to reduce once.
+
+    The differentiated arguments are cast to vary along the data axes first, so that autodiff
+    inserts no reduction of its own (`jax.grad` of replicated arguments returns gradients
+    that are summed already).
+
+    With `loss_scale` the loss is multiplied by it, in float32 or wider, before it is
+    differentiated, and the gradients are divided by it again. Only inside the backward pass are
+    they scaled: what comes out is float32, so that nothing is lost by unscaling at once, and
+    means the same in every precision to whoever clips, logs or accumulates it. A gradient that
+    overflowed stays inf or nan.
+
+    Args:
+      f: function that returns a scalar loss (or `(loss, aux)`) of this device's examples.
+      argnums: which arguments to differentiate.
+      has_aux: whether `f` returns `(loss, aux)`.
+      axis: the data axes; inside a step they are the plan's and need not be named.
+      loss_scale: `state.loss_scale`, which a step in float16 needs and which is None in others;
+        elsewhere any number above 0.
+
+    Returns:
+      A function that returns `(loss, gradients)`, or `((loss, aux), gradients)`; both vary
+      along the data axes, and neither is scaled.
+
+    Raises:
+      ValueError: the loss is already reduced along a data axis (averaging its gradients on
+        top would give 1/N of the truth), no data axes are known, or a step in float16 passes no
+        loss_scale.
+      TypeError: loss_scale is no scalar; or, with one, the loss is not floating-point or the
+        gradients would come out in float16.
+
+    Example:
+      >>> def f(w, x):
+      ...     loss, g = tx.value_and_grad(lambda w: jax.numpy.mean(w * x), axis="data")(w)
+      ...     return tx.pmean(g, "data")
+      >>> tx.testing.run_sharded(
+      ...     f, np.float32(3), np.arange(4.0), axes={"data": 4}, in_specs=(P(), P("data")),
+      ...     out_specs=P())
+      array(1.5, dtype=float32)
+
+    References:
+      Micikevicius et al., "Mixed precision training", 2018, section 3.2 (loss scaling).
+    """
+    _check_scale(loss_scale)
+
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        out = f(*args, **kwargs)
+        loss, aux = out if has_aux else (out, None)
+        loss = _local(loss, _data_axes(axis))
+        if loss_scale is not None:
+            return _scaled(loss, loss_scale), (loss, aux)
+        return (loss, aux) if has_aux else loss
+
+    scaled = loss_scale is not None
+    differentiated = jax.value_and_grad(checked, argnums, has_aux=has_aux or scaled)
+    nums = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        axes = _data_axes(axis)
+        _check_needed_scale(loss_scale)
+        if not args:
+            raise TypeError(
+                "tx.value_and_grad needs the arguments to differentiate by position, got keyword "
+                f"arguments only: {', '.join(kwargs) or 'none'}"
+            )
+        if axes:
+            at = {n % len(args) for n in nums}
+            args = tuple(vary(a, axes, name="params") if i in at else a for i, a in enumerate(args))
+        value, gradients = differentiated(*args, **kwargs)
+        if loss_scale is None:
+            return value, gradients
+        loss, aux = value[1]
+        return (loss, aux) if has_aux else loss, _unscaled(gradients, loss_scale)
+
+    return wrapped
+
+
+def grad(
+    f: Callable[..., Any],
+    argnums: int | Sequence[int] = 0,
+    *,
+    has_aux: bool = False,
+    axis: Axis | None = None,
+    loss_scale: jax.Array | float | None = None,
+) -> Callable[..., Any]:
+    """Differentiate a local loss like `value_and_grad`, without returning the loss.
+
+    Args:
+      f: as for `value_and_grad`.
+      argnums: as for `value_and_grad`.
+      has_aux: as for `value_and_grad`.
+      axis: as for `value_and_grad`.
+      loss_scale: as for `value_and_grad`.
+
+    Returns:
+      A function that returns the gradients, or `(gradients, aux)`.
+
+    Raises:
+      ValueError, TypeError: as `value_and_grad`.
+
+    Example:
+      >>> def f(x):
+      ...     return tx.grad(lambda x: jax.numpy.sum(x * x), axis="data")(x)
+      >>> tx.testing.run_sharded(f, np.arange(4.0), axes={"data": 4})
+      array([0., 2., 4., 6.], dtype=float32)
+    """
+    both = value_and_grad(f, argnums, has_aux=has_aux, axis=axis, loss_scale=loss_scale)
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        value, gradients = both(*args, **kwargs)
+        return (gradients, value[1]) if has_aux else gradients
+
+    return wrapped
+
+
+def _data_axes(axis: Axis | None) -> tuple[str, ...]:
+    """Return the data axes with more than one device."""
+    scope = current_scope()
+    if axis is None and scope is not None:
+        return scope.data_axes
+    if axis is None:
+        raise ValueError(
+            "tx.value_and_grad needs axis= the data axes outside a step decorated with "
+            "@tx.step_fn (inside one they are the plan's)"
+        )
+    return tuple(a for a in _leaves.check_axes("value_and_grad", axis) if axis_size(a) > 1)
+
+
+def _local(loss: Any, axes: tuple[str, ...]) -> jax.Array:
+    """Return a loss that is local along the data axes; refuse one that is equal there."""
+    loss = jnp.asarray(loss)
+    for a in axes:
+        if _leaves.varies(loss, a) is False:
+            error = (
+                f"tx.value_and_grad needs a loss that is local along data axis {a!r}, but the loss "
+                f"does not vary along it ({{source}}): it is reduced or gathered already, and "
+                f"tx.pmean of its gradients would give 1/{axis_size(a)} of the truth. Return the "
+                f"local loss, and apply tx.pmean(..., {a!r}) to loss and gradients afterwards"
+            )
+            loss = _leaves.claim_differs(loss, a, what="the loss", error=error)
+    return loss
+
+
+def _check_scale(loss_scale: Any) -> None:
+    if isinstance(loss_scale, (int, float)) and not isinstance(loss_scale, bool):
+        usable = 0 < loss_scale < float("inf")
+    elif isinstance(loss_scale, (jax.Array, np.ndarray, np.generic)):
+        usable = loss_scale.shape == () and jnp.issubdtype(loss_scale.dtype, jnp.floating)
+    else:
+        usable = loss_scale is None
+    if not usable:
+        raise TypeError(
+            "tx.value_and_grad needs loss_scale= state.loss_scale, or another floating-point "
+            f"scalar above 0, got {loss_scale!r}"
+        )
+
+
+def _check_needed_scale(loss_scale: Any) -> None:
+    scope = current_scope()
+    if loss_scale is None and scope is not None and scope.scales_loss:
+        raise ValueError(
+            "a step in float16 needs tx.value_and_grad(f, loss_scale=state.loss_scale) (or tx.grad "
+            "with it), got no loss_scale: gradients below 6e-8 would come out as zeros. The same "
+            "line works in every precision"
+        )
+
+
+def _scaled(loss: Any, loss_scale: Any) -> jax.Array:
+    loss = jnp.asarray(loss)
+    if not jnp.issubdtype(loss.dtype, jnp.floating):
+        raise TypeError(f"tx.value_and_grad needs a floating-point loss to scale, got {loss.dtype}")
+    # A loss of 3 times a scale of 65536 is more than float16 holds.
+    wide = checks.accumulator(loss.dtype)
+    return loss.astype(wide) * jnp.asarray(loss_scale, wide)
+
+
+def _unscaled(gradients: Any, loss_scale: Any) -> Any:
+    def one(path: Any, gradient: jax.Array) -> jax.Array:
+        if gradient.dtype == jnp.float16:
+            raise TypeError(
+                "tx.value_and_grad needs arguments in float32 to unscale their gradients without "
+                f"loss, got float16 at {jax.tree_util.keystr(path) or 'the argument'}: keep the "
+                "parameters in float32, and cast them inside the function that is differentiated, "
+                "by state.precision.cast(params)"
+            )
+        wide = checks.accumulator(gradient.dtype)
+        return (gradient.astype(wide) / jnp.asarray(loss_scale, wide)).astype(gradient.dtype)
+
+    return jax.tree_util.tree_map_with_path(one, gradients)

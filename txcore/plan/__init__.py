@@ -1,0 +1,7 @@
+"""Plans: what is parallel over which mesh axis.
+
+Imports `collectives` and below.
+"""
+
+from txcore.plan.plan import DP as DP
+from txcore.plan.plan import Plan as Plan

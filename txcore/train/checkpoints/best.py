@@ -1,0 +1,78 @@
+"""Which checkpoint is the best by a metric of `evaluate`."""
+
+import math
+import numbers
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from txcore.train.checkpoints import manifest
+from txcore.train.checkpoints.manifest import CheckpointError, Metric
+
+KeepBest = tuple[str, str]  # a metric's name, and "max" or "min"
+
+
+def check(keep_best: Any) -> KeepBest | None:
+    """Return what `Checkpoints(keep_best=)` was given, or refuse it."""
+    if keep_best is None:
+        return None
+    if isinstance(keep_best, (tuple, list)) and len(keep_best) == 2:
+        name, mode = keep_best
+        if isinstance(name, str) and mode in ("max", "min"):
+            return name, mode
+    raise ValueError(
+        "Checkpoints needs keep_best= the name of a metric that evaluate= returns, and 'max' or "
+        f"'min', as in ('accuracy', 'max'), got {keep_best!r}"
+    )
+
+
+def measure(keep_best: KeepBest, metrics: Mapping[str, Any]) -> Metric | None:
+    """Return the metric by which the best is kept; None where it is not finite.
+
+    Raises:
+      CheckpointError: the evaluation did not return it, or it is no number.
+    """
+    name, mode = keep_best
+    given = f"Checkpoints(keep_best={keep_best}) needs evaluate= to return the metric {name!r}"
+    if name not in metrics:
+        found = ", ".join(map(repr, metrics)) or "none"
+        raise CheckpointError(f"{given}, got {found}: name one of those, or return it")
+    value = metrics[name]
+    if not isinstance(value, numbers.Real):
+        raise CheckpointError(f"{given} as one number, got {value!r}: return a scalar")
+    return Metric(name, mode, float(value)) if math.isfinite(value) else None
+
+
+def is_better(metric: Metric, than: Metric) -> bool:
+    """Tell whether a metric is better than another of the same name and mode."""
+    return metric.value > than.value if metric.mode == "max" else metric.value < than.value
+
+
+def best_of(found: Iterable[tuple[str, Metric]], name: str, mode: str) -> tuple[str, Metric] | None:
+    """Return the best of several checkpoints, the oldest of equal ones.
+
+    Args:
+      found: names of checkpoints with their metrics, the oldest first.
+      name: the metric that counts; those with another one do not.
+      mode: "max" or "min".
+    """
+    best = None
+    for checkpoint, metric in found:
+        if metric[:2] != (name, mode):
+            continue
+        if best is None or is_better(metric, best[1]):
+            best = checkpoint, metric
+    return best
+
+
+def metrics_in(directory: Path, names: Iterable[str]) -> list[tuple[str, Metric]]:
+    """Return the checkpoints in a folder that have a metric, with it, in the order given."""
+    found = []
+    for name in names:
+        try:
+            metric = manifest.read(directory / name).metric
+        except CheckpointError:  # damaged: whoever resumes says so
+            continue
+        if metric is not None:
+            found.append((name, metric))
+    return found

@@ -1,0 +1,126 @@
+"""NaN and infinity in training: what is done about them, and where they are."""
+
+import logging
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from txcore.train.numerics.loss_scale import LossScale, first_nonfinite
+from txcore.train.state import TrainState
+
+Policy = Literal["stop", "skip", "ignore"]
+
+_ADVICE = (
+    "Lower the learning rate, clip the gradients or look at that batch; "
+    "Engine(on_nonfinite='skip') leaves out such steps"
+)
+
+_LOG = logging.getLogger("txcore")
+_first_nonfinite = jax.jit(first_nonfinite)
+
+
+def validate(policy: Any) -> None:
+    """Refuse what is no policy."""
+    if policy not in get_args(Policy):
+        raise ValueError(f"Engine needs on_nonfinite= 'stop', 'skip' or 'ignore', got {policy!r}")
+
+
+def check(steps: int, metrics: dict[str, Any], state: TrainState, policy: Policy) -> None:
+    """Look at the loss of a finished step.
+
+    Args:
+      steps: how many have finished.
+      metrics: of the last of them, on the host.
+      state: the newest state.
+      policy: what to do about a loss that is not finite.
+
+    Raises:
+      FloatingPointError: it is not finite, and the policy is to stop, unless there is a loss scale
+        that can be lowered.
+    """
+    loss = metrics.get("loss")
+    if policy == "ignore" or np.all(np.isfinite(jax.tree.leaves(loss))):
+        return
+    lowest = _at_minimum(state)
+    if state.loss_scaling is not None and (policy == "skip" or not lowest):
+        _LOG.warning("txcore: the loss of step %d is %s; %s", steps, loss, skipped(state))
+        return
+    raise FloatingPointError(
+        f"the loss of step {steps} is {loss}. {lowest}{_where(state)}. {_ADVICE}"
+    )
+
+
+def check_parameters(steps: int, state: TrainState, policy: Policy) -> None:
+    """Refuse to save what no run can go on from: gradients may be NaN where the loss is not.
+
+    Args:
+      steps: how many have finished.
+      state: the state after them; its parameters are the same on every process.
+      policy: "ignore" saves it all the same.
+
+    Raises:
+      FloatingPointError: a parameter is not finite.
+    """
+    if policy != "ignore" and int(_first_nonfinite(state.stored_params)) >= 0:
+        raise FloatingPointError(
+            f"the parameters of step {steps} are not saved. {_where(state)}. {_ADVICE}"
+        )
+
+
+def _at_minimum(state: TrainState) -> str:
+    """Say that the loss scale cannot be lowered any more, or nothing."""
+    policy = state.precision.scaling
+    if policy is None or state.loss_scaling is None:
+        return ""
+    scale = float(np.asarray(state.loss_scaling.scale))
+    if not isinstance(policy, LossScale):
+        return f"The loss scale is {scale:g}, and constant. "
+    return f"The loss scale is {scale:g}, its minimum. " if scale <= policy.minimum else ""
+
+
+def skipped(state: TrainState) -> str:
+    """Say how many steps were skipped, and because of which parameter's gradient the last.
+
+    Args:
+      state: a state with loss scaling, not yet donated.
+
+    Returns:
+      "no step was skipped", or "3 steps were skipped, the last because the gradient of
+      params['w'] was not finite".
+    """
+    assert state.loss_scaling is not None
+    count, culprit = (
+        int(np.asarray(x)) for x in (state.loss_scaling.skipped_steps, state.loss_scaling.culprit)
+    )
+    if not count:
+        return "no step was skipped"
+    path = jax.tree_util.tree_flatten_with_path(state.stored_params)[0][culprit][0]
+    steps = "1 step was" if count == 1 else f"{count} steps were"
+    return (
+        f"{steps} skipped, the last because the gradient of params{jax.tree_util.keystr(path)} "
+        "was not finite"
+    )
+
+
+def bad_parameters(state: TrainState) -> list[str]:
+    """Return which parameters are not finite, as far as this process holds them."""
+    found = []
+    for path, leaf in jax.tree_util.tree_flatten_with_path(state.stored_params)[0]:
+        if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+            continue
+        shards = {str(shard.index): shard.data for shard in leaf.addressable_shards}
+        bad = sum(int((~np.isfinite(np.asarray(data))).sum()) for data in shards.values())
+        if bad:
+            of = sum(data.size for data in shards.values())
+            found.append(f"params{jax.tree_util.keystr(path)} ({bad} of {of} elements)")
+    return found
+
+
+def _where(state: TrainState) -> str:
+    found = bad_parameters(state)
+    if not found:
+        return "The parameters are finite: the batch or the loss itself made it"
+    more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+    return f"Not finite after it: {', '.join(found[:3])}{more}"

@@ -1,0 +1,208 @@
+"""What all ranks of a run have to agree on before it starts: its loop, and its first state."""
+
+import operator
+import os
+from collections.abc import Sequence, Sized
+from typing import TYPE_CHECKING, Any
+
+import jax
+from jax.sharding import Mesh
+
+from txcore.launch import preflight
+from txcore.launch.watch.status import MismatchError
+from txcore.train.replicas import digests
+from txcore.train.state import TrainState
+
+if TYPE_CHECKING:
+    from txcore.train.checkpoints.checkpoints import Checkpoints
+    from txcore.train.checkpoints.manifest import Position
+    from txcore.train.engine import Engine
+
+COMPILED_S = 1800.0  # until all ranks have compiled what they are about to run
+
+_SAME_STATE = (
+    "Nothing was run. Make the same state on every rank (by the same seed, files and numbers), or "
+    "send one rank's to all: engine.create_state(params, broadcast_from=0)"
+)
+_SAME_LOOP = (
+    "Nothing was run. Call fit with the same arguments, data and engine on every rank (loggers may "
+    "differ)"
+)
+_CAUSES = (
+    "What writes into one copy alone, a step whose result depends on its device, or damaged memory "
+    "does that. Go on from a checkpoint of the time before, and see engine.audit and "
+    "tx.testing.assert_plans_agree"
+)
+
+
+def check_fit(
+    engine: "Engine",
+    data: Any,
+    *,
+    evaluate: Any,
+    checkpoints: "Checkpoints | None",
+    **counts: int | None,
+) -> None:
+    """Refuse to start a loop that is another one on some rank; every process has to come.
+
+    Args:
+      engine: what runs the steps.
+      data: the batches; their number is compared where it is known.
+      evaluate: whether there is one is compared, not what it does.
+      checkpoints: where and how often the run is saved.
+      **counts: the other arguments of `fit`.
+
+    Raises:
+      MismatchError: an argument differs; names it, on every rank alike.
+    """
+    number = count_batches(data)
+    lines = [f"{name}={count}" for name, count in counts.items()]
+    lines.append(f"evaluate={'given' if evaluate is not None else None}")
+    lines.append(f"batches in data: {'not known' if number is None else number}")
+    if checkpoints is None:
+        lines.append("checkpoints=None")
+    else:
+        settings = ("every", "keep", "keep_best", "resume")
+        lines += [f"checkpoints.{name}={getattr(checkpoints, name)}" for name in settings]
+        lines.append(f"checkpoints.directory={os.path.realpath(checkpoints.directory)}")
+    preflight.check(
+        "fit",
+        {"arguments of fit": lines, "engine": describe_engine(engine)},
+        problem="the ranks would run different loops",
+        remedy=_SAME_LOOP,
+    )
+
+
+def count_batches(data: Any) -> int | None:
+    """Return how many batches an epoch has, None where the data does not say."""
+    if not isinstance(data, Sized):
+        return None
+    try:
+        return len(data)
+    except (TypeError, NotImplementedError):  # a loader that has a length for some datasets alone
+        return None
+
+
+def check_end(position: "Position") -> None:
+    """Refuse a loop that was another one on some rank; every process has to come.
+
+    Args:
+      position: where it ended.
+
+    Raises:
+      MismatchError: the ranks ended at other batches: their data are of other lengths.
+    """
+    names = ("steps", "epoch", "batch", "rows")
+    preflight.check(
+        "the end of fit",
+        {"position": [f"{name}={getattr(position, name)}" for name in names]},
+        problem="the ranks have run different loops",
+        remedy=(
+            "An epoch has to have as many batches on every rank: give all the same number, or data "
+            "that never end. What was trained was trained on other parts of the data than meant"
+        ),
+    )
+
+
+def describe_engine(engine: "Engine") -> list[str]:
+    """Return what of an engine has to be the same on every rank, a line for each."""
+    update = engine.optimizer.update
+    kind = f"{update.__module__}.{update.__qualname__.partition('.')[0]}"
+    return [
+        f"mesh={engine.mesh!r}",
+        f"plan={engine.plan}",
+        f"optimizer={kind}",
+        f"precision={engine.precision}",
+        f"on_nonfinite={engine.on_nonfinite}",
+        f"compiler_options={sorted(engine.compiler_options.items())}",
+    ]
+
+
+def check_beginning(engine: "Engine", state: TrainState, name: str) -> None:
+    """Refuse a state that is not the same on every rank; every process has to come.
+
+    Args:
+      engine: what made the state.
+      state: the state before step `name`; it is not donated.
+      name: what is about to run.
+
+    Raises:
+      MismatchError: a leaf differs in path, dtype, shape or any bit, or the engine; it is named,
+        with the ranks, on every rank alike.
+    """
+    preflight.check(
+        f"the state for {name}",
+        {"state": digests.describe(state.arrays), "engine": describe_engine(engine)},
+        timeout_s=COMPILED_S,
+        problem="the ranks would begin with different states",
+        remedy=_SAME_STATE,
+    )
+    if found := digests.find_differences(state.arrays, engine.mesh.mesh):
+        head = f"the ranks would begin {name} with different states (compared bit for bit):"
+        raise MismatchError(_text(head, found, _SAME_STATE))
+
+
+def check_copies(state: TrainState, mesh: Mesh, after: int | None, since: int | None) -> None:
+    """Refuse to go on where copies of a leaf differ.
+
+    Args:
+      state: the state.
+      mesh: where it lies.
+      after: how many steps were made, if it is known.
+      since: after how many the copies were equal, if it is known.
+
+    Raises:
+      MismatchError: copies differ; names leaf, devices and ranks, on every rank alike.
+    """
+    if found := digests.find_differences(state.arrays, mesh):
+        when = "" if after is None else f" after step {after}"
+        before = "" if since is None else f"; after step {since} they were equal"
+        head = f"copies of the state that have to be equal bit for bit differ{when}{before}:"
+        raise MismatchError(_text(head, found, _CAUSES))
+
+
+def _text(head: str, found: Sequence[digests.Difference], remedy: str) -> str:
+    rows = [f"  {difference}" for difference in found]
+    if len(found) == digests.MOST_LEAVES:
+        rows.append("  (and maybe more)")
+    return "\n".join([head, *rows, remedy])
+
+
+def check_broadcast(root: int, arrays: Any) -> None:
+    """Refuse to send a state to ranks whose leaves differ; every process has to come."""
+    preflight.check(
+        "create_state",
+        {"state": digests.describe(arrays), "create_state": f"broadcast_from={root}"},
+        problem="one rank's state does not fit the others",
+        remedy=(
+            "Nothing was sent. create_state(broadcast_from=) needs the same leaves on every rank, "
+            "of any values: give it the same structure, dtypes and shapes"
+        ),
+    )
+
+
+def check_rank(op: str, option: str, rank: Any) -> int:
+    """Return a rank of this run, or refuse what is none."""
+    size = jax.process_count()
+    try:
+        number = operator.index(rank)
+    except TypeError:
+        number = -1
+    if isinstance(rank, bool) or not 0 <= number < size:
+        raise ValueError(f"{op} needs {option}= a rank from 0 to {size - 1}, got {rank!r}")
+    return number
+
+
+# A state that a step returned is equal on all ranks if the one before was. It is known by its
+# fields, since `replace` and tree functions put others in their place.
+
+
+def note_equal(state: TrainState) -> None:
+    """Note that a state is equal on all ranks."""
+    state.known_equal.update(state.arrays)
+
+
+def is_equal(state: TrainState) -> bool:
+    """Tell whether a state is known to be equal on all ranks."""
+    known = state.known_equal
+    return all(known.get(name) is tree for name, tree in state.arrays.items())
