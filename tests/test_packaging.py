@@ -15,7 +15,7 @@ LINKS = ("txcore/kernels", "txcore/profiling")
 CONTENTS = (
     *("txcore/kernels/conv/xla.py", "txcore/profiling/hlo/text.py", "txcore/py.typed"),
     "txcore/kernels/dispatch/recorded/cpu.json",
-    *(f"txcore/profiling/report/page/{name}" for name in ("style.css", "script.js")),
+    *(f"txcore/profiling/report/html/{name}" for name in ("style.css", "script.js")),
 )
 
 
