@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
-from txcore import _compat
+from txcore import varying
 from txcore.kernels.bucket import pallas, xla
 from txcore.kernels.common import checks
 from txcore.kernels.dispatch import registry
@@ -65,7 +65,7 @@ def pack(
     return registry.run(  # type: ignore[no-any-return]
         "pack",
         PACK,
-        *_compat.match_varying(*leaves, *_scales("pack", scale, to, *leaves)),
+        *varying.match_varying(*leaves, *_scales("pack", scale, to, *leaves)),
         implementation=implementation,
         dtype=str(to),
         scaled=scale is not None,
@@ -118,7 +118,7 @@ def unpack(
     arrays = registry.run(
         "unpack",
         UNPACK,
-        *_compat.match_varying(flat, *_scales("unpack", scale, flat.dtype, *dtypes)),
+        *varying.match_varying(flat, *_scales("unpack", scale, flat.dtype, *dtypes)),
         implementation=implementation,
         shapes=shapes,
         dtypes=dtypes,

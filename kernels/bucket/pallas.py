@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from txcore import _compat
+from txcore import _compat, varying
 from txcore.kernels.bucket import xla
 from txcore.kernels.dispatch.problem import Problem
 
@@ -58,7 +58,7 @@ def _pack(leaves: tuple[jax.Array, ...], scale: tuple[jax.Array, ...], dtype: st
         out = _compat.shape_like(flat[0], (sum(sizes),), dtype)
         return pl.pallas_call(kernel, out, interpret=True)(*flat)  # type: ignore[no-any-return]
 
-    return _compat.run_untracked(run, *(x.reshape(-1) for x in (*leaves, *scale)))  # type: ignore[no-any-return]
+    return varying.run_untracked(run, *(x.reshape(-1) for x in (*leaves, *scale)))  # type: ignore[no-any-return]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -81,7 +81,7 @@ def _unpack(
         ]
         return pl.pallas_call(kernel, outs, interpret=True)(flat, *scale)  # type: ignore[no-any-return]
 
-    arrays = _compat.run_untracked(run, flat, *(x.reshape(-1) for x in scale))
+    arrays = varying.run_untracked(run, flat, *(x.reshape(-1) for x in scale))
     return [array.reshape(shape) for array, shape in zip(arrays, shapes, strict=True)]
 
 

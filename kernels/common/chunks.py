@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from txcore import _compat
+from txcore import varying
 
 
 def run(
@@ -31,7 +31,7 @@ def run(
         return function(*arrays)
     whole = rows // size * size
     chunks = jax.tree.map(lambda a: a[:whole].reshape(-1, size, *a.shape[1:]), arrays)
-    start = jax.tree.map(lambda zero: _compat.match_varying(zero, like)[0], sums)
+    start = jax.tree.map(lambda zero: varying.match_varying(zero, like)[0], sums)
 
     def one(sums: Any, chunk: Any) -> tuple[Any, Any]:
         out, more = function(*chunk)

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from txcore import _compat
+from txcore import _compat, varying
 from txcore.kernels.dispatch import registry
 
 Spec = tuple[tuple[int, int], Callable[[Any, Any], tuple[Any, Any]]]  # a block, and where it lies
@@ -76,4 +76,4 @@ def call(
         )(*arrays)
 
     arrays = [array for array, _ in operands]
-    return run(*arrays) if on_gpu else _compat.run_untracked(run, *arrays)
+    return run(*arrays) if on_gpu else varying.run_untracked(run, *arrays)

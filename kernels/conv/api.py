@@ -5,7 +5,7 @@ from typing import Literal
 import jax
 from jax.typing import ArrayLike
 
-from txcore import _compat
+from txcore import varying
 from txcore.kernels.common import checks
 from txcore.kernels.conv import pallas, xla
 from txcore.kernels.dispatch import registry
@@ -79,7 +79,7 @@ def conv2d(
     return registry.run(
         "conv2d",
         KERNELS,
-        *_compat.match_varying(x, w, b),
+        *varying.match_varying(x, w, b),
         implementation=implementation,
         config=config,
         activation=activation,

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from txcore import _compat
+from txcore import _compat, varying
 from txcore.kernels.conv import pallas_kernels
 from txcore.kernels.conv.geometry import Blocks, Geometry
 from txcore.kernels.dispatch import registry
@@ -145,7 +145,7 @@ def _call(
         )(*flat)
 
     flat = [operand.reshape(-1) for operand in operands]
-    return run(*flat) if on_gpu else _compat.run_untracked(run, *flat)
+    return run(*flat) if on_gpu else varying.run_untracked(run, *flat)
 
 
 def _ceil(size: int, block: int) -> int:

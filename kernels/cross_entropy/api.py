@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from txcore import _compat
+from txcore import varying
 from txcore.kernels.common import checks
 from txcore.kernels.cross_entropy import pallas, xla
 from txcore.kernels.cross_entropy.blocks import ClassBlocks, LossTiles
@@ -91,7 +91,7 @@ def cross_entropy(
     return registry.run(
         "cross_entropy",
         KERNELS,
-        *_compat.match_varying(logits, labels),
+        *varying.match_varying(logits, labels),
         implementation=implementation,
         config=config,
         label_smoothing=smoothing,

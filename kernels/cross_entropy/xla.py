@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from txcore import _compat
+from txcore import varying
 from txcore.kernels.common import checks
 from txcore.kernels.cross_entropy import online
 from txcore.kernels.cross_entropy.blocks import ClassBlocks, Cut
@@ -99,4 +99,4 @@ def over_blocks(part: Callable[[jax.Array | int], online.Stats], cut: Cut) -> on
 
 def zeros(shape: tuple[int, ...], like: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
     """Return zeros to be overwritten with what varies along the axes that `like` varies along."""
-    return _compat.match_varying(jnp.zeros(shape, dtype or like.dtype), like)[0]
+    return varying.match_varying(jnp.zeros(shape, dtype or like.dtype), like)[0]

@@ -5,7 +5,7 @@ from typing import Literal
 import jax
 from jax.typing import ArrayLike
 
-from txcore import _compat
+from txcore import varying
 from txcore.kernels.common import checks, random_bits
 from txcore.kernels.dense import elementwise, pallas, xla
 from txcore.kernels.dispatch import registry
@@ -86,7 +86,7 @@ def dense(
     return registry.run(
         "dense",
         KERNELS,
-        *_compat.match_varying(x, w, b, *seeds),
+        *varying.match_varying(x, w, b, *seeds),
         implementation=implementation,
         config=config,
         activation=activation,

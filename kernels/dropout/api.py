@@ -5,7 +5,7 @@ import math
 import jax
 from jax.typing import ArrayLike
 
-from txcore import _compat
+from txcore import varying
 from txcore.kernels.common import checks, random_bits
 from txcore.kernels.dispatch import registry
 from txcore.kernels.dropout import operands, pallas, xla
@@ -79,7 +79,7 @@ def dropout(
     out: jax.Array = registry.run(
         "dropout",
         KERNELS,
-        *_compat.match_varying(rows, words.reshape(-1, 2), first),
+        *varying.match_varying(rows, words.reshape(-1, 2), first),
         implementation=implementation,
         config=config,
         rate=rate,

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from txcore import _compat
+from txcore import varying
 from txcore.kernels.common import checks
 from txcore.kernels.cross_entropy import pallas
 from txcore.kernels.cross_entropy.api import class_indices, smoothing_weight
@@ -81,7 +81,7 @@ def linear_cross_entropy(
     return registry.run(
         op,
         KERNELS,
-        *_compat.match_varying(x, w, b, labels),
+        *varying.match_varying(x, w, b, labels),
         implementation=implementation,
         config=config,
         label_smoothing=smoothing,

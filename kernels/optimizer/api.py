@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
-from txcore import _compat
+from txcore import varying
 from txcore.kernels.common import checks
 from txcore.kernels.dispatch import registry
 from txcore.kernels.optimizer import equations, pallas, xla
@@ -94,7 +94,7 @@ def sgd_momentum(
     return registry.run(
         op,
         SGD_MOMENTUM,
-        *_compat.match_varying(
+        *varying.match_varying(
             *arrays,
             _scalar(op, "learning_rate", learning_rate, wide),
             _scalar(op, "grad_scale", grad_scale, wide),
@@ -189,7 +189,7 @@ def adamw(
     return registry.run(
         op,
         ADAMW,
-        *_compat.match_varying(
+        *varying.match_varying(
             *(param, grad, m, v),
             _scalar(op, "learning_rate", learning_rate, wide),
             _scalar(op, "grad_scale", grad_scale, wide),

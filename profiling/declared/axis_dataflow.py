@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import jax.numpy as jnp
 
-from txcore import _compat
+from txcore import _compat, tags, varying
 from txcore.profiling import meshes
 from txcore.profiling.declared import relation
 from txcore.profiling.declared.collectives import (
@@ -92,7 +92,7 @@ class Seen:
     @property
     def tag(self) -> str | None:
         """The tag of the call of txcore that made it."""
-        return _compat.tag_in(self.place.path)
+        return tags.tag_in(self.place.path)
 
     @property
     def by_autodiff(self) -> bool:
@@ -114,7 +114,7 @@ def search(
     """Show what matters inside shard_maps to `look`, for each axis of more than one device.
 
     That is each equation that names mesh axes (collectives do), holds others (cond, while...) or
-    claims something of a value (`_compat.claim`).
+    claims something of a value (`varying.claim`).
 
     Args:
       jaxpr: a Jaxpr or ClosedJaxpr.
@@ -218,7 +218,7 @@ class _Walk:
         name = eqn.primitive.name.removesuffix("_start")
         axes, inner = axes_of(eqn.params), sub_jaxprs(eqn)
         within, splits = self, False
-        if name == _compat.CLAIM:
+        if name == varying.CLAIM:
             outputs = inputs
         elif name in _KERNELS or name in _REFS or name == "io_callback":
             outputs = self._opaque(eqn, name, inputs)
@@ -236,7 +236,7 @@ class _Walk:
                 outputs = within.call(eqn, inner, inputs)
             else:
                 outputs = within._collective(eqn, jaxpr, name, axes, inputs)
-        if self.every or within is not self or name == _compat.CLAIM:
+        if self.every or within is not self or name == varying.CLAIM:
             self._show(Seen(eqn, jaxpr, name, axes, inputs, outputs, splits, within.place))
         return outputs
 
@@ -258,7 +258,7 @@ class _Walk:
             return [self._cast(eqn, name, value) for value in each]
         if eqn.params.get("axis_index_groups") is not None:
             return [relation.after_exchange(value) for value in each]
-        if _sums_cotangents(name, _compat.tag_in(self.place.path), self.place.path):
+        if _sums_cotangents(name, tags.tag_in(self.place.path), self.place.path):
             scatters = name == "reduce_scatter"
             return [
                 relation.after_sum_of_cotangents(
@@ -281,7 +281,7 @@ class _Walk:
             if relation.is_zero(value) or not jnp.issubdtype(eqn.invars[0].aval.dtype, jnp.inexact):
                 return value
             return relation.after_crossing(value, _compat.eqn_collective(eqn))
-        tag = _compat.tag_in(self.place.path) or ""
+        tag = tags.tag_in(self.place.path) or ""
         asked = tag.split("/")[0] == "vary" and not tag.startswith("vary/params")
         return value | relation.ASKED if asked else value
 

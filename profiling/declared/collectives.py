@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from txcore import _compat
+from txcore import _compat, tags
 from txcore.profiling import meshes
 from txcore.profiling.declared import source
 from txcore.profiling.declared.value_numbering import Numbering, Value, is_literal
@@ -271,7 +271,7 @@ def _declare(
     if not axes:
         return  # an axis of vmap, or of the array itself: nothing is sent
     path = path_of(eqn, scope.path)
-    tag = _compat.tag_in(path)
+    tag = tags.tag_in(path)
     groups, pairs = _partners(eqn.params, kind, scope.sizes, axes)
     size = len(groups[0]) if groups else meshes.count(scope.sizes, axes)
     operands = zip(eqn.invars, inputs, strict=True)

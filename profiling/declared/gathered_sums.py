@@ -8,7 +8,7 @@ result of an argsort it types as equal though it differs. Types cannot tell; the
 from dataclasses import dataclass
 from typing import Any
 
-from txcore import _compat
+from txcore import _compat, varying
 from txcore.profiling.declared import axis_dataflow, relation, source
 from txcore.profiling.declared.axis_dataflow import SUMS, Seen, search
 from txcore.profiling.declared.relation import Relation, may_differ
@@ -22,7 +22,7 @@ class Finding:
       "multiplied": a sum of gradients that hold each device's part n times already; "part": a mean
       of gradients of a loss that is reduced already; "typed": a reduction of gradients that went
       back through a value that differs, and that jax types as equal; "claim": a claim
-      (`_compat.claim`) that does not hold; "total": what is claimed to be equal is a gradient
+      (`varying.claim`) that does not hold; "total": what is claimed to be equal is a gradient
       that autodiff summed.
     tag, axis, primitive: of the reduction; primitive is "claim" for a claim.
     source: "file.py:12".
@@ -68,7 +68,7 @@ def mistyped(jaxpr: Any) -> list[Mistyped]:
 
     def look(seen: Seen) -> Mistyped | None:
         axis = seen.place.axis
-        if seen.name == _compat.CLAIM or axis in seen.axes or not seen.place.tracked:
+        if seen.name == varying.CLAIM or axis in seen.axes or not seen.place.tracked:
             return None
         made = zip(seen.eqn.outvars, seen.outputs, strict=True)
         wrong = any(v & relation.DIFFERS and not _varies(var, axis) for var, v in made)
@@ -87,7 +87,7 @@ def _varies(var: Any, axis: str) -> bool:
 
 
 def _look(seen: Seen) -> Finding | None:
-    if seen.name == _compat.CLAIM:
+    if seen.name == varying.CLAIM:
         return _false_claim(seen)
     if seen.name not in SUMS or seen.place.axis not in seen.axes or seen.by_autodiff:
         return None

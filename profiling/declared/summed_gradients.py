@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from txcore import _compat
+from txcore import _compat, tags
 from txcore.profiling.declared import source
 from txcore.profiling.declared.collectives import axes_of, made_by_autodiff
 from txcore.profiling.declared.forward import CASTS, Calls, Forward, path_in
@@ -68,7 +68,7 @@ def summed_gradients(jaxpr: Any, axes: Iterable[str]) -> list[Sum]:
         along = axes_of(eqn.params)
         if name in CASTS:
             return frozenset(s for s in sums if s.axis not in along)
-        tag = _compat.tag_in(path)
+        tag = tags.tag_in(path)
         # A custom_vjp's backward pass may call tx.psum by its name.
         if tag is not None and tag.partition("/")[0] != "vary":
             return sums

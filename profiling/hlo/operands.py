@@ -10,13 +10,13 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from txcore import _compat
 from txcore.profiling.hlo import attributes
 from txcore.profiling.hlo.dataflow import concatenation, results, uses, views
 from txcore.profiling.hlo.graph import Graph, Scope, Value, operand_names
 from txcore.profiling.hlo.text import Instruction, operand_name
 from txcore.profiling.hlo.tpu_async import last_step
 from txcore.profiling.hlo.types import HloError, Shape, parse_shapes, to_int
+from txcore.tags import TAG_KEY, tags_in
 
 _MARK = "is_spmd_generated"
 _PRIMITIVES = re.compile(
@@ -69,7 +69,7 @@ def words_of(instructions: Iterable[Instruction]) -> Words:
     for instruction in instructions:
         says = instruction.frontend
         name = attributes.op_name(instruction)
-        named = says.get(_compat.TAG_KEY) or ",".join(_compat.tags_in(name))
+        named = says.get(TAG_KEY) or ",".join(tags_in(name))
         tag, op_name = tag or named, op_name or name
         marked = marked or says.get(_MARK) == "true"
     return Words(tag, op_name, marked)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from kernel_cases import Case, conv_case
 
-from txcore import _compat
+from txcore import varying
 from txcore.kernels.conv.api import KERNELS
 from txcore.kernels.conv.geometry import Blocks
 from txcore.kernels.dispatch import registry, tuned
@@ -44,7 +44,7 @@ class Variant:
             return registry.run(
                 "conv2d",
                 KERNELS,
-                *_compat.match_varying(x, w, b),
+                *varying.match_varying(x, w, b),
                 implementation=self.implementation,
                 config=self.config,
                 **options,

@@ -7,7 +7,7 @@ from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from txcore import _compat
+from txcore import _compat, tags
 
 
 def mesh_of(**axes):
@@ -16,7 +16,7 @@ def mesh_of(**axes):
 
 
 def tag(text):
-    return _compat.tag_scope(text)
+    return tags.tag_scope(text)
 
 
 def on(mesh, in_specs, out_specs, **options):

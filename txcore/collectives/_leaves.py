@@ -1,7 +1,7 @@
 """What every collective does first: check the axis, check each leaf, and tag the operation.
 
 A collective acts on each leaf of a pytree. Its tag, `op/name.path`, is a scope around the
-operation ("txcore[pmean/grads.w]", see `_compat.tag_scope`), so that it stands in HLO's op_name
+operation ("txcore[pmean/grads.w]", see `tags.tag_scope`), so that it stands in HLO's op_name
 and names the operation in audits, lock files and profiler traces. Tags are no frontend
 attributes, which would keep XLA for TPU from combining collectives, nor do they depend on the
 process.
@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from txcore import _compat
+from txcore import _compat, tags
 from txcore.collectives._scope import current_scope
+from txcore.varying import claim
 
 _NAME = re.compile(r"[A-Za-z0-9_./-]+")
 
@@ -96,7 +97,7 @@ def map_leaves(
     for path, value in leaves:
         where = (name or "x") + jax.tree_util.keystr(path)
         leaf = Leaf(_check_leaf(op, value, where, verb), where)
-        with _compat.tag_scope(_tag(op, label, path)):
+        with tags.tag_scope(_tag(op, label, path)):
             out.append(fn(leaf))
     return jax.tree_util.tree_unflatten(treedef, out)
 
@@ -200,7 +201,7 @@ def claim_differs(x: jax.Array, axis: str, *, what: str, error: str) -> jax.Arra
     if scope is None:
         raise ValueError(without_line)
     scope.doubts.append(without_line)
-    return _compat.claim(x, "differs", (axis,), what=what, error=error, add=(axis,))
+    return claim(x, "differs", (axis,), what=what, error=error, add=(axis,))
 
 
 def in_one_state(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from txcore import _compat
+from txcore import _compat, varying
 from txcore.collectives import _leaves
 from txcore.collectives._calls import explain_calls
 from txcore.collectives._leaves import Leaf
@@ -109,7 +109,7 @@ def _permute(op: str, x: Any, axes: tuple[str, ...], perm: Pairs, name: str | No
         if kept:
             return _send(value, kept, perm)
         # A group of one: what it sends itself, or zeros of the same type.
-        return value if perm else _compat.match_varying(jnp.zeros_like(value), value)[0]
+        return value if perm else varying.match_varying(jnp.zeros_like(value), value)[0]
 
     return _leaves.map_leaves(op, x, one, name=name, verb="send")
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from txcore import _compat
+from txcore import _compat, varying
 from txcore.collectives._scope import current_scope
 from txcore.kernels.common import checks
 
@@ -68,7 +68,7 @@ def zero_moments(op: str, params: Any) -> Any:
 def _zero_moment(param: Any) -> jax.Array:
     dtype = checks.accumulator(jnp.result_type(param))
     zeros = jnp.zeros(jnp.shape(param), dtype)
-    return _compat.match_varying(zeros, param)[0]  # a shard's moment is a shard
+    return varying.match_varying(zeros, param)[0]  # a shard's moment is a shard
 
 
 def update_leaves(
@@ -152,7 +152,7 @@ def claim_whole(op: str, grads: Any, remedy: str) -> Any:
         where = jax.tree_util.keystr(path) or "itself"
         words = {"axis": "{axis}", "source": " ({source})"}
         error = _PARTS.format(op=op, leaf=where, remedy=remedy, **words)
-        return _compat.claim(jnp.asarray(leaf), "equal", axes, what=where, error=error)
+        return varying.claim(jnp.asarray(leaf), "equal", axes, what=where, error=error)
 
     return jax.tree_util.tree_map_with_path(one, grads)
 

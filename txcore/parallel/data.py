@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from txcore import _compat
+from txcore import varying
 from txcore.collectives import _leaves, axis_size, pmean, psum, vary
 from txcore.collectives._scope import current_scope
 
@@ -112,7 +112,7 @@ def _count_of_batch(factors: list[jax.Array], axes: tuple[str, ...]) -> jax.Arra
             "tx.example_mean ({source}) counts the real examples of one part of the batch, inside "
             f"a loop over the parts: {remedy}"
         )
-        local = _compat.claim(local, "whole", axes, what="the count", error=error)
+        local = varying.claim(local, "whole", axes, what="the count", error=error)
     return _global_sum(local, axes)
 
 
@@ -138,7 +138,7 @@ def _same_everywhere(count: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     )
     if current_scope() is not None:
         error = error.replace("{source}", " ({source})")
-        return _compat.claim(count, "equal", axes, what="count", error=error)
+        return varying.claim(count, "equal", axes, what="count", error=error)
     if local := [a for a in axes if _leaves.varies(count, a)]:
         raise ValueError(error.replace("{source}", "").replace("{axis}", _leaves.names_of(local)))
     return count

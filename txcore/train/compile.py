@@ -14,7 +14,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 from jax.tree_util import DictKey, GetAttrKey, SequenceKey
 
-from txcore import _compat
+from txcore import _compat, varying
 from txcore.collectives._leaves import names_of
 from txcore.collectives._scope import Scope, tracing
 from txcore.launch import preflight
@@ -212,7 +212,7 @@ def _check_scaled(fn: Callable[..., Any], jaxpr: Any, given: Any, returned: Any)
     """Refuse a float16 step that makes parameters of gradients that were never scaled."""
     inputs, outputs = (jax.tree_util.tree_flatten_with_path(tree)[0] for tree in (given, returned))
     made = [path[:2] == _PARAMS for path, _ in outputs]
-    computes, used = _compat.needed(jaxpr, made)
+    computes, used = varying.inputs_needed_by(jaxpr, made)
     scaled = any(u and path == _SCALE for (path, _), u in zip(inputs, used, strict=True))
     if computes and not scaled:
         raise ValueError(

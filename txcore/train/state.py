@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from txcore import _compat
+from txcore import _compat, varying
 from txcore.collectives import vary
 from txcore.collectives._leaves import names_of
 from txcore.collectives._scope import Scope, current_scope
@@ -290,7 +290,7 @@ def claim_equal(value: jax.Array, *, like: jax.Array | None, what: str, error: s
         names = names_of(sorted(parts))
         raise ValueError(error.replace(" ({source})", "").replace("{axis}", names))
     drop = _compat.varying_axes(value) - stored
-    return _compat.claim(value, "equal", axes, what=what, error=error, drop=drop)
+    return varying.claim(value, "equal", axes, what=what, error=error, drop=drop)
 
 
 def check_gradients(grads: Any, params: Any, *, per_example: bool = False) -> Any:

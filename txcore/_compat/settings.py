@@ -1,0 +1,65 @@
+"""jax's settings and what it tells of its own state."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def setting(name: str) -> Any:
+    """Return one of jax's settings ("jax_platforms"); jax 0.10 does not declare them as typed."""
+    return getattr(jax.config, name)
+
+
+def set_if_there(name: str, value: Any) -> bool:
+    """Set one of jax's settings where this jax has it; tell whether it has."""
+    try:
+        jax.config.update(name, value)
+    except AttributeError:
+        return False
+    return True
+
+
+def simulate_cpu_devices(count: int) -> None:
+    """Make the CPU platform show `count` devices; call it before any backend starts.
+
+    Raises:
+      RuntimeError: a backend has started already.
+    """
+    jax.config.update("jax_num_cpu_devices", count)
+
+
+def backend_started() -> bool:
+    """Tell whether jax has started a backend (afterwards device counts are fixed)."""
+    from jax._src import xla_bridge  # private: no public question exists on 0.10 to 0.12
+
+    started = getattr(xla_bridge, "backends_are_initialized", None)
+    return bool(started()) if started is not None else False
+
+
+def may_trace() -> bool:
+    """Tell whether jax may be tracing here (under jit, vmap, grad or scan)."""
+    is_clean = _trace_state_clean()
+    return is_clean is None or not is_clean()
+
+
+@functools.cache
+def _trace_state_clean() -> Callable[[], bool] | None:
+    from jax._src import core  # private: there is no public question
+
+    return getattr(core, "trace_state_clean", None)
+
+
+def is_key_array(x: Any) -> bool:
+    """Tell whether `x` is an array of typed PRNG keys."""
+    return isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def key_impl(x: Any) -> Any:
+    """Return the generator of an array of PRNG keys, or of the shape of one."""
+    try:
+        return jax.random.key_impl(x)
+    except TypeError:  # a ShapeDtypeStruct: only the dtype knows, privately
+        return x.dtype._impl.name
