@@ -4,8 +4,8 @@ from collections.abc import Iterator, Sequence
 
 from tabulate import tabulate
 
+from txcore.profiling.cost.model import CostModel
 from txcore.profiling.cost.schedule import Overlap
-from txcore.profiling.costs import Costs
 from txcore.profiling.report.report import format_bytes
 from txcore.profiling.report.table import shorten
 
@@ -13,7 +13,7 @@ _WIDTH = 100
 _LONGEST_AXES, _LONGEST_SHAPE = 12, 16
 
 
-def lines(costs: Costs) -> list[str]:
+def lines(costs: CostModel) -> list[str]:
     """Return the lines of all parts, of at most 100 columns each."""
     parts = (_sent(costs), _memory(costs), _replicated(costs), _schedule(costs), _step(costs))
     return [line for part in parts for line in part]
@@ -42,7 +42,7 @@ def format_flops(number: int) -> str:
     return format_bytes(number).removesuffix("B") + "FLOP"
 
 
-def _sent(costs: Costs) -> Iterator[str]:
+def _sent(costs: CostModel) -> Iterator[str]:
     yield _title(costs)
     if not costs.totals:
         yield "no collective in the program"
@@ -63,14 +63,14 @@ def _sent(costs: Costs) -> Iterator[str]:
     yield from _table(head, rows, "llrrrrr")
 
 
-def _title(costs: Costs) -> str:
+def _title(costs: CostModel) -> str:
     mesh = ", ".join(f"{name}={size}" for name, size in costs.report.mesh)
     target = costs.report.target or "one device"
     title = f"one call on each device of {target}" + (f" ({mesh})" if mesh else "") + ":"
     return shorten(title, _WIDTH)
 
 
-def _memory(costs: Costs) -> Iterator[str]:
+def _memory(costs: CostModel) -> Iterator[str]:
     yield ""
     found = costs.memory
     if found is None:
@@ -89,7 +89,7 @@ def _memory(costs: Costs) -> Iterator[str]:
     )
 
 
-def _replicated(costs: Costs) -> Iterator[str]:
+def _replicated(costs: CostModel) -> Iterator[str]:
     if not costs.replicated:
         return
     saved = sum(row.saved_bytes for row in costs.replicated)
@@ -111,7 +111,7 @@ def _replicated(costs: Costs) -> Iterator[str]:
     yield from _table(head, rows, "lllrllr")
 
 
-def _schedule(costs: Costs) -> Iterator[str]:
+def _schedule(costs: CostModel) -> Iterator[str]:
     rows = costs.schedule.overlaps
     if not rows:
         return
@@ -132,7 +132,7 @@ def _schedule(costs: Costs) -> Iterator[str]:
         yield shorten(f"  {note}: {', '.join(named)}", _WIDTH)
 
 
-def _overlap_cells(row: Overlap, costs: Costs) -> list[str]:
+def _overlap_cells(row: Overlap, costs: CostModel) -> list[str]:
     named = costs.row_of(row)
     cells = [
         ",".join(named.tags if named else ()) or row.op,
@@ -147,7 +147,7 @@ def _overlap_cells(row: Overlap, costs: Costs) -> list[str]:
     return [*cells, *times, f"{row.hidden:.0%}"]
 
 
-def _step(costs: Costs) -> Iterator[str]:
+def _step(costs: CostModel) -> Iterator[str]:
     found = costs.schedule
     yield ""
     work = f"{format_flops(found.flops)} and {format_bytes(found.bytes)} of memory traffic a call"

@@ -14,8 +14,8 @@ from jax.sharding import PartitionSpec as P
 from txcore.cli import main
 from txcore.profiling import Collective, Report, costs
 from txcore.profiling.cost.memory import Memory, memory_of
+from txcore.profiling.cost.model import Total, by_axis
 from txcore.profiling.cost.text import format_flops, format_seconds
-from txcore.profiling.costs import Total, by_axis
 
 LAYERS, WIDTH, BATCH = 2, 4096, 8192
 PRODUCTS = 2 * LAYERS + LAYERS - 1  # forward, and backward to weights and to inputs but the first
