@@ -21,7 +21,7 @@ def shorten(frames: Iterable[tuple[str, int]]) -> str:
 @functools.cache
 def _roots() -> tuple[str, ...]:
     # The folders of kernels and profiling are links: frames show where they lead.
-    home = os.path.dirname(str(_compat.__file__))
+    home = os.path.dirname(os.path.dirname(str(_compat.__file__)))
     folders = (home, os.path.dirname(jax.__file__))
     linked = (os.path.join(home, name) for name in ("kernels", "profiling"))
     return tuple(os.path.realpath(folder) + os.sep for folder in (*folders, *linked))
