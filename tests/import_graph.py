@@ -1,4 +1,4 @@
-"""The import graph of txcore, read from the source: `python tests/import_graph.py` prints its figures.
+"""The import graph of txcore, read from the source; run as a script it prints its figures.
 
 Lazy imports, and those for type checkers alone, count as all others do.
 """

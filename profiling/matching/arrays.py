@@ -17,17 +17,23 @@ _NOTHING = Shape("", (0,), 0)
 class Unit:
     """One array of a compiled collective.
 
-    op: its op's place in the list of ops.
-    elements: S as in nccl-tests (times n for an all-gather).
-    claims: the tags that it may have, None standing for no tag; of an array that was merged with
-      others, and of which nothing else is left, those of all. `tag` names them.
-    origin, note: what its line says of where it comes from.
-    source, wanted_source: "file.py:12" of itself, and of what uses it.
-    has_own_line: the line speaks of this array alone, not of all that were merged into its op.
-    doubtful: its op was merged with something of the partitioner's, and nothing tells which of
-      its arrays that is.
-    pieces: what it was concatenated from; the program may have done it itself.
-    added: "file.py:12" of one that nobody declared and that was merged into this one, else "".
+    Attributes:
+      op: its op's place in the list of ops.
+      kind: HLO's name of the collective.
+      shape: of the array as sent.
+      elements: S as in nccl-tests (times n for an all-gather).
+      trips: how often its op runs in one call of the program.
+      claims: the tags that it may have, None for no tag. An array that was merged with others,
+        and of which nothing else is left, may have any of theirs.
+      tag: those tags, joined by commas.
+      op_name: its path of scopes.
+      source, wanted_source: "file.py:12" of itself, and of what uses it.
+      origin, note: where its line says that it comes from.
+      has_own_line: whether the line describes this array alone, or all that its op merged.
+      doubtful: whether its op was merged with something of the partitioner's, and nothing tells
+        which of its arrays that is.
+      pieces: what it was concatenated from; the program may have done it itself.
+      added: "file.py:12" of an undeclared one that was merged into this one, else "".
     """
 
     op: int

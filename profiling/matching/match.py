@@ -1,9 +1,8 @@
 """Match the collectives of a compiled program one to one with those that the traced one declares.
 
 Both sides are broken down into single arrays: a `Unit` is one of a compiled op, a `Declared` one
-of a traced equation. Each is used once. A pair has the devices that talk to each other, the kind,
-the tag and the elements in common (elements and not bytes, since compilers promote dtypes). What
-compilers do to a collective is undone from the plain to the rare:
+of a traced equation. Each is used once. The two of a pair agree in devices, kind, tag and number of
+elements (not bytes: compilers promote dtypes). `rules.py` tries the plain forms before the rare:
 
 1. kept as declared, or merged with others into one op (its arrays are told apart)
 2. joined with others into one flat array, or cut into several
@@ -18,30 +17,29 @@ traced one is missing, unless nothing uses it, an equal one does its work, or it
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
 from txcore.profiling.declared.collectives import RESHARD, RESHARD_OF_A_SUM, Declared
 from txcore.profiling.hlo import Op
+from txcore.profiling.matching import rules
 from txcore.profiling.matching.arrays import Unit, size_of, units_of
 from txcore.profiling.matching.fates import fates_of
 from txcore.profiling.matching.origin import UNEXPLAINED
 
-# What may stand in the place of a kind, with the same S: a sum of which a part is used, a sum and
-# a slice of it, each one's part among zeros and a sum, and so on.
-_REWRITTEN = {
-    "all-reduce": ("reduce-scatter",),
-    "reduce-scatter": ("all-reduce",),
-    "all-gather": ("all-reduce", "collective-broadcast"),
-    "collective-broadcast": ("all-reduce", "collective-permute"),
-}
+_MATCHED = ("txcore", "user", "autodiff")
+_SUMS = ("all-reduce", "reduce-scatter")
+_MOVES = ("all-gather", "all-to-all", "collective-permute")
 
 
 @dataclass(frozen=True)
 class Matched:
-    """What was found: `links` has, for each unit, the places of the declarations it carries out.
+    """What was found.
 
-    `fates` are those of the declarations, in their order; see `txcore.profiling.Fate`.
+    Attributes:
+      units: the arrays of the compiled ops.
+      links: of each unit, the places of the declarations that it carries out.
+      fates: of each declaration, in their order; see `txcore.profiling.Fate`.
     """
 
     units: tuple[Unit, ...]
@@ -62,17 +60,13 @@ def match(ops: Sequence[Op], declared: Sequence[Declared], *, marks: bool) -> Ma
     """
     work = _Match(ops, declared)
     certain, doubtful = _by_credibility(declared, work.devices)
-    # What nothing uses and the double of another are mostly dropped. In a shard_map that leaves it
-    # axes, a partitioner that does not mark its work names it as theirs.
+    # Dead and duplicate collectives are usually eliminated, so they are matched last. A partitioner
+    # that does not mark its work, in a shard_map that leaves axes to it, gives what it adds the
+    # names of such collectives: there they are not matched at all.
     has_copies = not marks and not all(declared[i].size_known for i in (*certain, *doubtful))
-    for work.order in (certain,) if has_copies else (certain, doubtful):
-        for rule in _PLAIN:
-            work.join(rule)
-        work.take_apart()
-        work.sum_up()
-        for rule in (_LOOPS, _SHARDED, _REWRITE, _PADDED, *((_UNTAGGED,) if marks else ())):
-            work.join(rule)
-        work.join(_RENAMED, work.units_under_other_names())
+    work.match_declared(certain, marks=marks)
+    if not has_copies:
+        work.match_declared(doubtful, marks=marks)
     work.explain_reshards()
     work.settle_loops()
     work.settle_doubts()
@@ -80,63 +74,6 @@ def match(ops: Sequence[Op], declared: Sequence[Declared], *, marks: bool) -> Ma
     links = tuple(tuple(work.links.get(i, ())) for i in places)
     units = tuple(work.units[i] for i in places)
     return Matched(units, links, fates_of(declared, work.devices, units, links))
-
-
-@dataclass(frozen=True)
-class _Rule:
-    """What a unit (with one of its claims) and a declaration must have in common, to be joined."""
-
-    of_unit: Callable[[Unit, str | None], Hashable]
-    of_declared: Callable[[Declared], Hashable]
-    fits: Callable[[Unit, Declared], bool] = lambda unit, declared: True
-
-
-def _enough_trips(unit: Unit, d: Declared) -> bool:
-    return unit.trips.count <= d.trips or not (unit.trips.known and d.trips_known)
-
-
-_MATCHED = ("txcore", "user", "autodiff")
-_SUMS = ("all-reduce", "reduce-scatter")
-_MOVES = ("all-gather", "all-to-all", "collective-permute")
-
-
-_PLAIN = (
-    _Rule(
-        lambda u, tag: (u.kind, tag, u.size, u.trips.count, u.source),
-        lambda d: (d.kind, d.tag, size_of(d), d.trips, d.source),
-    ),
-    _Rule(
-        lambda u, tag: (u.kind, tag, u.size, u.trips.count),
-        lambda d: (d.kind, d.tag, size_of(d), d.trips),
-    ),
-)
-_LOOPS = _Rule(
-    lambda u, tag: (u.kind, tag, u.size), lambda d: (d.kind, d.tag, size_of(d)), _enough_trips
-)
-_SHARDED = _Rule(
-    lambda u, tag: (u.kind, tag, u.trips.count),
-    lambda d: (d.kind, d.tag, d.trips),
-    lambda u, d: not d.size_known and u.size > 0 and size_of(d) % u.size == 0,
-)
-_REWRITE = _Rule(
-    lambda u, tag: (tag, u.size, u.trips.count),
-    lambda d: (d.tag, size_of(d), d.trips),
-    lambda u, d: u.kind in _REWRITTEN.get(d.kind, ()),
-)
-# XLA for TPU sends rows of 128.
-_PADDED = _Rule(
-    lambda u, tag: (u.kind, tag, u.trips.count),
-    lambda d: (d.kind, d.tag, d.trips),
-    lambda u, d: u.kind == "ragged-all-to-all" and u.size % max(size_of(d), 1) == 0,
-)
-_UNTAGGED = _Rule(
-    lambda u, tag: (u.kind, u.size, u.trips.count, tag is None),
-    lambda d: (d.kind, size_of(d), d.trips, True),
-)
-_RENAMED = _Rule(
-    lambda u, tag: (u.kind, u.size, u.trips.count),
-    lambda d: (d.kind, size_of(d), d.trips),
-)
 
 
 class _Match:
@@ -151,6 +88,19 @@ class _Match:
         self.op_devices = [_number(numbers, op) for op in ops]
         self.devices = [_number(numbers, d) for d in declared]
         self.order: Sequence[int] = ()  # the declarations to consider, the first ones first
+
+    def match_declared(self, order: Sequence[int], *, marks: bool) -> None:
+        """Match these declarations, the first ones first, from the plain rules to the rare."""
+        self.order = order
+        for rule in rules.PLAIN:
+            self.join(rule)
+        self.take_apart()
+        self.sum_up()
+        for rule in (rules.LOOPS, rules.SHARDED, rules.REWRITE, rules.PADDED):
+            self.join(rule)
+        if marks:
+            self.join(rules.UNTAGGED)
+        self.join(rules.RENAMED, self.units_under_other_names())
 
     def open_units(self, origins: Sequence[str] = _MATCHED) -> list[int]:
         """Return the units of these origins that nothing explains yet."""
@@ -175,7 +125,7 @@ class _Match:
         tags = {i: [t for t in self.units[i].claims if t] for i in self.open_units()}
         return [i for i, of in tags.items() if of and not known.intersection(of)]
 
-    def join(self, rule: _Rule, units: Sequence[int] | None = None) -> None:
+    def join(self, rule: rules.Rule, units: Sequence[int] | None = None) -> None:
         """Match one to one what a rule finds equal, among all open units or the given ones."""
         waiting: dict[Hashable, list[int]] = defaultdict(list)
         for i in reversed(self.open_declared()):
@@ -193,7 +143,7 @@ class _Match:
                     break
                 refused.add((*key, u.size, u.trips))
 
-    def _first(self, waiting: list[int], unit: Unit, rule: _Rule) -> int | None:
+    def _first(self, waiting: list[int], unit: Unit, rule: rules.Rule) -> int | None:
         while waiting and self.left[waiting[-1]] <= 0:
             waiting.pop()
         still = (i for i in reversed(waiting) if self.left[i] > 0)
@@ -208,7 +158,7 @@ class _Match:
             start = max(self.units, default=-1) + 1
             pieces[i] = range(max(start, i + 1), max(start, i + 1) + len(unit.pieces))
             self.units |= dict(zip(pieces[i], unit.pieces, strict=True))
-        for rule in (*_PLAIN, _LOOPS):
+        for rule in (*rules.PLAIN, rules.LOOPS):
             self.join(rule)
         for i, unit in flat.items():
             if not any(piece in self.links for piece in pieces[i]):

@@ -1,12 +1,12 @@
-"""Put together what two modules of one program show.
+"""Reconcile what two modules of one program show.
 
-Right after partitioning every collective that anybody asked for, the user or the partitioner, is
-still by itself: that module decides who asked for what. The optimized module shows what is sent,
-after merging, moving and rewriting. So, where the optimized one alone leaves a doubt:
+Right after partitioning each collective stands alone, whether the user or the partitioner asked for
+it: that early module decides who did. The optimized module, after merging, moving and rewriting,
+shows what is sent. Where the optimized module alone leaves a doubt:
 
-- what nobody declared has its origin and line from the early module
-- what nobody declared there, and is not to be seen later, was merged into one that looks declared
-- what matches nothing later, though everything was declared early on, is a rewritten declared one
+- an undeclared collective takes its origin and line from the early module
+- one that is undeclared early and gone later was merged into one that looks declared
+- one that matches nothing later, where all was declared early, is a declared one, rewritten
 """
 
 from collections import defaultdict
