@@ -16,7 +16,7 @@ from txcore.profiling.audit import audit_text as audit_text
 from txcore.profiling.costs import Costs as Costs
 from txcore.profiling.costs import costs as costs
 from txcore.profiling.declared.collectives import Declared as Declared
-from txcore.profiling.gate.hooks import no_auto_collectives as no_auto_collectives
+from txcore.profiling.gate.block import no_auto_collectives as no_auto_collectives
 from txcore.profiling.report import Collective as Collective
 from txcore.profiling.report import Fate as Fate
 from txcore.profiling.report import Part as Part

@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding
 from txcore import _compat
 from txcore.profiling import AutoShardingError, no_auto_collectives
 
-LOG = "txcore.profiling.gate.hooks"
+LOG = "txcore.profiling.gate"
 
 
 def sharded(*dims):

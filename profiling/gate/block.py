@@ -1,0 +1,132 @@
+"""The gate: a block of code in which nothing may be compiled that communicates unasked.
+
+While a block is active, jax's own lowering, compiling and placing of arrays are watched
+(`_compat.compilation_seams`). Each program that this thread compiles is audited against what was
+traced for it, with the verdict of `audit`, before anyone gets it to run. What the block refuses is
+part of jax's key for compiled programs, so that one compiled outside, or under a laxer gate, is
+compiled anew.
+
+| jax   | what the gate cannot tell                                                            |
+|-------|--------------------------------------------------------------------------------------|
+| all   | an already compiled `jax.stages.Compiled` that is called: nothing is compiled. Audit it |
+| all   | threads that the block starts: a gate holds for its own thread                        |
+| all   | arrays fetched to the host (`numpy.asarray`), and uncommitted ones that are placed    |
+
+A program that was lowered before the block comes without its traced one. Then the partitioner's
+mark decides; jax 0.10 has none, so there the gate refuses such a program if it communicates at all.
+"""
+
+import functools
+import inspect
+import threading
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, ParamSpec, TypeVar
+
+from txcore.profiling.gate.hooks import block
+from txcore.profiling.gate.policy import REFUSED
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def no_auto_collectives(*, allow: Iterable[str] = ()) -> "Gate":
+    """Refuse, within a block or a function, every program that communicates unasked.
+
+    Holds for all that the calling thread compiles in the block: jitted functions, single
+    operations on arrays, `lower(...).compile()`, also for targets. What was compiled before is
+    traced and compiled anew, once for each set of refused origins. jax's compilation cache on
+    disk is neither read nor written, which is logged where it would have been used.
+    `jax.device_put` is refused where it sends a committed array's data between devices.
+
+    Blocks nest: what any of them refuses is refused. As a decorator it guards each call. It belongs
+    to one thread from beginning to end, as jax's own contexts do: do not `await` or `yield` in it.
+
+    Args:
+      allow: origins of `Collective.origin` to let through, of "partitioner", "boundary" (a reshard
+        at a shard_map or jit edge), "reshard" (asked for by name, `device_put` too) and "unknown".
+        "txcore", "user", "autodiff" and "opaque" are never refused.
+
+    Returns:
+      The gate, a context manager and decorator that can be used any number of times.
+
+    Raises:
+      AutoShardingError: inside of the block, from the call that compiles (or places) it; its
+        `report` has all the program's collectives.
+      TypeError: `allow` is no set of names; a generator or coroutine function is decorated.
+      ValueError: `allow` names something that is not refused.
+      RuntimeError: this jax's compilation cannot be watched.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> with no_auto_collectives():
+      ...     print(jnp.arange(4).sum())
+      6
+    """
+    if isinstance(allow, str) or not isinstance(allow, Iterable):
+        raise TypeError(
+            f"allow needs a set of origins, but got {allow!r}: write allow={{'reshard'}}"
+        )
+    allowed = tuple(allow)
+    if unknown := [name for name in allowed if name not in REFUSED]:
+        raise ValueError(
+            f"allow needs origins that the gate refuses, of {', '.join(REFUSED)}, but got "
+            f"{', '.join(map(repr, unknown))}: leave it out (txcore, user, autodiff and opaque "
+            "are never refused)"
+        )
+    return Gate(frozenset(REFUSED) - frozenset(allowed))
+
+
+@dataclass(frozen=True)
+class Gate:
+    """A context manager and decorator.
+
+    Attributes:
+      refused: the origins that it does not let through.
+    """
+
+    refused: frozenset[str]
+
+    def __call__(self, function: Callable[P, R]) -> Callable[P, R]:
+        """Return the function with each of its calls in a block of its own."""
+        kinds = (
+            inspect.isgeneratorfunction,
+            inspect.iscoroutinefunction,
+            inspect.isasyncgenfunction,
+        )
+        if not callable(function) or any(is_one(function) for is_one in kinds):
+            raise TypeError(
+                "no_auto_collectives guards a function from its call to its return, but got "
+                f"{function!r}: write 'with no_auto_collectives():' around the calls inside it"
+            )
+
+        @functools.wraps(function)
+        def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
+            with block(self.refused):
+                return function(*args, **kwargs)
+
+        return guarded
+
+    def __enter__(self) -> None:
+        entered = block(self.refused)
+        entered.__enter__()
+        _entered().append(entered)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> bool | None:
+        return _entered().pop().__exit__(kind, error, trace)
+
+
+_thread = threading.local()
+
+
+def _entered() -> list[Any]:
+    """Return the blocks that this thread has entered by `with`, outermost first."""
+    if not hasattr(_thread, "entered"):
+        _thread.entered = []
+    return _thread.entered

@@ -1,0 +1,76 @@
+"""What a gate refuses of a program, and what it says of it."""
+
+import functools
+from typing import Any
+
+import jax
+
+from txcore import _compat
+from txcore.profiling.audit import AutoShardingError
+from txcore.profiling.report import Collective, Report
+
+REFUSED = ("boundary", "partitioner", "reshard", "unknown")
+_MOST_ROWS = 10
+
+
+@functools.cache
+def context() -> Any:
+    """Return jax's context that holds what this thread's blocks refuse: part of all jax's keys."""
+    # Made by the first gate, not by the import: it makes jax trace everything once more.
+    return jax.make_user_context(())
+
+
+def refused() -> tuple[str, ...]:
+    """Return the origins that the blocks of this thread refuse, () outside of any."""
+    return context().value
+
+
+def refuse(report: Report, doing: str) -> None:
+    """Raise where a report has rows whose origin this thread's blocks refuse."""
+    rows = tuple(row for row in report.collectives if _origin(row) in refused())
+    if rows:
+        raise _error(report, _text(rows, doing))
+
+
+def refuse_untraced(report: Report, name: str) -> None:
+    """Raise where nothing can tell the author's collectives from the partitioner's."""
+    if report.checked or not report.collectives or _compat.marks_partitioner():
+        return
+    if "partitioner" in refused():
+        raise _error(
+            report,
+            f"no_auto_collectives needs the traced program of {name} to tell its author's "
+            f"collectives from the partitioner's, which jax {jax.__version__} does not mark, but "
+            "it was lowered outside of the block: lower it inside",
+        )
+
+
+def _error(report: Report, text: str) -> AutoShardingError:
+    error = AutoShardingError(report)
+    error.args = (text,)
+    return error
+
+
+def _origin(row: Collective) -> str:
+    """Return a row's origin; what nothing declares is the partitioner's, whatever its line says."""
+    return row.origin if row.explained or row.origin in REFUSED else "partitioner"
+
+
+def _text(rows: tuple[Collective, ...], doing: str) -> str:
+    from txcore.profiling.report.table import table  # tabulate, which importing must not cost
+
+    more = len(rows) - _MOST_ROWS
+    named = [f"  {row.op or row.kind}: {row.op_name or row.note}" for row in rows[:_MOST_ROWS]]
+    origins = sorted({_origin(row) for row in rows})
+    return "\n".join(
+        [
+            f"no_auto_collectives required that nobody communicates unasked, but {doing} adds "
+            f"{len(rows)}:",
+            *table(rows[:_MOST_ROWS]),
+            *named,
+            *([f"  and {more} more"] if more > 0 else []),
+            "write the communication out (jax.shard_map with txcore's collectives), give the "
+            "arguments and results the shardings that the program wants, or let it through: "
+            f"no_auto_collectives(allow={{{', '.join(map(repr, origins))}}})",
+        ]
+    )
