@@ -7,11 +7,10 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from txcore.train.checkpoints.manifest import CheckpointError
+from txcore.train.checkpoints.manifest import PREFIX, CheckpointError
 
 UNFINISHED = ".orbax-checkpoint-tmp*"  # what orbax appends to a name until all is written
-_PREFIX = "step_"
-_NAME = re.compile(rf"{_PREFIX}([0-9]{{8}}|[1-9][0-9]{{8,}})")  # those that `name` makes
+_NAME = re.compile(rf"{PREFIX}([0-9]{{8}}|[1-9][0-9]{{8,}})")  # those that `name` makes
 _SPARE = 1 << 20  # bytes that a checkpoint takes beside its arrays
 
 
@@ -32,7 +31,7 @@ def absolute(directory: str | os.PathLike[str]) -> Path:
 
 def name(steps: int) -> str:
     """Return the name of the checkpoint after so many steps."""
-    return f"{_PREFIX}{steps:08d}"
+    return f"{PREFIX}{steps:08d}"
 
 
 def is_name(text: str) -> bool:
@@ -42,7 +41,7 @@ def is_name(text: str) -> bool:
 
 def names(directory: Path) -> list[str]:
     """Return the checkpoints in a folder, the newest first."""
-    found = (_NAME.fullmatch(path.name) for path in directory.glob(f"{_PREFIX}*"))
+    found = (_NAME.fullmatch(path.name) for path in directory.glob(f"{PREFIX}*"))
     return [name(n) for n in sorted((int(match[1]) for match in found if match), reverse=True)]
 
 
@@ -75,7 +74,7 @@ def take(directory: Path, *, fresh: bool) -> int:
             f"{directory} has checkpoints already, the newest {found[0]}: resume from it "
             "(resume='auto'), or give another folder"
         )
-    clear(directory, f"{_PREFIX}*")
+    clear(directory, f"{PREFIX}*")
     return lock
 
 

@@ -1,21 +1,41 @@
 """What one checkpoint's folder holds: a file of our own beside orbax's, checked before use."""
 
+import functools
 import hashlib
 import json
-import math
 import os
-from dataclasses import asdict, dataclass, fields, replace
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
+
+from txcore import bounded_json
+from txcore.outside import brief, open_regular, printable, read_regular
+
 NAME = "txcore.json"
+PREFIX = "step_"  # of a checkpoint's folder, before its steps
 FORMAT = "txcore-checkpoint"
 VERSION = 1
 MOST_BYTES = 1 << 26  # of the manifest
 # Those that orbax writes after the last moment at which the manifest can be made.
 _LATE = ("_CHECKPOINT_METADATA", "commit_success.txt")
 _CHUNK = 1 << 20
-_MOST = 1 << 62  # of steps, rows, bytes
+_COUNT = range(10**18)
+_KIND = re.compile(r"([\w<>.:-]{1,64})\[(?:\d{1,18}(?:, \d{1,18}){0,63})?\](?: \d{1,18})?", re.ASCII)
+_SCHEMA = {
+    "position": {
+        **dict.fromkeys(("steps", "epoch", "batch", "rows", "examples"), _COUNT),
+        "seconds": float,
+    },
+    "leaves": [(str, str)],
+    "precision": str,
+    "files": {str: (_COUNT, str)},
+    "versions": {str: str},
+    "metric?": frozenset({None, (str, frozenset({"max", "min"}), float)}),
+}
 
 
 class CheckpointError(RuntimeError):
@@ -120,126 +140,81 @@ def read(folder: Path, *, max_bytes: int = MOST_BYTES) -> Manifest:
     Raises:
       CheckpointError: there is none, or it is too long, damaged or of another format.
     """
+    path = folder / NAME
     try:
-        with open(folder / NAME, "rb") as file:
-            data = file.read(max_bytes + 1)
+        data = read_regular(path, max_bytes)
     except FileNotFoundError:
         raise CheckpointError(f"{folder} has no {NAME}: it is no txcore checkpoint") from None
     except OSError as error:
-        raise CheckpointError(f"{folder / NAME} cannot be read: {error.strerror}") from None
-    if len(data) > max_bytes:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
+    if data is None:
         raise CheckpointError(
-            f"{folder / NAME} is longer than {max_bytes} bytes: that is no manifest that txcore "
+            f"{path} is longer than {max_bytes} bytes: that is no manifest that txcore "
             "wrote; use another checkpoint"
         )
     digest, _, text = data.rstrip(b"\n").partition(b"\n")
     if digest.decode("ascii", "replace") != _sha256(text):
-        raise CheckpointError(f"{folder / NAME} is damaged: its first line is not its SHA-256")
+        raise CheckpointError(f"{path} is damaged: its first line is not its SHA-256")
     try:
-        return _parse(
-            json.loads(
-                text, object_pairs_hook=_each_once, parse_int=_short, parse_constant=_no_number
-            )
-        )
-    except KeyError as error:
-        problem = f"it lacks {error}"
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        problem = str(error)
-    raise CheckpointError(f"{folder / NAME} is no manifest of a checkpoint: {problem}")
+        manifest = _parse(bounded_json.loads(text, _SCHEMA, format=FORMAT, version=VERSION))
+        _check_name(folder.name, manifest.position.steps)
+        return manifest
+    except ValueError as error:
+        raise CheckpointError(f"{path} {error}: use another checkpoint") from None
 
 
-def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in found:  # json alone would keep the last one
-            raise ValueError(f"required each name once, got {_brief(name)} twice")
-        found[name] = value
-    return found
-
-
-def _short(digits: str) -> int:
-    if len(digits) > 18:
-        raise ValueError(f"required numbers of at most 18 digits, got one of {len(digits)}")
-    return int(digits)
-
-
-def _no_number(text: str) -> Any:
-    raise ValueError(f"required finite numbers, got {text}")
-
-
-def _brief(value: Any) -> str:
-    """Quote a value that may be anything: short, and on one line."""
-    text = ascii(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def _parse(data: Any) -> Manifest:
-    data = _typed(data, dict, "the manifest")
-    given = data["format"], data["version"]
-    if type(given[1]) is not int or given != (FORMAT, VERSION):
-        raise ValueError(f"required {FORMAT} {VERSION}, got {' '.join(map(_brief, given))}")
-    position = _typed(data["position"], dict, "position")
-    kinds: dict[str, Any] = {field.name: type(field.default) for field in fields(Position)}
-    at = {name: _count(position[name], kind, name) for name, kind in kinds.items()}
-    leaves = [_texts(leaf, 2, "a leaf") for leaf in _typed(data["leaves"], list, "leaves")]
+def _parse(data: dict[str, Any]) -> Manifest:
+    leaves = tuple(Leaf(*leaf) for leaf in data["leaves"])
+    for path, kind in leaves:
+        _check_kind(path, kind)
+    if len({leaf.path for leaf in leaves}) < len(leaves):
+        raise ValueError("needs each leaf once, got one twice")
+    if len(data["precision"]) > 64 or not _is_dtype(data["precision"]):
+        raise ValueError(f"needs a dtype as precision, got {brief(data['precision'])}")
+    metric = data.get("metric")
     return Manifest(
-        position=Position(**at),
-        leaves=tuple(Leaf(path, kind) for path, kind in leaves),
-        precision=_typed(data["precision"], str, "precision"),
-        files={
-            name: _size_and_digest(found, name)
-            for name, found in _typed(data["files"], dict, "files").items()
-        },
-        versions={
-            name: _typed(version, str, f"version of {_brief(name)}")
-            for name, version in _typed(data["versions"], dict, "versions").items()
-        },
-        metric=_metric(data.get("metric")),
+        position=_position(data["position"]),
+        leaves=leaves,
+        precision=data["precision"],
+        files={name: (size, digest) for name, (size, digest) in data["files"].items()},
+        versions=data["versions"],
+        metric=None if metric is None else Metric(*metric[:2], float(metric[2])),
     )
 
 
-def _metric(given: Any) -> Metric | None:
-    if given is None:
-        return None
-    values = _typed(given, list, "metric")
-    if len(values) != 3:
-        raise ValueError(f"required a name, a mode and a value as metric, got {len(values)} values")
-    name, mode = _texts(values[:2], 2, "name and mode of the metric")
-    value = values[2]
-    is_number = type(value) in (int, float) and abs(value) < math.inf
-    if mode not in ("max", "min") or not is_number:
-        raise ValueError(
-            f"required a metric with 'max' or 'min' and a finite value, got {_brief(given)}"
-        )
-    return Metric(name, mode, float(value))
+def _position(data: dict[str, Any]) -> Position:
+    at = Position(**{**data, "seconds": float(data["seconds"])})
+    if at.seconds < 0:
+        raise ValueError(f"needs seconds of at least 0, got {at.seconds}")
+    if at.batch > at.steps:
+        raise ValueError(f"needs at most its {at.steps} steps as batch of a pass, got {at.batch}")
+    return at
 
 
-def _typed(value: Any, wanted: type, where: str) -> Any:
-    if type(value) is not wanted:  # not isinstance: a bool is no number here
-        raise ValueError(f"required {wanted.__name__} as {where}, got {_brief(value)}")
-    return value
+def _check_kind(path: str, kind: str) -> None:
+    found = _KIND.fullmatch(kind)
+    if found is None or not (found[1].startswith("key<") or _is_dtype(found[1])):
+        raise ValueError(f"needs a dtype and dims of {brief(path)}, got {brief(kind)}")
+    # A state without them reads them all the same, as arrays of what is written here.
+    if path.startswith("loss_scaling.") and (kind != f"{found[1]}[]" or not _is_dtype(found[1])):
+        raise ValueError(f"needs a scalar as {brief(path)}, got {brief(kind)}")
 
 
-def _count(value: Any, kind: type, where: str) -> Any:
-    """Return a number of steps or seconds, where it can be one."""
-    is_one = type(value) is int or (kind is float and type(value) is float)
-    if not is_one or not 0 <= value < _MOST or not math.isfinite(value):
-        raise ValueError(f"required a number of at least 0 as {where}, got {_brief(value)}")
-    return kind(value)
+@functools.lru_cache(256)
+def _is_dtype(name: str) -> bool:
+    try:
+        dtype = jnp.dtype(name)
+    except (TypeError, ValueError, SyntaxError):
+        return False
+    is_number = jnp.issubdtype(dtype, jnp.number) or dtype == jnp.bool_
+    return is_number and str(dtype) == name
 
 
-def _texts(value: Any, number: int, where: str) -> list[str]:
-    listed = _typed(value, list, where)
-    if len(listed) != number:
-        raise ValueError(f"required {number} texts as {where}, got {len(listed)}")
-    return [_typed(text, str, where) for text in listed]
-
-
-def _size_and_digest(value: Any, name: str) -> tuple[int, str]:
-    where = f"size and digest of {_brief(name)}"
-    if len(_typed(value, list, where)) != 2:
-        raise ValueError(f"required two values as {where}, got {len(value)}")
-    return _count(value[0], int, where), _typed(value[1], str, where)
+def _check_name(name: str, steps: int) -> None:
+    """Refuse a checkpoint whose folder is named after other steps than it says."""
+    digits = name.removeprefix(PREFIX)
+    if digits != name and digits.isdecimal() and name != f"{PREFIX}{steps:08d}":
+        raise ValueError(f"needs the steps of its folder, {name}, got {steps}")
 
 
 def verify(folder: Path, manifest: Manifest) -> None:
@@ -249,28 +224,40 @@ def verify(folder: Path, manifest: Manifest) -> None:
       CheckpointError: one is missing, has been added, or holds other bytes; it is named.
     """
     try:
-        found = digests(folder)
+        sizes = {name: path.stat().st_size for name, path in _files(folder)}
+        for name in sorted({*manifest.files, *sizes}):
+            _compare(folder, name, manifest.files.get(name), sizes.get(name))
+        for name, (_, digest) in manifest.files.items():  # as long as was saved, and no longer
+            if _file_sha256(folder / name) != digest:
+                raise _damaged(folder, name, "has other bytes than were saved")
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be read: {error}") from None
-    for name in sorted({*manifest.files, *found}):
-        want, have = manifest.files.get(name), found.get(name)
-        if want == have:
-            continue
-        problem = "has other bytes than were saved"
-        if want is None or have is None:
-            problem = "is missing" if have is None else "was not there when it was saved"
-        elif want[0] != have[0]:
-            problem = f"has {have[0]} bytes, and had {want[0]} when it was saved"
-        raise CheckpointError(f"{folder} is damaged: {name} {problem}")
+
+
+def _compare(folder: Path, name: str, want: tuple[int, str] | None, size: int | None) -> None:
+    if want is None or size is None:
+        raise _damaged(
+            folder, name, "is missing" if size is None else "was not there when it was saved"
+        )
+    if size != want[0]:
+        raise _damaged(folder, name, f"has {size} bytes, and had {want[0]} when it was saved")
+
+
+def _damaged(folder: Path, name: str, problem: str) -> CheckpointError:
+    return CheckpointError(f"{folder} is damaged: {printable(name)} {problem}")
 
 
 def digests(folder: Path) -> dict[str, tuple[int, str]]:
     """Return size and SHA-256 of each file under `folder`, but for those that come late."""
-    return {
-        name: (path.stat().st_size, _file_sha256(path))
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and (name := path.relative_to(folder).as_posix()) not in (*_LATE, NAME)
-    }
+    return {name: (path.stat().st_size, _file_sha256(path)) for name, path in _files(folder)}
+
+
+def _files(folder: Path) -> Iterator[tuple[str, Path]]:
+    """Yield the files of a checkpoint but its manifest; a pipe among them fails to open."""
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if not path.is_dir() and name not in (*_LATE, NAME):
+            yield name, path
 
 
 def difference(saved: tuple[Leaf, ...], own: tuple[Leaf, ...]) -> str | None:
@@ -285,7 +272,7 @@ def difference(saved: tuple[Leaf, ...], own: tuple[Leaf, ...]) -> str | None:
     ]
     if len(texts) > 4:
         texts[3:] = [f"and {len(texts) - 3} more"]
-    return "; ".join(texts) or None
+    return printable("; ".join(texts)) or None
 
 
 def _sha256(data: bytes) -> str:
@@ -294,7 +281,7 @@ def _sha256(data: bytes) -> str:
 
 def _file_sha256(path: Path) -> str:
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
     return digest.hexdigest()

@@ -1,0 +1,75 @@
+"""What comes from outside: files read within bounds, and texts made safe to show."""
+
+import errno
+import os
+import stat
+from typing import IO, Any
+
+
+def printable(text: str) -> str:
+    r"""Write out what cannot be seen, starts a new line, or reorders the text around it.
+
+    Args:
+      text: anything, as found in a file from anywhere.
+
+    Returns:
+      The text with the escapes that `repr` has for such characters; the same where it has none.
+
+    Example:
+      >>> from txcore.outside import printable
+      >>> print(printable("a\x1b[31m\u202eb"))
+      a\x1b[31m\u202eb
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def brief(value: Any, most: int = 80) -> str:
+    """Quote a value of JSON: short, and on one line.
+
+    Example:
+      >>> from txcore.outside import brief
+      >>> brief("a" * 99, 12)
+      "'aaaaaaaa..."
+    """
+    if isinstance(value, list | dict) and value:  # of which the text may be long
+        return f"{'a list' if isinstance(value, list) else 'an object'} of {len(value)}"
+    text = ascii(value[:most] if isinstance(value, str | bytes) else value)
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+def open_regular(path: str | os.PathLike[str]) -> IO[bytes]:
+    """Open a regular file to read; opening never waits, as for a pipe that nobody writes to.
+
+    Raises:
+      OSError: there is none, it may not be read, or it is a pipe, a socket or a device.
+    """
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    try:
+        mode = os.fstat(descriptor).st_mode
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+        if not stat.S_ISREG(mode):
+            text = f"it is {_kind(mode)}, and no regular file"
+            raise OSError(errno.EINVAL, text, path)
+        return open(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def _kind(mode: int) -> str:
+    kinds = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+    return kinds.get(stat.S_IFMT(mode), "a device")
+
+
+def read_regular(path: str | os.PathLike[str], max_bytes: int) -> bytes | None:
+    """Return what is in a regular file, or None where that is more than `max_bytes`.
+
+    Raises:
+      OSError: as `open_regular`.
+    """
+    with open_regular(path) as file:
+        data = file.read(max_bytes + 1)
+    return data if len(data) <= max_bytes else None
