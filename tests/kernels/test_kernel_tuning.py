@@ -216,58 +216,64 @@ def with_entry(**changes):
     return document(entries={"a": dataclasses.asdict(BEST) | changes})
 
 
+TIME = "entries['a']['microseconds']"
 DAMAGED = {
-    "binary": (b"\xff\xfe", "must be text, and is not"),
-    "cut off": (document()[:-3], "must be JSON, and is not (Expecting ',' delimiter"),
-    "empty": ("", "must be JSON, and is not (Expecting value"),
-    "nested": ("[" * 100_000, "must be JSON, and is not ("),
-    "a list": ("[]", 'must have "format": "txcore-tuning", and has not'),
-    "another format": (document(format="x"), 'must have "format": "txcore-tuning", and has not'),
-    "another version": (document(version=2), "must have version 1 for this txcore, and has 2"),
-    "true as version": (document(version=True), "must have version 1 for this txcore, and has Tr"),
-    "no entries": (document(entries=[]), "must have an object as entries, and has []"),
-    "no entry": (document(entries={"a": 1}), "must have an object as entry 'a', and has 1"),
-    "a name twice": ('{"a": 1, "a": 2}', "must have each name once, and has 'a' twice"),
-    "not finite": (
-        with_entry(config={"rows": float("nan")}),
-        "must have finite numbers, and has N",
-    ),
+    "binary": (b"\xff\xfe", "needs text in UTF-8, got other bytes at 0"),
+    "cut off": (document()[:-3], "needs JSON, got other text (Expecting ',' delimiter"),
+    "empty": ("", "needs JSON, got other text (Expecting value"),
+    "nested": ("[" * 100_000, "needs at most 16 levels of brackets, got more"),
+    "a list": ("[]", 'needs an object with "format": "txcore-tuning", got []'),
+    "another format": (document(format="x"), "\"format\": \"txcore-tuning\", got 'x'"),
+    "another version": (document(version=2), "needs version 1 for this txcore, got 2"),
+    "true as version": (document(version=True), "needs version 1 for this txcore, got True"),
+    "a name too many": (document(entry={}), "no name but format, version, entries in the file"),
+    "no entries": (document(entries=[]), "needs an object as entries, got []"),
+    "no entry": (document(entries={"a": 1}), "needs an object as entries['a'], got 1"),
+    "a name twice": ('{"a": 1, "a": 2}', "needs each name once, got 'a' twice"),
+    "not finite": (with_entry(config={"rows": float("nan")}), "needs finite numbers, got NaN"),
     "a field too many": (
         with_entry(more=1),
-        "must have the fields implementation, config, microseconds, jax, machine in entry 'a', and "
-        "has 'config, implementation, jax, machine, microseconds, more'",
+        "needs no name but implementation, config, microseconds, jax, machine in entries['a'], "
+        "got 'more'",
     ),
     "no such kernel": (
         with_entry(implementation="cuda"),
-        "must have one of 'xla', 'pallas', 'triton' as implementation in entry 'a', and has 'cuda'",
+        "needs 'pallas' or 'triton' or 'xla' as entries['a']['implementation'], got 'cuda'",
     ),
-    "an unhashable kernel": (with_entry(implementation=[]), "as implementation in entry 'a', and "),
-    "config": (with_entry(config=[]), "must have an object as config in entry 'a', and has []"),
+    "an unhashable kernel": (with_entry(implementation=[]), "['implementation'], got []"),
+    "config": (with_entry(config=[]), "needs an object as entries['a']['config'], got []"),
     "a config's value": (
         with_entry(config={"rows": [1]}),
-        "must have an integer, text, true, false or null as config 'rows' in entry 'a', and has [",
+        "needs a whole number or null or text or true or false as entries['a']['config']['rows'], "
+        "got a list of 1",
     ),
     "a time of text": (
         with_entry(microseconds={"xla": "1"}),
-        "must have positive numbers as microseconds in entry 'a', and has '1' for 'xla'",
+        f"needs a number as {TIME}['xla'], got '1'",
     ),
-    "a time of zero": (with_entry(microseconds={"xla": 0}), "and has 0 for 'xla'"),
-    "a time of 1e999": (with_entry(microseconds={"xla": 1}).replace(": 1}", ": 1e999}"), "has inf"),
+    "a time of zero": (
+        with_entry(microseconds={"xla": 0}),
+        f"needs positive numbers as {TIME}, got 0 for 'xla'",
+    ),
+    "a time of 1e999": (
+        with_entry(microseconds={"xla": 1}).replace(": 1}", ": 1e999}"),
+        "needs finite numbers, got 1e999",
+    ),
     "what was chosen has no time": (
         with_entry(microseconds={"xla": 1}),
-        "must have microseconds of what it chooses in entry 'a', and has none",
+        f"needs the time of what it chooses in {TIME}, got none",
     ),
-    "jax": (with_entry(jax=11), "must have text as jax in entry 'a', and has 11"),
+    "jax": (with_entry(jax=11), "needs text as entries['a']['jax'], got 11"),
     "a long number": (
         with_entry(microseconds={"xla": 1}).replace(": 1}", f": {'9' * 5000}}}"),
-        "must have numbers of at most 18 digits, and has one of 5000",
+        "needs numbers of at most 18 digits, got one of 5000",
     ),
     "a long name twice": (
         f'{{"{"n" * 999}": 1, "{"n" * 999}": 2}}',
-        f"and has '{'n' * 76}... twice",
+        f"got '{'n' * 76}... twice",
     ),
-    "a long version": (document(version="v" * 999), f"and has '{'v' * 76}..."),
-    "a long machine": (with_entry(machine=["x" * 999]), f"and has ['{'x' * 75}..."),
+    "a long version": (document(version="v" * 999), f"got '{'v' * 76}..."),
+    "a long machine": (with_entry(machine="x" * 999, more=1), "got 'more'"),
 }
 
 
@@ -313,7 +319,7 @@ def test_the_limit_is_an_option(tmp_path):
     path = tmp_path / "tuning.json"
     path.write_text(document())
     assert read(path, max_bytes=path.stat().st_size)
-    with pytest.raises(TuningError, match="must have at most 10 bytes, and is longer"):
+    with pytest.raises(TuningError, match="needs at most 10 bytes, and is longer"):
         read(path, max_bytes=10)
 
 
@@ -321,13 +327,19 @@ def test_a_long_file_is_refused(cache):
     cache.parent.mkdir()
     with open(cache, "wb") as file:
         file.truncate((1 << 24) + 1)
-    with pytest.raises(TuningError, match="must have at most 16777216 bytes, and is longer"):
+    with pytest.raises(TuningError, match="needs at most 16777216 bytes, and is longer"):
         read(cache)
 
 
 def test_a_folder_is_refused(tmp_path):
     with pytest.raises(TuningError, match=r"cannot be read \(Is a directory\)"):
         read(tmp_path)
+
+
+def test_a_pipe_is_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(TuningError, match=r"cannot be read \(it is a pipe, and no regular file\)"):
+        read(tmp_path / "pipe")
 
 
 @pytest.mark.parametrize(

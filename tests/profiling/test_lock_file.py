@@ -91,42 +91,55 @@ def changed(**changes):
     return json.dumps(data)
 
 
+COUNT = "needs a whole number of 0 to 999999999999999999 as targets['cpu:8 data=8']"
+SECTION = '{"format": "txcore-lock", "version": 1, "targets": {"cpu:8": %s}}'
 BAD = {
-    "empty": ("", "is not JSON (Expecting value: line 1 column 1 (char 0))"),
-    "truncated": (TEXT[:300], "is not JSON ("),
-    "a conflict": (TEXT.replace("    },\n", "<<<<<<< HEAD\n"), "is not JSON ("),
-    "not text": (b"\xff\xfe\x00", "is not text"),
-    "nested": ("[" * 200_000, "is not JSON (maximum recursion depth exceeded"),
-    "a list": ("[]", 'is no lock file, which has "format": "txcore-lock"'),
-    "another file": ('{"name": "x"}', "is no lock file"),
+    "empty": ("", "needs JSON, got other text (Expecting value: line 1 column 1 (char 0))"),
+    "truncated": (TEXT[:300], "needs JSON, got other text ("),
+    "a conflict": (TEXT.replace("    },\n", "<<<<<<< HEAD\n"), "needs JSON, got other text ("),
+    "not text": (b"\xff\xfe\x00", "needs text in UTF-8, got other bytes at 0"),
+    "nested": ("[" * 200_000, "needs at most 16 levels of brackets, got more"),
+    "a list": ("[]", 'needs an object with "format": "txcore-lock", got []'),
+    "another file": ('{"name": "x"}', 'with "format": "txcore-lock", got none of that name'),
+    "another format": ('{"format": "x"}', "with \"format\": \"txcore-lock\", got 'x'"),
     "a later version": (TEXT.replace('version": 1', 'version": 2'),
-                        "has version 2, but this txcore reads version 1"),
+                        "needs version 1 for this txcore, got 2"),
     "no targets": ('{"format": "txcore-lock", "version": 1}',
-                   "is damaged: targets is 'None', and no dict"),
-    "a target is no section": ('{"format": "txcore-lock", "version": 1, "targets": {"cpu:8": 3}}',
-                               "target 'cpu:8' is '3', and no dict"),
-    "a section twice": (TEXT.replace("cuda:h100:8", "cpu:8 data=8"), "has 'cpu:8 data=8' twice"),
+                   "needs 'targets' in the file, got none"),
+    "a target is no section": (SECTION % "3", "needs an object as targets['cpu:8'], got 3"),
+    "a section twice": (TEXT.replace("cuda:h100:8", "cpu:8 data=8"), "got 'cpu:8 data=8' twice"),
     "an entry twice": (changed(tag=None, source='a "b"é.py', kind="all-gather", origin="user",
                                axes=["data", "model"], dtype="bfloat16"),
-                       "target 'cpu:8 data=8' has a collective twice"),
-    "a budget of text": (TEXT.replace("2000000", '"2MB"'), "budget 'data' is '2MB', and no int"),
+                       "needs each collective once in targets['cpu:8 data=8'], got 0 again as 1"),
+    "a budget of text": (TEXT.replace("2000000", '"2MB"'),
+                         f"{COUNT}['budgets']['data'], got '2MB'"),
     "no bytes": (changed(payload_bytes=None),
-                 "collective 2 has unknown or lacks payload_bytes"),
-    "unknown field": (changed(wire=3), "collective 2 has unknown or lacks wire"),
-    "negative": (changed(payload_bytes=-1), "payload_bytes is '-1', and no int"),
-    "a fraction": (changed(trips=1.5), "trips is '1.5', and no int"),
-    "a bool": (changed(trips=True), "trips is 'True', and no int"),
-    "not a number": (changed(trips=float("nan")), "NaN is no number of bytes or trips"),
-    "endless": (changed(trips=float("inf")), "Infinity is no number of bytes or trips"),
-    "a version that is a bool": (TEXT.replace('version": 1', 'version": true'), "has version True"),
-    "a name of a line and more": (changed(**{"x" * 10**6 + "\n": 1}), "xxxx..: restore"),
-    "a name of half a character": (changed(**{"\ud800": 1}), "lacks \\ud800"),
-    "axes of numbers": (changed(axes=[1]), "axes is '1', and no str"),
-    "tag and source": (changed(source="a.py"), "needs either a tag or a source"),
-    "neither": (changed(tag=None), "needs either a tag or a source"),
+                 "needs 'payload_bytes' in targets['cpu:8 data=8']['collectives'][1], got none"),
+    "unknown field": (changed(wire=3), "in targets['cpu:8 data=8']['collectives'][1], got 'wire'"),
+    "an unknown name": (TEXT.replace('"targets"', '"budgets": {"data": 0}, "targets"'),
+                        "no name but format, version, targets in the file, got 'budgets'"),
+    "an unknown name of a section": (SECTION % '{"collectives": [], "budget": {"data": 0}}',
+                                     "but budgets, collectives in targets['cpu:8'], got 'budget'"),
+    "negative": (changed(payload_bytes=-1), "['payload_bytes'], got -1"),
+    "a fraction": (changed(trips=1.5), "['trips'], got 1.5"),
+    "a bool": (changed(trips=True), "['trips'], got True"),
+    "not a number": (changed(trips=float("nan")), "needs finite numbers, got NaN"),
+    "endless": (changed(trips=float("inf")), "needs finite numbers, got Infinity"),
+    "endless in digits": (changed(trips=0.125).replace("0.125", "1e400"),
+                          "needs finite numbers, got 1e400"),
+    "a version that is a bool": (TEXT.replace('version": 1', 'version": true'),
+                                 "needs version 1 for this txcore, got True"),
+    "a name of a line and more": (changed(**{"x" * 10**6 + "\n": 1}), "xxxx...: restore"),
+    "a name of half a character": (changed(**{"\ud800": 1}), "got '\\ud800'"),
+    "axes of numbers": (changed(axes=[1]), "needs text as targets['cpu:8 data=8']"
+                        "['collectives'][1]['axes'][0], got 1"),
+    "tag and source": (changed(source="a.py"), "needs either a tag or a source in "
+                       "targets['cpu:8 data=8']['collectives'][1], got both"),
+    "neither": (changed(tag=None), "got neither"),
     "too many digits": (TEXT.replace("400", "4" * 5000),
-                        "has a number of 5000 digits"),
-    "more than any count": (TEXT.replace("400", "4" * 19), "has a number of 19 digits"),
+                        "needs numbers of at most 18 digits, got one of 5000"),
+    "more than any count": (TEXT.replace("400", "4" * 19), "got one of 19"),
+    "many values": ("[" + "[]," * 3_000_000, "needs at most 4000000 commas and brackets"),
 }  # fmt: skip
 
 
@@ -147,6 +160,11 @@ def test_files_that_cannot_be_read(tmp_path):
         read(tmp_path)
     with pytest.raises(LockError, match=r"cannot read .*: No such file or directory"):
         read(tmp_path / "absent.json")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(LockError, match=r"cannot read .*: it is a pipe, and no regular file"):
+        read(tmp_path / "pipe")
+    with pytest.raises(LockError, match=r"cannot read .*: it is a device, and no regular file"):
+        read("/dev/zero")
     big = tmp_path / "big.json"
     with big.open("wb") as file:
         file.truncate((16 << 20) + 1)
@@ -157,6 +175,9 @@ def test_files_that_cannot_be_read(tmp_path):
 HOSTILE = {
     "many names, the last one twice": lambda n: (
         "{" + ",".join(f'"{i}":1' for i in range(n // 12)) + ',"0":1}'
+    ),
+    "many names, each twice": lambda n: (
+        "{" + ",".join(f'"{i}":1' for i in [*range(n // 24)] * 2) + "}"
     ),
     "nested lists": lambda n: "[" * n,
     "nested sections": lambda n: '{"a":' * (n // 5),

@@ -115,12 +115,12 @@ def faults():
             path.read_text().partition("\n")[2].rstrip("\n").replace('"version": 1', '"version": 2')
         )
         path.write_text(f"{manifest._sha256(text.encode())}\n{text}\n")
-        return "is no manifest of a checkpoint: required txcore-checkpoint 1, got "
+        return "needs version 1 for this txcore, got 2: use another checkpoint"
 
     def not_json(folder):
         path = folder / manifest.NAME
         path.write_text(f"{manifest._sha256(b'[' * 100_000)}\n{'[' * 100_000}\n")
-        return "is no manifest of a checkpoint: "
+        return "needs at most 16 levels of brackets, got more: use another checkpoint"
 
     def empty_folder(folder):
         shutil.rmtree(folder)
