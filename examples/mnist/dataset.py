@@ -133,7 +133,7 @@ def _read_mnist(folder: pathlib.Path) -> Dataset:
     if NPZ in found:
         path, arrays = found[NPZ], read_npz(found[NPZ])
         pairs = (
-            _prepare(arrays[x], arrays[y], f"{path}:{x}", f"{path}:{y}")
+            _prepare(arrays.pop(x), arrays[y], f"{path}:{x}", f"{path}:{y}")  # freed once used
             for x, y in (("x_train", "y_train"), ("x_test", "y_test"))
         )
         return Dataset("mnist", *itertools.chain(*pairs))

@@ -19,7 +19,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 
 from files import NAMES, NPZ, locate
-from idx import DataError, data_error
+from idx import DataError, data_error, open_regular
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,7 +154,7 @@ def _check_rest(folder: pathlib.Path) -> None:
 
 def _size_and_md5(path: pathlib.Path) -> tuple[int, str]:
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             data = file.read(max(each.size_bytes for each in FILES.values()) + 1)
     except OSError as error:
         reason = (error.strerror or str(error)).lower()

@@ -4,21 +4,25 @@ The format (https://yann.lecun.com/exdb/mnist): a magic number 0x000008DD, where
 uint8 and DD is the number of dims; the dims, each 4 bytes with the high byte first; the data.
 """
 
+import contextlib
 import gzip
 import io
+import os
 import pathlib
+import stat
 import struct
 import zlib
 from typing import IO
 
 import numpy as np
 
-MAX_ITEMS = 1_000_000
-MAX_SIDE = 28  # pixels: with MAX_ITEMS, no header can ask for more than 784 MB
+MAX_ITEMS = 250_000  # the digits of EMNIST, the most in this form, are 240,000
+MAX_SIDE = 28  # pixels: no header can ask for more than 196 MB, which are 784 MB as float32
 _IMAGES_MAGIC = 0x00000803
 _LABELS_MAGIC = 0x00000801
 _GZIP_MAGIC = b"\x1f\x8b"
 _PIECE_BYTES = 1 << 20
+_OVERHEAD_BYTES = 1 << 17  # of a file, beside its data
 
 
 class DataError(ValueError):
@@ -51,7 +55,7 @@ def read_images(path: str | pathlib.Path) -> np.ndarray:
       path: an IDX file; gzip where the name ends in ".gz".
 
     Returns:
-      uint8 [n, rows, cols] with 1 <= n <= 1,000,000 and rows, cols of 1 to 28 pixels.
+      uint8 [n, rows, cols] with 1 <= n <= 250,000 and rows, cols of 1 to 28 pixels.
 
     Raises:
       DataError: the file cannot be read, is damaged, or is larger than that.
@@ -73,7 +77,7 @@ def read_labels(path: str | pathlib.Path) -> np.ndarray:
       path: an IDX file; gzip where the name ends in ".gz".
 
     Returns:
-      uint8 [n] with 1 <= n <= 1,000,000, of any value.
+      uint8 [n] with 1 <= n <= 250,000, of any value.
 
     Raises:
       DataError: the file cannot be read, is damaged, or is larger than that.
@@ -91,9 +95,10 @@ def read_labels(path: str | pathlib.Path) -> np.ndarray:
 def _read(path: pathlib.Path, magic: int, limits: tuple[int, ...]) -> np.ndarray:
     """Return the array in `path`, reading at most one byte more than its header promises."""
     header_bytes = 4 + 4 * len(limits)
-    shape = _parse_header(path, _contents(path, header_bytes), magic, limits)
+    header = _contents(path, header_bytes, MAX_ITEMS * MAX_SIDE**2)
+    shape = _parse_header(path, header, magic, limits)
     promised = int(np.prod(shape))
-    data = _contents(path, header_bytes + promised + 1)
+    data = _contents(path, header_bytes + promised + 1, promised)
     found = len(data) - header_bytes
     if found != promised:
         raise data_error(
@@ -128,12 +133,19 @@ def _parse_header(
     return tuple(shape)
 
 
-def _contents(path: pathlib.Path, limit: int) -> bytes:
-    """Return the first `limit` bytes of the file, unpacked; fewer where it ends before."""
+def _contents(path: pathlib.Path, limit: int, promised: int) -> bytearray:
+    """Return the first `limit` bytes of the file, unpacked; fewer where it ends before.
+
+    However it is packed, a file is hardly longer than the data that it is said to hold.
+    """
     try:
-        if path.exists() and not path.is_file():  # to open a pipe would wait for its writer
-            raise data_error(path, "a file", "a folder or a device", "give an IDX file's path")
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+        with contextlib.ExitStack() as files:
+            file = files.enter_context(open_regular(path))
+            most = promised + promised // 100 + _OVERHEAD_BYTES  # deflate adds 5 bytes to 65,535
+            if (found := os.fstat(file.fileno()).st_size) > most:
+                raise data_error(path, f"a file of at most {most} bytes", f"{found}", _again(path))
+            if path.suffix == ".gz":
+                return read_up_to(files.enter_context(gzip.GzipFile(fileobj=file)), limit)
             return read_up_to(file, limit)
     except EOFError:
         raise data_error(path, "a whole gzip file", "a truncated one", _again(path)) from None
@@ -146,12 +158,26 @@ def _contents(path: pathlib.Path, limit: int) -> bytes:
         raise data_error(path, "a file to read", reason, "give one that you may read") from None
 
 
-def read_up_to(file: IO[bytes] | io.BufferedIOBase, limit: int) -> bytes:
+def open_regular(path: pathlib.Path) -> IO[bytes]:
+    """Open a regular file to read; a pipe, for whose writer opening would wait, is refused.
+
+    Raises:
+      DataError: it is a folder, a pipe or a device.
+      OSError: it cannot be opened.
+    """
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise data_error(path, "a file", "a folder, a pipe or a device", "give a file's path")
+    return open(descriptor, "rb")
+
+
+def read_up_to(file: IO[bytes] | io.BufferedIOBase, limit: int) -> bytearray:
     """Return up to `limit` bytes, holding no more than there are, whatever the limit is."""
     data = bytearray()
     while piece := file.read(min(_PIECE_BYTES, limit - len(data))):
         data += piece
-    return bytes(data)
+    return data
 
 
 def _again(path: pathlib.Path) -> str:

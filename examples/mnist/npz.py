@@ -4,6 +4,7 @@ A zip archive of NumPy files: x_train.npy and x_test.npy, uint8 [n, 28, 28]; y_t
 y_test.npy, [n] (https://numpy.org/doc/stable/reference/generated/numpy.lib.format.html).
 """
 
+import os
 import pathlib
 import re
 import struct
@@ -11,7 +12,7 @@ import zipfile
 import zlib
 
 import numpy as np
-from idx import MAX_ITEMS, MAX_SIDE, DataError, data_error, read_up_to
+from idx import MAX_ITEMS, MAX_SIDE, DataError, data_error, open_regular, read_up_to
 
 MAX_BYTES = 1 << 26  # of the file: Keras' has 11.5 MB, the same uncompressed 55 MB
 ARRAYS = ("x_train", "y_train", "x_test", "y_test")
@@ -33,7 +34,7 @@ def read_npz(path: str | pathlib.Path) -> dict[str, np.ndarray]:
 
     Returns:
       By name, x_train and x_test uint8 [n, rows, cols], y_train and y_test [n] of integers, with
-      1 <= n <= 1,000,000 and rows, cols of 1 to 28 pixels.
+      1 <= n <= 250,000 and rows, cols of 1 to 28 pixels.
 
     Raises:
       DataError: the file cannot be read, is damaged or of another form, or is larger than that.
@@ -48,12 +49,13 @@ def read_npz(path: str | pathlib.Path) -> dict[str, np.ndarray]:
     """
     path = pathlib.Path(path)
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise data_error(
-                path, f"at most {MAX_BYTES} bytes", "more", "give the four IDX files instead"
-            )
-        with zipfile.ZipFile(path) as archive:
-            return {name: _array(path, archive, name) for name in ARRAYS}
+        with open_regular(path) as file:
+            if os.fstat(file.fileno()).st_size > MAX_BYTES:
+                raise data_error(
+                    path, f"at most {MAX_BYTES} bytes", "more", "give the four IDX files instead"
+                )
+            with zipfile.ZipFile(file) as archive:
+                return {name: _array(path, archive, name) for name in ARRAYS}
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise data_error(path, "a file to read", reason, "give one that you may read") from None

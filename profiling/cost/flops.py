@@ -19,7 +19,7 @@ from txcore.profiling.hlo.graph import Scope, operand_names
 _DOTS = ("dot", "ragged-dot", "scaled-dot")
 _CONTRACTED = re.compile(r"\blhs_contracting_dims=\{([\d,\s]*)\}")
 _BLAS_CONTRACTED = re.compile(r'"lhs_contracting_dimensions":\[([\d",\s]*)\]')
-_LABELS = re.compile(r"\bdim_labels=([\w?]+)_([\w?]+)->([\w?]+)")
+_LABELS = re.compile(r"\bdim_labels=([a-z\d?]++)_([a-z\d?]++)->([a-z\d?]++)")
 _WINDOW = re.compile(r"\bwindow=\{([^{}]*)\}")
 _GROUPS = r"\b{}_group_count=(\d+)"
 _PALLAS_ESTIMATE = re.compile(r'"cost_estimate":\{"flops":"(\d+)"')

@@ -25,7 +25,7 @@ _FREE_CALLS = ("ConcatBitcast", "AllocateBuffer", "CreateBuffer", "AssumeGatherI
 _SLICES = ("dynamic-slice", "slice", "gather")
 _RENAMES = ("bitcast", "reshape", "copy", "get-tuple-element")
 
-_ARRAY = re.compile(r"[a-z]\w*\[[^\[\]]*\](?:\{([^{}]*)\})?")
+_ARRAY = re.compile(r"(?<!\w)[a-z]\w*+\[[^\[\]]*+\](?:\{([^{}]*)\})?")
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,7 +28,7 @@ _DTYPES: dict[str, tuple[str, int]] = {
     **{f"u{bits}": (f"uint{bits}", bits) for bits in (1, 2, 4, 8, 16, 32, 64)},
 }
 # float8_e4m3fn prints as f8e4m3fn, float4_e2m1fn as f4e2m1fn.
-_SMALL_FLOAT = re.compile(r"f([468])(e\d+m\d+\w*)")
+_SMALL_FLOAT = re.compile(r"f([468])(e\d++m\d\w*+)")
 _ARRAY = re.compile(r"(?<!\w)([a-z]\w*+)\[([^\[\]]*+)\]")
 
 

@@ -4,6 +4,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from txcore.outside import printable
 from txcore.profiling.lock.diff import Change, compare, lines
 from txcore.profiling.lock.file import dumps, read, write
 from txcore.profiling.lock.model import Lock, LockError, lock_of, target_of
@@ -48,7 +49,7 @@ def check(path: str | os.PathLike[str], report: Report, *, exact: bool = False) 
     locks = read(path)
     target = target_of(report)
     if target not in locks:
-        has = ", ".join(sorted(locks)) or "none"
+        has = printable(", ".join(sorted(locks))) or "none"
         raise LockError(f"{path} has no section {target!r} (it has: {has}): lock this target first")
     if not report.ok:
         return Outcome(False, True, str(report))

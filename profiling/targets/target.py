@@ -12,6 +12,8 @@ from jax.sharding import AxisType, Mesh
 from txcore.profiling.targets.chips import CHIPS, Chip
 from txcore.profiling.targets.devices import cpu_devices, gpu_devices, tpu_devices, tpu_grid
 
+MOST_DEVICES = 1 << 16  # each is described to the compiler
+_DIGITS = 9
 _FORMS = "'tpu:v5p:16x16x16', 'cuda:h100:64x8' (hosts x GPUs) or 'cpu:8'"
 
 
@@ -104,12 +106,12 @@ def parse_target(text: str) -> Target:
     if platform == "cpu" and len(rest) == 1:
         return Target(text, platform, _shape(text, rest[0], 1))
     if platform not in CHIPS or len(rest) != 2:
-        raise ValueError(f"a target needs to be as {_FORMS}, got {text!r}")
+        raise ValueError(f"a target needs to be as {_FORMS}, got {text[:60]!r}")
     name, sizes = rest
     chip = CHIPS[platform].get(name)
     if chip is None:
         known = ", ".join(f"{platform}:{name}" for name in CHIPS[platform])
-        raise ValueError(f"the target {text!r} names no known chip: use one of {known}")
+        raise ValueError(f"the target {text[:60]!r} names no known chip: use one of {known}")
     if platform == "cuda":
         return Target(text, platform, _hosts(text, sizes, chip), chip)
     shape = _shape(text, sizes, chip.links // 2)  # a torus has two links along each dim
@@ -133,10 +135,16 @@ def _hosts(text: str, sizes: str, chip: Chip) -> tuple[int, ...]:
 
 def _shape(text: str, sizes: str, dims: int) -> tuple[int, ...]:
     parts = sizes.split("x")
-    if len(parts) != dims or not all(part.isdecimal() and int(part) for part in parts):
+    numbers = [int(p) for p in parts if p.isdecimal() and len(p) <= _DIGITS]
+    if len(parts) != dims or len(numbers) != dims or not all(numbers):
         needed = "x".join("ABC"[:dims]) if dims > 1 else "N"
         raise ValueError(
-            f"the target {text!r} needs a shape {needed} of positive numbers, got {sizes!r}: "
+            f"the target {text[:60]!r} needs a shape {needed} of positive numbers, got {sizes[:40]!r}: "
             f"write targets as {_FORMS}"
         )
-    return tuple(int(part) for part in parts)
+    if math.prod(numbers) > MOST_DEVICES:
+        raise ValueError(
+            f"the target {text!r} has {math.prod(numbers)} devices, but at most {MOST_DEVICES} "
+            "can be compiled for: use a smaller shape"
+        )
+    return tuple(numbers)

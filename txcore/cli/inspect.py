@@ -1,11 +1,15 @@
 """`txcore inspect`: the collectives of a compiled program."""
 
 import argparse
+import errno
+import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 from txcore.cli.errors import BadInput, BadUsage, first_line
 from txcore.cli.load import add_program, compile_factory, path, positive
 from txcore.cli.output import show
+from txcore.outside import read_regular
 
 if TYPE_CHECKING:
     from txcore.profiling import Report
@@ -18,7 +22,7 @@ def add(commands: Any) -> None:
     parser = commands.add_parser("inspect", help="list the collectives of a compiled program")
     add_program(parser, optional=True)
     parser.add_argument(
-        "--hlo", type=path, metavar="FILE", help="read this text of compiled HLO instead"
+        "--hlo", type=path, metavar="FILE", help="read this text of compiled HLO instead, - for stdin"
     )
     parser.add_argument(
         "--after-spmd",
@@ -29,7 +33,7 @@ def add(commands: Any) -> None:
         "--against",
         type=path,
         metavar="FILE",
-        help="show what changed since this text of compiled HLO",
+        help="show what changed since this text of compiled HLO, - for stdin",
     )
     parser.add_argument("--html", type=path, metavar="FILE", help="write the report as a page, too")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
@@ -73,6 +77,8 @@ def _check(options: argparse.Namespace) -> None:
         raise BadUsage("--after-spmd is for MODULE:FACTORY: a file holds one stage of a program")
     if options.hlo is None and options.against is None and options.max_bytes is not None:
         raise BadUsage("--max-bytes is for --hlo FILE and --against FILE, and there is none")
+    if options.hlo == options.against == "-":
+        raise BadUsage("--hlo and --against cannot both be - (stdin): name a file for one of them")
     if options.json and options.against is not None:
         raise BadUsage("--against is for people: compare the reports of two --json runs instead")
 
@@ -100,15 +106,23 @@ def _of_file(options: argparse.Namespace, file: str) -> "Report":
 
 def _read_text(name: str, most_bytes: int) -> str:
     try:
-        with open(name, "rb") as file:
-            data = file.read(most_bytes + 1)
-        if len(data) > most_bytes:
-            raise BadInput(f"{name} is longer than {most_bytes} bytes: raise --max-bytes")
+        data = _stdin(most_bytes) if name == "-" else read_regular(name, most_bytes)
+    except OSError as error:
+        reason = error.strerror or error
+        raise BadInput(f"cannot read {name}: {reason}: give a file, or - for stdin") from None
+    if data is None:
+        raise BadInput(f"{name} is longer than {most_bytes} bytes: raise --max-bytes")
+    try:
         return data.decode()
     except UnicodeDecodeError:
         raise BadInput(f"{name} is not text: give it HLO as text (xla_dump_hlo_as_text)") from None
-    except OSError as error:
-        raise BadInput(f"cannot read {name}: {error.strerror or error}") from None
+
+
+def _stdin(most_bytes: int) -> bytes | None:
+    if sys.stdin is None:  # closed by who started us
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+    data = sys.stdin.buffer.read(most_bytes + 1)
+    return data if len(data) <= most_bytes else None
 
 
 def _of_factory(options: argparse.Namespace) -> "Report":

@@ -22,14 +22,18 @@ if TYPE_CHECKING:  # the real imports are in the functions: `txcore --help` must
     from txcore.profiling.targets import Target
 
 
+_DIGITS = 18
+
+
 def axes(text: str) -> dict[str, int]:
     """Read "data=2,model=2", as the type of an option."""
     found: dict[str, int] = {}
     for part in text.split(","):
         name, equals, size = part.strip().partition("=")
-        if not (name.isidentifier() and equals and size.isdecimal() and int(size)) or name in found:
+        is_size = size.isdecimal() and len(size) <= _DIGITS and int(size) > 0
+        if not (name.isidentifier() and equals and is_size) or name in found:
             raise argparse.ArgumentTypeError(
-                f"needs axes with sizes, each once, as data=2,model=2, but got {text!r}"
+                f"needs axes with sizes, each once, as data=2,model=2, but got {text[:80]!r}"
             )
         found[name] = int(size)
     return found
@@ -37,9 +41,20 @@ def axes(text: str) -> dict[str, int]:
 
 def positive(text: str) -> int:
     """Read a number of at least 1, as the type of an option."""
+    if text.isdecimal() and len(text) > _DIGITS:
+        raise argparse.ArgumentTypeError(f"needs at most {_DIGITS} digits, but got {len(text)}")
     if not (text.isdecimal() and int(text)):
-        raise argparse.ArgumentTypeError(f"needs a number of at least 1, but got {text!r}")
+        raise argparse.ArgumentTypeError(f"needs a number of at least 1, but got {text[:80]!r}")
     return int(text)
+
+
+def devices(text: str) -> int:
+    """Read a number of simulated devices, as the type of an option."""
+    from txcore.profiling.targets.target import MOST_DEVICES
+
+    if (number := positive(text)) > MOST_DEVICES:
+        raise argparse.ArgumentTypeError(f"needs at most {MOST_DEVICES} devices, but got {number}")
+    return number
 
 
 def path(text: str) -> str:
@@ -66,7 +81,7 @@ def add_program(parser: argparse.ArgumentParser, *, optional: bool = False) -> N
     )
     parser.add_argument("--mesh", type=axes, metavar="data=2,model=2", help="the mesh's axes")
     where = parser.add_mutually_exclusive_group()
-    where.add_argument("--devices", type=positive, metavar="N", help="simulate N CPU devices")
+    where.add_argument("--devices", type=devices, metavar="N", help="simulate N CPU devices")
     where.add_argument(
         "--target",
         metavar="T",

@@ -4,7 +4,6 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice, product
 
 from txcore.profiling.report.html.figures import AxisSet, axis_sets, over
 from txcore.profiling.report.html.markup import Html, el, join
@@ -83,8 +82,8 @@ def mesh_section(report: Report) -> Html:
 def _axis(name: str, size: int) -> _Axis:
     """Choose how many devices a square holds: a divisor of the size where one will do."""
     least = -(-size // _MOST_SQUARES)
-    steps = (step for step in range(least, size // 8 + 1) if size % step == 0)
-    step = next(steps, least)
+    squares = next((n for n in range(_MOST_SQUARES, 7, -1) if size % n == 0), None)
+    step = least if size <= _MOST_SQUARES or squares is None else size // squares
     return _Axis(name, size, -(-size // step), step)
 
 
@@ -238,12 +237,24 @@ def _groups(mesh: Sequence[tuple[str, int]], sets: _Sets, first: int) -> Html:
 
 
 def _members(mesh: Sequence[tuple[str, int]], axes: Sequence[str]) -> str:
-    """Name the places in the mesh, in row-major order, of the first group along some axes."""
-    stride, ranges = 1, []
+    """Name the places in the mesh, in row-major order, of the first group along some axes.
+
+    The few are computed, and the others never listed: there may be a billion.
+    """
+    stride, along = 1, []  # size and stride of each of the axes, the minor one first
     for name, size in reversed(mesh):
         if name in axes:
-            ranges.append(range(0, size * stride, stride))
+            along.append((size, stride))
         stride *= size
-    few = [str(sum(steps)) for steps in islice(product(*reversed(ranges)), 4)]
-    last = str(sum(steps[-1] for steps in ranges))
+    size = math.prod(size for size, _ in along)
+    few = [str(_member(number, along)) for number in range(min(size, 4))]
+    last = str(_member(size - 1, along))
     return ", ".join(few) if last in few else f"{', '.join(few[:3])}, …, {last}"
+
+
+def _member(number: int, along: Sequence[tuple[int, int]]) -> int:
+    place = 0
+    for size, stride in along:
+        number, step = divmod(number, size)
+        place += step * stride
+    return place
