@@ -20,6 +20,7 @@ import json
 import math
 import re
 import types
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -116,8 +117,8 @@ def _check_size(text: str, most_values: int, deepest: int) -> None:
 def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):  # json alone would keep the last one
-        seen: set[str] = set()
-        twice = next(name for name, _ in pairs if name in seen or seen.add(name))
+        times = Counter(name for name, _ in pairs)
+        twice = next(name for name in times if times[name] > 1)
         raise JsonError(f"needs each name once, got {brief(twice)} twice")
     return found
 

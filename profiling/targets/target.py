@@ -139,8 +139,8 @@ def _shape(text: str, sizes: str, dims: int) -> tuple[int, ...]:
     if len(parts) != dims or len(numbers) != dims or not all(numbers):
         needed = "x".join("ABC"[:dims]) if dims > 1 else "N"
         raise ValueError(
-            f"the target {text[:60]!r} needs a shape {needed} of positive numbers, got {sizes[:40]!r}: "
-            f"write targets as {_FORMS}"
+            f"the target {text[:60]!r} needs a shape {needed} of positive numbers, got "
+            f"{sizes[:40]!r}: write targets as {_FORMS}"
         )
     if math.prod(numbers) > MOST_DEVICES:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Files that commands read: regular ones, or stdin where it is asked for; nothing waits for ever."""
+"""Files that commands read: regular ones, or stdin where it is asked for; nothing waits."""
 
 import io
 import os
@@ -13,7 +13,7 @@ from txcore import cli
 HLO = """HloModule m, num_partitions={0}
 ENTRY %e (x: f32[8]) -> f32[8] {{
   %x = f32[8]{{0}} parameter(0)
-  ROOT %r = f32[8]{{0}} all-reduce(%x), channel_id=1, replica_groups={{}}, use_global_device_ids=true
+  ROOT %r = f32[8]{{0}} all-reduce(%x), channel_id=1, replica_groups={{}}
 }}
 """
 
@@ -34,7 +34,7 @@ REFUSED = {
     "a device": (["inspect", "--hlo", "/dev/zero"], "it is a device, and no regular file"),
     "against": (["inspect", "--hlo", "m.hlo", "--against", "pipe"], f"cannot read pipe: {NO_FILE}"),
     "both": (["inspect", "--hlo", "-", "--against", "-"], "cannot both be - (stdin): name a file"),
-    "a lock": (["lock", "check", "sine.py:build", "--file", "pipe"], f"cannot read pipe: {NO_FILE}"),
+    "a lock": (["lock", "check", "sine.py:build", "--file", "pipe"], NO_FILE),
     "a lock to write": (["lock", "update", "sine.py:build", "--file", "pipe"], NO_FILE),
     "a factory": (["inspect", "pipe.py:build"], "there is no file pipe.py"),
     "tuning": (["tune", "dense", "--cache", "pipe"], f"cannot be read ({NO_FILE})"),

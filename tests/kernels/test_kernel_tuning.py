@@ -223,7 +223,7 @@ DAMAGED = {
     "empty": ("", "needs JSON, got other text (Expecting value"),
     "nested": ("[" * 100_000, "needs at most 16 levels of brackets, got more"),
     "a list": ("[]", 'needs an object with "format": "txcore-tuning", got []'),
-    "another format": (document(format="x"), "\"format\": \"txcore-tuning\", got 'x'"),
+    "another format": (document(format="x"), '"format": "txcore-tuning", got \'x\''),
     "another version": (document(version=2), "needs version 1 for this txcore, got 2"),
     "true as version": (document(version=True), "needs version 1 for this txcore, got True"),
     "a name too many": (document(entry={}), "no name but format, version, entries in the file"),

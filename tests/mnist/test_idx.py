@@ -176,8 +176,9 @@ def test_no_file(tmp_path):
 
 def test_a_folder_and_a_pipe(tmp_path):
     os.mkfifo(tmp_path / "pipe")
+    text = "required a file, found a folder, a pipe or a device; give a file's path"
     for path in (tmp_path, tmp_path / "pipe"):
-        with pytest.raises(idx.DataError, match="required a file, found a folder, a pipe or a device"):
+        with pytest.raises(idx.DataError, match=text):
             idx.read_images(path)
 
 

@@ -64,7 +64,8 @@ def characters(item):
         return ["a", " "]
     if op == "in":
         if str(value[0][0]).lower() == "negate":
-            known = re.compile(f"[{re.escape(''.join(c for x in value[1:] for c in characters(x)))}]")
+            refused = "".join(c for x in value[1:] for c in characters(x))
+            known = re.compile(f"[{re.escape(refused)}]")
             return [c for c in 'a7 ,("\\{[:=' if not known.match(c)][:5]
         return [c for x in value for c in characters(x)]
     return []

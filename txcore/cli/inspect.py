@@ -22,7 +22,7 @@ def add(commands: Any) -> None:
     parser = commands.add_parser("inspect", help="list the collectives of a compiled program")
     add_program(parser, optional=True)
     parser.add_argument(
-        "--hlo", type=path, metavar="FILE", help="read this text of compiled HLO instead, - for stdin"
+        "--hlo", type=path, metavar="FILE", help="read this text of compiled HLO (- for stdin)"
     )
     parser.add_argument(
         "--after-spmd",
@@ -33,7 +33,7 @@ def add(commands: Any) -> None:
         "--against",
         type=path,
         metavar="FILE",
-        help="show what changed since this text of compiled HLO, - for stdin",
+        help="show what changed since this text of compiled HLO (- for stdin)",
     )
     parser.add_argument("--html", type=path, metavar="FILE", help="write the report as a page, too")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")

@@ -24,7 +24,9 @@ MOST_BYTES = 1 << 26  # of the manifest
 _LATE = ("_CHECKPOINT_METADATA", "commit_success.txt")
 _CHUNK = 1 << 20
 _COUNT = range(10**18)
-_KIND = re.compile(r"([\w<>.:-]{1,64})\[(?:\d{1,18}(?:, \d{1,18}){0,63})?\](?: \d{1,18})?", re.ASCII)
+_KIND = re.compile(
+    r"([\w<>.:-]{1,64})\[(?:\d{1,18}(?:, \d{1,18}){0,63})?\](?: \d{1,18})?", re.ASCII
+)
 _SCHEMA = {
     "position": {
         **dict.fromkeys(("steps", "epoch", "batch", "rows", "examples"), _COUNT),
@@ -178,7 +180,7 @@ def _parse(data: dict[str, Any]) -> Manifest:
         precision=data["precision"],
         files={name: (size, digest) for name, (size, digest) in data["files"].items()},
         versions=data["versions"],
-        metric=None if metric is None else Metric(*metric[:2], float(metric[2])),
+        metric=None if metric is None else Metric(metric[0], metric[1], float(metric[2])),
     )
 
 
