@@ -108,8 +108,8 @@ def _read_text(name: str, most_bytes: int) -> str:
     try:
         data = _stdin(most_bytes) if name == "-" else read_regular(name, most_bytes)
     except OSError as error:
-        reason = error.strerror or error
-        raise BadInput(f"cannot read {name}: {reason}: give a file, or - for stdin") from None
+        do = ": give a file, or - for stdin" if error.errno == errno.EINVAL else ""
+        raise BadInput(f"cannot read {name}: {error.strerror or error}{do}") from None
     if data is None:
         raise BadInput(f"{name} is longer than {most_bytes} bytes: raise --max-bytes")
     try:
