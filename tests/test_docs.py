@@ -11,12 +11,12 @@ import shlex
 import subprocess
 import sys
 
-import download
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import train
+from data import download
 from docs_cases import (
     BLOCK,
     LANGUAGES,

@@ -3,7 +3,7 @@
 import argparse
 import hashlib
 
-from dataset import Dataset
+from data.dataset import Dataset
 
 from txcore import launch
 from txcore.launch import preflight

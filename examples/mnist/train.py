@@ -25,8 +25,8 @@ import agreement  # noqa: E402
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import models  # noqa: E402
-from batches import batches_per_epoch, epoch_batches  # noqa: E402
-from dataset import NAMES, Dataset, load  # noqa: E402
+from data.batches import batches_per_epoch, epoch_batches  # noqa: E402
+from data.dataset import NAMES, Dataset, load  # noqa: E402
 
 import txcore as tx  # noqa: E402
 from txcore import kernels, launch  # noqa: E402

@@ -8,14 +8,13 @@ import re
 import subprocess
 import sys
 
-import batches
 import curves
-import dataset
 import jax
 import models
 import numpy as np
 import pytest
 import train
+from data import batches, dataset
 from processes import finish, free_port
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]

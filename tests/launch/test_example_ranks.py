@@ -8,10 +8,10 @@ import sys
 import threading
 
 import agreement
-import dataset
 import numpy as np
 import pytest
 import train
+from data import dataset
 from processes import finish, free_port
 from watch_fakes import Coordinator
 

@@ -3,13 +3,8 @@
 import doctest
 
 import agreement
-import batches
-import dataset
-import download
-import files
-import idx
-import npz
 import pytest
+from data import batches, dataset, download, files, idx, npz
 
 MODULES = [agreement, batches, dataset, download, files, idx, npz]
 

@@ -1,7 +1,5 @@
 """Download MNIST, once, whole and checked.
 
-    python examples/mnist/download.py --data-dir data/mnist
-
 Y. LeCun, C. Cortes, C. Burges: The MNIST database of handwritten digits (1998).
 """
 
@@ -18,8 +16,8 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 
-from files import NAMES, NPZ, locate
-from idx import DataError, data_error
+from data.files import NAMES, NPZ, locate
+from data.idx import DataError, data_error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -275,7 +273,3 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     print(f"MNIST is in {folder}")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
