@@ -11,6 +11,7 @@ import shlex
 import subprocess
 import sys
 
+import cli
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -165,7 +166,7 @@ def test_relative_links_exist(page):
 
 def test_flags_in_the_mnist_readme_are_those_of_the_script(capsys):
     with pytest.raises(SystemExit):
-        train.parse(["--help"])
+        cli.parse(["--help"])
     there = set(re.findall(r"--[a-z][a-z-]+", capsys.readouterr().out)) - {"--help", "--no-audit"}
     table = re.findall(r"^\| `(--[a-z-]+)", (ROOT / PAGES[1]).read_text(), re.MULTILINE)
     assert set(table) == there

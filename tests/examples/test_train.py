@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 
+import cli
 import curves
 import jax
 import models
@@ -205,8 +206,8 @@ def test_home_is_expanded_in_paths(tmp_path, monkeypatch):
     """`--results=~/x` reaches the script as it is; a folder named ~ is nobody's wish."""
     monkeypatch.setenv("HOME", str(tmp_path))
     names = ("results", "log_dir", "checkpoint_dir", "data_dir")
-    args = train.parse([f"--{name.replace('_', '-')}=~/{name}" for name in names])
-    train.check(args)
+    args = cli.parse([f"--{name.replace('_', '-')}=~/{name}" for name in names])
+    cli.check(args)
     assert [getattr(args, name) for name in names] == [str(tmp_path / name) for name in names]
 
 

@@ -4,9 +4,9 @@ import doctest
 
 import agreement
 import pytest
-from data import batches, dataset, download, files, idx, npz
+from data import batches, dataset, download, feed, files, idx, npz
 
-MODULES = [agreement, batches, dataset, download, files, idx, npz]
+MODULES = [agreement, batches, dataset, download, feed, files, idx, npz]
 
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda m: m.__name__)
