@@ -68,7 +68,7 @@ def audit(
     Example:
       >>> import jax.numpy as jnp
       >>> print(audit(jnp.sin, jnp.ones(3)))
-      proof: no collective in the program
+      proved: no collective in the program
       >>> def build(mesh):
       ...     rows = jax.sharding.NamedSharding(mesh, P("data"))
       ...     return jnp.cumsum, (jax.ShapeDtypeStruct((8,), jnp.float32, sharding=rows),)

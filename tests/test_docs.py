@@ -88,7 +88,7 @@ def test_make_target(page, line, shown, tmp_path, monkeypatch, capsys):
 
 def test_the_proof_is_shown_after_make_mnist():
     shown = next(shown for page, line, shown in MAKE if (page, line) == (PAGES[0], "make mnist"))
-    assert "\nproof: " in shown
+    assert "\nproved: " in shown
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -113,7 +113,7 @@ def test_commands_of_several_processes(page, tmp_path):
     codes, outputs, _ = zip(*finish(*processes, deadline_s=300), strict=True)
     assert codes == (0,) * len(lines), outputs
     assert f"{len(lines)} process(es)" in outputs[0]
-    assert "proof: " in outputs[0]
+    assert "proved: " in outputs[0]
 
 
 @pytest.mark.parametrize("page", sorted({row[0] for row in COMMANDS if row[1][:7] == "txcore "}))
@@ -125,7 +125,7 @@ def test_minimal_example():
     done = run(sys.executable, "-W", "error", "examples/minimal_dp.py")
     assert done.returncode == 0, done.stderr
     shown = [s for _, line, s in COMMANDS if line == "python examples/minimal_dp.py"]
-    assert "proof: 1 collective" in done.stdout
+    assert "proved: 1 collective" in done.stdout
     assert_shown("\n".join(shown), done.stdout)
 
 

@@ -92,7 +92,7 @@ def lock_of(report: Report) -> Lock:
       [('all-reduce', ('data',), 16)]
     """
     if not report.ok:
-        raise LockError(f"only a program that is proved can be locked: {report.verdict()}")
+        raise LockError(f"a lock needs a program whose audit has not failed: {report.verdict()}")
     if not report.checked:
         raise LockError(
             "a lock needs a report that was compared with its traced program, but this one is of "
