@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from txcore.errors import TxcoreError
+
 _FORMAT = "txcore-tuning"
 _VERSION = 1
 _MOST_BYTES = 1 << 24
@@ -16,7 +18,7 @@ _MOST_DIGITS = 18
 _IMPLEMENTATIONS = ("xla", "pallas", "triton")
 
 
-class TuningError(ValueError):
+class TuningError(TxcoreError, ValueError):
     """A tuning file cannot be used; says which, what was required, what was found, what to do."""
 
 

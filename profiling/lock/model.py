@@ -10,11 +10,12 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
+from txcore.errors import TxcoreError
 from txcore.profiling.declared.collectives import Declared
 from txcore.profiling.report import Collective, Report
 
 
-class LockError(ValueError):
+class LockError(TxcoreError, ValueError):
     """A lock file, or a report to be locked, cannot be used; its text is one line."""
 
 

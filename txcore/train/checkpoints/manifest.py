@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from txcore.errors import TxcoreError
+
 NAME = "txcore.json"
 FORMAT = "txcore-checkpoint"
 VERSION = 1
@@ -18,7 +20,7 @@ _CHUNK = 1 << 20
 _MOST = 1 << 62  # of steps, rows, bytes
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(TxcoreError, RuntimeError):
     """A checkpoint cannot be made or used; says which, why, and what to do."""
 
 
