@@ -40,7 +40,7 @@ import txcore as tx
 COMMANDS = commands("bash")
 ON_TARGETS = commands("bash targets")
 # What users do not make themselves: the examples of MeshSpec and create_state show them, or errors.
-MADE_BY_OTHERS = {"CheckpointError", "ProcessGroup", "TrainState"}
+MADE_BY_OTHERS = {"CheckpointError", "DeviceGroup", "TrainState"}
 MODULES = [m.name for m in pkgutil.walk_packages(tx.__path__, "txcore.")]
 
 

@@ -416,7 +416,7 @@ def test_as_optax_refuses_what_it_cannot_do():
 
 SAID = {
     "sgd(0.1)": tx.optim.sgd(0.1),
-    "sgd(<schedule>, momentum=0.9, nesterov=True)": tx.optim.sgd(
+    "sgd(<function>, momentum=0.9, nesterov=True)": tx.optim.sgd(
         tx.optim.constant(0.1), momentum=0.9, nesterov=True
     ),
     "adamw(0.001, weight_decay=0.1, decay_mask='*/w', clip_norm=1.0)": tx.optim.adamw(

@@ -10,6 +10,7 @@ from txcore import kernels
 from txcore.kernels.common import checks
 from txcore.optim import clipping, optimizer, rules
 from txcore.optim.schedules import Schedule, as_schedule
+from txcore.printing import format_call
 
 
 def adamw(
@@ -85,7 +86,7 @@ def adamw(
         )
         return params, {"m": m, "v": v}
 
-    text = optimizer.describe(
+    text = format_call(
         "adamw",
         learning_rate,
         b1=(b1, 0.9),

@@ -230,12 +230,6 @@ def claim_whole(op: str, grads: Any, remedy: str) -> Any:
     return jax.tree_util.tree_map_with_path(one, grads)
 
 
-def describe(name: str, rate: Any, **options: Any) -> str:
-    """Write how an optimizer was made; `options` are pairs of what was given and the default."""
-    given = [f"{key}={value!r}" for key, (value, usual) in options.items() if value != usual]
-    return f"{name}({', '.join(['<schedule>' if callable(rate) else repr(rate), *given])})"
-
-
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path): jnp.shape(leaf) for path, leaf in leaves}

@@ -32,11 +32,8 @@ def mask_leaves(op: str, option: str, mask: Mask | None, params: Any) -> list[bo
     names = leaf_names(params)
     if mask is None:
         return [True] * len(names)
-    if isinstance(mask, str):
-        mask = (mask,)
-    if _is_rules(mask):
-        chosen = match_rules(op, mask, names)
-        return [rule is not None for rule in chosen]
+    if wanted := _as_rules(mask):
+        return [rule is not None for rule in match_rules(op, wanted, names)]
     tree = mask(params) if callable(mask) else mask
     try:
         whole = jax.tree.map(lambda one, part: jax.tree.map(lambda _: one, part), tree, params)
@@ -103,5 +100,8 @@ def shown(names: Sequence[str]) -> str:
     return ", ".join(map(repr, names[:_SHOWN])) + more
 
 
-def _is_rules(mask: Any) -> bool:
-    return isinstance(mask, list | tuple) and all(isinstance(rule, str) for rule in mask)
+def _as_rules(mask: Any) -> tuple[str, ...]:
+    """Return the path rules that a mask is made of; none where it is something else."""
+    rules = (mask,) if isinstance(mask, str) else mask
+    is_rules = isinstance(rules, list | tuple) and all(isinstance(rule, str) for rule in rules)
+    return tuple(rules) if is_rules else ()

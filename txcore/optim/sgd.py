@@ -10,6 +10,7 @@ from txcore import kernels
 from txcore.kernels.common import checks
 from txcore.optim import clipping, optimizer, rules
 from txcore.optim.schedules import Schedule, as_schedule
+from txcore.printing import format_call
 
 
 def sgd(
@@ -81,7 +82,7 @@ def sgd(
         params, velocity = optimizer.update_leaves("sgd", updates, params, grads, velocity)
         return params, {"velocity": velocity} if momentum else {}
 
-    text = optimizer.describe(
+    text = format_call(
         "sgd",
         learning_rate,
         momentum=(momentum, 0.0),
