@@ -285,6 +285,12 @@ class Report:
 
         write_html(self, path, other)
 
+    def _repr_html_(self) -> str:
+        from txcore.profiling.report.html.notebook import frame
+        from txcore.profiling.report.html.page import to_html
+
+        return frame(to_html(self), self.verdict())
+
     def __str__(self) -> str:
         from txcore.profiling.report.table import table  # tabulate, which importing must not cost
 
