@@ -443,7 +443,7 @@ class Engine:
           mesh: the target's axes and their sizes, `{"data": 512}`; needed with `target`.
 
         Returns:
-          A `txcore.profiling.Report`; `report.ok` is the proof.
+          A `txcore.profiling.Report`; `report.status` is the answer.
 
         Raises:
           ValueError: no such target, or a mesh that does not fit it or the plan.
