@@ -105,10 +105,10 @@ def block(lib, mesh):
         loss, grads = jax.value_and_grad(loss_of)(lib.vary(w, "data"), x)
         grads = lib.reduce_scatter(grads, "data", name="grads")
         momentum = jax.tree.map(lambda m, g: 0.9 * m + g / DEVICES, momentum, grads)
-        rank = lax.axis_index("data")
+        index = lax.axis_index("data")
 
         def update(leaf, m):
-            mine = lax.dynamic_slice_in_dim(leaf, rank * len(m), len(m))
+            mine = lax.dynamic_slice_in_dim(leaf, index * len(m), len(m))
             return mine - 0.1 * m
 
         parts = jax.tree.map(update, lib.vary(w, "data"), momentum)

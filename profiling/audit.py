@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from txcore import _compat
+from txcore.errors import TxcoreError
 from txcore.profiling import meshes
 from txcore.profiling.declared.collectives import Declared, inventory, is_one_shard_map, meshes_of
 from txcore.profiling.declared.divergence import divergences
@@ -23,7 +24,7 @@ from txcore.profiling.report import Report
 MOST_BYTES = 1 << 28  # of a text from elsewhere
 
 
-class AutoShardingError(AssertionError):
+class AutoShardingError(TxcoreError, AssertionError):
     """A program has collectives that nobody asked for, or lacks some that were; holds `report`."""
 
     def __init__(self, report: Report):
@@ -68,7 +69,7 @@ def audit(
     Example:
       >>> import jax.numpy as jnp
       >>> print(audit(jnp.sin, jnp.ones(3)))
-      proof: no collective in the program
+      proved: no collective in the program
       >>> def build(mesh):
       ...     rows = jax.sharding.NamedSharding(mesh, P("data"))
       ...     return jnp.cumsum, (jax.ShapeDtypeStruct((8,), jnp.float32, sharding=rows),)

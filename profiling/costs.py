@@ -23,6 +23,11 @@ class Costs(CostModel):
 
         return "\n".join(lines(self))
 
+    def _repr_html_(self) -> str:
+        from txcore.profiling.report.html.notebook import lines
+
+        return lines(f"{self}\n\n{self.report.verdict()}")
+
 
 def costs(
     fn: Callable[..., Any],

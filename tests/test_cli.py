@@ -76,12 +76,12 @@ def write(tmp_path, primitive):
 
 def test_a_clean_program_exits_0(factories, capsys):
     assert cli.main(["inspect", "cli_factories:sine"]) == 0
-    assert capsys.readouterr().out == "proof: no collective in the program\n"
+    assert capsys.readouterr().out == "proved: no collective in the program\n"
 
 
 def test_an_explicit_program_on_a_mesh_exits_0(factories, capsys):
     assert cli.main(["inspect", "cli_factories:explicit", "--mesh", "data=2,model=2"]) == 0
-    assert "proof: 1 collective, 64 B payload a call" in capsys.readouterr().out
+    assert "proved: 1 collective, 64 B payload a call" in capsys.readouterr().out
 
 
 def test_an_automatic_program_exits_1(factories, capsys):
@@ -111,7 +111,7 @@ def test_after_partitioning(factories, capsys):
 
 def test_a_page_beside_the_table(factories, capsys):
     assert cli.main(["inspect", "cli_factories:sine", "--html", "page.html"]) == 0
-    assert capsys.readouterr().out == "proof: no collective in the program\n"
+    assert capsys.readouterr().out == "proved: no collective in the program\n"
     assert "no collective in the program" in pathlib.Path("page.html").read_text()
 
 
@@ -244,8 +244,9 @@ def test_what_changed_since_an_earlier_program(tmp_path, capsys):
     arguments = ["inspect", "--hlo", after, "--against", before, "--mesh", "data=2,model=2"]
     assert cli.main([*arguments, "--html", str(page)]) == 1
     out = capsys.readouterr().out
-    table, changes = out.split("since the earlier program:\n")
-    assert "proof FAILED" in table
+    changes, table = out.removeprefix("since the earlier program:\n").split("\n\n")
+    assert table.splitlines()[0] == "failed"
+    assert table.splitlines()[-1].startswith("failed: 1 of 1 collective unexplained")
     assert changes.count("all-reduce") == 2  # the one that came, and the one that went
     assert "partitioner" in page.read_text()
 

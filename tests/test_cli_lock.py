@@ -95,12 +95,12 @@ def test_what_is_not_proved_is_neither_locked_nor_passed(capsys):
     mesh = ["--mesh", "data=8", "--file", "f.json"]
     code, out, _ = lock(capsys, "update", "lock_factories:automatic", *mesh)
     assert code == 1
-    assert "proof FAILED: 1 of 1 collective unexplained" in out
+    assert "failed: 1 of 1 collective unexplained" in out
     assert not pathlib.Path("f.json").exists()
     lock(capsys, "update", "lock_factories:step", *mesh)
     code, out, _ = lock(capsys, "check", "lock_factories:automatic", *mesh)
     assert code == 1
-    assert "proof FAILED: 1 of 1 collective unexplained" in out
+    assert "failed: 1 of 1 collective unexplained" in out
 
 
 @pytest.mark.parametrize(

@@ -11,12 +11,13 @@ import shlex
 import subprocess
 import sys
 
-import download
+import cli
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import train
+from data import download
 from docs_cases import (
     BLOCK,
     LANGUAGES,
@@ -39,7 +40,7 @@ import txcore as tx
 COMMANDS = commands("bash")
 ON_TARGETS = commands("bash targets")
 # What users do not make themselves: the examples of MeshSpec and create_state show them, or errors.
-MADE_BY_OTHERS = {"CheckpointError", "ProcessGroup", "TrainState"}
+MADE_BY_OTHERS = {"CheckpointError", "DeviceGroup", "TrainState"}
 MODULES = [m.name for m in pkgutil.walk_packages(tx.__path__, "txcore.")]
 
 
@@ -87,7 +88,7 @@ def test_make_target(page, line, shown, tmp_path, monkeypatch, capsys):
 
 def test_the_proof_is_shown_after_make_mnist():
     shown = next(shown for page, line, shown in MAKE if (page, line) == (PAGES[0], "make mnist"))
-    assert "\nproof: " in shown
+    assert "\nproved: " in shown
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -112,7 +113,7 @@ def test_commands_of_several_processes(page, tmp_path):
     codes, outputs, _ = zip(*finish(*processes, deadline_s=300), strict=True)
     assert codes == (0,) * len(lines), outputs
     assert f"{len(lines)} process(es)" in outputs[0]
-    assert "proof: " in outputs[0]
+    assert "proved: " in outputs[0]
 
 
 @pytest.mark.parametrize("page", sorted({row[0] for row in COMMANDS if row[1][:7] == "txcore "}))
@@ -124,7 +125,7 @@ def test_minimal_example():
     done = run(sys.executable, "-W", "error", "examples/minimal_dp.py")
     assert done.returncode == 0, done.stderr
     shown = [s for _, line, s in COMMANDS if line == "python examples/minimal_dp.py"]
-    assert "proof: 1 collective" in done.stdout
+    assert "proved: 1 collective" in done.stdout
     assert_shown("\n".join(shown), done.stdout)
 
 
@@ -165,7 +166,7 @@ def test_relative_links_exist(page):
 
 def test_flags_in_the_mnist_readme_are_those_of_the_script(capsys):
     with pytest.raises(SystemExit):
-        train.parse(["--help"])
+        cli.parse(["--help"])
     there = set(re.findall(r"--[a-z][a-z-]+", capsys.readouterr().out)) - {"--help", "--no-audit"}
     table = re.findall(r"^\| `(--[a-z-]+)", (ROOT / PAGES[1]).read_text(), re.MULTILINE)
     assert set(table) == there

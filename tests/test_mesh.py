@@ -1,4 +1,4 @@
-"""MeshSpec and Plan: ranks and groups against hand-written index arithmetic, and every refusal."""
+"""MeshSpec and Plan: positions and groups against hand-written arithmetic, and refusals."""
 
 import re
 
@@ -28,7 +28,7 @@ def test_shape_and_size(cube):
     assert cube.shape == {"data": 2, "pipe": 2, "model": 2}
     assert cube.size == 8
     assert cube.devices == jax.devices()[::-1]
-    assert repr(cube) == "MeshSpec('data': 2, 'pipe': 2, 'model': 2, cpu x 8)"
+    assert repr(cube) == "MeshSpec(axes=('data', 'pipe', 'model'), shape=(2, 2, 2), 8 x cpu)"
 
 
 def test_default_is_one_data_axis_over_all_devices():
@@ -46,9 +46,9 @@ def test_one_axis_may_be_a_plain_string():
 
 
 @pytest.mark.parametrize("number", range(8))
-def test_rank_and_coordinates(cube, number):
+def test_position_and_coordinates(cube, number):
     device = jax.devices()[::-1][number]
-    assert cube.rank(device) == number
+    assert cube.position(device) == number
     assert cube.coordinates(device) == {
         "data": number // 4,
         "pipe": number // 2 % 2,
@@ -56,8 +56,8 @@ def test_rank_and_coordinates(cube, number):
     }
 
 
-def test_rank_of_this_process_is_its_first_device_here(cube):
-    assert cube.rank() == 0
+def test_position_of_this_process_is_its_first_device_here(cube):
+    assert cube.position() == 0
     assert cube.coordinates() == {"data": 0, "pipe": 0, "model": 0}
 
 
@@ -77,27 +77,27 @@ def test_replica_groups(cube, axis):
 @pytest.mark.parametrize("number", range(8))
 def test_group(cube, axis, number):
     stride = {"data": 4, "pipe": 2, "model": 1}[axis]
-    rank = number // stride % 2
-    first = number - rank * stride
-    other = first + (1 - rank) * stride
+    index = number // stride % 2
+    first = number - index * stride
+    other = first + (1 - index) * stride
     group = cube.group(axis, cube.devices[number])
-    assert group == tx.ProcessGroup(axis, 2, rank, (first, first + stride), other, other)
+    assert group == tx.DeviceGroup(axis, 2, index, (first, first + stride), other, other)
 
 
 def test_neighbours_close_the_ring():
     mesh = tx.MeshSpec(jax.devices(), axes=("data", "model"), shape=(2, 4))
-    for rank, (left, right) in enumerate([(3, 1), (0, 2), (1, 3), (2, 0)]):
-        group = mesh.group("model", mesh.devices[4 + rank])
+    for index, (left, right) in enumerate([(3, 1), (0, 2), (1, 3), (2, 0)]):
+        group = mesh.group("model", mesh.devices[4 + index])
         assert (group.previous, group.next) == (4 + left, 4 + right)
-        assert group.rank == rank
+        assert group.index == index
 
 
 def test_alone_each_device_is_its_own_neighbour():
     group = tx.MeshSpec(jax.devices()[:1]).group("data")
-    assert group == tx.ProcessGroup("data", 1, 0, (0,), 0, 0)
+    assert group == tx.DeviceGroup("data", 1, 0, (0,), 0, 0)
 
 
-def test_sharding_places_rows_by_rank(cube):
+def test_sharding_places_rows_by_index(cube):
     x = np.arange(24.0, dtype=np.float32).reshape(4, 6)
     placed = jax.device_put(x, cube.sharding(("data", "pipe"), "model"))
     for shard in placed.addressable_shards:
@@ -170,16 +170,17 @@ def test_unknown_axis(cube, ask):
 def test_device_outside_the_mesh():
     inside, outside = jax.devices()[:2]
     mesh = tx.MeshSpec([inside])
-    for ask in (mesh.rank, mesh.coordinates, lambda device: mesh.group("data", device)):
-        with says(ValueError, f"{outside} is not in MeshSpec('data': 1, cpu x 1)"):
+    for ask in (mesh.position, mesh.coordinates, lambda device: mesh.group("data", device)):
+        with says(ValueError, f"{outside} is not in MeshSpec(axes=('data',), shape=(1,), 1 x cpu)"):
             ask(outside)
 
 
 def test_process_without_a_device_in_the_mesh(monkeypatch):
     mesh = tx.MeshSpec(jax.devices()[:2])
     monkeypatch.setattr(jax, "process_index", lambda: 1)
-    with says(ValueError, "process 1 has no device in MeshSpec('data': 2, cpu x 2): name a device"):
-        mesh.rank()
+    text = "MeshSpec(axes=('data',), shape=(2,), 2 x cpu)"
+    with says(ValueError, f"process 1 has no device in {text}: name a device"):
+        mesh.position()
 
 
 # Plans
@@ -280,3 +281,18 @@ def test_top_key():
     assert top_key((key,)) == "x"
     assert top_key((position, key)) == ""
     assert top_key(()) == ""
+
+
+def test_old_names_warn_and_say_the_new_ones():
+    mesh = tx.MeshSpec(jax.devices()[:2])
+    with pytest.warns(DeprecationWarning, match=r"^ProcessGroup is now DeviceGroup, since a"):
+        assert tx.ProcessGroup is tx.DeviceGroup
+    with pytest.warns(DeprecationWarning, match=r"^MeshSpec.rank is now MeshSpec.position, since"):
+        assert mesh.rank(mesh.devices[1]) == 1
+    with pytest.warns(DeprecationWarning, match=r"^DeviceGroup.rank is now DeviceGroup.index, si"):
+        assert mesh.group("data", mesh.devices[1]).rank == 1
+
+
+def test_a_name_that_never_was_is_none():
+    with pytest.raises(AttributeError, match="module 'txcore' has no attribute 'Nothing'"):
+        _ = tx.Nothing

@@ -7,6 +7,7 @@ Importing it starts no backend.
 
 from txcore import collectives as collectives
 from txcore import kernels as kernels
+from txcore import mesh as mesh
 from txcore import optim as optim
 from txcore import testing as testing
 from txcore.collectives import all_gather as all_gather
@@ -24,10 +25,11 @@ from txcore.collectives import pvary as pvary
 from txcore.collectives import reduce_scatter as reduce_scatter
 from txcore.collectives import shift as shift
 from txcore.collectives import vary as vary
+from txcore.errors import TxcoreError as TxcoreError
 from txcore.launch import barrier as barrier
 from txcore.launch import initialize as initialize
+from txcore.mesh import DeviceGroup as DeviceGroup
 from txcore.mesh import MeshSpec as MeshSpec
-from txcore.mesh import ProcessGroup as ProcessGroup
 from txcore.parallel import batch_moments as batch_moments
 from txcore.parallel import example_mean as example_mean
 from txcore.parallel import grad as grad
@@ -47,3 +49,9 @@ from txcore.train import loggers as loggers
 from txcore.train import step_fn as step_fn
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> object:
+    if name == "ProcessGroup":  # for one release
+        return mesh.__getattr__(name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

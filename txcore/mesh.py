@@ -1,6 +1,11 @@
-"""Meshes of devices with named axes, and the process groups along them."""
+"""Meshes of devices with named axes, and the groups of devices along them.
+
+A *rank* is a process. A device has a *position* in the mesh, counted in row-major order, and an
+*index* along each of its axes.
+"""
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,15 +15,21 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 
 @dataclass(frozen=True)
-class ProcessGroup:
-    """The devices along one axis that share every other coordinate, seen from one of them."""
+class DeviceGroup:
+    """The devices along one axis that share every other index, seen from one of them."""
 
     axis: str
     size: int
-    rank: int  # of this device along the axis
+    index: int  # of this device along the axis
     members: tuple[int, ...]  # positions in the mesh, row-major; the axis's replica group
     previous: int  # position of the left neighbour; the ring is closed
     next: int  # position of the right neighbour
+
+    @property
+    def rank(self) -> int:
+        """The old name of `index`."""
+        _warn("DeviceGroup.rank", "DeviceGroup.index")
+        return self.index
 
 
 class MeshSpec:
@@ -39,7 +50,7 @@ class MeshSpec:
       >>> mesh.shape
       {'data': 2, 'model': 2}
       >>> mesh.group("model", jax.devices()[2])
-      ProcessGroup(axis='model', size=2, rank=0, members=(2, 3), previous=3, next=3)
+      DeviceGroup(axis='model', size=2, index=0, members=(2, 3), previous=3, next=3)
     """
 
     def __init__(
@@ -62,8 +73,8 @@ class MeshSpec:
             )
 
     def __repr__(self) -> str:
-        axes = ", ".join(f"{a!r}: {n}" for a, n in self.shape.items())
-        return f"MeshSpec({axes}, {self.devices[0].device_kind} x {self.size})"
+        axes, shape = tuple(self.shape), tuple(self.shape.values())
+        return f"MeshSpec(axes={axes}, shape={shape}, {self.size} x {self.devices[0].device_kind})"
 
     @property
     def shape(self) -> dict[str, int]:
@@ -72,12 +83,12 @@ class MeshSpec:
 
     @property
     def size(self) -> int:
-        """World size: the number of devices."""
+        """The number of devices."""
         return self.mesh.size
 
     @property
     def devices(self) -> list[jax.Device]:
-        """The devices, row-major; a device's place in it is its global rank."""
+        """The devices, row-major: each at its position."""
         return list(self.mesh.devices.flat)
 
     def sharding(self, *spec: str | tuple[str, ...] | None) -> NamedSharding:
@@ -90,8 +101,12 @@ class MeshSpec:
         """
         return NamedSharding(self.mesh, PartitionSpec(*spec))
 
-    def rank(self, device: jax.Device | None = None) -> int:
-        """Return a device's global rank (by default, of this process's first device here)."""
+    def position(self, device: jax.Device | None = None) -> int:
+        """Return a device's position (by default, of this process's first device here).
+
+        Raises:
+          ValueError: the device, or any of this process, is not in the mesh.
+        """
         devices = self.devices
         if device is None:
             mine = jax.process_index()
@@ -102,31 +117,34 @@ class MeshSpec:
             raise ValueError(f"{device} is not in {self!r}")
         return devices.index(device)
 
+    def rank(self, device: jax.Device | None = None) -> int:
+        """Return `position(device)`, by its old name."""
+        _warn("MeshSpec.rank", "MeshSpec.position")
+        return self.position(device)
+
     def coordinates(self, device: jax.Device | None = None) -> dict[str, int]:
-        """Return a device's rank along each axis (by default, this process's first device)."""
-        place = np.unravel_index(self.rank(device), self.mesh.devices.shape)
+        """Return a device's index along each axis (by default, this process's first device)."""
+        place = np.unravel_index(self.position(device), self.mesh.devices.shape)
         return {a: int(i) for a, i in zip(self.mesh.axis_names, place, strict=True)}
 
-    def group(self, axis: str, device: jax.Device | None = None) -> ProcessGroup:
-        """Return the process group of a device along `axis`.
+    def group(self, axis: str, device: jax.Device | None = None) -> DeviceGroup:
+        """Return the group of devices along `axis` that a device belongs to.
 
         Raises:
           ValueError: the mesh has no such axis, or the device is not in it.
         """
         self.check_axis(axis)
-        rank = self.coordinates(device)[axis]
-        groups = (g for g in self.replica_groups(axis) if self.rank(device) in g)
-        members = next(groups)
+        index, position = self.coordinates(device)[axis], self.position(device)
+        members = next(group for group in self.replica_groups(axis) if position in group)
         size = len(members)
-        return ProcessGroup(
-            axis, size, rank, members, members[(rank - 1) % size], members[(rank + 1) % size]
-        )
+        left, right = members[(index - 1) % size], members[(index + 1) % size]
+        return DeviceGroup(axis, size, index, members, left, right)
 
     def replica_groups(self, axis: str) -> tuple[tuple[int, ...], ...]:
-        """Return the global ranks that communicate along `axis`, group by group."""
+        """Return the positions of the devices that communicate along `axis`, group by group."""
         self.check_axis(axis)
-        ranks = np.arange(self.size).reshape(self.mesh.devices.shape)
-        last = np.moveaxis(ranks, self.mesh.axis_names.index(axis), -1)
+        positions = np.arange(self.size).reshape(self.mesh.devices.shape)
+        last = np.moveaxis(positions, self.mesh.axis_names.index(axis), -1)
         return tuple(tuple(map(int, row)) for row in last.reshape(-1, self.shape[axis]))
 
     def check_axis(self, axis: str, needed_by: str = "") -> None:
@@ -138,6 +156,18 @@ class MeshSpec:
                 f"{needs} mesh axis {axis!r}, but the mesh's axes are {names}: use one of them, "
                 f"or name the axis in MeshSpec(axes=...)"
             )
+
+
+def __getattr__(name: str) -> object:
+    if name == "ProcessGroup":
+        _warn("ProcessGroup", "DeviceGroup")
+        return DeviceGroup
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _warn(old: str, new: str) -> None:
+    text = f"{old} is now {new}, since a rank is a process: use that; {old} goes in version 0.3"
+    warnings.warn(text, DeprecationWarning, stacklevel=3)
 
 
 def _check_names(axes: Sequence[str]) -> tuple[str, ...]:

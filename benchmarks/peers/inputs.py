@@ -8,7 +8,7 @@ from typing import Any
 
 import models
 import numpy as np
-from dataset import load
+from data.dataset import load
 
 
 def global_batches(

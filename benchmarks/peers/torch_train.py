@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from dataset import load
+from data.dataset import load
 from torch.nn.parallel import DistributedDataParallel
 from torch_worker import Net, image_tensor
 

@@ -3,7 +3,7 @@
 import argparse
 import hashlib
 
-from dataset import Dataset
+from data.dataset import Dataset
 
 from txcore import launch
 from txcore.launch import preflight
@@ -16,7 +16,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     """Refuse arguments that differ between the ranks, each by its flag.
 
     Args:
-      args: what `train.parse` returns.
+      args: what `cli.parse` returns.
 
     Raises:
       launch.MismatchError: they differ; every rank raises it alike.

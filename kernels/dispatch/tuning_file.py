@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from txcore import bounded_json
+from txcore.errors import TxcoreError
 from txcore.outside import brief, read_regular
 
 _FORMAT = "txcore-tuning"
@@ -22,7 +23,7 @@ _ENTRY = {
 _SCHEMA = {"entries": {str: _ENTRY}}
 
 
-class TuningError(ValueError):
+class TuningError(TxcoreError, ValueError):
     """A tuning file cannot be used; says which, what was required, what was found, what to do."""
 
 

@@ -5,10 +5,11 @@ import math
 import re
 from dataclasses import dataclass
 
+from txcore.errors import TxcoreError
 from txcore.profiling.hlo.scan import without_comments
 
 
-class HloError(ValueError):
+class HloError(TxcoreError, ValueError):
     """A line of HLO text that looks like a collective and cannot be read."""
 
 

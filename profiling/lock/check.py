@@ -19,6 +19,14 @@ class Outcome:
     changed: bool
     text: str
 
+    def __str__(self) -> str:
+        return self.text
+
+    def _repr_html_(self) -> str:
+        from txcore.profiling.report.html.notebook import lines
+
+        return lines(self.text)
+
 
 def check(path: str | os.PathLike[str], report: Report, *, exact: bool = False) -> Outcome:
     """Compare a program with its lock file.

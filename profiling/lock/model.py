@@ -10,11 +10,12 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
+from txcore.errors import TxcoreError
 from txcore.profiling.declared.collectives import Declared
 from txcore.profiling.report import Collective, Report
 
 
-class LockError(ValueError):
+class LockError(TxcoreError, ValueError):
     """A lock file, or a report to be locked, cannot be used; its text is one line."""
 
 
@@ -92,7 +93,7 @@ def lock_of(report: Report) -> Lock:
       [('all-reduce', ('data',), 16)]
     """
     if not report.ok:
-        raise LockError(f"only a program that is proved can be locked: {report.verdict()}")
+        raise LockError(f"a lock needs a program whose audit has not failed: {report.verdict()}")
     if not report.checked:
         raise LockError(
             "a lock needs a report that was compared with its traced program, but this one is of "

@@ -5,3 +5,4 @@ from txcore.profiling.report.report import Fate as Fate
 from txcore.profiling.report.report import Part as Part
 from txcore.profiling.report.report import PlanLine as PlanLine
 from txcore.profiling.report.report import Report as Report
+from txcore.profiling.report.report import Status as Status

@@ -5,18 +5,20 @@ import json
 import os
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from txcore.profiling.declared.collectives import Declared
 from txcore.profiling.declared.divergence import Divergence
 from txcore.profiling.declared.kernels import KernelUse, kernels_line
 from txcore.profiling.report.printable import printable
 
+Status = Literal["proved", "not proved", "failed"]
 _NAMED_IN_VERDICT = 3
 MOST = 10**18  # bytes and executions; what is more is said to be more, and by how much is not
 _OVER = "over 10^18"
 # What each device sends of these does not depend on how many there are.
 _SENT_WHOLE = ("collective-permute", "collective-broadcast", "send")
+_HIDDEN = {"autodiff": "left to autodiff", "opaque": "hidden in opaque calls"}
 _DIVERGENT = {"hangs": "that not all devices reach", "lies": "of a false type"}
 
 
@@ -170,6 +172,9 @@ class PlanLine:
 class Report:
     """What an audit found; print it to read it.
 
+    `status` is the answer: "failed" unless it is `ok`, "proved" where it is `exact`, and "not
+    proved" in between. `ok`, `exact` and `checked` are what it is made of.
+
     Attributes:
       collectives: every collective of the compiled program.
       missing: those that the traced program declares and the compiled one lacks.
@@ -191,6 +196,21 @@ class Report:
     divergent: tuple[Divergence, ...] = ()
     plan: tuple[PlanLine, ...] = ()
     kernels: tuple[KernelUse, ...] = ()
+
+    @property
+    def status(self) -> Status:
+        """Return the answer of the audit.
+
+        "failed": something is unexplained, missing, divergent, or short of the plan (not `ok`).
+        "not proved": nothing is wrong, but something could not be looked at: there is no traced
+        program to compare with (not `checked`), or a collective is left to autodiff or hidden in
+        an opaque call.
+        "proved": every collective is one that was asked for by name, as the plan predicts if
+        there is one (`exact`).
+        """
+        if not self.ok:
+            return "failed"
+        return "proved" if self.exact else "not proved"
 
     @property
     def unexplained(self) -> tuple[Collective, ...]:
@@ -226,6 +246,7 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain lists, numbers and strings."""
         return {
+            "status": self.status,
             "ok": self.ok,
             "exact": self.exact,
             "checked": self.checked,
@@ -264,36 +285,43 @@ class Report:
 
         write_html(self, path, other)
 
+    def _repr_html_(self) -> str:
+        from txcore.profiling.report.html.notebook import frame
+        from txcore.profiling.report.html.page import to_html
+
+        return frame(to_html(self), self.verdict())
+
     def __str__(self) -> str:
         from txcore.profiling.report.table import table  # tabulate, which importing must not cost
 
-        kernels = [f"kernels: {kernels_line(self.kernels)}"] if self.kernels else []
-        return "\n".join([*table(self.collectives), *kernels, self.verdict()])
+        lines = table(self.collectives)
+        if self.kernels:
+            lines.append(f"kernels: {kernels_line(self.kernels)}")
+        # The last line begins with the status too; above a table it is there to be seen at once.
+        return "\n".join([*([self.status] if lines else []), *lines, self.verdict()])
 
     def verdict(self) -> str:
-        """Return the proof in one line."""
-        if not self.ok:
-            return printable(f"proof FAILED: {'; '.join(_faults(self))}")
-        if not self.collectives:
-            unproved = (
-                "not proved: no collective found, but there is no traced program to compare with"
-            )
-            return "proof: no collective in the program" if self.checked else unproved
-        number = _plural(len(self.collectives), "collective")
-        origins = Counter(c.origin for c in self.collectives)
-        by_origin = ", ".join(f"{count} {origin}" for origin, count in sorted(origins.items()))
-        least = (
-            "" if all(c.trips_known and c.payload_known for c in self.collectives) else "at least "
-        )
-        sent = f"{number}, {least}{format_bytes(self.payload_bytes)} payload a call"
-        if not self.checked:
-            return (
-                f"not proved: {sent}, nothing looks added ({by_origin}), but there is no traced "
-                "program to compare with"
-            )
-        proved = f"proof: {sent}, all declared ({by_origin}){_as_planned(self.plan)}"
-        proved += "; nothing was added"
-        return "; not exact: ".join([proved, *_inexact(self.collectives)])
+        """Return the status and its reason in one line."""
+        reason = _found(self) if self.ok else "; ".join(_faults(self))
+        return printable(f"{self.status}: {reason}")
+
+
+def _found(report: Report) -> str:
+    """Say what a program without a fault sends, and what keeps it from being proved."""
+    rows = report.collectives
+    doubts = [] if report.checked else ["there is no traced program to compare with"]
+    doubts += _inexact(rows)
+    but = f", but {' and '.join(doubts)}" if doubts else ""
+    if not rows:
+        return "no collective in the program" if report.checked else f"no collective found{but}"
+    counts = Counter(c.origin for c in rows)
+    origins = ", ".join(f"{count} {origin}" for origin, count in sorted(counts.items()))
+    is_known = all(c.trips_known and c.payload_known for c in rows)
+    payload = ("" if is_known else "at least ") + format_bytes(report.payload_bytes)
+    sent = f"{_plural(len(rows), 'collective')}, {payload} payload a call"
+    if not report.checked:
+        return f"{sent}, nothing looks added ({origins}){but}"
+    return f"{sent}, all declared ({origins}){_as_planned(report.plan)}; nothing was added{but}"
 
 
 def _as_planned(plan: tuple[PlanLine, ...]) -> str:
@@ -304,11 +332,13 @@ def _as_planned(plan: tuple[PlanLine, ...]) -> str:
 
 
 def _inexact(rows: tuple[Collective, ...]) -> list[str]:
-    """Say in at most one text what keeps an audit that is ok from being exact."""
-    count = Counter(c.origin for c in rows)
-    texts = {"autodiff": "left to autodiff", "opaque": "hidden in opaque calls"}
-    said = [f"{count[origin]} {text}" for origin, text in texts.items() if count[origin]]
-    return [", ".join(said)] if said else []
+    """Say what keeps an audit that is ok from being exact."""
+    counts = Counter(c.origin for c in rows)
+    said = []
+    for origin, text in _HIDDEN.items():
+        if number := counts[origin]:
+            said.append(f"{number} {'is' if number == 1 else 'are'} {text}")
+    return said
 
 
 def _declared_dict(declared: Declared) -> dict[str, Any]:

@@ -339,13 +339,14 @@ def test_every_trainer_runs_once_for_each_seed():
 
 
 def test_the_example_accepts_the_flags_it_is_given():
+    import cli
     import train
 
     for each in accuracy.trainers(accuracy.Recipe(0.25, 7, 0.2, 3), 10):
         if each.own:
             script, *flags = each.command(1, 2345, 4)
             assert pathlib.Path(script).samefile(train.__file__)
-            args = train.parse(flags)
+            args = cli.parse(flags)
             assert (args.model, args.dropout, args.devices) == ("cnn3x3", 0, "2")
             assert (args.epochs, args.seed, args.decay) == (each.epochs, 4, "cosine")
             assert (args.epochs, args.learning_rate, args.warmup) == (3, 0.25, 7)

@@ -113,7 +113,7 @@ BAD = [
     (
         lambda x: tx.ppermute(x, "data", [(0, 4)]),
         ValueError,
-        "tx.ppermute over 'data' needs ranks 0 to 3, got destination 4 in perm=((0, 4),)",
+        "tx.ppermute over 'data' needs indices 0 to 3, got destination 4 in perm=((0, 4),)",
     ),
     (
         lambda x: tx.ppermute(x, "data", [0, 1]),

@@ -8,14 +8,14 @@ import re
 import subprocess
 import sys
 
-import batches
+import cli
 import curves
-import dataset
 import jax
 import models
 import numpy as np
 import pytest
 import train
+from data import batches, dataset
 from processes import finish, free_port
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -162,7 +162,7 @@ def test_what_it_prints_and_writes(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "simulating 2 CPU devices" in out
     assert "mlp on digits: 2 x cpu, 1 process(es), global batch 128, float32" in out
-    assert re.search(r"^proof: \d collectives?, .* all declared .* nothing was added$", out, re.M)
+    assert re.search(r"^proved: \d collectives?, .* all declared .* nothing was added$", out, re.M)
     assert f"test accuracy {100 * results['test_accuracy']:.2f}% on digits" in out
     assert set(results) == {
         "test_accuracy",
@@ -206,8 +206,8 @@ def test_home_is_expanded_in_paths(tmp_path, monkeypatch):
     """`--results=~/x` reaches the script as it is; a folder named ~ is nobody's wish."""
     monkeypatch.setenv("HOME", str(tmp_path))
     names = ("results", "log_dir", "checkpoint_dir", "data_dir")
-    args = train.parse([f"--{name.replace('_', '-')}=~/{name}" for name in names])
-    train.check(args)
+    args = cli.parse([f"--{name.replace('_', '-')}=~/{name}" for name in names])
+    cli.check(args)
     assert [getattr(args, name) for name in names] == [str(tmp_path / name) for name in names]
 
 
@@ -292,4 +292,4 @@ def test_minimal_dp_is_run():
         [sys.executable, "-W", "error", script], capture_output=True, text=True, check=True
     )
     assert re.search(r"^w = 2\.\d+, loss", done.stdout)
-    assert "proof: 1 collective, 8 B payload a call" in done.stdout
+    assert "proved: 1 collective, 8 B payload a call" in done.stdout

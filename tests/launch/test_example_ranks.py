@@ -8,10 +8,11 @@ import sys
 import threading
 
 import agreement
-import dataset
+import cli
 import numpy as np
 import pytest
 import train
+from data import dataset
 from processes import finish, free_port
 from watch_fakes import Coordinator
 
@@ -72,13 +73,13 @@ def compare(*facts):
 
 
 def test_every_argument_is_compared_or_a_ranks_own():
-    assert set(vars(train.parse([]))) == OTHER.keys() | agreement.OWN
+    assert set(vars(cli.parse([]))) == OTHER.keys() | agreement.OWN
 
 
 @pytest.mark.parametrize("name", OTHER)
 def test_an_argument_that_differs_is_refused_by_its_flag(name):
-    usual = agreement.facts_of_arguments(train.parse([]))
-    odd = agreement.facts_of_arguments(train.parse(other_arguments(name)))
+    usual = agreement.facts_of_arguments(cli.parse([]))
+    odd = agreement.facts_of_arguments(cli.parse(other_arguments(name)))
     raised = compare(usual, odd)
     assert sorted(raised) == [0, 1]
     assert {type(error) for error in raised.values()} == {MismatchError}
@@ -93,9 +94,9 @@ def test_an_argument_that_differs_is_refused_by_its_flag(name):
 
 @pytest.mark.parametrize("name", sorted(agreement.OWN))
 def test_what_is_a_ranks_own_may_differ(name):
-    odd = train.parse([])
+    odd = cli.parse([])
     setattr(odd, name, "of this rank")
-    facts = [agreement.facts_of_arguments(args) for args in (train.parse([]), odd)]
+    facts = [agreement.facts_of_arguments(args) for args in (cli.parse([]), odd)]
     assert compare(*facts) == {}
 
 

@@ -186,7 +186,7 @@ def test_two_processes_sum_over_both(pair):
 
 def test_two_processes_know_their_ranks(pair):
     seen, _ = pair
-    assert [s["rank"] for s in seen] == [0, 1]
+    assert [s["position"] for s in seen] == [0, 1]
     assert [s["coordinates"] for s in seen] == [{"data": 0}, {"data": 1}]
 
 
@@ -249,7 +249,7 @@ def test_two_processes_join_by_torchruns_variables(by):
             common |= {"TORCHELASTIC_USE_AGENT_STORE": "True"}
         ranks = ({"RANK": f"{rank}", "LOCAL_RANK": f"{rank}"} for rank in (0, 1))
         seen = [said(e) for e in finish(*(start({}, **common, **own) for own in ranks))]
-    assert [(s["rank"], s["size"], s["sum"]) for s in seen] == [(0, 2, [11.0]), (1, 2, [11.0])]
+    assert [(s["position"], s["size"], s["sum"]) for s in seen] == [(0, 2, [11.0]), (1, 2, [11.0])]
 
 
 def test_a_process_that_does_not_come_is_named_by_all():

@@ -68,7 +68,7 @@ def main(stay_until=None, linger=0.0, fail=None, **arguments):
     mesh = tx.MeshSpec(axes=("data",))
     seen |= {
         "sum": sum_over_all(mesh),
-        "rank": mesh.rank(),
+        "position": mesh.position(),
         "coordinates": mesh.coordinates(),
         "size": mesh.size,
         "listening_with_backend": listening(),

@@ -1,8 +1,8 @@
 """Every example once an epoch, in one order for any number of processes."""
 
-import batches
 import numpy as np
 import pytest
+from data import batches
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

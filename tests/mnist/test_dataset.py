@@ -1,17 +1,16 @@
 """The data is what the files say; a bad folder is refused; all ranks read the same."""
 
 import gzip
+import pathlib
 import queue
 import subprocess
 import sys
 import threading
 
-import dataset
-import download
 import fake_mnist
-import idx
 import numpy as np
 import pytest
+from data import dataset, download, idx
 
 
 @pytest.fixture(autouse=True)
@@ -370,6 +369,6 @@ def test_all_ranks_fail_where_rank_0_cannot_download(tmp_path):
 
 
 def test_no_jax_is_imported():
-    code = "import dataset, batches, sys; assert 'jax' not in sys.modules"
-    folder = download.__file__.rpartition("/")[0]
+    code = "import sys; from data import batches, dataset; assert 'jax' not in sys.modules"
+    folder = pathlib.Path(download.__file__).parents[1]
     subprocess.run([sys.executable, "-c", code], cwd=folder, check=True, timeout=60)

@@ -14,13 +14,12 @@ import sys
 import threading
 import time
 
-import download
 import fake_mnist
-import idx
 import pytest
+from data import download, idx
 
-SCRIPT = pathlib.Path(download.__file__)
-FOLDER = SCRIPT.parent
+FOLDER = pathlib.Path(download.__file__).parents[1]
+SCRIPT = FOLDER / "download.py"
 BODIES = {
     f"{name}.gz": gzip.compress(data, mtime=0) for name, data in fake_mnist.contents().items()
 }
@@ -255,7 +254,7 @@ def test_a_read_only_folder(tmp_path, mirrors):
 KILLED = """
 import os, signal, sys
 sys.path.insert(0, {folder!r})
-import download
+from data import download
 download.MIRRORS = ({mirror!r},)
 {more}
 download.ensure(sys.argv[1])

@@ -3,9 +3,8 @@
 import os
 import re
 
-import files
-import idx
 import pytest
+from data import files, idx
 
 FIRST = files.NAMES[0]
 

@@ -9,9 +9,9 @@ import time
 import tracemalloc
 
 import fake_mnist
-import idx
 import numpy as np
 import pytest
+from data import idx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

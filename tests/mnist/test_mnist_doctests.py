@@ -3,15 +3,10 @@
 import doctest
 
 import agreement
-import batches
-import dataset
-import download
-import files
-import idx
-import npz
 import pytest
+from data import batches, dataset, download, feed, files, idx, npz
 
-MODULES = [agreement, batches, dataset, download, files, idx, npz]
+MODULES = [agreement, batches, dataset, download, feed, files, idx, npz]
 
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda m: m.__name__)

@@ -7,10 +7,9 @@ import struct
 import zipfile
 
 import fake_mnist
-import idx
-import npz
 import numpy as np
 import pytest
+from data import idx, npz
 
 AGAIN = "; give Keras' mnist.npz, or the four IDX files"
 

@@ -60,7 +60,7 @@ def test_what_is_declared_and_not_compiled_is_missing():
     (gone,) = report.missing
     assert (gone.kind, gone.tag, gone.axes) == ("all-reduce", "psum/a", ("data",))
     assert not report.ok
-    line = r"proof FAILED: 1 declared but missing: psum/a over data at test_audit_added.py:\d+"
+    line = r"failed: 1 declared but missing: psum/a over data at test_audit_added.py:\d+"
     assert re.fullmatch(line, report.verdict())
 
 
@@ -86,7 +86,7 @@ def test_autodiffs_own_reduction_is_a_class_of_its_own():
     assert (row.kind, row.origin, row.axes) == ("all-reduce", "autodiff", ("data",))
     assert report.ok
     assert not report.exact
-    assert str(report).endswith("nothing was added; not exact: 1 left to autodiff")
+    assert str(report).endswith("nothing was added, but 1 is left to autodiff")
 
 
 @pytest.mark.parametrize("name", [None, "psum/loss"])

@@ -18,7 +18,7 @@ def test_plain_jax_is_the_users():
 
 def test_no_collective_is_said_plainly():
     report = audit(jnp.sin, jnp.ones(3))
-    assert str(report) == "proof: no collective in the program"
+    assert str(report) == "proved: no collective in the program"
     assert report.exact
 
 

@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+import re
 
 import pytest
 from jax.sharding import AbstractMesh
 
 from txcore.profiling import Collective, Declared, Report, audit_text
-from txcore.profiling.report.report import format_bytes
+from txcore.profiling.declared.divergence import Divergence
+from txcore.profiling.report.report import PlanLine, format_bytes
 from txcore.profiling.report.table import shorten
 
 ROW = Collective(
@@ -35,9 +37,11 @@ def test_a_proof():
     report = Report((ROW, with_(payload_bytes=4, trips=3)))
     assert report.payload_bytes == 1_664_296 + 12
     assert report.verdict() == (
-        "proof: 2 collectives, 1.66 MB payload a call, all declared (2 txcore); nothing was added"
+        "proved: 2 collectives, 1.66 MB payload a call, all declared (2 txcore); nothing was added"
     )
-    assert str(report).splitlines()[0].split() == [
+    first, head, *_ = str(report).splitlines()
+    assert first == "proved"
+    assert head.split() == [
         *("kind", "axes", "n", "dtype", "payload", "wire", "trips", "origin", "tags", "source"),
     ]
 
@@ -46,7 +50,7 @@ def test_a_failure_names_three_and_counts_the_rest():
     bad = with_(origin="partitioner", explained=False, tags=(), note="why")
     verdict = Report((ROW, bad, bad, bad, bad), missing=(GONE,)).verdict()
     assert verdict.startswith(
-        "proof FAILED: 4 of 5 collectives unexplained: "
+        "failed: 4 of 5 collectives unexplained: "
         "all-reduce over data at train.py:40 (partitioner: why), "
     )
     assert verdict.endswith("and 1 more; 1 declared but missing: all_gather over model at a.py:3")
@@ -63,9 +67,69 @@ def test_ok_and_exact():
     assert not Report((with_(explained=False),)).ok
 
 
+AUTODIFF, OPAQUE = with_(origin="autodiff"), with_(kind="custom-call", origin="opaque")
+HANGS = Divergence("hangs", "data", "psum/a", "all-reduce", ("data",), "a.py:3", "cond", "a.py:2")
+NOT_PROVED = [
+    (
+        Report((ROW, AUTODIFF, OPAQUE, OPAQUE)),
+        "nothing was added, but 1 is left to autodiff and 2 are hidden in opaque calls",
+    ),
+    (Report((ROW,), checked=False), "but there is no traced program to compare with"),
+    (
+        Report((ROW, OPAQUE), checked=False),
+        "but there is no traced program to compare with and 1 is hidden in opaque calls",
+    ),
+    (
+        Report((), checked=False),
+        "not proved: no collective found, but there is no traced program to compare with",
+    ),
+]
+FAILED = [
+    (Report((with_(explained=False),)), "1 of 1 collective unexplained"),
+    (Report((AUTODIFF, with_(explained=False)), checked=False), "1 of 2 collectives unexplained"),
+    (Report((ROW,), missing=(GONE,)), "1 declared but missing"),
+    (Report((ROW,), divergent=(HANGS,)), "1 that not all devices reach"),
+    (
+        Report((ROW,), plan=(PlanLine("gradients", "all-reduce", ("data",), "float32", 8, 4),)),
+        "the plan predicts 8 B",
+    ),
+]
+
+
+@pytest.mark.parametrize("report", [Report(()), Report((ROW,))], ids=["nothing", "tagged"])
+def test_proved_is_what_is_exact(report):
+    check_status(report, "proved")
+    assert report.exact
+
+
+@pytest.mark.parametrize("report, reason", NOT_PROVED, ids=[r for _, r in NOT_PROVED])
+def test_not_proved_is_what_has_no_fault_and_is_not_exact(report, reason):
+    check_status(report, "not proved")
+    assert report.verdict().endswith(reason)
+    assert report.ok
+    assert not report.exact
+
+
+@pytest.mark.parametrize("report, reason", FAILED, ids=[r for _, r in FAILED])
+def test_failed_is_what_is_not_ok(report, reason):
+    check_status(report, "failed")
+    assert reason in report.verdict()
+    assert not report.ok
+
+
+def check_status(report, status):
+    """Every face of a report begins with its status."""
+    assert report.status == status
+    assert report.verdict().startswith(f"{status}: ")
+    assert re.split(r"[:\n]", str(report))[0] == status
+    assert str(report).splitlines()[-1] == report.verdict()
+    assert next(iter(report.to_dict().items())) == ("status", status)
+    assert json.loads(report.to_json())["status"] == status
+
+
 def test_an_opaque_call_is_said():
     verdict = Report((ROW, with_(kind="custom-call", origin="opaque"))).verdict()
-    assert verdict.endswith("nothing was added; not exact: 1 hidden in opaque calls")
+    assert verdict.endswith("nothing was added, but 1 is hidden in opaque calls")
 
 
 WIDE = with_(
@@ -85,7 +149,7 @@ WIDE = with_(
 
 @pytest.mark.parametrize("rows", [(ROW,), (WIDE,), (ROW, WIDE), (with_(tags=()),)])
 def test_the_table_fits_100_columns(rows):
-    *table, _verdict = str(Report(rows)).splitlines()
+    _status, *table, _verdict = str(Report(rows)).splitlines()
     assert len(table) == 2 + len(rows)
     assert max(map(len, table)) <= 100
 

@@ -197,7 +197,7 @@ def test_the_command(capsys):
     assert main(COMMAND) == 0
     out = capsys.readouterr().out
     assert "step: 5.24 MFLOP" in out
-    assert "proof: " in out.splitlines()[-1]
+    assert "proved: " in out.splitlines()[-1]
     assert main([*COMMAND, "--json", "--at-least", "1000"]) == 0
     assert len(json.loads(capsys.readouterr().out)["replicated"]) == 2
 
@@ -209,7 +209,7 @@ def test_the_command_on_a_target(capsys):
 
 def test_the_commands_exit_codes(capsys):
     assert main(["costs", f"{__name__}:build_auto", "--mesh", "data=8"]) == 1
-    assert "proof FAILED" in capsys.readouterr().out
+    assert "failed" in capsys.readouterr().out
     assert main([*COMMAND, "--target", "tpu:v9:1"]) == 2
     assert "names no known chip" in capsys.readouterr().err
     assert main([*COMMAND, "--at-least", "0"]) == 2

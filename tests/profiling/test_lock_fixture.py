@@ -114,7 +114,7 @@ def test_updating_checking_and_growing(project, pytester, monkeypatch):
 BAD = {
     "a proof that failed": (
         "collectives_lock(*program(lambda x: x.sum(0), wrap=False))",
-        "proof FAILED: 1 of 1 collective unexplained*",
+        "failed: 1 of 1 collective unexplained*",
     ),
     "a report and more": (
         "from txcore.profiling import audit\n"

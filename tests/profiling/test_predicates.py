@@ -334,7 +334,7 @@ def test_a_report_that_diverges_is_not_ok_and_says_so():
     report = Report((), divergent=(hangs, lies))
     assert not report.ok
     assert report.verdict() == (
-        "proof FAILED: 1 that not all devices reach: psum/total over data at a.py:3 inside the "
+        "failed: 1 that not all devices reach: psum/total over data at a.py:3 inside the "
         "while at a.py:1, whose predicate differs along axis 'data'; 1 of a false type: an output "
         "of the cond at a.py:9 is typed as the same along axis 'data', along which its predicate "
         "differs"

@@ -234,5 +234,5 @@ def test_numpy_arguments():
     mesh = parse_target("cpu:2").mesh({"data": 2})
     here = jax.device_put(np.ones(4, np.float32), NamedSharding(mesh, P("data")))
     assert audit(lambda: (fn, (here,)), target="cpu:2").verdict() == (
-        "proof: no collective in the program"
+        "proved: no collective in the program"
     )

@@ -58,4 +58,4 @@ def test_what_is_added_for_a_target_exits_1(tmp_path):
     where = ("--target", available("tpu:v5e:2x4"), "--mesh", "data=8")
     done = inspect(tmp_path, "cli_targets:automatic", *where)
     assert done.returncode == 1, done.stderr
-    assert "proof FAILED: 1 of 1 collective unexplained" in done.stdout
+    assert "failed: 1 of 1 collective unexplained" in done.stdout

@@ -80,8 +80,8 @@ def test_a_step_does_as_the_plan_predicts(precision):
     assert report.plan == (GRADIENTS, COUNT, LOSS)
     assert report.ok
     assert report.verdict() == (
-        "proof: 2 collectives, 168 B payload a call, all declared (2 txcore), as the plan predicts "
-        "and 8 B beyond; nothing was added"
+        "proved: 2 collectives, 168 B payload a call, all declared (2 txcore), as the plan "
+        "predicts and 8 B beyond; nothing was added"
     )
     plan = json.loads(report.to_json())["plan"]
     assert [line["found_bytes"] for line in plan] == [160, 4, 4]
@@ -91,7 +91,7 @@ def test_a_step_does_as_the_plan_predicts(precision):
 def test_one_device():
     report = audited(lambda g: g, n=1)
     assert report.plan == ()
-    assert report.verdict() == "proof: no collective in the program"
+    assert report.verdict() == "proved: no collective in the program"
 
 
 def in_a_bucket(grads):
@@ -186,7 +186,7 @@ def test_a_reduction_in_another_dtype_is_short_of_the_plan():
     report = audited(body)
     assert not report.ok
     text = "the plan predicts 160 B of gradients (float32 all-reduce over data), found 0 B"
-    assert report.verdict() == f"proof FAILED: {text}"
+    assert report.verdict() == f"failed: {text}"
     assert {(line.what, line.dtype, line.found_bytes) for line in report.plan[1:]} == {
         ("pmean/w1", "bfloat16", 64),
         ("pmean/w2", "bfloat16", 16),

@@ -8,8 +8,10 @@ import sysconfig
 import traceback
 from collections.abc import Iterator
 
+from txcore.errors import TxcoreError
 
-class BadInput(Exception):
+
+class BadInput(TxcoreError):
     """What was given cannot be used; its text is the one line that the user sees."""
 
 

@@ -53,16 +53,16 @@ def run(options: argparse.Namespace) -> int:
     earlier = None if options.against is None else _of_file(options, options.against)
     if options.html is not None:
         _write_page(report, earlier, options.html)
-    show(report.to_json() if options.json else str(report))
     if earlier is not None:
         show(_changes(earlier, report))
+    show(report.to_json() if options.json else str(report))
     return 0 if report.ok else 1
 
 
 def _changes(earlier: "Report", report: "Report") -> str:
     from txcore.profiling.report.diff import diff, diff_text
 
-    return f"since the earlier program:\n{diff_text(diff(earlier, report))}"
+    return f"since the earlier program:\n{diff_text(diff(earlier, report))}\n"
 
 
 def _check(options: argparse.Namespace) -> None:

@@ -11,7 +11,7 @@ from txcore.collectives._scope import left_out_axes
 
 @explain_calls
 def axis_index(axis: str | tuple[str, ...]) -> jax.Array:
-    """Return this device's rank along `axis`.
+    """Return this device's index along `axis`.
 
     Args:
       axis: mesh axis name, or a tuple of names counted in row-major order.

@@ -30,7 +30,7 @@ def broadcast(
       x: pytree of arrays, any shape. A leaf that does not vary along an axis is the root's
         value there already and needs no collective.
       axis: mesh axis name, or a tuple of names counted in row-major order.
-      root: rank along `axis` whose value is taken.
+      root: index along `axis` whose value is taken.
       name: label of the operation's tag; letters, digits and `_ . / -`.
 
     Returns:
@@ -38,7 +38,7 @@ def broadcast(
       does not spread.
 
     Raises:
-      ValueError: `root` is no rank along `axis`.
+      ValueError: `root` is no index along `axis`.
       TypeError: a leaf is no array, or `root` is no int.
       NameError: `axis` is not bound here.
 
@@ -60,15 +60,15 @@ def broadcast(
 
 def _root_coordinates(root: int, axes: tuple[str, ...]) -> dict[str, int]:
     try:
-        rank = operator.index(root)
+        index = operator.index(root)
     except TypeError:
         raise TypeError(f"tx.broadcast needs root= an int, got {root!r}") from None
     size = _leaves.axes_size(axes)
-    if not 0 <= rank < size:
+    if not 0 <= index < size:
         names = ", ".join(map(repr, axes))
-        raise ValueError(f"tx.broadcast over {names} needs root= 0 to {size - 1}, got {rank}")
+        raise ValueError(f"tx.broadcast over {names} needs root= 0 to {size - 1}, got {index}")
     shape = tuple(_compat.axis_size(a) or 1 for a in axes)
-    return {a: int(c) for a, c in zip(axes, np.unravel_index(rank, shape), strict=True)}
+    return {a: int(c) for a, c in zip(axes, np.unravel_index(index, shape), strict=True)}
 
 
 def _masked_psum(x: jax.Array, root: dict[str, int]) -> jax.Array:

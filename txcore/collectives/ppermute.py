@@ -34,14 +34,14 @@ def ppermute(
     Args:
       x: pytree of arrays, any shape.
       axis: mesh axis name, or a tuple of names counted in row-major order.
-      perm: pairs of ranks along `axis`; each source once, each destination once.
+      perm: pairs of indices along `axis`; each source once, each destination once.
       name: label of the operation's tag; letters, digits and `_ . / -`.
 
     Returns:
       What this device received, with the structure, shapes and dtypes of `x`.
 
     Raises:
-      ValueError: `perm` names a rank twice on one side, or one that does not exist.
+      ValueError: `perm` names an index twice on one side, or one that does not exist.
       TypeError: a leaf is no array, or `perm` holds something else than pairs of ints.
       NameError: `axis` is not bound here.
 
@@ -66,15 +66,15 @@ def shift(
 ) -> Any:
     """Send `x` to the device `by` places further along `axis`.
 
-    Equation: `y[i] = x[(i - by) mod n]`; without `wrap`, 0 where `i - by` is no rank.
+    Equation: `y[i] = x[(i - by) mod n]`; without `wrap`, 0 where `i - by` is no index.
 
     Transpose: `shift` by `-by`.
 
     Args:
       x: pytree of arrays, any shape.
       axis: mesh axis name, or a tuple of names counted in row-major order.
-      by: places to move; negative moves towards rank 0.
-      wrap: whether the last rank sends to the first (a ring) or to nobody (a line).
+      by: places to move; negative moves towards index 0.
+      wrap: whether the last device sends to the first (a ring) or to nobody (a line).
       name: label of the operation's tag; letters, digits and `_ . / -`.
 
     Returns:
@@ -118,24 +118,24 @@ def _send(x: jax.Array, axes: tuple[str, ...], perm: Pairs) -> jax.Array:
     if len(perm) == _leaves.axes_size(axes) or set(axes) <= set(_compat.bound_axes()):
         return lax.ppermute(x, axes, perm)
     # Over an axis of vmap jax needs a whole permutation: complete it, then zero what came.
-    ranks = range(_leaves.axes_size(axes))
-    silent = [r for r in ranks if r not in dict(perm)]
+    indices = range(_leaves.axes_size(axes))
+    silent = [r for r in indices if r not in dict(perm)]
     receivers = [d for _, d in perm]
-    others = [r for r in ranks if r not in receivers]
+    others = [r for r in indices if r not in receivers]
     y = lax.ppermute(x, axes, perm + tuple(zip(silent, others, strict=True)))
     received = jnp.isin(lax.axis_index(axes), jnp.array(receivers, jnp.int32))
     return jnp.where(received, y, jnp.zeros_like(y))
 
 
 def _in_mesh_order(axes: tuple[str, ...], perm: Pairs) -> tuple[tuple[str, ...], Pairs]:
-    """Count the ranks of `perm` by the mesh's order of axes: jax 0.12 accepts no other."""
+    """Count the indices of `perm` by the mesh's order of axes: jax 0.12 accepts no other."""
     order = _compat.bound_axes()
     if not set(axes) <= set(order):
         return axes, perm
     ordered = tuple(sorted(axes, key=order.index))
-    ranks = np.arange(_leaves.axes_size(axes))
-    grid = ranks.reshape([_compat.axis_size(a) or 1 for a in ordered])
-    # renamed[rank in the given order] = rank in the mesh's order
+    indices = np.arange(_leaves.axes_size(axes))
+    grid = indices.reshape([_compat.axis_size(a) or 1 for a in ordered])
+    # renamed[index in the given order] = index in the mesh's order
     renamed = grid.transpose([ordered.index(a) for a in axes]).reshape(-1)
     return ordered, tuple((int(renamed[s]), int(renamed[d])) for s, d in perm)
 
@@ -148,18 +148,18 @@ def _check_perm(perm: Iterable[tuple[int, int]], axes: tuple[str, ...]) -> Pairs
             f"tx.ppermute needs perm= pairs (source, destination) of ints, got {perm!r}"
         ) from None
     size = _leaves.axes_size(axes)
-    for side, ranks in (
+    for side, indices in (
         ("source", [s for s, _ in pairs]),
         ("destination", [d for _, d in pairs]),
     ):
-        for rank in ranks:
-            if not 0 <= rank < size:
+        for index in indices:
+            if not 0 <= index < size:
                 raise ValueError(
-                    f"tx.ppermute over {', '.join(map(repr, axes))} needs ranks 0 to {size - 1}, "
-                    f"got {side} {rank} in perm={pairs}"
+                    f"tx.ppermute over {', '.join(map(repr, axes))} needs indices 0 to {size - 1}, "
+                    f"got {side} {index} in perm={pairs}"
                 )
-        if len(set(ranks)) != len(ranks):
-            twice = next(r for r in ranks if ranks.count(r) > 1)
+        if len(set(indices)) != len(indices):
+            twice = next(r for r in indices if indices.count(r) > 1)
             raise ValueError(
                 f"tx.ppermute needs each {side} once, got {twice} more than once in perm={pairs}"
                 + ("; to send to several use tx.broadcast" if side == "source" else "")

@@ -8,8 +8,9 @@ from jax.typing import ArrayLike
 
 from txcore import kernels
 from txcore.kernels.common import checks
-from txcore.optim import clipping, optimizer
+from txcore.optim import clipping, optimizer, rules
 from txcore.optim.schedules import Schedule, as_schedule
+from txcore.printing import format_call
 
 
 def adamw(
@@ -19,6 +20,7 @@ def adamw(
     b2: float = 0.999,
     eps: float = 1e-8,
     weight_decay: float = 0.01,
+    decay_mask: rules.Mask | None = None,
     clip_norm: float | None = None,
 ) -> optimizer.Optimizer:
     """Make Adam with decoupled weight decay.
@@ -32,6 +34,8 @@ def adamw(
       b2: decay of the second moment, in [0, 1).
       eps: added to the root of the second moment, at least 0.
       weight_decay: at least 0.
+      decay_mask: the parameters that decay: path rules ("*/w", or several), a tree of bools like
+        the parameters, or a function of the parameters that returns one; None takes all.
       clip_norm: the largest global norm of the gradients, above 0, after `grad_scale` if the
         update is given one; None does not clip.
 
@@ -56,7 +60,10 @@ def adamw(
     checks.in_range("adamw", "weight_decay", weight_decay, 0, float("inf"))
     clipping.check_max_norm("adamw", "clip_norm", clip_norm)
 
+    rules.check_decay("adamw", decay_mask, weight_decay)
+
     def init(params: Any) -> Any:
+        rules.mask_leaves("adamw", "decay_mask", decay_mask, params)  # refused now, if at all
         # Twice, since a donated state may not hold one array under two names.
         return {name: optimizer.zero_moments("adamw", params) for name in ("m", "v")}
 
@@ -70,12 +77,23 @@ def adamw(
             b1=b1,
             b2=b2,
             eps=eps,
-            weight_decay=weight_decay,
             grad_scale=clipping.clipping_scale("adamw", grads, clip_norm, grad_scale),
         )
+        decays = rules.mask_leaves("adamw", "decay_mask", decay_mask, params)
+        updates = [partial(leaf_update, weight_decay=weight_decay if d else 0.0) for d in decays]
         params, m, v = optimizer.update_leaves(
-            "adamw", leaf_update, params, grads, opt_state["m"], opt_state["v"]
+            "adamw", updates, params, grads, opt_state["m"], opt_state["v"]
         )
         return params, {"m": m, "v": v}
 
-    return optimizer.Optimizer(init, update)
+    text = format_call(
+        "adamw",
+        learning_rate,
+        b1=(b1, 0.9),
+        b2=(b2, 0.999),
+        eps=(eps, 1e-8),
+        weight_decay=(weight_decay, 0.01),
+        decay_mask=(decay_mask, None),
+        clip_norm=(clip_norm, None),
+    )
+    return optimizer.Optimizer(init, update, text=text)

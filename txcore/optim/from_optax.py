@@ -69,7 +69,8 @@ def from_optax(
             new_params = jax.tree.map(lambda p, c: _cast_like(p + c, p), params, changes)
         return new_params, jax.tree.map(_cast_like, new_state, opt_state)
 
-    return Optimizer(init, update, per_example)
+    text = f"from_optax(<{type(transformation).__name__}>)"
+    return Optimizer(init, update, per_example, text=text)
 
 
 def _check_changes(changes: Any, params: Any) -> None:

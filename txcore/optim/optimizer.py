@@ -1,8 +1,9 @@
 """What an optimizer is, and how one goes over the leaves of a tree."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,8 @@ from jax.typing import ArrayLike
 from txcore import _compat, varying
 from txcore.collectives._scope import current_scope
 from txcore.kernels.common import checks
+
+LeafUpdates = Sequence[Callable[..., tuple[jax.Array, ...]]]
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,7 @@ class Optimizer:
         `update` of your own may do without.
       per_example: whether `update` needs one gradient for each example of the global batch: each
         leaf with one dim more than its parameter, in front.
+      text: how it was made ("sgd(0.02, momentum=0.9)"), for people.
 
     Example:
       >>> import jax.numpy as jnp
@@ -40,6 +44,75 @@ class Optimizer:
     init: Callable[[Any], Any]
     update: Callable[..., tuple[Any, Any]]
     per_example: bool = False
+    text: str = field(default="", compare=False)
+
+    def __repr__(self) -> str:
+        return self.text or f"Optimizer({self.init!r}, {self.update!r})"
+
+    def as_optax(self) -> Any:
+        """Make an optax GradientTransformation of this optimizer, to stand in optax's combinators.
+
+        Its updates are the new parameters minus the old ones, in float32 or wider, and it counts
+        its own steps. It is for parameters that are whole on every device: what optax puts around
+        it (a norm, a mask, a lookahead) knows nothing of shards. A `clip_norm` clips what is left
+        of the gradients by the transformations before it.
+
+        Returns:
+          An `optax.GradientTransformation`; its `update` needs `params`.
+
+        Raises:
+          ImportError: optax is not installed.
+          ValueError: the optimizer takes one gradient for each example. From `update`: there are
+            no parameters, or a device holds a part of the gradients.
+
+        Example:
+          >>> import optax
+          >>> import txcore as tx
+          >>> sgd = tx.optim.sgd(0.02, momentum=0.9).as_optax()
+          >>> transformation = optax.chain(optax.add_noise(0.01, 0.55, jax.random.key(0)), sgd)
+        """
+        try:
+            import optax
+        except ImportError:
+            raise ImportError(
+                "as_optax needs optax, which is not installed: pip install 'txcore[optax]'"
+            ) from None
+        if self.per_example:
+            raise ValueError(
+                "as_optax needs an optimizer that takes one gradient a parameter, but this one "
+                "takes one for each example: use the optax transformation that it was made of"
+            )
+        return optax.GradientTransformation(
+            lambda params: StepAndState(jnp.zeros((), jnp.int32), self.init(params)),
+            partial(_optax_update, self),
+        )
+
+
+class StepAndState(NamedTuple):
+    """The state of `Optimizer.as_optax`: the updates done, and the optimizer's own state."""
+
+    step: jax.Array
+    state: Any
+
+
+def _optax_update(
+    optimizer: Optimizer, grads: Any, state: StepAndState, params: Any = None, **extra: Any
+) -> tuple[Any, StepAndState]:
+    """Return the changes of the parameters, as optax wants them."""
+    del extra  # what other transformations of a chain are given
+    if params is None:
+        raise ValueError(
+            "as_optax needs the parameters to update, but got none: call update(grads, state, "
+            "params)"
+        )
+    refuse_parts(
+        "as_optax",
+        grads,
+        "give the tx.optim optimizer itself to the engine, which knows what is split",
+    )
+    new, inner = optimizer.update(grads, state.state, params, step=state.step)
+    changes = jax.tree.map(lambda n, p: _widened(n) - _widened(p), new, params)
+    return changes, StepAndState(state.step + 1, inner)
 
 
 def scale_gradients(grads: Any, grad_scale: ArrayLike) -> Any:
@@ -72,13 +145,13 @@ def _zero_moment(param: Any) -> jax.Array:
 
 
 def update_leaves(
-    op: str, function: Callable[..., tuple[jax.Array, ...]], params: Any, grads: Any, *moments: Any
+    op: str, functions: LeafUpdates, params: Any, grads: Any, *moments: Any
 ) -> tuple[Any, ...]:
     """Return the trees that `function(param, grad, *moments)` gives, leaf by leaf.
 
     Args:
       op: the optimizer's name, for the errors.
-      function: returns the new param and the new moments of one leaf.
+      functions: for each leaf what returns its new param and its new moments.
       params: the parameters.
       grads: the gradients.
       *moments: the trees of the optimizer's state.
@@ -92,7 +165,7 @@ def update_leaves(
     for what, tree in (("gradients", grads), *(("optimizer state", m) for m in moments)):
         check_like_params(op, what, tree, params)
     columns = [jax.tree.leaves(tree) for tree in (params, grads, *moments)]
-    rows = [function(*row) for row in zip(*columns, strict=True)]
+    rows = [one(*row) for one, *row in zip(functions, *columns, strict=True)]
     structure = jax.tree.structure(params)
     return tuple(
         jax.tree.unflatten(structure, [row[i] for row in rows]) for i in range(1 + len(moments))

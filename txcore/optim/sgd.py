@@ -8,8 +8,9 @@ from jax.typing import ArrayLike
 
 from txcore import kernels
 from txcore.kernels.common import checks
-from txcore.optim import clipping, optimizer
+from txcore.optim import clipping, optimizer, rules
 from txcore.optim.schedules import Schedule, as_schedule
+from txcore.printing import format_call
 
 
 def sgd(
@@ -18,6 +19,7 @@ def sgd(
     momentum: float = 0.0,
     nesterov: bool = False,
     weight_decay: float = 0.0,
+    decay_mask: rules.Mask | None = None,
     clip_norm: float | None = None,
 ) -> optimizer.Optimizer:
     """Make stochastic gradient descent, with momentum where it is not 0.
@@ -30,6 +32,8 @@ def sgd(
       momentum: in [0, 1); 0 keeps no velocity.
       nesterov: whether to look ahead along the velocity; needs a momentum.
       weight_decay: L2 coefficient added to the gradient, at least 0.
+      decay_mask: the parameters that decay: path rules ("*/w", or several), a tree of bools like
+        the parameters, or a function of the parameters that returns one; None takes all.
       clip_norm: the largest global norm of the gradients, above 0, after `grad_scale` if the
         update is given one; None does not clip.
 
@@ -54,7 +58,10 @@ def sgd(
     if nesterov and not momentum:
         raise ValueError("sgd: nesterov=True needs a momentum above 0; got 0. Pass momentum=0.9.")
 
+    rules.check_decay("sgd", decay_mask, weight_decay)
+
     def init(params: Any) -> Any:
+        rules.mask_leaves("sgd", "decay_mask", decay_mask, params)  # refused now, if at all
         velocity = optimizer.zero_moments("sgd", params)
         return {"velocity": velocity} if momentum else {}
 
@@ -66,12 +73,22 @@ def sgd(
             learning_rate=rate(step),
             momentum=momentum,
             nesterov=nesterov,
-            weight_decay=weight_decay,
             grad_scale=clipping.clipping_scale("sgd", grads, clip_norm, grad_scale),
         )
         # Without momentum the velocity is zero before every update, and none is kept.
         velocity = opt_state["velocity"] if momentum else optimizer.zero_moments("sgd", params)
-        params, velocity = optimizer.update_leaves("sgd", leaf_update, params, grads, velocity)
+        decays = rules.mask_leaves("sgd", "decay_mask", decay_mask, params)
+        updates = [partial(leaf_update, weight_decay=weight_decay if d else 0.0) for d in decays]
+        params, velocity = optimizer.update_leaves("sgd", updates, params, grads, velocity)
         return params, {"velocity": velocity} if momentum else {}
 
-    return optimizer.Optimizer(init, update)
+    text = format_call(
+        "sgd",
+        learning_rate,
+        momentum=(momentum, 0.0),
+        nesterov=(nesterov, False),
+        weight_decay=(weight_decay, 0.0),
+        decay_mask=(decay_mask, None),
+        clip_norm=(clip_norm, None),
+    )
+    return optimizer.Optimizer(init, update, text=text)

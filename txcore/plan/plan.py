@@ -1,7 +1,7 @@
 """Plans: what is parallel over which mesh axis."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import jax
@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 from txcore.collectives import _leaves
 from txcore.mesh import MeshSpec
+from txcore.printing import format_call
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,11 @@ class Plan:
 
     data_parallel: DP | None = None
     batch: Mapping[str, P] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        given = {name: (value, None) for name, value in values.items() if value}
+        return format_call("Plan", **given)
 
     def __post_init__(self) -> None:
         if self.data_parallel is not None and not isinstance(self.data_parallel, DP):

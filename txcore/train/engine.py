@@ -16,6 +16,7 @@ from txcore.launch.gloo_threads import yield_to_compute
 from txcore.mesh import MeshSpec
 from txcore.optim import as_optimizer
 from txcore.plan.plan import Plan
+from txcore.printing import format_call
 from txcore.train import fit as loop
 from txcore.train.batch import examples, global_shapes, shapes_on, shard_batch
 from txcore.train.checkpoints.checkpoints import Checkpoints
@@ -90,6 +91,7 @@ class Engine:
         if callable(loggers):
             raise TypeError("Engine needs loggers= a list of loggers, got one: write [logger]")
         self.loggers = tuple(loggers)
+        self._given_precision = precision
         self.precision = precision if isinstance(precision, Precision) else Precision(precision)
         self.seed, self.on_nonfinite = number, on_nonfinite
         self._given_options = compiler_options
@@ -100,6 +102,19 @@ class Engine:
         self.last_words = ""  # what is running, for a rank that waits in it
         ranks = {device.process_index for device in mesh.devices}
         self.spans = len(ranks) > 1  # several processes
+
+    def __repr__(self) -> str:
+        return format_call(
+            "Engine",
+            mesh=(self.mesh, None),
+            plan=(self.plan, None),
+            optimizer=(self.optimizer, None),
+            loggers=(self.loggers, ()),
+            precision=(self._given_precision, "float32"),
+            seed=(self.seed, 0),
+            on_nonfinite=(self.on_nonfinite, "stop"),
+            compiler_options=(self._given_options, None),
+        )
 
     def with_optimizer(self, optimizer: Any) -> "Engine":
         """Return an engine that differs in its optimizer alone, without loggers."""
@@ -428,7 +443,7 @@ class Engine:
           mesh: the target's axes and their sizes, `{"data": 512}`; needed with `target`.
 
         Returns:
-          A `txcore.profiling.Report`; `report.ok` is the proof.
+          A `txcore.profiling.Report`; `report.status` is the answer.
 
         Raises:
           ValueError: no such target, or a mesh that does not fit it or the plan.

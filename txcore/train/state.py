@@ -14,6 +14,7 @@ from txcore.collectives._scope import Scope, current_scope
 from txcore.kernels.common.checks import whole_number
 from txcore.optim import Optimizer
 from txcore.parallel import sync_gradients
+from txcore.printing import describe_scalar, describe_tree
 from txcore.train.numerics import loss_scale, prng
 from txcore.train.numerics.loss_scale import LossScaling
 from txcore.train.numerics.precision import Precision
@@ -50,6 +51,13 @@ class TrainState:
     engine: Runner = field(metadata={"static": True})
     # The fields that are known to be equal on all ranks (agreement.py).
     known_equal: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __repr__(self) -> str:
+        shown = [f"step={describe_scalar(self.step)}"]
+        for name, tree in self.arrays.items():
+            if name not in ("step", "seed") and tree is not None:
+                shown.append(f"{name}={describe_tree(tree)}")
+        return f"TrainState({', '.join(shown)})"
 
     @property
     def arrays(self) -> dict[str, Any]:

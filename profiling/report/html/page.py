@@ -19,6 +19,12 @@ from txcore.profiling.report.html.rows import rows_section
 from txcore.profiling.report.html.traffic import traffic_section
 from txcore.profiling.report.report import Report, format_bytes
 
+# The colour, icon and label of each status.
+_FACES = {
+    "proved": ("good", "✓", "Proved"),
+    "not proved": ("warn", "?", "Not proved"),
+    "failed": ("bad", "✕", "Failed"),
+}
 _TITLE = "Collectives of the compiled program"
 _ORIGINS = {
     "txcore": "asked for by a txcore collective; its tag says which",
@@ -124,7 +130,7 @@ def _hash(code: str) -> str:
 
 
 def _verdict(report: Report) -> Html:
-    name, icon, label = _state(report)
+    name, icon, label = _FACES[report.status]
     return el(
         "div",
         el("span", icon, class_="icon", aria_hidden="true"),
@@ -132,16 +138,6 @@ def _verdict(report: Report) -> Html:
         class_=f"verdict {name}",
         role="status",
     )
-
-
-def _state(report: Report) -> tuple[str, str, str]:
-    if not report.ok:
-        return "bad", "✕", "Failed"
-    if report.exact or not report.collectives:
-        return "good", "✓", "Proved"
-    if not report.checked:
-        return "warn", "?", "Not proved"
-    return "good", "✓", "Proved, not exact"
 
 
 def _facts(report: Report) -> Html:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
+from txcore.errors import TxcoreError
 from txcore.launch.join.addresses import split_address
 
 ATTEMPTS = 3  # to listen where another program listens still
@@ -21,7 +22,7 @@ _STRANGERS = 256  # connections that said nothing yet and are kept
 _MOST_NAMED = 16  # processes in a message
 
 
-class NotTogether(RuntimeError):
+class NotTogether(TxcoreError, RuntimeError):
     """The processes of a run did not come together; the message says which and what to do."""
 
 

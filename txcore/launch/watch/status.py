@@ -3,13 +3,15 @@
 import json
 from dataclasses import asdict, dataclass, fields
 
+from txcore.errors import TxcoreError
+
 FOLDER = "txcore/watch/"  # the entries' keys: this and the rank
 VERDICT = FOLDER + "verdict"
 TRY_AGAIN = 75  # EX_TEMPFAIL of BSD's sysexits.h: another attempt may succeed
 FAILED = 70  # EX_SOFTWARE: a rank failed by an error of its own, and will again
 
 
-class MismatchError(RuntimeError):
+class MismatchError(TxcoreError, RuntimeError):
     """Ranks or devices differ in what has to be the same; every rank raises it alike."""
 
 

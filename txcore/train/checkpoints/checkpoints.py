@@ -15,6 +15,7 @@ import jax
 
 from txcore.kernels.common.checks import whole_number
 from txcore.launch.key_value import share
+from txcore.printing import format_call
 from txcore.train.checkpoints import best, folder, manifest, saved_leaves
 from txcore.train.checkpoints.manifest import CheckpointError, Leaf, Metric, Position
 from txcore.train.checkpoints.orbax_store import Store, Writing, orbax
@@ -89,6 +90,16 @@ class Checkpoints:
         self._refused: set[str] = set()  # the names of those that cannot be used
         self._failed: str | None = None  # why the last save did not succeed
         self._lock: int | None = None
+
+    def __repr__(self) -> str:
+        return format_call(
+            "Checkpoints",
+            str(self.directory),
+            every=(self.every, None),
+            keep=(self.keep, 3),
+            keep_best=(self.keep_best, None),
+            resume=(self.resume, "auto"),
+        )
 
     def restore(self, state: TrainState) -> tuple[TrainState, Position]:
         """Return the newest checkpoint that is whole, in the layout of `state`.

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from txcore import bounded_json
+from txcore.errors import TxcoreError
 from txcore.outside import brief, open_regular, printable, read_regular
 
 NAME = "txcore.json"
@@ -40,7 +41,7 @@ _SCHEMA = {
 }
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(TxcoreError, RuntimeError):
     """A checkpoint cannot be made or used; says which, why, and what to do."""
 
 

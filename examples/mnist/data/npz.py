@@ -12,7 +12,8 @@ import zipfile
 import zlib
 
 import numpy as np
-from idx import MAX_ITEMS, MAX_SIDE, DataError, data_error, open_regular, read_up_to
+
+from data.idx import MAX_ITEMS, MAX_SIDE, DataError, data_error, open_regular, read_up_to
 
 MAX_BYTES = 1 << 26  # of the file: Keras' has 11.5 MB, the same uncompressed 55 MB
 ARRAYS = ("x_train", "y_train", "x_test", "y_test")

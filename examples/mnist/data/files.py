@@ -6,7 +6,7 @@ import pathlib
 import re
 from collections.abc import Iterable
 
-from idx import DataError, data_error
+from data.idx import DataError, data_error
 
 NAMES = (
     "train-images-idx3-ubyte",

@@ -7,12 +7,13 @@ import pathlib
 import sys
 from collections.abc import Callable, Mapping
 
-import download
 import numpy as np
-from files import NAMES as FILE_NAMES
-from files import NPZ, locate
-from idx import DataError, data_error, read_images, read_labels
-from npz import read_npz
+
+from data import download
+from data.files import NAMES as FILE_NAMES
+from data.files import NPZ, locate
+from data.idx import DataError, data_error, read_images, read_labels
+from data.npz import read_npz
 
 NAMES = ("auto", "mnist", "digits")
 SIDE = 28  # pixels

@@ -1,0 +1,199 @@
+"""The flags of train.py: what they are, what they refuse, and what they stand for."""
+
+import argparse
+import logging
+import os
+import pathlib
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import models
+from data.dataset import NAMES
+
+import txcore as tx
+from txcore import launch
+from txcore.launch import watch
+
+BASE_BATCH = 64  # the batch to which --lr-scaling linear refers
+EPOCHS = {"mnist": 3, "digits": 20}
+LEARNING_RATES = {"sgd": 0.02, "adamw": 1e-3}
+_TEXT = "Train on MNIST, and prove which collectives the compiled step contains."
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=_TEXT)
+    add = parser.add_argument
+    add("--model", default="cnn", choices=list(models.MODELS))
+    add("--dropout", type=float, help="replaces the model's dropout rates; 0 leaves them out")
+    add("--devices", default="all", help="1, N or all; simulates CPU devices where needed")
+    add("--batch-size", type=int, default=128, help="of the global batch")
+    add("--learning-rate", type=float, help="default: 0.02 for sgd, 0.001 for adamw")
+    add("--optimizer", default="sgd", choices=list(LEARNING_RATES), help="sgd has momentum 0.9")
+    add("--lr-scaling", default="none", choices=["none", "linear"], help="rate x batch / 64")
+    add("--warmup", type=int, default=100, help="steps of linear warm-up; default: 100")
+    add("--decay", default="none", choices=["none", "cosine"], help="cosine: to 0 at the end")
+    add("--label-smoothing", type=float, default=0.0, help="from 0 to 1; default: 0")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--steps", type=int)
+    length.add_argument("--epochs", type=int, help="default: 3 of MNIST, 20 of the few digits")
+    add("--eval-every", type=int, help="steps between evaluations; default: an epoch")
+    add("--precision", default="float32", choices=["float32", "bfloat16", "float16"])
+    add("--seed", type=int, default=0)
+    add("--dataset", default="auto", choices=NAMES)
+    add(
+        "--data-dir",
+        help="folder of the MNIST files, or mnist.npz; default: TXCORE_DATA, or data/mnist",
+    )
+    add("--train-size", type=int, help="train on the first N examples only")
+    add("--log-dir", help="write DIR/train.jsonl")
+    add("--results", help="write a JSON file")
+    add("--checkpoint-dir", help="save the run there, and resume it from there")
+    add("--save-every", type=int, help="steps between checkpoints; default: 100")
+    add("--keep", type=int, help="how many checkpoints to keep; default: 3")
+    add("--resume", choices=["auto", "never", "must"], help="default: auto")
+    add("--on-nonfinite", default="stop", choices=["stop", "skip", "ignore"], help="a NaN loss")
+    add("--audit", default=True, action=argparse.BooleanOptionalAction)
+    add("--coordinator", help="host:port of process 0, for processes started by hand")
+    add("--num-processes", type=int)
+    add("--process-id", type=int)
+    return parser.parse_args(argv)
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse what is out of range before anything is loaded, and expand ~ in paths."""
+    for name, low in (("steps", 0), ("epochs", 0), ("warmup", 0), ("eval_every", 1)):
+        value = getattr(args, name)
+        if value is not None and value < low:
+            flag = name.replace("_", "-")
+            raise ValueError(f"--{flag} must be a count from {low} on, got {value}")
+    if args.learning_rate is not None and not args.learning_rate >= 0:
+        raise ValueError(f"--learning-rate must be a number from 0 on, got {args.learning_rate}")
+    if not 0 <= args.label_smoothing <= 1:
+        raise ValueError(
+            f"--label-smoothing must be a number from 0 to 1, got {args.label_smoothing}"
+        )
+    if not 0 <= args.seed < 2**32:
+        raise ValueError(f"--seed must be from 0 to {2**32 - 1}, got {args.seed}")
+    for name in ("data_dir", "log_dir", "results", "checkpoint_dir"):
+        path = os.path.expanduser(getattr(args, name) or "")  # shells leave --results=~/x as it is
+        if path.startswith("~"):
+            flag = name.replace("_", "-")
+            raise ValueError(f"--{flag} needs a path, but {path!r} is no user's here: write it out")
+        setattr(args, name, path or None)
+    if args.data_dir and args.dataset == "digits":
+        raise ValueError(
+            "--data-dir is for MNIST, but --dataset digits takes scikit-learn's: leave one out"
+        )
+    if args.results:
+        # Now, and not after an hour of training.
+        pathlib.Path(args.results).parent.mkdir(parents=True, exist_ok=True)
+
+
+def choose_devices(wanted: str, num_processes: int) -> list[Any]:
+    """Return the devices to train on; simulate CPU devices where there are fewer real ones."""
+    if wanted == "all":
+        return jax.devices()
+    if not wanted.isdigit() or int(wanted) < 1:
+        raise ValueError(f"--devices must be a number from 1 on, or all, got {wanted!r}")
+    count = int(wanted)
+    if count % num_processes:
+        raise ValueError(
+            f"--devices {count} cannot be shared equally by {num_processes} processes: use a "
+            f"multiple of {num_processes}"
+        )
+    local = count // num_processes
+    if not launch.backend_started():
+        launch.simulate_cpu_devices(local)
+    devices = jax.devices() if jax.device_count() >= count else jax.devices("cpu")
+    if len(devices) < count:
+        raise ValueError(f"--devices {count}: this jax has started with {len(devices)} devices")
+    if devices[0].platform == "cpu" and local > 1:
+        say(f"simulating {local} CPU devices" + (" a process" if num_processes > 1 else ""))
+    return devices[:count]
+
+
+def count_steps(args: argparse.Namespace, dataset: str, steps_per_epoch: int) -> int:
+    """Return how many steps to train: --steps, or --epochs, or the data set's usual ones."""
+    if args.steps is not None:
+        return int(args.steps)
+    epochs = EPOCHS[dataset] if args.epochs is None else args.epochs
+    return int(epochs) * steps_per_epoch
+
+
+def make_optimizer(args: argparse.Namespace, steps: int) -> tx.optim.Optimizer:
+    """Return the optimizer with its learning rate, scaled, warmed up and decayed as asked for."""
+    rate = LEARNING_RATES[args.optimizer] if args.learning_rate is None else args.learning_rate
+    if args.lr_scaling == "linear":
+        rate = tx.optim.linear_scaling(rate, args.batch_size, BASE_BATCH)
+    schedule = tx.optim.warmup(rate, args.warmup) if args.warmup else rate
+    if args.decay == "cosine":
+        if args.warmup >= steps:
+            raise ValueError(
+                f"--decay cosine needs more steps than the warm-up's {args.warmup}, got {steps}: "
+                "train longer, or make --warmup shorter"
+            )
+        schedule = tx.optim.cosine(rate, steps, args.warmup)
+    if args.optimizer == "adamw":
+        return tx.optim.adamw(schedule)
+    return tx.optim.sgd(schedule, momentum=0.9)
+
+
+def make_loggers(args: argparse.Namespace) -> list[tx.loggers.Logger]:
+    """Return the logger that writes into --log-dir, if there is one."""
+    if not args.log_dir:
+        return []
+    log = pathlib.Path(args.log_dir) / "train.jsonl"
+    if jax.process_index() == 0:  # a logger that fails later does not end the run
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.touch()
+    return [tx.loggers.JSONL(log)]
+
+
+def make_checkpoints(args: argparse.Namespace) -> tx.Checkpoints | None:
+    """Return where the run is saved, if it is."""
+    names = ("save_every", "keep", "resume")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if args.checkpoint_dir is not None:
+        every = given.pop("save_every", 100)
+        return tx.Checkpoints(args.checkpoint_dir, every=every, **given)
+    for name in given:
+        flag = name.replace("_", "-")
+        raise ValueError(f"--{flag} needs --checkpoint-dir: without it nothing is saved")
+    return None
+
+
+def agree(own: str) -> str:
+    """Return on every process the text that process 0 gave."""
+    return launch.share("dataset", own)
+
+
+def say(text: str) -> None:
+    """Print on rank 0."""
+    if jax.process_index() == 0:
+        print(text, flush=True)
+
+
+def run(train: Callable[[argparse.Namespace], int], argv: list[str] | None = None) -> int:
+    """Train as the command line says; an error that the user can mend is one line.
+
+    Args:
+      train: what to call with the parsed flags; returns the exit code.
+      argv: of the command line; None takes those of the process.
+
+    Returns:
+      The exit code: that of `train`, 2 after an error, 130 after Ctrl-C.
+    """
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("txcore").setLevel(logging.INFO)
+    args = parse(argv)
+    try:
+        return train(args)
+    except KeyboardInterrupt:
+        return 130
+    except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
+        watch.failed(error)  # the other ranks are waiting for this one
+        print(f"train.py: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2

@@ -1,0 +1,127 @@
+"""Groups of parameters, each with an optimizer of its own."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from jax.typing import ArrayLike
+
+from txcore.optim import clipping, rules
+from txcore.optim.from_optax import as_optimizer
+from txcore.optim.optimizer import Optimizer, check_like_params
+
+
+def groups(by_rule: Mapping[str, Any], *, clip_norm: float | None = None) -> Optimizer:
+    """Give groups of parameters optimizers of their own, by path rules.
+
+    A rule is a path with slashes between its keys and * for any characters: "embed", "*/b",
+    "layers/0/*". The first rule that a parameter matches counts, so that a last "*" takes the rest.
+
+    Args:
+      by_rule: rule -> `Optimizer` or optax transformation. Schedules of all groups follow the same
+        step; a `clip_norm` of one of them clips by the norm of its own group.
+      clip_norm: the largest global norm of the gradients of all groups together, above 0; None
+        does not clip.
+
+    Returns:
+      The optimizer. Its state is {rule: the state of the group's optimizer}, with None in the
+      place of every parameter of another group.
+
+    Raises:
+      TypeError: a value is no optimizer, or a rule no text.
+      ValueError: there is no rule; some optimizers take a gradient for each example and others
+        do not; `clip_norm` is not above 0. From `init` on: a rule matches no parameter, or a
+        parameter no rule.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import txcore as tx
+      >>> optimizer = tx.optim.groups({"*/b": tx.optim.sgd(0.5), "*": tx.optim.sgd(0.25)})
+      >>> params = {"dense": {"b": jnp.ones(1), "w": jnp.ones(1)}}
+      >>> state = optimizer.init(params)
+      >>> params, state = optimizer.update(params, state, params, step=jnp.int32(0))
+      >>> params["dense"]["b"].tolist(), params["dense"]["w"].tolist()
+      ([0.5], [0.75])
+    """
+    _check_rules(by_rule)
+    clipping.check_max_norm("groups", "clip_norm", clip_norm)
+    optimizers = {rule: as_optimizer(given) for rule, given in by_rule.items()}
+    per_example = _take_examples(optimizers)
+
+    def init(params: Any) -> Any:
+        chosen = _choose(optimizers, params)
+        return {
+            rule: optimizer.init(_pick(params, chosen, rule))
+            for rule, optimizer in optimizers.items()
+        }
+
+    def update(
+        grads: Any, opt_state: Any, params: Any, *, step: jax.Array, grad_scale: ArrayLike = 1.0
+    ) -> tuple[Any, Any]:
+        if not per_example:
+            check_like_params("groups", "gradients", grads, params)
+        chosen = _choose(optimizers, params)
+        scale = clipping.clipping_scale("groups", grads, clip_norm, grad_scale)
+        # An optimizer of a user's own may take no grad_scale.
+        options = {} if isinstance(scale, int | float) and scale == 1 else {"grad_scale": scale}
+        new_state, taken = {}, {}
+        for rule, optimizer in optimizers.items():
+            own = [_pick(tree, chosen, rule) for tree in (grads, params)]
+            new, new_state[rule] = optimizer.update(
+                own[0], opt_state[rule], own[1], step=step, **options
+            )
+            taken[rule] = iter(jax.tree.leaves(new))
+        leaves = [next(taken[rule]) for rule in chosen]
+        return jax.tree.unflatten(jax.tree.structure(params), leaves), new_state
+
+    text = ", ".join(f"{rule!r}: {optimizer!r}" for rule, optimizer in optimizers.items())
+    return Optimizer(init, update, per_example, text=f"groups({{{text}}})")
+
+
+def _check_rules(by_rule: Any) -> None:
+    if not isinstance(by_rule, Mapping):
+        raise TypeError(
+            f"groups: the rules must be a dict of optimizers; got {type(by_rule).__name__}. Write "
+            "tx.optim.groups({'*/b': tx.optim.sgd(0.1), '*': tx.optim.adamw(0.001)})."
+        )
+    if not by_rule:
+        raise ValueError("groups: there must be at least one rule; got {}. '*' takes all.")
+    for rule in by_rule:
+        if not isinstance(rule, str) or not rule:
+            raise TypeError(
+                f"groups: a rule must be a path such as 'dense/*'; got {rule!r}. Write the keys "
+                "with slashes between them, and * for any characters."
+            )
+
+
+def _take_examples(optimizers: Mapping[str, Optimizer]) -> bool:
+    """Tell whether the groups need one gradient for each example; refuse a mixture."""
+    kinds = {optimizer.per_example for optimizer in optimizers.values()}
+    if len(kinds) > 1:
+        rule = next(rule for rule, optimizer in optimizers.items() if optimizer.per_example)
+        raise ValueError(
+            "groups: all optimizers must take one gradient a parameter, or all one for each "
+            f"example; that of {rule!r} takes one for each example, others do not. Give all "
+            "groups such an optimizer."
+        )
+    return kinds.pop()
+
+
+def _choose(optimizers: Mapping[str, Optimizer], params: Any) -> list[str]:
+    """Return the rule of each parameter, in jax's order of leaves."""
+    names = rules.leaf_names(params)
+    chosen = rules.match_rules("groups", tuple(optimizers), names)
+    without = [name for name, rule in zip(names, chosen, strict=True) if rule is None]
+    if without:
+        raise ValueError(
+            f"groups: every parameter must match a rule; none of {rules.shown(list(optimizers))} "
+            f"matches {rules.shown(without)}. End with '*' for the rest."
+        )
+    return [rule for rule in chosen if rule is not None]
+
+
+def _pick(tree: Any, chosen: list[str], rule: str) -> Any:
+    """Return a tree with None, which jax takes for no leaf, in place of other groups' leaves."""
+    leaves, structure = jax.tree.flatten(tree)
+    own = [leaf if c == rule else None for leaf, c in zip(leaves, chosen, strict=True)]
+    return jax.tree.unflatten(structure, own)
