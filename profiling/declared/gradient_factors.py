@@ -19,7 +19,7 @@ from typing import Literal
 
 import numpy as np
 
-from txcore import _compat
+from txcore import _compat, tags, varying
 from txcore.profiling import meshes
 from txcore.profiling.declared import source
 from txcore.profiling.declared.equations import (
@@ -160,7 +160,7 @@ class _Factors(Forward[_Value]):
 
     def apply(self, eqn: Eqn, jaxpr: Jaxpr, inputs: list[_Value], frame: Frame) -> list[_Value]:
         name = name_of(eqn)
-        if name == _compat.CLAIM:
+        if name == varying.CLAIM:
             self._note(eqn, inputs[0])
             return inputs
         if name in CASTS:
@@ -210,7 +210,7 @@ class _Factors(Forward[_Value]):
         number = None
         if value.gradient is None and var.aval.shape == ():
             number = _name(COUNT, eqn, frame)
-        by_tag = (_compat.tag_in(path) or "").split("/")[0] == "pmean"
+        by_tag = (tags.tag_in(path) or "").split("/")[0] == "pmean"
         is_mean = by_tag or any(
             is_divided(jaxpr, var, counts_of(axes, axis, self._sizes)) for axis in axes
         )
