@@ -131,7 +131,7 @@ def _divergence(
         name=name,
         kind=kind,
         axes=axes,
-        source=source.shorten(_compat.eqn_frames(seen.eqn)),
+        source=source.user_source_line(_compat.eqn_frames(seen.eqn)),
         control=control.primitive.name,
-        control_source=source.shorten(_compat.eqn_frames(control)),
+        control_source=source.user_source_line(_compat.eqn_frames(control)),
     )

@@ -77,7 +77,7 @@ def find_mistyped(jaxpr: Jaxpr) -> list[Mistyped]:
             return None
         # What stands inside jnp.argsort has no line of the user's: the call of it has.
         name = str(seen.eqn.params.get("name", seen.name))
-        return Mistyped(axis, name, source.shorten(_compat.eqn_frames(seen.eqn)))
+        return Mistyped(axis, name, source.user_source_line(_compat.eqn_frames(seen.eqn)))
 
     found = search_equations(jaxpr, look, every=True)
     return [m for m in found if m.source] or found
@@ -131,5 +131,5 @@ def _false_claim(seen: Seen) -> Finding | None:
 
 
 def _finding(seen: Seen, problem: str, *, tag: str | None = None, **said: Any) -> Finding:
-    place = source.shorten(_compat.eqn_frames(seen.eqn))
+    place = source.user_source_line(_compat.eqn_frames(seen.eqn))
     return Finding(tag, seen.axis, seen.name, place, problem, **said)

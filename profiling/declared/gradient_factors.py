@@ -50,6 +50,13 @@ DEVICES = "devices"  # the number of devices, where example_mean multiplies by i
 COUNT = "count"  # a sum over the devices: of a mask
 EXAMPLE_MEAN = "example_mean"  # the scope in which it computes
 
+# Where a number for each element becomes a gradient: a product with what a loss has computed, or a
+# place among zeros.
+_MEETINGS = frozenset(
+    ("mul", "div", "dot_general", "conv_general_dilated", "select_n", "pad", "gather")
+    + ("scatter-add", "concatenate", "dynamic_update_slice", "cumsum", "transpose")
+)
+
 Factor = Literal["mean", "sum", "not read"]
 
 
@@ -218,7 +225,7 @@ class _Factors(Forward[_Value]):
         gradient = value.gradient
         if gradient is not None and value.reduced & along:
             gradient = replace(gradient, weight=None)
-        place = source.shorten(_compat.eqn_frames(eqn))
+        place = source.user_source_line(_compat.eqn_frames(eqn))
         is_mean = is_mean and value.is_mean
         return _Value(differs, number, gradient, value.reduced | along, is_mean, place)
 
@@ -232,26 +239,38 @@ class _Factors(Forward[_Value]):
             inputs = _cases(inputs)
             if len(inputs) == 1:
                 return replace(inputs[0], differs=differs)
-        if inputs and all(value.number is not None for value in inputs):
-            number = self._of_numbers(eqn, name, inputs, frame)
-            # What is averaged stays so while it is scaled, whatever it is.
-            kept = inputs[0] if name in ("div", "mul") else _Value()
-            return replace(kept, number=number, differs=differs)
+            if not all(value.number or value.gradient for value in inputs):
+                return _Value(differs)
         gradients = [value for value in inputs if value.gradient is not None]
-        starts = [
-            (var, value)
-            for var, value in zip(eqn.invars[-len(inputs) :], inputs, strict=True)
-            if value.number is not None and not value.is_zero and var.aval.shape
-        ]
-        if not gradients and not starts:
+        if not gradients and not any(value.number for value in inputs):
+            # What is averaged stays so while it is scaled, whatever it is.
             kept = inputs[0] if name in ("div", "mul") and inputs[0].reduced else _Value()
-            return replace(kept, number=None, differs=differs)
+            return replace(kept, differs=differs)
+        if not gradients and all(value.number for value in inputs):
+            number = self._of_numbers(eqn, name, inputs, frame)
+            kept = inputs[0] if name in ("div", "mul") else _Value()
+            if number is not None or not self._starts(eqn, name, inputs, frame):
+                return replace(kept, number=number, differs=differs)
         path = path_of(eqn, frame.path)
         if not made_by_autodiff(path):
-            return replace(self._of_gradients(name, inputs, gradients), differs=differs)
+            value = self._of_gradients(name, inputs, gradients)
+            if not gradients and name in ("div", "mul") and inputs[0].reduced:
+                value = replace(inputs[0], number=None)
+            return replace(value, differs=differs)
         if gradients:
             return _Value(differs, gradient=self._passed_back(name, inputs, gradients))
-        return _Value(differs, gradient=_start(inputs, *starts[0]))
+        if self._starts(eqn, name, inputs, frame):
+            return _Value(differs, gradient=_start(eqn, inputs))
+        return _Value(differs)
+
+    def _starts(self, eqn: Eqn, name: str, inputs: list[_Value], frame: Frame) -> bool:
+        """Tell whether a number for each element meets something here that is none.
+
+        A backward function that is written by hand has constants too: they meet values otherwise.
+        """
+        if name not in _MEETINGS or not any(_is_started(*pair) for pair in _pairs(eqn, inputs)):
+            return False
+        return made_by_autodiff(path_of(eqn, frame.path))
 
     def _of_numbers(
         self, eqn: Eqn, name: str, inputs: list[_Value], frame: Frame
@@ -291,12 +310,14 @@ class _Factors(Forward[_Value]):
         if name in NOT_LINEAR:
             return None
         first, *others = [value.gradient for value in gradients if value.gradient is not None]
-        if name in ADDITIVE or name in ("select_n", "scatter-add", "dynamic_update_slice"):
+        if name in ADDITIVE or name in ("select_n", "scatter-add", "dynamic_update_slice", "stack"):
             for other in others:
                 first = _union(first, other)
-            unknown = [v for v in inputs if v.gradient is None and not v.is_zero and not v.number]
-            is_sum = name in ("add", "add_any", "sub", "select_n")
-            return replace(first, weight=None) if is_sum and unknown else first
+            terms = [v for v in inputs if v.gradient is None and not v.is_zero]
+            if not terms or name not in ("add", "add_any", "sub", "select_n"):
+                return first
+            is_shared = all(v.number is not None and not v.differs for v in terms)
+            return replace(first, shared=True) if is_shared else replace(first, weight=None)
         numbers = [value.number for value in inputs if value.gradient is None and value.number]
         if others or any(self._may_be_a_mean(number) for number in numbers):
             return replace(first, weight=None)
@@ -418,8 +439,17 @@ def _summed_cotangent(value: _Value, name: str, size: int) -> _Value:
     return replace(value, differs=differs)
 
 
-def _start(inputs: list[_Value], var: Var, value: _Value) -> _Gradient | None:
+def _pairs(eqn: Eqn, inputs: list[_Value]) -> list[tuple[Var, _Value]]:
+    return list(zip(eqn.invars[-len(inputs) :], inputs, strict=True))
+
+
+def _is_started(var: Var, value: _Value) -> bool:
+    return value.number is not None and not value.is_zero and bool(var.aval.shape)
+
+
+def _start(eqn: Eqn, inputs: list[_Value]) -> _Gradient | None:
     """Return the gradient that a backward pass's number for each element turns into."""
+    var, value = next(pair for pair in _pairs(eqn, inputs) if _is_started(*pair))
     number = value.number
     if number is None:
         return None

@@ -201,5 +201,5 @@ def _draw(calls: tuple[Eqn, ...], axis: str, shape: tuple[int, ...]) -> Draw:
     # jax traces its own functions once, without the lines of who called them.
     frames = next(filter(None, map(_compat.eqn_frames, reversed(calls))), ())
     own = [frame for frame in frames if "site-packages" not in frame[0]]
-    inside, place = source.shorten(frames), source.shorten(own or frames)
+    inside, place = source.user_source_line(frames), source.user_source_line(own or frames)
     return Draw(axis, shape, place, "" if inside == place else inside)

@@ -106,5 +106,5 @@ class _SummedGradients(Forward[_Sums]):
 
 def _sum(eqn: Eqn, tag: str | None, axis: str) -> Sum:
     elements = sum(int(np.prod(v.aval.shape)) for v in eqn.invars)
-    place = source.shorten(_compat.eqn_frames(eqn))
+    place = source.user_source_line(_compat.eqn_frames(eqn))
     return Sum(axis, tag, elements, place)
