@@ -40,12 +40,12 @@ def pmax(x: Any, axis: str | tuple[str, ...], *, name: str | None = None) -> Any
       ...     return tx.pmax(x, "data")
       >>> tx.testing.run_sharded(f, np.arange(4.0), axes={"data": 4}, out_specs=P())
       array([3.], dtype=float32)
-      >>> def softmax(x):  # its gradient goes through the sum alone
+      >>> def log_sum_exp(x):  # its gradient, the softmax, goes through the sum alone
       ...     largest = tx.pmax(jax.lax.stop_gradient(x), "data")
-      ...     return jax.numpy.exp(x - largest) / tx.psum(jax.numpy.exp(x - largest), "data")
-      >>> gradient = jax.grad(lambda x: softmax(x).sum())
+      ...     return (jax.numpy.log(tx.psum(jax.numpy.exp(x - largest), "data")) + largest).sum()
+      >>> gradient = jax.grad(log_sum_exp)
       >>> tx.testing.run_sharded(gradient, np.arange(2.0), axes={"data": 2}).round(4)
-      array([-0.1966,  0.1966], dtype=float32)
+      array([0.2689, 0.7311], dtype=float32)
     """
     return _extreme("pmax", x, axis, name, lax.pmax)
 
