@@ -37,19 +37,24 @@ RESHARD, RESHARD_OF_A_SUM = "reshard", "reshard of a sum"
 class Declared:
     """One operand of one collective of a traced program.
 
-    kind: the HLO op it lowers to ("all-reduce"), or "reshard", which the compiler translates;
-    primitive: jax's name ("psum").
-    axes: mesh axes as the program names them; group_size: devices along them.
-    dtype: jax's name ("float32").
-    payload_bytes: S of one execution: the operand's bytes on one device, times n for all_gather.
-    trips: executions in one call; where not `trips_known` (a while loop) at least that many.
-    tag: txcore's tag, or None; source: "file.py:12", the innermost line outside jax and txcore.
-    autodiff: made by jax's transposition, without a tag.
-    elements: as payload_bytes, in elements. Not `size_known`: under a shard_map that leaves axes
-      to the partitioner, which may shard the operand further, so that this is an upper bound.
-    foldable: the compiler may do without it (its operand does not depend on the program's inputs,
-      or it runs among one device).
-    groups, pairs: the devices that talk to each other, by place in the mesh.
+    Attributes:
+      kind: the HLO op it lowers to ("all-reduce"), or "reshard", which the compiler translates.
+      primitive: jax's name ("psum").
+      axes: mesh axes as the program names them.
+      group_size: devices along them.
+      dtype: jax's name ("float32").
+      payload_bytes: S of one execution: the operand's bytes on one device, times n for all_gather.
+      trips: executions in one call; where not `trips_known` (a while loop) at least that many.
+      tag: txcore's tag, or None.
+      source: "file.py:12", the innermost line outside jax and txcore.
+      autodiff: made by jax's transposition, without a tag.
+      elements: as payload_bytes, in elements. Not `size_known`: under a shard_map that leaves axes
+        to the partitioner, which may shard the operand further, so that this is an upper bound.
+      foldable: the compiler may do without it (its operand does not depend on the program's
+        inputs, or it runs among one device).
+      live: something uses its result.
+      operand: the number of its operand's value: equal ones have equal numbers.
+      groups, pairs: the devices that talk to each other, by place in the mesh.
     """
 
     kind: str

@@ -19,15 +19,16 @@ from txcore.profiling.declared.relation import Relation, may_differ
 class Finding:
     """A reduction along `axis` of something that it is wrong for, or a false claim.
 
-    problem: "gathered": a sum of what an all_gather made equal; "equal": of what is equal;
-      "again": of what holds a sum along the axis as a term; "multiplied": a sum of gradients that
-      hold each device's part n times already; "part": a mean of gradients of a loss that is
-      reduced already; "typed": a reduction of gradients that went back through a value that
-      differs, and that jax types as equal; "claim": a claim (`varying.claim`) that does not hold;
-      "total": what is claimed to be equal is a gradient that autodiff summed.
-    tag, axis, primitive: of the reduction; primitive is "claim" for a claim.
-    source: "file.py:12".
-    what, error: those of a claim; dropped: whether it retypes the value as equal.
+    Attributes:
+      problem: "gathered": a sum of what an all_gather made equal; "equal": of what is equal;
+        "again": of what holds a sum along the axis as a term; "multiplied": a sum of gradients that
+        hold each device's part n times already; "part": a mean of gradients of a loss that is
+        reduced already; "typed": a reduction of gradients that went back through a value that
+        differs, and that jax types as equal; "claim": a claim (`varying.claim`) that does not hold;
+        "total": what is claimed to be equal is a gradient that autodiff summed.
+      tag, axis, primitive: of the reduction; primitive is "claim" for a claim.
+      source: "file.py:12".
+      what, error: those of a claim; dropped: whether it retypes the value as equal.
     """
 
     tag: str | None

@@ -42,8 +42,11 @@ _OTHER_LENGTH = ("slice", "dynamic_slice", "concatenate", "pad", "rev", "dynamic
 class Draw:
     """Random numbers that are the same on all devices along `axis`.
 
-    source: "file.py:12" of the draw, in the user's code; inside: the same in the package that he
-    calls, or "".
+    Attributes:
+      axis: a data axis.
+      shape: that of the numbers.
+      source: "file.py:12" of the draw, in the user's code.
+      inside: the same in the package that the user's code calls, or "".
     """
 
     axis: str

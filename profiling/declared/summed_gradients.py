@@ -29,7 +29,14 @@ from txcore.profiling.declared.forward import Forward, Frame
 
 @dataclass(frozen=True)
 class Sum:
-    """A psum along `axis` that autodiff made: its tag, elements and "file.py:12"."""
+    """A psum that autodiff made.
+
+    Attributes:
+      axis: the mesh axis that it sums over.
+      tag: the tag of the cast whose transpose it is, or None.
+      elements: those of its operands.
+      source: "file.py:12".
+    """
 
     axis: str
     tag: str | None
