@@ -41,6 +41,15 @@ from txcore.profiling.declared.equations import (
     open_jaxpr,
     path_of,
 )
+from txcore.profiling.declared.factor_values import (
+    Gradient,
+    Value,
+    add_gradients,
+    follow_trips,
+    join_ways,
+    scale_gradient,
+    sum_cotangents,
+)
 from txcore.profiling.declared.forward import Forward, Frame, find_shard_maps
 from txcore.profiling.declared.monomials import ONE, Monomial
 from txcore.profiling.declared.seen import counts_of, is_divided, sums_cotangents
@@ -104,43 +113,7 @@ def read_gradient_factors(jaxpr: Jaxpr, axes: Iterable[str]) -> list[GradientFac
     return found
 
 
-@dataclass(frozen=True)
-class _Gradient:
-    """A value that is linear in what a backward pass starts from.
-
-    weight: what the examples' own weights add up to; where it is `counted`, the weight of each
-    example, over the global count; None where it is not read.
-    local, shared: it has terms of this device's data; terms that are the same on every device.
-    """
-
-    weight: Monomial | None
-    counted: bool = False
-    local: bool = True
-    shared: bool = False
-
-
-@dataclass(frozen=True)
-class _Value:
-    """What is known of a value.
-
-    differs: it is made of data that differ along a data axis; number: what all its elements are;
-    gradient: what it is as a gradient.
-    reduced: the data axes over which the program has summed it; is_mean: it divides by their size.
-    """
-
-    differs: bool = False
-    number: Monomial | None = None
-    gradient: _Gradient | None = None
-    reduced: frozenset[str] = frozenset()
-    is_mean: bool = True
-    source: str = ""
-
-    @property
-    def is_zero(self) -> bool:
-        return self.number is not None and self.number.constant == 0
-
-
-class _Factors(Forward[_Value]):
+class _Factors(Forward[Value]):
     """Follow numbers and gradients; `found` by the parameter."""
 
     def __init__(self, axes: tuple[str, ...], sizes: dict[str, int]) -> None:
@@ -148,24 +121,24 @@ class _Factors(Forward[_Value]):
         self._axes, self._sizes = axes, sizes
         self._devices = math.prod(sizes[axis] for axis in axes)
 
-    def of_literal(self, var: Var) -> _Value:
+    def of_literal(self, var: Var) -> Value:
         content = np.asarray(var.val)
         is_number = content.size == 1 and content.dtype.kind in "fiu"
-        return _Value(number=Monomial(float(content.reshape(())))) if is_number else _Value()
+        return Value(number=Monomial(float(content.reshape(())))) if is_number else Value()
 
-    def of_constant(self) -> _Value:
-        return _Value()
+    def of_constant(self) -> Value:
+        return Value()
 
-    def join(self, a: _Value, b: _Value) -> _Value:
+    def join(self, a: Value, b: Value) -> Value:
         if a == b or b.is_zero:
             return replace(a, differs=a.differs or b.differs)
         if a.is_zero:
             return replace(b, differs=a.differs or b.differs)
-        gradient = _union(a.gradient, b.gradient) if a.gradient and b.gradient else None
+        gradient = join_ways(a.gradient, b.gradient) if a.gradient and b.gradient else None
         is_mean, differs = a.is_mean and b.is_mean, a.differs or b.differs
-        return _Value(differs, None, gradient, a.reduced & b.reduced, is_mean, a.source)
+        return Value(differs, None, gradient, a.reduced & b.reduced, is_mean, a.source)
 
-    def apply(self, eqn: Eqn, jaxpr: Jaxpr, inputs: list[_Value], frame: Frame) -> list[_Value]:
+    def apply(self, eqn: Eqn, jaxpr: Jaxpr, inputs: list[Value], frame: Frame) -> list[Value]:
         name = name_of(eqn)
         if name == varying.CLAIM:
             self._note(eqn, inputs[0])
@@ -178,7 +151,7 @@ class _Factors(Forward[_Value]):
         value = self._local(eqn, name, inputs, frame)
         return [self._symbol(eqn, value, var, frame) for var in eqn.outvars]
 
-    def _symbol(self, eqn: Eqn, value: _Value, var: Var, frame: Frame) -> _Value:
+    def _symbol(self, eqn: Eqn, value: Value, var: Var, frame: Frame) -> Value:
         """Name a scalar of which nothing is known, so that its inverse cancels it."""
         aval = var.aval
         named = value.number is not None or value.gradient is not None
@@ -189,27 +162,27 @@ class _Factors(Forward[_Value]):
     # Collectives
 
     def _collective(
-        self, eqn: Eqn, jaxpr: Jaxpr, name: str, inputs: list[_Value], frame: Frame
-    ) -> list[_Value]:
+        self, eqn: Eqn, jaxpr: Jaxpr, name: str, inputs: list[Value], frame: Frame
+    ) -> list[Value]:
         if name == "axis_index":
-            return [_Value(differs=True)]
+            return [Value(differs=True)]
         axes = axes_of(eqn.params)
         path = path_of(eqn, frame.path)
         if len(inputs) != len(eqn.outvars) or eqn.params.get("axis_index_groups") is not None:
-            return [_Value(differs=True)] * len(eqn.outvars)
+            return [Value(differs=True)] * len(eqn.outvars)
         if sums_cotangents(name, path):
             size = math.prod(self._sizes.get(axis, 1) for axis in axes)
-            return [_summed_cotangent(value, name, size) for value in inputs]
+            return [sum_cotangents(value, name, size) for value in inputs]
         if name in SUMS or name in ALL_REDUCED_SUMS:
             pairs = zip(inputs, eqn.outvars, strict=True)
             return [self._sum(eqn, jaxpr, value, var, path, frame) for value, var in pairs]
         if name in GATHERS:  # of what is summed, in shards: else of one gradient for each device
-            return [replace(v, differs=False) if v.reduced else _Value() for v in inputs]
-        return [_Value(differs=name not in EQUALIZERS)] * len(eqn.outvars)
+            return [replace(v, differs=False) if v.reduced else Value() for v in inputs]
+        return [Value(differs=name not in EQUALIZERS)] * len(eqn.outvars)
 
     def _sum(
-        self, eqn: Eqn, jaxpr: Jaxpr, value: _Value, var: Var, path: str, frame: Frame
-    ) -> _Value:
+        self, eqn: Eqn, jaxpr: Jaxpr, value: Value, var: Var, path: str, frame: Frame
+    ) -> Value:
         axes, name = axes_of(eqn.params), name_of(eqn)
         differs = name == "reduce_scatter"
         if value.is_zero:
@@ -227,11 +200,11 @@ class _Factors(Forward[_Value]):
             gradient = replace(gradient, weight=None)
         place = source.user_source_line(_compat.eqn_frames(eqn))
         is_mean = is_mean and value.is_mean
-        return _Value(differs, number, gradient, value.reduced | along, is_mean, place)
+        return Value(differs, number, gradient, value.reduced | along, is_mean, place)
 
     # Operations without communication
 
-    def _local(self, eqn: Eqn, name: str, inputs: list[_Value], frame: Frame) -> _Value:
+    def _local(self, eqn: Eqn, name: str, inputs: list[Value], frame: Frame) -> Value:
         differs = any(value.differs for value in inputs)
         if name in MOVES and inputs:
             return inputs[0]
@@ -240,15 +213,15 @@ class _Factors(Forward[_Value]):
             if len(inputs) == 1:
                 return replace(inputs[0], differs=differs)
             if not all(value.number or value.gradient for value in inputs):
-                return _Value(differs)
+                return Value(differs)
         gradients = [value for value in inputs if value.gradient is not None]
         if not gradients and not any(value.number for value in inputs):
             # What is averaged stays so while it is scaled, whatever it is.
-            kept = inputs[0] if name in ("div", "mul") and inputs[0].reduced else _Value()
+            kept = inputs[0] if name in ("div", "mul") and inputs[0].reduced else Value()
             return replace(kept, differs=differs)
         if not gradients and all(value.number for value in inputs):
             number = self._of_numbers(eqn, name, inputs, frame)
-            kept = inputs[0] if name in ("div", "mul") else _Value()
+            kept = inputs[0] if name in ("div", "mul") else Value()
             if number is not None or not self._starts(eqn, name, inputs, frame):
                 return replace(kept, number=number, differs=differs)
         path = path_of(eqn, frame.path)
@@ -258,12 +231,12 @@ class _Factors(Forward[_Value]):
                 value = replace(inputs[0], number=None)
             return replace(value, differs=differs)
         if gradients:
-            return _Value(differs, gradient=self._passed_back(name, inputs, gradients))
+            return Value(differs, gradient=self._passed_back(name, inputs, gradients))
         if self._starts(eqn, name, inputs, frame):
-            return _Value(differs, gradient=_start(eqn, inputs))
-        return _Value(differs)
+            return Value(differs, gradient=_start(eqn, inputs))
+        return Value(differs)
 
-    def _starts(self, eqn: Eqn, name: str, inputs: list[_Value], frame: Frame) -> bool:
+    def _starts(self, eqn: Eqn, name: str, inputs: list[Value], frame: Frame) -> bool:
         """Tell whether a number for each element meets something here that is none.
 
         A backward function that is written by hand has constants too: they meet values otherwise.
@@ -273,7 +246,7 @@ class _Factors(Forward[_Value]):
         return made_by_autodiff(path_of(eqn, frame.path))
 
     def _of_numbers(
-        self, eqn: Eqn, name: str, inputs: list[_Value], frame: Frame
+        self, eqn: Eqn, name: str, inputs: list[Value], frame: Frame
     ) -> Monomial | None:
         numbers = [value.number for value in inputs if value.number is not None]
         if name in ("mul", "div") and EXAMPLE_MEAN in path_of(eqn, frame.path):
@@ -304,15 +277,15 @@ class _Factors(Forward[_Value]):
         return number
 
     def _passed_back(
-        self, name: str, inputs: list[_Value], gradients: list[_Value]
-    ) -> _Gradient | None:
+        self, name: str, inputs: list[Value], gradients: list[Value]
+    ) -> Gradient | None:
         """Return what autodiff makes of gradients: it keeps all weights, for each example's own."""
         if name in NOT_LINEAR:
             return None
         first, *others = [value.gradient for value in gradients if value.gradient is not None]
         if name in ADDITIVE or name in ("select_n", "scatter-add", "dynamic_update_slice", "stack"):
             for other in others:
-                first = _union(first, other)
+                first = join_ways(first, other)
             terms = [v for v in inputs if v.gradient is None and not v.is_zero]
             if not terms or name not in ("add", "add_any", "sub", "select_n"):
                 return first
@@ -330,10 +303,10 @@ class _Factors(Forward[_Value]):
             or math.isclose(abs(number.constant) * self._devices, 1)
         )
 
-    def _of_gradients(self, name: str, inputs: list[_Value], gradients: list[_Value]) -> _Value:
+    def _of_gradients(self, name: str, inputs: list[Value], gradients: list[Value]) -> Value:
         """Return what a step makes of gradients that it has got."""
         if not gradients:
-            return _Value()
+            return Value()
         first = gradients[0]
         others = [value for value in inputs if value is not first and not value.is_zero]
         gradient = first.gradient
@@ -342,12 +315,12 @@ class _Factors(Forward[_Value]):
             case "add" | "add_any", []:  # to zeros
                 return first
             case (("add" | "add_any"), [other]):
-                return _added(first, other)
+                return add_gradients(first, other)
             case "mul", [other] if other.number is not None:
-                return replace(first, gradient=_scaled(gradient, other.number))
+                return replace(first, gradient=scale_gradient(gradient, other.number))
             case "div", [other] if other.number is not None and first is inputs[0]:
                 inverse = ONE.over(other.number) if other.number.constant else None
-                return replace(first, gradient=_scaled(gradient, inverse))
+                return replace(first, gradient=scale_gradient(gradient, inverse))
             case (("concatenate" | "pad" | "select_n" | "dynamic_update_slice"), _):
                 value = first
                 for other in others:
@@ -356,25 +329,25 @@ class _Factors(Forward[_Value]):
             case (("slice" | "dynamic_slice" | "gather" | "split"), _) if first is inputs[0]:
                 return first
             case (("add" | "add_any" | "sub" | "neg" | "mul" | "div" | "reduce_sum"), _):
-                return replace(first, gradient=_scaled(gradient, None))
-        return _Value()
+                return replace(first, gradient=scale_gradient(gradient, None))
+        return Value()
 
     def loop(
-        self, step: Callable[[list[_Value]], list[_Value]], carry: list[_Value], trips: int | None
-    ) -> list[_Value]:
+        self, step: Callable[[list[Value]], list[Value]], carry: list[Value], trips: int | None
+    ) -> list[Value]:
         """Go through two trips of a loop, and add what each adds to the weight of a gradient."""
         first = step(carry)
         if trips == 1 or first[: len(carry)] == carry:
             return first
         second = step(first[: len(carry)])
         after = [
-            _after_trips(*values, trips)
+            follow_trips(*values, trips)
             for values in zip(carry, first[: len(carry)], second[: len(carry)], strict=True)
         ]
         stacked = zip(first[len(carry) :], second[len(carry) :], strict=True)
         return [*after, *(self.join(a, b) for a, b in stacked)]
 
-    def _note(self, eqn: Eqn, value: _Value) -> None:
+    def _note(self, eqn: Eqn, value: Value) -> None:
         what = eqn.params["what"]
         if eqn.params["kind"] != "equal" or not what.startswith(GRADIENT) or value.is_zero:
             return
@@ -386,7 +359,7 @@ class _Factors(Forward[_Value]):
         before = self.found.get(name, found)
         self.found[name] = found if found == before else GradientFactor(name, "not read")
 
-    def _factor(self, value: _Value, size: int) -> tuple[Factor, int]:
+    def _factor(self, value: Value, size: int) -> tuple[Factor, int]:
         """Return the factor of a gradient, and how often it is too large."""
         if value.reduced and value.is_mean:
             return "mean", 1
@@ -410,11 +383,11 @@ class _Factors(Forward[_Value]):
         return ("sum", size) if math.isclose(times, size, rel_tol=1e-5) else ("not read", 1)
 
 
-def _of_input(spec: Sequence[object], var: Var, axes: tuple[str, ...]) -> _Value:
+def _of_input(spec: Sequence[object], var: Var, axes: tuple[str, ...]) -> Value:
     differs = any(axis in axes for axis in axes_of_spec(spec))
     if var.aval.shape != () or not _is_numeric(var.aval):
-        return _Value(differs)
-    return _Value(differs, number=Monomial(1.0, frozenset({(("scalar", id(var)), 1)})))
+        return Value(differs)
+    return Value(differs, number=Monomial(1.0, frozenset({(("scalar", id(var)), 1)})))
 
 
 def _is_numeric(aval: object) -> bool:
@@ -426,28 +399,21 @@ def _name(kind: str, eqn: Eqn, frame: Frame) -> Monomial:
     return Monomial(1.0, frozenset({((kind, tuple(map(id, frame.calls)), id(eqn)), 1)}))
 
 
-def _cases(inputs: list[_Value]) -> list[_Value]:
+def _cases(inputs: list[Value]) -> list[Value]:
     """Return what a select may choose, but zeros: those are left out of a sum."""
     cases = list(dict.fromkeys(value for value in inputs[1:] if not value.is_zero))
     return cases or inputs[1:2]
 
 
-def _summed_cotangent(value: _Value, name: str, size: int) -> _Value:
-    differs = name == "reduce_scatter"
-    if value.number is not None:
-        return _Value(differs, number=value.number.times(Monomial(float(size))))
-    return replace(value, differs=differs)
-
-
-def _pairs(eqn: Eqn, inputs: list[_Value]) -> list[tuple[Var, _Value]]:
+def _pairs(eqn: Eqn, inputs: list[Value]) -> list[tuple[Var, Value]]:
     return list(zip(eqn.invars[-len(inputs) :], inputs, strict=True))
 
 
-def _is_started(var: Var, value: _Value) -> bool:
+def _is_started(var: Var, value: Value) -> bool:
     return value.number is not None and not value.is_zero and bool(var.aval.shape)
 
 
-def _start(eqn: Eqn, inputs: list[_Value]) -> _Gradient | None:
+def _start(eqn: Eqn, inputs: list[Value]) -> Gradient | None:
     """Return the gradient that a backward pass's number for each element turns into."""
     var, value = next(pair for pair in _pairs(eqn, inputs) if _is_started(*pair))
     number = value.number
@@ -457,68 +423,4 @@ def _start(eqn: Eqn, inputs: list[_Value]) -> _Gradient | None:
     local = any(one.differs for one in others) or not others
     counted = number.has(COUNT)
     weight = number if counted else number.times(Monomial(float(var.aval.size)))
-    return _Gradient(weight, counted, local=local, shared=not local)
-
-
-def _union(a: _Gradient, b: _Gradient) -> _Gradient:
-    """Return the sum of two ways of one backward pass: each example keeps its weight."""
-    shared = a.shared or b.shared
-    if a.local != b.local:
-        return replace(a if a.local else b, shared=shared)
-    same = a.counted == b.counted and _is_close(a.weight, b.weight)
-    return replace(a, weight=a.weight if same else None, shared=shared)
-
-
-def _added(a: _Value, b: _Value) -> _Value:
-    """Return the sum of gradients of different backward passes: their weights add up."""
-    if b.gradient is None:
-        if b.differs or a.gradient is None:
-            return replace(a, gradient=None)
-        # A decay of the parameters: after the reduction it is right.
-        return a if a.reduced else replace(a, gradient=replace(a.gradient, shared=True))
-    assert a.gradient is not None
-    gradient = _union(a.gradient, b.gradient)
-    both_local = a.gradient.local and b.gradient.local
-    if both_local and not gradient.counted and gradient.counted == b.gradient.counted:
-        gradient = replace(gradient, weight=_plus(a.gradient.weight, b.gradient.weight))
-    if a.reduced != b.reduced:
-        gradient = replace(gradient, weight=None)
-    is_mean = a.is_mean and b.is_mean
-    return replace(a, gradient=gradient, reduced=a.reduced & b.reduced, is_mean=is_mean)
-
-
-def _scaled(gradient: _Gradient, number: Monomial | None) -> _Gradient:
-    weight = gradient.weight
-    return replace(gradient, weight=weight.times(number) if weight and number else None)
-
-
-def _plus(a: Monomial | None, b: Monomial | None) -> Monomial | None:
-    if a is None or b is None or a.powers != b.powers:
-        return None
-    return Monomial(a.constant + b.constant, a.powers)
-
-
-def _is_close(a: Monomial | None, b: Monomial | None) -> bool:
-    if a is None or b is None or a.powers != b.powers:
-        return False
-    return math.isclose(a.constant, b.constant, rel_tol=1e-6)
-
-
-def _after_trips(start: _Value, first: _Value, second: _Value, trips: int | None) -> _Value:
-    """Return a carry after all trips, from what it is before them, after one and after two."""
-    if second == first:
-        return first
-    before, after, later = start.gradient, first.gradient, second.gradient
-    unread = _Value(differs=start.differs or first.differs or second.differs)
-    if after is None or later is None:
-        return unread
-    unread = replace(second, gradient=replace(later, weight=None))
-    if trips is None or not (start.is_zero or before) or after.weight is None:
-        return unread
-    zero = Monomial(0.0, after.weight.powers)
-    given = before.weight if before is not None else zero
-    added = _plus(after.weight, given.times(Monomial(-1.0)) if given else None)
-    if added is None or not _is_close(_plus(after.weight, added), later.weight):
-        return unread
-    total = _plus(given, added.times(Monomial(float(trips))))
-    return replace(second, gradient=replace(later, weight=total))
+    return Gradient(weight, counted, local=local, shared=not local)
