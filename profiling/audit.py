@@ -11,7 +11,7 @@ from txcore import _compat
 from txcore.errors import TxcoreError
 from txcore.profiling import meshes
 from txcore.profiling.declared.collectives import Declared, inventory, is_one_shard_map, meshes_of
-from txcore.profiling.declared.divergence import divergences
+from txcore.profiling.declared.divergence import find_divergences
 from txcore.profiling.declared.kernels import kernels_in_text, kernels_used
 from txcore.profiling.hlo import Module, Op, collectives_of, find_collectives, read_modules
 from txcore.profiling.matching.arrays import units_of
@@ -118,7 +118,7 @@ def audit_program(program: Program, *, after_spmd: bool = False) -> Report:
     return replace(
         report,
         target=program.target,
-        divergent=divergences(program.jaxpr),
+        divergent=find_divergences(program.jaxpr),
         kernels=kernels_used(program.jaxpr),
     )
 
@@ -194,7 +194,7 @@ def audit_compiled(
     return replace(
         report,
         target=machine_of(compiled),
-        divergent=divergences(jaxpr),
+        divergent=find_divergences(jaxpr),
         kernels=kernels_used(jaxpr),
     )
 

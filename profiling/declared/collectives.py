@@ -13,46 +13,48 @@ import numpy as np
 from txcore import _compat, tags
 from txcore.profiling import meshes
 from txcore.profiling.declared import source
-from txcore.profiling.declared.value_numbering import Numbering, Value, is_literal
+from txcore.profiling.declared.equations import (
+    KIND_OF,
+    Eqn,
+    Jaxpr,
+    Var,
+    axes_of,
+    is_literal,
+    made_by_autodiff,
+    name_of,
+    open_jaxpr,
+    path_of,
+    sub_jaxprs,
+)
+from txcore.profiling.declared.value_numbering import Numbering, Value
 from txcore.profiling.hlo import NO_GROUPS, Groups
 
-# jax's primitives by the HLO op that they lower to; a "_start" of an async pair is the same.
-_KINDS = {
-    "all-reduce": (
-        *("psum", "psum2", "psum_invariant", "pmax", "pmin"),
-        *("unreduced_psum", "unreduced_pmax", "unreduced_pmin"),
-    ),
-    "all-gather": ("all_gather", "all_gather_invariant", "all_gather_reduced"),
-    "reduce-scatter": ("reduce_scatter", "unreduced_reduce_scatter"),
-    "all-to-all": ("all_to_all",),
-    "ragged-all-to-all": ("ragged_all_to_all",),
-    "collective-permute": ("ppermute", "psend"),  # a precv is the other half
-    "collective-broadcast": ("pbroadcast",),
-}
-KIND_OF = {primitive: kind for kind, names in _KINDS.items() for primitive in names}
 # An explicit reshard: XLA chooses which collectives it takes, at most one of each whole array.
 RESHARD, RESHARD_OF_A_SUM = "reshard", "reshard of a sum"
-_NO_JAXPRS = frozenset({int, float, bool, str, type(None), np.dtype, frozenset})
-_KERNELS = ("pallas_call", "core_map", "mpmd_map")  # their bodies hold no collectives
 
 
 @dataclass(frozen=True)
 class Declared:
     """One operand of one collective of a traced program.
 
-    kind: the HLO op it lowers to ("all-reduce"), or "reshard", which the compiler translates;
-    primitive: jax's name ("psum").
-    axes: mesh axes as the program names them; group_size: devices along them.
-    dtype: jax's name ("float32").
-    payload_bytes: S of one execution: the operand's bytes on one device, times n for all_gather.
-    trips: executions in one call; where not `trips_known` (a while loop) at least that many.
-    tag: txcore's tag, or None; source: "file.py:12", the innermost line outside jax and txcore.
-    autodiff: made by jax's transposition, without a tag.
-    elements: as payload_bytes, in elements. Not `size_known`: under a shard_map that leaves axes
-      to the partitioner, which may shard the operand further, so that this is an upper bound.
-    foldable: the compiler may do without it (its operand does not depend on the program's inputs,
-      or it runs among one device).
-    groups, pairs: the devices that talk to each other, by place in the mesh.
+    Attributes:
+      kind: the HLO op it lowers to ("all-reduce"), or "reshard", which the compiler translates.
+      primitive: jax's name ("psum").
+      axes: mesh axes as the program names them.
+      group_size: devices along them.
+      dtype: jax's name ("float32").
+      payload_bytes: S of one execution: the operand's bytes on one device, times n for all_gather.
+      trips: executions in one call; where not `trips_known` (a while loop) at least that many.
+      tag: txcore's tag, or None.
+      source: "file.py:12", the innermost line outside jax and txcore.
+      autodiff: made by jax's transposition, without a tag.
+      elements: as payload_bytes, in elements. Not `size_known`: under a shard_map that leaves axes
+        to the partitioner, which may shard the operand further, so that this is an upper bound.
+      foldable: the compiler may do without it (its operand does not depend on the program's
+        inputs, or it runs among one device).
+      live: something uses its result.
+      operand: the number of its operand's value: equal ones have equal numbers.
+      groups, pairs: the devices that talk to each other, by place in the mesh.
     """
 
     kind: str
@@ -94,7 +96,7 @@ class _Scope:
         return all(size == 1 or name in self.manual for name, size in self.sizes)
 
 
-def inventory(jaxpr: Any) -> tuple[Declared, ...]:
+def inventory(jaxpr: Jaxpr) -> tuple[Declared, ...]:
     """List the collectives of a traced program, in the order in which it traced them.
 
     Goes through shard_map, jit, scan (times its length), while, every branch of cond, remat,
@@ -114,7 +116,7 @@ def inventory(jaxpr: Any) -> tuple[Declared, ...]:
       >>> [(d.kind, d.axes, d.payload_bytes) for d in inventory(jax.make_jaxpr(total)(jnp.ones(4)))]
       [('all-reduce', ('data',), 16)]
     """
-    jaxpr = _open(jaxpr)
+    jaxpr = open_jaxpr(jaxpr)
     live = _compat.live_jaxpr(jaxpr)
     if _count(live) == _count(jaxpr):
         return tuple(_top(jaxpr))
@@ -127,16 +129,16 @@ def inventory(jaxpr: Any) -> tuple[Declared, ...]:
     return tuple(found)
 
 
-def _count(jaxpr: Any) -> int:
+def _count(jaxpr: Jaxpr) -> int:
     """Return how many equations of collectives and reshards a jaxpr has."""
     return sum(
-        (eqn.primitive.name.removesuffix("_start") in KIND_OF or eqn.primitive.name == RESHARD)
+        (name_of(eqn) in KIND_OF or eqn.primitive.name == RESHARD)
         + sum(map(_count, sub_jaxprs(eqn)))
         for eqn in jaxpr.eqns
     )
 
 
-def _top(jaxpr: Any) -> Iterator[Declared]:
+def _top(jaxpr: Jaxpr) -> Iterator[Declared]:
     numbering = Numbering()
     known = {v: numbering.fresh(depends=True) for v in jaxpr.invars}
     known |= {v: numbering.fresh(depends=False) for v in jaxpr.constvars}
@@ -151,10 +153,10 @@ def _line_of(declared: Declared) -> tuple[object, ...]:
     return *who, d.elements, d.dtype, d.trips
 
 
-def meshes_of(jaxpr: Any) -> tuple[meshes.Sizes, ...]:
+def meshes_of(jaxpr: Jaxpr) -> tuple[meshes.Sizes, ...]:
     """List the meshes of a program's shard_maps, each once, outermost first."""
     found = []
-    for eqn in _open(jaxpr).eqns:
+    for eqn in open_jaxpr(jaxpr).eqns:
         if eqn.primitive.name == "shard_map":
             found.append(meshes.sizes_of(eqn.params["mesh"]))
         for inner in sub_jaxprs(eqn):
@@ -162,9 +164,9 @@ def meshes_of(jaxpr: Any) -> tuple[meshes.Sizes, ...]:
     return tuple(dict.fromkeys(found))
 
 
-def is_one_shard_map(jaxpr: Any) -> bool:
+def is_one_shard_map(jaxpr: Jaxpr) -> bool:
     """Tell whether a program is one shard_map over all axes: the partitioner decides nothing."""
-    eqns = _open(jaxpr).eqns
+    eqns = open_jaxpr(jaxpr).eqns
     if len(eqns) != 1:
         return False
     (eqn,) = eqns
@@ -174,35 +176,18 @@ def is_one_shard_map(jaxpr: Any) -> bool:
     return eqn.primitive.name in ("jit", "pjit") and is_one_shard_map(sub_jaxprs(eqn)[0])
 
 
-def sub_jaxprs(eqn: Any) -> list[Any]:
-    """Return the jaxprs in an equation's parameters, a kernel's body left out."""
-    if eqn.primitive.name in _KERNELS:
-        return []
-    found: list[Any] = []
-    for parameter in eqn.params.values():
-        # Most are of the types that hold none, and asking each for an attribute would take long.
-        if type(parameter) not in _NO_JAXPRS:
-            ones = parameter if isinstance(parameter, tuple | list) else (parameter,)
-            found += [inner for inner in map(_open, ones) if hasattr(inner, "eqns")]
-    return found
-
-
-def _open(jaxpr: Any) -> Any:
-    return getattr(jaxpr, "jaxpr", jaxpr)
-
-
 def _walk(
-    jaxpr: Any, scope: _Scope, known: dict[Any, Value], numbering: Numbering
+    jaxpr: Jaxpr, scope: _Scope, known: dict[Var, Value], numbering: Numbering
 ) -> Iterator[Declared]:
     """Yield the collectives of a jaxpr; `known` has the values of its inputs, and gets the rest."""
 
-    def value(var: Any) -> Value:
+    def value(var: Var) -> Value:
         return numbering.literal(var) if is_literal(var) else known[var]
 
     for eqn in jaxpr.eqns:
         inputs = [value(v) for v in eqn.invars]
         known.update(zip(eqn.outvars, numbering.results(eqn, inputs), strict=True))
-        name = eqn.primitive.name.removesuffix("_start")
+        name = name_of(eqn)
         if kind := KIND_OF.get(name):
             yield from _declare(eqn, kind, name, scope, inputs)
         elif name == RESHARD:
@@ -213,8 +198,8 @@ def _walk(
 
 
 def _passed(
-    eqn: Any, inner: Any, inputs: Sequence[Value], numbering: Numbering
-) -> dict[Any, Value]:
+    eqn: Eqn, inner: Jaxpr, inputs: Sequence[Value], numbering: Numbering
+) -> dict[Var, Value]:
     """Return the values of an inner jaxpr's inputs: a call's are the outer ones, a loop's new."""
     name = eqn.primitive.name
     values = list(inputs)
@@ -230,18 +215,18 @@ def _passed(
     return known | {v: numbering.fresh(depends=False) for v in inner.constvars}
 
 
-def _loop_constants(eqn: Any, inner: Any, inputs: Sequence[Value]) -> Sequence[Value]:
+def _loop_constants(eqn: Eqn, inner: Jaxpr, inputs: Sequence[Value]) -> Sequence[Value]:
     """Return the inputs that are the same in every trip of a loop, which come first in its body."""
     if eqn.primitive.name == "scan":
         return inputs[: _compat.scan_counts(eqn)[0]]
     if eqn.primitive.name == "while":
         of_cond, of_body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
-        is_cond = inner is _open(eqn.params["cond_jaxpr"])
+        is_cond = inner is open_jaxpr(eqn.params["cond_jaxpr"])
         return inputs[:of_cond] if is_cond else inputs[of_cond : of_cond + of_body]
     return ()
 
 
-def _enter(eqn: Any, scope: _Scope, inputs: Sequence[Value]) -> _Scope:
+def _enter(eqn: Eqn, scope: _Scope, inputs: Sequence[Value]) -> _Scope:
     name = eqn.primitive.name
     scope = replace(scope, path=path_of(eqn, scope.path))
     if name == "scan":
@@ -255,16 +240,16 @@ def _enter(eqn: Any, scope: _Scope, inputs: Sequence[Value]) -> _Scope:
     return scope
 
 
-def _manual_axes(eqn: Any) -> frozenset[str]:
+def _manual_axes(eqn: Eqn) -> frozenset[str]:
     return frozenset(eqn.params.get("newly_manual_axes", eqn.params.get("manual_axes", ())))
 
 
-def _sizes_of(eqn: Any) -> meshes.Sizes:
+def _sizes_of(eqn: Eqn) -> meshes.Sizes:
     return meshes.sizes_of(eqn.params["mesh"])
 
 
 def _declare(
-    eqn: Any, kind: str, primitive: str, scope: _Scope, inputs: Sequence[Value]
+    eqn: Eqn, kind: str, primitive: str, scope: _Scope, inputs: Sequence[Value]
 ) -> Iterator[Declared]:
     named = axes_of(eqn.params)
     axes = tuple(a for a in named if any(a == name for name, _ in scope.sizes))
@@ -287,7 +272,7 @@ def _declare(
             payload_bytes=scale * elements * dtype.itemsize,
             trips=scope.trips,
             tag=tag,
-            source=source.shorten(_compat.eqn_frames(eqn)),
+            source=source.user_source_line(_compat.eqn_frames(eqn)),
             autodiff=tag is None and made_by_autodiff(path),
             elements=scale * elements,
             trips_known=scope.trips_known,
@@ -299,7 +284,7 @@ def _declare(
         )
 
 
-def _declare_reshard(eqn: Any, scope: _Scope, value: Value) -> Iterator[Declared]:
+def _declare_reshard(eqn: Eqn, scope: _Scope, value: Value) -> Iterator[Declared]:
     aval, target = eqn.invars[0].aval, eqn.params["dst_sharding"]
     given = getattr(aval, "sharding", None)
     if given is None or given == target:
@@ -319,7 +304,7 @@ def _declare_reshard(eqn: Any, scope: _Scope, value: Value) -> Iterator[Declared
         payload_bytes=elements * dtype.itemsize,
         trips=scope.trips,
         tag=None,
-        source=source.shorten(_compat.eqn_frames(eqn)),
+        source=source.user_source_line(_compat.eqn_frames(eqn)),
         autodiff=False,
         elements=elements,
         trips_known=scope.trips_known,
@@ -328,34 +313,6 @@ def _declare_reshard(eqn: Any, scope: _Scope, value: Value) -> Iterator[Declared
         operand=value.number,
         groups=meshes.device_groups(sizes, sums) if sums else NO_GROUPS,
     )
-
-
-def has_any(jaxpr: Any, names: Sequence[str]) -> bool:
-    """Tell whether a primitive of these names stands in a jaxpr, or inside of its equations."""
-    return any(
-        eqn.primitive.name.removesuffix("_start") in names
-        or any(has_any(inner, names) for inner in sub_jaxprs(eqn))
-        for eqn in jaxpr.eqns
-    )
-
-
-def path_of(eqn: Any, outer: str) -> str:
-    """Return the jax transformations that made an equation, `outer` being those around it."""
-    return f"{outer}/{_compat.eqn_name_stack(eqn)}"
-
-
-def made_by_autodiff(path: str) -> bool:
-    """Tell from its path whether autodiff's transposition made an op.
-
-    A forward pass that is rematerialized runs inside a transposed one, but the user wrote it.
-    """
-    return "transpose(" in path and "rematted_computation" not in path
-
-
-def axes_of(params: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the axis names in a collective's parameters, in order, positions left out."""
-    named = params.get("axes", params.get("axis_name", ()))
-    return tuple(a for a in (named if isinstance(named, tuple) else (named,)) if type(a) is str)
 
 
 def _partners(

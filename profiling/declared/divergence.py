@@ -5,14 +5,20 @@ along an axis, some of them take another branch, or leave the loop earlier, and 
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 from txcore import _compat
 from txcore.profiling.declared import source
-from txcore.profiling.declared.axis_dataflow import BRANCHING, Seen, search
-from txcore.profiling.declared.collectives import KIND_OF
+from txcore.profiling.declared.axis_dataflow import Seen, search_equations
+from txcore.profiling.declared.equations import (
+    BRANCHING,
+    KIND_OF,
+    Eqn,
+    Jaxpr,
+    Var,
+    is_literal,
+    open_jaxpr,
+)
 from txcore.profiling.declared.relation import may_differ
-from txcore.profiling.declared.value_numbering import is_literal
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,7 @@ class Divergence:
         )
 
 
-def divergences(jaxpr: Any) -> tuple[Divergence, ...]:
+def find_divergences(jaxpr: Jaxpr) -> tuple[Divergence, ...]:
     """Find the collectives that not all their devices reach, and the outputs with false types.
 
     Where a predicate differs along an axis, a reduction, gather or exchange along it is found,
@@ -74,31 +80,32 @@ def divergences(jaxpr: Any) -> tuple[Divergence, ...]:
       >>> total = lambda x: jax.lax.psum(x, "data")
       >>> f = jax.shard_map(lambda x: jax.lax.cond(x[0] > 0, total, lambda x: x, x), mesh=mesh,
       ...                   in_specs=spec, out_specs=spec, check_vma=False)
-      >>> [(d.problem, d.name, d.axis) for d in divergences(jax.make_jaxpr(f)(jax.numpy.ones(2)))]
+      >>> found = find_divergences(jax.make_jaxpr(f)(jax.numpy.ones(2)))
+      >>> [(d.problem, d.name, d.axis) for d in found]
       [('hangs', 'psum', 'data')]
     """
-    live = _compat.live_jaxpr(getattr(jaxpr, "jaxpr", jaxpr))
-    return tuple(search(live, _look, only_with=BRANCHING))
+    live = _compat.live_jaxpr(open_jaxpr(jaxpr))
+    return tuple(search_equations(live, _look, only_with=BRANCHING))
 
 
 def _look(seen: Seen) -> Divergence | None:
     if seen.splits:
         return _lie(seen)
-    axes = tuple(a for a in seen.axes if a in seen.place.sizes)
+    axes = tuple(a for a in seen.axes if a in seen.sizes)
     kind = KIND_OF.get(seen.name)
     # A psend waits for its precv alone, which may stand in another branch.
-    if kind is None or seen.name == "psend" or seen.place.under is None or not axes:
+    if kind is None or seen.name == "psend" or seen.frame.under is None or not axes:
         return None
-    if kind == "collective-permute" or seen.place.axis in axes:
+    if kind == "collective-permute" or seen.axis in axes:
         name = seen.tag or seen.name
-        return _divergence("hangs", seen, name, kind, axes, seen.place.under)
+        return _divergence("hangs", seen, name, kind, axes, seen.frame.under)
     return None
 
 
 def _lie(seen: Seen) -> Divergence | None:
-    if not seen.place.tracked:
+    if not seen.frame.tracked:
         return None
-    axis = seen.place.axis
+    axis = seen.axis
     wrong = {
         var
         for var, value in zip(seen.eqn.outvars, seen.outputs, strict=True)
@@ -110,21 +117,21 @@ def _lie(seen: Seen) -> Divergence | None:
     return _divergence("lies", seen, seen.name, seen.name, (), seen.eqn)
 
 
-def _uses(jaxpr: Any) -> list[Any]:
+def _uses(jaxpr: Jaxpr) -> list[Var]:
     used = [v for eqn in jaxpr.eqns for v in eqn.invars]
     return [v for v in [*used, *jaxpr.outvars] if not is_literal(v)]
 
 
 def _divergence(
-    problem: str, seen: Seen, name: str, kind: str, axes: tuple[str, ...], control: Any
+    problem: str, seen: Seen, name: str, kind: str, axes: tuple[str, ...], control: Eqn
 ) -> Divergence:
     return Divergence(
         problem=problem,
-        axis=seen.place.axis,
+        axis=seen.axis,
         name=name,
         kind=kind,
         axes=axes,
-        source=source.shorten(_compat.eqn_frames(seen.eqn)),
+        source=source.user_source_line(_compat.eqn_frames(seen.eqn)),
         control=control.primitive.name,
-        control_source=source.shorten(_compat.eqn_frames(control)),
+        control_source=source.user_source_line(_compat.eqn_frames(control)),
     )

@@ -1,104 +1,250 @@
 """Run a traced program forward on facts about its values, through calls, branches and loops."""
 
-from collections.abc import Callable, Sequence
-from typing import Any, Generic, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Generic, TypeVar
 
 from txcore import _compat
-from txcore.profiling.declared.collectives import path_of, sub_jaxprs
-from txcore.profiling.declared.value_numbering import is_literal
+from txcore.profiling.declared.equations import (
+    PLAIN,
+    Eqn,
+    Jaxpr,
+    Var,
+    is_literal,
+    open_jaxpr,
+    path_of,
+    sub_jaxprs,
+)
 
-# They change along which axes a value is typed as varying, and no value.
-CASTS = ("pvary", "pcast", "vary_unreduced_cast")
 Fact = TypeVar("Fact")
-Calls = tuple[Any, ...]
 
 
-def path_in(calls: Calls, eqn: Any) -> str:
-    """Return the jax transformations that made an equation inside of other ones."""
-    path = ""
-    for outer in (*calls, eqn):
-        path = path_of(outer, path)
-    return path
+@dataclass(frozen=True)
+class Frame:
+    """What stands around an equation.
+
+    Attributes:
+      calls: the equations (calls, loops, branches) inside of which it stands, outermost first.
+      path: the jax transformations that made those.
+      tracked: whether jax's types say along which axes values vary here.
+      under: the innermost cond or while around whose predicate splits the devices, or None.
+    """
+
+    calls: tuple[Eqn, ...] = ()
+    path: str = ""
+    tracked: bool = True
+    under: Eqn | None = None
+
+    def enter(self, eqn: Eqn) -> "Frame":
+        """Return the frame of what an equation holds."""
+        tracked = self.tracked
+        if eqn.primitive.name == "shard_map":
+            tracked = bool(eqn.params.get("check_vma", False))
+        calls, path = (*self.calls, eqn), path_of(eqn, self.path)
+        return replace(self, calls=calls, path=path, tracked=tracked)
 
 
 class Forward(Generic[Fact]):
     """Give each value of a jaxpr a fact, from the facts of the inputs.
 
-    Facts are hashable and have a largest one: `join` of two is at least each of them.
+    A subclass says what operations, literals and meetings of two values make of facts; this class
+    knows the ways through a program. Facts are hashable, and `join` is at least each of the two:
+    a loop's carry settles.
     """
 
-    def __init__(
+    def of_literal(self, var: Var) -> Fact:
+        """Return the fact of a constant that is written into an equation."""
+        raise NotImplementedError
+
+    def of_constant(self) -> Fact:
+        """Return the fact of a constant that a jaxpr holds beside its equations."""
+        raise NotImplementedError
+
+    def join(self, a: Fact, b: Fact) -> Fact:
+        """Return the fact of a value that may be either of two."""
+        raise NotImplementedError
+
+    def apply(self, eqn: Eqn, jaxpr: Jaxpr, inputs: list[Fact], frame: Frame) -> list[Fact]:
+        """Return the facts of the outputs of an equation that holds no jaxpr."""
+        raise NotImplementedError
+
+    def mix(self, eqn: Eqn, inputs: Sequence[Fact]) -> Fact:
+        """Return a fact of whatever may be made of the inputs of a call that is not followed."""
+        return self._join_all(inputs) if inputs else self.of_constant()
+
+    def splits(self, predicate: Fact) -> bool:
+        """Tell whether a predicate may send devices different ways."""
+        return False
+
+    def choose(self, value: Fact, predicate: Fact) -> Fact:
+        """Return the fact of a value that a predicate has chosen."""
+        return value
+
+    def enter_loop(self, fact: Fact) -> Fact:
+        """Return the fact of a value as a loop's body gets it, as its carry or one slice of it."""
+        return fact
+
+    def leave(self, eqn: Eqn, outputs: list[Fact], inputs: Sequence[Fact]) -> list[Fact]:
+        """Return the facts of the outputs of an equation that holds jaxprs, once it is left."""
+        return outputs
+
+    def see(
         self,
-        rule: Callable[[Any, Sequence[Fact], Calls], Fact],
-        join: Callable[[Fact, Fact], Fact],
-        nothing: Fact,
+        eqn: Eqn,
+        jaxpr: Jaxpr,
+        inputs: list[Fact],
+        outputs: list[Fact],
+        frame: Frame,
+        splits: bool = False,
     ) -> None:
-        """Start with no facts.
+        """Look at an equation with its facts; one in a loop comes by several times."""
 
-        Args:
-          rule: takes an equation that holds no jaxprs, the facts of its inputs, and the equations
-            (calls, loops) inside of which it stands; returns the fact of its outputs.
-          join: the fact of a value that may be either of two.
-          nothing: the fact of constants.
-        """
-        self._rule, self._join, self._nothing = rule, join, nothing
-
-    def run(self, jaxpr: Any, inputs: Sequence[Fact], calls: Calls = ()) -> list[Fact]:
+    def run(self, jaxpr: Jaxpr, inputs: Sequence[Fact], frame: Frame) -> list[Fact]:
         """Return the facts of a jaxpr's outputs."""
-        known: dict[Any, Fact] = dict(zip(jaxpr.invars, inputs, strict=True))
+        known: dict[Var, Fact] = dict(zip(jaxpr.invars, inputs, strict=True))
 
-        def read(var: Any) -> Fact:
-            return self._nothing if is_literal(var) else known.get(var, self._nothing)
+        def read(var: Var) -> Fact:
+            if is_literal(var):
+                return self.of_literal(var)
+            return known[var] if var in known else self.of_constant()
 
         for eqn in jaxpr.eqns:
             facts = [read(v) for v in eqn.invars]
-            known.update(zip(eqn.outvars, self._eqn(eqn, facts, calls), strict=True))
+            inner = () if eqn.primitive.name in PLAIN else sub_jaxprs(eqn)
+            if inner:
+                outputs = self._enter(eqn, inner, jaxpr, facts, frame)
+            else:
+                outputs = self.apply(eqn, jaxpr, facts, frame)
+                self.see(eqn, jaxpr, facts, outputs, frame)
+            known.update(zip(eqn.outvars, outputs, strict=True))
         return [read(v) for v in jaxpr.outvars]
 
-    def _eqn(self, eqn: Any, facts: list[Fact], calls: Calls) -> list[Fact]:
-        inner = [getattr(j, "jaxpr", j) for j in sub_jaxprs(eqn)]
-        if not inner:
-            return [self._rule(eqn, facts, calls)] * len(eqn.outvars)
-        calls = (*calls, eqn)
+    def _enter(
+        self, eqn: Eqn, inner: Sequence[Jaxpr], jaxpr: Jaxpr, facts: list[Fact], around: Frame
+    ) -> list[Fact]:
+        frame, splits = around.enter(eqn), False
         match eqn.primitive.name:
             case "scan":
-                consts, carried = _compat.scan_counts(eqn)
-                return self._loop(inner[0], facts[:consts], facts[consts:], carried, calls)
+                outputs = self._scan(eqn, inner[0], facts, frame)
             case "while":
-                skip, consts = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
-                body, facts = eqn.params["body_jaxpr"].jaxpr, facts[skip:]
-                carried = len(facts) - consts
-                return self._loop(body, facts[:consts], facts[consts:], carried, calls)
+                outputs, splits = self._while(eqn, facts, frame)
             case "cond":
-                return self._either([self.run(branch, facts[1:], calls) for branch in inner])
-        body = inner[0]
-        if len(inner) == 1 and len(body.invars) == len(facts):
-            outputs = self.run(body, facts, calls)
-            if len(outputs) == len(eqn.outvars):
-                return outputs
-        # What reaches a linear solve's or a scatter's functions is not known here.
-        everything = self._all(facts)
-        results = [self.run(j, [everything] * len(j.invars), calls) for j in inner]
-        joined = [self._all(facts) for facts in results]
-        return [self._all([everything, *joined])] * len(eqn.outvars)
+                outputs, splits = self._cond(eqn, inner, facts, frame)
+            case _:
+                outputs = self._call(eqn, inner, facts, frame)
+        outputs = self.leave(eqn, outputs, facts)
+        self.see(eqn, jaxpr, facts, outputs, around, splits)
+        return outputs
 
-    def _loop(
-        self, body: Any, fixed: list[Fact], rest: list[Fact], carried: int, calls: Calls
+    def _call(
+        self, eqn: Eqn, inner: Sequence[Jaxpr], facts: list[Fact], frame: Frame
     ) -> list[Fact]:
-        """Repeat a body, whose first outputs are its carry, until the carry's facts settle."""
-        carry, scanned = rest[:carried], rest[carried:]
+        """Go through a call with one body of the same arguments (jit, remat, custom_vjp...)."""
+        body = inner[0]
+        fits = len(body.invars) == len(facts) and len(body.outvars) == len(eqn.outvars)
+        if len(inner) == 1 and fits:
+            return self.run(body, facts, frame)
+        # A scatter's combiner, a linear solve's functions: what reaches them is not known here.
+        mixed = self.mix(eqn, facts)
+        for body in inner:
+            mixed = self._join_all([mixed, *self.run(body, [mixed] * len(body.invars), frame)])
+        return [mixed] * len(eqn.outvars)
+
+    def _scan(self, eqn: Eqn, body: Jaxpr, facts: list[Fact], frame: Frame) -> list[Fact]:
+        consts, carried = _compat.scan_counts(eqn)
+        fixed, carry = facts[:consts], facts[consts : consts + carried]
+        slices = [self.enter_loop(fact) for fact in facts[consts + carried :]]
+
+        def step(carry: list[Fact]) -> list[Fact]:
+            return self.run(body, [*fixed, *carry, *slices], frame)
+
+        return self.loop(step, [self.enter_loop(c) for c in carry], int(eqn.params["length"]))
+
+    def _while(self, eqn: Eqn, facts: list[Fact], frame: Frame) -> tuple[list[Fact], bool]:
+        of_cond, of_body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+        cond, body = open_jaxpr(eqn.params["cond_jaxpr"]), open_jaxpr(eqn.params["body_jaxpr"])
+        fixed, carry = facts[of_cond : of_cond + of_body], facts[of_cond + of_body :]
+        settled = self.loop(
+            lambda c: self.run(body, [*fixed, *c], frame), [self.enter_loop(c) for c in carry], None
+        )
+        (predicate,) = self.run(cond, [*facts[:of_cond], *settled], frame)
+        splits = self.splits(predicate)
+        if splits:  # known only now: what is inside has to be seen again, under it
+            inside = replace(frame, under=eqn)
+            self.run(cond, [*facts[:of_cond], *settled], inside)
+            self.run(body, [*fixed, *settled], inside)
+        handed_on = _carried_along(body, of_body)
+        return self._choose_all(settled, handed_on, predicate), splits
+
+    def _cond(
+        self, eqn: Eqn, branches: Sequence[Jaxpr], facts: list[Fact], frame: Frame
+    ) -> tuple[list[Fact], bool]:
+        predicate, *operands = facts
+        splits = self.splits(predicate)
+        inside = replace(frame, under=eqn) if splits else frame
+        results = [self.run(branch, operands, inside) for branch in branches]
+        outputs = [self._join_all(facts) for facts in zip(*results, strict=True)]
+        return self._choose_all(outputs, _chosen_alike(branches), predicate), splits
+
+    def _choose_all(
+        self, outputs: list[Fact], handed_on: Sequence[bool], predicate: Fact
+    ) -> list[Fact]:
+        """Let the predicate choose the outputs, but those that each way hands on unchanged."""
+        pairs = zip(outputs, handed_on, strict=True)
+        return [fact if same else self.choose(fact, predicate) for fact, same in pairs]
+
+    def loop(
+        self, step: Callable[[list[Fact]], list[Fact]], carry: list[Fact], trips: int | None
+    ) -> list[Fact]:
+        """Repeat a loop's body, whose first outputs are its carry, until the carry settles.
+
+        Args:
+          step: takes the facts of the carry, returns those of the body's outputs.
+          carry: the facts of the carry before the first trip.
+          trips: how often the loop runs; None of a while loop.
+
+        Returns:
+          The facts of the carry after the loop, then those of what it stacks up.
+        """
         while True:
-            outputs = self.run(body, [*fixed, *carry, *scanned], calls)
-            settled = self._either([carry, outputs[:carried]])
+            outputs = step(carry)
+            after = [self.enter_loop(fact) for fact in outputs[: len(carry)]]
+            settled = [self.join(a, b) for a, b in zip(carry, after, strict=True)]
             if settled == carry:
-                return [*carry, *outputs[carried:]]
+                return [*carry, *outputs[len(carry) :]]
             carry = settled
 
-    def _either(self, results: Sequence[Sequence[Fact]]) -> list[Fact]:
-        return [self._all(facts) for facts in zip(*results, strict=True)]
+    def _join_all(self, facts: Sequence[Fact]) -> Fact:
+        first, *others = facts
+        for fact in others:
+            first = self.join(first, fact)
+        return first
 
-    def _all(self, facts: Sequence[Fact]) -> Fact:
-        joined = self._nothing
-        for fact in facts:
-            joined = self._join(joined, fact)
-        return joined
+
+def find_shard_maps(jaxpr: Jaxpr, frame: Frame = Frame()) -> Iterator[tuple[Eqn, Frame]]:
+    """Yield each shard_map of a program, with the frame of what it holds."""
+    for eqn in open_jaxpr(jaxpr).eqns:
+        if eqn.primitive.name in PLAIN:
+            continue
+        inside = frame.enter(eqn)
+        if eqn.primitive.name == "shard_map":
+            yield eqn, inside
+        for inner in sub_jaxprs(eqn):
+            yield from find_shard_maps(inner, inside)
+
+
+def _chosen_alike(branches: Sequence[Jaxpr]) -> list[bool]:
+    """Tell of each output of a cond whether all branches return the same operand or constant."""
+
+    def chosen(branch: Jaxpr, var: Var) -> object:
+        if is_literal(var):
+            return str(var.val)
+        return branch.invars.index(var) if var in branch.invars else object()
+
+    choices = [[chosen(branch, var) for var in branch.outvars] for branch in branches]
+    return [len(set(of_output)) == 1 for of_output in zip(*choices, strict=True)]
+
+
+def _carried_along(body: Jaxpr, constants: int) -> list[bool]:
+    carries = body.invars[constants:]
+    return [before is after for before, after in zip(carries, body.outvars, strict=True)]

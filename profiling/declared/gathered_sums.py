@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from txcore import _compat, varying
-from txcore.profiling.declared import axis_dataflow, relation, source
-from txcore.profiling.declared.axis_dataflow import SUMS, Seen, search
+from txcore.profiling.declared import relation, source
+from txcore.profiling.declared.axis_dataflow import Seen, search_equations
+from txcore.profiling.declared.equations import SUMS, Jaxpr, Var, open_jaxpr
 from txcore.profiling.declared.relation import Relation, may_differ
 
 
@@ -18,15 +19,16 @@ from txcore.profiling.declared.relation import Relation, may_differ
 class Finding:
     """A reduction along `axis` of something that it is wrong for, or a false claim.
 
-    problem: "gathered": a sum of what an all_gather made equal; "equal": of what is equal;
-      "multiplied": a sum of gradients that hold each device's part n times already; "part": a mean
-      of gradients of a loss that is reduced already; "typed": a reduction of gradients that went
-      back through a value that differs, and that jax types as equal; "claim": a claim
-      (`varying.claim`) that does not hold; "total": what is claimed to be equal is a gradient
-      that autodiff summed.
-    tag, axis, primitive: of the reduction; primitive is "claim" for a claim.
-    source: "file.py:12".
-    what, error: those of a claim; dropped: whether it retypes the value as equal.
+    Attributes:
+      problem: "gathered": a sum of what an all_gather made equal; "equal": of what is equal;
+        "again": of what holds a sum along the axis as a term; "multiplied": a sum of gradients that
+        hold each device's part n times already; "part": a mean of gradients of a loss that is
+        reduced already; "typed": a reduction of gradients that went back through a value that
+        differs, and that jax types as equal; "claim": a claim (`varying.claim`) that does not hold;
+        "total": what is claimed to be equal is a gradient that autodiff summed.
+      tag, axis, primitive: of the reduction; primitive is "claim" for a claim.
+      source: "file.py:12".
+      what, error: those of a claim; dropped: whether it retypes the value as equal.
     """
 
     tag: str | None
@@ -48,7 +50,7 @@ class Mistyped:
     source: str
 
 
-def wrong_reductions(jaxpr: Any) -> list[Finding]:
+def find_wrong_reductions(jaxpr: Jaxpr) -> list[Finding]:
     """Find the reductions and the claims that are wrong along an axis, which types cannot tell.
 
     The reductions that autodiff makes (the transpose of a gather is one) are left out. What the
@@ -60,15 +62,15 @@ def wrong_reductions(jaxpr: Any) -> list[Finding]:
     Returns:
       One finding for each equation and axis.
     """
-    return search(_compat.live_jaxpr(getattr(jaxpr, "jaxpr", jaxpr)), _look)
+    return search_equations(_compat.live_jaxpr(open_jaxpr(jaxpr)), _look)
 
 
-def mistyped(jaxpr: Any) -> list[Mistyped]:
+def find_mistyped(jaxpr: Jaxpr) -> list[Mistyped]:
     """Find the operations on local data whose results jax types as equal on all devices."""
 
     def look(seen: Seen) -> Mistyped | None:
-        axis = seen.place.axis
-        if seen.name == varying.CLAIM or axis in seen.axes or not seen.place.tracked:
+        axis = seen.axis
+        if seen.name == varying.CLAIM or axis in seen.axes or not seen.frame.tracked:
             return None
         made = zip(seen.eqn.outvars, seen.outputs, strict=True)
         wrong = any(v & relation.DIFFERS and not _varies(var, axis) for var, v in made)
@@ -76,20 +78,20 @@ def mistyped(jaxpr: Any) -> list[Mistyped]:
             return None
         # What stands inside jnp.argsort has no line of the user's: the call of it has.
         name = str(seen.eqn.params.get("name", seen.name))
-        return Mistyped(axis, name, source.shorten(_compat.eqn_frames(seen.eqn)))
+        return Mistyped(axis, name, source.user_source_line(_compat.eqn_frames(seen.eqn)))
 
-    found = search(jaxpr, look, every=True)
+    found = search_equations(jaxpr, look, every=True)
     return [m for m in found if m.source] or found
 
 
-def _varies(var: Any, axis: str) -> bool:
+def _varies(var: Var, axis: str) -> bool:
     return axis in _compat.varying_axes_of(var.aval)
 
 
 def _look(seen: Seen) -> Finding | None:
     if seen.name == varying.CLAIM:
         return _false_claim(seen)
-    if seen.name not in SUMS or seen.place.axis not in seen.axes or seen.by_autodiff:
+    if seen.name not in SUMS or seen.axis not in seen.axes or seen.by_autodiff:
         return None
     if seen.eqn.params.get("axis_index_groups") is not None:
         return None
@@ -99,22 +101,22 @@ def _look(seen: Seen) -> Finding | None:
     return None
 
 
-def _problem(seen: Seen, value: Relation, var: Any) -> str | None:
+def _problem(seen: Seen, value: Relation, var: Var) -> str | None:
     if value & relation.SUMMED and may_differ(value):
         return "typed"
-    if (seen.tag or "").split("/")[0] == "pmean" or axis_dataflow.is_divided(
-        seen.jaxpr, var, seen.axes, seen.place
-    ):
+    if (seen.tag or "").split("/")[0] == "pmean" or seen.is_divided(var):
         return "part" if value & relation.PART and may_differ(value) else None
     if value & relation.MULTIPLIED:
         return "multiplied"
-    if may_differ(value) or value & relation.ASKED or not value & relation.DEPENDS:
+    if may_differ(value):
+        return "again" if value & relation.HOLDS_SUM else None
+    if value & relation.ASKED or not value & relation.DEPENDS:
         return None
     return "gathered" if value & relation.GATHERED else "equal"
 
 
 def _false_claim(seen: Seen) -> Finding | None:
-    params, axis, (value,) = seen.eqn.params, seen.place.axis, seen.inputs
+    params, axis, (value,) = seen.eqn.params, seen.axis, seen.inputs
     if axis not in params["mesh_axes"]:
         return None
     dropped = axis in params["drop"]
@@ -130,5 +132,5 @@ def _false_claim(seen: Seen) -> Finding | None:
 
 
 def _finding(seen: Seen, problem: str, *, tag: str | None = None, **said: Any) -> Finding:
-    place = source.shorten(_compat.eqn_frames(seen.eqn))
-    return Finding(tag, seen.place.axis, seen.name, place, problem, **said)
+    place = source.user_source_line(_compat.eqn_frames(seen.eqn))
+    return Finding(tag, seen.axis, seen.name, place, problem, **said)

@@ -4,10 +4,9 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from txcore import _compat
-from txcore.profiling.declared.collectives import sub_jaxprs
+from txcore.profiling.declared.equations import Jaxpr, open_jaxpr, sub_jaxprs
 
 _NAME = re.compile(r"kernel\.([A-Za-z0-9_]+\.[A-Za-z0-9_]+)")
 # In HLO it is one step of an op's path, which autodiff and vmap wrap: "transpose(jvp(kernel.a.b))".
@@ -33,7 +32,7 @@ class KernelUse:
         return self.name if self.calls is None else f"{self.name} x{self.calls}"
 
 
-def kernels_used(jaxpr: Any) -> tuple[KernelUse, ...]:
+def kernels_used(jaxpr: Jaxpr) -> tuple[KernelUse, ...]:
     """Count the kernel calls of a traced program.
 
     Args:
@@ -54,12 +53,12 @@ def kernels_used(jaxpr: Any) -> tuple[KernelUse, ...]:
       ...     print(use)
       dense.xla x2
     """
-    live = _compat.live_jaxpr(getattr(jaxpr, "jaxpr", jaxpr))
+    live = _compat.live_jaxpr(open_jaxpr(jaxpr))
     counted = Counter(_calls(live))
     return tuple(KernelUse(name, calls) for name, calls in counted.items())
 
 
-def _calls(jaxpr: Any) -> Iterator[str]:
+def _calls(jaxpr: Jaxpr) -> Iterator[str]:
     """Yield the name of each call: its first operand is marked with it, by `checkpoint_name`.
 
     Name stacks cannot tell two calls of one op apart, and differentiating drops the call itself.

@@ -4,9 +4,12 @@ A value without a bit but SLICED is zero on every device. One without `DIFFERS` 
 equal on all devices along the axis, whatever jax's type says of it.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+
+from txcore.profiling.declared.equations import ADDITIVE, MOVES, NOT_LINEAR, PRODUCTS, VARYING_CASTS
 
 CONSTANT = 1  # not zero, and written into the program
 DEPENDS = 2  # made of the program's inputs
@@ -21,24 +24,15 @@ SUMMED = 128  # autodiff summed it over the devices, as the gradient of somethin
 TOTAL = 256  # the same, and nothing has divided it by their number yet
 MULTIPLIED = 512  # holds the gradient of an equal loss once for each device
 PART = 1024  # of a loss that is reduced already: the gradient is the sum of the parts, no mean
+HOLDS_SUM = 2048  # a term of it is a sum over the axis that the program asked for, with factor 1
 
 Relation = int
 
 _OF_GRADIENTS = SUMMED | TOTAL | MULTIPLIED | PART
-_ZERO_KEEPING = frozenset(
-    ("add", "add_any", "sub", "neg", "mul", "broadcast_in_dim", "convert_element_type", "reshape")
-    + ("squeeze", "transpose", "copy", "reduce_sum", "pvary", "pcast", "pad", "concatenate")
-)
-# Of a part of a sum they make what is no part of it any more.
-_NOT_LINEAR = frozenset(
-    ("integer_pow", "pow", "square", "abs", "sign", "sqrt", "rsqrt", "exp", "log", "max", "min")
-    + ("eq", "ne", "lt", "le", "gt", "ge", "reduce_max", "reduce_min", "argmax", "argmin")
-)
-_PRODUCTS = ("mul", "div", "dot_general")
-_ASKED_KEEPING = frozenset(
-    ("broadcast_in_dim", "convert_element_type", "reshape", "squeeze", "transpose", "copy")
-    + ("reduce_sum", "neg", "pvary", "pcast")
-)
+_ZERO_KEEPING = ADDITIVE | {"mul", *VARYING_CASTS}
+_ASKED_KEEPING = MOVES | {"reduce_sum", "neg", *VARYING_CASTS}
+# A sum over several dims may be one over examples: what it makes of a term is not known.
+TERM_KEEPING = ADDITIVE - {"reduce_sum", "concatenate", "pad"} | {*VARYING_CASTS}
 
 
 def may_differ(value: Relation) -> bool:
@@ -49,6 +43,45 @@ def may_differ(value: Relation) -> bool:
 def is_zero(value: Relation) -> bool:
     """Tell whether a value is known to be zero on every device."""
     return not value & ~SLICED
+
+
+def join(a: Relation, b: Relation) -> Relation:
+    """Return the relation of a value that may be either of two.
+
+    It holds a sum where both do: two conds may have one predicate, and add up in only one branch.
+    """
+    both = a | b
+    certain = all(value & HOLDS_SUM or is_zero(value) for value in (a, b))
+    return both if certain else both & ~HOLDS_SUM
+
+
+def after_choice(value: Relation, predicate: Relation) -> Relation:
+    """Return the relation of a value that a cond's or while's predicate has chosen."""
+    return value | predicate & (CONSTANT | DEPENDS | DIFFERS | UNKNOWN | SLICED)
+
+
+def inside_loop(value: Relation) -> Relation:
+    """Return the relation of a loop's carry, or of one slice of what it goes over.
+
+    A carry keeps its type: to cast it is no wish to sum what is equal.
+    """
+    return (value | SLICED) & ~ASKED
+
+
+def outside(value: Relation, loop_inputs: Sequence[Relation] | None) -> Relation:
+    """Return the relation of what a call or a loop returns, once it is left.
+
+    Args:
+      value: that inside.
+      loop_inputs: what a loop was given: its results are as much sliced as that. None for a call.
+    """
+    value &= ~ASKED
+    if loop_inputs is None:
+        return value
+    sliced = 0
+    for given in loop_inputs:
+        sliced |= given & SLICED
+    return value & ~SLICED | sliced
 
 
 def of_literal(value: Any) -> Relation:
@@ -83,17 +116,18 @@ def after_use(name: str, inputs: list[Relation], value: Relation) -> Relation:
     ):
         # A device's own part of a whole gradient, or the gradient times something of its own.
         value &= ~(SUMMED | PART)
-    squared = name in _PRODUCTS and sum(bool(one & PART) for one in inputs) > 1
-    return value & ~PART if squared or name in _NOT_LINEAR else value
-
-
-def _is_of_own_sum(value: Relation) -> bool:
-    return bool(value & SUMMED) and may_differ(value)
+    squared = name in PRODUCTS and sum(bool(one & PART) for one in inputs) > 1
+    return value & ~PART if squared or name in NOT_LINEAR else value
 
 
 def after_sum(value: Relation) -> Relation:
     """Return the relation of a reduction over the axis that the program itself asks for."""
     return value & (CONSTANT | DEPENDS | SLICED)
+
+
+def after_all_reduced_sum(value: Relation) -> Relation:
+    """Return the relation of a psum over the axis that the program itself asks for."""
+    return after_sum(value) | (HOLDS_SUM if value & DEPENDS else 0)
 
 
 def after_sum_of_cotangents(value: Relation, *, divided: bool, scatters: bool) -> Relation:

@@ -18,11 +18,22 @@ from typing import Any
 
 from txcore import _compat
 from txcore.profiling.declared import source
-from txcore.profiling.declared.collectives import axes_of, has_any, sub_jaxprs
-from txcore.profiling.declared.forward import CASTS, Calls, Forward
+from txcore.profiling.declared.equations import (
+    CASTS,
+    EQUALIZERS,
+    GATHERS,
+    Eqn,
+    Jaxpr,
+    Var,
+    axes_of,
+    axes_of_spec,
+    has_any,
+    name_of,
+    open_jaxpr,
+)
+from txcore.profiling.declared.forward import Forward, Frame, find_shard_maps
 
 _DRAWS = ("random_bits", "random_gamma")
-_SAME_AFTER = ("psum", "psum_invariant", "pmax", "pmin", "pbroadcast")
 _PICKS = ("dynamic_slice", "gather")
 _OTHER_LENGTH = ("slice", "dynamic_slice", "concatenate", "pad", "rev", "dynamic_update_slice")
 
@@ -31,8 +42,11 @@ _OTHER_LENGTH = ("slice", "dynamic_slice", "concatenate", "pad", "rev", "dynamic
 class Draw:
     """Random numbers that are the same on all devices along `axis`.
 
-    source: "file.py:12" of the draw, in the user's code; inside: the same in the package that he
-    calls, or "".
+    Attributes:
+      axis: a data axis.
+      shape: that of the numbers.
+      source: "file.py:12" of the draw, in the user's code.
+      inside: the same in the package that the user's code calls, or "".
     """
 
     axis: str
@@ -57,13 +71,7 @@ class _Fact:
     draws: frozenset[Draw] = frozenset()
 
 
-def _join(a: _Fact, b: _Fact) -> _Fact:
-    rows = max(a.rows, b.rows)
-    draws = a.draws | b.draws if rows is _Rows.DRAWN else frozenset()
-    return _Fact(a.differs or b.differs, rows, draws)
-
-
-def shared_draws(jaxpr: Any, axes: Sequence[str]) -> list[Draw]:
+def find_shared_draws(jaxpr: Jaxpr, axes: Sequence[str]) -> list[Draw]:
     """Find the draws from keys that are the same along `axes`, for local examples.
 
     Args:
@@ -82,74 +90,83 @@ def shared_draws(jaxpr: Any, axes: Sequence[str]) -> list[Draw]:
       >>> f = jax.shard_map(drop, mesh=mesh, in_specs=(spec(), spec("data")),
       ...                   out_specs=spec("data"))
       >>> jaxpr = jax.make_jaxpr(f)(jax.random.key(0), jax.numpy.ones(8))
-      >>> [(draw.axis, draw.shape) for draw in shared_draws(jaxpr, ["data"])]
+      >>> [(draw.axis, draw.shape) for draw in find_shared_draws(jaxpr, ["data"])]
       [('data', (4,))]
     """
-    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+    jaxpr = open_jaxpr(jaxpr)
     if not axes or not has_any(jaxpr, _DRAWS):
         return []
     found: dict[Draw, None] = {}
-    for eqn in _shard_maps(jaxpr):
-        body = getattr(eqn.params["jaxpr"], "jaxpr", eqn.params["jaxpr"])
+    for eqn, frame in find_shard_maps(jaxpr):
+        body = open_jaxpr(eqn.params["jaxpr"])
         for axis in axes:
             inputs = [
                 _of_spec(spec, axis, var.aval.shape)
                 for spec, var in zip(eqn.params["in_specs"], body.invars, strict=True)
             ]
-            _walk(axis, found).run(body, inputs)
+            _SharedDraws(axis, found).run(body, inputs, frame)
     return list(found)
 
 
-def _shard_maps(jaxpr: Any) -> list[Any]:
-    found = []
-    for eqn in jaxpr.eqns:
-        if eqn.primitive.name == "shard_map":
-            found.append(eqn)
-        else:
-            found += [inner for j in sub_jaxprs(eqn) for inner in _shard_maps(j)]
-    return found
-
-
 def _of_spec(spec: Any, axis: str, shape: tuple[int, ...]) -> _Fact:
-    parts = [part if isinstance(part, tuple) else (part,) for part in spec]
-    if parts and axis in parts[0]:
+    if axis in axes_of_spec(spec[:1]):
         return _Fact(True, _Rows.EXAMPLES)
-    return _Fact(any(axis in part for part in parts), _Rows.SHARED if shape else _Rows.NOTHING)
+    return _Fact(axis in axes_of_spec(spec), _Rows.SHARED if shape else _Rows.NOTHING)
 
 
-def _walk(axis: str, found: dict[Draw, None]) -> Forward[_Fact]:
-    """Return a walk along one axis, which puts what it finds into `found`."""
+class _SharedDraws(Forward[_Fact]):
+    """Whose rows each value holds along one axis; what meets wrongly goes into `found`."""
 
-    def rule(eqn: Any, inputs: Sequence[_Fact], calls: Calls) -> _Fact:
-        name, shape = eqn.primitive.name.removesuffix("_start"), eqn.outvars[0].aval.shape
+    def __init__(self, axis: str, found: dict[Draw, None]) -> None:
+        self._axis, self._found = axis, found
+
+    def of_literal(self, var: Var) -> _Fact:
+        return _Fact()
+
+    def of_constant(self) -> _Fact:
+        return _Fact()
+
+    def join(self, a: _Fact, b: _Fact) -> _Fact:
+        rows = max(a.rows, b.rows)
+        draws = a.draws | b.draws if rows is _Rows.DRAWN else frozenset()
+        return _Fact(a.differs or b.differs, rows, draws)
+
+    def apply(self, eqn: Eqn, jaxpr: Jaxpr, inputs: list[_Fact], frame: Frame) -> list[_Fact]:
+        return [self._after(eqn, inputs, frame)] * len(eqn.outvars)
+
+    def _after(self, eqn: Eqn, inputs: list[_Fact], frame: Frame) -> _Fact:
+        name, shape = name_of(eqn), eqn.outvars[0].aval.shape
         differs = any(fact.differs for fact in inputs)
-        if axis in axes_of(eqn.params) and name not in CASTS:
-            differs = not name.startswith("all_gather") and name not in _SAME_AFTER
+        if name not in CASTS and self._axis in axes_of(eqn.params):
+            differs = name not in GATHERS and name not in EQUALIZERS
             rows = any(fact.rows for fact in inputs) and bool(shape)
             return _Fact(differs, _Rows.SHARED if rows else _Rows.NOTHING)
         if name in _DRAWS:
             if differs or not shape:
                 return _Fact(differs)
-            return _Fact(False, _Rows.DRAWN, frozenset({_draw((*calls, eqn), axis, shape)}))
-        kept = [
-            fact
-            for i, (var, fact) in enumerate(zip(eqn.invars, inputs, strict=True))
-            if fact.rows and _keeps_rows(eqn, name, i, var.aval.shape, shape)
-        ]
-        if any(fact.rows is _Rows.EXAMPLES for fact in kept):
-            found.update(dict.fromkeys(draw for fact in kept for draw in fact.draws))
-        result = _Fact(differs)
-        for fact in kept:
-            result = _join(result, fact)
+            draw = _draw((*frame.calls, eqn), self._axis, shape)
+            return _Fact(False, _Rows.DRAWN, frozenset({draw}))
+        result = self._of_rows(eqn, name, inputs, shape)
         if name in _PICKS and differs and result.rows is _Rows.DRAWN:
             return _Fact(differs)  # a device's own part of what all have drawn
-        return result
+        return self.join(_Fact(differs), result)
 
-    return Forward(rule, _join, _Fact())
+    def _of_rows(self, eqn: Eqn, name: str, inputs: list[_Fact], shape: tuple[int, ...]) -> _Fact:
+        """Return what the rows of an equation's result are; note draws that meet examples."""
+        kept = []
+        for i, (var, fact) in enumerate(zip(eqn.invars, inputs, strict=True)):
+            if fact.rows and _keeps_rows(eqn, name, i, var.aval.shape, shape):
+                kept.append(fact)
+        if any(fact.rows is _Rows.EXAMPLES for fact in kept):
+            self._found.update(dict.fromkeys(draw for fact in kept for draw in fact.draws))
+        result = _Fact()
+        for fact in kept:
+            result = self.join(result, fact)
+        return result
 
 
 def _keeps_rows(
-    eqn: Any, name: str, i: int, given: tuple[int, ...], result: tuple[int, ...]
+    eqn: Eqn, name: str, i: int, given: tuple[int, ...], result: tuple[int, ...]
 ) -> bool:
     """Tell whether the first dim of an equation's result holds the rows of its i-th input."""
     if not given or not result:
@@ -183,9 +200,9 @@ def _keeps_rows_in_dot(numbers: Any, i: int, left_dims: int) -> bool:
     return 0 not in contracted[i] and (i == 0 or len(contracted[0]) == left_dims)
 
 
-def _draw(calls: Calls, axis: str, shape: tuple[int, ...]) -> Draw:
+def _draw(calls: tuple[Eqn, ...], axis: str, shape: tuple[int, ...]) -> Draw:
     # jax traces its own functions once, without the lines of who called them.
     frames = next(filter(None, map(_compat.eqn_frames, reversed(calls))), ())
     own = [frame for frame in frames if "site-packages" not in frame[0]]
-    inside, place = source.shorten(frames), source.shorten(own or frames)
+    inside, place = source.user_source_line(frames), source.user_source_line(own or frames)
     return Draw(axis, shape, place, "" if inside == place else inside)

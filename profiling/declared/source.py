@@ -11,7 +11,7 @@ from txcore import _compat
 _LIBRARIES = tuple(f"{os.sep}site-packages{os.sep}{name}{os.sep}" for name in ("jax", "txcore"))
 
 
-def shorten(frames: Iterable[tuple[str, int]]) -> str:
+def user_source_line(frames: Iterable[tuple[str, int]]) -> str:
     """Return "file.py:12" for the innermost frame outside jax and txcore, "" without frames."""
     frames = tuple(frames)
     chosen = next((f for f in frames if not _is_library(f[0])), frames[0] if frames else None)

@@ -7,21 +7,36 @@ cotangent that is not cast again is the gradient of something stored: a sum over
 what the step takes for one device's, or for their mean.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from txcore import _compat, tags
 from txcore.profiling.declared import source
-from txcore.profiling.declared.collectives import axes_of, made_by_autodiff
-from txcore.profiling.declared.forward import CASTS, Calls, Forward, path_in
+from txcore.profiling.declared.equations import (
+    CASTS,
+    Eqn,
+    Jaxpr,
+    Var,
+    axes_of,
+    made_by_autodiff,
+    open_jaxpr,
+    path_of,
+)
+from txcore.profiling.declared.forward import Forward, Frame
 
 
 @dataclass(frozen=True)
 class Sum:
-    """A psum along `axis` that autodiff made: its tag, elements and "file.py:12"."""
+    """A psum that autodiff made.
+
+    Attributes:
+      axis: the mesh axis that it sums over.
+      tag: the tag of the cast whose transpose it is, or None.
+      elements: those of its operands.
+      source: "file.py:12".
+    """
 
     axis: str
     tag: str | None
@@ -32,7 +47,7 @@ class Sum:
 _Sums = frozenset[Sum]
 
 
-def summed_gradients(jaxpr: Any, axes: Iterable[str]) -> list[Sum]:
+def find_summed_gradients(jaxpr: Jaxpr, axes: Iterable[str]) -> list[Sum]:
     """Find the psums along `axes` of a backward pass that reach an output as sums.
 
     Those that autodiff makes by itself, and those of `tx.vary`. A reduction of a batch's
@@ -51,18 +66,39 @@ def summed_gradients(jaxpr: Any, axes: Iterable[str]) -> list[Sum]:
       >>> spec = jax.sharding.PartitionSpec
       >>> f = jax.shard_map(jax.grad(lambda w, x: (w * x).sum()), mesh=mesh,
       ...                   in_specs=(spec(), spec("data")), out_specs=spec())
-      >>> found = summed_gradients(jax.make_jaxpr(f)(1.0, jax.numpy.ones(2)), ["data"])
+      >>> found = find_summed_gradients(jax.make_jaxpr(f)(1.0, jax.numpy.ones(2)), ["data"])
       >>> [(s.axis, s.elements) for s in found]
       [('data', 1)]
     """
-    wanted = frozenset(axes)
+    jaxpr = open_jaxpr(jaxpr)
+    nothing = frozenset[Sum]()
+    outputs = _SummedGradients(frozenset(axes)).run(jaxpr, [nothing] * len(jaxpr.invars), Frame())
+    return sorted(nothing.union(*outputs), key=lambda s: (s.source, s.elements, s.axis))
 
-    def rule(eqn: Any, inputs: Sequence[_Sums], calls: Calls) -> _Sums:
-        sums = frozenset[Sum]().union(*inputs)
+
+class _SummedGradients(Forward[_Sums]):
+    """Which sums of autodiff's each value is made of, that nothing has cast to varying again."""
+
+    def __init__(self, wanted: frozenset[str]) -> None:
+        self._wanted = wanted
+
+    def of_literal(self, var: Var) -> _Sums:
+        return frozenset()
+
+    def of_constant(self) -> _Sums:
+        return frozenset()
+
+    def join(self, a: _Sums, b: _Sums) -> _Sums:
+        return a | b
+
+    def apply(self, eqn: Eqn, jaxpr: Jaxpr, inputs: list[_Sums], frame: Frame) -> list[_Sums]:
+        return [self._after(eqn, frozenset[Sum]().union(*inputs), frame)] * len(eqn.outvars)
+
+    def _after(self, eqn: Eqn, sums: _Sums, frame: Frame) -> _Sums:
         name = eqn.primitive.name
         if name != "psum_invariant" and not (sums and name in CASTS):
             return sums
-        path = path_in(calls, eqn)
+        path = path_of(eqn, frame.path)
         if not made_by_autodiff(path):
             return sums
         along = axes_of(eqn.params)
@@ -72,15 +108,10 @@ def summed_gradients(jaxpr: Any, axes: Iterable[str]) -> list[Sum]:
         # A custom_vjp's backward pass may call tx.psum by its name.
         if tag is not None and tag.partition("/")[0] != "vary":
             return sums
-        return sums | {_sum(eqn, tag, axis) for axis in along if axis in wanted}
-
-    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
-    walk: Forward[_Sums] = Forward(rule, frozenset.union, frozenset())
-    outputs = walk.run(jaxpr, [frozenset()] * len(jaxpr.invars))
-    return sorted(frozenset[Sum]().union(*outputs), key=lambda s: (s.source, s.elements, s.axis))
+        return sums | {_sum(eqn, tag, axis) for axis in along if axis in self._wanted}
 
 
-def _sum(eqn: Any, tag: str | None, axis: str) -> Sum:
+def _sum(eqn: Eqn, tag: str | None, axis: str) -> Sum:
     elements = sum(int(np.prod(v.aval.shape)) for v in eqn.invars)
-    place = source.shorten(_compat.eqn_frames(eqn))
+    place = source.user_source_line(_compat.eqn_frames(eqn))
     return Sum(axis, tag, elements, place)

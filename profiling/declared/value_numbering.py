@@ -11,13 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from txcore.profiling.declared.equations import Eqn, Var
+
 _COMMUTE = ("add", "mul", "max", "min", "and", "or", "xor")
-
-
-def is_literal(var: Any) -> bool:
-    """Tell whether an input of an equation is a constant written into it."""
-    # jax.extend.core names the class, but importing it imports all of Pallas.
-    return hasattr(var, "val")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +35,7 @@ class Numbering:
         """Return a value that equals no other."""
         return Value(next(self.counter), depends)
 
-    def results(self, eqn: Any, inputs: Sequence[Value]) -> list[Value]:
+    def results(self, eqn: Eqn, inputs: Sequence[Value]) -> list[Value]:
         """Return the values of an equation's outputs, from those of its inputs."""
         name = eqn.primitive.name
         depends = any(v.depends for v in inputs) or name == "axis_index"
@@ -53,7 +49,7 @@ class Numbering:
         """Return the value of one device's shard of an array."""
         return Value(self._number(("shard", str(spec), value.number)), value.depends)
 
-    def literal(self, var: Any) -> Value:
+    def literal(self, var: Var) -> Value:
         """Return the value of a constant written into an equation."""
         content = np.asarray(var.val)
         is_small = content.size <= 1 and content.dtype != object

@@ -107,7 +107,7 @@ def _compile(original: Callable[..., Any], lowered: Any, *args: Any, **kwargs: A
 
     report = audit_compiled(_as_compiled(executable), jaxpr, partition=partition)
     name = _compat.lowered_name(lowered)
-    refuse(report, f"compiling {name}, called at {source.shorten(_frames())},")
+    refuse(report, f"compiling {name}, called at {source.user_source_line(_frames())},")
     refuse_untraced(report, name)
     return executable
 
@@ -159,7 +159,7 @@ def _uses_disk_cache(original: Callable[..., bool], backend: Any) -> bool:
 
 
 def _place(original: Callable[..., Any], x: Any, *, device: Any, **kwargs: Any) -> Any:
-    row = row_of_move(x, device, source.shorten(_frames()))
+    row = row_of_move(x, device, source.user_source_line(_frames()))
     if row is not None:
         refuse(Report((row,), checked=False), "jax.device_put")
     return original(x, device=device, **kwargs)

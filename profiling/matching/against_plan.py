@@ -8,7 +8,10 @@ from typing import Protocol
 import jax.numpy as jnp
 
 from txcore.profiling.declared.collectives import Declared
+from txcore.profiling.declared.gradient_factors import GradientFactor
 from txcore.profiling.report import PlanLine, Report
+
+GRADIENTS = "gradients"  # so a plan calls those whose mean it predicts
 
 
 class Prediction(Protocol):
@@ -35,7 +38,11 @@ class Prediction(Protocol):
         """Return the elements of S of each array."""
 
 
-def against_plan(report: Report, predictions: Sequence[Prediction]) -> Report:
+def against_plan(
+    report: Report,
+    predictions: Sequence[Prediction],
+    factors: Sequence[GradientFactor] = (),
+) -> Report:
     """Return a report that says, line by line, whether the program does what a plan predicts.
 
     A predicted array is found where the program declares a collective of its kind, dtype and
@@ -45,6 +52,8 @@ def against_plan(report: Report, predictions: Sequence[Prediction]) -> Report:
     Args:
       report: an audit that was compared with the traced program.
       predictions: what the plan predicts of one call of the program.
+      factors: with which factor the program's gradients reach its parameters, where the plan
+        predicts their mean.
 
     Returns:
       The report with `plan`: a line for each prediction, then one for each tag (or primitive),
@@ -65,6 +74,7 @@ def against_plan(report: Report, predictions: Sequence[Prediction]) -> Report:
         covered, used = _covered(predicted, left)
         lines.append(_line(predicted, covered, gone))
         left = {i: d for i, d in left.items() if i not in used}
+    lines = _read_factors(lines, factors)
     beyond = [d for i, d in left.items() if i not in gone]
     return replace(report, plan=(*lines, *_beyond(beyond)))
 
@@ -120,6 +130,47 @@ def _line(predicted: Prediction, covered: Mapping[int, int], gone: set[int]) -> 
         found_bytes=size * (sum(covered.values()) - eliminated),
         eliminated_bytes=size * eliminated,
     )
+
+
+def _read_factors(lines: Sequence[PlanLine], factors: Sequence[GradientFactor]) -> list[PlanLine]:
+    """Return the lines with the factor of the gradients, the worst of any; one says what it is."""
+    if not factors:
+        return list(lines)
+    read: list[PlanLine] = []
+    factor, note = _worst_factor(factors)
+    for line in lines:
+        if line.what == GRADIENTS:
+            line = replace(line, factor=factor, factor_note=note)
+            note = ""  # of the gradients in all dtypes
+        read.append(line)
+    return read
+
+
+def _worst_factor(factors: Sequence[GradientFactor]) -> tuple[str, str]:
+    summed = [read for read in factors if read.factor == "sum"]
+    unread = [read for read in factors if read.factor == "not read"]
+    shared = [read for read in factors if read.shared_term]
+    if summed:
+        return "sum", (
+            "the plan predicts the mean of the gradients, found the sum of those of local means, "
+            f"{summed[0].times} times that, of {_some(summed)}: average them with tx.pmean"
+        )
+    notes = []
+    if unread:
+        notes.append(f"the factor of the gradients not read ({_some(unread)})")
+    if shared:
+        notes.append(
+            "a term that is the same on every device summed once for each of them "
+            f"({_some(shared)}: weight decay in the loss?)"
+        )
+    return "not read" if unread else "mean", ", ".join(notes)
+
+
+def _some(factors: Sequence[GradientFactor]) -> str:
+    first, *others = factors
+    more = f" and {len(others)} more" if others else ""
+    place = f" at {first.source}" if first.source else ""
+    return f"{first.what}{more}{place}"
 
 
 def _beyond(declared: Iterable[Declared]) -> list[PlanLine]:

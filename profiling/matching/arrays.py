@@ -125,7 +125,7 @@ def _said(place: int, op: Op, one: Input, *, is_piece: bool) -> Unit:
         tag=_joined(tags),
         op_name=op_name,
         source=_source(line, origin),
-        wanted_source=source.shorten(op.wanted_frames),
+        wanted_source=source.user_source_line(op.wanted_frames),
         origin=origin,
         note=note,
         has_own_line=has_own or not is_merged,
@@ -146,7 +146,7 @@ def _joined(tags: Sequence[str]) -> str:
 
 def _source(op: Op, origin: str) -> str:
     """Return the line of an op, or of what it was inserted for."""
-    own, wanted = source.shorten(op.frames), source.shorten(op.wanted_frames)
+    own, wanted = source.user_source_line(op.frames), source.user_source_line(op.wanted_frames)
     if origin == "reshard" and not op.op_name.endswith("/reshard"):
         return wanted
     # Named after the shard_map where it is needed: by a compiler that does not mark it, or where

@@ -26,7 +26,7 @@ collective. So `match.py` compares the result with the traced program.
 
 import functools
 
-from txcore.profiling.declared.collectives import KIND_OF, made_by_autodiff
+from txcore.profiling.declared.equations import KIND_OF, made_by_autodiff
 from txcore.profiling.hlo import Op
 from txcore.profiling.hlo.scan import split_outside
 

@@ -152,6 +152,9 @@ class PlanLine:
       found_bytes: as much of it as the program has; beyond the plan, all of it.
       eliminated_bytes: as much of it as was declared, and the compiler could do without (the
         gradient of a parameter that the loss does not use is a constant).
+      factor: of the gradients, whose mean a plan predicts: "mean" where they are that, "sum" where
+        they are known to be N times it, "not read" where the program does not tell; "" of others.
+      factor_note: which gradients, where, and what of them, unless all are the mean.
     """
 
     what: str
@@ -161,10 +164,17 @@ class PlanLine:
     payload_bytes: int
     found_bytes: int
     eliminated_bytes: int = 0
+    factor: str = ""
+    factor_note: str = ""
 
     @property
     def ok(self) -> bool:
-        """Tell whether all that the plan predicts is there."""
+        """Tell whether all that the plan predicts is there, and no mean is known to be a sum."""
+        return self.factor != "sum" and self.is_there
+
+    @property
+    def is_there(self) -> bool:
+        """Tell whether all that the plan predicts is sent."""
         return self.found_bytes + self.eliminated_bytes >= self.payload_bytes
 
 
@@ -321,7 +331,9 @@ def _found(report: Report) -> str:
     sent = f"{_plural(len(rows), 'collective')}, {payload} payload a call"
     if not report.checked:
         return f"{sent}, nothing looks added ({origins}){but}"
-    return f"{sent}, all declared ({origins}){_as_planned(report.plan)}; nothing was added{but}"
+    planned = _as_planned(report.plan)
+    planned += "".join(f", {line.factor_note}" for line in report.plan if line.factor_note)
+    return f"{sent}, all declared ({origins}){planned}; nothing was added{but}"
 
 
 def _as_planned(plan: tuple[PlanLine, ...]) -> str:
@@ -397,8 +409,9 @@ def _faults(report: Report) -> list[str]:
         f"the plan predicts {line.payload_bytes:,} B of {line.what} ({line.dtype} {line.kind} over "
         f"{'+'.join(line.axes)}), found {line.found_bytes + line.eliminated_bytes:,} B"
         for line in report.plan
-        if not line.ok
+        if not line.is_there
     ]
+    faults += [line.factor_note for line in report.plan if line.factor == "sum"]
     return faults
 
 

@@ -14,7 +14,7 @@ from audit_cases import P, mesh_of, on, tag, vary
 from jax import lax
 
 from txcore.profiling import Report
-from txcore.profiling.declared.divergence import Divergence, divergences
+from txcore.profiling.declared.divergence import Divergence, find_divergences
 
 HERE = pathlib.Path(__file__).name
 
@@ -25,7 +25,7 @@ ROWS = P("data")
 def found_in(body, out_specs=ROWS, **options):
     """What is found in a body that is given (2, 4) of (8, 4) rows on a mesh data=4, model=2."""
     fn = on(mesh_of(data=4, model=2), ROWS, out_specs, **options)(body)
-    return divergences(jax.jit(fn).trace(jnp.ones((8, 4))).jaxpr)
+    return find_divergences(jax.jit(fn).trace(jnp.ones((8, 4))).jaxpr)
 
 
 def first():
@@ -282,11 +282,13 @@ def test_along_an_axis_of_one_device_everybody_agrees():
     mesh = mesh_of(data=1, model=8)
     body = lambda x: lax.cond(x.sum() > 0, lambda v: lax.psum(v, "data"), keep, x)  # noqa: E731
     fn = on(mesh, P("data"), P(), check_vma=False)(body)
-    assert divergences(jax.make_jaxpr(fn)(jnp.ones((8, 4)))) == ()
+    assert find_divergences(jax.make_jaxpr(fn)(jnp.ones((8, 4)))) == ()
 
 
 def test_a_program_without_shard_map():
-    assert divergences(jax.make_jaxpr(lambda x: lax.cond(x > 0, jnp.sin, jnp.cos, x))(1.0)) == ()
+    assert (
+        find_divergences(jax.make_jaxpr(lambda x: lax.cond(x > 0, jnp.sin, jnp.cos, x))(1.0)) == ()
+    )
 
 
 STUCK = """

@@ -11,6 +11,7 @@ import toys
 from jax import lax
 
 import txcore as tx
+from txcore.plan.plan import Predicted
 from txcore.profiling import Declared, Report
 from txcore.profiling.matching.against_plan import against_plan
 from txcore.profiling.report import Fate, PlanLine
@@ -69,7 +70,7 @@ def audited(body, n=2, params=None, **options):
     return engine.audit(step, engine.create_state(params or toys.params()), toys.batch())
 
 
-GRADIENTS = PlanLine("gradients", "all-reduce", ("data",), "float32", 160, 160)
+GRADIENTS = PlanLine("gradients", "all-reduce", ("data",), "float32", 160, 160, factor="mean")
 COUNT = PlanLine("psum/example_count", "all-reduce", ("data",), "float32", 0, 4)
 LOSS = PlanLine("pmean/loss", "all-reduce", ("data",), "float32", 0, 4)
 
@@ -233,7 +234,7 @@ def reported(*declared, fate="kept"):
 
 
 def found(report, *sizes, axes=("data",)):
-    wanted = tx.plan.Predicted("gradients", "all-reduce", axes, "float32", sizes)
+    wanted = Predicted("gradients", "all-reduce", axes, "float32", sizes)
     line = against_plan(report, [wanted]).plan[0]
     assert line.payload_bytes == 4 * sum(sizes)
     return line.found_bytes // 4, line.eliminated_bytes // 4

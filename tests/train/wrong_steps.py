@@ -155,6 +155,62 @@ SUMS = {
 }  # fmt: skip
 table(SUMS, measure, TWICE)
 
+
+def again(x):
+    """One more sum, cast as a carry's type needs it."""
+    return tx.vary(tx.psum(x, "data"), "data")
+
+
+def in_each_trip(body, start):
+    return lax.scan(lambda c, _: (body(c), None), start, None, length=2)[0]
+
+
+@jax.custom_vjp
+def summed(x):
+    return again(x)
+
+
+summed.defvjp(lambda x: (again(x), None), lambda _, g: (g,))
+
+TERM = f"multiplies that term by|{TWICE}"
+# Sums through a carry or a call, of what one has summed before: gradients without a mean.
+CARRIED = {
+    "psum_in_each_trip": lambda g, s, b: in_each_trip(again, g),
+    "psum_in_each_trip_scaled": lambda g, s, b: in_each_trip(lambda c: again(c * 0.5), g),
+    "psum_in_each_trip_of_a_tree": lambda g, s, b: in_each_trip(
+        lambda c: (again(c[0]), c[1] + 1), (g, tx.vary(jnp.float32(0), "data")))[0],
+    "psum_of_a_growing_total": lambda g, s, b: lax.scan(
+        lambda c, part: (again(c + local(s, part)[1]["w"]), None), jnp.zeros_like(g), halves(b))[0],
+    "lax_psum_in_each_trip": lambda g, s, b: in_each_trip(
+        lambda c: tx.vary(lax.psum(c, "data"), "data"), g),
+    "psum_in_a_while": lambda g, s, b: lax.while_loop(
+        lambda c: c[0] < 2, lambda c: (c[0] + 1, again(c[1])), (0, g))[1],
+    "psum_in_a_fori_loop": lambda g, s, b: lax.fori_loop(0, 2, lambda i, c: again(c), g),
+    "psum_under_remat_in_each_trip": lambda g, s, b: in_each_trip(jax.checkpoint(again), g),
+    "psum_under_jit_in_each_trip": lambda g, s, b: in_each_trip(jax.jit(again), g),
+    "psum_of_a_custom_vjp_in_each_trip": lambda g, s, b: in_each_trip(summed, g),
+    "psum_in_a_branch_in_each_trip": lambda g, s, b: in_each_trip(
+        lambda c: lax.cond(s.step == 0, again, lambda v: again(2 * v), c), g),
+    "psum_of_both_branches": lambda g, s, b: tx.psum(
+        lax.cond(s.step == 0, again, lambda v: again(2 * v), g), "data"),
+    "psum_of_a_jitted_sum": lambda g, s, b: tx.psum(jax.jit(again)(g), "data"),
+    "psum_of_a_rematted_sum": lambda g, s, b: tx.psum(jax.checkpoint(again)(g), "data"),
+    "psum_of_a_custom_vjp": lambda g, s, b: tx.psum(summed(g), "data"),
+    "psum_with_a_term_of_a_sum": lambda g, s, b: tx.psum(g + again(g), "data"),
+}  # fmt: skip
+
+
+def of_carried(f):
+    def step(state, batch):
+        grads = local(state, batch)[1]
+        w = tx.pmax(f(grads["w"], state, batch), "data")
+        return finish(state, {"b": tx.pmean(grads["b"], "data"), "w": w})
+
+    return step
+
+
+table(CARRIED, of_carried, TERM)
+
 _SUMMED = "gradients of a loss that is the same on every device"
 GRADIENTS = {
     "not_reduced": (lambda s, b: local(s, b)[1], DIFFERS),

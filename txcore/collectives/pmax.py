@@ -19,7 +19,8 @@ def pmax(x: Any, axis: str | tuple[str, ...], *, name: str | None = None) -> Any
     Equation: `y[i] = max_j x[j]`. The result is invariant along `axis`.
 
     Transpose: none, it is not linear, and jax defines no derivative: put
-    `jax.lax.stop_gradient` around the argument (as a stable log-sum-exp does).
+    `jax.lax.stop_gradient` around the argument, `pmax(stop_gradient(x), axis)`, as a stable
+    log-sum-exp does. Around the result it comes too late: jax differentiates `pmax` first.
 
     Args:
       x: pytree of real arrays, any shape. A leaf that does not vary along an axis is its
@@ -39,6 +40,12 @@ def pmax(x: Any, axis: str | tuple[str, ...], *, name: str | None = None) -> Any
       ...     return tx.pmax(x, "data")
       >>> tx.testing.run_sharded(f, np.arange(4.0), axes={"data": 4}, out_specs=P())
       array([3.], dtype=float32)
+      >>> def log_sum_exp(x):  # its gradient, the softmax, goes through the sum alone
+      ...     largest = tx.pmax(jax.lax.stop_gradient(x), "data")
+      ...     return (jax.numpy.log(tx.psum(jax.numpy.exp(x - largest), "data")) + largest).sum()
+      >>> gradient = jax.grad(log_sum_exp)
+      >>> tx.testing.run_sharded(gradient, np.arange(2.0), axes={"data": 2}).round(4)
+      array([0.2689, 0.7311], dtype=float32)
     """
     return _extreme("pmax", x, axis, name, lax.pmax)
 

@@ -79,10 +79,12 @@ def example_mean(
         total = _count_of_batch(factors, axes)
     else:
         total = _same_everywhere(jnp.asarray(count), axes)
-    total = total.astype(values.dtype)
-    none = total == jnp.zeros_like(total)
-    mean = axis_size(axes) * jnp.sum(values) / jnp.where(none, jnp.ones_like(total), total)
-    return jnp.where(none, jnp.zeros_like(mean), mean)
+    # The scope's name tells whoever reads the traced program where N stands in the mean.
+    with jax.named_scope("example_mean"):
+        total = total.astype(values.dtype)
+        none = total == jnp.zeros_like(total)
+        mean = axis_size(axes) * jnp.sum(values) / jnp.where(none, jnp.ones_like(total), total)
+        return jnp.where(none, jnp.zeros_like(mean), mean)
 
 
 def _count_of_batch(factors: list[jax.Array], axes: tuple[str, ...]) -> jax.Array:

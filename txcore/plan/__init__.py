@@ -5,3 +5,4 @@ Imports `collectives` and below.
 
 from txcore.plan.plan import DP as DP
 from txcore.plan.plan import Plan as Plan
+from txcore.plan.plan import Predicted as Predicted

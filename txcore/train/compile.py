@@ -139,9 +139,9 @@ def _check_reductions(
     jaxpr: Any, declared: Iterable["Declared"], mesh: MeshSpec, data_axes: tuple[str, ...]
 ) -> None:
     """Refuse the reductions and results that types cannot tell to be wrong."""
-    from txcore.profiling.declared.gathered_sums import wrong_reductions  # as in compile_step
+    from txcore.profiling.declared.gathered_sums import find_wrong_reductions  # as in compile_step
 
-    findings = wrong_reductions(jaxpr)
+    findings = find_wrong_reductions(jaxpr)
     refusals.check_reductions(findings, jaxpr, mesh)
     _check_summed(jaxpr, declared, data_axes)
     refusals.check_totals(findings, mesh)
@@ -149,12 +149,14 @@ def _check_reductions(
 
 def _check_summed(jaxpr: Any, declared: Iterable["Declared"], data_axes: tuple[str, ...]) -> None:
     """Refuse gradients that autodiff has summed over the devices already."""
-    from txcore.profiling.declared.summed_gradients import summed_gradients  # as in compile_step
+    from txcore.profiling.declared.summed_gradients import (
+        find_summed_gradients,  # as in compile_step
+    )
 
     sums = [made for made in declared if made.live and made.primitive == "psum_invariant"]
     if not any(made.autodiff or (made.tag or "").startswith("vary") for made in sums):
         return
-    for found in summed_gradients(jaxpr, data_axes):
+    for found in find_summed_gradients(jaxpr, data_axes):
         inside = " (a cast inside of what is differentiated)"
         cast = "" if found.tag is None else f", the transpose of {found.tag}{inside}"
         raise ValueError(
@@ -170,9 +172,9 @@ def _check_summed(jaxpr: Any, declared: Iterable["Declared"], data_axes: tuple[s
 
 def _warn_of_shared_draws(fn: Callable[..., Any], jaxpr: Any, data_axes: tuple[str, ...]) -> None:
     """Warn of random numbers for local examples that each device draws as the others do."""
-    from txcore.profiling.declared.shared_draws import shared_draws  # as above
+    from txcore.profiling.declared.shared_draws import find_shared_draws  # as above
 
-    for draw in shared_draws(jaxpr, data_axes):
+    for draw in find_shared_draws(jaxpr, data_axes):
         where = f"{draw.source}, in {draw.inside}" if draw.inside else draw.source
         warnings.warn(
             f"{name_of(fn)} draws random numbers of shape {draw.shape} for its examples ({where}) "
@@ -186,9 +188,9 @@ def _warn_of_shared_draws(fn: Callable[..., Any], jaxpr: Any, data_axes: tuple[s
 
 def _check_predicates(jaxpr: Any) -> None:
     """Refuse what hangs or lies where devices branch or loop differently."""
-    from txcore.profiling.declared.divergence import divergences  # as above
+    from txcore.profiling.declared.divergence import find_divergences  # as above
 
-    for found in divergences(jaxpr):
+    for found in find_divergences(jaxpr):
         if found.problem == "lies":
             raise ValueError(
                 f"{found}: the devices hold different values, and gradients through it come out "

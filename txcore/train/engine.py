@@ -509,12 +509,14 @@ class Engine:
     def _report(self, compiled: CompiledStep, state: TrainState) -> "Report":
         # Not needed to train: see compile.py.
         from txcore.profiling.audit import audit_program
+        from txcore.profiling.declared.gradient_factors import read_gradient_factors
         from txcore.profiling.matching.against_plan import against_plan
 
         report = audit_program(compiled.program)
         if self.optimizer.per_example:  # gathers what the plan would have averaged
             return report
-        return against_plan(report, self.plan.predict(state.stored_params, self.mesh))
+        factors = read_gradient_factors(compiled.program.jaxpr, self.plan.data_axes)
+        return against_plan(report, self.plan.predict(state.stored_params, self.mesh), factors)
 
     def _check_own(self, state: TrainState) -> None:
         if not isinstance(state, TrainState) or state.engine is not self:

@@ -23,6 +23,11 @@ _REDUCTIONS = {
         "reduced already, or made of the state alone. Remove the sum, or take tx.pmean; where the "
         "sum is meant, say so with tx.psum(tx.vary(x, {axis}), {axis})"
     ),
+    "again": (
+        "{op} sums a value that holds a sum over the devices as one of its terms, which "
+        "multiplies that term by {size} (in a loop, the carry that the trip before has summed). "
+        "Sum the local values alone, and add the term afterwards: total + tx.psum(local, {axis})"
+    ),
     "multiplied": (
         "{op} sums gradients of a loss that is the same on every device, since it was gathered or "
         "reduced: each device's hold the others' too, and the sum is {size} times the gradient. "
@@ -95,9 +100,9 @@ def _filled(text: str, **words: object) -> str:
 
 def _mistyped(jaxpr: Any, axes: list[str]) -> str:
     """Return which operation jax types wrongly along these axes, in parentheses, or nothing."""
-    from txcore.profiling.declared.gathered_sums import mistyped  # as in compile.py
+    from txcore.profiling.declared.gathered_sums import find_mistyped  # as in compile.py
 
-    for found in mistyped(jaxpr):
+    for found in find_mistyped(jaxpr):
         if found.axis in axes:
             return (
                 f" (jax types what {found.operation} at {found.source or '?'} makes of local data "

@@ -111,7 +111,7 @@ def _read(path: pathlib.Path, magic: int, limits: tuple[int, ...]) -> np.ndarray
 
 
 def _parse_header(
-    path: pathlib.Path, header: bytes, magic: int, limits: tuple[int, ...]
+    path: pathlib.Path, header: bytes | bytearray, magic: int, limits: tuple[int, ...]
 ) -> tuple[int, ...]:
     """Return the shape that the header states."""
     header_bytes = 4 + 4 * len(limits)

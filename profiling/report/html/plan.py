@@ -54,7 +54,9 @@ def plan_section(report: Report) -> Html:
 
 def _line(line: PlanLine) -> Html:
     if not line.ok:
-        state = badge("✕ short", "bad")
+        state = badge("✕ a sum" if line.is_there else "✕ short", "bad")
+    elif line.factor == "not read":
+        state = badge("factor not read")
     else:
         state = badge("✓ as predicted", "good") if line.payload_bytes else badge("beyond the plan")
     cells = (

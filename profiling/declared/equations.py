@@ -1,0 +1,135 @@
+"""What the equations of a traced program are: their names, axes, paths and inner programs.
+
+The one place that knows jax's primitives by name. A walk asks it what an operation does.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from txcore import _compat
+
+# jax.extend.core has these classes, but importing it imports all of Pallas.
+Jaxpr: TypeAlias = Any
+Eqn: TypeAlias = Any
+Var: TypeAlias = Any
+
+# Collectives by the HLO op that they lower to; a "_start" of an async pair is the same.
+_KINDS = {
+    "all-reduce": (
+        *("psum", "psum2", "psum_invariant", "pmax", "pmin"),
+        *("unreduced_psum", "unreduced_pmax", "unreduced_pmin"),
+    ),
+    "all-gather": ("all_gather", "all_gather_invariant", "all_gather_reduced"),
+    "reduce-scatter": ("reduce_scatter", "unreduced_reduce_scatter"),
+    "all-to-all": ("all_to_all",),
+    "ragged-all-to-all": ("ragged_all_to_all",),
+    "collective-permute": ("ppermute", "psend"),  # a precv is the other half
+    "collective-broadcast": ("pbroadcast",),
+}
+KIND_OF = {primitive: kind for kind, names in _KINDS.items() for primitive in names}
+
+BRANCHING = ("cond", "while")
+SUMS = ("psum", "psum_invariant", "reduce_scatter")
+ALL_REDUCED_SUMS = ("psum", "psum_invariant", "unreduced_psum")
+GATHERS = _KINDS["all-gather"]
+# Their results are equal on all devices of the axis.
+EQUALIZERS = (*_KINDS["all-reduce"], "pbroadcast")
+# They change along which axes a value is typed as varying, and no value.
+VARYING_CASTS = ("pvary", "pcast")
+CASTS = (
+    *VARYING_CASTS,
+    *("preduced", "reduced_vary_cast", "vary_unreduced_cast", "vary_unreduced_cast_p"),
+)
+REFS = ("get", "swap")
+KERNELS = ("pallas_call", "core_map", "mpmd_map")  # their bodies hold no collectives
+OPAQUE = (*KERNELS, *REFS, "ffi_call", "io_callback")
+
+# They move or copy the elements of their first operand: no arithmetic.
+MOVES = frozenset(
+    ("broadcast_in_dim", "convert_element_type", "reshape", "squeeze", "transpose", "copy", "rev")
+    + ("expand_dims", "reduce_precision", "optimization_barrier", "name", "sharding_constraint")
+)
+# Linear in all operands together: each term of a sum goes through by itself.
+ADDITIVE = frozenset(("add", "add_any", "sub", "neg", "reduce_sum", "concatenate", "pad")) | MOVES
+# Not linear: of a part of a sum they make what is no part of it any more.
+NOT_LINEAR = frozenset(
+    ("integer_pow", "pow", "square", "abs", "sign", "sqrt", "rsqrt", "exp", "log", "max", "min")
+    + ("eq", "ne", "lt", "le", "gt", "ge", "reduce_max", "reduce_min", "argmax", "argmin")
+    + ("tanh", "logistic", "erf", "sin", "cos", "clamp", "round", "floor", "ceil", "is_finite")
+)
+PRODUCTS = ("mul", "div", "dot_general")
+# Most equations: they name no mesh axis and hold no jaxpr, so that nobody has to look.
+PLAIN = frozenset(
+    ("add", "sub", "mul", "div", "neg", "max", "min", "exp", "log", "tanh", "logistic", "erf")
+    + ("integer_pow", "pow", "sqrt", "rsqrt", "square", "sign", "abs", "sin", "cos", "add_any")
+    + ("eq", "ne", "lt", "le", "gt", "ge", "and", "or", "not", "select_n", "stop_gradient")
+    + ("dot_general", "conv_general_dilated", "broadcast_in_dim", "reshape", "transpose")
+    + ("convert_element_type", "squeeze", "slice", "pad", "concatenate", "iota", "copy")
+    + ("dynamic_slice", "dynamic_update_slice", "gather", "reduce_sum", "reduce_max", "rev")
+)
+_NO_JAXPRS = frozenset({int, float, bool, str, type(None), np.dtype, frozenset})
+
+
+def name_of(eqn: Eqn) -> str:
+    """Return the name of an equation's primitive; the start of an async pair has the op's."""
+    return str(eqn.primitive.name).removesuffix("_start")
+
+
+def is_literal(var: Var) -> bool:
+    """Tell whether an input of an equation is a constant that is written into it."""
+    return hasattr(var, "val")
+
+
+def open_jaxpr(jaxpr: Jaxpr) -> Jaxpr:
+    """Return the Jaxpr inside of a ClosedJaxpr; a Jaxpr is returned as it is."""
+    return getattr(jaxpr, "jaxpr", jaxpr)
+
+
+def sub_jaxprs(eqn: Eqn) -> list[Jaxpr]:
+    """Return the jaxprs in an equation's parameters, a kernel's body left out."""
+    if eqn.primitive.name in KERNELS:
+        return []
+    found: list[Jaxpr] = []
+    for parameter in eqn.params.values():
+        # Most are of the types that hold none, and asking each for an attribute would take long.
+        if type(parameter) not in _NO_JAXPRS:
+            ones = parameter if isinstance(parameter, tuple | list) else (parameter,)
+            found += [inner for inner in map(open_jaxpr, ones) if hasattr(inner, "eqns")]
+    return found
+
+
+def has_any(jaxpr: Jaxpr, names: Sequence[str]) -> bool:
+    """Tell whether a primitive of these names stands in a jaxpr, or inside of its equations."""
+    return any(
+        name_of(eqn) in names or any(has_any(inner, names) for inner in sub_jaxprs(eqn))
+        for eqn in jaxpr.eqns
+    )
+
+
+def axes_of(params: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the axis names in a collective's parameters, in order, positions left out."""
+    named = params.get("axes", params.get("axis_name", ()))
+    return tuple(a for a in (named if isinstance(named, tuple) else (named,)) if type(a) is str)
+
+
+def axes_of_spec(spec: Any) -> tuple[str, ...]:
+    """Return the mesh axes that a PartitionSpec names, in order."""
+    names: list[str] = []
+    for part in spec:
+        names += part if isinstance(part, tuple) else [part] if part is not None else []
+    return tuple(names)
+
+
+def path_of(eqn: Eqn, outer: str) -> str:
+    """Return the jax transformations that made an equation, `outer` being those around it."""
+    return f"{outer}/{_compat.eqn_name_stack(eqn)}"
+
+
+def made_by_autodiff(path: str) -> bool:
+    """Tell from its path whether autodiff's transposition made an op.
+
+    A forward pass that is rematerialized runs inside a transposed one, but the user wrote it.
+    """
+    return "transpose(" in path and "rematted_computation" not in path

@@ -1,0 +1,123 @@
+"""What is known of a value while the factor of gradients is read, and what becomes of it."""
+
+import math
+from dataclasses import dataclass, replace
+
+from txcore.profiling.declared.monomials import Monomial
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """A value that is linear in what a backward pass starts from.
+
+    Attributes:
+      weight: what the examples' own weights add up to; where it is `counted`, the weight of each
+        example, over the global count; None where it is not read.
+      counted: see weight.
+      local: it has terms of this device's data.
+      shared: it has terms that are the same on every device.
+    """
+
+    weight: Monomial | None
+    counted: bool = False
+    local: bool = True
+    shared: bool = False
+
+
+@dataclass(frozen=True)
+class Value:
+    """What is known of a value.
+
+    Attributes:
+      differs: it is made of data that differ along a data axis.
+      number: what all its elements are, or None.
+      gradient: what it is as a gradient, or None.
+      reduced: the data axes over which the program has summed it.
+      is_mean: each of these sums is divided by the number of devices.
+      source: "file.py:12" of the last of them.
+    """
+
+    differs: bool = False
+    number: Monomial | None = None
+    gradient: Gradient | None = None
+    reduced: frozenset[str] = frozenset()
+    is_mean: bool = True
+    source: str = ""
+
+    @property
+    def is_zero(self) -> bool:
+        """Tell whether all its elements are known to be zero."""
+        return self.number is not None and self.number.constant == 0
+
+
+def sum_cotangents(value: Value, name: str, size: int) -> Value:
+    """Return what autodiff makes of a value that it sums over `size` devices."""
+    differs = name == "reduce_scatter"
+    if value.number is not None:
+        return Value(differs, number=value.number.times(Monomial(float(size))))
+    return replace(value, differs=differs)
+
+
+def join_ways(a: Gradient, b: Gradient) -> Gradient:
+    """Return the sum of two ways of one backward pass: each example keeps its weight."""
+    shared = a.shared or b.shared
+    if a.local != b.local:
+        return replace(a if a.local else b, shared=shared)
+    same = a.counted == b.counted and _is_close(a.weight, b.weight)
+    return replace(a, weight=a.weight if same else None, shared=shared)
+
+
+def add_gradients(a: Value, b: Value) -> Value:
+    """Return the sum of gradients of different backward passes: their weights add up."""
+    if b.gradient is None:
+        if b.differs or a.gradient is None:
+            return replace(a, gradient=None)
+        # A decay of the parameters: after the reduction it is right.
+        return a if a.reduced else replace(a, gradient=replace(a.gradient, shared=True))
+    assert a.gradient is not None
+    gradient = join_ways(a.gradient, b.gradient)
+    both_local = a.gradient.local and b.gradient.local
+    if both_local and not gradient.counted and gradient.counted == b.gradient.counted:
+        gradient = replace(gradient, weight=_plus(a.gradient.weight, b.gradient.weight))
+    if a.reduced != b.reduced:
+        gradient = replace(gradient, weight=None)
+    is_mean = a.is_mean and b.is_mean
+    return replace(a, gradient=gradient, reduced=a.reduced & b.reduced, is_mean=is_mean)
+
+
+def scale_gradient(gradient: Gradient, number: Monomial | None) -> Gradient:
+    """Return a gradient times a number, or times what is not known."""
+    weight = gradient.weight
+    return replace(gradient, weight=weight.times(number) if weight and number else None)
+
+
+def _plus(a: Monomial | None, b: Monomial | None) -> Monomial | None:
+    if a is None or b is None or a.powers != b.powers:
+        return None
+    return Monomial(a.constant + b.constant, a.powers)
+
+
+def _is_close(a: Monomial | None, b: Monomial | None) -> bool:
+    if a is None or b is None or a.powers != b.powers:
+        return False
+    return math.isclose(a.constant, b.constant, rel_tol=1e-6)
+
+
+def follow_trips(start: Value, first: Value, second: Value, trips: int | None) -> Value:
+    """Return a carry after all trips, from what it is before them, after one and after two."""
+    if second == first:
+        return first
+    before, after, later = start.gradient, first.gradient, second.gradient
+    unread = Value(differs=start.differs or first.differs or second.differs)
+    if after is None or later is None:
+        return unread
+    unread = replace(second, gradient=replace(later, weight=None))
+    if trips is None or not (start.is_zero or before) or after.weight is None:
+        return unread
+    zero = Monomial(0.0, after.weight.powers)
+    given = before.weight if before is not None else zero
+    added = _plus(after.weight, given.times(Monomial(-1.0)) if given else None)
+    if added is None or not _is_close(_plus(after.weight, added), later.weight):
+        return unread
+    total = _plus(given, added.times(Monomial(float(trips))))
+    return replace(second, gradient=replace(later, weight=total))
