@@ -23,6 +23,7 @@ from txcore.train.compile import CompiledStep, compile_step, name_of
 from txcore.train.loggers import Logger, Metrics
 from txcore.train.numerics import loss_scale, nonfinite
 from txcore.train.numerics.precision import Precision
+from txcore.train.owner import Owner
 from txcore.train.replicas import agreement, digests
 from txcore.train.replicas.copies import copies
 from txcore.train.state import TrainState
@@ -100,6 +101,7 @@ class Engine:
         self.last_words = ""  # what is running, for a rank that waits in it
         ranks = {device.process_index for device in mesh.devices}
         self.spans = len(ranks) > 1  # several processes
+        self.owner = Owner(self)
 
     def with_optimizer(self, optimizer: Any) -> "Engine":
         """Return an engine that differs in its optimizer alone, without loggers."""
@@ -165,9 +167,9 @@ class Engine:
         if broadcast_from is not None and self.spans:
             agreement.check_broadcast(broadcast_from, arrays)
             root = self._first_device(broadcast_from)
-            return TrainState(**digests.send_from(arrays, self.mesh.mesh, root), engine=self)
+            return TrainState(**digests.send_from(arrays, self.mesh.mesh, root), owner=self.owner)
         placed = jax.tree.map(self._replicate, arrays)
-        return TrainState(**placed, engine=self)
+        return TrainState(**placed, owner=self.owner)
 
     def place(self, tree: Any, what: str) -> Any:
         """Return a pytree as arrays on the mesh, the same on every device; copy what is not there.
@@ -292,6 +294,7 @@ class Engine:
           ValueError, TypeError: what the step does wrong, found before anything runs.
         """
         refuse_tracing(name_of(step), state, batch)
+        state = self._adopt(state)
         batch = shard_batch(batch, self.mesh, self.plan)
         compiled = self._compiled(step, state, batch, train=True)
         self._come_to(compiled, state)
@@ -479,7 +482,7 @@ class Engine:
             compiler_options=self._given_options,
         )
         arrays = {name: shapes_on(x, there.mesh) for name, x in state.arrays.items()}
-        state = TrainState(**arrays, engine=there)
+        state = TrainState(**arrays, owner=there.owner)
         compiled = compile_step(
             step.fn if isinstance(step, StepFn) else step,
             state,
@@ -501,8 +504,15 @@ class Engine:
             return report
         return against_plan(report, self.plan.predict(state.stored_params, self.mesh))
 
+    def _adopt(self, state: TrainState) -> TrainState:
+        """Return a state of this engine for one that has no engine (of `jax.jit` or pickle)."""
+        if not isinstance(state, TrainState) or state.owner.engine is not None:
+            return state
+        placed = {name: self.place(tree, f"state.{name}") for name, tree in state.arrays.items()}
+        return TrainState(**placed, owner=self.owner)
+
     def _check_own(self, state: TrainState) -> None:
-        if not isinstance(state, TrainState) or state.engine is not self:
+        if not isinstance(state, TrainState) or state.owner is not self.owner:
             raise ValueError("this engine runs states that its create_state made, got another")
 
     def check_state(self, state: TrainState, user: str) -> None:

@@ -26,6 +26,8 @@ class StepFn:
                 f"{self.__name__} needs a state made by engine.create_state(params), got "
                 f"{type(state).__name__}"
             )
+        if state.owner.engine is None:
+            refuse_tracing(self.__name__, state, batch)  # the likely reason
         return state.engine.run(self, state, batch)
 
 
