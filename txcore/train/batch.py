@@ -2,7 +2,8 @@
 
 import math
 from collections import Counter
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -74,15 +75,15 @@ def _declared(path: Any) -> str:
     return "as a leaf of a dict batch, by Plan(batch={key: P()})"
 
 
-def _check_rows(leaves: Leaves, plan: Plan) -> None:
-    """Refuse a batch without examples, or whose leaves do not have equally many.
+def _check_rows(leaves: Leaves, plan: Plan) -> list[tuple[Any, int]]:
+    """Return path and leading size of each leaf that holds examples, all equal.
 
     Raises:
       ValueError: naming the leaf, and how the plan says that all examples share it.
     """
     rows = _rows(leaves, plan)
     if not rows:
-        return
+        return []
     most = rows[0][1]
     if any(n != most for _, n in rows):
         counts = Counter(n for _, n in rows)
@@ -96,20 +97,21 @@ def _check_rows(leaves: Leaves, plan: Plan) -> None:
         )
     if most == 0:
         raise ValueError(f"{_name(rows[0][0])} has no rows: a batch needs at least one example")
+    return rows
 
 
-def _check_mask(leaves: Leaves, plan: Plan) -> None:
-    """Refuse an example mask on the host that holds anything but 0 and 1."""
-    mask = _mask(leaves)
-    if isinstance(mask, jax.Array) or np.ndim(mask) != 1 or "mask" in plan.batch:
-        return
+def _share_of_real(mask: Any, plan: Plan) -> float:
+    """Return the share of real examples by a mask on the host; refuse one but of 0 and 1."""
     host = np.asarray(mask)
+    if host.ndim != 1:
+        return 1.0
     wrong = host[(host != 0) & (host != 1)]
-    if wrong.size:
+    if wrong.size and "mask" not in plan.batch:
         raise ValueError(
             f"batch['mask'] needs 1 for real examples and 0 for padding, got {wrong[0]!s}: give "
             "weights in a leaf of another name, to tx.example_mean(..., weights=...)"
         )
+    return int(np.count_nonzero(host)) / max(host.size, 1)
 
 
 def _no_rows(where: str, leaf: Any) -> str:
@@ -119,6 +121,104 @@ def _no_rows(where: str, leaf: Any) -> str:
         "are taken apart, so write numpy.asarray; what is the same for all examples is declared by "
         "Plan(batch={name: PartitionSpec()})"
     )
+
+
+class Placed(NamedTuple):
+    """A batch on the mesh.
+
+    Attributes:
+      tree: its arrays, global and sharded.
+      form: the same number for the same structure, shapes and dtypes.
+      rows: rows of the global batch as the given ones say: those of a process times its number.
+      examples: rows of the global batch.
+      real: those that are no padding. In several processes it is an estimate by this process's
+        mask: throughput needs no communication of its own.
+    """
+
+    tree: Any
+    form: int
+    rows: int
+    examples: int
+    real: int
+
+
+@dataclass(frozen=True)
+class _Structure:
+    """What is known of all batches of the same structure, shapes, dtypes and places.
+
+    Attributes:
+      paths: the leaves' paths.
+      shardings: where each leaf is to lie.
+      there: whether all of them lie there already.
+      rows: how many rows a leaf with examples has, as given; 1 if there is none.
+      first: the index of the first leaf with examples.
+      mask: the index of the mask if it is on the host.
+    """
+
+    paths: list[Any]
+    shardings: list[NamedSharding]
+    there: bool
+    rows: int
+    first: int | None
+    mask: int | None
+
+
+class Placer:
+    """Place batches on a mesh as a plan says; what their structure decides is found once."""
+
+    def __init__(self, mesh: MeshSpec, plan: Plan) -> None:
+        self._mesh, self._plan = mesh, plan
+        self._structures: dict[Any, _Structure] = {}
+        self._forms: dict[Any, int] = {}  # of what was placed
+        self._form_of: dict[Any, int] = {}  # of what was given
+
+    def place(self, batch: Any) -> Placed:
+        """Place a batch, as `shard_batch` says."""
+        key, leaves, found = self._look_up(batch)
+        share = 1.0 if found.mask is None else _share_of_real(leaves[found.mask], self._plan)
+        if not found.there:
+            leaves = list(map(_place, leaves, found.shardings, found.paths))
+            batch = jax.tree.unflatten(key[0], leaves)
+        form = self._form_of.get(key)
+        if form is None:
+            placed = key[0], tuple((x.shape, x.dtype) for x in leaves)
+            form = self._form_of[key] = self._forms.setdefault(placed, len(self._forms))
+        examples = 1 if found.first is None else leaves[found.first].shape[0]
+        rows = found.rows * jax.process_count()
+        return Placed(batch, form, rows, examples, round(examples * share))
+
+    def rows(self, batch: Any) -> int:
+        """Return the rows of the global batch of which `batch` is this process's part."""
+        return self._look_up(batch)[2].rows * jax.process_count()
+
+    def _look_up(self, batch: Any) -> tuple[Any, list[Any], _Structure]:
+        leaves, treedef = jax.tree.flatten(batch)
+        try:
+            kinds: Any = tuple([(x.shape, x.dtype, getattr(x, "sharding", None)) for x in leaves])
+        except AttributeError:  # a number of Python's
+            kinds = tuple((getattr(x, "shape", type(x)), getattr(x, "dtype", None)) for x in leaves)
+        key = treedef, kinds
+        found = self._structures.get(key)
+        if found is None:
+            found = self._structures[key] = self._find_structure(batch)
+        return key, leaves, found
+
+    def _find_structure(self, batch: Any) -> _Structure:
+        """Find what a batch's structure decides; refuse rows that do not fit."""
+        leaves = _leaves(batch)
+        rows = _check_rows(leaves, self._plan)
+        specs = jax.tree.leaves(
+            self._plan.batch_specs(batch, self._mesh),
+            is_leaf=lambda x: isinstance(x, PartitionSpec),
+        )
+        shardings = [NamedSharding(self._mesh.mesh, spec) for spec in specs]
+        paths = [path for path, _ in leaves]
+        first = next((i for i, path in enumerate(paths) if rows and path == rows[0][0]), None)
+        mask = next((i for i, path in enumerate(paths) if top_key(path) == "mask"), None)
+        if mask is not None and isinstance(leaves[mask][1], jax.Array):
+            mask = None
+        there = all(_lies(x, s) for (_, x), s in zip(leaves, shardings, strict=True))
+        return _Structure(paths, shardings, there, rows[0][1] if rows else 1, first, mask)
 
 
 def shard_batch(batch: Any, mesh: MeshSpec, plan: Plan) -> Any:
@@ -138,14 +238,7 @@ def shard_batch(batch: Any, mesh: MeshSpec, plan: Plan) -> Any:
       ValueError: a dim is not divisible by the devices that share it, a leaf has no dim or
         another number of rows than the others, the batch is empty, or its mask is not 0 and 1.
     """
-
-    def place(path: Any, leaf: Any, spec: PartitionSpec) -> jax.Array:
-        return _place(leaf, NamedSharding(mesh.mesh, spec), path)
-
-    leaves = _leaves(batch)
-    _check_rows(leaves, plan)
-    _check_mask(leaves, plan)
-    return jax.tree_util.tree_map_with_path(place, batch, plan.batch_specs(batch, mesh))
+    return Placer(mesh, plan).place(batch).tree
 
 
 def global_shapes(shard: Any, mesh: MeshSpec, plan: Plan) -> Any:
@@ -186,8 +279,17 @@ def shapes_on(arrays: Any, mesh: MeshSpec) -> Any:
     )
 
 
+def _lies(leaf: Any, sharding: NamedSharding) -> bool:
+    """Tell whether a leaf is an array that lies where it is to lie."""
+    return (
+        isinstance(leaf, jax.Array)
+        and isinstance(leaf.sharding, NamedSharding)
+        and leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
+    )
+
+
 def _place(leaf: Any, sharding: NamedSharding, path: Any) -> jax.Array:
-    if isinstance(leaf, jax.Array) and leaf.committed and leaf.sharding == sharding:
+    if _lies(leaf, sharding):
         return leaf
     # A copy, since on CPU jax would use the caller's memory itself while steps are under way.
     host = in_native_order(np.array(leaf))

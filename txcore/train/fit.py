@@ -3,31 +3,30 @@
 import itertools
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
 
 from txcore.kernels.common.checks import whole_number
 from txcore.launch import watch
-from txcore.train.batch import examples, shard_batch
+from txcore.launch.watch import Phase
+from txcore.train.batch import Placed
 from txcore.train.checkpoints import folder
 from txcore.train.checkpoints.checkpoints import Checkpoints
 from txcore.train.checkpoints.manifest import CheckpointError, Position
 from txcore.train.error_state import give_state, is_alive
 from txcore.train.interrupt import Interrupt, interrupts
-from txcore.train.loggers import Metrics
+from txcore.train.loggers import Logger, Metrics
 from txcore.train.numerics import nonfinite
-from txcore.train.progress import Progress, real_examples, to_host
+from txcore.train.progress import Progress, to_host
 from txcore.train.replicas import agreement
 from txcore.train.state import TrainState
 from txcore.train.step_fn import StepFn
-
-if TYPE_CHECKING:
-    from txcore.train.engine import Engine
+from txcore.train.steps import Steps
 
 Data = Iterable[Any] | Callable[[int], Iterable[Any]]
 Evaluate = Callable[[TrainState], Metrics]
@@ -36,7 +35,8 @@ _LOG = logging.getLogger("txcore")
 
 
 def fit(
-    engine: "Engine",
+    runner: Steps,
+    loggers: Sequence[Logger],
     step: StepFn,
     state: TrainState,
     data: Data,
@@ -49,7 +49,7 @@ def fit(
     check_replicas_every: int | None = None,
 ) -> TrainState:
     """Train as `Engine.fit` says."""
-    run = Run(engine, state, evaluate, checkpoints)
+    run = Run(runner, step, state, evaluate, checkpoints)
     with interrupts() as interrupt:  # until the last save is whole
         try:
             if jax.process_count() > 1:
@@ -57,11 +57,11 @@ def fit(
             length = Length.of(steps, epochs)
             run.eval_every = check_evaluation(evaluate, eval_every, checkpoints)
             run.compare_every = check_count("check_replicas_every", check_replicas_every)
-            engine.check_state(state, "fit")
-            state.known_equal.clear()  # compared before the first step, whatever was done to it
-            if engine.spans:
+            run.state = runner.take(state, "fit")
+            run.state.known_equal.clear()  # compared before the first step, whatever was done to it
+            if runner.spans:
                 agreement.check_fit(
-                    engine,
+                    runner.options,
                     data,
                     steps=length.steps,
                     epochs=length.epochs,
@@ -70,7 +70,7 @@ def fit(
                     checkpoints=checkpoints,
                     check_replicas_every=run.compare_every,
                 )
-            return train(run, step, data, length, interrupt)
+            return train(run, loggers, data, length, interrupt)
         except BaseException as error:
             interrupt.hold()  # it ends already
             newest = checkpoints.newest() if isinstance(checkpoints, Checkpoints) else None
@@ -79,27 +79,27 @@ def fit(
 
 
 def train(
-    run: "Run", step: StepFn, data: Data, length: "Length", interrupt: Interrupt
+    run: "Run", loggers: Sequence[Logger], data: Data, length: "Length", interrupt: Interrupt
 ) -> TrainState:
     """Make the steps of a run, and end it as a signal asks for, if one came."""
     begun = False
     try:
         with run.checkpoints or nullcontext():
-            run.begin(data, length)
+            run.begin(loggers, data, length)
             begun = True
             if run.compare_every:
                 run.compare_copies()
-            for after, host in batches(data, length, run.position, run.rows):
+            for after, batch in batches(data, length, run.position, run.place, run.runner.rows):
                 if interrupt.due(run.position.steps):
                     break
-                run.make(step, host, after, interrupt)
+                run.make(batch, after, interrupt)
                 if run.is_due(run.eval_every):
                     run.evaluate_once()
                 if run.is_to_be_saved():
                     run.save_once()
                 if run.is_due(run.compare_every):
                     run.compare_copies()
-                watch.at("data", run.position.steps)
+                watch.at(Phase.DATA, run.position.steps)
             run.wait()
             if interrupt.stopped is None:
                 run.evaluate_once()
@@ -115,7 +115,7 @@ def train(
         raise
     if interrupt.stopped is None and not interrupt.due(run.position.steps):
         interrupt.stopped = interrupt.asked  # too late for the others to stop with this process
-    watch.at("after fit", run.position.steps)
+    watch.at(Phase.AFTER_FIT, run.position.steps)
     if interrupt.stopped is not None:
         run.tell_stopped(watch.stop_reason() or interrupt.stopped.name)
         interrupt.end()
@@ -127,14 +127,15 @@ def train(
 class Run:
     """Hold what changes while `fit` runs, and do what it does between two batches."""
 
-    engine: "Engine"
+    runner: Steps
+    step: StepFn
     state: TrainState
     evaluate: Evaluate | None
     checkpoints: Checkpoints | None
     eval_every: int | None = None
     compare_every: int | None = None
 
-    def begin(self, data: Data, length: "Length") -> None:
+    def begin(self, loggers: Sequence[Logger], data: Data, length: "Length") -> None:
         """Go on from the newest checkpoint, or from where the state is."""
         given, made = self.state, steps_made(self.state)
         self.position = Position(steps=made)
@@ -149,37 +150,36 @@ class Run:
                 _warn(told + "it goes on from the checkpoint", self.position.steps, made)
         elif total is not None and made:
             check_rest(made, total)
-        self.progress = Progress(self.engine, total, self.position, self._check)
+        self.progress = Progress(self.runner, loggers, total, self.position, self._check)
         self.evaluated, self.saved = 0, self.position.steps  # after so many steps
         self.metrics: Metrics = {}  # of the last evaluation
         self.equal: int | None = None  # after so many steps all copies were
 
     def _check(self, done: int, metrics: Metrics) -> None:
-        nonfinite.check(done, metrics, self.state, self.engine.on_nonfinite)
+        nonfinite.check(done, metrics, self.state, self.runner.options.on_nonfinite)
 
-    def rows(self, host: Any) -> int:
-        """Return how many rows the global batch has of which `host` is this process's part."""
-        return examples(host, self.engine.plan)[0] * jax.process_count()
+    def place(self, host: Any) -> Placed:
+        """Return a batch on the mesh."""
+        return self.runner.place_for(self.step, self.state, host)
 
-    def make(self, step: StepFn, host: Any, after: Position, interrupt: Interrupt) -> None:
+    def make(self, batch: Placed, after: Position, interrupt: Interrupt) -> None:
         """Start a step; wait for an older one if too many are under way."""
-        engine = self.engine
-        batch = shard_batch(host, engine.mesh, engine.plan)
+        runner = self.runner
         self.progress.start_clock()
-        watch.at("step", self.position.steps, engine.last_words)
-        if engine.spans:
+        watch.at(Phase.STEP, self.position.steps, runner.last_words)
+        if runner.spans:
             watch.meet(f"batch {after.batch} of epoch {after.epoch}, step {after.steps} of fit")
         interrupt.hold()
         try:
-            self.state, metrics = engine.run(step, self.state, batch)
+            self.state, metrics = runner.run(self.step, self.state, batch)
         finally:
             interrupt.release()
         self.position = after
-        self.progress.add(metrics, real_examples(host, batch, engine.plan))
+        self.progress.add(metrics, batch.real)
 
     def wait(self) -> None:
         """Wait for the steps that are under way."""
-        watch.at("step", self.position.steps, self.engine.last_words)
+        watch.at(Phase.STEP, self.position.steps, self.runner.last_words)
         self.progress.stop_clock()
 
     def evaluate_once(self) -> None:
@@ -213,9 +213,11 @@ class Run:
                 self.checkpoints.note(self.position, metrics)
             return
         self.wait()
-        nonfinite.check_parameters(self.position.steps, self.state, self.engine.on_nonfinite)
-        watch.at("save", self.position.steps)
-        if self.engine.spans:
+        nonfinite.check_parameters(
+            self.position.steps, self.state, self.runner.options.on_nonfinite
+        )
+        watch.at(Phase.SAVE, self.position.steps)
+        if self.runner.spans:
             watch.meet(f"a checkpoint after {self.position.steps} steps")
         self.saved = self.position.steps
         self.checkpoints.save(self.state, self.progress.position(self.position), metrics)
@@ -224,14 +226,14 @@ class Run:
         """Refuse to go on where copies that have to be equal differ."""
         self.wait()
         steps = self.position.steps
-        self.engine.check_replicas(self.state, after=steps, since=self.equal)
+        self.runner.check_replicas(self.state, after=steps, since=self.equal)
         self.equal = steps
 
     def compare_ends(self) -> None:
         """Refuse a loop that ended elsewhere on another rank."""
-        if self.engine.spans:
+        if self.runner.spans:
             watch.meet(f"the end of fit, after {self.position.steps} steps")
-            watch.at("comparison", self.position.steps, "the end of fit")
+            watch.at(Phase.COMPARISON, self.position.steps, "the end of fit")
             agreement.check_end(self.position)
 
     def tell_stopped(self, name: str) -> None:
@@ -334,9 +336,10 @@ def batches(
     data: Data,
     length: Length,
     at: Position,
+    place: Callable[[Any], Placed],
     rows_of: Callable[[Any], int],
-) -> Iterator[tuple[Position, Any]]:
-    """Yield the batches of a run, from a position on.
+) -> Iterator[tuple[Position, Placed]]:
+    """Yield the batches of a run, from a position on, on the mesh.
 
     Each comes with the position after it.
     """
@@ -344,11 +347,11 @@ def batches(
     last = math.inf if steps is None else steps
     while (epochs is None or at.epoch < epochs) and at.steps < last:
         before = at
-        for batch in _rest(data(at.epoch) if callable(data) else data, at, rows_of):
+        for host in _rest(data(at.epoch) if callable(data) else data, at, rows_of):
             if at.steps >= last:
                 return
-            rows = at.rows + rows_of(batch)
-            at = replace(at, steps=at.steps + 1, batch=at.batch + 1, rows=rows)
+            batch = place(host)
+            at = replace(at, steps=at.steps + 1, batch=at.batch + 1, rows=at.rows + batch.rows)
             yield at, batch
         if at.batch == 0:
             wanted = "another epoch" if steps is None else f"{steps - first} steps"

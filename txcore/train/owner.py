@@ -10,8 +10,13 @@ from txcore.train.numerics.precision import Precision
 class Runner(Protocol):
     """What a state knows of the engine that made it."""
 
-    optimizer: Optimizer
-    precision: Precision
+    @property
+    def optimizer(self) -> Optimizer:
+        """The optimizer."""
+
+    @property
+    def precision(self) -> Precision:
+        """The precision policy."""
 
     def run(self, step: Any, state: Any, batch: Any) -> Any:
         """Run one step."""

@@ -42,6 +42,9 @@ class TrainState:
     # The fields that are known to be equal on all ranks (agreement.py).
     known_equal: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
+    # What `steps.py` calls its structure, shapes and dtypes; known of what it made itself.
+    form: int | None = field(default=None, init=False, repr=False, compare=False)
+
     def __post_init__(self) -> None:
         if type(self.owner) is not Owner:
             return
@@ -55,8 +58,14 @@ class TrainState:
         return {name: getattr(self, name) for name in (*_ARRAYS, "owner")}
 
     def __setstate__(self, fields: dict[str, Any]) -> None:
-        vars(self).update(fields, known_equal={})
+        vars(self).update(fields, known_equal={}, form=None)
         self.__post_init__()
+
+    def with_arrays(self, arrays: dict[str, Any]) -> "TrainState":
+        """Return the state with other arrays of the same shapes and dtypes; no tree is walked."""
+        new = object.__new__(TrainState)
+        vars(new).update(vars(self), known_equal={}, **arrays)
+        return new
 
     @property
     def engine(self) -> Runner:
