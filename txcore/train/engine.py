@@ -12,6 +12,8 @@ from txcore.plan.plan import Plan
 from txcore.train import evaluation, placing, proof
 from txcore.train import fit as loop
 from txcore.train.checkpoints.checkpoints import Checkpoints
+from txcore.train.feed import Data
+from txcore.train.fit_arguments import Evaluate
 from txcore.train.loggers import Logger, Metrics
 from txcore.train.numerics import nonfinite
 from txcore.train.numerics.precision import Precision
@@ -217,11 +219,11 @@ class Engine(OptionsView):
         self,
         step: StepFn,
         state: TrainState,
-        data: loop.Data,
+        data: Data,
         *,
         steps: int | None = None,
         epochs: int | None = None,
-        evaluate: loop.Evaluate | None = None,
+        evaluate: Evaluate | None = None,
         eval_every: int | None = None,
         checkpoints: Checkpoints | None = None,
         check_replicas_every: int | None = None,

@@ -64,7 +64,10 @@ class TrainState:
     def with_arrays(self, arrays: dict[str, Any]) -> "TrainState":
         """Return the state with other arrays of the same shapes and dtypes; no tree is walked."""
         new = object.__new__(TrainState)
-        vars(new).update(vars(self), known_equal={}, **arrays)
+        fields = vars(new)
+        fields.update(vars(self))
+        fields.update(arrays)
+        fields["known_equal"] = {}
         return new
 
     @property

@@ -7,11 +7,11 @@ import jax
 from txcore.launch import watch
 from txcore.launch.watch import Phase
 from txcore.train import placing
-from txcore.train.batch import Placed, Placer
 from txcore.train.compile import CompiledStep, compile_step, name_of
 from txcore.train.loggers import Metrics
 from txcore.train.options import Options
 from txcore.train.owner import Owner
+from txcore.train.placer import Placed, Placer
 from txcore.train.replicas import agreement
 from txcore.train.state import TrainState
 from txcore.train.step_fn import StepFn, check_jit, refuse_tracing
