@@ -26,7 +26,7 @@ import txcore as tx
 from txcore import launch
 from txcore.launch import preflight, watch
 from txcore.train import Position
-from txcore.train.batch import shard_batch
+from txcore.train.placer import shard_batch
 
 
 def watch_seconds():
@@ -94,7 +94,7 @@ def main():
     for i in range(calls):
         watch.at("step", i, "")
     noting = (time.perf_counter() - started) / calls
-    watch.at("after", 0)
+    watch.at("after fit", 0)
     if jax.process_index() == 0:
         rows = [
             ("a step", f"{1e3 * statistics.median(times):.1f} ms"),

@@ -93,7 +93,7 @@ def main(coordinator, rank, world, plan):
         step()
         if made in (1, 10):
             say("made", made)
-    watch.at("between fits", plan["steps"])
+    watch.at("after fit", plan["steps"])
     say("done", made)
     time.sleep(plan.get("after_s", {}).get(str(rank), 0))
 

@@ -332,7 +332,7 @@ def cost(megabytes, times):
     whole = []
     for _ in range(times):
         started = time.perf_counter()
-        agreement.check_beginning(made, state, "step")
+        agreement.check_beginning(made._options, state, "step")
         whole.append(time.perf_counter() - started)
     ms = [1000 * x for x in (seconds[0], min(seconds[1:]), statistics.median(seconds[1:]))]
     return {

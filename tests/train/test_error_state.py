@@ -18,6 +18,7 @@ import toys
 
 import txcore as tx
 from txcore.train.checkpoints import folder
+from txcore.train.steps import Steps
 
 MANY = 20_000  # steps, more than are made
 
@@ -225,7 +226,7 @@ def test_a_signal_without_checkpoints(number, caplog):
 
 
 def test_a_second_sigint_between_a_steps_call_and_its_result(monkeypatch):
-    run = tx.Engine.run
+    run = Steps.run
     after(3, 2)  # by the plain one
 
     def interrupted(self, step, state, batch):
@@ -235,7 +236,7 @@ def test_a_second_sigint_between_a_steps_call_and_its_result(monkeypatch):
             signal.raise_signal(signal.SIGINT)
         return made
 
-    monkeypatch.setattr(tx.Engine, "run", interrupted)
+    monkeypatch.setattr(Steps, "run", interrupted)
     holds(fails(KeyboardInterrupt), 3)
 
 

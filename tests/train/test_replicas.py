@@ -321,7 +321,7 @@ def test_a_state_is_known_by_its_fields():
 
 
 def test_what_of_an_engine_is_compared():
-    lines = agreement.describe_engine(toys.engine(2, precision="float16"))
+    lines = agreement.describe_engine(toys.engine(2, precision="float16")._options)
     assert [line.partition("=")[0] for line in lines] == [
         "mesh",
         "plan",
@@ -331,7 +331,7 @@ def test_what_of_an_engine_is_compared():
         "compiler_options",
     ]
     assert lines[2] == "optimizer=txcore.optim.sgd.sgd"
-    assert lines == agreement.describe_engine(toys.engine(2, precision="float16"))
+    assert lines == agreement.describe_engine(toys.engine(2, precision="float16")._options)
     assert not any("0x" in line for line in lines)
 
 
@@ -342,7 +342,7 @@ def test_what_of_a_loop_is_compared(sized, monkeypatch, tmp_path):
     data = [1, 2, 3] if sized else iter([1])
     checkpoints = tx.Checkpoints(tmp_path, every=4, keep=2)
     agreement.check_fit(
-        toys.engine(1), data, evaluate=print, checkpoints=checkpoints, steps=7, epochs=None
+        toys.engine(1)._options, data, evaluate=print, checkpoints=checkpoints, steps=7, epochs=None
     )
     assert told["arguments of fit"] == [
         "steps=7",

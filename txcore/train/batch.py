@@ -1,4 +1,4 @@
-"""A batch: which of its leaves hold examples, and how it is placed on the mesh."""
+"""A batch: which of its leaves hold examples, and which shapes fit a mesh."""
 
 import math
 from collections import Counter
@@ -10,7 +10,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from txcore.mesh import MeshSpec
 from txcore.plan.plan import Plan, top_key
-from txcore.train.replicas.copies import in_native_order
 
 Leaves = list[tuple[Any, Any]]  # of a batch, each with its path
 
@@ -22,17 +21,18 @@ def examples(batch: Any, plan: Plan) -> tuple[int, Any]:
     axes; the mask is the leaf "mask" of shape (batch,) at the top of a dict, named tuple or
     dataclass.
     """
-    leaves = _leaves(batch)
+    leaves = leaves_of(batch)
     rows, mask = _rows(leaves, plan), _mask(leaves)
     return (rows[0][1] if rows else 1), None if np.ndim(mask) != 1 else mask
 
 
 def mask_of(batch: Any) -> Any:
     """Return the leaf "mask" at the top of a batch, of any shape, or None."""
-    return _mask(_leaves(batch))
+    return _mask(leaves_of(batch))
 
 
-def _leaves(batch: Any) -> Leaves:
+def leaves_of(batch: Any) -> Leaves:
+    """Return the leaves of a batch with their paths."""
     return jax.tree_util.tree_flatten_with_path(batch)[0]
 
 
@@ -48,12 +48,12 @@ def _rows(leaves: Leaves, plan: Plan) -> list[tuple[Any, int]]:
             continue
         shape = getattr(leaf, "shape", ())
         if not shape:
-            raise ValueError(_no_rows(_name(path), leaf))
+            raise ValueError(no_rows(name_leaf(path), leaf))
         found.append((path, int(shape[0])))
     return found
 
 
-def _name(path: Any) -> str:
+def name_leaf(path: Any) -> str:
     """Return what errors call a leaf; not made for each leaf of each step."""
     return f"batch{jax.tree_util.keystr(path)}"
 
@@ -63,7 +63,7 @@ def _holds_examples(key: str, plan: Plan) -> bool:
     if key not in plan.batch:
         return True
     spec = plan.batch[key]
-    return bool(plan.data_axes) and bool(spec) and set(_axes_of(spec[0])) == set(plan.data_axes)
+    return bool(plan.data_axes) and bool(spec) and set(axes_of(spec[0])) == set(plan.data_axes)
 
 
 def _declared(path: Any) -> str:
@@ -74,78 +74,53 @@ def _declared(path: Any) -> str:
     return "as a leaf of a dict batch, by Plan(batch={key: P()})"
 
 
-def _check_rows(leaves: Leaves, plan: Plan) -> None:
-    """Refuse a batch without examples, or whose leaves do not have equally many.
+def check_rows(leaves: Leaves, plan: Plan) -> list[tuple[Any, int]]:
+    """Return path and leading size of each leaf that holds examples, all equal.
 
     Raises:
       ValueError: naming the leaf, and how the plan says that all examples share it.
     """
     rows = _rows(leaves, plan)
     if not rows:
-        return
+        return []
     most = rows[0][1]
     if any(n != most for _, n in rows):
         counts = Counter(n for _, n in rows)
         most = max(counts, key=counts.__getitem__)
         path, odd = next(row for row in rows if row[1] != most)
-        like = next(_name(path) for path, n in rows if n == most)
+        like = next(name_leaf(path) for path, n in rows if n == most)
         raise ValueError(
-            f"{_name(path)} has {odd} rows, but {like} has {most}: all leaves of a batch "
+            f"{name_leaf(path)} has {odd} rows, but {like} has {most}: all leaves of a batch "
             "need one row for each example. What all examples share (class weights) is "
             f"declared, {_declared(path)}"
         )
     if most == 0:
-        raise ValueError(f"{_name(rows[0][0])} has no rows: a batch needs at least one example")
+        raise ValueError(f"{name_leaf(rows[0][0])} has no rows: a batch needs at least one example")
+    return rows
 
 
-def _check_mask(leaves: Leaves, plan: Plan) -> None:
-    """Refuse an example mask on the host that holds anything but 0 and 1."""
-    mask = _mask(leaves)
-    if isinstance(mask, jax.Array) or np.ndim(mask) != 1 or "mask" in plan.batch:
-        return
+def share_of_real(mask: Any, plan: Plan) -> float:
+    """Return the share of real examples by a mask on the host; refuse one but of 0 and 1."""
     host = np.asarray(mask)
+    if host.ndim != 1:
+        return 1.0
     wrong = host[(host != 0) & (host != 1)]
-    if wrong.size:
+    if wrong.size and "mask" not in plan.batch:
         raise ValueError(
             f"batch['mask'] needs 1 for real examples and 0 for padding, got {wrong[0]!s}: give "
             "weights in a leaf of another name, to tx.example_mean(..., weights=...)"
         )
+    return int(np.count_nonzero(host)) / max(host.size, 1)
 
 
-def _no_rows(where: str, leaf: Any) -> str:
+def no_rows(where: str, leaf: Any) -> str:
+    """Return the error's text for a leaf without a dim of examples."""
     kind = "a scalar array" if hasattr(leaf, "shape") else f"a Python {type(leaf).__name__}"
     return (
         f"{where} needs to be an array with one row for each example, got {kind}: lists and tuples "
         "are taken apart, so write numpy.asarray; what is the same for all examples is declared by "
         "Plan(batch={name: PartitionSpec()})"
     )
-
-
-def shard_batch(batch: Any, mesh: MeshSpec, plan: Plan) -> Any:
-    """Place a batch on the mesh's devices as the plan says.
-
-    Args:
-      batch: pytree of host arrays; the leading dim is the global batch in one process, this
-        process's part of it in several. They are copied: a buffer may be filled anew at once.
-        Arrays that lie on the mesh in the right layout are taken as they are.
-      mesh: the mesh.
-      plan: the plan.
-
-    Returns:
-      Global arrays, sharded.
-
-    Raises:
-      ValueError: a dim is not divisible by the devices that share it, a leaf has no dim or
-        another number of rows than the others, the batch is empty, or its mask is not 0 and 1.
-    """
-
-    def place(path: Any, leaf: Any, spec: PartitionSpec) -> jax.Array:
-        return _place(leaf, NamedSharding(mesh.mesh, spec), path)
-
-    leaves = _leaves(batch)
-    _check_rows(leaves, plan)
-    _check_mask(leaves, plan)
-    return jax.tree_util.tree_map_with_path(place, batch, plan.batch_specs(batch, mesh))
 
 
 def global_shapes(shard: Any, mesh: MeshSpec, plan: Plan) -> Any:
@@ -167,14 +142,14 @@ def global_shapes(shard: Any, mesh: MeshSpec, plan: Plan) -> Any:
     def shape(path: Any, leaf: Any, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
         leaf = leaf if hasattr(leaf, "shape") and hasattr(leaf, "dtype") else np.asarray(leaf)
         sizes = list(leaf.shape)
-        for dim, axes in zip(range(len(sizes)), map(_axes_of, spec), strict=False):
+        for dim, axes in zip(range(len(sizes)), map(axes_of, spec), strict=False):
             sizes[dim] *= math.prod(mesh.shape[a] for a in axes if a in plan.data_axes)
         sharding = NamedSharding(mesh.mesh, spec)
-        _check_divisible(tuple(sizes), sharding, path, processes=1)
+        check_divisible(tuple(sizes), sharding, path, processes=1)
         dtype = jax.dtypes.canonicalize_dtype(leaf.dtype)
         return jax.ShapeDtypeStruct(tuple(sizes), dtype, sharding=sharding)
 
-    _check_rows(_leaves(shard), plan)
+    check_rows(leaves_of(shard), plan)
     return jax.tree_util.tree_map_with_path(shape, shard, plan.batch_specs(shard, mesh))
 
 
@@ -186,48 +161,30 @@ def shapes_on(arrays: Any, mesh: MeshSpec) -> Any:
     )
 
 
-def _place(leaf: Any, sharding: NamedSharding, path: Any) -> jax.Array:
-    if isinstance(leaf, jax.Array) and leaf.committed and leaf.sharding == sharding:
-        return leaf
-    # A copy, since on CPU jax would use the caller's memory itself while steps are under way.
-    host = in_native_order(np.array(leaf))
-    if host.dtype.kind not in "biufcV":  # V: those of ml_dtypes, bfloat16 for one
-        raise TypeError(
-            f"{_name(path)} needs numbers, got {host.dtype}: encode it, or leave it out of the "
-            "batch"
-        )
-    if not host.shape and any(sharding.spec):
-        raise ValueError(_no_rows(_name(path), leaf))
-    # Several processes give only their own part, which their own devices share.
-    _check_divisible(host.shape, sharding, path, jax.process_count())
-    if jax.process_count() == 1:
-        return jax.device_put(host, sharding)
-    return jax.make_array_from_process_local_data(sharding, host)
-
-
-def _check_divisible(
+def check_divisible(
     shape: tuple[int, ...], sharding: NamedSharding, path: Any, processes: int
 ) -> None:
+    """Refuse a leaf with a dim that the devices along its axes cannot share equally."""
     mesh, spec = sharding.mesh, sharding.spec
     if len(shape) < len(spec):
         raise ValueError(
-            f"{_name(path)} needs at least {len(spec)} dims to be sharded by {spec}, got shape "
+            f"{name_leaf(path)} needs at least {len(spec)} dims to be sharded by {spec}, got shape "
             f"{shape}"
         )
     for dim, entry in enumerate(spec):
-        axes = _axes_of(entry)
+        axes = axes_of(entry)
         size = math.prod(mesh.shape[a] for a in axes)
         length = shape[dim] * (processes if dim == 0 else 1)
         if length % size:
             names = ", ".join(map(repr, axes))
             what = "examples" if dim == 0 else f"in dim {dim}"
             raise ValueError(
-                f"{_name(path)} has {length} {what}, which {size} devices along axis {names} "
+                f"{name_leaf(path)} has {length} {what}, which {size} devices along axis {names} "
                 f"cannot share equally: use a size divisible by {size}, or pad it (and set the "
                 "mask)"
             )
 
 
-def _axes_of(entry: Any) -> tuple[str, ...]:
+def axes_of(entry: Any) -> tuple[str, ...]:
     """Return the axes that one entry of a PartitionSpec names."""
     return tuple(a for a in (entry if isinstance(entry, tuple) else (entry,)) if a is not None)

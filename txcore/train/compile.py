@@ -3,7 +3,6 @@
 import hashlib
 import time
 import warnings
-import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -24,6 +23,7 @@ from txcore.plan.plan import Plan
 from txcore.train import refusals
 from txcore.train.batch import examples, mask_of
 from txcore.train.numerics.loss_scale import select
+from txcore.train.owner import TracedOwner
 from txcore.train.state import TrainState, claim_equal
 
 if TYPE_CHECKING:
@@ -82,12 +82,12 @@ def compile_step(
     scales_loss = state.precision.scaling is not None
 
     # jax's caches keep the structure of what a program is given for ever. So it is given the
-    # state's arrays alone, without the engine: that one goes when its owner lets it go.
-    engine = weakref.proxy(state.engine)
+    # state's arrays alone, and what it traces does not keep the engine alive.
+    owner = TracedOwner(state.engine)
 
     def sharded(arrays: dict[str, Any], batch: Any) -> Any:
         with tracing(Scope(data_axes, left_out, examples(batch, plan)[0], scales_loss)):
-            before = TrainState(**arrays, engine=engine)
+            before = TrainState(**arrays, owner=owner)
             out = fn(before, batch)
             if train:
                 return _check_train_output(fn, before, out)

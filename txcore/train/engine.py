@@ -5,35 +5,30 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
-from txcore import _compat
-from txcore.kernels import compiler_options as default_compiler_options
-from txcore.kernels.common.checks import whole_number
-from txcore.launch import watch
 from txcore.launch.gloo_threads import yield_to_compute
 from txcore.mesh import MeshSpec
-from txcore.optim import as_optimizer
 from txcore.plan.plan import Plan
 from txcore.printing import format_call
+from txcore.train import evaluation, placing, proof
 from txcore.train import fit as loop
-from txcore.train.batch import examples, global_shapes, shapes_on, shard_batch
 from txcore.train.checkpoints.checkpoints import Checkpoints
-from txcore.train.compile import CompiledStep, compile_step, name_of
+from txcore.train.feed import Data
+from txcore.train.fit_arguments import Evaluate
 from txcore.train.loggers import Logger, Metrics
-from txcore.train.numerics import loss_scale, nonfinite
+from txcore.train.numerics import nonfinite
 from txcore.train.numerics.precision import Precision
-from txcore.train.replicas import agreement, digests
-from txcore.train.replicas.copies import copies
+from txcore.train.options import Options, OptionsView
+from txcore.train.owner import Owner
 from txcore.train.state import TrainState
-from txcore.train.step_fn import StepFn, check_jit, refuse_tracing
+from txcore.train.step_fn import StepFn
+from txcore.train.steps import Steps
 
 if TYPE_CHECKING:
     from txcore.profiling import Report
 
 
-class Engine:
+class Engine(OptionsView):
     """Run training steps on a mesh, by a plan, and prove what they communicate.
 
     Args:
@@ -72,71 +67,45 @@ class Engine:
         on_nonfinite: nonfinite.Policy = "stop",
         compiler_options: Mapping[str, Any] | None = None,
     ) -> None:
-        if not isinstance(mesh, MeshSpec):
-            raise TypeError(
-                f"Engine needs mesh= a tx.MeshSpec, got {type(mesh).__name__}: write "
-                "tx.MeshSpec(devices=..., axes=..., shape=...)"
-            )
-        if not isinstance(plan, Plan):
-            raise TypeError(f"Engine needs plan= a tx.Plan, got {type(plan).__name__}")
-        number = whole_number(seed)
-        if number is None or not 0 <= number < 2**32:
-            raise ValueError(f"Engine needs seed= an int from 0 to 2**32 - 1, got {seed}")
-        nonfinite.validate(on_nonfinite)
-        plan.validate(mesh)
+        if not isinstance(precision, Precision):
+            precision = Precision(precision)
+        options = Options(
+            mesh, plan, optimizer, loggers, precision, seed, on_nonfinite, compiler_options
+        )
+        super().__init__(options)
         if jax.process_count() > 1 and mesh.devices[0].platform == "cpu":
             yield_to_compute()
-        self.mesh, self.plan = mesh, plan
-        self.optimizer = as_optimizer(optimizer)
-        if callable(loggers):
-            raise TypeError("Engine needs loggers= a list of loggers, got one: write [logger]")
-        self.loggers = tuple(loggers)
-        self._given_precision = precision
-        self.precision = precision if isinstance(precision, Precision) else Precision(precision)
-        self.seed, self.on_nonfinite = number, on_nonfinite
-        self._given_options = compiler_options
-        if compiler_options is None:
-            compiler_options = default_compiler_options(mesh.devices[0].platform)
-        self._options = dict(compiler_options)
-        self._steps: dict[Any, CompiledStep] = {}
-        self.last_words = ""  # what is running, for a rank that waits in it
-        ranks = {device.process_index for device in mesh.devices}
-        self.spans = len(ranks) > 1  # several processes
+        self._owner = Owner(self)
+        self._steps = Steps(options, self._owner)
 
     def __repr__(self) -> str:
+        precision = self.precision
+        is_plain = precision == Precision(precision.compute)
         return format_call(
             "Engine",
             mesh=(self.mesh, None),
             plan=(self.plan, None),
             optimizer=(self.optimizer, None),
             loggers=(self.loggers, ()),
-            precision=(self._given_precision, "float32"),
+            precision=(precision.compute if is_plain else precision, "float32"),
             seed=(self.seed, 0),
             on_nonfinite=(self.on_nonfinite, "stop"),
-            compiler_options=(self._given_options, None),
+            compiler_options=(self._options.compiler_options, None),
         )
 
     def with_optimizer(self, optimizer: Any) -> "Engine":
         """Return an engine that differs in its optimizer alone, without loggers."""
-        return Engine(
-            mesh=self.mesh,
-            plan=self.plan,
-            optimizer=optimizer,
-            precision=self.precision,
-            seed=self.seed,
-            on_nonfinite=self.on_nonfinite,
-            compiler_options=self._options,
-        )
-
-    @property
-    def compiler_options(self) -> dict[str, Any]:
-        """XLA options of the steps."""
-        return dict(self._options)
+        return Engine(**vars(replace(self._options, optimizer=optimizer, loggers=())))
 
     @property
     def compile_seconds(self) -> float:
         """Seconds spent tracing and compiling steps so far."""
-        return sum(step.seconds for step in self._steps.values())
+        return self._steps.compile_seconds
+
+    @property
+    def last_words(self) -> str:
+        """What the newest step is, with its last collective, for `watch.at`."""
+        return self._steps.last_words
 
     def create_state(
         self, params: Any, extra: Any = None, broadcast_from: int | None = None
@@ -163,26 +132,8 @@ class Engine:
           MismatchError: with `broadcast_from`, the leaves of the ranks differ in path, dtype or
             shape.
         """
-        if broadcast_from is not None:
-            agreement.check_rank("create_state", "broadcast_from", broadcast_from)
-        params, extra = copies(params, "params", trained=True), copies(extra, "extra")
-        skips = self.on_nonfinite == "skip"
-        arrays = {
-            "step": np.zeros((), np.int32),
-            "stored_params": params,
-            "opt_state": copies(self.optimizer.init(params), "optimizer state"),
-            "seed": np.asarray(self.seed, np.uint32),
-            "extra": extra,
-            "loss_scaling": loss_scale.start(
-                1.0 if skips and self.precision.scaling is None else self.precision.scaling
-            ),
-        }
-        if broadcast_from is not None and self.spans:
-            agreement.check_broadcast(broadcast_from, arrays)
-            root = self._first_device(broadcast_from)
-            return TrainState(**digests.send_from(arrays, self.mesh.mesh, root), engine=self)
-        placed = jax.tree.map(self._replicate, arrays)
-        return TrainState(**placed, engine=self)
+        arrays = placing.create_arrays(self._options, params, extra, broadcast_from)
+        return TrainState(**arrays, owner=self._owner)
 
     def place(self, tree: Any, what: str) -> Any:
         """Return a pytree as arrays on the mesh, the same on every device; copy what is not there.
@@ -194,27 +145,7 @@ class Engine:
         Raises:
           TypeError: a leaf is no array.
         """
-        there = self.mesh.sharding()
-
-        def placed(path: Any, leaf: Any) -> Any:
-            if isinstance(leaf, jax.core.Tracer):
-                return leaf
-            if isinstance(leaf, jax.Array) and leaf.sharding.is_equivalent_to(there, leaf.ndim):
-                return leaf
-            where = f"{what}{jax.tree_util.keystr(path)}"
-            return self._replicate(copies(leaf, where, user="state.replace"))
-
-        return jax.tree_util.tree_map_with_path(placed, tree)
-
-    def _first_device(self, rank: int) -> int:
-        """Return the place in the mesh of a process's first device."""
-        ranks = [device.process_index for device in self.mesh.devices]
-        if rank not in ranks:
-            raise ValueError(
-                f"create_state needs broadcast_from= a rank with devices in the mesh, {ranks}, "
-                f"got {rank}"
-            )
-        return ranks.index(rank)
+        return placing.place(tree, self.mesh, what)
 
     def audit_broadcast(self, state: TrainState, broadcast_from: int = 0) -> "Report":
         """Account for every collective by which `create_state(broadcast_from=)` sends a state.
@@ -238,11 +169,8 @@ class Engine:
         """
         from txcore.profiling import audit
 
-        self._check_own(state)
-        agreement.check_rank("audit_broadcast", "broadcast_from", broadcast_from)
-        mesh, root = self.mesh.mesh, self._first_device(broadcast_from)
-        shapes = digests.sending_shapes(state.arrays, mesh)
-        return audit(digests.sending_program(mesh, root), shapes)
+        self._steps.check_own(state)
+        return audit(*placing.broadcast_program(state.arrays, self.mesh, broadcast_from))
 
     def check_replicas(
         self, state: TrainState, *, after: int | None = None, since: int | None = None
@@ -265,31 +193,7 @@ class Engine:
           >>> state = engine.create_state({"w": np.zeros(3, np.float32)})
           >>> engine.check_replicas(state)
         """
-        self._check_own(state)
-        if self.spans:
-            self._check_beginning(state, "check_replicas")
-            watch.meet("a comparison of the copies of the state")
-            watch.at("comparison")
-        agreement.check_copies(state, self.mesh.mesh, after, since)
-        watch.at("between steps")
-
-    def _check_beginning(self, state: TrainState, name: str) -> None:
-        """Compare a state over the ranks where it is not known to be equal on all of them."""
-        if self.spans and not agreement.is_equal(state):
-            watch.at("comparison", label=name)
-            agreement.check_beginning(self, state, name)
-            agreement.note_equal(state)
-
-    def _replicate(self, leaf: Any) -> jax.Array:
-        if _compat.is_key_array(leaf):
-            data = self._replicate(jax.random.key_data(leaf))
-            return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
-        sharding = self.mesh.sharding()
-        host = np.asarray(leaf)
-        if jax.process_count() == 1:
-            # device_put may alias an array that is there already, and a step donates it.
-            return jnp.array(jax.device_put(host, sharding), copy=True)
-        return jax.make_array_from_process_local_data(sharding, host, host.shape)
+        self._steps.check_replicas(state, after=after, since=since)
 
     def run(self, step: StepFn, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         """Run one training step; `state` is donated.
@@ -306,22 +210,8 @@ class Engine:
         Raises:
           ValueError, TypeError: what the step does wrong, found before anything runs.
         """
-        refuse_tracing(name_of(step), state, batch)
-        batch = shard_batch(batch, self.mesh, self.plan)
-        compiled = self._compiled(step, state, batch, train=True)
-        self._come_to(compiled, state)
-        arrays, metrics = compiled.call(state.arrays, batch)
-        state = replace(state, **arrays)
-        if self.spans:
-            agreement.note_equal(state)
-        return state, metrics
-
-    def _come_to(self, compiled: CompiledStep, state: TrainState) -> None:
-        """Do what several processes need before a program of all of them runs."""
-        if self.spans:
-            self._check_beginning(state, compiled.name)
-            if compiled.reduces:
-                watch.meet(f"a run of {compiled.name}")
+        steps = self._steps
+        return steps.run(step, state, steps.place_for(step, state, batch))
 
     def evaluate(self, step: Any, state: TrainState, data: Iterable[Any]) -> Metrics:
         """Average a step's metrics over batches, weighted by their real examples.
@@ -339,35 +229,17 @@ class Engine:
           ValueError: no batch, or a metric that still varies along an axis.
           TypeError: the step returns something else than a dict.
         """
-        parts: list[Any] = []
-        seen = 0
-        for host in data:
-            refuse_tracing(name_of(step), state, host)
-            batch = shard_batch(host, self.mesh, self.plan)
-            compiled = self._compiled(step, state, batch, train=False)
-            self._come_to(compiled, state)
-            watch.at("eval step", label=compiled.last_words)
-            metrics, count = compiled.call(state.arrays, batch)
-            weight = int(count) if count is not None else examples(batch, self.plan)[0]
-            if weight:  # a batch of padding alone has no mean
-                parts.append(
-                    jax.tree.map(lambda m, w=weight: w * np.asarray(m, np.float64), metrics)
-                )
-                seen += weight
-        watch.at("between steps")
-        if not seen:
-            raise ValueError("engine.evaluate needs at least one real example, got none in data")
-        return jax.tree.map(lambda *part: (sum(part) / seen).tolist(), *parts)
+        return evaluation.evaluate(self._steps, step, state, data)
 
     def fit(
         self,
         step: StepFn,
         state: TrainState,
-        data: loop.Data,
+        data: Data,
         *,
         steps: int | None = None,
         epochs: int | None = None,
-        evaluate: loop.Evaluate | None = None,
+        evaluate: Evaluate | None = None,
         eval_every: int | None = None,
         checkpoints: Checkpoints | None = None,
         check_replicas_every: int | None = None,
@@ -411,7 +283,8 @@ class Engine:
           SystemExit, KeyboardInterrupt: after SIGTERM (with exit code 143) and SIGINT.
         """
         return loop.fit(
-            self,
+            self._steps,
+            self.loggers,
             step,
             state,
             data,
@@ -470,93 +343,14 @@ class Engine:
                 "engine.audit needs target= and mesh= together, as target='cuda:h100:8', "
                 f"mesh={{'data': 8}}, got {target=}, {mesh=}"
             )
-        if target is not None and mesh is not None:
-            return self._audit_on_target(step, state, batch, target, mesh)
-        batch = shard_batch(batch, self.mesh, self.plan)
-        return self._report(self._compiled(step, state, batch, train=True), state)
-
-    def _audit_on_target(
-        self, step: StepFn, state: TrainState, batch: Any, target: str, sizes: Mapping[str, int]
-    ) -> "Report":
+        if target is None or mesh is None:
+            return proof.audit_here(self._steps, step, state, batch)
         from txcore.profiling.targets import parse_target
 
-        self._check_own(state)
-        check_jit(name_of(step))
+        self._steps.check_own(state)
         machine = parse_target(target)
-        devices = machine.mesh(sizes).devices.flat
-        there = Engine(
-            mesh=MeshSpec(list(devices), tuple(sizes), tuple(sizes.values())),
-            plan=self.plan,
-            optimizer=self.optimizer,
-            precision=self.precision,
-            seed=self.seed,
-            on_nonfinite=self.on_nonfinite,
-            compiler_options=self._given_options,
-        )
-        arrays = {name: shapes_on(x, there.mesh) for name, x in state.arrays.items()}
-        state = TrainState(**arrays, engine=there)
-        compiled = compile_step(
-            step.fn if isinstance(step, StepFn) else step,
-            state,
-            global_shapes(batch, there.mesh, self.plan),
-            mesh=there.mesh,
-            plan=there.plan,
-            options={**there._options, **machine.compiler_options},
-            train=True,
-        )
-        return replace(there._report(compiled, state), target=target)
-
-    def _report(self, compiled: CompiledStep, state: TrainState) -> "Report":
-        # Not needed to train: see compile.py.
-        from txcore.profiling.audit import audit_program
-        from txcore.profiling.declared.gradient_factors import read_gradient_factors
-        from txcore.profiling.matching.against_plan import against_plan
-
-        report = audit_program(compiled.program)
-        if self.optimizer.per_example:  # gathers what the plan would have averaged
-            return report
-        factors = read_gradient_factors(compiled.program.jaxpr, self.plan.data_axes)
-        return against_plan(report, self.plan.predict(state.stored_params, self.mesh), factors)
-
-    def _check_own(self, state: TrainState) -> None:
-        if not isinstance(state, TrainState) or state.engine is not self:
-            raise ValueError("this engine runs states that its create_state made, got another")
-
-    def check_state(self, state: TrainState, user: str) -> None:
-        """Refuse a state that this engine did not make, or that a step has used up."""
-        self._check_own(state)
-        if state.step.is_deleted():
-            raise ValueError(
-                f"the state given to {user} was donated to an earlier step: keep the "
-                "state that the step returns, state, metrics = step(state, batch)"
-            )
-
-    def _compiled(self, step: Any, state: TrainState, batch: Any, *, train: bool) -> CompiledStep:
-        """Return the step compiled for these shapes; compile it the first time."""
-        fn = step.fn if isinstance(step, StepFn) else step
-        self.check_state(state, name_of(fn))
-        key = (train, fn, _signature(state.arrays), _signature(batch))
-        compiled = self._steps.get(key)
-        if compiled is None:
-            check_jit(name_of(fn))
-            watch.at("compile", label=name_of(fn))
-            compiled = compile_step(
-                fn,
-                state,
-                batch,
-                mesh=self.mesh,
-                plan=self.plan,
-                options=self._options,
-                train=train,
-                together=self.spans,
-            )
-            self._steps[key] = compiled
-            watch.at("step" if train else "eval step", label=compiled.last_words)
-        if train:
-            self.last_words = compiled.last_words
-        return compiled
-
-
-def _signature(tree: Any) -> Any:
-    leaves, treedef = jax.tree.flatten(tree)
-    return treedef, tuple((x.shape, x.dtype) for x in leaves)
+        devices = list(machine.mesh(mesh).devices.flat)
+        there = MeshSpec(devices, tuple(mesh), tuple(mesh.values()))
+        engine = Engine(**vars(replace(self._options, mesh=there)))
+        report = proof.audit_there(engine._options, engine._owner, machine, step, state, batch)
+        return replace(report, target=target)

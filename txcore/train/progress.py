@@ -4,21 +4,17 @@ import errno
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
 
-from txcore.plan.plan import Plan
-from txcore.train.batch import examples
 from txcore.train.checkpoints.manifest import Position
 from txcore.train.compile import name_of
 from txcore.train.loggers import Logger, Metrics, Record
-
-if TYPE_CHECKING:
-    from txcore.train.engine import Engine
+from txcore.train.steps import Steps
 
 # How many steps the host may run ahead of the devices: enough to hide its work, few enough not
 # to pile up batches. A simulated device shares the host's cores: what waits there takes time from
@@ -34,7 +30,8 @@ _LOG = logging.getLogger("txcore")
 class Progress:
     """Turn the metrics of finished steps into records, and time them, compilation left out."""
 
-    engine: "Engine"
+    runner: Steps
+    loggers: Sequence[Logger]
     total_steps: int | None
     start: Position
     check: Callable[[int, Metrics], None]
@@ -44,8 +41,8 @@ class Progress:
     def __post_init__(self) -> None:
         self.done, self.seconds = self.start.steps, self.start.seconds
         self.examples = self.start.examples
-        self.loggers = self.engine.loggers if jax.process_index() == 0 else ()
-        on_cpu = self.engine.mesh.devices[0].platform == "cpu"
+        self.loggers = self.loggers if jax.process_index() == 0 else ()
+        on_cpu = self.runner.options.mesh.devices[0].platform == "cpu"
         self.run_ahead = RUN_AHEAD_ON_CPU if on_cpu else RUN_AHEAD
         self.since = (self.start.steps, self.start.seconds, self.start.examples)
         # By the loggers' places, since they may be equal or have no hash.
@@ -61,7 +58,7 @@ class Progress:
             self._mark = self._now()
 
     def _now(self) -> float:
-        return time.perf_counter() - self.engine.compile_seconds
+        return time.perf_counter() - self.runner.compile_seconds
 
     def stop_clock(self) -> None:
         """Wait for the steps that are under way, and stop counting."""
@@ -96,7 +93,7 @@ class Progress:
             metrics,
             self.seconds,
             self.examples,
-            self.engine.compile_seconds,
+            self.runner.compile_seconds,
             self.since,
         )
         for i, logger in enumerate(self.loggers):
@@ -122,13 +119,3 @@ class Progress:
 def to_host(metrics: Any) -> Metrics:
     """Return metrics as Python floats (lists for arrays), waiting for the devices."""
     return jax.tree.map(lambda value: np.asarray(value).tolist(), metrics)
-
-
-def real_examples(host: Any, placed: Any, plan: Plan) -> int:
-    """Return the real examples of a global batch; `host` is this process's part of it.
-
-    In several processes it is an estimate by this process's mask: throughput needs no
-    communication of its own.
-    """
-    total, mask = examples(placed, plan)[0], examples(host, plan)[1]
-    return round(total * float(np.mean(mask != 0))) if isinstance(mask, np.ndarray) else total

@@ -1,7 +1,7 @@
 """The train state: everything that a run is a function of, as one pytree."""
 
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,25 +12,12 @@ from txcore.collectives import vary
 from txcore.collectives._leaves import names_of
 from txcore.collectives._scope import Scope, current_scope
 from txcore.kernels.common.checks import whole_number
-from txcore.optim import Optimizer
 from txcore.parallel import sync_gradients
 from txcore.printing import describe_scalar, describe_tree
 from txcore.train.numerics import loss_scale, prng
 from txcore.train.numerics.loss_scale import LossScaling
 from txcore.train.numerics.precision import Precision
-
-
-class Runner(Protocol):
-    """What a state knows of the engine that made it."""
-
-    optimizer: Optimizer
-    precision: Precision
-
-    def run(self, step: Any, state: "TrainState", batch: Any) -> Any:
-        """Run one step."""
-
-    def place(self, tree: Any, what: str) -> Any:
-        """Return a pytree as arrays on the mesh."""
+from txcore.train.owner import NOBODY, Owner, Runner
 
 
 @dataclass(frozen=True)
@@ -40,6 +27,10 @@ class TrainState:
     `engine.create_state` makes it. A step receives it, and returns the one that
     `apply_gradients` made. The state that is passed to a step is donated: keep only the one
     that comes back.
+
+    As a tree it holds its arrays alone: `jax.tree.map` takes states of two engines together, and
+    returns one of the first's. What `jax.jit` or pickle returns is a state without an engine, which
+    `engine.run` takes.
     """
 
     step: jax.Array  # int32 scalar: completed updates, skipped ones left out
@@ -48,9 +39,53 @@ class TrainState:
     seed: jax.Array  # uint32 scalar
     extra: Any  # model state that is not trained
     loss_scaling: LossScaling | None  # None but in float16 and where steps are skipped
-    engine: Runner = field(metadata={"static": True})
+    owner: Owner = field(default=NOBODY, repr=False)
     # The fields that are known to be equal on all ranks (agreement.py).
     known_equal: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    # What `steps.py` calls its structure, shapes and dtypes; known of what it made itself.
+    form: int | None = field(default=None, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if type(self.owner) is not Owner:
+            return
+        if isinstance(self.step, jax.core.Tracer):
+            # jax.jit outside of a step: it keeps what it traced for states of any engine.
+            object.__setattr__(self, "owner", NOBODY)
+        elif self.owner is not NOBODY:
+            object.__setattr__(self, "_engine", self.owner.engine)  # the owner's is a weak one
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in (*_ARRAYS, "owner")}
+
+    def __setstate__(self, fields: dict[str, Any]) -> None:
+        vars(self).update(fields, known_equal={}, form=None)
+        self.__post_init__()
+
+    def with_arrays(self, arrays: dict[str, Any]) -> "TrainState":
+        """Return the state with other arrays of the same shapes and dtypes; no tree is walked."""
+        new = object.__new__(TrainState)
+        fields = vars(new)
+        fields.update(vars(self))
+        fields.update(arrays)
+        fields["known_equal"] = {}
+        return new
+
+    @property
+    def engine(self) -> Runner:
+        """The engine that made the state.
+
+        Raises:
+          RuntimeError: it has none, since `jax.jit` or pickle returned it, or the engine is gone.
+        """
+        engine = self.owner.engine
+        if engine is None:
+            raise RuntimeError(
+                "this needs a state with an engine, got one that jax.jit or pickle returned, or "
+                "whose engine is gone: run it by engine.run(step, state, batch), whose new state "
+                "has one"
+            )
+        return engine
 
     def __repr__(self) -> str:
         shown = [f"step={describe_scalar(self.step)}"]
@@ -61,7 +96,7 @@ class TrainState:
 
     @property
     def arrays(self) -> dict[str, Any]:
-        """The fields that hold arrays, by name: the state without its engine."""
+        """The fields that hold arrays, by name: the state without its owner."""
         return {name: getattr(self, name) for name in _ARRAYS}
 
     @property
@@ -147,7 +182,7 @@ class TrainState:
           TypeError: there is no such field, or a leaf is no array.
           ValueError: parameters of another structure or shape than those that are trained.
         """
-        if unknown := sorted(set(changes) - {*_ARRAYS, "engine"}):
+        if unknown := sorted(set(changes) - set(_ARRAYS)):
             raise TypeError(
                 f"state.replace knows the fields {', '.join(_ARRAYS)}, got {', '.join(unknown)}"
                 + (": write stored_params=" if "params" in unknown else "")
@@ -171,7 +206,8 @@ class TrainState:
                 raise ValueError(f"state.replace needs another {name}=: {error}") from None
         if name == "stored_params":
             _check_like(self.stored_params, value)
-        return self.engine.place(value, f"state.{name}")
+        engine = self.owner.engine  # without one it is placed when an engine takes the state
+        return value if engine is None else engine.place(value, f"state.{name}")
 
     def example_keys(self, batch: Any) -> jax.Array:
         """Return one random key for each example of `batch`, the same under every plan.
@@ -253,7 +289,7 @@ class TrainState:
 
 
 _ARRAYS = ("step", "stored_params", "opt_state", "seed", "extra", "loss_scaling")
-jax.tree_util.register_dataclass(TrainState, data_fields=_ARRAYS, meta_fields=("engine",))
+jax.tree_util.register_dataclass(TrainState, data_fields=_ARRAYS, meta_fields=("owner",))
 
 
 def _scope_of(method: str) -> Scope:

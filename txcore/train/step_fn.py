@@ -26,17 +26,20 @@ class StepFn:
                 f"{self.__name__} needs a state made by engine.create_state(params), got "
                 f"{type(state).__name__}"
             )
+        if state.owner.engine is None:
+            refuse_tracing(self, state, batch)  # the likely reason
         return state.engine.run(self, state, batch)
 
 
-def refuse_tracing(name: str, state: Any, batch: Any) -> None:
+def refuse_tracing(step: Any, state: Any, batch: Any) -> None:
     """Refuse to run a step on what jax traces instead of on arrays."""
     if not _compat.may_trace():
         return
     for leaf in jax.tree.leaves((state, batch)):
         if isinstance(leaf, jax.core.Tracer):
+            given = type(leaf).__name__
             raise TypeError(
-                f"{name} needs arrays, got {type(leaf).__name__}: a step is compiled by its engine "
+                f"{name_of(step)} needs arrays, got {given}: a step is compiled by its engine "
                 "and cannot be called under jax.jit, vmap, grad or scan, nor inside a step. Call "
                 "it in a Python loop (the devices are not waited for)"
             )

@@ -3,6 +3,7 @@
 Imports only `_compat`.
 """
 
+from txcore.launch.watch.status import Phase as Phase
 from txcore.launch.watch.watch import at as at
 from txcore.launch.watch.watch import failed as failed
 from txcore.launch.watch.watch import meet as meet

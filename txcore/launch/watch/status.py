@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict, dataclass, fields
+from enum import StrEnum
 
 from txcore.errors import TxcoreError
 
@@ -9,6 +10,31 @@ FOLDER = "txcore/watch/"  # the entries' keys: this and the rank
 VERDICT = FOLDER + "verdict"
 TRY_AGAIN = 75  # EX_TEMPFAIL of BSD's sysexits.h: another attempt may succeed
 FAILED = 70  # EX_SOFTWARE: a rank failed by an error of its own, and will again
+
+
+class Phase(StrEnum):
+    """What a rank does; the text is what the others read."""
+
+    START = "start"
+    DATA = "data"
+    COMPILE = "compile"
+    STEP = "step"
+    EVAL_STEP = "eval step"
+    COMPARISON = "comparison"
+    SAVE = "save"
+    BETWEEN_STEPS = "between steps"
+    AFTER_FIT = "after fit"
+
+    @classmethod
+    def _missing_(cls, value: object) -> "Phase":
+        raise ValueError(
+            f"watch.at needs phase= one of {', '.join(repr(p.value) for p in cls)}, got {value!r}: "
+            "a phase that is none has no timeout"
+        )
+
+
+# A rank waits for the others there, and so they have to end in time.
+TIMED = frozenset({Phase.STEP, Phase.EVAL_STEP, Phase.COMPARISON})
 
 
 class MismatchError(TxcoreError, RuntimeError):
@@ -21,7 +47,7 @@ class Entry:
 
     beat: int = 0
     step: int = 0
-    phase: str = "start"
+    phase: str = Phase.START.value  # read from outside: maybe one of another version
     seconds: float = 0.0  # in this phase of this step
     stop: int | None = None  # the boundary before which it could stop, once asked to
     reason: str = ""  # why it was asked to

@@ -2,10 +2,8 @@
 
 from collections.abc import Callable, Iterable, Mapping
 
-from txcore.launch.watch.status import FAILED, Entry, Verdict
+from txcore.launch.watch.status import FAILED, TIMED, Entry, Verdict
 
-# The phases in which a rank waits for the others, and which therefore have to end in time.
-TIMED = ("step", "eval step", "comparison")
 MOST_NAMED = 8  # ranks in a message
 
 

@@ -12,6 +12,7 @@ from types import TracebackType
 
 from txcore import _compat
 from txcore.launch.watch import shutdown
+from txcore.launch.watch.status import Phase
 from txcore.launch.watch.watcher import Watcher
 
 Hook = Callable[[type[BaseException], BaseException, TracebackType | None], object]
@@ -79,21 +80,26 @@ def _telling(before: Hook) -> Hook:
     return hook
 
 
-def at(phase: str, step: int | None = None, label: str = "") -> None:
+def at(phase: Phase | str, step: int | None = None, label: str = "") -> None:
     """Note where this rank is; about 0.2 us.
 
     Args:
-      phase: what it does: "data", "compile", "save". In "step" and "eval step" it waits for the
-        other ranks, and these have to end within `step_timeout_s`: name them only for programs
-        that span several processes.
+      phase: what it does, a `Phase` or its text: "data", "compile", "save". In "step", "eval step"
+        and "comparison" it waits for the other ranks, and these have to end within
+        `step_timeout_s`: name them only for programs that span several processes.
       step: the step that it is at; None for the one that was noted last.
       label: what is running, for the last words of a rank that waits ("train_step, whose last
         collective is all-reduce grads (train.py:120)").
+
+    Raises:
+      ValueError: there is no such phase.
 
     Example:
       >>> from txcore.launch import watch
       >>> watch.at("step", 120, "train_step, whose last collective is psum/loss (train.py:31)")
     """
+    if type(phase) is not Phase:
+        phase = Phase(phase)
     _watcher.position = (phase, _watcher.position[1] if step is None else step, label)
 
 

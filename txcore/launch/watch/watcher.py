@@ -19,6 +19,7 @@ from txcore.launch.watch.status import (
     FOLDER,
     VERDICT,
     Entry,
+    Phase,
     Verdict,
     read_entry,
     read_verdict,
@@ -58,7 +59,7 @@ class Watcher:
         self._hurry_s = max(HURRY_S, world / RANKS_PER_S)
         self.peer_timeout_s = max(peer_timeout_s, 3 * self.interval_s)
         self.step_timeout_s = step_timeout_s
-        self.position = ("start", 0, "")  # phase, step, label
+        self.position = (Phase.START, 0, "")  # phase, step, label
         self.stop = Stop()
         self.order = Order()
         self.error: BaseException | None = None  # what this rank fails by
@@ -85,7 +86,7 @@ class Watcher:
 
     def reach(self, step: int) -> bool:
         """Come to the boundary before `step`; tell whether to stop there."""
-        self.position = ("between steps", step, "")
+        self.position = (Phase.BETWEEN_STEPS, step, "")
         self.stop.reach()
         if self.client is None:
             return self.stop.reason is not None
@@ -159,7 +160,7 @@ class Watcher:
             told,
             beat=self.sent.beat + 1,
             step=step,
-            phase=phase,
+            phase=str(phase),
             seconds=seconds,
             stop=stop,
             reason=reason,

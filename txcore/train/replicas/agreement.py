@@ -10,13 +10,13 @@ from jax.sharding import Mesh
 
 from txcore.launch import preflight
 from txcore.launch.watch.status import MismatchError
+from txcore.train.options import Options
 from txcore.train.replicas import digests
 from txcore.train.state import TrainState
 
 if TYPE_CHECKING:
     from txcore.train.checkpoints.checkpoints import Checkpoints
     from txcore.train.checkpoints.manifest import Position
-    from txcore.train.engine import Engine
 
 COMPILED_S = 1800.0  # until all ranks have compiled what they are about to run
 
@@ -36,7 +36,7 @@ _CAUSES = (
 
 
 def check_fit(
-    engine: "Engine",
+    options: Options,
     data: Any,
     *,
     evaluate: Any,
@@ -46,7 +46,7 @@ def check_fit(
     """Refuse to start a loop that is another one on some rank; every process has to come.
 
     Args:
-      engine: what runs the steps.
+      options: those of the engine that runs the steps.
       data: the batches; their number is compared where it is known.
       evaluate: whether there is one is compared, not what it does.
       checkpoints: where and how often the run is saved.
@@ -67,7 +67,7 @@ def check_fit(
         lines.append(f"checkpoints.directory={os.path.realpath(checkpoints.directory)}")
     preflight.check(
         "fit",
-        {"arguments of fit": lines, "engine": describe_engine(engine)},
+        {"arguments of fit": lines, "engine": describe_engine(options)},
         problem="the ranks would run different loops",
         remedy=_SAME_LOOP,
     )
@@ -104,25 +104,25 @@ def check_end(position: "Position") -> None:
     )
 
 
-def describe_engine(engine: "Engine") -> list[str]:
+def describe_engine(options: Options) -> list[str]:
     """Return what of an engine has to be the same on every rank, a line for each."""
-    update = engine.optimizer.update
+    update = options.optimizer.update
     kind = f"{update.__module__}.{update.__qualname__.partition('.')[0]}"
     return [
-        f"mesh={engine.mesh!r}",
-        f"plan={engine.plan}",
+        f"mesh={options.mesh!r}",
+        f"plan={options.plan}",
         f"optimizer={kind}",
-        f"precision={engine.precision}",
-        f"on_nonfinite={engine.on_nonfinite}",
-        f"compiler_options={sorted(engine.compiler_options.items())}",
+        f"precision={options.precision}",
+        f"on_nonfinite={options.on_nonfinite}",
+        f"compiler_options={sorted(options.xla_options.items())}",
     ]
 
 
-def check_beginning(engine: "Engine", state: TrainState, name: str) -> None:
+def check_beginning(options: Options, state: TrainState, name: str) -> None:
     """Refuse a state that is not the same on every rank; every process has to come.
 
     Args:
-      engine: what made the state.
+      options: those of the engine that made the state.
       state: the state before step `name`; it is not donated.
       name: what is about to run.
 
@@ -132,12 +132,12 @@ def check_beginning(engine: "Engine", state: TrainState, name: str) -> None:
     """
     preflight.check(
         f"the state for {name}",
-        {"state": digests.describe(state.arrays), "engine": describe_engine(engine)},
+        {"state": digests.describe(state.arrays), "engine": describe_engine(options)},
         timeout_s=COMPILED_S,
         problem="the ranks would begin with different states",
         remedy=_SAME_STATE,
     )
-    if found := digests.find_differences(state.arrays, engine.mesh.mesh):
+    if found := digests.find_differences(state.arrays, options.mesh.mesh):
         head = f"the ranks would begin {name} with different states (compared bit for bit):"
         raise MismatchError(_text(head, found, _SAME_STATE))
 

@@ -1,0 +1,128 @@
+"""What an engine is made with, checked: one frozen value, of which engines differ by `replace`."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from txcore.kernels import compiler_options as fastest_options
+from txcore.kernels.common.checks import whole_number
+from txcore.mesh import MeshSpec
+from txcore.optim import as_optimizer
+from txcore.optim.optimizer import Optimizer
+from txcore.plan.plan import Plan
+from txcore.train.loggers import Logger
+from txcore.train.numerics import nonfinite
+from txcore.train.numerics.precision import Precision
+
+
+@dataclass(frozen=True)
+class Options:
+    """Hold the options of an engine.
+
+    Attributes:
+      mesh: the devices and their axes.
+      plan: what is parallel over which axis.
+      optimizer: as given, and then as `tx.optim.Optimizer`.
+      loggers: functions of a record, kept as a tuple.
+      precision: what steps compute in.
+      seed: from 0 to 2**32 - 1.
+      on_nonfinite: what to do about a NaN or infinity.
+      compiler_options: XLA options for the steps; None for the fastest known.
+
+    Raises:
+      TypeError, ValueError: as `Engine` says.
+    """
+
+    mesh: MeshSpec
+    plan: Plan
+    optimizer: Optimizer
+    loggers: Sequence[Logger]
+    precision: Precision
+    seed: int
+    on_nonfinite: nonfinite.Policy
+    compiler_options: Mapping[str, Any] | None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.mesh, MeshSpec):
+            raise TypeError(
+                f"Engine needs mesh= a tx.MeshSpec, got {type(self.mesh).__name__}: write "
+                "tx.MeshSpec(devices=..., axes=..., shape=...)"
+            )
+        if not isinstance(self.plan, Plan):
+            raise TypeError(f"Engine needs plan= a tx.Plan, got {type(self.plan).__name__}")
+        seed = whole_number(self.seed)
+        if seed is None or not 0 <= seed < 2**32:
+            raise ValueError(f"Engine needs seed= an int from 0 to 2**32 - 1, got {self.seed}")
+        nonfinite.validate(self.on_nonfinite)
+        self.plan.validate(self.mesh)
+        if callable(self.loggers):
+            raise TypeError("Engine needs loggers= a list of loggers, got one: write [logger]")
+        self._set("seed", seed)
+        self._set("optimizer", as_optimizer(self.optimizer))
+        self._set("loggers", tuple(self.loggers))
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+    @property
+    def xla_options(self) -> dict[str, Any]:
+        """The XLA options that steps are compiled with."""
+        if self.compiler_options is None:
+            return dict(fastest_options(self.mesh.devices[0].platform))
+        return dict(self.compiler_options)
+
+    @property
+    def spans_processes(self) -> bool:
+        """Whether the mesh has devices of several processes."""
+        return len({device.process_index for device in self.mesh.devices}) > 1
+
+
+class OptionsView:
+    """Show an engine's options as its attributes; all but the loggers can only be read."""
+
+    def __init__(self, options: Options) -> None:
+        self._options = options
+
+    @property
+    def mesh(self) -> MeshSpec:
+        """The devices and their axes."""
+        return self._options.mesh
+
+    @property
+    def plan(self) -> Plan:
+        """What is parallel over which axis."""
+        return self._options.plan
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The optimizer; of an optax transformation, what runs it."""
+        return self._options.optimizer
+
+    @property
+    def precision(self) -> Precision:
+        """The precision policy."""
+        return self._options.precision
+
+    @property
+    def seed(self) -> int:
+        """The seed of new states."""
+        return self._options.seed
+
+    @property
+    def on_nonfinite(self) -> nonfinite.Policy:
+        """What to do about a NaN or infinity."""
+        return self._options.on_nonfinite
+
+    @property
+    def loggers(self) -> Sequence[Logger]:
+        """What `fit` calls with its records; may be set."""
+        return self._options.loggers
+
+    @loggers.setter
+    def loggers(self, loggers: Sequence[Logger]) -> None:
+        self._options = replace(self._options, loggers=loggers)
+
+    @property
+    def compiler_options(self) -> dict[str, Any]:
+        """XLA options of the steps."""
+        return self._options.xla_options

@@ -1,0 +1,64 @@
+"""The audit of a compiled step: here, or for a machine that need not be here."""
+
+from typing import TYPE_CHECKING, Any
+
+from txcore.train.batch import global_shapes, shapes_on
+from txcore.train.compile import CompiledStep, compile_step, name_of
+from txcore.train.options import Options
+from txcore.train.owner import Owner
+from txcore.train.state import TrainState
+from txcore.train.step_fn import StepFn, check_jit
+from txcore.train.steps import Steps
+
+if TYPE_CHECKING:
+    from txcore.profiling import Report
+    from txcore.profiling.targets import Target
+
+
+def audit_here(steps: Steps, step: Any, state: TrainState, batch: Any) -> "Report":
+    """Account for the collectives of a step as it runs here."""
+    state, compiled = steps.compile(step, state, steps.place(batch), train=True)
+    return report_on(compiled, state, steps.options)
+
+
+def audit_there(
+    options: Options, owner: Owner, machine: "Target", step: Any, state: TrainState, batch: Any
+) -> "Report":
+    """Account for the collectives of a step compiled for another machine.
+
+    Args:
+      options: those of an engine on that machine's mesh.
+      owner: that engine's.
+      machine: the target.
+      step: the training step.
+      state: a state of an engine here; its shapes are taken.
+      batch: arrays or shapes of one data shard.
+    """
+    check_jit(name_of(step))
+    arrays = {name: shapes_on(tree, options.mesh) for name, tree in state.arrays.items()}
+    state = TrainState(**arrays, owner=owner)
+    compiled = compile_step(
+        step.fn if isinstance(step, StepFn) else step,
+        state,
+        global_shapes(batch, options.mesh, options.plan),
+        mesh=options.mesh,
+        plan=options.plan,
+        options={**options.xla_options, **machine.compiler_options},
+        train=True,
+    )
+    return report_on(compiled, state, options)
+
+
+def report_on(compiled: CompiledStep, state: TrainState, options: Options) -> "Report":
+    """Return the report of a compiled step, against the plan where it predicts the gradients."""
+    # Not needed to train: see compile.py.
+    from txcore.profiling.audit import audit_program
+    from txcore.profiling.declared.gradient_factors import read_gradient_factors
+    from txcore.profiling.matching.against_plan import against_plan
+
+    report = audit_program(compiled.program)
+    if options.optimizer.per_example:  # gathers what the plan would have averaged
+        return report
+    factors = read_gradient_factors(compiled.program.jaxpr, options.plan.data_axes)
+    predicted = options.plan.predict(state.stored_params, options.mesh)
+    return against_plan(report, predicted, factors)

@@ -1,0 +1,171 @@
+"""An engine's steps: each compiled once for its shapes, and run."""
+
+from typing import Any, NoReturn
+
+import jax
+
+from txcore.launch import watch
+from txcore.launch.watch import Phase
+from txcore.train import placing
+from txcore.train.compile import CompiledStep, compile_step, name_of
+from txcore.train.loggers import Metrics
+from txcore.train.options import Options
+from txcore.train.owner import Owner
+from txcore.train.placer import Placed, Placer
+from txcore.train.replicas import agreement
+from txcore.train.state import TrainState
+from txcore.train.step_fn import StepFn, check_jit, refuse_tracing
+
+
+class Steps:
+    """Compile the steps of one engine, and run them.
+
+    Attributes:
+      options: the engine's.
+      owner: what its states are known by.
+      spans: whether the mesh has devices of several processes.
+      place: places a batch on the mesh.
+      last_words: what is running, for a rank that waits in it.
+      compile_seconds: seconds spent tracing and compiling so far.
+    """
+
+    def __init__(self, options: Options, owner: Owner) -> None:
+        self.options, self.owner = options, owner
+        self.spans = options.spans_processes
+        self.last_words = ""
+        self.compile_seconds = 0.0
+        placer = Placer(options.mesh, options.plan)
+        self.place, self.rows = placer.place, placer.rows
+        self._xla_options = options.xla_options
+        self._compiled: dict[Any, CompiledStep] = {}
+        self._forms: dict[Any, int] = {}  # of states: structure, shapes and dtypes
+
+    def place_for(self, step: Any, state: Any, batch: Any) -> Placed:
+        """Place a batch for a step; refuse what jax traces."""
+        refuse_tracing(step, state, batch)
+        return self.place(batch)
+
+    def run(self, step: Any, state: TrainState, batch: Placed) -> tuple[TrainState, Metrics]:
+        """Run one training step on a batch that was placed; `state` is donated."""
+        state, compiled = self.compile(step, state, batch, train=True)
+        if self.spans:
+            self.come_to(compiled, state)
+        arrays, metrics = compiled.call(state.arrays, batch.tree)
+        state = state.with_arrays(arrays)
+        if self.spans:
+            agreement.note_equal(state)
+        return state, metrics
+
+    def compile(
+        self, step: Any, state: TrainState, batch: Placed, *, train: bool
+    ) -> tuple[TrainState, CompiledStep]:
+        """Return the state as the engine's own, and the step compiled for it and the batch.
+
+        Raises:
+          ValueError, TypeError: the state is another engine's or used up; or what the step does
+            wrong.
+        """
+        fn = step.fn if isinstance(step, StepFn) else step
+        state = self.take(state, fn)
+        key = (train, fn, state.form, batch.form)
+        compiled = self._compiled.get(key)
+        if compiled is None:
+            compiled = self._compiled[key] = self._compile(fn, state, batch.tree, train)
+        if train:
+            self.last_words = compiled.last_words
+        return state, compiled
+
+    def _compile(self, fn: Any, state: TrainState, batch: Any, train: bool) -> CompiledStep:
+        check_jit(name_of(fn))
+        watch.at(Phase.COMPILE, label=name_of(fn))
+        compiled = compile_step(
+            fn,
+            state,
+            batch,
+            mesh=self.options.mesh,
+            plan=self.options.plan,
+            options=self._xla_options,
+            train=train,
+            together=self.spans,
+        )
+        self.compile_seconds += compiled.seconds
+        watch.at(Phase.STEP if train else Phase.EVAL_STEP, label=compiled.last_words)
+        return compiled
+
+    def take(self, state: TrainState, user: Any) -> TrainState:
+        """Return a state as one of this engine, all of it on the mesh.
+
+        Args:
+          state: a state that the engine made, or one without an engine.
+          user: what needs it: a step, or a name.
+
+        Raises:
+          ValueError: it is another engine's, or donated to an earlier step.
+        """
+        if not isinstance(state, TrainState):
+            refuse_other()
+        if state.owner is not self.owner and state.owner.engine is not None:
+            refuse_other()
+        if state.form is None:
+            if isinstance(state.step, jax.Array) and state.step.is_deleted():
+                refuse_donated(user)
+            return self._adopt(state)
+        if state.step.is_deleted():
+            refuse_donated(user)
+        return state
+
+    def _adopt(self, state: TrainState) -> TrainState:
+        """Return a state that was put together elsewhere as one whose form is known."""
+        given, mesh = state.arrays, self.options.mesh
+        arrays = {name: placing.place(tree, mesh, f"state.{name}") for name, tree in given.items()}
+        if state.owner is not self.owner or any(arrays[name] is not given[name] for name in given):
+            state = TrainState(**arrays, owner=self.owner)
+        leaves, treedef = jax.tree.flatten(arrays)
+        signature = treedef, tuple((x.shape, x.dtype) for x in leaves)
+        vars(state)["form"] = self._forms.setdefault(signature, len(self._forms))
+        return state
+
+    def come_to(self, compiled: CompiledStep, state: TrainState) -> None:
+        """Do what several processes need before a program of all of them runs."""
+        if self.spans:
+            self._check_beginning(state, compiled.name)
+            if compiled.reduces:
+                watch.meet(f"a run of {compiled.name}")
+
+    def check_replicas(
+        self, state: TrainState, *, after: int | None = None, since: int | None = None
+    ) -> None:
+        """Compare the copies of a state, as `Engine.check_replicas` says."""
+        self.check_own(state)
+        if self.spans:
+            self._check_beginning(state, "check_replicas")
+            watch.meet("a comparison of the copies of the state")
+            watch.at(Phase.COMPARISON)
+        agreement.check_copies(state, self.options.mesh.mesh, after, since)
+        watch.at(Phase.BETWEEN_STEPS)
+
+    def _check_beginning(self, state: TrainState, name: str) -> None:
+        """Compare a state over the ranks where it is not known to be equal on all of them."""
+        if not agreement.is_equal(state):
+            watch.at(Phase.COMPARISON, label=name)
+            agreement.check_beginning(self.options, state, name)
+            agreement.note_equal(state)
+
+    def check_own(self, state: TrainState) -> None:
+        """Refuse a state that this engine did not make."""
+        if not isinstance(state, TrainState) or state.owner is not self.owner:
+            refuse_other()
+
+
+def refuse_other() -> NoReturn:
+    """Refuse a state of another engine."""
+    raise ValueError("this engine runs states that its create_state made, got another")
+
+
+def refuse_donated(user: Any) -> NoReturn:
+    """Refuse a state that a step has used up."""
+    name = user if isinstance(user, str) else name_of(user)
+    raise ValueError(
+        f"the state given to {name} was donated to an earlier step: keep the "
+        "state that the step returns, state, metrics = step(state, batch)"
+    )
