@@ -100,7 +100,7 @@ def wait_for_end(pids):
 
 def main():
     """Run the command with packages whose own modules, which import jax, are left out."""
-    for name in ("txcore", "txcore.launch"):
+    for name in ("txcore", "txcore.launch", "txcore.launch.watch"):
         package = types.ModuleType(name)
         package.__path__ = [str(ROOT / name.replace(".", "/"))]
         sys.modules[name] = package

@@ -7,7 +7,7 @@ import pytest
 
 from txcore import _compat
 from txcore.launch import Cluster, cluster
-from txcore.launch.join.cluster import first_host, local_devices, tasks_per_node
+from txcore.launch.join.cluster import first_host, local_devices, run_of, tasks_per_node
 
 # As srun -n 2 and mpirun -n 2 set them on one host.
 SRUN = {
@@ -38,6 +38,7 @@ MPIRUN = {
     "OMPI_MCA_orte_hnp_uri": "823656448.0;tcp://192.0.2.7,10.1.1.1:56933",
     "PMIX_NAMESPACE": "823656449",
 }
+JOB, MPI = "SLURM 7.0 0", "mpirun 823656449"  # the runs of these
 HOSTS = MPIRUN | {"OMPI_COMM_WORLD_SIZE": "4"}
 LAUNCH = {
     "JAX_COORDINATOR_ADDRESS": "127.0.0.1:12345",
@@ -88,7 +89,8 @@ def torchruns_port(text):
 )
 def test_torchrun(environ, host, text, devices):
     coordinator = f"{host}:{torchruns_port(text)}"
-    assert cluster(environ) == Cluster("torchrun", coordinator, 4, 2, devices)
+    run = f"torchrun {text.rpartition(' ')[0]}"  # each agent counts restarts of its own
+    assert cluster(environ) == Cluster("torchrun", coordinator, 4, 2, devices, run)
 
 
 def test_torchruns_port_of_the_documents():
@@ -113,7 +115,8 @@ def test_torchruns_port_of_the_documents():
 )
 def test_torchruns_variables_by_others(more, devices):
     """Nobody listens at MASTER_PORT: process 0 can."""
-    assert cluster(TORCH | more) == Cluster("torchrun", "node1:29500", 4, 2, devices)
+    run = "torchrun 7 29500" if "TORCHELASTIC_RUN_ID" in more else None
+    assert cluster(TORCH | more) == Cluster("torchrun", "node1:29500", 4, 2, devices, run)
 
 
 @pytest.mark.parametrize(
@@ -193,15 +196,24 @@ def test_torchruns_variables_that_contradict_each_other(more, text):
     [
         ({}, None),
         (LAUNCH, Cluster("environment", "127.0.0.1:12345", 3, 2)),
-        (SRUN, Cluster("SLURM", "127.0.0.1:61447", 2, 1, (1,))),
-        (NODES, Cluster("SLURM", "gpu07:61447", 6, 3, (0,))),
-        (NODES | {"SLURM_STEP_ID": "2"}, Cluster("SLURM", "gpu07:63465", 6, 3, (0,))),
-        (SRUN | {"SLURM_JOB_ID": "4103"}, Cluster("SLURM", "127.0.0.1:61447", 2, 1, (1,))),
-        (SRUN | {"JAX_COORDINATOR_PORT": "5555"}, Cluster("SLURM", "127.0.0.1:5555", 2, 1, (1,))),
-        (SRUN | {"JAX_COORDINATOR_ADDRESS": "a:1"}, Cluster("SLURM", "a:1", 2, 1, (1,))),
-        (MPIRUN, Cluster("Open MPI", "127.0.0.1:65315", 2, 1, (1,))),
-        (HOSTS, Cluster("Open MPI", "192.0.2.7:65315", 4, 1, (1,))),
-        (MPIRUN | SRUN, Cluster("Open MPI", "127.0.0.1:65315", 2, 1, (1,))),
+        (SRUN, Cluster("SLURM", "127.0.0.1:61447", 2, 1, (1,), JOB)),
+        (NODES, Cluster("SLURM", "gpu07:61447", 6, 3, (0,), JOB)),
+        (
+            NODES | {"SLURM_STEP_ID": "2"},
+            Cluster("SLURM", "gpu07:63465", 6, 3, (0,), "SLURM 7.2 0"),
+        ),
+        (
+            SRUN | {"SLURM_JOB_ID": "4103"},
+            Cluster("SLURM", "127.0.0.1:61447", 2, 1, (1,), "SLURM 4103.0 0"),
+        ),
+        (
+            SRUN | {"JAX_COORDINATOR_PORT": "5555"},
+            Cluster("SLURM", "127.0.0.1:5555", 2, 1, (1,), JOB),
+        ),
+        (SRUN | {"JAX_COORDINATOR_ADDRESS": "a:1"}, Cluster("SLURM", "a:1", 2, 1, (1,), JOB)),
+        (MPIRUN, Cluster("Open MPI", "127.0.0.1:65315", 2, 1, (1,), MPI)),
+        (HOSTS, Cluster("Open MPI", "192.0.2.7:65315", 4, 1, (1,), MPI)),
+        (MPIRUN | SRUN, Cluster("Open MPI", "127.0.0.1:65315", 2, 1, (1,), MPI)),
         (MPIRUN | SRUN | LAUNCH, Cluster("environment", "127.0.0.1:12345", 3, 2)),
         (
             {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"},
@@ -251,7 +263,7 @@ def test_tpu_pod(found, monkeypatch):
 )
 def test_open_mpi_on_several_hosts(uri, coordinator):
     found = cluster(HOSTS | {"OMPI_MCA_orte_hnp_uri": uri})
-    assert found == Cluster("Open MPI", coordinator, 4, 1, (1,))
+    assert found == Cluster("Open MPI", coordinator, 4, 1, (1,), MPI)
 
 
 @pytest.mark.parametrize(
@@ -341,3 +353,18 @@ def test_first_host(nodes, host):
 @pytest.mark.parametrize("text, counts", [("2", [2]), ("2(x3),1", [2, 2, 2, 1]), ("1,3", [1, 3])])
 def test_tasks_per_node(text, counts):
     assert tasks_per_node(text) == counts
+
+
+@pytest.mark.parametrize("environ", [LAUNCH, SRUN, MPIRUN, TORCHRUN, TORCH])
+def test_the_run_that_a_person_or_the_launcher_names(environ):
+    named = environ | {"TXCORE_RUN": "mine"}
+    assert cluster(named).run == "mine"
+    # The launcher's own coordinator is another one where a rank of its joins another run by hand.
+    launched = {"TXCORE_RUN": "mine", "JAX_COORDINATOR_ADDRESS": "10.0.0.1:1"}
+    assert run_of(launched, cluster(environ).coordinator) is None
+    assert run_of(launched, "10.0.0.1:1") == "mine"
+    assert run_of({"TXCORE_RUN": ""}, "10.0.0.1:1") is None
+
+
+def test_an_attempt_that_slurm_starts_again_is_another_run():
+    assert cluster(SRUN | {"SLURM_RESTART_COUNT": "2"}).run == "SLURM 7.0 2"

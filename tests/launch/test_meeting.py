@@ -8,13 +8,16 @@ import os
 import re
 import selectors
 import socket
+import sys
 import time
 
 import pytest
 from processes import free_port
 
+from txcore.launch.join import gathering as gathering_code
 from txcore.launch.join import rendezvous
-from txcore.launch.join.rendezvous import Host, NotTogether, attend, listen
+from txcore.launch.join.gathering import Host
+from txcore.launch.join.rendezvous import NotTogether, attend, introduce, listen, tell_of_end
 
 
 def says(text):
@@ -22,17 +25,22 @@ def says(text):
 
 
 @contextlib.contextmanager
-def gathering(size, seconds=20.0):
+def gathering(size, seconds=20.0, run=None):
     """A process 0 that gathers; yields its address and its future."""
     deadline = time.monotonic() + seconds
     address = f"127.0.0.1:{free_port()}"
-    host = Host(listen(address, deadline), size, "first")
-    with concurrent.futures.ThreadPoolExecutor() as pool:
+    host = Host(listen(address, deadline), size, "first", run)
+    with concurrent.futures.ThreadPoolExecutor() as pool, contextlib.closing(host):
         yield address, pool.submit(host.gather, deadline), pool
 
 
-def join(pool, address, rank, size, seconds=20.0):
-    return pool.submit(attend, address, rank, size, time.monotonic() + seconds)
+def join(pool, address, rank, size, seconds=20.0, run=None):
+    """Attend in a thread; the future's result is None where all have met, and is let go of."""
+
+    def attend_once():
+        attend(address, rank, size, time.monotonic() + seconds, run).connection.close()
+
+    return pool.submit(attend_once)
 
 
 def greet(address, **greeting):
@@ -57,11 +65,20 @@ def test_all_meet():
         assert [each.result() for each in (first, *others)] == [None] * 4
 
 
-def test_the_port_is_free_when_they_have_met():
+def test_jaxs_server_gets_the_port_when_they_have_met_and_no_other_run_does(monkeypatch):
+    monkeypatch.setattr(rendezvous, "ATTEMPTS", 1)
     with gathering(2) as (address, first, pool):
         other = join(pool, address, 1, 2)
         first.result()
         other.result()
+        if sys.platform == "linux":
+            with says(cannot(address, os.strerror(errno.EADDRINUSE))):
+                listen(address, time.monotonic())
+        with socket.socket() as shares:  # as gRPC's does
+            for option in (socket.SO_REUSEADDR, socket.SO_REUSEPORT):
+                shares.setsockopt(socket.SOL_SOCKET, option, 1)
+            shares.bind(("127.0.0.1", int(address.split(":")[1])))
+            shares.listen()
     listen(address, time.monotonic()).close()
 
 
@@ -76,8 +93,9 @@ def test_process_0_may_come_last():
         other = join(pool, address, 1, 2)
         time.sleep(0.5)
         deadline = time.monotonic() + 20
-        Host(listen(address, deadline), 2, "first").gather(deadline)
-        other.result()
+        with contextlib.closing(Host(listen(address, deadline), 2, "first")) as host:
+            host.gather(deadline)
+            other.result()
 
 
 def test_who_came_and_went_may_come_again():
@@ -115,7 +133,7 @@ def test_strangers_are_not_heard_and_hold_nobody_up():
 
 
 def test_many_strangers_do_not_use_up_all_connections(monkeypatch):
-    monkeypatch.setattr(rendezvous, "_STRANGERS", 8)
+    monkeypatch.setattr(gathering_code, "_STRANGERS", 8)
     with gathering(2) as (address, first, pool):
         strangers = [socket.create_connection(address.split(":")) for _ in range(50)]
         other = join(pool, address, 1, 2)
@@ -149,33 +167,157 @@ def test_what_a_stranger_says_does_nothing_to_a_terminal():
         escaped.close()
 
 
-@pytest.mark.parametrize("taken", [0, 1])
-def test_two_processes_with_the_same_id(taken):
-    holder = {0: "first", 1: "second"}[taken]
-    text = (
-        f"process_id={taken} is taken by a process on {holder}, and another on third has it too: "
-        "give each its own, from 0 to 2"
+def of(run):
+    return "a run without an id" if run is None else f"run {run}"
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("ours, theirs", [("a", "b"), (None, "b"), ("a", None)])
+def test_another_run_at_the_port_is_refused_in_seconds(ours, theirs, size, monkeypatch):
+    """Its processes of every number; the run that has the port is not disturbed."""
+    monkeypatch.setattr(rendezvous, "PATIENCE_S", 1.0)
+    here = socket.gethostname()
+    reason = (
+        f"the port is that of {of(ours)} (process 0 on first), and process {{}} (on {here}) is of "
+        f"{of(theirs)}: give each run a port of its own, and all processes of a run the same "
+        "TXCORE_RUN or none"
     )
-    with gathering(3, seconds=3.0) as (address, first, _):
-        second = greet(address, rank=1, size=3, host="second")
+    with gathering(size, run=ours) as (address, first, pool):
+        begun = time.monotonic()
+        foreign = [join(pool, address, rank, size, run=theirs) for rank in range(1, size)]
+        for rank, other in enumerate(foreign, 1):
+            with says(reason.format(rank)):
+                other.result()
+        monkeypatch.setattr(rendezvous, "ATTEMPTS", 1)
+        taken = f"{os.strerror(errno.EADDRINUSE)}; {reason.format(0)}"
+        with says(cannot(address, taken)):
+            listen(address, time.monotonic() + 20, introduce(0, size, theirs))
+        assert time.monotonic() - begun < 10
+        assert not first.done()
+        others = [join(pool, address, rank, size, run=ours) for rank in range(1, size)]
+        assert [each.result() for each in (first, *others)] == [None] * size
+
+
+def test_who_is_refused_by_a_run_that_then_ends_is_waited_for():
+    address = f"127.0.0.1:{free_port()}"
+    with (
+        contextlib.closing(Host(listen(address, 0.0), 2, "first", "a")) as ends,
+        concurrent.futures.ThreadPoolExecutor() as pool,
+    ):
+        gathered = pool.submit(ends.gather, time.monotonic() + 0.7)
+        other = join(pool, address, 1, 2, run="b")
+        with pytest.raises(NotTogether):
+            gathered.result()
+        deadline = time.monotonic() + 20
+        with contextlib.closing(Host(listen(address, deadline), 2, "next", "b")) as host:
+            host.gather(deadline)
+            other.result()
+
+
+CONFLICTS = {
+    "count": (1, 4, "process 1 (on third) was started with num_processes=4, but process 0 (on "
+              "first) with 3: give all the same"),
+    "taken": (1, 3, "process_id=1 is taken by a process on second, and another on third has it "
+              "too: give each its own, from 0 to 2"),
+    "taken 0": (0, 3, "process_id=0 is taken by a process on first, and another on third has it "
+                "too: give each its own, from 0 to 2"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", CONFLICTS)
+def test_ranks_of_one_run_that_contradict_each_other_end_all_at_once(kind):
+    rank, size, text = CONFLICTS[kind]
+    begun = time.monotonic()
+    with gathering(3, seconds=60, run="a") as (address, first, _):
+        second = greet(address, rank=1, size=3, host="second", run="a")
         time.sleep(0.2)
-        assert answers(greet(address, rank=taken, size=3, host="third")) == [{"error": text}]
-        with says("process 2 did not come (here: 0 on first, 1 on second)"):
+        third = answers(greet(address, rank=rank, size=size, host="third", run="a"))
+        assert third == [{"error": text, "again": False}]
+        with says(text):
             first.result()
         *_, last = answers(second)
-        assert last == {"error": "process 2 did not come (here: 0 on first, 1 on second)"}
+        assert last == {"error": text}
+    assert time.monotonic() - begun < 10
 
 
-def test_processes_that_count_differently():
+@pytest.mark.parametrize("kind", CONFLICTS)
+def test_where_a_run_has_no_id_a_contradiction_bounds_the_wait(kind, monkeypatch):
+    """It may be of another run: the missing ones have some time left to come."""
+    monkeypatch.setattr(gathering_code, "DOUBT_S", 2.0)
+    rank, size, text = CONFLICTS[kind]
+    text += ", and each run a port of its own" if kind.startswith("taken") else ""
+    with gathering(3, seconds=60) as (address, first, pool):
+        second = greet(address, rank=1, size=3, host="second")
+        time.sleep(0.2)
+        assert answers(greet(address, rank=rank, size=size, host="third")) == [
+            {"error": text, "again": False}
+        ]
+        missing = (
+            "process 2 did not come (here: 0 on first, 1 on second); refused was one that may be "
+            f"it: {text}"
+        )
+        with says(missing):
+            first.result()
+        *_, last = answers(second)
+        assert last == {"error": missing}
+    with gathering(3, seconds=60) as (address, first, pool):
+        other = join(pool, address, 1, 3)
+        time.sleep(0.2)
+        answers(greet(address, rank=rank, size=size, host="third"))
+        time.sleep(0.5)
+        late = join(pool, address, 2, 3)
+        assert [each.result() for each in (first, other, late)] == [None] * 3
+
+
+def test_a_rank_whose_connection_broke_takes_its_own_place():
+    with gathering(3, run="a") as (address, first, pool):
+        greeting = introduce(1, 3, "a")
+        with greet(address, **greeting), greet(address, **greeting) as again:
+            time.sleep(0.2)
+            join(pool, address, 2, 3, run="a").result()
+            first.result()
+            with again.makefile() as lines:
+                assert any('"missing": []' in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    "code, how", [(0, "ended with exit code 0"), (-9, "was killed by SIGKILL")]
+)
+def test_a_rank_of_which_the_launcher_says_that_it_has_ended(code, how):
     text = (
-        f"process 1 (on {socket.gethostname()}) was started with num_processes=3, but process 0 "
-        "(on first) with 2: give all the same"
+        f"process 2 {how} before all had met: see what it says, and have every process call "
+        "tx.initialize"
     )
-    with gathering(2, seconds=3.0) as (address, first, pool):
-        with says(text):
-            join(pool, address, 1, 3).result()
+    with gathering(3, seconds=60, run="a") as (address, first, pool):
+        other = join(pool, address, 1, 3, run="a")
+        time.sleep(0.2)
+        assert not tell_of_end(address, "b", 2, code), "of another run"
+        assert tell_of_end(address, "a", 2, code)
+        for each in (first, other):
+            with says(text):
+                each.result()
+    assert not tell_of_end(address, "a", 2, code), "nobody is there"
+
+
+def test_a_run_without_an_id_hears_of_no_end():
+    with gathering(2, seconds=1.0) as (address, first, _):
+        assert not tell_of_end(address, None, 1, 0)
         with says("process 1 did not come (here: 0 on first)"):
             first.result()
+
+
+def test_process_0_that_ends_when_all_have_met_is_not_waited_for():
+    address = f"127.0.0.1:{free_port()}"
+    deadline = time.monotonic() + 20
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        host = Host(listen(address, deadline), 2, "first")
+        seat = pool.submit(attend, address, 1, 2, deadline)
+        host.gather(deadline)
+        host.close()
+        with seat.result().connection, socket.create_server(("127.0.0.1", 0)) as another:
+            there = f"127.0.0.1:{another.getsockname()[1]}"
+            with says("process 0 ended after all had met: see what it says"):
+                rendezvous.until_served(there, deadline, seat.result())
 
 
 def test_who_waits_hears_who_is_missing():
@@ -266,5 +408,6 @@ def test_ipv6():
     address = f"[::1]:{listener.getsockname()[1]}"
     with concurrent.futures.ThreadPoolExecutor() as pool:
         other = join(pool, address, 1, 2)
-        Host(listener, 2, "first").gather(time.monotonic() + 20)
-        other.result()
+        with contextlib.closing(Host(listener, 2, "first")) as host:
+            host.gather(time.monotonic() + 20)
+            other.result()

@@ -223,6 +223,64 @@ def test_the_guard_counts_only_time_that_it_lives_through(coordinator, monkeypat
     assert rank.stood_still_s() == 0
 
 
+@pytest.mark.parametrize("others", ["ended", "one goes on"])
+def test_the_last_rank_says_once_what_it_does(others, ranks, clock, coordinator, monkeypatch):
+    for rank in ranks[:2] if others == "ended" else ranks[:1]:
+        rank.tell(ended=True)
+    go(ranks, clock, 1)
+    ranks[2].exchange()
+    said = []
+
+    class NoLifeline:
+        def wait(self, seconds):
+            clock.now += seconds
+            ranks[2].exchange()
+            ranks[2].closed = clock.now > 1200
+            return False
+
+    monkeypatch.setattr(_compat, "coordination_client", lambda: coordinator)
+    monkeypatch.setattr(ranks[2], "peer_timeout_s", 1e6)
+    ranks[2].guard(NoLifeline(), print, lambda watcher, seconds: said.append(seconds))
+    assert [round(seconds) for seconds in said] == ([30] if others == "ended" else [])
+
+
+def test_the_words_of_the_last_rank(ranks, capfd):
+    ranks[2].position = ("after fit", 120, "")
+    shutdown.say_last(ranks[2], 30.2)
+    said = capfd.readouterr().err
+    assert said.startswith(
+        "txcore: rank 2 is the last of 3: the others finished 30 s ago, and it is at step 120 "
+        "(after fit), here:\nThread MainThread (most recent call first):\n"
+    )
+    assert re.search(r"test_watch.py., line \d+ in test_the_words_of_the_last_rank", said)
+
+
+@pytest.mark.parametrize(
+    "code, text, verdict",
+    [
+        (-9, "rank 1 was killed by SIGKILL; last seen at step 7 (step)", 75),
+        (0, "rank 1 ended with exit code 0; last seen at step 7 (step)", 70),
+        (3, "rank 1 ended with exit code 3; last seen at step 7 (step)", 70),
+    ],
+)
+def test_a_rank_of_whose_end_the_launcher_tells_is_named_at_once(code, text, verdict, ranks, clock):
+    ranks[1].position = ("step", 7, "")
+    go(ranks, clock, 2)
+    ranks[0].hear_of_end(1, code)
+    go(ranks, clock, 2, but=[1])
+    assert ranks[0].verdict == ranks[2].verdict == Verdict(text, verdict)
+
+
+@pytest.mark.parametrize("told", [{"ended": True}, {"ended": True, "failed": "ValueError: no"}])
+def test_a_rank_that_said_that_it_ends_is_judged_by_that(told, ranks, clock):
+    ranks[1].tell(**told)
+    go(ranks, clock, 2)
+    ranks[0].hear_of_end(1, 1)
+    go(ranks, clock, 2, but=[1])
+    said = ranks[0].verdict and ranks[0].verdict.text
+    assert said == ("rank 1 failed at step 0 (start): ValueError: no" if "failed" in told else None)
+
+
 def test_in_a_single_process_a_request_stops_at_the_next_boundary():
     alone = Watcher()
     assert alone.reach(0) is False

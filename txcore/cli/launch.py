@@ -5,6 +5,7 @@ import contextlib
 import math
 import os
 import pathlib
+import secrets
 import shlex
 import shutil
 import sys
@@ -70,6 +71,14 @@ def add(commands: Any) -> None:
         help="from asking ranks to end to killing them (default 30)",
     )
     parser.add_argument(
+        "--idle",
+        type=_seconds,
+        default=1800.0,
+        metavar="SECONDS",
+        help="after some ranks have ended well, from when the others do nothing to ending them "
+        "(default 1800; ranks on other hosts are waited for)",
+    )
+    parser.add_argument(
         "--no-pin", dest="pin", action="store_false", help="let every rank use all cores"
     )
     parser.add_argument("program", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
@@ -98,7 +107,11 @@ def run(options: argparse.Namespace) -> int:
             if folder is not None:
                 folder.mkdir(parents=True, exist_ok=True)
             failure = local.launch(
-                tasks, remote_shell=shell, output_dir=folder, grace_s=options.grace
+                tasks,
+                remote_shell=shell,
+                output_dir=folder,
+                grace_s=options.grace,
+                idle_s=options.idle,
             )
         except (OSError, ValueError) as error:
             raise BadInput(f"launch cannot start the ranks: {error}") from error
@@ -119,6 +132,7 @@ def make_tasks(options: argparse.Namespace, held: contextlib.ExitStack) -> "list
     Raises:
       BadInput: something cannot be had.
     """
+    from txcore.launch.join.rendezvous import RUN_VARIABLE
     from txcore.launch.launcher.hosts import Task, gpus_of
 
     argv = _argv(options)
@@ -132,6 +146,8 @@ def make_tasks(options: argparse.Namespace, held: contextlib.ExitStack) -> "list
     environment["PYTHONUNBUFFERED"] = os.environ.get("PYTHONUNBUFFERED", "1")
     if options.devices_per_process:
         environment["JAX_NUM_CPU_DEVICES"] = str(options.devices_per_process)
+    if options.size > 1:  # one alone may be part of another run
+        environment[RUN_VARIABLE] = secrets.token_hex(8)
     passed_on, cwd = _passed_on(options.export), os.getcwd()
     tasks = []
     for rank, host in enumerate(hosts):

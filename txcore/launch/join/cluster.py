@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from txcore import _compat
 from txcore.launch.join import addresses
+from txcore.launch.join.rendezvous import RUN_VARIABLE
 
 # What says where a process belongs: `txcore launch` sets all three, jax reads the first.
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
@@ -32,6 +33,7 @@ class Cluster(NamedTuple):
       num_processes: how many processes there are; None where only jax can find out.
       process_id: which one this is, from 0; None where only jax can find out.
       local_device_ids: which of the GPUs it sees are this process's own; None for all of them.
+      run: what all processes of this run say and those of others do not; None where nothing does.
     """
 
     name: str
@@ -39,6 +41,23 @@ class Cluster(NamedTuple):
     num_processes: int | None = None
     process_id: int | None = None
     local_device_ids: tuple[int, ...] | None = None
+    run: str | None = None
+
+
+def run_of(environ: Mapping[str, str], coordinator: str | None) -> str | None:
+    """Return what TXCORE_RUN says of a run.
+
+    Where `txcore launch` has set it, it is the run at the launcher's coordinator, no other one that
+    its ranks start or join by hand.
+
+    Example:
+      >>> from txcore.launch.join.cluster import run_of
+      >>> launched = {"TXCORE_RUN": "3f9a", "JAX_COORDINATOR_ADDRESS": "node1:12345"}
+      >>> run_of(launched, "node1:12345"), run_of(launched, "node2:12345")
+      ('3f9a', None)
+    """
+    known = environ.get(VARIABLES[0]) or coordinator
+    return environ.get(RUN_VARIABLE) or None if known == coordinator else None
 
 
 def cluster(environ: Mapping[str, str] | None = None) -> Cluster | None:
@@ -73,12 +92,14 @@ def cluster(environ: Mapping[str, str] | None = None) -> Cluster | None:
     environ = os.environ if environ is None else environ
     if all(environ.get(name) for name in VARIABLES):
         count, rank = (_number(environ, name) for name in VARIABLES[1:])
-        return Cluster("environment", environ[VARIABLES[0]], count, rank)
+        address = environ[VARIABLES[0]]
+        return Cluster("environment", address, count, rank, run=run_of(environ, address))
     found = _found(environ)
     own = environ.get(VARIABLES[0])
     if found is not None:
         _check_agrees(environ, found)
-        return found._replace(coordinator=own) if own else found
+        found = found._replace(coordinator=own) if own else found
+        return found._replace(run=run_of(environ, found.coordinator) or found.run)
     if own or any(environ.get(name) for name in VARIABLES[1:]):
         raise _half_set(environ, VARIABLES, "`txcore launch` sets all three")
     return None
@@ -148,7 +169,10 @@ def _torch(environ: Mapping[str, str]) -> Cluster | None:
     elif not 0 < port < 2**16:
         raise ValueError(f"MASTER_PORT must be from 1 to {2**16 - 1}, got {port}")
     devices = _torch_devices(environ, size)
-    return Cluster("torchrun", addresses.join_address(host, port), size, rank, devices)
+    run = None
+    if environ.get(_TORCHRUN):  # "none" by default; but each run's store has a port of its own
+        run = f"torchrun {environ[_TORCHRUN]} {environ['MASTER_PORT']}"
+    return Cluster("torchrun", addresses.join_address(host, port), size, rank, devices, run)
 
 
 def _torch_devices(environ: Mapping[str, str], size: int) -> tuple[int, ...] | None:
@@ -188,7 +212,8 @@ def _open_mpi(environ: Mapping[str, str]) -> Cluster | None:
     job = environ.get("PMIX_NAMESPACE", "")
     port = _port(environ, zlib.crc32(job.encode()))
     devices = local_devices(environ, local_rank, local_size)
-    return Cluster("Open MPI", f"{host}:{port}" if host else None, size, rank, devices)
+    address = f"{host}:{port}" if host else None
+    return Cluster("Open MPI", address, size, rank, devices, f"mpirun {job}" if job else None)
 
 
 def _slurm(environ: Mapping[str, str]) -> Cluster | None:
@@ -208,6 +233,7 @@ def _slurm(environ: Mapping[str, str]) -> Cluster | None:
         _number(environ, "SLURM_STEP_NUM_TASKS"),
         _number(environ, "SLURM_PROCID"),
         local_devices(environ, int(environ.get("SLURM_LOCALID", "0")), here),
+        f"SLURM {job}.{step} {environ.get('SLURM_RESTART_COUNT', '0')}",
     )
 
 

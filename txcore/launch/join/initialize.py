@@ -1,5 +1,6 @@
 """Joining the processes of one run."""
 
+import contextlib
 import logging
 import math
 import os
@@ -7,19 +8,29 @@ import socket
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
 from txcore import _compat
 from txcore.launch import watch
-from txcore.launch.join import addresses, rendezvous, seal_port
-from txcore.launch.join.cluster import VARIABLES, cluster
+from txcore.launch.join import addresses, gathering, rendezvous
+from txcore.launch.join.cluster import VARIABLES, cluster, run_of
 
 _LOG = logging.getLogger("txcore")
 
-# The coordinator's address, the number of processes, this one's id, and its GPUs.
-Place = tuple[str, int, int, tuple[int, ...] | None]
+JOINED = "txcore/joined/"  # the keys under which each process shows the start's token
+JOIN_S = 30.0  # for the processes that have met to join jax's service, from the first on
+
+
+class Place(NamedTuple):
+    """Where this process belongs: the coordinator's address, how many, which one, its GPUs, run."""
+
+    address: str
+    size: int
+    rank: int
+    devices: tuple[int, ...] | None = None
+    run: str | None = None
 
 
 def initialize(
@@ -79,12 +90,12 @@ def initialize(
         _be_alone(local_device_ids)
         return
     _refuse_late()
-    address, size, rank, ours = place
+    address, size, rank, ours, run = place
     addresses.check_interfaces()
     addresses.bypass_proxies(addresses.split_address(address)[0], os.environ)
     started = time.monotonic()
     try:
-        bind = _meet(address, size, rank, started + timeout_s)
+        met = _meet(address, size, rank, started + timeout_s, run)
     except rendezvous.NotTogether as error:
         raise RuntimeError(
             f"tx.initialize of process {rank} of {size} at {address}: {error}; waited "
@@ -99,13 +110,16 @@ def initialize(
         cluster_detection_method="deactivate",  # done
         initialization_timeout=max(30, round(timeout_s)),
         heartbeat_timeout_seconds=math.ceil(heartbeat_timeout_s),
-        coordinator_bind_address=bind,
+        coordinator_bind_address=met.bind,
     )
-    if bind:
-        closed = seal_port.close_door(addresses.split_address(bind)[1])
-        if not closed and sys.platform == "linux":
-            _LOG.warning("txcore: the coordinator's port %s stays open to strangers", bind)
+    _check_all_have_met(rank, size, met.token, min(timeout_s, JOIN_S))
     watch.start(peer_timeout_s=peer_timeout_s, step_timeout_s=step_timeout_s)
+    if met.host is not None and met.bind is not None:
+        closed = met.host.stay(addresses.split_address(met.bind)[1], watch.hear_of_end)
+        if not closed and sys.platform == "linux":
+            _LOG.warning("txcore: the coordinator's port %s stays open to strangers", met.bind)
+    if met.seat is not None:
+        met.seat.connection.close()
 
 
 def _given(
@@ -128,7 +142,9 @@ def _given(
     return _check(coordinator, num_processes, process_id)
 
 
-def _check(coordinator: Any, size: Any, rank: Any, devices: Any = None) -> Place:
+def _check(
+    coordinator: Any, size: Any, rank: Any, devices: Any = None, run: str | None = None
+) -> Place:
     """Return the values, which fit together."""
     try:
         addresses.split_address(coordinator)
@@ -143,7 +159,9 @@ def _check(coordinator: Any, size: Any, rank: Any, devices: Any = None) -> Place
             f"tx.initialize needs process_id= from 0 to {size - 1} for num_processes={size}, "
             f"got {rank}"
         )
-    return coordinator, size, rank, devices
+    if run is None:
+        run = run_of(os.environ, coordinator)
+    return Place(coordinator, size, rank, devices, run)
 
 
 def _check_timeouts(**timeouts: float) -> None:
@@ -192,20 +210,30 @@ def _found(timeout_s: int) -> Place | None:
             f"{values}: set {', '.join(VARIABLES)}"
         )
     address, size, rank = values
-    return _check(address, size, rank, found.local_device_ids)
+    return _check(address, size, rank, found.local_device_ids, found.run)
 
 
-def _meet(address: str, size: int, rank: int, deadline: float) -> str | None:
-    """Wait until all have met; return, on process 0, where its coordinator is to listen."""
+class Met(NamedTuple):
+    """What a process has once all have met, until jax has joined them."""
+
+    token: str
+    bind: str | None = None  # where process 0's coordinator is to listen
+    host: gathering.Host | None = None  # on process 0
+    seat: rendezvous.Seat | None = None  # on the others
+
+
+def _meet(address: str, size: int, rank: int, deadline: float, run: str | None = None) -> Met:
+    """Wait until all have met."""
     if rank:
-        rendezvous.attend(address, rank, size, deadline)
-        rendezvous.until_served(address, deadline)
-        return None
+        seat = rendezvous.attend(address, rank, size, deadline, run)
+        rendezvous.until_served(address, deadline, seat)
+        return Met(seat.token, seat=seat)
     bind = _asked_bind() or _own_address(address, deadline)
-    host = rendezvous.Host(rendezvous.listen(bind, deadline), size, socket.gethostname())
+    listener = rendezvous.listen(bind, deadline, rendezvous.introduce(rank, size, run))
+    host = gathering.Host(listener, size, socket.gethostname(), run)
     try:
         host.gather(deadline)
-        return bind
+        return Met(host.token, bind, host)
     except rendezvous.NotTogether as error:
         given, found = (addresses.split_address(a)[0] for a in (address, bind))
         if not addresses.is_loopback(found) or addresses.is_loopback(given) or given == "localhost":
@@ -214,6 +242,24 @@ def _meet(address: str, size: int, rank: int, deadline: float) -> str | None:
             f"{error}; only this host's own processes can: its name {given} means {found} here, "
             "so give the coordinator as an address that the others can reach"
         ) from None
+
+
+def _check_all_have_met(rank: int, size: int, token: str, timeout_s: float) -> None:
+    """Refuse a run into which jax's service has let one that was not at the meeting."""
+    client = _compat.coordination_client()
+    if client is None or size == 1:
+        return
+    client.key_value_set(f"{JOINED}{rank}", token)
+    with contextlib.suppress(RuntimeError):  # who was not at the meeting does not come
+        client.wait_at_barrier(f"{JOINED}all", int(timeout_s * 1000))
+    shown = dict(client.key_value_dir_get(JOINED))
+    strange = [r for r in range(size) if shown.get(f"{JOINED}{r}") != token]
+    if strange:
+        raise RuntimeError(
+            f"tx.initialize of process {rank} of {size} needs every process of jax's coordination "
+            f"service to be of this run, but {rendezvous.named(strange)} joined without having met "
+            "process 0: end what else connects to this port, or take another port"
+        )
 
 
 def _asked_bind() -> str | None:

@@ -1,24 +1,30 @@
 """The processes of a run meet before jax joins them: who is there, and who is missing.
 
 jax's own join ends the process without a chance and without a name when one does not come (SIGABRT,
-"Deadline Exceeded", on 0.10 to 0.12). So they meet at the coordinator's port first: each connects
-to process 0 and says who it is, and process 0 tells them who is missing until nobody is.
+"Deadline Exceeded", on 0.10 to 0.12), and takes in whoever comes. So they meet at the coordinator's
+port first: each connects to process 0 (gathering.py) and says who it is and of which run, and
+process 0 tells them who is missing until nobody is. Both ends stay connected until jax has joined
+them, so that who reaches the port then reaches the process 0 that it has met.
 """
 
 import contextlib
 import json
-import selectors
+import math
+import secrets
+import select
 import socket
 import time
-from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 from txcore.errors import TxcoreError
 from txcore.launch.join.addresses import split_address
 
+# Says which run a process belongs to; `txcore launch` sets it, anew for each run.
+RUN_VARIABLE = "TXCORE_RUN"
 ATTEMPTS = 3  # to listen where another program listens still
 _LONGEST_LINE = 2**16  # bytes; nobody has more to say
-_STRANGERS = 256  # connections that said nothing yet and are kept
+PATIENCE_S = 5.0  # for a run that has the port, and may be about to end
+_ASK_S = 2.0  # for an answer of who has the port
 _MOST_NAMED = 16  # processes in a message
 
 
@@ -26,7 +32,24 @@ class NotTogether(TxcoreError, RuntimeError):
     """The processes of a run did not come together; the message says which and what to do."""
 
 
-def listen(address: str, deadline: float) -> socket.socket:
+class _Refused(NotTogether):
+    """Another run has the port, for now."""
+
+
+class Seat(NamedTuple):
+    """What a process has once all have met: its connection to process 0, and the start's token."""
+
+    connection: socket.socket
+    token: str
+
+
+def introduce(rank: int, size: int, run: str | None = None) -> dict[str, Any]:
+    """Return what a process says of itself at the meeting."""
+    own = {"process": secrets.token_hex(8), "host": socket.gethostname()}
+    return {"txcore": 1, "rank": rank, "size": size, "run": run, **own}
+
+
+def listen(address: str, deadline: float, greeting: dict[str, Any] | None = None) -> socket.socket:
     """Return a socket that listens at "host:port", alone; it may take three attempts.
 
     jax's own server shares its port with whoever of the same user listens there as well, and each
@@ -35,6 +58,7 @@ def listen(address: str, deadline: float) -> socket.socket:
     Args:
       address: where to listen.
       deadline: by time.monotonic(), when there is no further attempt.
+      greeting: of this process, with which whoever has the port is asked who it is.
 
     Raises:
       NotTogether: another program has the port, or the address is not this host's.
@@ -56,140 +80,29 @@ def listen(address: str, deadline: float) -> socket.socket:
                 break
             time.sleep(pause)
     listener.close()
+    there = _who_has(address, greeting) if greeting else ""
     raise NotTogether(
-        f"process 0 must listen on {address}, but cannot ({reason}): end what listens there (a "
-        "second process 0? another run?), or take another port (JAX_COORDINATOR_PORT, "
-        "coordinator=, or --coordinator of txcore launch); if it is not an address of this host, "
-        "start process 0 on the coordinator's host, or set JAX_COORDINATOR_BIND_ADDRESS"
+        f"process 0 must listen on {address}, but cannot ({reason}{there}): end what "
+        "listens there (a second process 0? another run?), or take another port "
+        "(JAX_COORDINATOR_PORT, coordinator=, or --coordinator of txcore launch); if it is not an "
+        "address of this host, start process 0 on the coordinator's host, or set "
+        "JAX_COORDINATOR_BIND_ADDRESS"
     )
 
 
-class Host:
-    """Process 0: takes in the others until all are there.
-
-    Args:
-      listener: from `listen`.
-      size: how many processes there are.
-      name: of this host.
-    """
-
-    def __init__(self, listener: socket.socket, size: int, name: str) -> None:
-        self._listener, self._size = listener, size
-        self._names = {0: name}
-        self._there: dict[int, socket.socket] = {}
-        self._strangers: dict[socket.socket, bytes] = {}  # and what each has said so far
-        self._told: Any = None
-        self._tell_again = 0.0
-
-    def missing(self) -> list[int]:
-        """Return the processes that have not come."""
-        return [rank for rank in range(1, self._size) if rank not in self._there]
-
-    def gather(self, deadline: float) -> None:
-        """Wait until all have come, and tell them so.
-
-        Raises:
-          NotTogether: not all have come in time.
-        """
-        try:
-            with selectors.DefaultSelector() as selector:
-                self._listener.setblocking(False)
-                selector.register(self._listener, selectors.EVENT_READ)
-                while missing := self.missing():
-                    self._tell(missing)
-                    if time.monotonic() >= deadline:
-                        raise NotTogether(self._did_not_come(missing))
-                    left = max(0.0, deadline - time.monotonic())
-                    for key, _ in selector.select(min(left, 0.5)):
-                        self._hear(key.fileobj, selector)
-        except BaseException as error:
-            self._send_all(error=str(error) or "process 0 was stopped")
-            _close(self._there.values())
-            raise
-        finally:  # before the others go on: jax's server is to have the port
-            _close([self._listener, *self._strangers])
-        self._send_all(missing=[])
-        _close(self._there.values())
-
-    def _hear(self, connection: Any, selector: selectors.BaseSelector) -> None:
-        """Take in a newcomer, what one says, or that it is gone."""
-        if connection is self._listener:
-            with contextlib.suppress(OSError):
-                newcomer, _ = connection.accept()
-                newcomer.setblocking(False)
-                self._strangers[newcomer] = b""
-                selector.register(newcomer, selectors.EVENT_READ)
-            if len(self._strangers) > _STRANGERS + self._size:
-                self._drop(next(iter(self._strangers)), selector)
-            return
-        if connection.fileno() < 0:  # dropped since select said that there was something
-            return
-        try:
-            data = connection.recv(_LONGEST_LINE)
-        except OSError:
-            data = b""
-        said = self._strangers.get(connection, b"") + data
-        if not data or connection not in self._strangers or len(said) > _LONGEST_LINE:
-            self._drop(connection, selector)
-        elif said.endswith(b"\n"):
-            self._admit(connection, said, selector)
-        else:
-            self._strangers[connection] = said
-
-    def _admit(self, connection: Any, said: bytes, selector: selectors.BaseSelector) -> None:
-        """Take a newcomer for the process that it says it is, if it can be that one."""
-        greeting = _parse(said)
-        rank, size, name = (greeting.get(key) for key in ("rank", "size", "host"))
-        if type(rank) is not int or type(size) is not int or not isinstance(name, str):
-            self._drop(connection, selector)
-            return
-        error, name = None, _clean(name, 64)
-        if size != self._size:
-            error = (
-                f"process {rank} (on {name}) was started with num_processes={size}, but "
-                f"process 0 (on {self._names[0]}) with {self._size}: give all the same"
-            )
-        elif not 0 < rank < size or rank in self._there:
-            error = (
-                f"process_id={rank} is taken by a process on {self._names.get(rank, '?')}, and "
-                f"another on {name} has it too: give each its own, from 0 to {size - 1}"
-            )
-        if error:
-            _send(connection, error=error)
-            self._drop(connection, selector)
-            return
-        del self._strangers[connection]
-        self._there[rank], self._names[rank] = connection, name
-
-    def _drop(self, connection: Any, selector: selectors.BaseSelector) -> None:
-        """Forget a connection, and the process that it was of."""
-        selector.unregister(connection)
-        connection.close()
-        self._strangers.pop(connection, None)
-        for rank in [rank for rank, c in self._there.items() if c is connection]:
-            del self._there[rank]
-
-    def _tell(self, missing: list[int]) -> None:
-        """Say who is missing to all that are there, where it is new, and not too often."""
-        now, news = time.monotonic(), (tuple(missing), tuple(sorted(self._there)))
-        if news != self._told and now >= self._tell_again:
-            self._send_all(missing=missing)
-            self._told, self._tell_again = news, now + self._size / 1000
-
-    def _send_all(self, **what: Any) -> None:
-        for connection in self._there.values():
-            _send(connection, **what)
-
-    def _did_not_come(self, missing: list[int]) -> str:
-        never = [rank for rank in missing if rank not in self._names]
-        gone = [rank for rank in missing if rank in self._names]
-        here = ", ".join(f"{rank} on {self._names[rank]}" for rank in sorted({0, *self._there}))
-        what = [f"{_named(never)} did not come"] if never else []
-        what += [f"{_named(gone)} came and ended again"] if gone else []
-        return f"{' and '.join(what)} (here: {_cut(here)})"
+def _who_has(address: str, greeting: dict[str, Any]) -> str:
+    """Return what the process 0 that has a port says to another one, if it is one."""
+    try:
+        with socket.create_connection(split_address(address), timeout=_ASK_S) as connection:
+            _wait(connection, greeting, time.monotonic() + _ASK_S - 1)
+    except NotTogether as error:
+        return f"; {error}"
+    except OSError:
+        pass
+    return ""
 
 
-def attend(address: str, rank: int, size: int, deadline: float) -> None:
+def attend(address: str, rank: int, size: int, deadline: float, run: str | None = None) -> Seat:
     """Tell process 0 that this one is here, and wait until all are.
 
     Args:
@@ -197,76 +110,120 @@ def attend(address: str, rank: int, size: int, deadline: float) -> None:
       rank: which process this is.
       size: how many there are.
       deadline: by time.monotonic().
+      run: the run's id, None where nothing gave it one (`launch.cluster`).
+
+    Returns:
+      What to keep until jax has joined this process.
 
     Raises:
-      NotTogether: process 0 or another one did not come in time, or does not agree.
+      NotTogether: process 0 or another one did not come in time, or does not agree, or the port is
+        that of another run.
     """
-    greeting = {"txcore": 1, "rank": rank, "size": size, "host": socket.gethostname()}
+    greeting = introduce(rank, size, run)
     pause, missing, reason = 0.05, [0], "nothing tried"
-    while (left := deadline - time.monotonic()) > 0:
+    refused, until = "", math.inf
+    while (left := min(deadline, until) - time.monotonic()) > 0:
         try:
             connection = socket.create_connection(split_address(address), timeout=min(left, 10))
         except (OSError, UnicodeError) as error:  # UnicodeError: a name that cannot be one
             reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+            refused, until = "", math.inf  # that run is over
         else:
-            with connection:
+            try:
                 # Somebody who waits long may be connected to itself: both ends have the port.
                 if connection.getsockname() != connection.getpeername():
-                    missing = _wait(connection, greeting, deadline)
+                    missing, token = _wait(connection, greeting, deadline)
+                    if token:
+                        return Seat(connection, token)
                     reason = "who answers there waits for no process of this run"
-            if not missing:
-                return
+                connection.close()
+            except _Refused as error:
+                connection.close()
+                refused, until = str(error), min(until, time.monotonic() + PATIENCE_S)
+            except BaseException:
+                connection.close()
+                raise
         time.sleep(max(0.0, min(pause, deadline - time.monotonic())))
         pause = min(2 * pause, 2.0)
+    if refused:
+        raise NotTogether(refused)
     if 0 in missing:
         raise NotTogether(f"process 0 did not come: it does not answer at {address} ({reason})")
-    raise NotTogether(f"{_named(missing)} did not come")
+    raise NotTogether(f"{named(missing)} did not come")
 
 
-def _wait(connection: socket.socket, greeting: dict[str, Any], deadline: float) -> list[int]:
-    """Greet process 0 and return who is missing in the end; [0] if it is not process 0 or is gone.
+def _wait(
+    connection: socket.socket, greeting: dict[str, Any], deadline: float
+) -> tuple[list[int], str]:
+    """Greet process 0; return who is missing in the end, and the start's token where nobody is.
 
-    The deadline of process 0 may be a little later: it is to say who is missing.
+    [0] is missing if it is not process 0 or is gone. The deadline of process 0 may be a little
+    later: it is to say who is missing.
     """
     missing, said = [0], b""
-    _send(connection, **greeting)
+    send(connection, **greeting)
     while len(said) < _LONGEST_LINE:
         connection.settimeout(max(0.1, deadline + 1 - time.monotonic()))
         try:
             data = connection.recv(_LONGEST_LINE)
         except TimeoutError:
-            return missing
+            return missing, ""
         except OSError:
-            return [0]
+            return [0], ""
         if not data:
-            return [0]
+            return [0], ""
         *lines, said = (said + data).split(b"\n")
-        for answer in map(_parse, lines):
+        for answer in map(parse, lines):
             if isinstance(answer.get("error"), str):
-                raise NotTogether(_clean(answer["error"], 2000))
+                kind = _Refused if answer.get("again") is True else NotTogether
+                raise kind(clean(answer["error"], 2000))
             if not isinstance(answer.get("missing"), list):
-                return [0]
+                return [0], ""
             missing = answer["missing"]
-        if lines and not missing:
-            return []
-    return [0]
+            if not missing and isinstance(answer.get("token"), str):
+                return [], answer["token"]
+    return [0], ""
 
 
-def until_served(address: str, deadline: float) -> None:
-    """Wait until jax's server listens; jax itself would try again only after a second."""
+def until_served(address: str, deadline: float, seat: Seat) -> None:
+    """Wait until jax's server listens; jax itself would try again only after a second.
+
+    Raises:
+      NotTogether: process 0 ended meanwhile; who listens then is another one.
+    """
     while time.monotonic() < deadline:
         with contextlib.suppress(OSError):
             socket.create_connection(split_address(address), timeout=1).close()
-            return
+            break
         time.sleep(0.01)
+    if select.select([seat.connection], [], [], 0)[0]:  # it says nothing more: it is closed
+        raise NotTogether("process 0 ended after all had met: see what it says")
 
 
-def _send(connection: socket.socket, **what: Any) -> None:
+def tell_of_end(address: str, run: str, rank: int, code: int) -> bool:
+    """Tell process 0 that a rank has ended, which waits for it; tell whether it has heard.
+
+    Args:
+      address: "host:port" of the coordinator.
+      run: the run's id.
+      rank: which one has ended.
+      code: its exit code, -n by signal n.
+    """
+    try:
+        with socket.create_connection(split_address(address), timeout=1.0) as connection:
+            send(connection, txcore=1, rank=rank, run=run, ended=code)
+            return b'"heard"' in connection.recv(_LONGEST_LINE)
+    except (OSError, UnicodeError):
+        return False
+
+
+def send(connection: socket.socket, **what: Any) -> None:
+    """Write what one says to the other as a line."""
     with contextlib.suppress(OSError):  # whoever is gone is noticed when listened to
         connection.sendall(json.dumps(what).encode() + b"\n")
 
 
-def _parse(line: bytes) -> dict[str, Any]:
+def parse(line: bytes) -> dict[str, Any]:
     """Return what a line says, {} if it is not one of ours."""
     try:
         value = json.loads(line)
@@ -275,21 +232,18 @@ def _parse(line: bytes) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _close(sockets: Iterable[socket.socket]) -> None:
-    for each in sockets:
-        each.close()
-
-
-def _named(ranks: list[int]) -> str:
+def named(ranks: list[int]) -> str:
+    """Return "process 1" or "processes 1, 2"; many are cut."""
     text = ", ".join(map(str, ranks[:_MOST_NAMED]))
     more = f" and {len(ranks) - _MOST_NAMED} more" if len(ranks) > _MOST_NAMED else ""
     return f"process{'es' if len(ranks) > 1 else ''} {text}{more}"
 
 
-def _clean(text: str, most: int) -> str:
+def clean(text: str, most: int) -> str:
     """Return what somebody else says so that it does nothing to a terminal, and not too much."""
     return "".join(c if c.isprintable() else "?" for c in text[:most])
 
 
-def _cut(text: str) -> str:
+def cut(text: str) -> str:
+    """Return a text that is not too long."""
     return text if len(text) < 400 else text[:400] + " ..."

@@ -9,6 +9,7 @@ import ctypes
 import dataclasses
 import glob
 import json
+import math
 import os
 import pathlib
 import select
@@ -26,6 +27,7 @@ PASSED = (signal.SIGUSR1, signal.SIGUSR2)  # say something to the ranks
 # Kills the process groups of the last line that it has read when the other end is gone.
 _WATCHMAN = 'while read -r line; do last=$line; done; [ -z "$last" ] || kill -s KILL -- $last'
 _TAIL_LINES, _TAIL_BYTES = 20, 2**16
+OWN_WORDS, _KEPT_WORDS = b"txcore: ", 20  # what txcore's own lines begin with, and how many count
 _CPU = pathlib.Path("/sys/devices/system/cpu")
 _PR_SET_PDEATHSIG = 1  # Linux's include/uapi/linux/prctl.h
 
@@ -67,6 +69,8 @@ class Rank:
     stderr_start: int
     sent: set[int] = dataclasses.field(default_factory=set)  # signals that are to end it
     code: int | None = None
+    ended: float = math.inf  # when that was seen, by a steady clock
+    words: list[str] = dataclasses.field(default_factory=list)  # txcore's, of what it has written
 
     def ended_by_us(self) -> bool:
         """Tell whether it ended by a signal that was to end it."""
@@ -74,14 +78,30 @@ class Rank:
 
     def tail(self) -> list[str]:
         """Return the last lines of its file of stderr."""
+        return [line.decode(errors="replace") for line in self._written()[-_TAIL_LINES:]]
+
+    def _written(self) -> list[bytes]:
+        """Return the end of its file of stderr by lines."""
         if self.stderr is None:
             return []
         try:
             with self.stderr.open("rb") as file:
                 file.seek(max(self.stderr_start, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
-                return file.read().decode(errors="replace").splitlines()[-_TAIL_LINES:]
+                return file.read().splitlines()
         except OSError:  # deleted meanwhile
             return []
+
+    def own_words(self) -> list[str]:
+        """Return the last of txcore's own words that it has written, without a line's end."""
+        if self.stderr is not None:
+            self.hear(self._written())
+        return self.words
+
+    def hear(self, lines: Sequence[bytes]) -> None:
+        """Keep txcore's own words among lines that it writes."""
+        for line in lines:
+            if line.startswith(OWN_WORDS):
+                self.words = [*self.words[1 - _KEPT_WORDS :], line.decode(errors="replace").strip()]
 
     def __str__(self) -> str:
         where = f"on {self.task.host}" if self.task.host else f"pid {self.process.pid}"
@@ -216,10 +236,21 @@ def deliver(pid: int, number: int) -> None:
             os.killpg(pid, number)
 
 
-def name_of(number: int) -> str:
-    """Return a signal's name; real-time ones have none but their number."""
-    named = {*map(int, signal.Signals)}
-    return signal.Signals(number).name if number in named else f"signal {number}"
+def busy_s(pid: int) -> float:
+    """Return the CPU seconds of a rank and of what it has started and left running.
+
+    Args:
+      pid: the rank's process, which leads its session.
+    """
+    ticks = 0
+    for path in glob.glob("/proc/[0-9]*/stat"):
+        try:
+            fields = pathlib.Path(path).read_text().rpartition(")")[2].split()
+        except OSError:  # it has ended
+            continue
+        if fields[3] == str(pid):  # session; then utime, stime and those of its ended children
+            ticks += sum(map(int, fields[11:15]))
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def open_rank(

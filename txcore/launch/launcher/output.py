@@ -27,8 +27,8 @@ def copied(ranks: Sequence[Rank], arrived: int) -> Iterator[Callable[[str], None
     out = _Writer(1)
     err = out if os.path.sameopenfile(1, 2) else _Writer(2)
     ended, end = os.pipe()
-    outs = {rank.process.stdout: rank.task.rank for rank in ranks if rank.process.stdout}
-    errs = {rank.process.stderr: rank.task.rank for rank in ranks if rank.process.stderr}
+    outs = {rank.process.stdout: rank for rank in ranks if rank.process.stdout}
+    errs = {rank.process.stderr: rank for rank in ranks if rank.process.stderr}
     threads = [
         threading.Thread(target=_copy, args=(pipes, writer, ended), daemon=True)
         for pipes, writer in ((outs, out), (errs, err))
@@ -62,9 +62,11 @@ class _Writer:
         self._fd, self._lock = fd, threading.Lock()
         self._returned: int | None = None  # whose line was ended by a carriage return
 
-    def write(self, rank: int, lines: Sequence[bytes]) -> None:
+    def write(self, of: Rank, lines: Sequence[bytes]) -> None:
         if not lines:
             return
+        of.hear(lines)
+        rank = of.task.rank
         text = b"".join(b"[%d] %b" % (rank, line) for line in lines)
         with self._lock:
             if self._returned not in (None, rank):
@@ -94,7 +96,7 @@ class _Writer:
         self._returned = None
 
 
-def _copy(pipes: dict[IO[bytes], int], writer: _Writer, ended: int) -> None:
+def _copy(pipes: dict[IO[bytes], Rank], writer: _Writer, ended: int) -> None:
     """Copy lines from pipes of ranks until all are closed, or `ended` is and they are empty."""
     rests = {pipe: bytearray() for pipe in pipes}
     try:

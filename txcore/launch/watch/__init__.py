@@ -6,6 +6,7 @@ Imports only `_compat`.
 from txcore.launch.watch.status import Phase as Phase
 from txcore.launch.watch.watch import at as at
 from txcore.launch.watch.watch import failed as failed
+from txcore.launch.watch.watch import hear_of_end as hear_of_end
 from txcore.launch.watch.watch import meet as meet
 from txcore.launch.watch.watch import reach as reach
 from txcore.launch.watch.watch import request_stop as request_stop

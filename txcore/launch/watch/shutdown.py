@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Callable
 
 from txcore.launch.watch.status import MismatchError, Verdict
-from txcore.launch.watch.verdict import rank_names
+from txcore.launch.watch.verdict import last_seen, rank_names
 from txcore.launch.watch.watcher import OWN_THREADS, Watcher
 
 LONGEST_ERROR = 600  # characters of an error that the other ranks are told
@@ -107,7 +107,8 @@ def _see_the_others_off(watcher: Watcher) -> None:
         have = "has" if len(watcher.others()) == 1 else "have"
         _write(
             "txcore: rank 0 has finished, and stays as the coordinator until "
-            f"{rank_names(watcher.others())} {have} finished too\n"
+            f"{rank_names(watcher.others())} {have} finished too"
+            f"{last_seen(watcher.others(), watcher.table)}\n"
         )
     wait(watcher, gone, float("inf"))
 
@@ -142,6 +143,15 @@ def say(watcher: Watcher, verdict: Verdict) -> None:
     if label:
         text += f"\ntxcore: rank {watcher.rank} was in {label}"
     _write(text + "\n")
+
+
+def say_last(watcher: Watcher, seconds: float) -> None:
+    """Write that all others have ended, and what this rank is in: it may hang after its work."""
+    phase, step, _ = watcher.position
+    _write(
+        f"txcore: rank {watcher.rank} is the last of {watcher.world}: the others finished "
+        f"{seconds:.0f} s ago, and it is at step {step} ({phase}), here:\n{stacks()}"
+    )
 
 
 def stacks() -> str:

@@ -1,6 +1,8 @@
 """What the ranks of a run tell each other: one entry each, and at the end one verdict."""
 
 import json
+import re
+import signal
 from dataclasses import asdict, dataclass, fields
 from enum import StrEnum
 
@@ -10,6 +12,11 @@ FOLDER = "txcore/watch/"  # the entries' keys: this and the rank
 VERDICT = FOLDER + "verdict"
 TRY_AGAIN = 75  # EX_TEMPFAIL of BSD's sysexits.h: another attempt may succeed
 FAILED = 70  # EX_SOFTWARE: a rank failed by an error of its own, and will again
+
+# How a rank says why it ends where that is not its own error (shutdown.say, fit's end by a signal).
+_LAST_WORDS = re.compile(
+    r"txcore: (?:rank \d+ ends at step \d+ \([\w ]+\): (.+)|(SIG\w+ on rank \d+: stopped .+))"
+)
 
 
 class Phase(StrEnum):
@@ -110,3 +117,32 @@ def read_verdict(text: str) -> Verdict | None:
         return verdict if fits else None
     except (TypeError, ValueError):
         return None
+
+
+def name_of(number: int) -> str:
+    """Return a signal's name; real-time ones have none but their number."""
+    named = {*map(int, signal.Signals)}
+    return signal.Signals(number).name if number in named else f"signal {number}"
+
+
+def how_ended(code: int) -> str:
+    """Return in words how a process ended, by its exit code, -n by signal n.
+
+    Example:
+      >>> from txcore.launch.watch.status import how_ended
+      >>> how_ended(-9), how_ended(3)
+      ('was killed by SIGKILL', 'ended with exit code 3')
+    """
+    return f"was killed by {name_of(-code)}" if code < 0 else f"ended with exit code {code}"
+
+
+def why_ended(line: str) -> str | None:
+    """Return the reason in a line with which a rank says why it ends; None where it is none.
+
+    Example:
+      >>> from txcore.launch.watch.status import why_ended
+      >>> why_ended("txcore: rank 0 ends at step 5 (step): rank 1 was killed by SIGKILL")
+      'rank 1 was killed by SIGKILL'
+    """
+    found = _LAST_WORDS.fullmatch(line)
+    return None if found is None else found[1] or found[2]

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 
-from txcore.launch.watch.status import FAILED, TIMED, Entry, Verdict
+from txcore.launch.watch.status import FAILED, TIMED, TRY_AGAIN, Entry, Verdict, how_ended
 
 MOST_NAMED = 8  # ranks in a message
 
@@ -39,6 +39,7 @@ def judge(
     suspect_s: float,
     step_timeout_s: float,
     order: Callable[[Mapping[int, Entry]], Verdict | None] = lambda table: None,
+    ends: Mapping[int, int] | None = None,
 ) -> Verdict | None:
     """Say whether the run has to end, and why.
 
@@ -49,12 +50,14 @@ def judge(
       suspect_s: the same where some rank has lost a connection already.
       step_timeout_s: how long a step may take.
       order: says who came to something else than others (`Order.judge`).
+      ends: the exit codes of ranks of which the launcher says that they have ended.
 
     Returns:
       The verdict; None where the run goes well.
     """
     return (
         _failed(table)
+        or _gone(table, ends or {})
         or _silent(table, silent, peer_timeout_s, suspect_s)
         or order(table)
         or _ended(table, peer_timeout_s)
@@ -72,6 +75,14 @@ def _failed(table: Mapping[int, Entry]) -> Verdict | None:
     return Verdict("; ".join(_cut(rows, 3)), FAILED) if rows else None
 
 
+def _gone(table: Mapping[int, Entry], ends: Mapping[int, int]) -> Verdict | None:
+    """Name those that have ended without having said so; those that did are judged by `_ended`."""
+    gone = {r: c for r, c in sorted(ends.items()) if not (r in table and table[r].ended)}
+    rows = [f"rank {r} {how_ended(code)}{last_seen([r], table)}" for r, code in gone.items()]
+    killed = all(code < 0 for code in gone.values())
+    return Verdict("; ".join(_cut(rows, 3)), TRY_AGAIN if killed else FAILED) if gone else None
+
+
 def _silent(
     table: Mapping[int, Entry], silent: Mapping[int, float], peer_timeout_s: float, suspect_s: float
 ) -> Verdict | None:
@@ -87,16 +98,17 @@ def silence(lost: list[int], seconds: float, table: Mapping[int, Entry]) -> str:
     have = "has" if len(lost) == 1 else "have"
     return (
         f"{rank_names(lost)} {have} not been heard of for {seconds:.0f} s: killed, stopped, or cut "
-        f"off from the network{_last_seen(lost, table)}"
+        f"off from the network{last_seen(lost, table)}"
     )
 
 
 def coordinator_gone(table: Mapping[int, Entry]) -> str:
     """Return the text about rank 0 where its connections are closed."""
-    return f"rank 0 is gone, and with it the coordinator: killed or crashed{_last_seen([0], table)}"
+    return f"rank 0 is gone, and with it the coordinator: killed or crashed{last_seen([0], table)}"
 
 
-def _last_seen(ranks: list[int], table: Mapping[int, Entry]) -> str:
+def last_seen(ranks: Iterable[int], table: Mapping[int, Entry]) -> str:
+    """Return "; last seen" and where these ranks were, "" where none has told."""
     places = list(dict.fromkeys(_where(table[rank]) for rank in sorted(ranks) if rank in table))
     return f"; last seen {', '.join(_cut(places, 3))}" if places else ""
 

@@ -58,7 +58,7 @@ def start(*, peer_timeout_s: float = 10.0, step_timeout_s: float = 600.0) -> Non
     _show_stacks_of_aborts()
     sys.excepthook = _telling(sys.excepthook)
     atexit.register(shutdown.close, _watcher)  # jax's own came first, so that this runs before it
-    _watcher.start_threads(shutdown.end)
+    _watcher.start_threads(shutdown.end, shutdown.say_last)
 
 
 def _show_stacks_of_aborts() -> None:
@@ -147,6 +147,16 @@ def request_stop(reason: str) -> None:
       reason: why, as in "SIGTERM"; the first one counts.
     """
     _watcher.request_stop(reason)
+
+
+def hear_of_end(rank: int, code: int) -> None:
+    """Take in, on rank 0, that a rank has ended: the launcher says so.
+
+    Args:
+      rank: which one.
+      code: its exit code, -n by signal n.
+    """
+    _watcher.hear_of_end(rank, code)
 
 
 def stop_reason() -> str | None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import math
 import os
 import queue
 import threading
@@ -31,6 +32,7 @@ RANKS_PER_S = 250  # the coordinator serves so many ranks a second, with two cal
 HURRY_S = 0.05  # between two readings while somebody waits for what the table says
 OWN_THREADS = "txcore-"  # what the names of the watch's threads start with
 TICK_S = 0.5  # between two looks at the clock
+LAST_S = 30.0  # after which the last rank of a run says what it does
 JOIN_S = 2.0  # for a thread to end, on a busy machine
 # Other threads come to things in no order: what they do is not compared.
 _MAIN = threading.main_thread().ident
@@ -67,6 +69,7 @@ class Watcher:
         self.sent = Entry()  # the last entry that the coordinator took
         self.table: dict[int, Entry] = {}
         self.verdict: Verdict | None = None
+        self.ends: dict[int, int] = {}  # the exit codes of ranks, told by the launcher
         self.answers = 0  # of the coordinator
         self.leaving = self.closed = self.coordinator_lost = self._quiet = False
         self._hearing = Hearing(world, 2 * self.interval_s)
@@ -108,6 +111,11 @@ class Watcher:
     def tell(self, **changes: Any) -> None:
         """Tell the others at once that this rank has `failed`, `lost` a connection or `ended`."""
         self.told = replace(self.told, **changes)
+        self._wake.put(None)
+
+    def hear_of_end(self, rank: int, code: int) -> None:
+        """Take in that a rank has ended; what answers at the coordinator's port calls it."""
+        self.ends = self.ends | {rank: code}
         self._wake.put(None)
 
     def others(self) -> set[int]:
@@ -177,6 +185,7 @@ class Watcher:
             suspect_s=max(3 * self.interval_s, self.peer_timeout_s / 3),
             step_timeout_s=self.step_timeout_s,
             order=lambda table: self.order.judge(self.rank, table),
+            ends=self.ends,
         )
         if verdict is None:
             return None
@@ -196,9 +205,18 @@ class Watcher:
 
     # What the second thread does.
 
-    def guard(self, lifeline: Lifeline, end: Callable[["Watcher", Verdict], object]) -> None:
-        """Call `end` with the verdict where there is one."""
+    def guard(
+        self,
+        lifeline: Lifeline,
+        end: Callable[["Watcher", Verdict], object],
+        say_last: Callable[["Watcher", float], object] = lambda watcher, seconds: None,
+    ) -> None:
+        """Call `end` with the verdict where there is one; `say_last` where all others have ended.
+
+        The latter once, with the seconds since then.
+        """
         waited, answers, before = 0.0, self.answers, self.clock()
+        alone_since = math.inf
         while not self.closed:
             hung_up = lifeline.wait(min(TICK_S, self.interval_s / 2))
             now = self.clock()
@@ -207,6 +225,13 @@ class Watcher:
             if now - before > self.peer_timeout_s / 2:
                 self._stood_still = (now - before, now)
             answers, before = self.answers, now
+            if not self.table or self.others() or self.told.ended or self.told.failed:
+                alone_since = math.inf
+            elif alone_since == math.inf:
+                alone_since = now
+            elif now - alone_since >= LAST_S:
+                say_last(self, now - alone_since)
+                alone_since = math.nan  # it is said once
             verdict = self.due(waited, hung_up)
             if verdict is not None and not self.closed and self.is_connected():
                 end(self, verdict)
@@ -238,10 +263,14 @@ class Watcher:
         except RuntimeError:  # jax.distributed.shutdown() was called
             return False
 
-    def start_threads(self, end: Callable[["Watcher", Verdict], object]) -> None:
-        """Start watching; `end` is called with a verdict."""
+    def start_threads(
+        self,
+        end: Callable[["Watcher", Verdict], object],
+        say_last: Callable[["Watcher", float], object] = lambda watcher, seconds: None,
+    ) -> None:
+        """Start watching; the callables are those of `guard`."""
         self._lifeline = Lifeline(None if self.rank == 0 else _compat.coordinator_address())
-        guard = functools.partial(self.guard, self._lifeline, end)
+        guard = functools.partial(self.guard, self._lifeline, end, say_last)
         for name, run in (("exchange", self._exchanges), ("guard", guard)):
             thread = threading.Thread(
                 target=self._run, args=(run,), daemon=True, name=OWN_THREADS + name
