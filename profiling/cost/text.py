@@ -6,7 +6,7 @@ from tabulate import tabulate
 
 from txcore.profiling.cost.model import CostModel
 from txcore.profiling.cost.schedule import Overlap
-from txcore.profiling.report.report import format_bytes
+from txcore.profiling.report.numbers import format_bytes
 from txcore.profiling.report.table import shorten
 
 _WIDTH = 100

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from txcore.outside import printable
 from txcore.profiling.lock.model import Entry, Lock
-from txcore.profiling.report.printable import printable
-from txcore.profiling.report.report import format_bytes
+from txcore.profiling.report.numbers import format_bytes
 from txcore.profiling.report.table import shorten
 
 _WIDTH = 100

@@ -1,8 +1,12 @@
-"""The result of an audit: data, and its faces for people."""
+"""The result of an audit: data, and its faces for people.
 
-from txcore.profiling.report.report import Collective as Collective
-from txcore.profiling.report.report import Fate as Fate
-from txcore.profiling.report.report import Part as Part
-from txcore.profiling.report.report import PlanLine as PlanLine
+Imports `outside`, `profiling.declared`.
+"""
+
+from txcore.profiling.report.findings import Findings as Findings
+from txcore.profiling.report.findings import Status as Status
 from txcore.profiling.report.report import Report as Report
-from txcore.profiling.report.report import Status as Status
+from txcore.profiling.report.rows import Collective as Collective
+from txcore.profiling.report.rows import Fate as Fate
+from txcore.profiling.report.rows import Part as Part
+from txcore.profiling.report.rows import PlanLine as PlanLine

@@ -4,8 +4,10 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from txcore.profiling.report.printable import printable
-from txcore.profiling.report.report import Collective, Report, format_bytes
+from txcore.outside import printable
+from txcore.profiling.report.findings import Findings
+from txcore.profiling.report.numbers import format_bytes
+from txcore.profiling.report.rows import Collective
 from txcore.profiling.report.table import shorten
 
 _WIDTH = 100
@@ -63,7 +65,7 @@ class Change:
         return self.after.wire_bytes - self.before.wire_bytes
 
 
-def diff(before: Report, after: Report) -> tuple[Change, ...]:
+def diff(before: Findings, after: Findings) -> tuple[Change, ...]:
     """Compare two reports by (tags or source's file, kind, axes, dtype, origin, explained).
 
     Args:
@@ -77,7 +79,7 @@ def diff(before: Report, after: Report) -> tuple[Change, ...]:
     Example:
       >>> row = Collective("all-reduce", "txcore", ("grads",), ("data",), 2, "float32", "float32",
       ...     64, 64, 1, "train.py:40", "jit(step)/psum")
-      >>> [(c.change, c.name, c.wire_growth) for c in diff(Report(()), Report((row,)))]
+      >>> [(c.change, c.name, c.wire_growth) for c in diff(Findings(()), Findings((row,)))]
       [('added', 'grads', 64)]
     """
     old, new = _by_key(before.collectives), _by_key(after.collectives)
@@ -95,7 +97,7 @@ def diff_text(changes: Sequence[Change]) -> str:
       A table of what changed, and one line that counts it.
 
     Example:
-      >>> print(diff_text(diff(Report(()), Report(()))))
+      >>> print(diff_text(diff(Findings(()), Findings(()))))
       no change: 0 B on the wire of each device in a call
     """
     changed = [c for c in changes if c.change != "same"]

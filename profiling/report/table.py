@@ -2,8 +2,9 @@
 
 from tabulate import tabulate
 
-from txcore.profiling.report.printable import printable
-from txcore.profiling.report.report import Collective, format_bytes
+from txcore.outside import printable
+from txcore.profiling.report.numbers import format_bytes
+from txcore.profiling.report.rows import Collective
 
 _WIDTH = 100
 _MOST_ROWS = 5000

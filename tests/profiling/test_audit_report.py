@@ -9,7 +9,8 @@ from jax.sharding import AbstractMesh
 
 from txcore.profiling import Collective, Declared, Report, audit_text
 from txcore.profiling.declared.divergence import Divergence
-from txcore.profiling.report.report import PlanLine, format_bytes
+from txcore.profiling.report.numbers import format_bytes
+from txcore.profiling.report.rows import PlanLine
 from txcore.profiling.report.table import shorten
 
 ROW = Collective(

@@ -75,7 +75,7 @@ def _run(given: Sequence[str], options: argparse.Namespace) -> int:
 
 def _explain(error: BadInput, given: Sequence[str], options: argparse.Namespace) -> None:
     """Say in a line what was wrong; where nothing was given, what there is to give."""
-    from txcore.profiling.report.printable import printable
+    from txcore.outside import printable
 
     see = ""
     if isinstance(error, BadUsage):

@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 
 from txcore.profiling.report.diff import Amount, Change, signed, summary
+from txcore.profiling.report.findings import Findings
 from txcore.profiling.report.html.figures import badge, over, size
 from txcore.profiling.report.html.markup import Html, el, join
 from txcore.profiling.report.html.rows import origin_badge
-from txcore.profiling.report.report import Report
+from txcore.profiling.report.verdict import write_verdict
 
 _PLACES = 4
 _BADGES = {
@@ -18,7 +19,7 @@ _BADGES = {
 }
 
 
-def changes_section(before: Report, after: Report, changes: Sequence[Change]) -> Html:
+def changes_section(before: Findings, after: Findings, changes: Sequence[Change]) -> Html:
     """Show what changed between two reports.
 
     Args:
@@ -36,7 +37,7 @@ def changes_section(before: Report, after: Report, changes: Sequence[Change]) ->
         "section",
         el("h2", "Changes"),
         el("p", summary(changes).replace("->", "→")),
-        el("dl", el("dt", f"Before{place}"), el("dd", before.verdict())),
+        el("dl", el("dt", f"Before{place}"), el("dd", write_verdict(before))),
         _table(changed) if changed else None,
         el("details", el("summary", f"{len(same):,} unchanged"), _table(same)) if same else None,
         id="changes",

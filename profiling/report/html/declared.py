@@ -3,15 +3,16 @@
 from collections import Counter
 
 from txcore.profiling.declared.collectives import Declared
+from txcore.profiling.report.findings import Findings
 from txcore.profiling.report.html.figures import badge, count, over, size
 from txcore.profiling.report.html.markup import Html, el, join, text
-from txcore.profiling.report.report import Fate, Report
+from txcore.profiling.report.rows import Fate
 
 _HEAD = ("Tag", "Primitive", "Axes", "n", "Dtype", "Payload", "Trips", "Source")
 _OPEN = 20  # fates up to which they are shown at once
 
 
-def missing_section(report: Report) -> Html:
+def missing_section(report: Findings) -> Html:
     """Show what is declared but not compiled; "" where nothing is.
 
     Args:
@@ -33,7 +34,7 @@ def missing_section(report: Report) -> Html:
     )
 
 
-def fates_section(report: Report) -> Html:
+def fates_section(report: Findings) -> Html:
     """Show what became of each declared operand; "" where the report does not know.
 
     Args:

@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 
+from txcore.profiling.report.findings import Findings
 from txcore.profiling.report.html.markup import Html, el, join, text
-from txcore.profiling.report.report import MOST, Report, format_bytes, format_count
+from txcore.profiling.report.numbers import MOST, format_bytes, format_count
 
 AxisSet = tuple[str, ...]
 
@@ -43,7 +44,7 @@ def badge(label: str, kind: str = "") -> Html:
     return el("span", label, class_=f"badge {kind}".strip())
 
 
-def axis_sets(report: Report) -> tuple[AxisSet, ...]:
+def axis_sets(report: Findings) -> tuple[AxisSet, ...]:
     """List each axis of the mesh, then the other sets of axes that the rows talk over."""
     single = [(name,) for name, _ in report.mesh]
     return tuple(dict.fromkeys([*single, *sorted({c.axes for c in report.collectives})]))

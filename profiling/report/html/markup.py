@@ -3,7 +3,7 @@
 import html
 from collections.abc import Iterable
 
-from txcore.profiling.report.printable import printable
+from txcore.outside import printable
 
 _VOID = ("input", "meta")
 

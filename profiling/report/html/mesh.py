@@ -5,9 +5,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from txcore.profiling.report.findings import Findings
 from txcore.profiling.report.html.figures import AxisSet, axis_sets, over
 from txcore.profiling.report.html.markup import Html, el, join
-from txcore.profiling.report.report import Report
 from txcore.profiling.report.table import shorten
 
 _MOST_SQUARES = 32  # along an axis; a longer one is drawn with several devices to a square
@@ -52,7 +52,7 @@ class _Drawing:
         return self.side * (x + z * _DEPTH[0]), self.side * (y + z * _DEPTH[1])
 
 
-def mesh_section(report: Report) -> Html:
+def mesh_section(report: Findings) -> Html:
     """Draw the mesh, and list the groups of devices that its axes make.
 
     Args:
@@ -210,7 +210,7 @@ def _legend(axes: Sequence[_Axis]) -> list[str]:
     ]
 
 
-def _busiest(report: Report, sets: _Sets) -> int:
+def _busiest(report: Findings, sets: _Sets) -> int:
     sent: Counter[AxisSet] = Counter()
     for row in report.collectives:
         sent[row.axes] += row.wire_bytes * row.trips

@@ -10,6 +10,7 @@ from importlib import resources
 
 from txcore.profiling.declared.kernels import kernels_line
 from txcore.profiling.report.diff import diff
+from txcore.profiling.report.findings import Findings
 from txcore.profiling.report.html.changes import changes_section
 from txcore.profiling.report.html.declared import fates_section, missing_section
 from txcore.profiling.report.html.markup import Html, el, join
@@ -17,7 +18,8 @@ from txcore.profiling.report.html.mesh import mesh_section
 from txcore.profiling.report.html.plan import divergent_section, plan_section
 from txcore.profiling.report.html.rows import rows_section
 from txcore.profiling.report.html.traffic import traffic_section
-from txcore.profiling.report.report import Report, format_bytes
+from txcore.profiling.report.numbers import format_bytes
+from txcore.profiling.report.verdict import write_verdict
 
 # The colour, icon and label of each status.
 _FACES = {
@@ -38,7 +40,7 @@ _ORIGINS = {
 }
 
 
-def to_html(report: Report, other: Report | None = None, *, title: str = _TITLE) -> str:
+def to_html(report: Findings, other: Findings | None = None, *, title: str = _TITLE) -> str:
     """Write a report as one HTML page: no network, light and dark, readable without scripts.
 
     Args:
@@ -54,12 +56,12 @@ def to_html(report: Report, other: Report | None = None, *, title: str = _TITLE)
       TypeError: `report` or `other` is no report.
 
     Example:
-      >>> page = to_html(Report(()), title="An <empty> program")
+      >>> page = to_html(Findings(()), title="An <empty> program")
       >>> "<h1>An &lt;empty&gt; program</h1>" in page
       True
     """
     for given in (report,) if other is None else (report, other):
-        if not isinstance(given, Report):
+        if not isinstance(given, Findings):
             raise TypeError(
                 f"to_html needs reports, but got a {type(given).__name__}: pass what audit or "
                 "audit_text returned"
@@ -88,7 +90,9 @@ def to_html(report: Report, other: Report | None = None, *, title: str = _TITLE)
     return f"<!doctype html>\n{page}\n"
 
 
-def write_html(report: Report, path: str | os.PathLike[str], other: Report | None = None) -> None:
+def write_html(
+    report: Findings, path: str | os.PathLike[str], other: Findings | None = None
+) -> None:
     """Write a report's page into a file, which is replaced whole or stays as it is.
 
     Args:
@@ -129,18 +133,18 @@ def _hash(code: str) -> str:
     return f"'sha256-{base64.b64encode(digest).decode()}'"
 
 
-def _verdict(report: Report) -> Html:
+def _verdict(report: Findings) -> Html:
     name, icon, label = _FACES[report.status]
     return el(
         "div",
         el("span", icon, class_="icon", aria_hidden="true"),
-        el("div", el("strong", label), el("p", report.verdict())),
+        el("div", el("strong", label), el("p", write_verdict(report))),
         class_=f"verdict {name}",
         role="status",
     )
 
 
-def _facts(report: Report) -> Html:
+def _facts(report: Findings) -> Html:
     devices = math.prod(size for _, size in report.mesh)
     mesh = " × ".join(f"{name} {size:,}" for name, size in report.mesh)
     at_least = "≥ " if report.at_least else ""

@@ -1,14 +1,15 @@
 """What hangs or lies, and what an engine's plan predicts."""
 
+from txcore.profiling.report.findings import Findings
 from txcore.profiling.report.html.figures import badge, over, size
 from txcore.profiling.report.html.markup import Html, el
-from txcore.profiling.report.report import PlanLine, Report
+from txcore.profiling.report.rows import PlanLine
 
 _PROBLEMS = {"hangs": "✕ hangs", "lies": "✕ false type"}
 _HEAD = ("What", "Kind", "Axes", "Dtype", "Predicted", "Found", "Eliminated", "")
 
 
-def divergent_section(report: Report) -> Html:
+def divergent_section(report: Findings) -> Html:
     """Show what not all devices reach, and what has a false type; "" where nothing does.
 
     Args:
@@ -26,7 +27,7 @@ def divergent_section(report: Report) -> Html:
     return el("section", el("h2", "Under a predicate that differs"), el("ul", *items), id="hangs")
 
 
-def plan_section(report: Report) -> Html:
+def plan_section(report: Findings) -> Html:
     """Compare what the plan predicts with what was found; "" without a plan.
 
     Args:

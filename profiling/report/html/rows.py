@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 
+from txcore.profiling.report.findings import Findings
 from txcore.profiling.report.html.figures import (
     axis_sets,
     badge,
@@ -13,7 +14,8 @@ from txcore.profiling.report.html.figures import (
     tag_list,
 )
 from txcore.profiling.report.html.markup import Html, el, join
-from txcore.profiling.report.report import Collective, Part, Report, format_count
+from txcore.profiling.report.numbers import format_count
+from txcore.profiling.report.rows import Collective, Part
 
 _HEAD = (
     *("#", "Kind", "Axes", "n", "Dtype", "Payload", "Wire", "Trips", "Wire a call", "Origin"),
@@ -23,7 +25,7 @@ _TAGS_SHOWN = 2
 _INEXACT = ("autodiff", "opaque")
 
 
-def rows_section(report: Report) -> Html:
+def rows_section(report: Findings) -> Html:
     """Show every compiled collective, the unexplained ones first.
 
     Args:

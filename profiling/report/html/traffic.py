@@ -3,12 +3,13 @@
 from collections import defaultdict
 from collections.abc import Sequence
 
+from txcore.profiling.report.findings import Findings
 from txcore.profiling.report.html.figures import AxisSet, badge, count, over, size
 from txcore.profiling.report.html.markup import Html, el, join
-from txcore.profiling.report.report import Collective, Report
+from txcore.profiling.report.rows import Collective
 
 
-def traffic_section(report: Report) -> Html:
+def traffic_section(report: Findings) -> Html:
     """Show what one call sends over each set of axes by each kind of collective.
 
     Args:

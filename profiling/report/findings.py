@@ -1,0 +1,135 @@
+"""What an audit found, as data, and the answer that follows from it."""
+
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from txcore.profiling.declared.collectives import Declared
+from txcore.profiling.declared.divergence import Divergence
+from txcore.profiling.declared.kernels import KernelUse
+from txcore.profiling.report.numbers import figure
+from txcore.profiling.report.rows import Collective, Fate, PlanLine
+
+Status = Literal["proved", "not proved", "failed"]
+_HIDDEN = {"autodiff": "left to autodiff", "opaque": "hidden in opaque calls"}
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What an audit found, as data.
+
+    `status` is the answer: "failed" unless it is `ok`, "proved" where it is `exact`, and "not
+    proved" in between. `ok`, `exact` and `checked` are what it is made of.
+
+    Attributes:
+      collectives: every collective of the compiled program.
+      missing: those that the traced program declares and the compiled one lacks.
+      checked: whether there was a traced program to compare with; a dump has none.
+      fates: what became of each collective that the traced program declares, in its order.
+      mesh: the axes of the program's (first) mesh and their sizes.
+      target: what it was compiled for: "cpu:8", "tpu:v5p:16x16x16"; "" where unknown.
+      divergent: what hangs or lies under a cond or while whose predicate differs.
+      plan: what an engine's plan predicts, line by line, and then what is beyond it.
+      kernels: which of txcore's kernels it calls, and how often.
+    """
+
+    collectives: tuple[Collective, ...]
+    missing: tuple[Declared, ...] = ()
+    checked: bool = True
+    fates: tuple[Fate, ...] = ()
+    mesh: tuple[tuple[str, int], ...] = ()
+    target: str = ""
+    divergent: tuple[Divergence, ...] = ()
+    plan: tuple[PlanLine, ...] = ()
+    kernels: tuple[KernelUse, ...] = ()
+
+    @property
+    def status(self) -> Status:
+        """Return the answer of the audit.
+
+        "failed": something is unexplained, missing, divergent, or short of the plan (not `ok`).
+        "not proved": nothing is wrong, but something could not be looked at: there is no traced
+        program to compare with (not `checked`), or a collective is left to autodiff or hidden in
+        an opaque call.
+        "proved": every collective is one that was asked for by name, as the plan predicts if
+        there is one (`exact`).
+        """
+        if not self.ok:
+            return "failed"
+        return "proved" if self.exact else "not proved"
+
+    @property
+    def unexplained(self) -> tuple[Collective, ...]:
+        """Return the collectives that nobody asked for, whatever their tags say."""
+        return tuple(c for c in self.collectives if not c.explained)
+
+    @property
+    def ok(self) -> bool:
+        """Tell whether nothing is unexplained, missing, divergent, or short of the plan."""
+        faults = self.unexplained or self.missing or self.divergent
+        return not faults and all(line.ok for line in self.plan)
+
+    @property
+    def exact(self) -> bool:
+        """Tell whether it is ok, was checked, and nothing is left to autodiff or opaque."""
+        return self.ok and self.checked and not inexact(self.collectives)
+
+    @property
+    def payload_bytes(self) -> int:
+        """Return the payload of one call of the program: S times trips, of all collectives."""
+        return sum(c.payload_bytes * c.trips for c in self.collectives)
+
+    @property
+    def wire_bytes(self) -> int:
+        """Return what each device sends in one call of the program."""
+        return sum(c.wire_bytes * c.trips for c in self.collectives)
+
+    @property
+    def at_least(self) -> bool:
+        """Tell whether the bytes of a call are the least, since not all of them are known."""
+        return not all(c.trips_known and c.wire_known for c in self.collectives)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as plain lists, numbers and strings."""
+        return {
+            "status": self.status,
+            "ok": self.ok,
+            "exact": self.exact,
+            "checked": self.checked,
+            "target": self.target,
+            "mesh": dict(self.mesh),
+            "payload_bytes": figure(self.payload_bytes),
+            "wire_bytes": figure(self.wire_bytes),
+            "at_least": self.at_least,
+            "collectives": [c.to_dict() for c in self.collectives],
+            "missing": [_declared_dict(d) for d in self.missing],
+            "fates": [
+                {"declared": _declared_dict(f.declared), "fates": f.fates, "rows": f.rows}
+                for f in self.fates
+            ],
+            "divergent": [dataclasses.asdict(d) for d in self.divergent],
+            "plan": [dataclasses.asdict(line) for line in self.plan],
+            "kernels": [dataclasses.asdict(use) for use in self.kernels],
+        }
+
+    def to_json(self) -> str:
+        """Return the report as canonical JSON: sorted keys, no blanks, so that equal is equal."""
+        return json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
+
+
+def inexact(rows: Sequence[Collective]) -> list[str]:
+    """Say what keeps an audit that is ok from being exact."""
+    counts = Counter(c.origin for c in rows)
+    said = []
+    for origin, text in _HIDDEN.items():
+        if number := counts[origin]:
+            said.append(f"{number} {'is' if number == 1 else 'are'} {text}")
+    return said
+
+
+def _declared_dict(declared: Declared) -> dict[str, Any]:
+    row = dataclasses.asdict(declared)
+    return {name: value for name, value in row.items() if name not in ("groups", "pairs")}

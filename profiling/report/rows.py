@@ -1,0 +1,167 @@
+"""What a report consists of, as data: rows, their parts, fates, and the plan's lines."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from txcore.profiling.declared.collectives import Declared
+from txcore.profiling.report.numbers import figure
+
+# What each device sends of these does not depend on how many there are.
+_SENT_WHOLE = ("collective-permute", "collective-broadcast", "send")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One array of a compiled collective, as far as it can be told apart from the others.
+
+    Attributes:
+      tag: txcore's tag of it, or "".
+      dtype: as declared; the compiled one where no declaration matches.
+      wire_dtype: as compiled.
+      elements: of S (times n for an all-gather).
+      payload_bytes: S of one execution in the declared dtype.
+      source: "file.py:12", or "".
+      fates: what became of its declaration: see `Fate`; empty where none matches.
+    """
+
+    tag: str
+    dtype: str
+    wire_dtype: str
+    elements: int
+    payload_bytes: int
+    source: str
+    fates: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One collective of a compiled program; of a merged one, what has one origin.
+
+    With S as in nccl-tests: the operands' bytes on one device, times n for an all-gather.
+
+    Attributes:
+      kind: HLO's name ("all-reduce"), "custom-call" or "unknown".
+      origin: "txcore" (tagged), "user" (plain jax), "autodiff", "partitioner", "boundary" (a
+        reshard at a shard_map or jit edge), "reshard" (asked for by name), "opaque" (a custom
+        call that can communicate) or "unknown" (cannot be read).
+      tags: txcore's tags; several where the compiler combined collectives.
+      axes: the mesh axes whose groups it talks in; empty where they are none of the mesh's.
+      group_size: devices in a group (n); of a permute, devices along `axes`; 0 where the program
+        does not say it: then the bytes that depend on it are not known either, and 0.
+      dtype: as declared ("bfloat16"); the compiled one where no declaration matches.
+      wire_dtype: as compiled; "float32" for a bfloat16 sum that the compiler promoted.
+      payload_bytes: S of one execution in the declared dtype.
+      wire_bytes: what each device sends in one execution: S in the wire dtype times nccl-tests'
+        bus factor: 2(n-1)/n all-reduce; (n-1)/n all-gather, reduce-scatter, all-to-all; else 1.
+      trips: executions in one call of the program (loops multiplied).
+      source: "file.py:12", the innermost line outside jax and txcore; "" where unknown.
+      op_name: jax's path to the primitive, as compiled.
+      explained: False where nobody asked for it (`Report.unexplained`).
+      trips_known: False in a loop whose length is not known: then `trips` is the least.
+      note: where the witnesses disagree or something could not be read, what.
+      op: the HLO instruction's name; two rows share it where origins were merged into one op.
+      parts: its arrays, in the compiled order.
+    """
+
+    kind: str
+    origin: str
+    tags: tuple[str, ...]
+    axes: tuple[str, ...]
+    group_size: int
+    dtype: str
+    wire_dtype: str
+    payload_bytes: int
+    wire_bytes: int
+    trips: int
+    source: str
+    op_name: str
+    explained: bool = True
+    trips_known: bool = True
+    note: str = ""
+    op: str = ""
+    parts: tuple[Part, ...] = ()
+
+    @property
+    def payload_known(self) -> bool:
+        """Tell whether `payload_bytes` says it; nothing does of what cannot be read."""
+        if self.kind in ("unknown", "custom-call"):
+            return False
+        return self.kind != "all-gather" or self.group_size > 0
+
+    @property
+    def wire_known(self) -> bool:
+        """Tell whether `wire_bytes` says it."""
+        return self.payload_known and (self.group_size > 0 or self.kind in _SENT_WHOLE)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the row as plain lists, numbers and strings; None is what is not known."""
+        row = {name: figure(value) for name, value in dataclasses.asdict(self).items()}
+        row["parts"] = [
+            {name: figure(value) for name, value in dataclasses.asdict(part).items()}
+            for part in self.parts
+        ]
+        unknown = {
+            "group_size": self.group_size == 0,
+            "payload_bytes": not self.payload_known,
+            "wire_bytes": not self.wire_known,
+        }
+        return row | {name: None for name, is_unknown in unknown.items() if is_unknown}
+
+
+@dataclass(frozen=True)
+class Fate:
+    """What became of one declared operand in the compiled program.
+
+    Attributes:
+      declared: what the traced program asks for.
+      fates: "kept", "combined" (into one op with others), "split" (into several), "unrolled" (from
+        a loop into several), "hoisted" (out of a loop), "rewritten" (as another kind or form),
+        "promoted" (to a wider dtype), "narrowed" (to a smaller one), "deduplicated" (an equal one
+        does its work), "reassociated" (one of a sum does the work of several), "eliminated"
+        (nothing used it, or it had no work) or "missing"; several where several things were done.
+      rows: places in `Report.collectives` of what it became; empty where it is gone.
+    """
+
+    declared: Declared
+    fates: tuple[str, ...]
+    rows: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class PlanLine:
+    """What a plan predicts of a program, and what was found of it.
+
+    Attributes:
+      what: "gradients"; beyond the plan the collective's tag, or else its jax primitive.
+      kind: HLO's name ("all-reduce").
+      axes: the mesh axes.
+      dtype: as declared ("float32").
+      payload_bytes: S of one step, as in nccl-tests, as predicted; 0 beyond the plan.
+      found_bytes: as much of it as the program has; beyond the plan, all of it.
+      eliminated_bytes: as much of it as was declared, and the compiler could do without (the
+        gradient of a parameter that the loss does not use is a constant).
+      factor: of the gradients, whose mean a plan predicts: "mean" where they are that, "sum" where
+        they are known to be N times it, "not read" where the program does not tell; "" of others.
+      factor_note: which gradients, where, and what of them, unless all are the mean.
+    """
+
+    what: str
+    kind: str
+    axes: tuple[str, ...]
+    dtype: str
+    payload_bytes: int
+    found_bytes: int
+    eliminated_bytes: int = 0
+    factor: str = ""
+    factor_note: str = ""
+
+    @property
+    def ok(self) -> bool:
+        """Tell whether all that the plan predicts is there, and no mean is known to be a sum."""
+        return self.factor != "sum" and self.is_there
+
+    @property
+    def is_there(self) -> bool:
+        """Tell whether all that the plan predicts is sent."""
+        return self.found_bytes + self.eliminated_bytes >= self.payload_bytes

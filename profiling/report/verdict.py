@@ -1,0 +1,86 @@
+"""The last line of a report: the status, and why."""
+
+from collections import Counter
+
+from txcore.outside import printable
+from txcore.profiling.report.findings import Findings, inexact
+from txcore.profiling.report.numbers import format_bytes
+from txcore.profiling.report.rows import Collective, PlanLine
+
+_NAMED = 3
+_DIVERGENT = {"hangs": "that not all devices reach", "lies": "of a false type"}
+
+
+def write_verdict(report: Findings) -> str:
+    """Return the status and its reason in one line."""
+    reason = _found(report) if report.ok else "; ".join(_faults(report))
+    return printable(f"{report.status}: {reason}")
+
+
+def _found(report: Findings) -> str:
+    """Say what a program without a fault sends, and what keeps it from being proved."""
+    rows = report.collectives
+    doubts = [] if report.checked else ["there is no traced program to compare with"]
+    doubts += inexact(rows)
+    but = f", but {' and '.join(doubts)}" if doubts else ""
+    if not rows:
+        return "no collective in the program" if report.checked else f"no collective found{but}"
+    counts = Counter(c.origin for c in rows)
+    origins = ", ".join(f"{count} {origin}" for origin, count in sorted(counts.items()))
+    is_known = all(c.trips_known and c.payload_known for c in rows)
+    payload = ("" if is_known else "at least ") + format_bytes(report.payload_bytes)
+    sent = f"{_plural(len(rows), 'collective')}, {payload} payload a call"
+    if not report.checked:
+        return f"{sent}, nothing looks added ({origins}){but}"
+    planned = _as_planned(report.plan)
+    planned += "".join(f", {line.factor_note}" for line in report.plan if line.factor_note)
+    return f"{sent}, all declared ({origins}){planned}; nothing was added{but}"
+
+
+def _as_planned(plan: tuple[PlanLine, ...]) -> str:
+    if not any(line.payload_bytes for line in plan):
+        return ""
+    beyond = sum(line.found_bytes for line in plan if not line.payload_bytes)
+    return ", as the plan predicts" + (f" and {format_bytes(beyond)} beyond" if beyond else "")
+
+
+def _plural(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "s")
+
+
+def _faults(report: Findings) -> list[str]:
+    faults = []
+    if unexplained := report.unexplained:
+        total = _plural(len(report.collectives), "collective")
+        named = [_name(c) for c in unexplained[:_NAMED]]
+        some = _some(named, len(unexplained))
+        faults.append(f"{len(unexplained)} of {total} unexplained: {some}")
+    if report.missing:
+        named = [
+            f"{d.tag or d.primitive} over {'+'.join(d.axes)} at {d.source or '?'}"
+            for d in report.missing
+        ]
+        faults.append(f"{len(named)} declared but missing: {_some(named)}")
+    for problem, text in _DIVERGENT.items():
+        if named := [str(d) for d in report.divergent if d.problem == problem]:
+            faults.append(f"{len(named)} {text}: {_some(named)}")
+    faults += [
+        f"the plan predicts {line.payload_bytes:,} B of {line.what} ({line.dtype} {line.kind} over "
+        f"{'+'.join(line.axes)}), found {line.found_bytes + line.eliminated_bytes:,} B"
+        for line in report.plan
+        if not line.is_there
+    ]
+    faults += [line.factor_note for line in report.plan if line.factor == "sum"]
+    return faults
+
+
+def _name(row: Collective) -> str:
+    axes = f" over {'+'.join(row.axes)}" if row.axes else ""
+    place = f" at {row.source}" if row.source else ""
+    note = f": {row.note}" if row.note else ""
+    return f"{row.kind}{axes}{place} ({row.origin}{note})"
+
+
+def _some(named: list[str], count: int | None = None) -> str:
+    more = (len(named) if count is None else count) - _NAMED
+    return ", ".join(named[:_NAMED]) + (f" and {more} more" if more > 0 else "")
