@@ -273,11 +273,11 @@ class Engine:
         agreement.check_copies(state, self.mesh.mesh, after, since)
         watch.at("between steps")
 
-    def _check_beginning(self, state: TrainState, name: str) -> None:
+    def _check_beginning(self, state: TrainState, name: str, batch: Any = None) -> None:
         """Compare a state over the ranks where it is not known to be equal on all of them."""
         if self.spans and not agreement.is_equal(state):
             watch.at("comparison", label=name)
-            agreement.check_beginning(self, state, name)
+            agreement.check_beginning(self, state, name, batch)
             agreement.note_equal(state)
 
     def _replicate(self, leaf: Any) -> jax.Array:
@@ -309,17 +309,17 @@ class Engine:
         refuse_tracing(name_of(step), state, batch)
         batch = shard_batch(batch, self.mesh, self.plan)
         compiled = self._compiled(step, state, batch, train=True)
-        self._come_to(compiled, state)
+        self._come_to(compiled, state, batch)
         arrays, metrics = compiled.call(state.arrays, batch)
         state = replace(state, **arrays)
         if self.spans:
             agreement.note_equal(state)
         return state, metrics
 
-    def _come_to(self, compiled: CompiledStep, state: TrainState) -> None:
+    def _come_to(self, compiled: CompiledStep, state: TrainState, batch: Any) -> None:
         """Do what several processes need before a program of all of them runs."""
         if self.spans:
-            self._check_beginning(state, compiled.name)
+            self._check_beginning(state, compiled.name, batch)
             if compiled.reduces:
                 watch.meet(f"a run of {compiled.name}")
 
@@ -345,7 +345,7 @@ class Engine:
             refuse_tracing(name_of(step), state, host)
             batch = shard_batch(host, self.mesh, self.plan)
             compiled = self._compiled(step, state, batch, train=False)
-            self._come_to(compiled, state)
+            self._come_to(compiled, state, batch)
             watch.at("eval step", label=compiled.last_words)
             metrics, count = compiled.call(state.arrays, batch)
             weight = int(count) if count is not None else examples(batch, self.plan)[0]

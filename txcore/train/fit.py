@@ -110,7 +110,7 @@ def train(
         # when they are told, have to be there for both.
         is_alive(run.state)
         # Of what all ranks find alike none is told: they may go on, as after a MismatchError.
-        if begun and not isinstance(error, FloatingPointError):
+        if begun and not (isinstance(error, FloatingPointError) and run.fails_alike(error)):
             watch.failed(error)
         raise
     if interrupt.stopped is None and not interrupt.due(run.position.steps):
@@ -133,6 +133,7 @@ class Run:
     checkpoints: Checkpoints | None
     eval_every: int | None = None
     compare_every: int | None = None
+    evaluates: bool = False  # just now
 
     def begin(self, data: Data, length: "Length") -> None:
         """Go on from the newest checkpoint, or from where the state is."""
@@ -165,6 +166,8 @@ class Run:
         """Start a step; wait for an older one if too many are under way."""
         engine = self.engine
         batch = shard_batch(host, engine.mesh, engine.plan)
+        if engine.spans and self.equal is not None and self.equal == self.position.steps:
+            agreement.check_batch(batch, engine.mesh.mesh, step.__name__)  # as the copies just were
         self.progress.start_clock()
         watch.at("step", self.position.steps, engine.last_words)
         if engine.spans:
@@ -187,9 +190,20 @@ class Run:
         if self.evaluate is None or self.evaluated == self.position.steps:
             return
         self.wait()
+        self.evaluates = True
         self.metrics = to_host(self.evaluate(self.state))
+        self.evaluates = False
         self.progress.tell("eval", self.metrics)
         self.evaluated = self.position.steps
+
+    def fails_alike(self, error: BaseException) -> bool:
+        """Tell whether all ranks find a loss or a parameter, or an evaluation, not finite.
+
+        Losses and parameters are equal on all ranks; of what an evaluation raises that is asked.
+        """
+        if self.evaluates and self.engine.spans:
+            return agreement.fails_alike(error, self.position.steps)
+        return True
 
     def is_due(self, every: int | None) -> bool:
         """Tell whether what is done every so many steps is to be done now."""
