@@ -30,7 +30,7 @@ _calls = itertools.count()
 
 PROBLEM = "the ranks would run different programs"
 REMEDY = (
-    "Nothing was run. Start every rank with the same script, arguments, data and installed packages"
+    "Nothing was run. Start every rank with the same script, arguments, settings, data and packages"
 )
 
 
@@ -163,7 +163,7 @@ def difference(
         +++ rank 1
         -float32[8,4]
         +float32[4,4]
-      Nothing was run. Start every rank with the same script, arguments, data and installed packages
+      Nothing was run. Start every rank with the same script, arguments, settings, data and packages
     """
     reference, *others = groups
     differing = sorted(rank for group in others for rank in group)

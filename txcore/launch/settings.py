@@ -37,7 +37,7 @@ def program_settings() -> list[str]:
       >>> [line for line in settings.program_settings() if "x64" in line][-1]
       'jax_enable_x64=False'
     """
-    return [f"{name}={_compat.setting(name)}" for name in _compat.program_setting_names()]
+    return [f"{name}={value}" for name, value in _compat.program_settings().items()]
 
 
 def compiler_flags() -> list[str]:

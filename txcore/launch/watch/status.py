@@ -14,6 +14,8 @@ FAILED = 70  # EX_SOFTWARE: a rank failed by an error of its own, and will again
 class MismatchError(TxcoreError, RuntimeError):
     """Ranks or devices differ in what has to be the same; every rank raises it alike."""
 
+    every_rank = True
+
 
 @dataclass(frozen=True)
 class Entry:

@@ -136,7 +136,7 @@ class Checkpoints:
             self._refused.add(name)
             self._warn(f"{problem}; trying the one before")
         if refused or self.resume == "must":
-            raise CheckpointError(self._nothing_to_resume(refused))
+            raise CheckpointError(self._nothing_to_resume(refused), every_rank=True)
         return state, Position()
 
     @property
@@ -237,7 +237,7 @@ class Checkpoints:
             self._lock = None
         if self._failed is not None:
             failed, self._failed = self._failed, None
-            raise CheckpointError(f"{failed}. {self.newest()}")
+            raise CheckpointError(f"{failed}. {self.newest()}", every_rank=True)
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -337,11 +337,9 @@ class Checkpoints:
             except Exception as error:  # the others must not wait for it
                 failed, answer = error, {"error": _words(error)}
         text = share(f"{self._name}/{next(self._turns)}", json.dumps(answer))
-        if failed is not None:
-            raise failed
         answer = json.loads(text)
         if "error" in answer:
-            raise CheckpointError(answer["error"])
+            raise CheckpointError(answer["error"], every_rank=True) from failed
         return answer["result"]
 
     def _each(self, function: Callable[[], Any]) -> Any:
@@ -354,9 +352,7 @@ class Checkpoints:
         problem = agree(f"{self._name}/{next(self._turns)}", problem)
         if problem is None:
             return result
-        if jax.process_count() == 1 and failed is not None:
-            raise failed
-        raise CheckpointError(problem) from failed
+        raise CheckpointError(problem, every_rank=True) from failed
 
     def _say(self, text: str) -> None:
         if jax.process_index() == 0:

@@ -30,8 +30,8 @@ _SAME_STATE = (
     "send one rank's to all: engine.create_state(params, broadcast_from=0)"
 )
 _SAME_DATA = (
-    "Nothing was run. Give the same values on every rank to a leaf that Plan(batch=) does not "
-    "split over them: make it by the same seed, files and numbers"
+    "That step was not run. Give the same values on every rank to a leaf that Plan(batch=) does "
+    "not split over them: make it by the same seed, files and numbers"
 )
 _SAME_LOOP = (
     "Nothing was run. Call fit with the same arguments, data and engine on every rank (loggers may "
