@@ -131,7 +131,8 @@ def test_one_of_two_ranks_fails_alone(tmp_path):
 def check_evaluations(world, odd):
     """An evaluation that fails on all is theirs to go on from; on one alone it ends the run."""
     ended = run([["evaluations", {"odd": odd}]], world, worker=WORKER)
-    assert [code for code, _, _ in ended if code != 70] == []
+    codes = [code for code, _, _ in ended]
+    assert codes == [0 if rank == odd else 70 for rank in range(world)]  # it has caught its error
     for rank, (_, out, err) in enumerate(ended):
         (row,) = found([(0, out, err)])
         alike, well = row["alike"]
