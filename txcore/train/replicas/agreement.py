@@ -62,7 +62,8 @@ def check_fit(
       **counts: the other arguments of `fit`.
 
     Raises:
-      MismatchError: an argument differs; names it, on every rank alike.
+      MismatchError: an argument differs, or a setting that changes results; names it, on every rank
+        alike.
     """
     number = count_batches(data)
     lines = [f"{name}={count}" for name, count in counts.items()]
@@ -74,13 +75,10 @@ def check_fit(
         settings = ("every", "keep", "keep_best", "resume")
         lines += [f"checkpoints.{name}={getattr(checkpoints, name)}" for name in settings]
         lines.append(f"checkpoints.directory={os.path.realpath(checkpoints.directory)}")
+    preflight.check("fit", preflight.surroundings())
     preflight.check(
         "fit",
-        {
-            "arguments of fit": lines,
-            "engine": describe_engine(engine),
-            **preflight.surroundings(),
-        },
+        {"arguments of fit": lines, "engine": describe_engine(engine)},
         problem="the ranks would run different loops",
         remedy=_SAME_LOOP,
     )
