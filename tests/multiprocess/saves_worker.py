@@ -132,12 +132,10 @@ def saves(folder, odd, only=None):
     chosen = {name: fault for name, fault in faults().items() if only is None or name in only}
     for name, (owner, attribute, broken) in chosen.items():
         here = pathlib.Path(folder) / name
-        fault = contextlib.nullcontext()
         # What process 0 alone does can fail there alone.
         only_first = name in ("disk full at the manifest", "cannot merge")
-        if rank() == (0 if only_first else odd):
-            fault = mock.patch.object(owner, attribute, broken)
-        with fault:
+        own = rank() == (0 if only_first else odd)
+        with mock.patch.object(owner, attribute, broken) if own else contextlib.nullcontext():
             found[name] = timed(lambda here=here: train(here))
         found[name]["then"] = timed(lambda here=here: train(here))
         found[name]["left"] = sorted(p.name for p in here.iterdir())
