@@ -34,8 +34,8 @@ def program_settings() -> list[str]:
 
     Example:
       >>> from txcore.launch import settings
-      >>> [line for line in settings.program_settings() if "x64" in line][-1]
-      'jax_enable_x64=False'
+      >>> [line for line in settings.program_settings() if "enable_x64" in line]
+      ['jax_enable_x64=False']
     """
     return [f"{name}={value}" for name, value in _compat.program_settings().items()]
 
