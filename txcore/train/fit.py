@@ -17,6 +17,7 @@ from txcore.train.batch import examples, shard_batch
 from txcore.train.checkpoints import folder
 from txcore.train.checkpoints.checkpoints import Checkpoints
 from txcore.train.checkpoints.manifest import CheckpointError, Position
+from txcore.train.compile import name_of
 from txcore.train.error_state import give_state, is_alive
 from txcore.train.interrupt import Interrupt, interrupts
 from txcore.train.loggers import Metrics
@@ -167,7 +168,7 @@ class Run:
         engine = self.engine
         batch = shard_batch(host, engine.mesh, engine.plan)
         if engine.spans and self.equal is not None and self.equal == self.position.steps:
-            agreement.check_batch(batch, engine.mesh.mesh, step.__name__)  # as the copies just were
+            agreement.check_batch(batch, engine.mesh.mesh, name_of(step))  # as the copies were
         self.progress.start_clock()
         watch.at("step", self.position.steps, engine.last_words)
         if engine.spans:
