@@ -16,7 +16,7 @@ from txcore.launch import MismatchError, preflight
 
 WORKER = pathlib.Path(__file__).with_name("preflight_worker.py")
 REMEDY = (
-    "Nothing was run. Start every rank with the same script, arguments, data and installed packages"
+    "Nothing was run. Start every rank with the same script, arguments, settings, data and packages"
 )
 
 

@@ -37,6 +37,11 @@ class Coordinator:
                 raise RuntimeError("DEADLINE_EXCEEDED: GetKeyValue() timed out")
             return self.rows[key]
 
+    def key_value_delete(self, folder):
+        self._called()
+        with self.changed:
+            self.rows = {k: v for k, v in self.rows.items() if not k.startswith(folder)}
+
     def wait_at_barrier(self, name, timeout_in_ms):
         self._called()
         with self.changed:

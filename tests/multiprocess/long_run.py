@@ -81,6 +81,7 @@ def main():
             tx.optim.cosine(0.2 if odd == "constant" else 0.1, args.steps, 5), momentum=0.9
         ),
         loggers=[tx.loggers.JSONL(args.folder / "losses.jsonl")],
+        seed=int(odd == "seed"),
     )
     extra = {"mean": np.float32(0), "wide": np.arange(WIDE, dtype=np.float32)}
     checkpoints = tx.Checkpoints(args.folder / "saved", every=args.every, resume=args.resume)

@@ -23,7 +23,7 @@ REMEDY = (
 LOOP = "the ranks would run different loops: rank 1 differs from rank 0"
 
 
-def run(cases, world=2, devices=1, seconds=240):
+def run(cases, world=2, devices=1, seconds=240, worker=WORKER):
     """Run all ranks to their ends; return (exit code, stdout, stderr) of each."""
     port = free_port()
     ranks = []
@@ -33,7 +33,7 @@ def run(cases, world=2, devices=1, seconds=240):
         environment |= {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}"}
         ranks.append(
             subprocess.Popen(
-                [sys.executable, "-W", "error", WORKER, json.dumps(cases)],
+                [sys.executable, "-W", "error", worker, json.dumps(cases)],
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,

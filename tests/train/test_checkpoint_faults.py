@@ -214,18 +214,6 @@ def test_the_newest_is_one_that_can_be_used(tmp_path, monkeypatch, caplog):
         train(tmp_path, steps=5)
 
 
-def test_a_rank_says_its_own_error(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    monkeypatch.setattr(jax, "process_index", lambda: 1)
-    checkpoints = tx.Checkpoints(tmp_path, every=1)
-    checkpoints._fail(tmp_path / "step_00000001", "it is full")  # rank 0 says so
-    checkpoints._fail(tmp_path / "step_00000002", OSError(28, "No space left on device"))
-    assert toys.messages(caplog) == [
-        f"txcore: {tmp_path / 'step_00000002'} was not saved by rank 1: No space left on device; "
-        "the run goes on. There is no checkpoint yet"
-    ]
-
-
 def test_the_clock_does_not_matter(run, whole, caplog):
     for i, name in enumerate(saved(run)):
         os.utime(run / name, (2e9 - i, 2e9 - i))  # the oldest has the newest time

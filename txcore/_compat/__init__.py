@@ -26,6 +26,7 @@ from txcore._compat.settings import backend_started as backend_started
 from txcore._compat.settings import is_key_array as is_key_array
 from txcore._compat.settings import key_impl as key_impl
 from txcore._compat.settings import may_trace as may_trace
+from txcore._compat.settings import program_settings as program_settings
 from txcore._compat.settings import set_if_there as set_if_there
 from txcore._compat.settings import setting as setting
 from txcore._compat.settings import simulate_cpu_devices as simulate_cpu_devices

@@ -13,6 +13,56 @@ def setting(name: str) -> Any:
     return getattr(jax.config, name)
 
 
+# Beside what jax traces by, what it compiles and checks by.
+_COMPILED_BY = (
+    "jax_debug_infs",
+    "jax_debug_nans",
+    "jax_default_prng_impl",
+    "jax_disable_most_optimizations",
+    "jax_enable_custom_prng",
+    "jax_exec_time_optimization_effort",
+    "jax_memory_fitting_effort",
+    "jax_memory_fitting_level",
+    "jax_optimization_level",
+)
+# Where jax does not say what it traces by.
+_TRACED_BY = (
+    "jax_default_matmul_precision",
+    "jax_enable_x64",
+    "jax_numpy_dtype_promotion",
+    "jax_threefry_partitionable",
+)
+# What it traces by, and what changes no result: a device of this process, how sources are named.
+_NO_RESULT = frozenset(
+    [
+        "jax_debug_key_reuse",
+        "jax_default_device",
+        "jax_enable_pgle",
+        "jax_hlo_source_file_canonicalization_regex",
+        "jax_pgle_profiling_runs",
+    ]
+)
+
+
+def program_settings() -> dict[str, Any]:
+    """Return jax's settings that may change a program's results, as they are in this thread."""
+    from jax._src import config  # private: jax's own list of what a traced program depends on
+
+    traced_by = getattr(config, "trace_context_names", lambda: _TRACED_BY)()
+    names = {name for name in traced_by if name.startswith("jax_")} | {*_COMPILED_BY}
+    found = {}
+    for name in sorted(names - _NO_RESULT):
+        try:
+            found[name] = getattr(jax.config, name) if hasattr(jax.config, name) else _flag(name)
+        except AttributeError:  # not in this jax
+            continue
+    return found
+
+
+def _flag(name: str) -> Any:
+    return jax.config.read(name)  # some settings are no attributes
+
+
 def set_if_there(name: str, value: Any) -> bool:
     """Set one of jax's settings where this jax has it; tell whether it has."""
     try:

@@ -1,7 +1,15 @@
 """Words between processes, through the coordinator: no backend, no collective."""
 
+import json
+from collections.abc import Callable
+from typing import Any
+
 from txcore import _compat
 from txcore.launch import watch
+from txcore.launch.watch.verdict import rank_names
+
+MEET_S = 1800.0  # until all processes have come, who may have something to do before
+LONGEST = 2000  # characters of one process's words
 
 
 def world_size() -> int:
@@ -15,7 +23,7 @@ def world_size() -> int:
     return _compat.coordination_size()
 
 
-def barrier(name: str, *, timeout_s: float = 1800.0) -> None:
+def barrier(name: str, *, timeout_s: float = MEET_S) -> None:
     """Wait on the host until every process has come to the barrier `name`.
 
     Args:
@@ -34,7 +42,7 @@ def barrier(name: str, *, timeout_s: float = 1800.0) -> None:
         client.wait_at_barrier(f"txcore/{name}", int(timeout_s * 1000))
 
 
-def share(name: str, value: str, *, timeout_s: float = 1800.0) -> str:
+def share(name: str, value: str, *, timeout_s: float = MEET_S) -> str:
     """Return process 0's `value` on every process.
 
     Args:
@@ -60,3 +68,77 @@ def share(name: str, value: str, *, timeout_s: float = 1800.0) -> str:
         client.key_value_set(f"txcore/{name}", value)
         return value
     return client.blocking_key_value_get(f"txcore/{name}", int(timeout_s * 1000))
+
+
+def agree(
+    name: str,
+    problem: str | None,
+    conclude: Callable[[], str | None] = lambda: None,
+    *,
+    timeout_s: float = MEET_S,
+) -> str | None:
+    """Return what any process has found wrong, on every process alike; None where all are well.
+
+    Every process says how its part went, process 0 hears all and says what came of it: two words a
+    process. A process that failed has to come as well; it does not keep the others waiting.
+
+    Args:
+      name: what is agreed on; each name is used once, and is the same on every process.
+      problem: what is wrong on this process, if anything is.
+      conclude: what process 0 does before the others go on, where all are well; returns what went
+        wrong. The others do not call it.
+      timeout_s: seconds that process 0 waits for each of the others.
+
+    Returns:
+      The problem, with the ranks that have it where not all do.
+
+    Raises:
+      RuntimeError: process 0 was not heard of in time.
+
+    Example:
+      >>> from txcore.launch import key_value
+      >>> key_value.agree("folder", None), key_value.agree("folder", "it is full")  # alone: its own
+      (None, 'it is full')
+    """
+    client, world = _compat.coordination_client(), _compat.coordination_size()
+    if client is None or world == 1:
+        return problem if problem is not None else conclude()
+    rank, folder = _compat.coordination_rank(), f"txcore/{name}/"
+    word = json.dumps(problem if problem is None else problem[:LONGEST])
+    if rank != 0:
+        client.key_value_set(f"{folder}said/{rank}", word)
+        wait_ms = int(2 * timeout_s * 1000)  # process 0 names who is late before
+        return json.loads(client.blocking_key_value_get(f"{folder}all", wait_ms))
+    words = {0: json.loads(word), **_hear(client, f"{folder}said/", world, timeout_s)}
+    verdict = _sum_up({r: said for r, said in words.items() if said is not None}, world)
+    if verdict is None:
+        said = conclude()
+        verdict = None if said is None else _sum_up({0: said}, world)
+    client.key_value_set(f"{folder}all", json.dumps(verdict))
+    client.key_value_delete(f"{folder}said/")
+    return verdict
+
+
+def _hear(client: Any, folder: str, world: int, timeout_s: float) -> dict[int, str | None]:
+    """Return what each of the other processes says; of one that is late, that it is."""
+    heard: dict[int, str | None] = {}
+    for rank in range(1, world):
+        try:
+            said = client.blocking_key_value_get(f"{folder}{rank}", int(timeout_s * 1000))
+            heard[rank] = json.loads(said)
+        except RuntimeError as error:
+            if "DEADLINE_EXCEEDED" not in str(error):
+                raise
+            heard[rank] = f"not heard of for {timeout_s:g} s"
+            timeout_s = 1.0  # the others have had as long
+    return heard
+
+
+def _sum_up(problems: dict[int, str], world: int) -> str | None:
+    """Return the problems of all processes as one text, the same one of several once."""
+    ranks: dict[str, list[int]] = {}
+    for rank in sorted(problems):
+        ranks.setdefault(problems[rank], []).append(rank)
+    if len(ranks) == 1 and len(problems) == world:
+        return next(iter(ranks))
+    return "; ".join(f"{rank_names(who)}: {text}" for text, who in ranks.items()) or None

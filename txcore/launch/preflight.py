@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from txcore import _compat
-from txcore.launch import watch
+from txcore.launch import settings, watch
 from txcore.launch.watch.status import MismatchError as MismatchError
 from txcore.launch.watch.verdict import rank_names
 
@@ -30,7 +30,7 @@ _calls = itertools.count()
 
 PROBLEM = "the ranks would run different programs"
 REMEDY = (
-    "Nothing was run. Start every rank with the same script, arguments, data and installed packages"
+    "Nothing was run. Start every rank with the same script, arguments, settings, data and packages"
 )
 
 
@@ -163,7 +163,7 @@ def difference(
         +++ rank 1
         -float32[8,4]
         +float32[4,4]
-      Nothing was run. Start every rank with the same script, arguments, data and installed packages
+      Nothing was run. Start every rank with the same script, arguments, settings, data and packages
     """
     reference, *others = groups
     differing = sorted(rank for group in others for rank in group)
@@ -237,10 +237,28 @@ def facts_of(
     leaves = jax.tree_util.tree_flatten_with_path(shapes)[0]
     axes = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
     return {
-        "versions": versions(),
+        **surroundings(),
         "mesh": [axes, *(_device(device) for device in mesh.devices.flat)],
         "shapes": [f"{jax.tree_util.keystr(path)} {_shape(leaf)}" for path, leaf in leaves],
         "collectives": list(collectives),
+    }
+
+
+def surroundings() -> dict[str, list[str]]:
+    """Return what changes a program's results beside the program: has to be the same on all ranks.
+
+    Returns:
+      Versions, jax's settings and compiler flags: lines by title, for `check`.
+
+    Example:
+      >>> from txcore.launch import preflight
+      >>> list(preflight.surroundings())
+      ['versions', 'jax settings', 'compiler flags']
+    """
+    return {
+        "versions": versions(),
+        "jax settings": settings.program_settings(),
+        "compiler flags": settings.compiler_flags(),
     }
 
 

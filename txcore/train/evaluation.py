@@ -20,7 +20,7 @@ def evaluate(steps: Steps, step: Any, state: TrainState, data: Iterable[Any]) ->
     for host in data:
         batch = steps.place_for(step, state, host)
         state, compiled = steps.compile(step, state, batch, train=False)
-        steps.come_to(compiled, state)
+        steps.come_to(compiled, state, batch.tree)
         watch.at(Phase.EVAL_STEP, label=compiled.last_words)
         metrics, count = compiled.call(state.arrays, batch.tree)
         weight = batch.examples if count is None else int(count)

@@ -11,6 +11,7 @@ from txcore.launch import watch
 from txcore.launch.watch import Phase
 from txcore.train.checkpoints.checkpoints import Checkpoints
 from txcore.train.checkpoints.manifest import Position
+from txcore.train.compile import name_of
 from txcore.train.error_state import give_state, is_alive
 from txcore.train.feed import Data, batches
 from txcore.train.fit_arguments import (
@@ -110,7 +111,7 @@ def train(
         # when they are told, have to be there for both.
         is_alive(run.state)
         # Of what all ranks find alike none is told: they may go on, as after a MismatchError.
-        if begun and not isinstance(error, FloatingPointError):
+        if begun and not (isinstance(error, FloatingPointError) and run.fails_alike(error)):
             watch.failed(error)
         raise
     if interrupt.stopped is None and not interrupt.due(run.position.steps):
@@ -134,6 +135,7 @@ class Run:
     checkpoints: Checkpoints | None
     eval_every: int | None = None
     compare_every: int | None = None
+    evaluates: bool = False  # just now
 
     def begin(self, loggers: Sequence[Logger], data: Data, length: Length) -> None:
         """Go on from the newest checkpoint, or from where the state is."""
@@ -165,6 +167,9 @@ class Run:
     def make(self, batch: Placed, after: Position, interrupt: Interrupt) -> None:
         """Start a step; wait for an older one if too many are under way."""
         runner = self.runner
+        if runner.spans and self.equal is not None and self.equal == self.position.steps:
+            # As the copies of the state were.
+            agreement.check_batch(batch.tree, runner.options.mesh.mesh, name_of(self.step))
         self.progress.start_clock()
         watch.at(Phase.STEP, self.position.steps, runner.last_words)
         if runner.spans:
@@ -187,9 +192,20 @@ class Run:
         if self.evaluate is None or self.evaluated == self.position.steps:
             return
         self.wait()
+        self.evaluates = True
         self.metrics = to_host(self.evaluate(self.state))
+        self.evaluates = False
         self.progress.tell("eval", self.metrics)
         self.evaluated = self.position.steps
+
+    def fails_alike(self, error: BaseException) -> bool:
+        """Tell whether all ranks find a loss or a parameter, or an evaluation, not finite.
+
+        Losses and parameters are equal on all ranks; of what an evaluation raises that is asked.
+        """
+        if self.evaluates and self.runner.spans:
+            return agreement.fails_alike(error, self.position.steps)
+        return True
 
     def is_due(self, every: int | None) -> bool:
         """Tell whether what is done every so many steps is to be done now."""

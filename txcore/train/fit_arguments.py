@@ -101,7 +101,8 @@ def check_length(checkpoints: Checkpoints, position: Position, total: int | None
         raise CheckpointError(
             f"{checkpoints.directory / folder.name(position.steps)} is after {position.steps} "
             f"steps, but the run is to make {total}: give steps= (or epochs=) at least as large, "
-            "or another folder"
+            "or another folder",
+            every_rank=True,
         )
 
 

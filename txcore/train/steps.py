@@ -49,7 +49,7 @@ class Steps:
         """Run one training step on a batch that was placed; `state` is donated."""
         state, compiled = self.compile(step, state, batch, train=True)
         if self.spans:
-            self.come_to(compiled, state)
+            self.come_to(compiled, state, batch.tree)
         arrays, metrics = compiled.call(state.arrays, batch.tree)
         state = state.with_arrays(arrays)
         if self.spans:
@@ -125,10 +125,10 @@ class Steps:
         vars(state)["form"] = self._forms.setdefault(signature, len(self._forms))
         return state
 
-    def come_to(self, compiled: CompiledStep, state: TrainState) -> None:
+    def come_to(self, compiled: CompiledStep, state: TrainState, batch: Any) -> None:
         """Do what several processes need before a program of all of them runs."""
         if self.spans:
-            self._check_beginning(state, compiled.name)
+            self._check_beginning(state, compiled.name, batch)
             if compiled.reduces:
                 watch.meet(f"a run of {compiled.name}")
 
@@ -144,11 +144,11 @@ class Steps:
         agreement.check_copies(state, self.options.mesh.mesh, after, since)
         watch.at(Phase.BETWEEN_STEPS)
 
-    def _check_beginning(self, state: TrainState, name: str) -> None:
+    def _check_beginning(self, state: TrainState, name: str, batch: Any = None) -> None:
         """Compare a state over the ranks where it is not known to be equal on all of them."""
         if not agreement.is_equal(state):
             watch.at(Phase.COMPARISON, label=name)
-            agreement.check_beginning(self.options, state, name)
+            agreement.check_beginning(self.options, state, name, batch)
             agreement.note_equal(state)
 
     def check_own(self, state: TrainState) -> None:

@@ -13,7 +13,7 @@ import time
 import traceback
 from collections.abc import Callable
 
-from txcore.launch.watch.status import MismatchError, Verdict
+from txcore.launch.watch.status import Verdict
 from txcore.launch.watch.verdict import last_seen, rank_names
 from txcore.launch.watch.watcher import OWN_THREADS, Watcher
 
@@ -39,8 +39,8 @@ def speaks_of_a_lost_peer(error: BaseException) -> bool:
 
 def fail(watcher: Watcher, error: BaseException) -> None:
     """Tell the others of this rank's error, or end with them where another rank is behind it."""
-    # All ranks raise a MismatchError alike.
-    if not watcher.watches() or watcher.error is not None or isinstance(error, MismatchError):
+    alike = getattr(error, "every_rank", False)  # all ranks raise it, and may go on
+    if not watcher.watches() or watcher.error is not None or alike:
         return
     watcher.error = error
     if speaks_of_a_lost_peer(error):

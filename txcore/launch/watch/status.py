@@ -47,6 +47,8 @@ TIMED = frozenset({Phase.STEP, Phase.EVAL_STEP, Phase.COMPARISON})
 class MismatchError(TxcoreError, RuntimeError):
     """Ranks or devices differ in what has to be the same; every rank raises it alike."""
 
+    every_rank = True
+
 
 @dataclass(frozen=True)
 class Entry:

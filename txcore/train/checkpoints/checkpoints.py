@@ -14,7 +14,7 @@ from typing import Any, Literal
 import jax
 
 from txcore.kernels.common.checks import whole_number
-from txcore.launch.key_value import share
+from txcore.launch.key_value import agree, share
 from txcore.printing import format_call
 from txcore.train.checkpoints import best, folder, manifest, saved_leaves
 from txcore.train.checkpoints.manifest import CheckpointError, Leaf, Metric, Position
@@ -86,7 +86,7 @@ class Checkpoints:
         self.resume = resume
         self._name = f"checkpoints/{next(_NUMBERS)}"
         self._turns = itertools.count()
-        self._store = Store(self.directory, self._name.replace("/", "-"))
+        self._store = Store(f"{self._name}/saves")
         self._refused: set[str] = set()  # the names of those that cannot be used
         self._failed: str | None = None  # why the last save did not succeed
         self._lock: int | None = None
@@ -117,9 +117,8 @@ class Checkpoints:
             using it, orbax-checkpoint is missing, or an array is of a dtype that it does not store.
         """
         self.close()
-        orbax()
-        self._together(self._take)
-        saved_leaves.check_kinds(state)
+        self._each(partial(_check_kinds, state))
+        self._take()
         own = saved_leaves.facts(saved_leaves.leaves_of(state), state.precision.compute)
         refused: list[str] = []
         self._refused = set()
@@ -127,7 +126,7 @@ class Checkpoints:
             saved = self.directory / name
             problem, found = self._together(partial(_examine, saved, own))
             if found is not None:
-                restored = self._read(saved, state)
+                restored = self._each(partial(self._read, saved, state))
                 bad = self._together(partial(nonfinite.bad_parameters, restored))
                 if not bad:
                     self._say(f"resuming from {saved}, after {found['steps']} steps")
@@ -137,7 +136,7 @@ class Checkpoints:
             self._refused.add(name)
             self._warn(f"{problem}; trying the one before")
         if refused or self.resume == "must":
-            raise CheckpointError(self._nothing_to_resume(refused))
+            raise CheckpointError(self._nothing_to_resume(refused), every_rank=True)
         return state, Position()
 
     @property
@@ -170,15 +169,9 @@ class Checkpoints:
         self._finish()
         metric, lacks = self._measure(metrics)
         to = self.directory / folder.name(position.steps)
-        need = sum(x.nbytes for x in jax.tree.leaves(state.arrays))
-        problem = self._together(partial(folder.no_room, self.directory, need))
+        problem = self._store.start(Writing(to, position, metric), state)
         if problem is not None:
             self._fail(to, problem)
-        else:
-            try:
-                self._store.start(Writing(to, position, metric), state)
-            except Exception as error:
-                self._fail(to, error)
         if lacks is not None:
             raise lacks
 
@@ -244,7 +237,7 @@ class Checkpoints:
             self._lock = None
         if self._failed is not None:
             failed, self._failed = self._failed, None
-            raise CheckpointError(f"{failed}. {self.newest()}")
+            raise CheckpointError(f"{failed}. {self.newest()}", every_rank=True)
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -258,8 +251,21 @@ class Checkpoints:
             self._warn(str(failed))  # the error under way says more
 
     def _take(self) -> None:
-        if self._lock is None:
-            self._lock = folder.take(self.directory, fresh=self.resume == "never")
+        """Take the folder for this run, and see that all processes have the same one."""
+
+        def take() -> str | None:
+            if self._lock is None:
+                self._lock = folder.take(self.directory, fresh=self.resume == "never")
+            return folder.mark(self.directory) if jax.process_count() > 1 else None
+
+        marked = self._together(take)
+        if marked is None:
+            return
+        try:
+            self._each(partial(folder.check_shared, self.directory, marked))
+        finally:
+            if jax.process_index() == 0:
+                folder.unmark(self.directory)
 
     def _finish(self) -> None:
         """Wait for the checkpoint that is under way, and delete those beyond `keep`."""
@@ -267,13 +273,15 @@ class Checkpoints:
             return
         to = self._store.writing.to
         try:
-            self._store.finish()
-        except Exception as error:
-            self._fail(to, error)
-        else:
-            self._failed = None
-            self._refused.discard(to.name)
-            self._prune(to.name)
+            problem = self._store.finish()
+        except Exception as error:  # process 0 was not heard of
+            problem = folder.reason(error)
+        if problem is not None:
+            self._fail(to, problem)
+            return
+        self._failed = None
+        self._refused.discard(to.name)
+        self._prune(to.name)
 
     def _prune(self, newest: str) -> None:
         if jax.process_index() == 0:
@@ -284,17 +292,12 @@ class Checkpoints:
                     continue
                 shutil.rmtree(self.directory / name, ignore_errors=True)
 
-    def _fail(self, to: Path, why: Exception | str) -> None:
-        """Note why a save did not succeed: an error of this process, or what all of them know."""
+    def _fail(self, to: Path, reason: str) -> None:
+        """Note why a save did not succeed; every process says so, in the same words."""
         if jax.process_index() == 0:
             folder.clear(self.directory, to.name)
-        reason, by = why, ""
-        if isinstance(why, Exception):
-            reason = folder.reason(why)
-            by = f" by rank {jax.process_index()}" if jax.process_count() > 1 else ""
-        self._failed = f"{to} was not saved{by}: {reason}"
-        if by or jax.process_index() == 0:
-            _LOG.warning("txcore: %s; the run goes on. %s", self._failed, self.newest())
+        self._failed = f"{to} was not saved: {reason}"
+        _LOG.warning("txcore: %s; the run goes on. %s", self._failed, self.newest())
 
     def _usable(self) -> list[str]:
         names = folder.names(self.directory)
@@ -310,10 +313,10 @@ class Checkpoints:
     def _read(self, saved: Path, state: TrainState) -> TrainState:
         try:
             return self._store.read(saved, state)
-        except (CheckpointError, ValueError, OSError, KeyError) as error:
+        except Exception as error:
             raise CheckpointError(
-                f"process {jax.process_index()} cannot read {saved}: {folder.reason(error)}. All "
-                "processes need the folder on a file system that they share"
+                f"{saved} cannot be read: {folder.reason(error)}. All processes need the folder "
+                "on a file system that they share"
             ) from error
 
     def _nothing_to_resume(self, refused: list[str]) -> str:
@@ -327,16 +330,29 @@ class Checkpoints:
     def _together(self, function: Callable[[], Any]) -> Any:
         """Return what process 0's call returns, on every process; or raise what it raises."""
         answer: dict[str, Any] = {}
+        failed: Exception | None = None
         if jax.process_index() == 0:
             try:
                 answer = {"result": function()}
-            except CheckpointError as error:
-                answer = {"error": str(error)}
+            except Exception as error:  # the others must not wait for it
+                failed, answer = error, {"error": _words(error)}
         text = share(f"{self._name}/{next(self._turns)}", json.dumps(answer))
         answer = json.loads(text)
         if "error" in answer:
-            raise CheckpointError(answer["error"])
+            raise CheckpointError(answer["error"], every_rank=True) from failed
         return answer["result"]
+
+    def _each(self, function: Callable[[], Any]) -> Any:
+        """Return what this process's call returns; raise on every process where one's fails."""
+        result, failed, problem = None, None, None
+        try:
+            result = function()
+        except Exception as error:  # the others must not wait for this process
+            failed, problem = error, _words(error)
+        problem = agree(f"{self._name}/{next(self._turns)}", problem)
+        if problem is None:
+            return result
+        raise CheckpointError(problem, every_rank=True) from failed
 
     def _say(self, text: str) -> None:
         if jax.process_index() == 0:
@@ -345,6 +361,19 @@ class Checkpoints:
     def _warn(self, text: str) -> None:
         if jax.process_index() == 0:
             _LOG.warning("txcore: %s", text)
+
+
+def _check_kinds(state: TrainState) -> None:
+    """Refuse what cannot be saved here."""
+    orbax()
+    saved_leaves.check_kinds(state)
+
+
+def _words(error: Exception) -> str:
+    """Return what the other processes are told of an error."""
+    if isinstance(error, CheckpointError):
+        return str(error)
+    return f"{type(error).__name__}: {folder.reason(error)}"
 
 
 def _examine(saved: Path, own: tuple[Leaf, ...]) -> tuple[str | None, dict[str, Any] | None]:

@@ -42,7 +42,15 @@ _SCHEMA = {
 
 
 class CheckpointError(TxcoreError, RuntimeError):
-    """A checkpoint cannot be made or used; says which, why, and what to do."""
+    """A checkpoint cannot be made or used; says which, why, and what to do.
+
+    Attributes:
+      every_rank: whether every process raises it alike, so that they may go on together.
+    """
+
+    def __init__(self, text: str, *, every_rank: bool = False) -> None:
+        super().__init__(text)
+        self.every_rank = every_rank
 
 
 @dataclass(frozen=True)

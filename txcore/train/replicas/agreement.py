@@ -1,5 +1,6 @@
 """What all ranks of a run have to agree on before it starts: its loop, and its first state."""
 
+import itertools
 import operator
 import os
 from collections.abc import Sequence, Sized
@@ -9,6 +10,7 @@ import jax
 from jax.sharding import Mesh
 
 from txcore.launch import preflight
+from txcore.launch.key_value import agree
 from txcore.launch.watch.status import MismatchError
 from txcore.train.options import Options
 from txcore.train.replicas import digests
@@ -19,10 +21,17 @@ if TYPE_CHECKING:
     from txcore.train.checkpoints.manifest import Position
 
 COMPILED_S = 1800.0  # until all ranks have compiled what they are about to run
+ALIKE_S = 5.0  # until all ranks have failed, where they fail alike
+
+_failures = itertools.count()  # of this process, those that were asked about
 
 _SAME_STATE = (
     "Nothing was run. Make the same state on every rank (by the same seed, files and numbers), or "
     "send one rank's to all: engine.create_state(params, broadcast_from=0)"
+)
+_SAME_DATA = (
+    "That step was not run. Give the same values on every rank to a leaf that Plan(batch=) does "
+    "not split over them: make it by the same seed, files and numbers"
 )
 _SAME_LOOP = (
     "Nothing was run. Call fit with the same arguments, data and engine on every rank (loggers may "
@@ -53,7 +62,8 @@ def check_fit(
       **counts: the other arguments of `fit`.
 
     Raises:
-      MismatchError: an argument differs; names it, on every rank alike.
+      MismatchError: an argument differs, or a setting that changes results; names it, on every rank
+        alike.
     """
     number = count_batches(data)
     lines = [f"{name}={count}" for name, count in counts.items()]
@@ -65,6 +75,7 @@ def check_fit(
         settings = ("every", "keep", "keep_best", "resume")
         lines += [f"checkpoints.{name}={getattr(checkpoints, name)}" for name in settings]
         lines.append(f"checkpoints.directory={os.path.realpath(checkpoints.directory)}")
+    preflight.check("fit", preflight.surroundings())
     preflight.check(
         "fit",
         {"arguments of fit": lines, "engine": describe_engine(options)},
@@ -118,13 +129,14 @@ def describe_engine(options: Options) -> list[str]:
     ]
 
 
-def check_beginning(options: Options, state: TrainState, name: str) -> None:
+def check_beginning(options: Options, state: TrainState, name: str, batch: Any = None) -> None:
     """Refuse a state that is not the same on every rank; every process has to come.
 
     Args:
       options: those of the engine that made the state.
       state: the state before step `name`; it is not donated.
       name: what is about to run.
+      batch: what it runs on, on the mesh, if that is known: see `check_batch`.
 
     Raises:
       MismatchError: a leaf differs in path, dtype, shape or any bit, or the engine; it is named,
@@ -140,6 +152,44 @@ def check_beginning(options: Options, state: TrainState, name: str) -> None:
     if found := digests.find_differences(state.arrays, options.mesh.mesh):
         head = f"the ranks would begin {name} with different states (compared bit for bit):"
         raise MismatchError(_text(head, found, _SAME_STATE))
+    check_batch(batch, options.mesh.mesh, name)
+
+
+def check_batch(batch: Any, mesh: Mesh, name: str) -> None:
+    """Refuse a batch whose parts that several ranks have differ; every process has to come.
+
+    Args:
+      batch: pytree of arrays on the mesh. Leaves that no two ranks have a part of (examples) are
+        not looked at, and cost nothing.
+      mesh: its devices.
+      name: what is about to run.
+
+    Raises:
+      MismatchError: copies differ in any bit; the leaf is named, with the ranks, on every rank.
+    """
+    leaves = jax.tree_util.tree_flatten_with_path(batch)[0]
+    shared = {
+        f"batch{jax.tree_util.keystr(path)}": leaf
+        for path, leaf in leaves
+        if digests.lies_on_several_ranks(leaf)
+    }
+    if shared and (found := digests.find_differences(shared, mesh)):
+        head = f"the ranks would run {name} on different data (compared bit for bit):"
+        raise MismatchError(_text(head, found, _SAME_DATA))
+
+
+def fails_alike(error: BaseException, steps: int) -> bool:
+    """Tell whether every rank fails by the same kind of error; those that do all come here.
+
+    Args:
+      error: of an evaluation, on this rank.
+      steps: how many steps were made before it.
+    """
+    kind = f"{type(error).__name__} after {steps} steps"
+    try:
+        return agree(f"failures/{next(_failures)}", kind, timeout_s=ALIKE_S) == kind
+    except RuntimeError:  # rank 0 has not failed
+        return False
 
 
 def check_copies(state: TrainState, mesh: Mesh, after: int | None, since: int | None) -> None:

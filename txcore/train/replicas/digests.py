@@ -82,6 +82,19 @@ def find_differences(tree: Any, mesh: Mesh) -> list[Difference]:
     return [Difference(_line(*found[i]), _groups(found[i][1], mesh, rows[:, i])) for i in bad]
 
 
+def lies_on_several_ranks(leaf: jax.Array) -> bool:
+    """Tell whether some part of a leaf has copies on devices of more than one process."""
+    return _has_copies(leaf.sharding, leaf.shape) if isinstance(leaf, jax.Array) else False
+
+
+@functools.lru_cache(maxsize=256)
+def _has_copies(sharding: Any, shape: tuple[int, ...]) -> bool:
+    ranks: dict[str, set[int]] = {}
+    for device, place in sharding.devices_indices_map(shape).items():
+        ranks.setdefault(str(place), set()).add(device.process_index)
+    return any(len(having) > 1 for having in ranks.values())
+
+
 def describe(tree: Any) -> list[str]:
     """Return a line for each leaf: its path, dtype and shape."""
     return [_line(path, leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]]
