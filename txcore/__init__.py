@@ -47,8 +47,9 @@ from txcore.train import load_extra as load_extra
 from txcore.train import load_params as load_params
 from txcore.train import loggers as loggers
 from txcore.train import step_fn as step_fn
+from txcore.version import VERSION
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 
 def __getattr__(name: str) -> object:

@@ -73,7 +73,7 @@ def main():
         tx.initialize()
     odd = args.odd if jax.process_index() == 1 else None
     if odd == "version":
-        tx.__version__ = "0.0.1"
+        tx.version.VERSION = "0.0.1"
     engine = tx.Engine(
         mesh=tx.MeshSpec(),
         plan=tx.Plan(tx.DP("data")),

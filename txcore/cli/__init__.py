@@ -30,9 +30,9 @@ class _Version(argparse.Action):
     """Print the version; it is looked up then only, since `txcore launch` imports no jax."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-        import txcore
+        from txcore.version import VERSION
 
-        show(f"txcore {txcore.__version__}")
+        show(f"txcore {VERSION}")
         parser.exit()
 
 

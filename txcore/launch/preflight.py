@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from txcore import _compat
+from txcore import _compat, version
 from txcore.launch import settings, watch
 from txcore.launch.watch.status import MismatchError as MismatchError
 from txcore.launch.watch.verdict import rank_names
@@ -273,11 +273,9 @@ def versions() -> list[str]:
     import jaxlib
     import numpy as np
 
-    import txcore
-
-    packages = [("jax", jax), ("jaxlib", jaxlib), ("numpy", np), ("txcore", txcore)]
+    packages = [("jax", jax), ("jaxlib", jaxlib), ("numpy", np)]
     rows = [f"{name} {getattr(module, '__version__', 'unknown')}" for name, module in packages]
-    return [f"python {platform.python_version()}", *rows]
+    return [f"python {platform.python_version()}", *rows, f"txcore {version.VERSION}"]
 
 
 def _device(device: Any) -> str:
