@@ -18,7 +18,9 @@ VERSIONED = tests/collectives tests/profiling tests/train/test_engine.py tests/t
   tests/train/test_replicas.py tests/train/test_prng.py tests/optim tests/kernels/test_kernel_values.py \
   tests/launch/test_initialize.py tests/multiprocess/test_ranks_agree.py tests/examples/test_ecosystem.py \
   tests/test_import.py tests/test_packaging.py
-TARGETS_VERSIONED = tests/profiling/test_sends_target.py tests/profiling/test_targets_compile.py
+# Compiled for machines that are not here.
+TARGET_TESTS = tests/profiling/targets tests/profiling/gate/test_gate_target.py tests/train/test_*target*.py
+TARGETS_VERSIONED = tests/profiling/targets/test_sends_target.py tests/profiling/targets/test_targets_compile.py
 
 .PHONY: setup mnist test test-versioned lint bench bench-peers clean
 
@@ -34,7 +36,7 @@ mnist: setup  ## train the CNN on two devices and show which collectives the ste
 
 test: setup $(TARGETS)/.installed  ## run the tests, those that compile for absent machines last
 	$(BIN)/python -m pytest $(PARALLEL) $(PYTEST_ARGS)
-	$(TARGETS)/bin/python -m pytest $(PARALLEL) tests/profiling/test_*target*.py
+	$(TARGETS)/bin/python -m pytest $(PARALLEL) $(TARGET_TESTS)
 
 test-versioned: setup $(TARGETS)/.installed  ## run the tests of what depends on the version of jax or Python
 	$(BIN)/python -m pytest $(PARALLEL) $(VERSIONED) $(PYTEST_ARGS)

@@ -4,7 +4,7 @@
 
 Each in a process of its own: its CPU seconds for the reading alone, and its memory at the peak, the
 imports (the first line) among it. Every file of issue 19's lines 5 and 6 is here; the texts of HLO
-that are merely long are in tests/profiling/hostile_hlo.py.
+that are merely long are in tests/profiling/hlo/hostile_hlo.py.
 """
 
 import argparse

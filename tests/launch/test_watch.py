@@ -16,7 +16,7 @@ from txcore import _compat
 from txcore.launch.preflight import MismatchError
 from txcore.launch.watch import shutdown, watch
 from txcore.launch.watch.coordinator import Lifeline
-from txcore.launch.watch.status import FAILED, FOLDER, VERDICT, Verdict
+from txcore.launch.watch.status import FAILED, FOLDER, VERDICT, Phase, Verdict
 from txcore.launch.watch.watcher import Watcher
 
 GLOO = "Gloo all-reduce failed: [external/gloo/pair.cc:1] Connection closed by peer [127.0.0.1]"
@@ -54,7 +54,7 @@ def test_ranks_that_live_are_left_alone(ranks, clock):
 
 
 def test_a_rank_that_dies_is_named_alike_by_all(ranks, clock, coordinator):
-    ranks[1].position = ("step", 7, "")
+    ranks[1].position = (Phase.STEP, 7, "")
     go(ranks, clock, 5)
     go(ranks, clock, 9, but=[1])
     assert ranks[0].verdict is None
@@ -113,9 +113,9 @@ def test_a_step_that_takes_too_long(coordinator, clock):
     ranks = [Watcher(coordinator, rank, 2, step_timeout_s=30, clock=clock) for rank in range(2)]
     for step in range(50):
         for rank in ranks:
-            rank.position = ("step", step, "")
+            rank.position = (Phase.STEP, step, "")
         go(ranks, clock, 1)
-    ranks[1].position = ("data", 50, "")
+    ranks[1].position = (Phase.DATA, 50, "")
     go(ranks, clock, 28)
     assert ranks[0].verdict is None
     go(ranks, clock, 3)
@@ -130,7 +130,7 @@ def test_a_step_that_takes_too_long(coordinator, clock):
 def test_time_in_a_step_starts_anew_with_each(coordinator, clock):
     rank = Watcher(coordinator, 0, 1, step_timeout_s=5, clock=clock)
     for step in range(20):
-        rank.position = ("step", step, "")
+        rank.position = (Phase.STEP, step, "")
         go([rank], clock, 4)
     assert rank.verdict is None
     go([rank], clock, 3)
@@ -245,7 +245,7 @@ def test_the_last_rank_says_once_what_it_does(others, ranks, clock, coordinator,
 
 
 def test_the_words_of_the_last_rank(ranks, capfd):
-    ranks[2].position = ("after fit", 120, "")
+    ranks[2].position = (Phase.AFTER_FIT, 120, "")
     shutdown.say_last(ranks[2], 30.2)
     said = capfd.readouterr().err
     assert said.startswith(
@@ -264,7 +264,7 @@ def test_the_words_of_the_last_rank(ranks, capfd):
     ],
 )
 def test_a_rank_of_whose_end_the_launcher_tells_is_named_at_once(code, text, verdict, ranks, clock):
-    ranks[1].position = ("step", 7, "")
+    ranks[1].position = (Phase.STEP, 7, "")
     go(ranks, clock, 2)
     ranks[0].hear_of_end(1, code)
     go(ranks, clock, 2, but=[1])
@@ -517,7 +517,7 @@ def test_long_errors_are_cut():
 def test_last_words(real, capfd, monkeypatch):
     monkeypatch.setattr(shutdown, "_end_anyway", lambda code: None)
     run_exchanges(real)
-    real[1].position = ("step", 120, "train_step, whose last collective is psum/grads (a.py:1)")
+    real[1].position = (Phase.STEP, 120, "train_step, whose last collective is psum/grads (a.py:1)")
     try:
         raise ValueError(GLOO)
     except ValueError as error:

@@ -14,7 +14,12 @@ from txcore.train import placer, placing
 
 def counted(monkeypatch, module, name):
     calls, inner = [], getattr(module, name)
-    monkeypatch.setattr(module, name, lambda *a: calls.append(a) or inner(*a))
+
+    def counting(*args):
+        calls.append(args)
+        return inner(*args)
+
+    monkeypatch.setattr(module, name, counting)
     return calls
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from txcore.profiling.hlo import find_collectives
 
-FIXTURES = pathlib.Path(__file__).parent / "fixtures" / "hlo"
+FIXTURES = pathlib.Path(__file__).parents[1] / "fixtures" / "hlo"
 
 # A mesh of data=2 x model=4: device = 4 * data + model.
 DATA = ((0, 4), (1, 5), (2, 6), (3, 7))

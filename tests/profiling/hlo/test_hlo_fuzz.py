@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from txcore.profiling.hlo import find_collectives
 
 COUNT = int(os.environ.get("TXCORE_FUZZ", "300"))
-FIXTURES = pathlib.Path(__file__).parent / "fixtures" / "hlo"
+FIXTURES = pathlib.Path(__file__).parents[1] / "fixtures" / "hlo"
 SECONDS = 10  # a bound on one module of at most 35 kB, which takes some 5 ms undamaged
 IS_COLLECTIVE = re.compile(
     r"^\s+(?:ROOT )?%?[\w.\-]+ = .*\b(?:all-reduce|all-gather|reduce-scatter|all-to-all"

@@ -40,7 +40,7 @@ def patterns():
                 used.setdefault((module, of.id), set()).add(method)
             is_inline = isinstance(of, ast.Name) and of.id == "re" and node.args
             if is_inline and isinstance(node.args[0], ast.Constant) and method != "compile":
-                found[f"{module}:{node.lineno}"] = re.compile(node.args[0].value), {method}
+                found[f"{module}:{node.lineno}"] = re.compile(str(node.args[0].value)), {method}
         if "re.compile" in ast.unparse(tree):
             for name, value in vars(importlib.import_module(module)).items():
                 if isinstance(value, re.Pattern) and isinstance(value.pattern, str):

@@ -1,7 +1,7 @@
 """HLO made to be slow or large: each kind grows to any size and is one that a careless reader
 takes time or memory beyond the text's length for.
 
-    python tests/profiling/hostile_hlo.py [KIND ...] [--sizes 1,2,4]
+    python tests/profiling/hlo/hostile_hlo.py [KIND ...] [--sizes 1,2,4]
 
 prints the seconds of its own time that a process takes for `audit_text` and the report's text, for
 each kind at each size in MB, and its memory at the peak.
