@@ -21,10 +21,12 @@ CLASSES = {
     "BadUsage": Exception,
     "CheckpointError": RuntimeError,
     "HloError": ValueError,
+    "JsonError": ValueError,
     "LockError": ValueError,
     "MismatchError": RuntimeError,
     "NotTogether": RuntimeError,
     "TuningError": ValueError,
+    "_Refused": RuntimeError,
     "_Unusable": RuntimeError,
 }
 
@@ -57,7 +59,10 @@ def test_none_is_hidden_in_a_function():
             for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
                 if isinstance(node, ast.ClassDef):
                     bases = [ast.unparse(base) for base in node.bases]
-                    if any(re.search(r"(Error|Exception|BadInput)$", base) for base in bases):
+                    if any(
+                        re.search(r"(Error|Exception|BadInput|NotTogether)$", base)
+                        for base in bases
+                    ):
                         named.add(node.name)
     assert named == CLASSES.keys()
 

@@ -24,6 +24,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
+from txcore.errors import TxcoreError
 from txcore.outside import brief
 
 MOST_VALUES = 4_000_000
@@ -38,7 +39,7 @@ _NAMES |= {int: "a whole number", types.NoneType: "null"}
 Path = tuple[str | int, ...]
 
 
-class JsonError(ValueError):
+class JsonError(TxcoreError, ValueError):
     """A text is no JSON of the schema; says "needs A, got B" of what, in one line."""
 
 

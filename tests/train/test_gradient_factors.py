@@ -17,7 +17,6 @@ from right_steps import RIGHT, finish, gradient_of, local
 
 import txcore as tx
 from txcore.profiling.declared.gradient_factors import read_gradient_factors
-from txcore.train.batch import shard_batch
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2] / "examples" / "mnist"))
 
@@ -31,8 +30,8 @@ def factors(step, n=4, axes=("data",)):
     """The factor of each parameter's gradient, of a step that may be refused for nothing else."""
     engine = guard_data.engine(n, axes)
     state = engine.create_state(PARAMS, EXTRA)
-    batch = shard_batch(BATCH, engine.mesh, engine.plan)
-    program = engine._compiled(tx.step_fn(step), state, batch, train=True).program
+    steps = engine._steps
+    program = steps.compile(tx.step_fn(step), state, steps.place(BATCH), train=True)[1].program
     return read_gradient_factors(program.jaxpr, axes)
 
 
