@@ -157,7 +157,7 @@ def report_of_the_example(target):
     """Audit the MNIST example's own step, on the engine."""
     engine = tx.Engine(
         mesh=tx.MeshSpec(jax.devices()[:1]),
-        plan=tx.Plan(tx.DP("data")),
+        plan=tx.Plan(data_parallel=tx.DP("data")),
         optimizer=tx.optim.sgd(0.02, momentum=0.9),
     )
     layers = models.layers_of("cnn", dropout=0)

@@ -20,7 +20,7 @@ def prepare(model, devices, **options):
         layers = models.layers_of(model, dropout=0)
     engine = tx.Engine(
         mesh=tx.MeshSpec(jax.devices()[:devices]),
-        plan=tx.Plan(tx.DP("data")),
+        plan=tx.Plan(data_parallel=tx.DP("data")),
         optimizer=tx.optim.sgd(0.02, momentum=0.9),
         **options,
     )

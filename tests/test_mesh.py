@@ -195,13 +195,13 @@ def test_bad_dp(axis):
 
 def test_data_axes():
     assert tx.Plan().data_axes == ()
-    assert tx.Plan(tx.DP("data")).data_axes == ("data",)
-    assert tx.Plan(tx.DP(("pod", "data"))).data_axes == ("pod", "data")
+    assert tx.Plan(data_parallel=tx.DP("data")).data_axes == ("data",)
+    assert tx.Plan(data_parallel=tx.DP(("pod", "data"))).data_axes == ("pod", "data")
 
 
 def test_axes_of_size_one_are_not_active():
     mesh = tx.MeshSpec(jax.devices()[:4], axes=("pod", "data"), shape=(1, 4))
-    assert tx.Plan(tx.DP(("pod", "data"))).active_data_axes(mesh) == ("data",)
+    assert tx.Plan(data_parallel=tx.DP(("pod", "data"))).active_data_axes(mesh) == ("data",)
 
 
 def test_plan_wants_a_dp():
@@ -219,16 +219,16 @@ def test_plan_wants_partition_specs():
         "jax.sharding.PartitionSpec(('data',))"
     )
     with says(TypeError, text):
-        tx.Plan(tx.DP("data"), batch={"x": ("data",)})  # type: ignore[dict-item]
+        tx.Plan(data_parallel=tx.DP("data"), batch={"x": ("data",)})  # type: ignore[dict-item]
 
 
 @pytest.mark.parametrize(
     "plan, needs, axis",
     [
-        (tx.Plan(tx.DP("batch")), "Plan(data_parallel=DP(...)) needs", "batch"),
-        (tx.Plan(tx.DP(("data", "pod"))), "Plan(data_parallel=DP(...)) needs", "pod"),
+        (tx.Plan(data_parallel=tx.DP("batch")), "Plan(data_parallel=DP(...)) needs", "batch"),
+        (tx.Plan(data_parallel=tx.DP(("data", "pod"))), "Plan(data_parallel=DP(...)) needs", "pod"),
         (
-            tx.Plan(tx.DP("data"), batch={"x": P("data", ("seq",))}),
+            tx.Plan(data_parallel=tx.DP("data"), batch={"x": P("data", ("seq",))}),
             "Plan(batch={'x': ...}) needs",
             "seq",
         ),
@@ -244,11 +244,13 @@ def test_validate_names_the_axis(plan, needs, axis):
 
 
 def test_validate_accepts_what_the_mesh_has(cube):
-    tx.Plan(tx.DP(("data", "pipe")), batch={"x": P(("data", "pipe"), None, "model")}).validate(cube)
+    tx.Plan(
+        data_parallel=tx.DP(("data", "pipe")), batch={"x": P(("data", "pipe"), None, "model")}
+    ).validate(cube)
 
 
 def test_batch_specs(cube):
-    plan = tx.Plan(tx.DP(("data", "pipe")), batch={"x": P(("data", "pipe"), "model")})
+    plan = tx.Plan(data_parallel=tx.DP(("data", "pipe")), batch={"x": P(("data", "pipe"), "model")})
     specs = plan.batch_specs({"x": np.ones((4, 2)), "y": {"z": np.ones(4)}}, cube)
     assert specs == {
         "x": P(("data", "pipe"), "model"),
@@ -258,7 +260,7 @@ def test_batch_specs(cube):
 
 def test_batch_specs_leave_out_axes_of_size_one():
     mesh = tx.MeshSpec(jax.devices()[:2], axes=("pod", "data", "model"), shape=(1, 2, 1))
-    plan = tx.Plan(tx.DP(("pod", "data")), batch={"x": P(("pod", "data"), "model")})
+    plan = tx.Plan(data_parallel=tx.DP(("pod", "data")), batch={"x": P(("pod", "data"), "model")})
     specs = plan.batch_specs({"x": np.ones((4, 2)), "y": np.ones(4)}, mesh)
     assert specs == {"x": P("data", None), "y": P("data")}
 
@@ -268,7 +270,7 @@ def test_without_data_parallelism_batches_are_whole():
 
 
 def test_batch_key_that_is_not_there():
-    plan = tx.Plan(tx.DP("data"), batch={"img": P("data"), "x": P("data")})
+    plan = tx.Plan(data_parallel=tx.DP("data"), batch={"img": P("data"), "x": P("data")})
     text = "Plan(batch=...) declares 'img', but the batch has 'mask', 'x' at its top: name those"
     with says(ValueError, text):
         plan.batch_specs({"x": np.ones(8), "mask": np.ones(8)}, tx.MeshSpec())

@@ -114,8 +114,8 @@ def assert_plans_agree(
       ...     grads, state = state.sync_gradients(grads)
       ...     return state.apply_gradients(grads=grads), {"loss": tx.pmean(loss, "data")}
       >>> def engine(n):
-      ...     return tx.Engine(mesh=tx.MeshSpec(jax.devices()[:n]), plan=tx.Plan(tx.DP("data")),
-      ...                      optimizer=tx.optim.sgd(0.1))
+      ...     return tx.Engine(mesh=tx.MeshSpec(jax.devices()[:n]), optimizer=tx.optim.sgd(0.1),
+      ...                      plan=tx.Plan(data_parallel=tx.DP("data")))
       >>> tx.testing.assert_plans_agree(
       ...     step, np.float32(2), [np.arange(8.0)], engines=(engine(1), engine(4)))
     """

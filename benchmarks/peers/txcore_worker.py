@@ -20,7 +20,7 @@ def main() -> None:
         launch.simulate_cpu_devices(args.devices)
     engine = tx.Engine(
         mesh=tx.MeshSpec(jax.devices()),
-        plan=tx.Plan(tx.DP("data")),
+        plan=tx.Plan(data_parallel=tx.DP("data")),
         optimizer=tx.optim.sgd(worker.LEARNING_RATE, momentum=worker.MOMENTUM),
         precision=args.precision,
     )

@@ -42,7 +42,7 @@ def engine(**options):
     return tx.Engine(
         **{
             "mesh": tx.MeshSpec(),
-            "plan": tx.Plan(tx.DP("data")),
+            "plan": tx.Plan(data_parallel=tx.DP("data")),
             "optimizer": tx.optim.adamw(0.01),
             **options,
         }

@@ -76,7 +76,7 @@ def main():
         tx.version.VERSION = "0.0.1"
     engine = tx.Engine(
         mesh=tx.MeshSpec(),
-        plan=tx.Plan(tx.DP("data")),
+        plan=tx.Plan(data_parallel=tx.DP("data")),
         optimizer=tx.optim.sgd(
             tx.optim.cosine(0.2 if odd == "constant" else 0.1, args.steps, 5), momentum=0.9
         ),

@@ -193,7 +193,7 @@ def weighted_step(state, batch):
 
 def data(odd):
     """Give rank `odd` other values of a leaf that is not split over the ranks."""
-    made = engine(plan=tx.Plan(tx.DP("data"), batch={"weights": P()}))
+    made = engine(plan=tx.Plan(data_parallel=tx.DP("data"), batch={"weights": P()}))
     own = rank() == odd
 
     def weighted(i, other):

@@ -98,7 +98,7 @@ def test_a_step_of_each_precision_is_the_same(precision, name):
     def run():
         engine = tx.Engine(
             mesh=tx.MeshSpec(devices, axes=("data",)),
-            plan=tx.Plan(tx.DP("data")),
+            plan=tx.Plan(data_parallel=tx.DP("data")),
             optimizer=OPTIMIZERS[name],
             precision=tx.Precision(precision, 256.0 if precision == "float16" else None),
             on_nonfinite="skip",

@@ -39,7 +39,7 @@ def engine(n, axes=("data",)):
     shape = {("data",): (n,), ("a", "b"): {1: (1, 1), 2: (1, 2), 4: (2, 2)}[n]}[axes]
     return tx.Engine(
         mesh=tx.MeshSpec(jax.devices()[:n], axes=axes, shape=shape),
-        plan=tx.Plan(tx.DP(axes if len(axes) > 1 else axes[0])),
+        plan=tx.Plan(data_parallel=tx.DP(axes if len(axes) > 1 else axes[0])),
         optimizer=tx.optim.sgd(RATE),
     )
 

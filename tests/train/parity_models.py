@@ -94,7 +94,7 @@ def engines(model, counts=(1, 4), optimizer=None):
     return tuple(
         tx.Engine(
             mesh=tx.MeshSpec(jax.devices()[:n]),
-            plan=tx.Plan(tx.DP("data")),
+            plan=tx.Plan(data_parallel=tx.DP("data")),
             optimizer=optimizer or MODELS[model],
         )
         for n in counts

@@ -18,7 +18,7 @@ DECLARED = "Plan(batch={'cw': P()})"
 
 
 def engine(n, **batch):
-    return toys.engine(n, plan=tx.Plan(tx.DP("data"), batch=batch))
+    return toys.engine(n, plan=tx.Plan(data_parallel=tx.DP("data"), batch=batch))
 
 
 def eval_step(state, batch):

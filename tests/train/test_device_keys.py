@@ -110,7 +110,7 @@ RIGHT = {
 
 
 def warned(value, n, **options):
-    axes = options.get("plan", tx.Plan(tx.DP("data"))).data_axes
+    axes = options.get("plan", tx.Plan(data_parallel=tx.DP("data"))).data_axes
 
     @tx.step_fn
     def step(state, batch):
@@ -145,7 +145,10 @@ def test_no_false_alarm(name):
 
 def test_each_data_axis_counts():
     """A key that differs along one of two data axes is the same along the other."""
-    options = {"mesh": toys.mesh(4, ("a", "b"), (2, 2)), "plan": tx.Plan(tx.DP(("a", "b")))}
+    options = {
+        "mesh": toys.mesh(4, ("a", "b"), (2, 2)),
+        "plan": tx.Plan(data_parallel=tx.DP(("a", "b"))),
+    }
 
     def along_a(state, batch):
         return drop(batch["x"], r.fold_in(state.key, tx.axis_index("a")))

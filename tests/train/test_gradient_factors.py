@@ -246,7 +246,7 @@ def mnist_report(model, precision):
     layers = models.layers_of(model)
     engine = tx.Engine(
         mesh=tx.MeshSpec(jax.devices()[:4]),
-        plan=tx.Plan(tx.DP("data")),
+        plan=tx.Plan(data_parallel=tx.DP("data")),
         optimizer=tx.optim.sgd(0.1),
         precision=precision,
     )

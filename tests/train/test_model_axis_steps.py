@@ -98,7 +98,9 @@ def of_whole_cast_inside(state, batch):
 
 def run(step, shape):
     mesh = tx.MeshSpec(jax.devices()[: np.prod(shape)], axes=("data", "model"), shape=shape)
-    engine = tx.Engine(mesh=mesh, plan=tx.Plan(tx.DP("data")), optimizer=tx.optim.sgd(0.1))
+    engine = tx.Engine(
+        mesh=mesh, plan=tx.Plan(data_parallel=tx.DP("data")), optimizer=tx.optim.sgd(0.1)
+    )
     float32 = jax.tree.map(np.float32, (PARAMS, BATCH))
     state, metrics = tx.step_fn(step)(engine.create_state(float32[0]), float32[1])
     return jax.tree.map(np.asarray, (state.stored_params, metrics))

@@ -26,7 +26,7 @@ def counted(monkeypatch, module, name):
 @pytest.mark.parametrize("devices", [1, 2])
 def test_what_lies_there_is_taken_as_it_is(devices):
     """With one device along the axis the spec is P(None), which lies like P() and P("data")."""
-    mesh, plan = toys.mesh(devices), tx.Plan(tx.DP("data"))
+    mesh, plan = toys.mesh(devices), tx.Plan(data_parallel=tx.DP("data"))
     specs = [P("data")] if devices == 2 else [P("data"), P(None), P()]
     for spec in specs:
         batch = jax.device_put(toys.batch(), NamedSharding(mesh.mesh, spec))
@@ -34,7 +34,7 @@ def test_what_lies_there_is_taken_as_it_is(devices):
 
 
 def test_what_lies_elsewhere_is_moved():
-    mesh, plan = toys.mesh(2), tx.Plan(tx.DP("data"))
+    mesh, plan = toys.mesh(2), tx.Plan(data_parallel=tx.DP("data"))
     batch = jax.device_put(toys.batch(), mesh.sharding())
     placed = placer.shard_batch(batch, mesh, plan)
     assert all(x.sharding.spec == P("data") for x in jax.tree.leaves(placed))

@@ -78,7 +78,7 @@ def step(state, batch):
 def two_steps(devices):
     engine = tx.Engine(
         mesh=tx.MeshSpec(jax.devices()[:devices], axes=("data",)),
-        plan=tx.Plan(tx.DP("data")),
+        plan=tx.Plan(data_parallel=tx.DP("data")),
         optimizer=tx.optim.sgd(0.0),
         seed=SEED,
     )

@@ -24,7 +24,7 @@ def run(reduce_grads, report_loss):
 
     engine = tx.Engine(
         mesh=tx.MeshSpec(jax.devices()[:4]),
-        plan=tx.Plan(tx.DP("data")),
+        plan=tx.Plan(data_parallel=tx.DP("data")),
         optimizer=tx.optim.sgd(0.1),
     )
     state, metrics = step(engine.create_state({"w": np.ones(3, np.float32)}), BATCH)

@@ -48,8 +48,8 @@ class Engine(OptionsView):
       ValueError: the plan names an axis that the mesh does not have, or an unknown precision.
 
     Example:
-      >>> engine = tx.Engine(mesh=tx.MeshSpec(jax.devices()[:2]), plan=tx.Plan(tx.DP("data")),
-      ...                    optimizer=tx.optim.sgd(0.1))
+      >>> engine = tx.Engine(mesh=tx.MeshSpec(jax.devices()[:2]), optimizer=tx.optim.sgd(0.1),
+      ...                    plan=tx.Plan(data_parallel=tx.DP("data")))
       >>> state = engine.create_state({"w": np.zeros(3, np.float32)})
       >>> int(state.step), state.params["w"].shape
       (0, (3,))
@@ -161,8 +161,8 @@ class Engine(OptionsView):
           ValueError: `broadcast_from` is no rank of this run, or the state another engine's.
 
         Example:
-          >>> engine = tx.Engine(mesh=tx.MeshSpec(jax.devices()[:2]), plan=tx.Plan(tx.DP("data")),
-          ...                    optimizer=tx.optim.sgd(0.1))
+          >>> engine = tx.Engine(mesh=tx.MeshSpec(jax.devices()[:2]), optimizer=tx.optim.sgd(0.1),
+          ...                    plan=tx.Plan(data_parallel=tx.DP("data")))
           >>> report = engine.audit_broadcast(engine.create_state({"w": np.zeros(3, np.float32)}))
           >>> report.ok, {c.kind for c in report.collectives}
           (True, {'all-reduce'})
@@ -188,8 +188,8 @@ class Engine(OptionsView):
           MismatchError: copies differ; names leaf, devices and ranks, on every rank alike.
 
         Example:
-          >>> engine = tx.Engine(mesh=tx.MeshSpec(jax.devices()[:2]), plan=tx.Plan(tx.DP("data")),
-          ...                    optimizer=tx.optim.sgd(0.1))
+          >>> engine = tx.Engine(mesh=tx.MeshSpec(jax.devices()[:2]), optimizer=tx.optim.sgd(0.1),
+          ...                    plan=tx.Plan(data_parallel=tx.DP("data")))
           >>> state = engine.create_state({"w": np.zeros(3, np.float32)})
           >>> engine.check_replicas(state)
         """
@@ -324,8 +324,8 @@ class Engine(OptionsView):
           ImportError, RuntimeError: the target's compiler is missing or does not work.
 
         Example:
-          >>> engine = tx.Engine(mesh=tx.MeshSpec(jax.devices()[:2]), plan=tx.Plan(tx.DP("data")),
-          ...                    optimizer=tx.optim.sgd(0.1))
+          >>> engine = tx.Engine(mesh=tx.MeshSpec(jax.devices()[:2]), optimizer=tx.optim.sgd(0.1),
+          ...                    plan=tx.Plan(data_parallel=tx.DP("data")))
           >>> state = engine.create_state({"w": np.zeros(3, np.float32)})
           >>> @tx.step_fn
           ... def step(state, batch):

@@ -140,8 +140,8 @@ class TrainState:
           ... def step(state, batch):
           ...     noisy = state.params + 0.1 * jax.random.normal(state.key)  # one noise for all
           ...     return state.replace(step=state.step + 1), {"w": tx.pmean(noisy, "data")}
-          >>> engine = tx.Engine(mesh=tx.MeshSpec(jax.devices()[:2]), plan=tx.Plan(tx.DP("data")),
-          ...                    optimizer=tx.optim.sgd(0.1))
+          >>> engine = tx.Engine(mesh=tx.MeshSpec(jax.devices()[:2]), optimizer=tx.optim.sgd(0.1),
+          ...                    plan=tx.Plan(data_parallel=tx.DP("data")))
           >>> _, metrics = step(engine.create_state(np.float32(1)), np.zeros(4))
         """
         return prng.step_key(self.seed, self.step)
@@ -167,8 +167,8 @@ class TrainState:
           ...     mask = jax.random.bernoulli(state.device_key(), 0.5, batch.shape)
           ...     kept = tx.psum(mask.sum(), "data")
           ...     return state.replace(step=state.step + 1), {"kept": kept}
-          >>> engine = tx.Engine(mesh=tx.MeshSpec(jax.devices()[:2]), plan=tx.Plan(tx.DP("data")),
-          ...                    optimizer=tx.optim.sgd(0.1))
+          >>> engine = tx.Engine(mesh=tx.MeshSpec(jax.devices()[:2]), optimizer=tx.optim.sgd(0.1),
+          ...                    plan=tx.Plan(data_parallel=tx.DP("data")))
           >>> _, metrics = step(engine.create_state(np.float32(1)), np.zeros(4))
         """
         return prng.device_key(self.key, _scope_of("device_key").data_axes)

@@ -78,8 +78,8 @@ def step_fn(fn: Callable[[TrainState, Any], Any]) -> StepFn:
       ...     loss, grads = tx.value_and_grad(lambda w: jax.numpy.mean(w * batch))(state.params)
       ...     grads, state = state.sync_gradients(grads)
       ...     return state.apply_gradients(grads=grads), {"loss": tx.pmean(loss, "data")}
-      >>> engine = tx.Engine(mesh=tx.MeshSpec(jax.devices()[:2]), plan=tx.Plan(tx.DP("data")),
-      ...                    optimizer=tx.optim.sgd(0.5))
+      >>> engine = tx.Engine(mesh=tx.MeshSpec(jax.devices()[:2]), optimizer=tx.optim.sgd(0.5),
+      ...                    plan=tx.Plan(data_parallel=tx.DP("data")))
       >>> state, metrics = train_step(engine.create_state(np.float32(1)), np.arange(4.0))
       >>> float(state.params), float(metrics["loss"])
       (0.25, 1.5)

@@ -94,7 +94,7 @@ def test_the_proof_of_the_mnist_step_names_its_kernels(tmp_path):
     layers = models.layers_of("cnn3x3", dropout=0)
     engine = tx.Engine(
         mesh=tx.MeshSpec(jax.devices()[:2]),
-        plan=tx.Plan(tx.DP("data")),
+        plan=tx.Plan(data_parallel=tx.DP("data")),
         optimizer=tx.optim.sgd(0.02, momentum=0.9),
     )
     step, _ = train.make_steps(layers)

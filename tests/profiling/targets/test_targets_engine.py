@@ -14,7 +14,7 @@ from txcore.profiling import audit
 
 
 def engine(**options):
-    given = {"mesh": tx.MeshSpec(jax.devices()[:2]), "plan": tx.Plan(tx.DP("data"))}
+    given = {"mesh": tx.MeshSpec(jax.devices()[:2]), "plan": tx.Plan(data_parallel=tx.DP("data"))}
     return tx.Engine(**{**given, "optimizer": tx.optim.sgd(0.1, momentum=0.9), **options})
 
 
@@ -117,7 +117,7 @@ def test_the_batch_is_one_data_shard_and_may_be_shapes():
 
     made = engine(
         mesh=tx.MeshSpec(jax.devices()[:2], ("data", "model"), (2, 1)),
-        plan=tx.Plan(tx.DP("data"), batch={"table": P("model", "data")}),
+        plan=tx.Plan(data_parallel=tx.DP("data"), batch={"table": P("model", "data")}),
     )
     shard = {"x": jax.ShapeDtypeStruct((4, 6), np.float32), "table": np.zeros((8, 3))}
     made.audit(looks, made.create_state(W), shard, target="cpu:8", mesh={"data": 4, "model": 2})
@@ -149,7 +149,7 @@ def test_misuse(name):
 def test_a_shard_that_other_axes_cannot_share():
     made = engine(
         mesh=tx.MeshSpec(jax.devices()[:2], ("data", "model"), (2, 1)),
-        plan=tx.Plan(tx.DP("data"), batch={"x": P("data", "model")}),
+        plan=tx.Plan(data_parallel=tx.DP("data"), batch={"x": P("data", "model")}),
     )
     with pytest.raises(ValueError, match=r"batch\['x'\] has 5 in dim 1, which 2 devices along"):
         made.audit(

@@ -53,8 +53,8 @@ class Checkpoints:
     Example:
       >>> import dataclasses, tempfile
       >>> folder = tempfile.mkdtemp()
-      >>> engine = tx.Engine(mesh=tx.MeshSpec(jax.devices()[:2]), plan=tx.Plan(tx.DP("data")),
-      ...                    optimizer=tx.optim.sgd(0.1))
+      >>> engine = tx.Engine(mesh=tx.MeshSpec(jax.devices()[:2]), optimizer=tx.optim.sgd(0.1),
+      ...                    plan=tx.Plan(data_parallel=tx.DP("data")))
       >>> start = engine.create_state({"w": np.zeros(3, np.float32)})
       >>> with tx.Checkpoints(folder, every=100) as checkpoints:
       ...     state, position = checkpoints.restore(start)  # nothing there: what was given

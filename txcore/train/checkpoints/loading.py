@@ -39,8 +39,8 @@ def load_params(path: str | os.PathLike[str], params: Any, *, best: bool = False
 
     Example:
       >>> import tempfile
-      >>> engine = tx.Engine(mesh=tx.MeshSpec(jax.devices()[:2]), plan=tx.Plan(tx.DP("data")),
-      ...                    optimizer=tx.optim.adamw(0.1))
+      >>> engine = tx.Engine(mesh=tx.MeshSpec(jax.devices()[:2]), optimizer=tx.optim.adamw(0.1),
+      ...                    plan=tx.Plan(data_parallel=tx.DP("data")))
       >>> state = engine.create_state({"w": np.ones(3, np.float32)})
       >>> with tx.Checkpoints(tempfile.mkdtemp(), every=1) as checkpoints:
       ...     checkpoints.save(state, tx.train.Position(steps=1))
@@ -66,8 +66,8 @@ def load_extra(path: str | os.PathLike[str], extra: Any, *, best: bool = False) 
 
     Example:
       >>> import tempfile
-      >>> engine = tx.Engine(mesh=tx.MeshSpec(jax.devices()[:2]), plan=tx.Plan(tx.DP("data")),
-      ...                    optimizer=tx.optim.sgd(0.1))
+      >>> engine = tx.Engine(mesh=tx.MeshSpec(jax.devices()[:2]), optimizer=tx.optim.sgd(0.1),
+      ...                    plan=tx.Plan(data_parallel=tx.DP("data")))
       >>> extra = {"mean": np.ones(2, np.float32)}
       >>> state = engine.create_state({"w": np.zeros(3, np.float32)}, extra)
       >>> with tx.Checkpoints(tempfile.mkdtemp(), every=1) as checkpoints:
