@@ -162,7 +162,7 @@ class TestReplace:
                 {"params": W},
                 TypeError,
                 "state.replace knows the fields step, stored_params, opt_state, seed, extra, "
-                "loss_scaling, got params: write stored_params=",
+                "loss_scaling, comm_state, got params: write stored_params=",
             ),
             (
                 {"extra": {"a": "b"}},

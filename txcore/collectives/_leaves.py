@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from txcore import _compat, tags
-from txcore.collectives._scope import current_scope
+from txcore.step_scope import current_scope
 from txcore.varying import claim
 
 _NAME = re.compile(r"[A-Za-z0-9_./-]+")

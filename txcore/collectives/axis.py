@@ -6,7 +6,7 @@ from jax import lax
 
 from txcore.collectives import _leaves
 from txcore.collectives._calls import explain_calls
-from txcore.collectives._scope import left_out_axes
+from txcore.step_scope import left_out_axes
 
 
 @explain_calls

@@ -7,7 +7,7 @@ import jax
 from txcore.collectives import _leaves
 from txcore.collectives._calls import explain_calls
 from txcore.collectives._leaves import Leaf
-from txcore.collectives._scope import left_out_axes
+from txcore.step_scope import left_out_axes
 
 
 @explain_calls

@@ -96,4 +96,5 @@ def adamw(
         decay_mask=(decay_mask, None),
         clip_norm=(clip_norm, None),
     )
-    return optimizer.Optimizer(init, update, text=text)
+    clips = clip_norm is not None
+    return optimizer.Optimizer(init, update, handles_shards=True, clips=clips, text=text)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from txcore import kernels
+from txcore.collectives import psum, vary
 from txcore.kernels.common import checks
 from txcore.optim import optimizer
 
@@ -14,7 +15,10 @@ from txcore.optim import optimizer
 def global_norm(tree: Any) -> jax.Array:
     """Compute the Euclidean norm of all the leaves of a tree taken as one vector.
 
-    It is that of the leaves as this device holds them: no collective is added.
+    Equation: `sqrt(sum_leaf psum(sum(leaf**2), axes))`, with the axes over which the plan splits
+    the leaf. In a step whose plan stores parameters in parts (`Plan(params=)`) a tree like the
+    parameters is taken whole so, by one psum of a scalar for each set of axes. Elsewhere, and of
+    any other leaf, it is that of the leaves as this device holds them, without a collective.
 
     Args:
       tree: pytree of floating-point arrays, any shapes.
@@ -22,17 +26,30 @@ def global_norm(tree: Any) -> jax.Array:
     Returns:
       Scalar, float32 or wider; 0 for an empty tree, inf or nan where the leaves are.
 
+    Raises:
+      ValueError: in such a step a leaf of another tree varies along an axis over which the plan
+        splits parameters, so that its norm may be that of a part.
+
     Example:
       >>> import jax.numpy as jnp
       >>> import txcore as tx
       >>> float(tx.optim.global_norm({"w": jnp.array([3.0, 0.0]), "b": jnp.array(4.0)}))
       5.0
     """
+    optimizer.refuse_unknown_parts("global_norm", tree)
+    return _norm(tree, optimizer.split_axes_of(tree))
+
+
+def _norm(tree: Any, axes_of_leaves: list[tuple[str, ...]]) -> jax.Array:
+    """Return the norm of leaves that are split over these axes."""
     squares = [kernels.squared_norm(leaf) for leaf in jax.tree.leaves(tree)]
     dtype = checks.common_dtype(jnp.float32, *(square.dtype for square in squares))
-    total = jnp.zeros((), dtype)
-    for square in squares:
-        total = total + square.astype(dtype)
+    totals: dict[tuple[str, ...], jax.Array] = {(): jnp.zeros((), dtype)}
+    for square, axes in zip(squares, axes_of_leaves, strict=True):
+        totals[axes] = totals.get(axes, jnp.zeros((), dtype)) + square.astype(dtype)
+    total = totals.pop(())
+    for axes, own in totals.items():
+        total = total + psum(vary(own, axes), axes, name="gradient_norm")
     return jnp.sqrt(total)
 
 
@@ -47,7 +64,8 @@ def clip_by_global_norm(tree: Any, max_norm: float, *, parts: bool = False) -> A
       max_norm: above 0.
       parts: clip what differs between devices, each by the norm of its own part; gradients that
         are not reduced yet would come out otherwise on another number of devices. Inside
-        `jax.vmap`, as for the gradient of each example, it need not be said.
+        `jax.vmap`, as for the gradient of each example, it need not be said, nor of leaves that
+        the plan stores in parts (`global_norm`).
 
     Returns:
       The tree, each leaf in its own dtype.
@@ -69,7 +87,8 @@ def clip_by_global_norm(tree: Any, max_norm: float, *, parts: bool = False) -> A
         tree = optimizer.claim_whole(
             "clip_by_global_norm", tree, "pass parts=True if each device's own norm is meant"
         )
-    factor = _factor(global_norm(tree), max_norm)
+    whole: list[tuple[str, ...]] = [()] * len(jax.tree.leaves(tree))
+    factor = _factor(_norm(tree, whole if parts else optimizer.split_axes_of(tree)), max_norm)
     return jax.tree.map(lambda leaf: _scaled(leaf, factor), tree)
 
 
@@ -82,24 +101,27 @@ def clipping_scale(
       op: the optimizer's name, for the error.
       grads: the gradients, not multiplied by anything yet.
       max_norm: the largest norm of grad_scale * grads, or None not to clip; where it is given,
-        the gradients must be whole on this device.
+        each of the gradients must be whole on this device, or split as the plan says.
       grad_scale: scalar that the gradients are to be multiplied by in any case.
 
     Returns:
       The product of `grad_scale` and the factor of `clip_by_global_norm`.
 
     Raises:
-      ValueError: `max_norm` is given, and a device holds a part of the gradients.
+      ValueError: `max_norm` is given, and a device holds a part of the gradients that the plan
+        does not tell of.
     """
     if max_norm is None:
         return grad_scale
+    split = optimizer.split_axes_of(grads)
     optimizer.refuse_parts(
         f"{op}: clip_norm",
         grads,
         "leave clip_norm out and scale the gradients with tx.optim.clip_by_global_norm(..., "
         "parts=True) if the norm of each device's own part is meant",
+        known=split,
     )
-    scale, norm = jnp.asarray(grad_scale), global_norm(grads)
+    scale, norm = jnp.asarray(grad_scale), _norm(grads, split)
     dtype = checks.common_dtype(scale.dtype, norm.dtype)
     scale = scale.astype(dtype)
     return scale * _factor(norm.astype(dtype) * abs(scale), max_norm)

@@ -70,7 +70,8 @@ def from_optax(
         return new_params, jax.tree.map(_cast_like, new_state, opt_state)
 
     text = f"from_optax(<{type(transformation).__name__}>)"
-    return Optimizer(init, update, per_example, text=text)
+    parts = elementwise and not per_example
+    return Optimizer(init, update, per_example, handles_shards=parts, text=text)
 
 
 def _check_changes(changes: Any, params: Any) -> None:

@@ -75,7 +75,14 @@ def groups(by_rule: Mapping[str, Any], *, clip_norm: float | None = None) -> Opt
         return jax.tree.unflatten(jax.tree.structure(params), leaves), new_state
 
     text = ", ".join(f"{rule!r}: {optimizer!r}" for rule, optimizer in optimizers.items())
-    return Optimizer(init, update, per_example, text=f"groups({{{text}}})")
+    return Optimizer(
+        init,
+        update,
+        per_example,
+        handles_shards=all(optimizer.handles_shards for optimizer in optimizers.values()),
+        clips=clip_norm is not None or any(optimizer.clips for optimizer in optimizers.values()),
+        text=f"groups({{{text}}})",
+    )
 
 
 def _check_rules(by_rule: Any) -> None:

@@ -10,8 +10,10 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from txcore import _compat, varying
-from txcore.collectives._scope import current_scope
+from txcore.collectives._leaves import names_of
 from txcore.kernels.common import checks
+from txcore.layout import split_axes
+from txcore.step_scope import current_scope, layouts_like
 
 LeafUpdates = Sequence[Callable[..., tuple[jax.Array, ...]]]
 
@@ -29,6 +31,9 @@ class Optimizer:
         `update` of your own may do without.
       per_example: whether `update` needs one gradient for each example of the global batch: each
         leaf with one dim more than its parameter, in front.
+      handles_shards: whether `update` is right where a device holds a part of a leaf alone: each
+        element's update depends on that element, or on `tx.optim.global_norm` of the gradients.
+      clips: whether it takes that norm, for which the parts' squares are summed over devices.
       text: how it was made ("sgd(0.02, momentum=0.9)"), for people.
 
     Example:
@@ -44,6 +49,8 @@ class Optimizer:
     init: Callable[[Any], Any]
     update: Callable[..., tuple[Any, Any]]
     per_example: bool = False
+    handles_shards: bool = False
+    clips: bool = False
     text: str = field(default="", compare=False)
 
     def __repr__(self) -> str:
@@ -198,10 +205,31 @@ _PARTS = (
 )
 
 
-def refuse_parts(op: str, grads: Any, remedy: str) -> None:
-    """Refuse gradients of which each device holds a part: their norm here is not the norm."""
-    for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
-        axes = sorted(_compat.varying_axes(leaf))
+def split_axes_of(tree: Any) -> list[tuple[str, ...]]:
+    """Return for each leaf of a tree like the parameters the axes over which the plan splits it.
+
+    Of another tree it knows none.
+    """
+    layouts = layouts_like(tree)
+    if layouts is None:
+        return [()] * len(jax.tree.leaves(tree))
+    return [layout.norm_axes for layout in layouts]
+
+
+def refuse_parts(
+    op: str, grads: Any, remedy: str, *, known: Sequence[tuple[str, ...]] | None = None
+) -> None:
+    """Refuse gradients of which each device holds a part: their norm here is not the norm.
+
+    Args:
+      op: the optimizer's name, for the error.
+      grads: the gradients.
+      remedy: what to do in place of reducing them.
+      known: for each leaf the axes over which it may be split.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(grads)
+    for i, (path, leaf) in enumerate(leaves):
+        axes = sorted(_compat.varying_axes(leaf) - set(known[i] if known else ()))
         if axes:
             where = jax.tree_util.keystr(path) or "itself"
             names = ", ".join(axes)
@@ -209,10 +237,28 @@ def refuse_parts(op: str, grads: Any, remedy: str) -> None:
             raise ValueError(_PARTS.format(**words))
 
 
+def refuse_unknown_parts(op: str, tree: Any) -> None:
+    """Refuse a tree that may be a part of one, in a step whose plan splits parameters."""
+    scope = current_scope()
+    axes = split_axes(scope.layouts) if scope is not None else ()
+    if not axes or layouts_like(tree) is not None:
+        return
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        parts = [axis for axis in axes if axis in _compat.varying_axes(leaf)]
+        if parts and not _compat.is_vmapped(leaf):
+            where, names = jax.tree_util.keystr(path) or "itself", names_of(parts)
+            raise ValueError(
+                f"tx.optim.{op} needs a tree like state.params, to know which of its leaves the "
+                f"plan splits, got one whose leaf {where} varies along {names}: give it all "
+                f"gradients, or add the squares up yourself, tx.psum(jnp.sum(x**2), {names})"
+            )
+
+
 def claim_whole(op: str, grads: Any, remedy: str) -> Any:
     """Return gradients as equal on every device; refuse parts, outside a step by their types.
 
-    In a step the engine follows the data. The values of one example under vmap are its own.
+    In a step the engine follows the data, and the plan says which leaves are split. The values of
+    one example under vmap are its own.
     """
     axes = _compat.bound_axes()
     if not axes or any(map(_compat.is_vmapped, jax.tree.leaves(grads))):
@@ -221,13 +267,16 @@ def claim_whole(op: str, grads: Any, remedy: str) -> Any:
         refuse_parts(op, grads, remedy)
         return grads
 
-    def one(path: Any, leaf: Any) -> jax.Array:
+    def one(path: Any, leaf: Any, known: tuple[str, ...]) -> jax.Array:
         where = jax.tree_util.keystr(path) or "itself"
         words = {"axis": "{axis}", "source": " ({source})"}
         error = _PARTS.format(op=op, leaf=where, remedy=remedy, **words)
-        return varying.claim(jnp.asarray(leaf), "equal", axes, what=where, error=error)
+        equal = tuple(axis for axis in axes if axis not in known)
+        return varying.claim(jnp.asarray(leaf), "equal", equal, what=where, error=error)
 
-    return jax.tree_util.tree_map_with_path(one, grads)
+    leaves = jax.tree_util.tree_leaves_with_path(grads)
+    claimed = [one(*pair, k) for pair, k in zip(leaves, split_axes_of(grads), strict=True)]
+    return jax.tree.unflatten(jax.tree.structure(grads), claimed)
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:

@@ -91,4 +91,5 @@ def sgd(
         decay_mask=(decay_mask, None),
         clip_norm=(clip_norm, None),
     )
-    return optimizer.Optimizer(init, update, text=text)
+    clips = clip_norm is not None
+    return optimizer.Optimizer(init, update, handles_shards=True, clips=clips, text=text)

@@ -9,7 +9,7 @@ from jax.typing import ArrayLike
 
 from txcore import varying
 from txcore.collectives import _leaves, axis_size, pmean, psum, vary
-from txcore.collectives._scope import current_scope
+from txcore.step_scope import current_scope
 
 
 def example_mean(

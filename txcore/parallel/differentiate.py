@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from txcore.collectives import _leaves, axis_size, vary
-from txcore.collectives._scope import current_scope
 from txcore.kernels.common import checks
+from txcore.step_scope import current_scope
 
 Axis = str | tuple[str, ...]
 

@@ -1,14 +1,19 @@
 """Plans: what is parallel over which mesh axis."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from txcore.collectives import _leaves
+from txcore.kernels.common import checks
+from txcore.layout import Layout, axes_of, drop_axes, split_axes
 from txcore.mesh import MeshSpec
+from txcore.plan.rules import check_rules, stored_specs
 from txcore.printing import format_call
 
 
@@ -44,7 +49,8 @@ class Predicted:
     """Communication that a plan brings with it, of one step.
 
     Attributes:
-      what: what is sent ("gradients").
+      what: what is sent: "gradients", "gradient norm" (the squares of parts, for clipping) or
+        "finite gradients" (whether the parts are, for the decision to skip a step).
       kind: HLO's name of the collective ("all-reduce").
       axes: the mesh axes, all of them of more than one device.
       dtype: jax's name of the dtype ("float32").
@@ -60,15 +66,19 @@ class Predicted:
     @property
     def payload_bytes(self) -> int:
         """S as in nccl-tests: of an all-reduce, the bytes of the arrays on one device."""
-        return sum(self.elements) * jax.numpy.dtype(self.dtype).itemsize
+        return sum(self.elements) * jnp.dtype(self.dtype).itemsize
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """State what is parallel over which mesh axis.
 
     Args:
       data_parallel: `DP(axis)`, or None for a step that every device computes whole.
+      params: specs for parameters that are stored in parts, `{"mlp/w1": P(None, "model")}`, by
+        path: its keys with slashes between them, and * for any characters. The first rule that
+        matches counts; what none matches is stored whole. Inside the step each device holds its
+        part, and the step's own collectives make one result of the parts.
       batch: specs for leaves of the batch that are not simply sharded over the data axes in
         their first dim: `{"x": P("data", "model")}`, by the leaf's top-level key.
 
@@ -79,7 +89,17 @@ class Plan:
     """
 
     data_parallel: DP | None = None
+    params: Mapping[str, P] = field(default_factory=dict)
     batch: Mapping[str, P] = field(default_factory=dict)
+
+    def __new__(cls, *args: Any, **options: Any) -> "Plan":
+        """Refuse positional arguments, which say nothing of what they are."""
+        if args:
+            raise TypeError(
+                f"Plan takes keywords alone, got {', '.join(map(repr, args))}: write "
+                f"tx.Plan(data_parallel={args[0]!r})"
+            )
+        return super().__new__(cls)
 
     def __repr__(self) -> str:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -98,6 +118,7 @@ class Plan:
                     f"Plan needs batch= PartitionSpecs by key, got {spec!r} for {key!r}: write "
                     f"jax.sharding.PartitionSpec({spec!r})"
                 )
+        check_rules(self.params, self.data_axes)
 
     @property
     def data_axes(self) -> tuple[str, ...]:
@@ -112,15 +133,50 @@ class Plan:
         """
         for axis in self.data_axes:
             mesh.check_axis(axis, "Plan(data_parallel=DP(...))")
-        for key, spec in self.batch.items():
-            for axis in _spec_axes(spec):
-                mesh.check_axis(axis, f"Plan(batch={{{key!r}: ...}})")
+        for option, specs in (("params", self.params), ("batch", self.batch)):
+            for key, spec in specs.items():
+                for axis in axes_of(spec):
+                    mesh.check_axis(axis, f"Plan({option}={{{key!r}: ...}})")
 
     def active_data_axes(self, mesh: MeshSpec) -> tuple[str, ...]:
         """Return the data axes that have more than one device."""
         return tuple(a for a in self.data_axes if mesh.shape[a] > 1)
 
-    def predict(self, params: Any, mesh: MeshSpec) -> tuple[Predicted, ...]:
+    def layouts(self, params: Any, mesh: MeshSpec) -> Any:
+        """Return how each parameter lies on the mesh, and how its gradient arrives.
+
+        Args:
+          params: pytree of the parameters, arrays or shapes, each of them whole.
+          mesh: the devices and their axes.
+
+        Returns:
+          A pytree of `txcore.layout.Layout` with the structure of `params`.
+
+        Raises:
+          ValueError: the plan names an axis that `mesh` does not have, or a rule of `params=`
+            matches nothing or does not fit a parameter that it matches.
+
+        Example:
+          >>> plan = tx.Plan(data_parallel=tx.DP("data"), params={"mlp/w*": P(None, "model")})
+          >>> mesh = tx.MeshSpec(jax.devices()[:4], axes=("data", "model"), shape=(2, 2))
+          >>> params = {"mlp": {"w1": np.zeros((3, 4)), "b": np.zeros(4)}}
+          >>> layouts = plan.layouts(params, mesh)["mlp"]
+          >>> layouts["w1"].stored_axes, layouts["w1"].reduced, layouts["b"].stored_axes
+          (('model',), ('data',), ())
+        """
+        self.validate(mesh)
+        reduced = self.active_data_axes(mesh)
+        alone = _axes_of_one_device(mesh)
+
+        def layout(stored: P) -> Layout:
+            active = drop_axes(stored, alone)
+            return Layout(stored=active, gradient=active, reduced=reduced)
+
+        return jax.tree.map(layout, stored_specs(self.params, params, mesh))
+
+    def predict(
+        self, params: Any, mesh: MeshSpec, *, clips: bool = False, skips: bool = False
+    ) -> tuple[Predicted, ...]:
         """Predict what the plan itself makes a training step communicate.
 
         The loss, metrics and whatever else a step reduces come on top.
@@ -130,13 +186,18 @@ class Plan:
             their dtypes, whatever the precision policy computes in (see `tx.Precision`), and
             float16 is averaged as float32; integers have none.
           mesh: the devices and their axes.
+          clips: whether the optimizer takes the gradients' global norm (`clip_norm=`).
+          skips: whether a step with gradients that are not finite changes nothing (in float16, and
+            with `Engine(on_nonfinite="skip")`).
 
         Returns:
-          For data parallelism one all-reduce of the gradients over the data axes for each dtype;
-          nothing over axes of one device.
+          For data parallelism one all-reduce of the gradients over the data axes for each dtype,
+          of a parameter's part where it is stored in parts. For those parts also one of the
+          squared norm, where the optimizer `clips`, and one of whether all are finite, where the
+          step `skips`. Nothing over axes of one device.
 
         Raises:
-          ValueError: the plan names an axis that `mesh` does not have.
+          ValueError: as `layouts`.
 
         Example:
           >>> mesh = tx.MeshSpec(jax.devices()[:2], axes=("data",))
@@ -145,14 +206,21 @@ class Plan:
           ...     print(p.what, p.kind, p.axes, p.dtype, p.elements, p.payload_bytes)
           gradients all-reduce ('data',) float32 (4, 12) 64
         """
-        self.validate(mesh)
-        axes = self.active_data_axes(mesh)
-        return _reduced_gradients(params, axes) if axes else ()
+        shapes = jax.eval_shape(lambda tree: tree, params)
+        layouts = self.layouts(shapes, mesh)
+        pairs = list(zip(jax.tree.leaves(shapes), jax.tree.leaves(layouts), strict=True))
+        predicted = _reduced_gradients(pairs, mesh)
+        if clips:
+            predicted += _summed_norms(pairs)
+        if skips and (axes := split_axes(layouts)):
+            predicted.append(Predicted("finite gradients", "all-reduce", axes, "int32", (1,)))
+        return tuple(predicted)
 
     def batch_specs(self, batch: Any, mesh: MeshSpec) -> Any:
         """Return the spec of each leaf of `batch`, with axes of size 1 left out."""
-        whole = _without_size_one(P(self.data_axes) if self.data_axes else P(), mesh)
-        declared = {key: _without_size_one(spec, mesh) for key, spec in self.batch.items()}
+        alone = _axes_of_one_device(mesh)
+        whole = drop_axes(P(self.data_axes) if self.data_axes else P(), alone)
+        declared = {key: drop_axes(spec, alone) for key, spec in self.batch.items()}
 
         def spec(path: Any, _: Any) -> P:
             return declared.get(top_key(path), whole)
@@ -166,15 +234,31 @@ class Plan:
         return jax.tree_util.tree_map_with_path(spec, batch)
 
 
-def _reduced_gradients(params: Any, axes: tuple[str, ...]) -> tuple[Predicted, ...]:
-    sizes: dict[str, list[int]] = {}
-    for leaf in jax.tree.leaves(jax.eval_shape(lambda tree: tree, params)):
-        if leaf.size and jax.numpy.issubdtype(leaf.dtype, jax.numpy.inexact):
-            sizes.setdefault(_leaves.mean_dtype(leaf.dtype).name, []).append(leaf.size)
-    return tuple(
+def _reduced_gradients(pairs: list[tuple[Any, Layout]], mesh: MeshSpec) -> list[Predicted]:
+    """Predict one all-reduce for each dtype and axes, of parameters with their layouts."""
+    sizes: dict[tuple[tuple[str, ...], str], list[int]] = {}
+    for leaf, layout in pairs:
+        if not (layout.reduced and leaf.size and jnp.issubdtype(leaf.dtype, jnp.inexact)):
+            continue
+        parts = math.prod(mesh.shape[axis] for axis in layout.norm_axes)
+        key = layout.reduced, _leaves.mean_dtype(leaf.dtype).name
+        sizes.setdefault(key, []).append(leaf.size // parts)
+    return [
         Predicted("gradients", "all-reduce", axes, dtype, tuple(elements))
-        for dtype, elements in sizes.items()
-    )
+        for (axes, dtype), elements in sizes.items()
+    ]
+
+
+def _summed_norms(pairs: list[tuple[Any, Layout]]) -> list[Predicted]:
+    """Predict the sums of squared norms over parts: one scalar for each set of axes."""
+    wide = [checks.accumulator(leaf.dtype) for leaf, _ in pairs]
+    dtype = jnp.dtype(checks.common_dtype(jnp.float32, *wide)).name
+    of_parts = dict.fromkeys(layout.norm_axes for _, layout in pairs if layout.norm_axes)
+    return [Predicted("gradient norm", "all-reduce", axes, dtype, (1,)) for axes in of_parts]
+
+
+def _axes_of_one_device(mesh: MeshSpec) -> frozenset[str]:
+    return frozenset(axis for axis, size in mesh.shape.items() if size == 1)
 
 
 def top_key(path: Any) -> str:
@@ -182,17 +266,3 @@ def top_key(path: Any) -> str:
     entry = path[0] if path else None
     key = getattr(entry, "key", getattr(entry, "name", ""))
     return key if isinstance(key, str) else ""
-
-
-def _spec_axes(spec: P) -> list[str]:
-    parts = [p if isinstance(p, tuple) else (p,) for p in spec if p is not None]
-    return [a for part in parts for a in part]
-
-
-def _without_size_one(spec: P, mesh: MeshSpec) -> P:
-    def part(entry: Any) -> Any:
-        axes = entry if isinstance(entry, tuple) else (entry,)
-        kept = tuple(a for a in axes if a is not None and mesh.shape[a] > 1)
-        return kept[0] if len(kept) == 1 else kept or None
-
-    return P(*(part(entry) for entry in spec))

@@ -153,14 +153,6 @@ def global_shapes(shard: Any, mesh: MeshSpec, plan: Plan) -> Any:
     return jax.tree_util.tree_map_with_path(shape, shard, plan.batch_specs(shard, mesh))
 
 
-def shapes_on(arrays: Any, mesh: MeshSpec) -> Any:
-    """Return the shapes of arrays, laid out on `mesh` as they are on their own."""
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=mesh.sharding(*x.sharding.spec)),
-        arrays,
-    )
-
-
 def check_divisible(
     shape: tuple[int, ...], sharding: NamedSharding, path: Any, processes: int
 ) -> None:

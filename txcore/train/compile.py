@@ -15,16 +15,19 @@ from jax.tree_util import DictKey, GetAttrKey, SequenceKey
 
 from txcore import _compat, varying
 from txcore.collectives._leaves import names_of
-from txcore.collectives._scope import Scope, tracing
 from txcore.launch import preflight
+from txcore.layout import axes_of
 from txcore.mesh import MeshSpec
 from txcore.parallel.data import global_count
 from txcore.plan.plan import Plan
+from txcore.step_scope import StepScope, tracing
 from txcore.train import refusals
 from txcore.train.batch import examples, mask_of
+from txcore.train.claims import claim_equal
 from txcore.train.numerics.loss_scale import select
 from txcore.train.owner import TracedOwner
-from txcore.train.state import TrainState, claim_equal
+from txcore.train.state import TrainState
+from txcore.train.state_layout import state_specs
 
 if TYPE_CHECKING:
     from txcore.profiling.declared.collectives import Declared
@@ -80,17 +83,22 @@ def compile_step(
     data_axes = plan.active_data_axes(mesh)
     left_out = frozenset(a for a, n in mesh.shape.items() if n == 1)
     scales_loss = state.precision.scaling is not None
+    layouts = plan.layouts(state.stored_params, mesh)
+    specs = state_specs(state.arrays, layouts)
 
     # jax's caches keep the structure of what a program is given for ever. So it is given the
     # state's arrays alone, and what it traces does not keep the engine alive.
     owner = TracedOwner(state.engine)
 
     def sharded(arrays: dict[str, Any], batch: Any) -> Any:
-        with tracing(Scope(data_axes, left_out, examples(batch, plan)[0], scales_loss)):
+        shapes = tuple(x.shape for x in jax.tree.leaves(arrays["stored_params"]))
+        rows = examples(batch, plan)[0]
+        scope = StepScope(data_axes, left_out, rows, scales_loss, layouts, shapes)
+        with tracing(scope):
             before = TrainState(**arrays, owner=owner)
             out = fn(before, batch)
             if train:
-                return _check_train_output(fn, before, out)
+                return _check_train_output(fn, before, out, specs)
             return _check_metrics_alone(fn, out), _count(batch, plan, data_axes)
 
     sharded.__name__ = name_of(fn)  # the HLO module's name
@@ -98,8 +106,8 @@ def compile_step(
     mapped = jax.shard_map(
         sharded,
         mesh=mesh.mesh,
-        in_specs=(P(), plan.batch_specs(batch, mesh)),
-        out_specs=P(),
+        in_specs=(specs, plan.batch_specs(batch, mesh)),
+        out_specs=(specs, P()) if train else P(),
     )
     traced = jax.jit(mapped, donate_argnums=(0,) if train else ()).trace(state.arrays, batch)
     jaxpr = _compat.plain_jaxpr(traced.jaxpr)
@@ -238,11 +246,13 @@ def _count(batch: Any, plan: Plan, data_axes: tuple[str, ...]) -> jax.Array | No
     return global_count(mask, data_axes) if data_axes else (mask != 0).sum()
 
 
-def _check_train_output(fn: Callable[..., Any], before: TrainState, out: Any) -> Any:
+def _check_train_output(
+    fn: Callable[..., Any], before: TrainState, out: Any, specs: dict[str, Any]
+) -> Any:
     if isinstance(out, tuple) and len(out) == 2:
         state, metrics = out
         if isinstance(state, TrainState) and isinstance(metrics, dict):
-            after = _unless_overflowed(before, _check_state(fn, before, state))
+            after = _unless_overflowed(before, _check_state(fn, before, state, specs))
             return after.arrays, _check_metrics(metrics)
     raise TypeError(
         f"{name_of(fn)} needs to return (state, metrics), the state that apply_gradients "
@@ -271,8 +281,13 @@ def _describe(out: Any) -> str:
     return type(out).__name__
 
 
-def _check_state(fn: Callable[..., Any], old: TrainState, new: TrainState) -> TrainState:
-    """Refuse a state that would not fit the next step (it would compile anew each time)."""
+def _check_state(
+    fn: Callable[..., Any], old: TrainState, new: TrainState, specs: dict[str, Any]
+) -> TrainState:
+    """Refuse a state that would not fit the next step (it would compile anew each time).
+
+    Each leaf has to be the same on all devices, but along the axes over which it is stored.
+    """
     old_tree: Any = jax.tree.structure(old)
     new_tree: Any = jax.tree.structure(new)
     if old_tree != new_tree:
@@ -281,7 +296,7 @@ def _check_state(fn: Callable[..., Any], old: TrainState, new: TrainState) -> Tr
             f"got {new_tree}: create what it adds in engine.create_state(params, extra=...)"
         )
 
-    def check(path: Any, before: Any, after: Any) -> jax.Array:
+    def check(path: Any, before: Any, after: Any, spec: P) -> jax.Array:
         if after is before:
             return after
         where = f"state{jax.tree_util.keystr(path)}"
@@ -295,10 +310,11 @@ def _check_state(fn: Callable[..., Any], old: TrainState, new: TrainState) -> Tr
             f"{name_of(fn)} needs to return a state that is the same on every device, but "
             f"{where} varies along axis {{axis}}: reduce it, for example with tx.pmean"
         )
-        after = claim_equal(after, like=before, what=where, error=error)
+        axes, split = _compat.bound_axes(), axes_of(spec)
+        after = claim_equal(after, axes, split=split, what=where, error=error)
         return lax.convert_element_type(after, before.dtype)  # drops a weak type
 
-    return jax.tree_util.tree_map_with_path(check, old, new)
+    return jax.tree_util.tree_map_with_path(check, old, new, TrainState(**specs, owner=old.owner))
 
 
 def _unless_overflowed(before: TrainState, after: TrainState) -> TrainState:
@@ -316,6 +332,6 @@ def _check_metrics(metrics: dict[str, Any]) -> dict[str, Any]:
             f"{where} varies along axis {{axis}}: it is one device's value, not the global one. "
             "Report tx.pmean(..., {axis}) of a mean, tx.psum(..., {axis}) of a count"
         )
-        return claim_equal(jnp.asarray(value), like=None, what=where, error=error)
+        return claim_equal(jnp.asarray(value), _compat.bound_axes(), what=where, error=error)
 
     return jax.tree_util.tree_map_with_path(check, metrics)

@@ -135,17 +135,17 @@ class Engine(OptionsView):
         arrays = placing.create_arrays(self._options, params, extra, broadcast_from)
         return TrainState(**arrays, owner=self._owner)
 
-    def place(self, tree: Any, what: str) -> Any:
-        """Return a pytree as arrays on the mesh, the same on every device; copy what is not there.
+    def place(self, fields: dict[str, Any], state: TrainState) -> dict[str, Any]:
+        """Return fields of a state as arrays on the mesh, by its layouts; copy what is not there.
 
         Args:
-          tree: pytree of arrays and numbers.
-          what: what errors call it.
+          fields: pytrees of arrays and numbers by name, some of them new.
+          state: the state whose fields they are to take the place of.
 
         Raises:
           TypeError: a leaf is no array.
         """
-        return placing.place(tree, self.mesh, what)
+        return placing.place(fields, self._options, state.arrays)
 
     def audit_broadcast(self, state: TrainState, broadcast_from: int = 0) -> "Report":
         """Account for every collective by which `create_state(broadcast_from=)` sends a state.

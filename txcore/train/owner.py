@@ -21,8 +21,8 @@ class Runner(Protocol):
     def run(self, step: Any, state: Any, batch: Any) -> Any:
         """Run one step."""
 
-    def place(self, tree: Any, what: str) -> Any:
-        """Return a pytree as arrays on the mesh."""
+    def place(self, fields: dict[str, Any], state: Any) -> dict[str, Any]:
+        """Return fields of a state, some of them new, as arrays on the mesh."""
 
 
 class Owner:

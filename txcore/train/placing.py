@@ -4,15 +4,15 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 
-from txcore import _compat
 from txcore.mesh import MeshSpec
 from txcore.train.numerics import loss_scale
 from txcore.train.options import Options
 from txcore.train.replicas import agreement, digests
 from txcore.train.replicas.copies import copies
+from txcore.train.state_layout import check_optimizer, place_leaf, split_as, state_specs
 
 
 def create_arrays(
@@ -28,7 +28,8 @@ def create_arrays(
 
     Raises:
       TypeError: a leaf is no array.
-      ValueError: `broadcast_from` is no rank of this run.
+      ValueError: `broadcast_from` is no rank of this run, a rule of the plan does not fit the
+        parameters, or the optimizer not what it splits.
       MismatchError: with `broadcast_from`, the leaves of the ranks differ.
     """
     if broadcast_from is not None:
@@ -44,53 +45,53 @@ def create_arrays(
         "seed": np.asarray(options.seed, np.uint32),
         "extra": extra,
         "loss_scaling": loss_scale.start(scaling),
+        "comm_state": None,
     }
+    layouts = options.plan.layouts(params, options.mesh)
+    check_optimizer(options.optimizer, layouts)
+    specs = state_specs(arrays, layouts)
     if broadcast_from is not None and options.spans_processes:
         agreement.check_broadcast(broadcast_from, arrays)
         root = first_device(options.mesh, broadcast_from)
-        return digests.send_from(arrays, options.mesh.mesh, root)
-    return jax.tree.map(lambda leaf: replicate(leaf, options.mesh), arrays)
+        return split_as(digests.send_from(arrays, options.mesh.mesh, root), options.mesh, specs)
+    return jax.tree.map(lambda leaf, spec: place_leaf(leaf, options.mesh, spec), arrays, specs)
 
 
-def place(tree: Any, mesh: MeshSpec, what: str) -> Any:
-    """Return a pytree as arrays on the mesh, the same on every device; copy what is not there.
+def place(fields: dict[str, Any], options: Options, arrays: dict[str, Any]) -> dict[str, Any]:
+    """Return fields of a state as arrays on the mesh, by its layouts; copy what is not there.
 
-    Where all of it is there it is returned itself.
+    A field of which all is there is returned itself.
 
     Args:
-      tree: pytree of arrays and numbers.
-      mesh: the mesh.
-      what: what errors call it.
+      fields: pytrees of arrays and numbers by name, some of them new.
+      options: the engine's.
+      arrays: all fields of the state in which they are to take the place of those there.
 
     Raises:
       TypeError: a leaf is no array.
     """
-    there = mesh.sharding()
+    arrays = {**arrays, **fields}
+    layouts = options.plan.layouts(arrays["stored_params"], options.mesh)
+    specs = state_specs(arrays, layouts)
+    return {
+        name: _place_tree(f"state.{name}", tree, specs[name], options.mesh)
+        for name, tree in fields.items()
+    }
 
-    def place_leaf(path: Any, leaf: Any) -> Any:
+
+def _place_tree(what: str, tree: Any, specs: Any, mesh: MeshSpec) -> Any:
+    def one(path: Any, leaf: Any, spec: P) -> Any:
         if isinstance(leaf, jax.core.Tracer):
             return leaf
+        there = mesh.sharding(*spec)
         if isinstance(leaf, jax.Array) and leaf.sharding.is_equivalent_to(there, leaf.ndim):
             return leaf
         where = f"{what}{jax.tree_util.keystr(path)}"
-        return replicate(copies(leaf, where, user="state.replace"), mesh)
+        return place_leaf(copies(leaf, where, user="state.replace"), mesh, spec)
 
-    placed = jax.tree_util.tree_map_with_path(place_leaf, tree)
+    placed = jax.tree_util.tree_map_with_path(one, tree, specs)
     pairs = zip(jax.tree.leaves(placed), jax.tree.leaves(tree), strict=True)
     return tree if all(new is old for new, old in pairs) else placed
-
-
-def replicate(leaf: Any, mesh: MeshSpec) -> jax.Array:
-    """Return a copy of an array of the host, or of typed keys, on every device of the mesh."""
-    if _compat.is_key_array(leaf):
-        data = replicate(jax.random.key_data(leaf), mesh)
-        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
-    sharding = mesh.sharding()
-    host = np.asarray(leaf)
-    if jax.process_count() == 1:
-        # device_put may alias an array that is there already, and a step donates it.
-        return jnp.array(jax.device_put(host, sharding), copy=True)
-    return jax.make_array_from_process_local_data(sharding, host, host.shape)
 
 
 def first_device(mesh: MeshSpec, rank: int) -> int:

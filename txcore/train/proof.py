@@ -2,11 +2,12 @@
 
 from typing import TYPE_CHECKING, Any
 
-from txcore.train.batch import global_shapes, shapes_on
+from txcore.train.batch import global_shapes
 from txcore.train.compile import CompiledStep, compile_step, name_of
 from txcore.train.options import Options
 from txcore.train.owner import Owner
 from txcore.train.state import TrainState
+from txcore.train.state_layout import place_shapes, state_specs
 from txcore.train.step_fn import StepFn, check_jit
 from txcore.train.steps import Steps
 
@@ -35,8 +36,8 @@ def audit_there(
       batch: arrays or shapes of one data shard.
     """
     check_jit(name_of(step))
-    arrays = {name: shapes_on(tree, options.mesh) for name, tree in state.arrays.items()}
-    state = TrainState(**arrays, owner=owner)
+    specs = state_specs(state.arrays, options.plan.layouts(state.stored_params, options.mesh))
+    state = TrainState(**place_shapes(state.arrays, options.mesh, specs), owner=owner)
     compiled = compile_step(
         step.fn if isinstance(step, StepFn) else step,
         state,
@@ -60,5 +61,6 @@ def report_on(compiled: CompiledStep, state: TrainState, options: Options) -> "R
     if options.optimizer.per_example:  # gathers what the plan would have averaged
         return report
     factors = read_gradient_factors(compiled.program.jaxpr, options.plan.data_axes)
-    predicted = options.plan.predict(state.stored_params, options.mesh)
+    clips, skips = options.optimizer.clips, state.loss_scaling is not None
+    predicted = options.plan.predict(state.stored_params, options.mesh, clips=clips, skips=skips)
     return against_plan(report, predicted, factors)

@@ -1,19 +1,20 @@
 """The train state: everything that a run is a function of, as one pytree."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from txcore import _compat, varying
 from txcore.collectives import vary
-from txcore.collectives._leaves import names_of
-from txcore.collectives._scope import Scope, current_scope
 from txcore.kernels.common.checks import whole_number
+from txcore.layout import map_by_axes, same_structure, split_axes
 from txcore.parallel import sync_gradients
 from txcore.printing import describe_scalar, describe_tree
+from txcore.step_scope import StepScope, current_scope
+from txcore.train.claims import check_gradients
 from txcore.train.numerics import loss_scale, prng
 from txcore.train.numerics.loss_scale import LossScaling
 from txcore.train.numerics.precision import Precision
@@ -39,6 +40,7 @@ class TrainState:
     seed: jax.Array  # uint32 scalar
     extra: Any  # model state that is not trained
     loss_scaling: LossScaling | None  # None but in float16 and where steps are skipped
+    comm_state: Any = None  # what a plan's communication keeps from step to step; None if nothing
     owner: Owner = field(default=NOBODY, repr=False)
     # The fields that are known to be equal on all ranks (agreement.py).
     known_equal: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
@@ -101,14 +103,15 @@ class TrainState:
 
     @property
     def params(self) -> Any:
-        """The parameters; inside a step, typed as varying along the data axes.
+        """The parameters; inside a step, typed as varying where their gradients are reduced.
 
-        So gradients with respect to them come out local, for the step to reduce once.
+        That is along the data axes. So gradients with respect to them come out local, for the
+        step to reduce once. Of a parameter that the plan stores in parts it is this device's part.
         """
         scope = current_scope()
-        if scope is None or not scope.data_axes:
+        if scope is None:
             return self.stored_params
-        return vary(self.stored_params, scope.data_axes, name="params")
+        return _map_by_reduced(partial(vary, name="params"), self.stored_params, scope)
 
     @property
     def precision(self) -> Precision:
@@ -188,14 +191,16 @@ class TrainState:
                 + (": write stored_params=" if "params" in unknown else "")
             )
         if current_scope() is None:
-            placed = {name: value for name, value in changes.items() if name in _ARRAYS}
-            changes |= {name: self._placed(name, value) for name, value in placed.items()}
+            fields = {name: value for name, value in changes.items() if name in _ARRAYS}
+            checked = {name: self._checked(name, value) for name, value in fields.items()}
+            engine = self.owner.engine  # without one it is placed when an engine takes the state
+            changes |= checked if engine is None else engine.place(checked, self)
         new = replace(self, **changes)
         if self.known_equal:
             new.known_equal.update({k: v for k, v in self.known_equal.items() if k not in changes})
         return new
 
-    def _placed(self, name: str, value: Any) -> Any:
+    def _checked(self, name: str, value: Any) -> Any:
         if name in ("step", "seed") and not isinstance(value, jax.Array):
             number = whole_number(value)
             if number is None:
@@ -206,8 +211,7 @@ class TrainState:
                 raise ValueError(f"state.replace needs another {name}=: {error}") from None
         if name == "stored_params":
             _check_like(self.stored_params, value)
-        engine = self.owner.engine  # without one it is placed when an engine takes the state
-        return value if engine is None else engine.place(value, f"state.{name}")
+        return value
 
     def example_keys(self, batch: Any) -> jax.Array:
         """Return one random key for each example of `batch`, the same under every plan.
@@ -237,8 +241,12 @@ class TrainState:
     def sync_gradients(self, grads: Any, *, name: str = "grads") -> tuple[Any, "TrainState"]:
         """Reduce local gradients as the plan says: their mean over its data axes.
 
+        The gradient of a parameter that is stored in parts is that of this device's part, and is
+        averaged with those of the devices that hold the same part.
+
         Args:
-          grads: pytree like `params`, local to each device.
+          grads: pytree like `params`, local to each device; of another structure, all of it is
+            averaged over the data axes.
           name: label of the operations' tags.
 
         Returns:
@@ -248,8 +256,12 @@ class TrainState:
           ValueError: a leaf is reduced already.
           RuntimeError: called outside a step.
         """
-        axes = _scope_of("sync_gradients").data_axes
-        return (sync_gradients(grads, axes, name=name)[0] if axes else grads), self
+        scope = _scope_of("sync_gradients")
+
+        def reduce(tree: Any, axes: tuple[str, ...]) -> Any:
+            return sync_gradients(tree, axes, name=name)[0]
+
+        return _map_by_reduced(reduce, grads, scope), self
 
     def apply_gradients(self, *, grads: Any) -> "TrainState":
         """Update the parameters with reduced gradients.
@@ -259,11 +271,12 @@ class TrainState:
         they are, the loss scale of float16 shrinks, and
         `loss_scaling.skipped_steps` counts one more. The engine then undoes whatever else the
         step changed, `extra` for one. Gradients are reduced by now, so all devices agree
-        without a collective.
+        without a collective; where the plan stores parameters in parts, by one of a scalar.
 
         Args:
-          grads: pytree like `params`; each leaf laid out as its parameter is stored. Those of
-            `tx.value_and_grad` are unscaled already.
+          grads: pytree like `params`; each leaf laid out as the plan says (`Plan.layouts`): the
+            same on every device, or of a parameter that is stored in parts this device's part.
+            Those of `tx.value_and_grad` are unscaled already.
 
         Returns:
           The state after the update, one step further.
@@ -273,26 +286,27 @@ class TrainState:
             differs along an axis along which its parameter does not (a forgotten reduction).
           RuntimeError: called outside a step.
         """
-        _scope_of("apply_gradients")
+        scope = _scope_of("apply_gradients")
         optimizer = self.engine.optimizer
-        grads = check_gradients(grads, self.stored_params, per_example=optimizer.per_example)
+        per_example = optimizer.per_example
+        grads = check_gradients(grads, self.stored_params, scope, per_example=per_example)
         params, opt_state = optimizer.update(
             grads, self.opt_state, self.stored_params, step=self.step
         )
         new = self.replace(step=self.step + 1, stored_params=params, opt_state=opt_state)
         if self.loss_scaling is None:
             return new
-        culprit = loss_scale.first_nonfinite(grads)
+        culprit = loss_scale.first_nonfinite(grads, split_axes(scope.layouts))
         policy = self.precision.scaling
         scaling = loss_scale.advance(1.0 if policy is None else policy, self.loss_scaling, culprit)
         return loss_scale.select(culprit < 0, new, self).replace(loss_scaling=scaling)
 
 
-_ARRAYS = ("step", "stored_params", "opt_state", "seed", "extra", "loss_scaling")
+_ARRAYS = ("step", "stored_params", "opt_state", "seed", "extra", "loss_scaling", "comm_state")
 jax.tree_util.register_dataclass(TrainState, data_fields=_ARRAYS, meta_fields=("owner",))
 
 
-def _scope_of(method: str) -> Scope:
+def _scope_of(method: str) -> StepScope:
     scope = current_scope()
     if scope is None:
         raise RuntimeError(
@@ -300,6 +314,18 @@ def _scope_of(method: str) -> Scope:
             "an engine runs"
         )
     return scope
+
+
+def _map_by_reduced(
+    function: Callable[[Any, tuple[str, ...]], Any], tree: Any, scope: StepScope
+) -> Any:
+    """Apply `function(tree, axes)`, with the axes over which the leaves' gradients are reduced.
+
+    Those of a tree that is not like the parameters are the data axes.
+    """
+    if same_structure(tree, scope.layouts):
+        return map_by_axes(function, tree, scope.layouts, lambda layout: layout.reduced)
+    return function(tree, scope.data_axes) if scope.data_axes else tree
 
 
 def _check_like(params: Any, new: Any) -> None:
@@ -314,56 +340,3 @@ def _check_like(params: Any, new: Any) -> None:
             "another state for other parameters (engine.create_state); lists are taken apart, so "
             "write numpy.asarray"
         )
-
-
-def claim_equal(value: jax.Array, *, like: jax.Array | None, what: str, error: str) -> jax.Array:
-    """Claim that a value is the same on all devices along the axes along which `like` is.
-
-    Whether it is, the engine finds when it has the whole step; then it raises the error, if at
-    all. jax's type alone does not tell: what it types as varying may be equal, and is typed so now.
-
-    Args:
-      value: what leaves the step, or goes into its optimizer.
-      like: what it takes the place of, as stored; None for what is the same on every device.
-      what: what errors call the value.
-      error: the error's text, "{axis}" in it for the axes, "{source}" for the line.
-    """
-    stored = frozenset[str]() if like is None else _compat.varying_axes(like)
-    axes = tuple(a for a in _compat.bound_axes() if a not in stored)
-    if parts := _compat.unreduced_axes(value) - stored:  # of a sum: its type is certain
-        names = names_of(sorted(parts))
-        raise ValueError(error.replace(" ({source})", "").replace("{axis}", names))
-    drop = _compat.varying_axes(value) - stored
-    return varying.claim(value, "equal", axes, what=what, error=error, drop=drop)
-
-
-def check_gradients(grads: Any, params: Any, *, per_example: bool = False) -> Any:
-    """Return gradients that are claimed to be reduced; refuse another structure or shape.
-
-    With `per_example` each has one dim more, the examples', in front.
-    """
-    given: Any = jax.tree.structure(grads)
-    wanted: Any = jax.tree.structure(params)
-    if given != wanted:
-        raise ValueError(
-            f"apply_gradients needs gradients with the structure of the parameters, {wanted}, "
-            f"got {given}: pass the gradients that value_and_grad(...)(state.params) returned"
-        )
-
-    def check(path: Any, param: jax.Array, grad: Any) -> jax.Array:
-        where = f"the gradient of params{jax.tree_util.keystr(path)}"
-        shape = jnp.shape(grad)
-        if shape[int(per_example) :] != param.shape or len(shape) != param.ndim + per_example:
-            examples = ", after a dim of examples (tx.all_gather(..., invariant=True))"
-            raise ValueError(
-                f"apply_gradients needs {where} in its shape {param.shape}"
-                f"{examples if per_example else ''}, got {shape}"
-            )
-        error = (
-            f"apply_gradients needs reduced gradients: {where} varies along axis {{axis}}, so it "
-            "was never reduced there ({source}). Write grads = tx.pmean(grads, {axis}), or grads, "
-            "state = state.sync_gradients(grads), before apply_gradients"
-        )
-        return claim_equal(jnp.asarray(grad), like=param, what=where, error=error)
-
-    return jax.tree_util.tree_map_with_path(check, params, grads)

@@ -116,8 +116,8 @@ class Steps:
 
     def _adopt(self, state: TrainState) -> TrainState:
         """Return a state that was put together elsewhere as one whose form is known."""
-        given, mesh = state.arrays, self.options.mesh
-        arrays = {name: placing.place(tree, mesh, f"state.{name}") for name, tree in given.items()}
+        given = state.arrays
+        arrays = placing.place(given, self.options, given)
         if state.owner is not self.owner or any(arrays[name] is not given[name] for name in given):
             state = TrainState(**arrays, owner=self.owner)
         leaves, treedef = jax.tree.flatten(arrays)

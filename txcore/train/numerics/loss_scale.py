@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from txcore.collectives import pmin, vary
 from txcore.kernels.common.checks import whole_number
 
 _SMALLEST, _LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
@@ -130,11 +131,18 @@ def advance(policy: LossScale | float, scaling: LossScaling, culprit: jax.Array)
     return LossScaling(jnp.where(finite, up, down), jnp.where(due, 0, good), skipped, culprit)
 
 
-def first_nonfinite(tree: Any) -> jax.Array:
-    """Return the place of the first leaf with an inf or nan among the leaves; -1 for none."""
+def first_nonfinite(tree: Any, axes: tuple[str, ...] = ()) -> jax.Array:
+    """Return the place of the first leaf with an inf or nan among the leaves; -1 for none.
+
+    Args:
+      tree: pytree of arrays.
+      axes: over which some of them are split: the devices along them agree, by one pmin.
+    """
     flags = [~jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]
     found = [jnp.where(flag, jnp.int32(i), jnp.int32(len(flags))) for i, flag in enumerate(flags)]
     first = functools.reduce(jnp.minimum, found, jnp.int32(len(flags)))
+    if axes:
+        first = pmin(vary(first, axes), axes, name="first_nonfinite")
     return jnp.where(first == len(flags), jnp.int32(-1), first)
 
 

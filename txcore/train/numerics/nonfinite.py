@@ -1,12 +1,17 @@
 """NaN and infinity in training: what is done about them, and where they are."""
 
+import functools
 import logging
+from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
+from txcore.layout import axes_of
 from txcore.train.numerics.loss_scale import LossScale, first_nonfinite
 from txcore.train.state import TrainState
 
@@ -18,7 +23,6 @@ _ADVICE = (
 )
 
 _LOG = logging.getLogger("txcore")
-_first_nonfinite = jax.jit(first_nonfinite)
 
 
 def validate(policy: Any) -> None:
@@ -57,16 +61,32 @@ def check_parameters(steps: int, state: TrainState, policy: Policy) -> None:
 
     Args:
       steps: how many have finished.
-      state: the state after them; its parameters are the same on every process.
+      state: the state after them; every process has to come, since each may hold parts alone.
       policy: "ignore" saves it all the same.
 
     Raises:
       FloatingPointError: a parameter is not finite.
     """
-    if policy != "ignore" and int(_first_nonfinite(state.stored_params)) >= 0:
+    if policy != "ignore" and _any_nonfinite(jax.tree.leaves(state.stored_params)):
         raise FloatingPointError(
             f"the parameters of step {steps} are not saved. {_where(state)}. {_ADVICE}"
         )
+
+
+def _any_nonfinite(leaves: list[jax.Array]) -> bool:
+    """Tell whether any array on a mesh is not finite, alike on every process."""
+    named = [leaf.sharding for leaf in leaves if isinstance(leaf.sharding, NamedSharding)]
+    if not named:
+        return False
+    look = _first_nonfinite_on(named[0].mesh, tuple(sharding.spec for sharding in named))
+    return int(look(leaves)) >= 0
+
+
+@functools.lru_cache(maxsize=16)
+def _first_nonfinite_on(mesh: Mesh, specs: tuple[P, ...]) -> Callable[[list[jax.Array]], Any]:
+    axes = tuple(dict.fromkeys(axis for spec in specs for axis in axes_of(spec)))
+    look = functools.partial(first_nonfinite, axes=axes)
+    return jax.jit(jax.shard_map(look, mesh=mesh, in_specs=(list(specs),), out_specs=P()))
 
 
 def _at_minimum(state: TrainState) -> str:
@@ -121,6 +141,9 @@ def bad_parameters(state: TrainState) -> list[str]:
 def _where(state: TrainState) -> str:
     found = bad_parameters(state)
     if not found:
-        return "The parameters are finite: the batch or the loss itself made it"
+        leaves = jax.tree.leaves(state.stored_params)
+        here = all(leaf.is_fully_addressable or leaf.is_fully_replicated for leaf in leaves)
+        what = "The parameters" if here else "The parts of the parameters that this rank holds"
+        return f"{what} are finite: the batch or the loss itself made it"
     more = f" and {len(found) - 3} more" if len(found) > 3 else ""
     return f"Not finite after it: {', '.join(found[:3])}{more}"
