@@ -26,7 +26,7 @@ from txcore.kernels import compiler_options
 from txcore.kernels.conv import xla as conv
 from txcore.kernels.dense import xla as dense
 from txcore.kernels.dispatch import registry
-from txcore.train.placer import shard_batch
+from txcore.train.batches.placer import shard_batch
 
 OFF = compiler_options("cpu")
 PLAIN, ON_CPU = conv.Config("direct"), conv.Config("direct", on_cpu=True)

@@ -26,7 +26,7 @@ import txcore as tx
 from txcore import launch
 from txcore.launch import preflight, watch
 from txcore.train import Position
-from txcore.train.placer import shard_batch
+from txcore.train.batches.placer import shard_batch
 
 
 def watch_seconds():

@@ -8,7 +8,7 @@ import worker
 
 import txcore as tx
 from txcore import launch
-from txcore.train.placer import shard_batch
+from txcore.train.batches.placer import shard_batch
 
 
 def main() -> None:

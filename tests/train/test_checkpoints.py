@@ -15,9 +15,9 @@ import toys
 from checkpoint_cases import EVERY, STEPS, saved, train
 
 import txcore as tx
-from txcore.train import fit
 from txcore.train.checkpoints import manifest
-from txcore.train.interrupt import interrupts
+from txcore.train.loop import fit
+from txcore.train.loop.interrupt import interrupts
 
 pytest.importorskip("orbax.checkpoint")
 

@@ -18,7 +18,7 @@ import toys
 
 import txcore as tx
 from txcore.train.checkpoints import folder
-from txcore.train.steps import Steps
+from txcore.train.steps.steps import Steps
 
 MANY = 20_000  # steps, more than are made
 

@@ -13,7 +13,7 @@ from guard_data import run
 from right_steps import RIGHT
 from wrong_steps import ASKED, WRONG
 
-from txcore.train import compile as compiling
+from txcore.train.steps import compile as compiling
 
 ALL = os.environ.get("TXCORE_ALL_GUARDS") == "1"
 ON = (1, 2, 4) if ALL else (4,)

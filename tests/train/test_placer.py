@@ -9,7 +9,8 @@ from jax.sharding import PartitionSpec as P
 
 import txcore as tx
 from txcore.launch import watch
-from txcore.train import placer, placing
+from txcore.train.batches import placer
+from txcore.train.state import placing
 
 
 def counted(monkeypatch, module, name):

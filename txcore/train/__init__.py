@@ -8,6 +8,6 @@ from txcore.train.checkpoints.manifest import Position as Position
 from txcore.train.engine import Engine as Engine
 from txcore.train.numerics.loss_scale import LossScale as LossScale
 from txcore.train.numerics.precision import Precision as Precision
-from txcore.train.state import TrainState as TrainState
-from txcore.train.step_fn import StepFn as StepFn
-from txcore.train.step_fn import step_fn as step_fn
+from txcore.train.state.state import TrainState as TrainState
+from txcore.train.steps.step_fn import StepFn as StepFn
+from txcore.train.steps.step_fn import step_fn as step_fn

@@ -10,19 +10,20 @@ from txcore.launch.gloo_threads import yield_to_compute
 from txcore.mesh import MeshSpec
 from txcore.plan.plan import Plan
 from txcore.printing import format_call
-from txcore.train import evaluation, placing, proof
-from txcore.train import fit as loop
 from txcore.train.checkpoints.checkpoints import Checkpoints
-from txcore.train.feed import Data
-from txcore.train.fit_arguments import Evaluate
 from txcore.train.loggers import Logger, Metrics
+from txcore.train.loop import fit as loop
+from txcore.train.loop.arguments import Evaluate
+from txcore.train.loop.feed import Data
 from txcore.train.numerics import nonfinite
 from txcore.train.numerics.precision import Precision
 from txcore.train.options import Options, OptionsView
-from txcore.train.owner import Owner
-from txcore.train.state import TrainState
-from txcore.train.step_fn import StepFn
-from txcore.train.steps import Steps
+from txcore.train.state import placing
+from txcore.train.state.owner import Owner
+from txcore.train.state.state import TrainState
+from txcore.train.steps import evaluation, proof
+from txcore.train.steps.step_fn import StepFn
+from txcore.train.steps.steps import Steps
 
 if TYPE_CHECKING:
     from txcore.profiling import Report

@@ -21,7 +21,7 @@ from txcore.train.checkpoints.manifest import CheckpointError, Leaf, Metric, Pos
 from txcore.train.checkpoints.orbax_store import Store, Writing, orbax
 from txcore.train.loggers import Metrics
 from txcore.train.numerics import nonfinite
-from txcore.train.state import TrainState
+from txcore.train.state.state import TrainState
 
 Resume = Literal["auto", "never", "must"]
 

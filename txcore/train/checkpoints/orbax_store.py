@@ -16,7 +16,7 @@ import numpy as np
 from txcore.launch.key_value import agree
 from txcore.train.checkpoints import folder, manifest, saved_leaves
 from txcore.train.checkpoints.manifest import CheckpointError, Leaf, Metric, Position
-from txcore.train.state import TrainState
+from txcore.train.state.state import TrainState
 
 Facts = tuple[tuple[Leaf, ...], str]  # what the manifest holds of a state: leaves and precision
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from txcore import _compat
 from txcore.train.checkpoints.manifest import CheckpointError, Leaf
-from txcore.train.state import TrainState
+from txcore.train.state.state import TrainState
 
 
 def leaves_of(state: TrainState) -> tuple[Leaf, ...]:

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from txcore.layout import axes_of
 from txcore.train.numerics.loss_scale import LossScale, first_nonfinite
-from txcore.train.state import TrainState
+from txcore.train.state.state import TrainState
 
 Policy = Literal["stop", "skip", "ignore"]
 

@@ -14,7 +14,7 @@ from txcore.launch.key_value import agree
 from txcore.launch.watch.status import MismatchError
 from txcore.train.options import Options
 from txcore.train.replicas import digests
-from txcore.train.state import TrainState
+from txcore.train.state.state import TrainState
 
 if TYPE_CHECKING:
     from txcore.train.checkpoints.checkpoints import Checkpoints

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
+from txcore.train.batches.placer import Placed
 from txcore.train.checkpoints.manifest import Position
-from txcore.train.fit_arguments import Length
-from txcore.train.placer import Placed
+from txcore.train.loop.arguments import Length
 
 Data = Iterable[Any] | Callable[[int], Iterable[Any]]
 

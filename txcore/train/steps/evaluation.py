@@ -9,8 +9,8 @@ import numpy as np
 from txcore.launch import watch
 from txcore.launch.watch import Phase
 from txcore.train.loggers import Metrics
-from txcore.train.state import TrainState
-from txcore.train.steps import Steps
+from txcore.train.state.state import TrainState
+from txcore.train.steps.steps import Steps
 
 
 def evaluate(steps: Steps, step: Any, state: TrainState, data: Iterable[Any]) -> Metrics:

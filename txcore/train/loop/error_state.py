@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from txcore.train.state import TrainState
+from txcore.train.state.state import TrainState
 
 _NONE_LEFT = (
     "txcore: error.state is None: the step that failed or was cut short had been given the state, "

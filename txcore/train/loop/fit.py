@@ -9,12 +9,11 @@ import jax
 
 from txcore.launch import watch
 from txcore.launch.watch import Phase
+from txcore.train.batches.placer import Placed
 from txcore.train.checkpoints.checkpoints import Checkpoints
 from txcore.train.checkpoints.manifest import Position
-from txcore.train.compile import name_of
-from txcore.train.error_state import give_state, is_alive
-from txcore.train.feed import Data, batches
-from txcore.train.fit_arguments import (
+from txcore.train.loggers import Logger, Metrics
+from txcore.train.loop.arguments import (
     Evaluate,
     Length,
     check_count,
@@ -24,15 +23,16 @@ from txcore.train.fit_arguments import (
     steps_made,
     warn,
 )
-from txcore.train.interrupt import Interrupt, interrupts
-from txcore.train.loggers import Logger, Metrics
+from txcore.train.loop.error_state import give_state, is_alive
+from txcore.train.loop.feed import Data, batches
+from txcore.train.loop.interrupt import Interrupt, interrupts
+from txcore.train.loop.progress import Progress, to_host
 from txcore.train.numerics import nonfinite
-from txcore.train.placer import Placed
-from txcore.train.progress import Progress, to_host
 from txcore.train.replicas import agreement
-from txcore.train.state import TrainState
-from txcore.train.step_fn import StepFn
-from txcore.train.steps import Steps
+from txcore.train.state.state import TrainState
+from txcore.train.steps.compile import name_of
+from txcore.train.steps.step_fn import StepFn
+from txcore.train.steps.steps import Steps
 
 
 def fit(

@@ -9,7 +9,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from txcore.mesh import MeshSpec
 from txcore.plan.plan import Plan, top_key
-from txcore.train.batch import (
+from txcore.train.batches.batch import (
     check_divisible,
     check_rows,
     leaves_of,

@@ -12,7 +12,7 @@ from txcore.train.numerics import loss_scale
 from txcore.train.options import Options
 from txcore.train.replicas import agreement, digests
 from txcore.train.replicas.copies import copies
-from txcore.train.state_layout import check_optimizer, place_leaf, split_as, state_specs
+from txcore.train.state.layout import check_optimizer, place_leaf, split_as, state_specs
 
 
 def create_arrays(

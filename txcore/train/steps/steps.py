@@ -6,15 +6,15 @@ import jax
 
 from txcore.launch import watch
 from txcore.launch.watch import Phase
-from txcore.train import placing
-from txcore.train.compile import CompiledStep, compile_step, name_of
+from txcore.train.batches.placer import Placed, Placer
 from txcore.train.loggers import Metrics
 from txcore.train.options import Options
-from txcore.train.owner import Owner
-from txcore.train.placer import Placed, Placer
 from txcore.train.replicas import agreement
-from txcore.train.state import TrainState
-from txcore.train.step_fn import StepFn, check_jit, refuse_tracing
+from txcore.train.state import placing
+from txcore.train.state.owner import Owner
+from txcore.train.state.state import TrainState
+from txcore.train.steps.compile import CompiledStep, compile_step, name_of
+from txcore.train.steps.step_fn import StepFn, check_jit, refuse_tracing
 
 
 class Steps:

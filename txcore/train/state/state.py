@@ -14,11 +14,11 @@ from txcore.layout import map_by_axes, same_structure, split_axes
 from txcore.parallel import sync_gradients
 from txcore.printing import describe_scalar, describe_tree
 from txcore.step_scope import StepScope, current_scope
-from txcore.train.claims import check_gradients
 from txcore.train.numerics import loss_scale, prng
 from txcore.train.numerics.loss_scale import LossScaling
 from txcore.train.numerics.precision import Precision
-from txcore.train.owner import NOBODY, Owner, Runner
+from txcore.train.state.claims import check_gradients
+from txcore.train.state.owner import NOBODY, Owner, Runner
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ import jax
 import numpy as np
 
 from txcore.train.checkpoints.manifest import Position
-from txcore.train.compile import name_of
 from txcore.train.loggers import Logger, Metrics, Record
-from txcore.train.steps import Steps
+from txcore.train.steps.compile import name_of
+from txcore.train.steps.steps import Steps
 
 # How many steps the host may run ahead of the devices: enough to hide its work, few enough not
 # to pile up batches. A simulated device shares the host's cores: what waits there takes time from

@@ -21,13 +21,13 @@ from txcore.mesh import MeshSpec
 from txcore.parallel.data import global_count
 from txcore.plan.plan import Plan
 from txcore.step_scope import StepScope, tracing
-from txcore.train import refusals
-from txcore.train.batch import examples, mask_of
-from txcore.train.claims import claim_equal
+from txcore.train.batches.batch import examples, mask_of
 from txcore.train.numerics.loss_scale import select
-from txcore.train.owner import TracedOwner
-from txcore.train.state import TrainState
-from txcore.train.state_layout import state_specs
+from txcore.train.state.claims import claim_equal
+from txcore.train.state.layout import state_specs
+from txcore.train.state.owner import TracedOwner
+from txcore.train.state.state import TrainState
+from txcore.train.steps import refusals
 
 if TYPE_CHECKING:
     from txcore.profiling.declared.collectives import Declared

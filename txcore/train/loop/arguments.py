@@ -14,7 +14,7 @@ from txcore.train.checkpoints.checkpoints import Checkpoints
 from txcore.train.checkpoints.manifest import CheckpointError, Position
 from txcore.train.loggers import Metrics
 from txcore.train.replicas import agreement
-from txcore.train.state import TrainState
+from txcore.train.state.state import TrainState
 
 Evaluate = Callable[[TrainState], Metrics]
 

@@ -2,14 +2,14 @@
 
 from typing import TYPE_CHECKING, Any
 
-from txcore.train.batch import global_shapes
-from txcore.train.compile import CompiledStep, compile_step, name_of
+from txcore.train.batches.batch import global_shapes
 from txcore.train.options import Options
-from txcore.train.owner import Owner
-from txcore.train.state import TrainState
-from txcore.train.state_layout import place_shapes, state_specs
-from txcore.train.step_fn import StepFn, check_jit
-from txcore.train.steps import Steps
+from txcore.train.state.layout import place_shapes, state_specs
+from txcore.train.state.owner import Owner
+from txcore.train.state.state import TrainState
+from txcore.train.steps.compile import CompiledStep, compile_step, name_of
+from txcore.train.steps.step_fn import StepFn, check_jit
+from txcore.train.steps.steps import Steps
 
 if TYPE_CHECKING:
     from txcore.profiling import Report

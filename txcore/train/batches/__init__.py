@@ -1,0 +1,4 @@
+"""Batches: which leaves hold examples, and how they are placed on the mesh.
+
+Imports x.
+"""

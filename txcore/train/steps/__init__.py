@@ -1,0 +1,4 @@
+"""Steps: traced, refused or compiled, run, evaluated and proved.
+
+Imports x.
+"""
