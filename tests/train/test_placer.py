@@ -1,5 +1,7 @@
 """Batches on the mesh: each placed once, what lies there taken as it is, the rest counted right."""
 
+import types
+
 import jax
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 import txcore as tx
 from txcore.launch import watch
 from txcore.train.batches import placer
+from txcore.train.batches.batch import count_parts
 from txcore.train.state import placing
 
 
@@ -94,3 +97,23 @@ def test_a_phase_that_is_none_is_refused():
         watch.at("stpe", 3)
     watch.at("eval step", 3)
     watch.at(watch.Phase.BETWEEN_STEPS)
+
+
+@pytest.mark.parametrize(
+    ("shape", "spec", "places", "parts"),
+    [
+        ((4, 1), P("data"), [0, 1], 2),  # two processes along the data axis
+        ((4, 1), P("data"), [0], 4),
+        ((2, 2), P("data"), [0, 2], 1),  # two along the model axis: both have all rows
+        ((2, 2), P("data", "model"), [1, 3], 1),
+        ((2, 2), P(("data", "model")), [0, 1], 2),
+        ((2, 2), P(None, "model"), [0, 2], 1),
+        ((2, 2), P(), [0, 2], 1),
+    ],
+)
+def test_processes_that_give_the_same_rows_count_once(shape, spec, places, parts, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    mesh = tx.MeshSpec(jax.devices()[:4], ("data", "model"), shape).mesh
+    here = {mesh.devices.flat[place] for place in places}
+    sharding = types.SimpleNamespace(mesh=mesh, spec=spec, addressable_devices=here)
+    assert count_parts(sharding) == parts

@@ -2,12 +2,14 @@
 
 import math
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from txcore.layout import entry_axes
 from txcore.mesh import MeshSpec
 from txcore.plan.plan import Plan, top_key
 
@@ -63,7 +65,7 @@ def _holds_examples(key: str, plan: Plan) -> bool:
     if key not in plan.batch:
         return True
     spec = plan.batch[key]
-    return bool(plan.data_axes) and bool(spec) and set(axes_of(spec[0])) == set(plan.data_axes)
+    return bool(plan.data_axes) and bool(spec) and set(entry_axes(spec[0])) == set(plan.data_axes)
 
 
 def _declared(path: Any) -> str:
@@ -142,10 +144,10 @@ def global_shapes(shard: Any, mesh: MeshSpec, plan: Plan) -> Any:
     def shape(path: Any, leaf: Any, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
         leaf = leaf if hasattr(leaf, "shape") and hasattr(leaf, "dtype") else np.asarray(leaf)
         sizes = list(leaf.shape)
-        for dim, axes in zip(range(len(sizes)), map(axes_of, spec), strict=False):
+        for dim, axes in zip(range(len(sizes)), map(entry_axes, spec), strict=False):
             sizes[dim] *= math.prod(mesh.shape[a] for a in axes if a in plan.data_axes)
         sharding = NamedSharding(mesh.mesh, spec)
-        check_divisible(tuple(sizes), sharding, path, processes=1)
+        check_divisible(tuple(sizes), sharding, path, parts=1)
         dtype = jax.dtypes.canonicalize_dtype(leaf.dtype)
         return jax.ShapeDtypeStruct(tuple(sizes), dtype, sharding=sharding)
 
@@ -153,9 +155,7 @@ def global_shapes(shard: Any, mesh: MeshSpec, plan: Plan) -> Any:
     return jax.tree_util.tree_map_with_path(shape, shard, plan.batch_specs(shard, mesh))
 
 
-def check_divisible(
-    shape: tuple[int, ...], sharding: NamedSharding, path: Any, processes: int
-) -> None:
+def check_divisible(shape: tuple[int, ...], sharding: NamedSharding, path: Any, parts: int) -> None:
     """Refuse a leaf with a dim that the devices along its axes cannot share equally."""
     mesh, spec = sharding.mesh, sharding.spec
     if len(shape) < len(spec):
@@ -164,9 +164,9 @@ def check_divisible(
             f"{shape}"
         )
     for dim, entry in enumerate(spec):
-        axes = axes_of(entry)
+        axes = entry_axes(entry)
         size = math.prod(mesh.shape[a] for a in axes)
-        length = shape[dim] * (processes if dim == 0 else 1)
+        length = shape[dim] * (parts if dim == 0 else 1)
         if length % size:
             names = ", ".join(map(repr, axes))
             what = "examples" if dim == 0 else f"in dim {dim}"
@@ -177,6 +177,19 @@ def check_divisible(
             )
 
 
-def axes_of(entry: Any) -> tuple[str, ...]:
-    """Return the axes that one entry of a PartitionSpec names."""
-    return tuple(a for a in (entry if isinstance(entry, tuple) else (entry,)) if a is not None)
+def count_parts(sharding: NamedSharding) -> int:
+    """Return of how many processes' parts the rows of a leaf consist.
+
+    Processes along an axis that does not shard the rows all give the same ones: they count once.
+    """
+    if jax.process_count() == 1 or not sharding.spec:
+        return 1
+    axes = entry_axes(sharding.spec[0])
+    size = math.prod(sharding.mesh.shape[a] for a in axes)
+    rows = NamedSharding(sharding.mesh, PartitionSpec(axes)).devices_indices_map((size,))
+    here = {index for device, index in _starts(rows) if device in sharding.addressable_devices}
+    return size // max(len(here), 1)
+
+
+def _starts(rows: Mapping[jax.Device, Any]) -> list[tuple[jax.Device, int]]:
+    return [(device, index[0].start or 0) for device, index in rows.items()]

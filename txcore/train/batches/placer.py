@@ -12,6 +12,7 @@ from txcore.plan.plan import Plan, top_key
 from txcore.train.batches.batch import (
     check_divisible,
     check_rows,
+    count_parts,
     leaves_of,
     name_leaf,
     no_rows,
@@ -26,7 +27,8 @@ class Placed(NamedTuple):
     Attributes:
       tree: its arrays, global and sharded.
       form: the same number for the same structure, shapes and dtypes.
-      rows: rows of the global batch as the given ones say: those of a process times its number.
+      rows: rows of the global batch as the given ones say: those of a process, times the processes
+        that give other ones.
       examples: rows of the global batch.
       real: those that are no padding. In several processes it is an estimate by this process's
         mask: throughput needs no communication of its own.
@@ -114,7 +116,8 @@ class Placer:
         if mask is not None and isinstance(leaves[mask][1], jax.Array):
             mask = None
         there = all(_lies(x, s) for (_, x), s in zip(leaves, shardings, strict=True))
-        count = (rows[0][1] if rows else 1) * jax.process_count()
+        parts = 1 if first is None else count_parts(shardings[first])
+        count = (rows[0][1] if rows else 1) * parts
         return _Structure(paths, shardings, there, count, first, mask)
 
 
@@ -159,8 +162,8 @@ def _place(leaf: Any, sharding: NamedSharding, path: Any) -> jax.Array:
         )
     if not host.shape and any(sharding.spec):
         raise ValueError(no_rows(name_leaf(path), leaf))
-    # Several processes give only their own part, which their own devices share.
-    check_divisible(host.shape, sharding, path, jax.process_count())
+    # Several processes give their own parts, which their own devices share.
+    check_divisible(host.shape, sharding, path, count_parts(sharding))
     if jax.process_count() == 1:
         return jax.device_put(host, sharding)
     return jax.make_array_from_process_local_data(sharding, host)

@@ -127,11 +127,12 @@ class Checkpoints:
             problem, found = self._together(partial(_examine, saved, own))
             if found is not None:
                 restored = self._each(partial(self._read, saved, state))
-                bad = self._together(partial(nonfinite.bad_parameters, restored))
-                if not bad:
+                if not nonfinite.holds_nonfinite(restored):
                     self._say(f"resuming from {saved}, after {found['steps']} steps")
                     return restored, Position(**found)
-                problem = f"{saved} holds values that are not finite, in {bad[0]}"
+                bad = self._together(partial(nonfinite.bad_parameters, restored))
+                where = bad[0] if bad else "parameters of which rank 0 has no part"
+                problem = f"{saved} holds values that are not finite, in {where}"
             refused.append(problem)
             self._refused.add(name)
             self._warn(f"{problem}; trying the one before")

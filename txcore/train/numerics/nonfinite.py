@@ -124,6 +124,14 @@ def skipped(state: TrainState) -> str:
     )
 
 
+def holds_nonfinite(state: TrainState) -> bool:
+    """Tell whether a parameter is not finite, alike on every process; all have to come."""
+    leaves = jax.tree.leaves(state.stored_params)
+    if all(leaf.is_fully_addressable or leaf.is_fully_replicated for leaf in leaves):
+        return bool(bad_parameters(state))
+    return _any_nonfinite(leaves)  # each process has parts alone
+
+
 def bad_parameters(state: TrainState) -> list[str]:
     """Return which parameters are not finite, as far as this process holds them."""
     found = []
