@@ -230,11 +230,10 @@ def cases(shape, dtype, operands, *, backward=True, others=None, rounds=15, name
     )
     print(shape.name, "compiled", round(time.monotonic() - start, 1), failed, flush=True)
     with jax.default_matmul_precision("highest"):  # else float32 products are TF32's
-        name, choice = next((n, c) for n, c in choices.items() if n.startswith("xla"))
-        true, _ = measure.compile_calls(
-            shape, dtype, {name: choice}, backward=backward, operands=operands
-        )
-    truth = true[name]()
+        # In this thread: others would not know of the precision.
+        choice = next(c for c in choices.values() if c.implementation == "xla")
+        true = measure.compile_call(shape, dtype, choice, backward=backward, operands=operands)
+    truth = true()
     errors = {name: difference(call(), truth) for name, call in calls.items()}
     calls |= others or {}
     case = f"{shape.name} {jax.numpy.dtype(dtype).name}"
