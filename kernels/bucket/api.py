@@ -8,17 +8,19 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
 from txcore import varying
-from txcore.kernels.bucket import pallas, xla
+from txcore.kernels.bucket import pallas, triton, xla
 from txcore.kernels.common import checks
 from txcore.kernels.dispatch import registry
 
 PACK: registry.Kernels = {
     "xla": registry.Kernel(xla.pack),
-    "pallas": registry.Kernel(pallas.pack, refuse=pallas.refuse_pack, compiled_for=()),
+    "pallas": registry.Kernel(pallas.pack, pallas.configs, pallas.refuse_pack),
+    "triton": registry.Kernel(triton.pack, triton.configs, triton.refuse_pack),
 }
 UNPACK: registry.Kernels = {
     "xla": registry.Kernel(xla.unpack),
-    "pallas": registry.Kernel(pallas.unpack, refuse=pallas.refuse_unpack, compiled_for=()),
+    "pallas": registry.Kernel(pallas.unpack, pallas.configs, pallas.refuse_unpack),
+    "triton": registry.Kernel(triton.unpack, triton.configs, triton.refuse_unpack),
 }
 
 
@@ -40,7 +42,7 @@ def pack(
         varies along all that one of them varies along.
       dtype: floating dtype of the buffer; None for the dtype that all of them have.
       scale: scalar, a number or an array; None does not scale.
-      implementation: None for the fastest known, "xla" or "pallas".
+      implementation: None for the fastest known, "xla", "pallas" or "triton".
 
     Returns:
       Shape (number of all the elements,): the leaves in `jax.tree.leaves` order, each by rows. An
@@ -89,7 +91,7 @@ def unpack(
       flat: shape (number of all the elements,), any floating dtype.
       like: pytree of arrays or of `jax.ShapeDtypeStruct`s, of floating dtypes.
       scale: scalar, a number or an array; None does not scale.
-      implementation: None for the fastest known, "xla" or "pallas".
+      implementation: None for the fastest known, "xla", "pallas" or "triton".
 
     Returns:
       The arrays, with the structure, shapes and dtypes of `like`; they vary along the mesh axes

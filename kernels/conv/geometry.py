@@ -2,13 +2,15 @@
 
 import math
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
 from txcore.kernels.common import checks
+
+Form = Literal["product", "taps"]
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,8 @@ class Blocks:
         divides the pixels.
       warps: groups of 32 threads of a program on a GPU.
       stages: steps whose loads are under way at once on a GPU.
+      form: "product" multiplies matrices; "taps" adds up outer products, for few channels.
+      windows: pooling windows that a step of the filter's gradient adds, for the form "taps".
 
     Raises:
       ValueError: a number is not one that the kernels can run with.
@@ -40,10 +44,18 @@ class Blocks:
     splits: int = 32
     warps: int = 4
     stages: int = 2
+    form: Form = "product"
+    windows: int = 16
 
     def __post_init__(self) -> None:
-        least = {"pixels": 16, "channels": 16, "depth": 16}
+        if self.form not in ("product", "taps"):
+            raise ValueError(
+                f"conv2d: form of Blocks must be 'product' or 'taps'; got {self.form!r}."
+            )
+        least = {"pixels": 16, "channels": 16, "depth": 16, "windows": 16}
         for field in fields(self):
+            if field.name == "form":
+                continue
             value, low = getattr(self, field.name), least.get(field.name, 1)
             power = field.name in least or field.name == "warps"
             if not isinstance(value, int) or value < low or (power and value & (value - 1)):

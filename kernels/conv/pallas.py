@@ -3,15 +3,13 @@
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from txcore import _compat, varying
-from txcore.kernels.conv import pallas_kernels
+from txcore.kernels.common import pallas_masked as masked
+from txcore.kernels.conv import pallas_kernels, pallas_taps
 from txcore.kernels.conv.geometry import Blocks, Geometry
-from txcore.kernels.dispatch import registry
 from txcore.kernels.dispatch.problem import Problem
 
 Residuals = tuple[jax.Array, jax.Array, jax.Array | None]
@@ -22,13 +20,29 @@ def configs(problem: Problem) -> Sequence[Blocks]:
     """Return the blocks worth trying, the best guess first."""
     features = max(16, min(64, 1 << (problem.shapes[1][3] - 1).bit_length()))
     if problem.platform != "gpu":  # an interpreter's time goes by the number of programs
-        return (Blocks(1024, features, 64, splits=1), Blocks(256, features, 64, splits=1))
-    return (
+        products = [Blocks(1024, features, 64, splits=1), Blocks(256, features, 64, splits=1)]
+        taps = [Blocks(1024, features, splits=1, form="taps", windows=1024)]
+        return [*products, *taps] if _has_few_taps(problem) else products
+    products = [
         Blocks(64, features, 32),
         Blocks(128, features, 32, warps=8),
         Blocks(32, features, 32),
         Blocks(64, min(features, 32), 64, stages=3),
-    )
+    ]
+    few = min(features, 32)
+    taps = [
+        Blocks(32, few, splits=264, warps=4, form="taps", windows=32),
+        Blocks(32, few, splits=264, warps=2, form="taps", windows=16),
+        Blocks(16, few, splits=528, warps=1, form="taps", windows=16),
+        Blocks(64, few, splits=132, warps=8, form="taps", windows=64),
+        Blocks(16, few, splits=264, warps=4, form="taps", windows=16),
+    ]
+    return [*taps, *products] if _has_few_taps(problem) else products
+
+
+def _has_few_taps(problem: Problem) -> bool:
+    """Tell whether the filter is small enough for the form "taps"."""
+    return math.prod(problem.shapes[1][:3]) <= pallas_taps.LARGEST_PATCH
 
 
 def refuse(problem: Problem) -> str | None:
@@ -58,7 +72,14 @@ def conv2d(
     padding: str,
 ) -> jax.Array:
     """Compute the op of `txcore.kernels.conv2d` on checked operands."""
-    return _conv2d(x, w, b, Geometry.of(x, w, activation, pool, padding), config)
+    geometry = Geometry.of(x, w, activation, pool, padding)
+    if config.form == "taps" and geometry.depth > pallas_taps.LARGEST_PATCH:
+        raise ValueError(
+            f"conv2d: the form 'taps' needs at most {pallas_taps.LARGEST_PATCH} elements of the "
+            f"filter for a feature; got {geometry.depth} from w {w.shape}. Pass config=Blocks() of "
+            "the form 'product', or leave config and implementation out."
+        )
+    return _conv2d(x, w, b, geometry, config)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
@@ -71,7 +92,8 @@ def _conv2d(
 def _forward(
     x: jax.Array, w: jax.Array, b: jax.Array, geometry: Geometry, blocks: Blocks
 ) -> tuple[jax.Array, Residuals]:
-    kernel = partial(pallas_kernels.forward, geometry=geometry, blocks=blocks)
+    module = pallas_taps if blocks.form == "taps" else pallas_kernels
+    kernel = partial(module.forward, geometry=geometry, blocks=blocks)
     size = geometry.windows * geometry.features
     # One byte for each element of the result is all that backward needs of what came before it.
     chosen = [(size, jnp.dtype(jnp.int8))] if geometry.pool > 1 or geometry.relu else []
@@ -87,6 +109,8 @@ def _backward(
     x, w, choice = residuals
     sources = (g,) if choice is None else (g, choice)
     dx = _data_gradient(w, sources, geometry, blocks)
+    if blocks.form == "taps":
+        return (dx, *_filter_and_bias_gradients(x, sources, geometry, blocks))
     dw = _filter_gradient(x, sources, geometry, blocks)
     passed = g if choice is None else jnp.where(choice.reshape(g.shape) >= 0, g, 0)
     db = jnp.sum(passed, (0, 1, 2), dtype=geometry.accumulator).astype(g.dtype)
@@ -122,30 +146,30 @@ def _filter_gradient(
     return total.reshape(geometry.rows, geometry.columns, geometry.channels, geometry.features)
 
 
+def _filter_and_bias_gradients(
+    x: jax.Array, sources: tuple[jax.Array, ...], geometry: Geometry, blocks: Blocks
+) -> tuple[jax.Array, jax.Array]:
+    all_steps = max(_ceil(geometry.windows, blocks.windows), 1)
+    steps = _ceil(all_steps, min(blocks.splits, all_steps))
+    splits = _ceil(all_steps, steps)
+    kernel = partial(pallas_taps.filter_gradient, geometry=geometry, blocks=blocks, steps=steps)
+    grid = (splits, geometry.rows, _ceil(geometry.features, blocks.channels))
+    taps = geometry.columns * geometry.channels
+    results = [(splits * geometry.rows * (taps + 1) * geometry.features, geometry.accumulator)]
+    (sums,) = _call(kernel, grid, results, blocks, x, *sources)
+    total = sums.reshape(splits, geometry.rows, taps + 1, geometry.features).sum(0).astype(x.dtype)
+    shape = (geometry.rows, geometry.columns, geometry.channels, geometry.features)
+    return total[:, :-1].reshape(shape), total[0, -1]
+
+
 def _call(
     kernel: Callable[..., None],
     grid: tuple[int, ...],
     results: Sequence[tuple[int, jnp.dtype]],
     blocks: Blocks,
     *operands: jax.Array,
-) -> Any:
-    """Run a kernel on flat operands, interpreted unless a GPU is there to compile it for."""
-    from jax.experimental import pallas as pl
-    from jax.experimental.pallas import triton
-
-    on_gpu = registry.current_device()[0] == "gpu"
-
-    def run(*flat: jax.Array) -> Any:
-        return pl.pallas_call(
-            kernel,
-            [_compat.shape_like(flat[0], (size,), dtype) for size, dtype in results],
-            grid=grid,
-            interpret=not on_gpu,
-            compiler_params=triton.CompilerParams(num_warps=blocks.warps, num_stages=blocks.stages),
-        )(*flat)
-
-    flat = [operand.reshape(-1) for operand in operands]
-    return run(*flat) if on_gpu else varying.run_untracked(run, *flat)
+) -> list[jax.Array]:
+    return masked.call(kernel, grid, results, *operands, warps=blocks.warps, stages=blocks.stages)
 
 
 def _ceil(size: int, block: int) -> int:

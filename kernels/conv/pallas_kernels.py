@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from txcore.kernels.common import pallas_masked as masked
 from txcore.kernels.conv.geometry import Blocks, Geometry, split, within
 
 
@@ -20,7 +21,7 @@ def forward(*refs: Any, geometry: Geometry, blocks: Blocks) -> None:
 
     Args:
       *refs: flat images, filter and bias; the result, shape (windows * features,), and, where
-        there is something to choose, the choice likewise (`_choose`).
+        there is something to choose, the choice likewise (`choose`).
       geometry: the convolution.
       blocks: the block's size.
     """
@@ -35,21 +36,21 @@ def forward(*refs: Any, geometry: Geometry, blocks: Blocks) -> None:
     real = window < geometry.windows
 
     def step(index: Any, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        depth = _steps(index, blocks.depth)
+        depth = masked.numbers(index * blocks.depth, blocks.depth)
         inside = (depth[:, None] < geometry.depth) & (feature < geometry.features)
-        weights = _load(w_ref, depth[:, None] * geometry.features + feature, inside)
+        weights = masked.load(w_ref, depth[:, None] * geometry.features + feature, inside)
         patches = (_patch(x_ref, geometry, corner, depth[None, :], real) for corner in corners)
         return tuple(s + _dot(p, weights, geometry) for s, p in zip(sums, patches, strict=True))
 
     zero = jnp.zeros((blocks.pixels, blocks.channels), geometry.accumulator)
     sums = lax.fori_loop(0, -(-geometry.depth // blocks.depth), step, (zero,) * len(corners))
-    bias = _load(b_ref, feature, feature < geometry.features).astype(zero.dtype)
-    out, choice = _choose(sums, bias, geometry.relu)
+    bias = masked.load(b_ref, feature, feature < geometry.features).astype(zero.dtype)
+    out, choice = choose(sums, bias, geometry.relu)
     inside = real & (feature < geometry.features)
     place = window * geometry.features + feature
-    _store(out_ref, place, out, inside)
+    masked.store(out_ref, place, out, inside)
     if choice_ref:
-        _store(choice_ref[0], place, choice, inside)
+        masked.store(choice_ref[0], place, choice, inside)
 
 
 def data_gradient(*refs: Any, geometry: Geometry, blocks: Blocks) -> None:
@@ -68,11 +69,11 @@ def data_gradient(*refs: Any, geometry: Geometry, blocks: Blocks) -> None:
     taps = geometry.rows * geometry.columns
 
     def step(index: Any, total: jax.Array) -> jax.Array:
-        depth = _steps(index, blocks.depth)
+        depth = masked.numbers(index * blocks.depth, blocks.depth)
         tap, feature = split(depth[:, None], geometry.features)
         inside = (tap < taps) & (channel < geometry.channels)
         place = (tap * geometry.channels + channel) * geometry.features + feature
-        weights = _load(w_ref, place, inside)
+        weights = masked.load(w_ref, place, inside)
         tap, feature = split(depth[None, :], geometry.features)
         i, j = split(tap, geometry.columns)
         source = (image, row + geometry.before[0] - i, column + geometry.before[1] - j)
@@ -82,7 +83,7 @@ def data_gradient(*refs: Any, geometry: Geometry, blocks: Blocks) -> None:
     zero = jnp.zeros((blocks.pixels, blocks.channels), geometry.accumulator)
     total = lax.fori_loop(0, -(-taps * geometry.features // blocks.depth), step, zero)
     place = pixel * geometry.channels + channel
-    _store(dx_ref, place, total, real & (channel < geometry.channels))
+    masked.store(dx_ref, place, total, real & (channel < geometry.channels))
 
 
 def filter_gradient(*refs: Any, geometry: Geometry, blocks: Blocks, steps: int) -> None:
@@ -100,12 +101,12 @@ def filter_gradient(*refs: Any, geometry: Geometry, blocks: Blocks, steps: int) 
     x_ref, g_ref, *choice_ref, sums_ref = refs
     part, tile = pl.program_id(0), pl.program_id(1)
     tile_row, tile_column = split(tile, -(-geometry.features // blocks.channels))
-    depth = tile_row * blocks.depth + _range(blocks.depth)[:, None]
-    feature = tile_column * blocks.channels + _range(blocks.channels)[None, :]
+    depth = tile_row * blocks.depth + masked.numbers(0, blocks.depth)[:, None]
+    feature = tile_column * blocks.channels + masked.numbers(0, blocks.channels)[None, :]
     height, width = (size * geometry.pool for size in geometry.pooled)
 
     def step(index: Any, total: jax.Array) -> jax.Array:
-        pixel = part * (steps * blocks.pixels) + _steps(index, blocks.pixels)
+        pixel = masked.numbers((part * steps + index) * blocks.pixels, blocks.pixels)
         places = split(pixel[None, :], height, width)
         patch = _patch(x_ref, geometry, places, depth, places[0] < geometry.batch)
         places = split(pixel[:, None], height, width)
@@ -116,12 +117,10 @@ def filter_gradient(*refs: Any, geometry: Geometry, blocks: Blocks, steps: int) 
     zero = jnp.zeros((blocks.depth, blocks.channels), geometry.accumulator)
     total = lax.fori_loop(0, steps, step, zero)
     place = (part * geometry.depth + depth) * geometry.features + feature
-    _store(sums_ref, place, total, (depth < geometry.depth) & (feature < geometry.features))
+    masked.store(sums_ref, place, total, (depth < geometry.depth) & (feature < geometry.features))
 
 
-def _choose(
-    sums: tuple[jax.Array, ...], bias: jax.Array, relu: bool
-) -> tuple[jax.Array, jax.Array]:
+def choose(sums: tuple[jax.Array, ...], bias: jax.Array, relu: bool) -> tuple[jax.Array, jax.Array]:
     """Return each window's result, and which of its elements passes a gradient: -1 for none.
 
     Of equal elements the first; of a window with NaNs the last, so that the gradient is kept.
@@ -129,11 +128,12 @@ def _choose(
     best, choice = sums[0], jnp.zeros(sums[0].shape, jnp.int32)
     for position, other in enumerate(sums[1:], 1):
         choice = jnp.where(other <= best, choice, position)
-        best = jnp.maximum(best, other)
+        # By comparisons: a GPU's maximum of a number and NaN is the number.
+        best = jnp.where((other <= best) | (best != best), best, other)
     best = best + bias
     if relu:
         choice = jnp.where(best > 0, choice, -1)
-        best = jnp.maximum(best, jnp.zeros_like(best))
+        best = jnp.where(best <= 0, jnp.zeros_like(best), best)
     return best, choice
 
 
@@ -145,7 +145,7 @@ def _patch(x_ref: Any, geometry: Geometry, place: Any, depth: Any, real: Any) ->
     row, column = row + i - geometry.before[0], column + j - geometry.before[1]
     inside = real & (depth < geometry.depth) & within(row, column, geometry.height, geometry.width)
     pixel = (image * geometry.height + row) * geometry.width + column
-    return _load(x_ref, pixel * geometry.channels + channel, inside)
+    return masked.load(x_ref, pixel * geometry.channels + channel, inside)
 
 
 def _cotangent(
@@ -159,9 +159,9 @@ def _cotangent(
     column, in_column = split(column, pool)
     index = ((image * height + row) * width + column) * geometry.features + feature
     if choice_ref:
-        choice = _load(choice_ref[0], index, inside).astype(jnp.int32)
+        choice = masked.load(choice_ref[0], index, inside).astype(jnp.int32)
         inside = inside & (choice == in_row * pool + in_column)
-    return _load(g_ref, index, inside)
+    return masked.load(g_ref, index, inside)
 
 
 def _dot(left: jax.Array, right: jax.Array, geometry: Geometry) -> jax.Array:
@@ -170,32 +170,8 @@ def _dot(left: jax.Array, right: jax.Array, geometry: Geometry) -> jax.Array:
     return jnp.dot(left, right, precision=precision, preferred_element_type=geometry.accumulator)
 
 
-def _range(size: int) -> jax.Array:
-    return jnp.arange(size, dtype=jnp.int32)
-
-
-def _steps(index: Any, size: int) -> jax.Array:
-    """Return the `index`th run of `size` numbers."""
-    return jnp.asarray(index, jnp.int32) * size + _range(size)
-
-
 def _block(axis: int, size: int) -> jax.Array:
     """Return the numbers of this program's block along an axis of the grid."""
     from jax.experimental import pallas as pl
 
-    return _steps(pl.program_id(axis), size)
-
-
-def _load(ref: Any, index: jax.Array, inside: jax.Array) -> jax.Array:
-    from jax.experimental.pallas import triton
-
-    index, inside = jnp.broadcast_arrays(index, inside)
-    return triton.load(ref.at[index], mask=inside, other=0)
-
-
-def _store(ref: Any, index: jax.Array, value: jax.Array, inside: jax.Array) -> None:
-    from jax.experimental.pallas import triton
-
-    # An interpreted store writes the old value where the mask is off: out of bounds it writes none.
-    index, inside = jnp.broadcast_arrays(jnp.where(inside, index, ref.shape[0]), inside)
-    triton.store(ref.at[index], value.astype(ref.dtype), mask=inside)
+    return masked.numbers(pl.program_id(axis) * size, size)

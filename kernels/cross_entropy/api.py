@@ -9,13 +9,14 @@ from jax.typing import ArrayLike
 
 from txcore import varying
 from txcore.kernels.common import checks
-from txcore.kernels.cross_entropy import pallas, xla
-from txcore.kernels.cross_entropy.blocks import ClassBlocks, LossTiles
+from txcore.kernels.cross_entropy import pallas_rows, xla
+from txcore.kernels.cross_entropy.blocks import ClassBlocks
+from txcore.kernels.cross_entropy.pallas_rows import LossRuns
 from txcore.kernels.dispatch import registry
 
 KERNELS: registry.Kernels = {
     "xla": registry.Kernel(xla.cross_entropy, xla.configs),
-    "pallas": registry.Kernel(pallas.cross_entropy, pallas.configs),
+    "pallas": registry.Kernel(pallas_rows.cross_entropy, pallas_rows.configs, pallas_rows.refuse),
 }
 
 
@@ -25,7 +26,7 @@ def cross_entropy(
     *,
     label_smoothing: float = 0.0,
     implementation: registry.Implementation | None = None,
-    config: ClassBlocks | LossTiles | None = None,
+    config: ClassBlocks | LossRuns | None = None,
 ) -> jax.Array:
     """Compute the softmax cross-entropy of each example, -log softmax(logits)[label].
 
@@ -60,8 +61,8 @@ def cross_entropy(
       labels: index of the true class, shape (...), any integer dtype.
       label_smoothing: the weight s of the uniform distribution, a Python number in [0, 1].
       implementation: None for the fastest known, "xla" or "pallas".
-      config: the block sizes (`txcore.kernels.cross_entropy.blocks`): `ClassBlocks` for "xla",
-        `LossTiles` for "pallas"; None for the best known.
+      config: `blocks.ClassBlocks` for "xla" or `pallas_rows.LossRuns` for "pallas" (both in
+        `txcore.kernels.cross_entropy`); None for the best known.
 
     Returns:
       The losses, shape (...), float32 (float64 for float64 logits).

@@ -1,4 +1,4 @@
-"""The loss in Pallas kernels over tiles of logits: interpreted, or on a GPU by Triton's lowering.
+"""The loss in Pallas kernels over tiles of scores that a linear layer makes.
 
 Each program knows one tile of scores. What it finds out for the losses is combined outside, so
 that no program waits for another one.
@@ -6,7 +6,6 @@ that no program waits for another one.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
@@ -17,7 +16,6 @@ from txcore.kernels.cross_entropy import online
 from txcore.kernels.cross_entropy.blocks import Cut, LossTiles
 from txcore.kernels.dispatch.problem import Problem
 
-Residuals = tuple[jax.Array, jax.Array, online.Normalizer]
 Operand = tuple[jax.Array, pallas_tiles.Spec]
 
 
@@ -53,51 +51,6 @@ def configs(problem: Problem) -> Sequence[LossTiles]:
     if problem.platform != "gpu":  # an interpreter's time goes by the number of programs
         return LossTiles(512, 1024, features=1024), LossTiles(64, 256, features=64, block=1024)
     return LossTiles(16, 512), LossTiles(64, 64), LossTiles(64, 128, warps=8)
-
-
-def cross_entropy(
-    logits: jax.Array, labels: jax.Array, *, config: LossTiles, label_smoothing: float
-) -> jax.Array:
-    """Compute the op of `txcore.kernels.cross_entropy` on checked operands."""
-    rows = logits.reshape(-1, logits.shape[-1])
-    losses = _cross_entropy(rows, labels.reshape(-1), config, label_smoothing)
-    return losses.reshape(labels.shape)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _cross_entropy(
-    logits: jax.Array, labels: jax.Array, config: LossTiles, smoothing: float
-) -> jax.Array:
-    return _forward(logits, labels, config, smoothing)[0]
-
-
-def _forward(
-    logits: jax.Array, labels: jax.Array, config: LossTiles, smoothing: float
-) -> tuple[jax.Array, Residuals]:
-    known = stats(_source(logits, config), labels, smoothing)
-    loss, normalizer = online.losses(known, labels, logits.shape[1], smoothing)
-    return loss, (logits, labels, normalizer)
-
-
-def _backward(
-    config: LossTiles, smoothing: float, residuals: Residuals, g: jax.Array
-) -> tuple[jax.Array, None]:
-    logits, labels, normalizer = residuals
-    source = _source(logits, config)
-    return gradient(source, labels, normalizer, g, logits.shape[1], smoothing, logits.dtype), None
-
-
-_cross_entropy.defvjp(_forward, _backward)
-
-
-def _source(logits: jax.Array, config: LossTiles) -> Source:
-    count, classes = logits.shape
-    tile = pallas_tiles.block(count, config.rows), pallas_tiles.block(classes, config.classes)
-    operand = (pallas_tiles.pad(logits, *tile), (tile, lambda i, j: (i, j)))
-    dtype = checks.accumulator(logits.dtype)
-    return Source(
-        (count, classes), tile, [operand], lambda ref: ref[...].astype(dtype), config.warps
-    )
 
 
 def stats(source: Source, labels: jax.Array, smoothing: float) -> online.Stats:

@@ -21,6 +21,8 @@ Residuals = tuple[Operands, online.Normalizer, jax.Array | None]
 def configs(problem: Problem) -> list[ClassBlocks]:
     """Return the block sizes worth trying."""
     x, w, *_ = problem.shapes
+    if problem.platform == "gpu":
+        return [ClassBlocks(min(size, w[1])) for size in (8192, 4096, 16384, 1024, w[1])]
     return [ClassBlocks(size) for size in xla.block_sizes(math.prod(x[:-1]), w[1])]
 
 

@@ -14,11 +14,11 @@ from txcore.kernels.optimizer import equations, pallas, xla
 INFINITY = float("inf")
 SGD_MOMENTUM: registry.Kernels = {
     "xla": registry.Kernel(xla.sgd_momentum),
-    "pallas": registry.Kernel(pallas.sgd_momentum, pallas.configs),
+    "pallas": registry.Kernel(pallas.sgd_momentum, pallas.configs, pallas.refuse),
 }
 ADAMW: registry.Kernels = {
     "xla": registry.Kernel(xla.adamw),
-    "pallas": registry.Kernel(pallas.adamw, pallas.configs),
+    "pallas": registry.Kernel(pallas.adamw, pallas.configs, pallas.refuse),
 }
 
 

@@ -1,12 +1,15 @@
 """The updates in one Pallas kernel over blocks of a flat array: interpreted, or on a GPU."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
+from txcore.kernels.common import pallas_masked as masked
 from txcore.kernels.common import pallas_tiles
 from txcore.kernels.dispatch.problem import Problem
 from txcore.kernels.optimizer import equations
@@ -25,6 +28,11 @@ def configs(problem: Problem) -> Sequence[Config]:
     if problem.platform != "gpu":  # an interpreter's time goes by the number of programs
         return Config(65536), Config(1024)
     return Config(1024), Config(2048), Config(4096, warps=8)
+
+
+def refuse(problem: Problem) -> str | None:
+    """Return why an array cannot be updated, if so."""
+    return masked.too_large(math.prod(problem.shapes[0]))
 
 
 def sgd_momentum(
@@ -51,24 +59,39 @@ def _update(
     dtypes: tuple[str, ...],
     config: Config,
 ) -> tuple[jax.Array, ...]:
+    from jax.experimental import pallas as pl
+
     shape, size, wide = arrays[0].shape, arrays[0].size, scalars[0].dtype
-    columns = pallas_tiles.block(size, config.elements)
+    if not size:
+        return tuple(jnp.zeros(shape, dtype) for dtype in dtypes)
+    elements = pallas_tiles.block(size, config.elements)
 
     def kernel(*refs: Any) -> None:
         inputs, outputs = refs[: -len(dtypes)], refs[-len(dtypes) :]
-        new, *moments = equation(*(ref[...].astype(wide) for ref in inputs))
-        copies = [new] * (len(outputs) - len(moments) - 1)
-        for ref, result in zip(outputs, (new, *moments, *copies), strict=True):
-            ref[...] = result.astype(ref.dtype)
+        program, whole = pl.program_id(0), size // elements
 
-    block = pallas_tiles.row(columns)
-    flat = [pallas_tiles.pad(x.reshape(1, -1), 1, columns) for x in arrays]
-    padded = flat[0].shape
-    results = pallas_tiles.call(
+        def update(inside: Callable[[jax.Array], jax.Array | None]) -> None:
+            place = masked.numbers(program * elements, elements)
+            known = [masked.load(ref, place, inside(place)) for ref in inputs[: len(arrays)]]
+            rest = [ref[...] for ref in inputs[len(arrays) :]]
+            new, *moments = equation(*(x.astype(wide) for x in known), *rest)
+            copies = [new] * (len(outputs) - len(moments) - 1)
+            for ref, result in zip(outputs, (new, *moments, *copies), strict=True):
+                masked.store(ref, place, result, inside(place))
+
+        if whole:  # without a mask, which would keep a GPU from loading 16 bytes at a time
+            pl.when(program < whole)(lambda: update(lambda place: None))
+        if size % elements:
+            pl.when(program == whole)(lambda: update(lambda place: place < size))
+
+    results = masked.call(
         kernel,
-        (1, padded[1] // columns),
-        [(x, block) for x in flat] + [(x.reshape(1, 1), pallas_tiles.SCALAR) for x in scalars],
-        [(padded, dtype, block) for dtype in dtypes],
+        (-(-size // elements),),
+        [(size, dtype) for dtype in dtypes],
+        *arrays,
+        *scalars,
         warps=config.warps,
+        # In place, as its caller donates the arrays; without it XLA copies them there afterwards.
+        aliases={0: 0} | {place: place - 1 for place in range(2, len(arrays))},
     )
-    return tuple(x.reshape(-1)[:size].reshape(shape) for x in results)
+    return tuple(x.reshape(shape) for x in results)

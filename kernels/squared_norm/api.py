@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from txcore.kernels.common import checks, pallas_tiles
+from txcore.kernels.common import pallas_masked as masked
 from txcore.kernels.dispatch import registry
 from txcore.kernels.dispatch.problem import Problem
 from txcore.kernels.optimizer import pallas
@@ -70,7 +71,7 @@ def _run(x: jax.Array, *, config: Config | pallas.Config) -> jax.Array:
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _sum(x: jax.Array, config: Config | pallas.Config) -> jax.Array:
-    return _in_parts(x, config) if isinstance(config, Config) else _by_tiles(x, config)
+    return _in_parts(x, config) if isinstance(config, Config) else _by_runs(x, config)
 
 
 @_sum.defjvp
@@ -93,21 +94,29 @@ def _squares(x: jax.Array) -> jax.Array:
     return jnp.square(x.astype(checks.accumulator(x.dtype)))
 
 
-def _by_tiles(x: jax.Array, config: pallas.Config) -> jax.Array:
-    columns = pallas_tiles.block(x.size, config.elements)
-    flat = pallas_tiles.pad(x.reshape(1, -1), 1, columns)  # zeros add nothing
-    programs = flat.shape[1] // columns
+def _by_runs(x: jax.Array, config: pallas.Config) -> jax.Array:
+    from jax.experimental import pallas as pl
+
+    size, elements = x.size, pallas_tiles.block(x.size, config.elements)
+    programs = -(-size // elements)
+    if not size:
+        return jnp.sum(_squares(x))
 
     def kernel(x_ref: Any, out_ref: Any) -> None:
-        out_ref[...] = jnp.sum(_squares(x_ref[...]), axis=1, keepdims=True)
+        program = pl.program_id(0)
+        place = masked.numbers(program * elements, elements)
 
-    (sums,) = pallas_tiles.call(
-        kernel,
-        (1, programs),
-        [(flat, pallas_tiles.row(columns))],
-        [((1, programs), checks.accumulator(x.dtype), pallas_tiles.row(1))],
-        warps=config.warps,
-    )
+        def add(inside: jax.Array | None) -> None:
+            masked.store(out_ref, program, jnp.sum(_squares(masked.load(x_ref, place, inside))))
+
+        # Without a mask where none is needed: it would keep a GPU from loading 16 bytes at once.
+        if size >= elements:
+            pl.when(program < size // elements)(lambda: add(None))
+        if size % elements:
+            pl.when(program == size // elements)(lambda: add(place < size))
+
+    results = [(programs, checks.accumulator(x.dtype))]
+    (sums,) = masked.call(kernel, (programs,), results, x, warps=config.warps)
     return jnp.sum(sums)
 
 

@@ -3,6 +3,7 @@
 A few of each kind always; all of them with TXCORE_ALL_KERNELS=1 in the environment.
 """
 
+import math
 import os
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,6 +19,7 @@ from kernel_cases import Case, conv_case
 from txcore import varying
 from txcore.kernels.conv.api import KERNELS
 from txcore.kernels.conv.geometry import Blocks
+from txcore.kernels.conv.pallas_taps import LARGEST_PATCH
 from txcore.kernels.dispatch import registry, tuned
 from txcore.kernels.dispatch.problem import Problem
 from txcore.kernels.dispatch.tuning_file import label
@@ -25,6 +27,7 @@ from txcore.kernels.dispatch.tuning_file import label
 ALL = os.environ.get("TXCORE_ALL_KERNELS") == "1"
 # Several programs along every axis of each kernel's grid, and sums in several parts.
 SMALL_BLOCKS = Blocks(pixels=16, channels=16, depth=16, splits=3)
+SMALL_TAPS = Blocks(pixels=16, channels=16, splits=3, form="taps", windows=16)
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,8 @@ def variants(case: Case, dtype: Any = jnp.float32) -> list[Variant]:
             if name == "xla":  # the cases are small: a loop over the images all the same
                 configs = [replace(c, images=1) if c.images else c for c in configs]
             if name == "pallas":  # its blocks differ in size only: the smallest stand for all
-                configs = [SMALL_BLOCKS, *(configs if ALL else [])]
+                taps = [SMALL_TAPS] if math.prod(case.shapes[1][:3]) <= LARGEST_PATCH else []
+                configs = [SMALL_BLOCKS, *taps, *(configs if ALL else [])]
             found += [Variant(name, config, i == 0) for i, config in enumerate(configs)]
     return found
 

@@ -14,12 +14,14 @@ from kernel_oracles import smoothed_cross_entropy as logits_oracle
 from txcore import kernels
 from txcore.kernels.cross_entropy import api
 from txcore.kernels.cross_entropy.blocks import ClassBlocks, LossTiles
+from txcore.kernels.cross_entropy.pallas_rows import LossRuns
 from txcore.kernels.dispatch import registry
 from txcore.kernels.dispatch.problem import Problem
 from txcore.kernels.linear_cross_entropy import api as linear_api
 
 # Smaller than what anyone would take, so that little takes several blocks, the last of them odd.
 SMALL = {"xla": ClassBlocks(13), "pallas": LossTiles(16, 16, 16, block=15)}
+SMALL_OF_LOGITS = {**SMALL, "pallas": LossRuns(16, programs=2)}
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,10 @@ class Loss:
         return ((*self.rows, self.features), (self.features, self.classes), (self.classes,))
 
     @property
+    def small(self):
+        return SMALL_OF_LOGITS if self.features is None else SMALL
+
+    @property
     def labels(self):
         random = np.random.default_rng(7)
         return jnp.asarray(random.integers(self.classes, size=self.rows), jnp.int32)
@@ -96,7 +102,7 @@ def offered(*losses):
 
 def blocked(*losses):
     """Return every loss with every implementation in small blocks."""
-    return _parameters([(loss, Variant(n, SMALL[n])) for loss in losses for n in loss.table])
+    return _parameters([(loss, Variant(n, loss.small[n])) for loss in losses for n in loss.table])
 
 
 def blocked_or_not(*losses):

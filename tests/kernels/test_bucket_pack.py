@@ -14,7 +14,9 @@ from txcore import kernels
 
 AXIS = "data"
 # The Pallas kernels are interpreted, which an accelerator refuses.
-BOTH = pytest.mark.parametrize("implementation", ["xla", "pallas"] if machine.ON_CPU else ["xla"])
+BOTH = pytest.mark.parametrize(
+    "implementation", ["xla", "pallas"] if machine.ON_CPU else ["xla", "pallas", "triton"]
+)
 SHAPES = {
     "tree": {"w": (3, 5), "b": [(7,), ()]},
     "scalar": (),
@@ -237,21 +239,6 @@ BAD = {
         TypeError,
         "unpack: flat must have a floating-point dtype; got int32.",
     ),
-    "no elements in Pallas": (
-        lambda: kernels.pack([ONE, jnp.ones(0)], implementation="pallas"),
-        NotImplementedError,
-        "pack: implementation='pallas' was asked for, but an array has no elements.",
-    ),
-    "no elements from Pallas": (
-        lambda: kernels.unpack(ONE, [ONE, jnp.ones(0)], implementation="pallas"),
-        NotImplementedError,
-        "unpack: implementation='pallas' was asked for, but an array has no elements.",
-    ),
-    "triton": (
-        lambda: kernels.pack([ONE], implementation="triton"),
-        NotImplementedError,
-        "pack: implementation='triton' was asked for, but pack has no triton kernel.",
-    ),
 }
 
 
@@ -262,9 +249,58 @@ def test_bad_arguments_are_refused(bad):
         call()
 
 
-def test_pallas_is_refused_where_nothing_compiles_it():
-    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=None, platform="gpu")
+@machine.cpu_only("a GPU compiles it")
+def test_triton_is_refused_where_nothing_compiles_it():
+    text = (
+        "pack: implementation='triton' was asked for, but its kernel is Triton's, and nothing "
+        "compiles that for cpu. Pass 'xla' or 'pallas', or leave implementation out"
+    )
+    with pytest.raises(NotImplementedError, match=re.escape(text)):
+        kernels.pack([ONE], implementation="triton")
+
+
+@BOTH
+def test_more_arrays_than_a_kernel_takes_and_empty_ones(implementation):
+    random = np.random.default_rng(0)
+    leaves = [jnp.asarray(random.normal(size=n), jnp.float32) for n in [3, 0, 1, 17] * 10]
+    packed = jax.jit(lambda *x: kernels.pack(x, scale=2.0, implementation=implementation))(*leaves)
+    np.testing.assert_array_equal(packed, 2 * np.concatenate(leaves))
+    back = jax.jit(lambda x: kernels.unpack(x, leaves, scale=0.5, implementation=implementation))
+    for got, want in zip(back(packed), leaves, strict=True):
+        np.testing.assert_array_equal(got, want)
+
+
+def kernel_calls(function, *args):
+    """Return the text of a program lowered for a GPU that is not here, and its kernels' number."""
+    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H100", num_cores=None, platform="gpu")
     mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
-    text = "pack: implementation='pallas' was asked for, but its kernel holds arrays of any size"
-    with jax.sharding.use_abstract_mesh(mesh), pytest.raises(NotImplementedError, match=text):
-        jax.eval_shape(lambda: kernels.pack([ONE], implementation="pallas"))
+    with jax.sharding.use_abstract_mesh(mesh):
+        lowered = jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",))
+    text = lowered.as_text()
+    return text, text.count("stablehlo.custom_call @__gpu$xla.gpu.triton")
+
+
+@pytest.mark.parametrize("scale", [None, 0.5])
+def test_triton_packs_200_arrays_in_one_launch(scale):
+    leaves = [jax.ShapeDtypeStruct((64 + i,), jnp.float32) for i in range(200)]
+    text, calls = kernel_calls(
+        lambda *x: kernels.pack(x, dtype="bfloat16", scale=scale, implementation="triton"), *leaves
+    )
+    assert calls == 1
+    assert "grid_x = 200 : i32" in text
+    flat = jax.ShapeDtypeStruct((sum(x.size for x in leaves),), jnp.bfloat16)
+    _, calls = kernel_calls(
+        lambda x: kernels.unpack(x, leaves, scale=scale, implementation="triton"), flat
+    )
+    assert calls == 1
+
+
+def test_triton_packs_each_dtype_and_every_256_arrays_in_one_launch():
+    dtypes = [jnp.float32] * 300 + [jnp.bfloat16] * 2
+    leaves = [jax.ShapeDtypeStruct((5,), dtype) for dtype in dtypes]
+    text, calls = kernel_calls(
+        lambda *x: kernels.pack(x, dtype="float32", implementation="triton"), *leaves
+    )
+    assert calls == 3
+    # The others fill more of the first's buffer.
+    assert text.count("#stablehlo.output_operand_alias<") == 2

@@ -1,6 +1,7 @@
 """Every op where jax is told to promote neither ranks nor dtypes."""
 
 import contextlib
+import re
 from functools import partial
 
 import jax
@@ -102,6 +103,11 @@ def forward_and_gradients(op):
     return run
 
 
+def without_kernels(text):
+    """Leave out a GPU kernel's code, which says from which lines of Python it was traced."""
+    return re.sub(r'ir = "[^"]*"', "", text)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: dtype.__name__)
 @pytest.mark.parametrize(
     "function, shapes",
@@ -118,7 +124,7 @@ def test_every_op_is_the_same_program(function, shapes, dtype):
 
     want = lowered()
     with nothing_promoted():
-        assert lowered() == want
+        assert without_kernels(lowered()) == without_kernels(want)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: dtype.__name__)

