@@ -2,6 +2,10 @@
 
 They know nothing of meshes or of training, and add no collective. The operands of one call may
 vary along different mesh axes: they are made to agree first.
+
+Imports `kernels.bucket`, `kernels.common`, `kernels.conv`, `kernels.cross_entropy`,
+`kernels.dense`, `kernels.dropout`, `kernels.linear_cross_entropy`, `kernels.optimizer`,
+`kernels.squared_norm`.
 """
 
 if __name__ == "kernels":  # found by its folder, not as the installed package

@@ -1,6 +1,10 @@
 """Read any compiled jax program: which collectives are in it, and who asked for them.
 
-Works on programs that were never written with txcore; imports nothing of it but `_compat`.
+Works on programs that were never written with txcore.
+
+Imports `_compat`, `errors`, `profiling.cost`, `profiling.declared`, `profiling.gate`,
+`profiling.hlo`, `profiling.lock`, `profiling.matching`, `profiling.report`,
+`profiling.report.html`, `profiling.targets`.
 """
 
 if __name__ == "profiling":  # found by its folder, not as the installed package

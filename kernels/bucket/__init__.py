@@ -1,4 +1,7 @@
-"""Many arrays as one flat buffer, and back."""
+"""Many arrays as one flat buffer, and back.
+
+Imports `_compat`, `kernels.common`, `kernels.dispatch`, `varying`.
+"""
 
 from txcore.kernels.bucket.api import pack, unpack
 

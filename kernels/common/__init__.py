@@ -1,4 +1,4 @@
 """What the kernels share: checks, random bits, tiles.
 
-Imports only `_compat`.
+Imports `_compat`, `kernels.dispatch`, `varying`.
 """

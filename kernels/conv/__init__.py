@@ -1,4 +1,7 @@
-"""Convolution with bias, ReLU and max-pooling in one op."""
+"""Convolution with bias, ReLU and max-pooling in one op.
+
+Imports `kernels.common`, `kernels.dispatch`, `varying`.
+"""
 
 from txcore.kernels.conv.api import conv2d
 

@@ -1,4 +1,7 @@
-"""Softmax cross-entropy with integer labels, of logits."""
+"""Softmax cross-entropy with integer labels, of logits.
+
+Imports `kernels.common`, `kernels.dispatch`, `varying`.
+"""
 
 from txcore.kernels.cross_entropy.api import cross_entropy
 

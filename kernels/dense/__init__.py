@@ -1,4 +1,7 @@
-"""Matrix product with bias and activation in one op."""
+"""Matrix product with bias and activation in one op.
+
+Imports `kernels.common`, `kernels.dispatch`, `kernels.dropout`, `varying`.
+"""
 
 from txcore.kernels.dense.api import dense
 

@@ -1,4 +1,4 @@
 """Which implementation of an op runs, and why: the registry and what was measured.
 
-Imports `common`.
+Imports `_compat`, `bounded_json`, `errors`, `outside`.
 """

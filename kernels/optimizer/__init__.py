@@ -1,4 +1,7 @@
-"""One update of one array, by SGD with momentum or AdamW."""
+"""One update of one array, by SGD with momentum or AdamW.
+
+Imports `kernels.common`, `kernels.dispatch`, `varying`.
+"""
 
 from txcore.kernels.optimizer.api import adamw, sgd_momentum
 

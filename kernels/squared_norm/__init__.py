@@ -1,4 +1,7 @@
-"""The sum of an array's squares: what a norm to clip by is made of."""
+"""The sum of an array's squares: what a norm to clip by is made of.
+
+Imports `kernels.common`, `kernels.dispatch`, `kernels.optimizer`.
+"""
 
 from txcore.kernels.squared_norm.api import squared_norm
 

@@ -1,4 +1,4 @@
 """Measuring the candidates for a problem, on named shapes.
 
-Imports the ops and `dispatch`.
+Imports `kernels`, `kernels.common`, `kernels.dispatch`.
 """

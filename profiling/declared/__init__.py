@@ -1,4 +1,4 @@
 """The collectives that a traced program declares, and facts about its values.
 
-Imports `hlo` and `meshes`.
+Imports `_compat`, `profiling.hlo`, `profiling.meshes`, `tags`, `varying`.
 """

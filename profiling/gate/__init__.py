@@ -1,4 +1,4 @@
 """The gate: blocks in which nothing may be compiled that communicates unasked.
 
-Imports `audit` and below.
+Imports `_compat`, `profiling.audit`, `profiling.declared`, `profiling.dump`, `profiling.report`.
 """

@@ -1,4 +1,7 @@
-"""Read the text of compiled programs: what is in a module, and every collective in it."""
+"""Read the text of compiled programs: what is in a module, and every collective in it.
+
+Imports `errors`, `tags`.
+"""
 
 from txcore.profiling.hlo.collectives import Op, collectives_of, find_collectives
 from txcore.profiling.hlo.groups import NO_GROUPS, Groups, block, canonical

@@ -5,6 +5,9 @@
     lock.check("collectives.lock.json", report).ok      # False on any growth
 
 `txcore lock update|check` and the pytest fixture `collectives_lock` do the same.
+
+Imports `bounded_json`, `errors`, `outside`, `profiling.declared`, `profiling.report`,
+`profiling.report.html`.
 """
 
 from txcore.profiling.lock.check import Outcome as Outcome

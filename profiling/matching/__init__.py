@@ -1,4 +1,5 @@
 """Which compiled collective is which declared one, and what became of each.
 
-Imports `declared` and `hlo`.
+Imports `profiling.bandwidth`, `profiling.declared`, `profiling.hlo`, `profiling.meshes`,
+`profiling.report`.
 """

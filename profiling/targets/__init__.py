@@ -1,4 +1,7 @@
-"""Machines to compile for, whether or not they are here."""
+"""Machines to compile for, whether or not they are here.
+
+Imports `_compat`.
+"""
 
 from txcore.profiling.targets.chips import CHIPS as CHIPS
 from txcore.profiling.targets.chips import Chip as Chip

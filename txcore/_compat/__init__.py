@@ -1,6 +1,8 @@
 """Every difference between the supported jax versions (0.10 to 0.12), and nothing else.
 
 Imports only jax. Callers write `_compat.name`, so that one sees where versions differ.
+
+Imports nothing of txcore.
 """
 
 from txcore._compat.compiling import compilation_seams as compilation_seams

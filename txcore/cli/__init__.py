@@ -1,4 +1,9 @@
-"""The command line: each command is a module here, with `add(commands)` and its function."""
+"""The command line: each command is a module here, with `add(commands)` and its function.
+
+Imports `_compat`, `errors`, `kernels.dispatch`, `kernels.tuning`, `launch.join`,
+`launch.launcher`, `outside`, `profiling`, `profiling.audit`, `profiling.cost`, `profiling.costs`,
+`profiling.lock`, `profiling.program`, `profiling.report`, `profiling.targets`, `version`.
+"""
 
 import argparse
 import sys

@@ -1,4 +1,7 @@
-"""Collectives on pytrees inside `shard_map`: checked, tagged, with their transposes stated."""
+"""Collectives on pytrees inside `shard_map`: checked, tagged, with their transposes stated.
+
+Imports `_compat`, `step_scope`, `tags`, `varying`.
+"""
 
 from txcore.collectives.all_gather import all_gather as all_gather
 from txcore.collectives.all_to_all import all_to_all as all_to_all

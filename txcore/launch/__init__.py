@@ -1,4 +1,7 @@
-"""Starting several processes, and what they tell each other before any computation."""
+"""Starting several processes, and what they tell each other before any computation.
+
+Imports `_compat`, `launch.join`, `launch.watch`, `version`.
+"""
 
 from txcore._compat import backend_started as backend_started
 from txcore._compat import simulate_cpu_devices as simulate_cpu_devices

@@ -1,4 +1,8 @@
-"""Optimizers, schedules and gradient clipping, on the fused kernels."""
+"""Optimizers, schedules and gradient clipping, on the fused kernels.
+
+Imports `_compat`, `collectives`, `kernels`, `kernels.common`, `layout`, `printing`, `step_scope`,
+`varying`.
+"""
 
 from txcore.optim.adamw import adamw as adamw
 from txcore.optim.clipping import clip_by_global_norm as clip_by_global_norm

@@ -1,4 +1,7 @@
-"""Parallel training: what data, tensor and pipeline parallelism do with values and gradients."""
+"""Parallel training: what data, tensor and pipeline parallelism do with values and gradients.
+
+Imports `collectives`, `kernels.common`, `step_scope`, `varying`.
+"""
 
 from txcore.parallel.data import example_mean as example_mean
 from txcore.parallel.data import sync_gradients as sync_gradients

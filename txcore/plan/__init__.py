@@ -1,6 +1,6 @@
 """Plans: what is parallel over which mesh axis.
 
-Imports `collectives` and below.
+Imports `collectives`, `kernels.common`, `layout`, `mesh`, `printing`.
 """
 
 from txcore.plan.plan import DP as DP

@@ -1,4 +1,9 @@
-"""Training: the engine, the state, the step, and what they need."""
+"""Training: the engine, the state, the step, and what they need.
+
+Imports `kernels`, `kernels.common`, `launch.gloo_threads`, `mesh`, `optim`, `plan`, `printing`,
+`profiling`, `profiling.audit`, `profiling.targets`, `train.checkpoints`, `train.loop`,
+`train.numerics`, `train.state`, `train.steps`.
+"""
 
 from txcore.train.checkpoints.checkpoints import Checkpoints as Checkpoints
 from txcore.train.checkpoints.loading import load_extra as load_extra

@@ -1,1 +1,4 @@
-"""The sections of the HTML page; `page` puts them together."""
+"""The sections of the HTML page; `page` puts them together.
+
+Imports `outside`, `profiling.declared`, `profiling.report`.
+"""

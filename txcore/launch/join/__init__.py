@@ -1,4 +1,4 @@
 """Joining the processes of one run: who they are, where they meet.
 
-Imports `launch.watch` and below.
+Imports `_compat`, `errors`, `launch.watch`.
 """

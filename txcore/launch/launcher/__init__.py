@@ -1,4 +1,4 @@
 """`txcore launch`: ranks placed on hosts, started, watched and ended.
 
-Imports `launch.watch.status` only.
+Imports `cli`, `launch.join`, `launch.watch`.
 """

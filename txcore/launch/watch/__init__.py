@@ -1,6 +1,6 @@
 """The watch: a rank that dies or stalls is named, and all others end.
 
-Imports only `_compat`.
+Imports `_compat`, `errors`.
 """
 
 from txcore.launch.watch.status import Phase as Phase

@@ -1,4 +1,5 @@
 """Checkpoints: saved while a run goes on, checked before they are used.
 
-Imports `launch` and `optim`.
+Imports `_compat`, `bounded_json`, `errors`, `kernels.common`, `launch.key_value`, `outside`,
+`printing`, `train.loggers`, `train.numerics`, `train.state`.
 """

@@ -1,4 +1,4 @@
 """The numbers of a step: precision, loss scale, non-finite values, random keys.
 
-Imports `collectives`.
+Imports `collectives`, `kernels.common`, `layout`, `train.state`.
 """

@@ -1,4 +1,5 @@
 """The train state: what a run is a function of, how it lies on the mesh, whose it is.
 
-Imports x.
+Imports `_compat`, `collectives`, `kernels.common`, `layout`, `mesh`, `optim`, `parallel`,
+`printing`, `step_scope`, `train.numerics`, `train.options`, `train.replicas`, `varying`.
 """
