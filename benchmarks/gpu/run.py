@@ -465,7 +465,7 @@ def step() -> list[dict]:
         for precision in ("float32", "bfloat16"):
             engine = tx.Engine(
                 mesh=tx.MeshSpec(jax.devices()[:1]),
-                plan=tx.Plan(tx.DP("data")),
+                plan=tx.Plan(data_parallel=tx.DP("data")),
                 optimizer=tx.optim.sgd(0.02, momentum=0.9),
                 precision=precision,
             )
