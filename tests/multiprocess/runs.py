@@ -178,15 +178,15 @@ def resume(folder, world, *args):
 def kill_and_resume(folder, world, runs, seed, *args):
     """Kill a random rank at a random moment, so many times; yield a line of text for each.
 
-    The moments are uniform over the run after its first checkpoint; every fifth is chosen while a
-    later checkpoint is being written.
+    The moments are uniform over the run after its first checkpoint; every second one is chosen while
+    a later checkpoint is being written.
     """
     rng = random.Random(seed)
     curve, seconds = uninterrupted(folder / f"whole-{world}", world, *args)
     done = tried = 0
     while done < runs:
         victim = rng.randrange(world)
-        after = "saving" if done % 5 == 4 else round(rng.uniform(0, seconds), 2)
+        after = "saving" if done % 2 == 1 else round(rng.uniform(0, seconds), 2)
         here, tried = folder / f"run-{world}-{tried}", tried + 1
         found = hit(here, world, victim, signal.SIGKILL, after, *args)
         if found is None:
@@ -195,9 +195,10 @@ def kill_and_resume(folder, world, runs, seed, *args):
         assert resume(here, world, *args) == curve, (here, "another curve")
         done += 1
         codes = ", ".join(f"rank {r}: {code}" for r, code in found["survivors"].items())
+        moment = after if after == "saving" else f"at {after} s"
+        moment += ", a save under way" if found["saving"] else ""
         yield (
-            f"{world} ranks, rank {victim} killed {after if after == 'saving' else f'at {after} s'}"
-            f"{', a save under way' * found['saving']}; the others ended within "
+            f"{world} ranks, rank {victim} killed {moment}; the others ended within "
             f"{found['seconds']} s and named it ({codes}); resumed, bit-equal"
         )
 
