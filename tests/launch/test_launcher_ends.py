@@ -16,7 +16,9 @@ SWEEP = pytest.mark.skipif(
 SCRIPT = pathlib.Path(__file__).with_name("bad_day.py")
 # A rank tells where it is about once a second: one that stops in its first has not told anything.
 AT = r"(?:; last seen at step \d+ \(.+\))?"
-SILENT = rf"rank R has not been heard of for \d+ s: killed, stopped, or cut off from the network{AT}"
+SILENT = (
+    rf"rank R has not been heard of for \d+ s: killed, stopped, or cut off from the network{AT}"
+)
 LEFT = (
     r"rank R (ended the program at step 25 \(data\), but .* for it in step 25: every rank .*"
     rf"|ended with exit code 0{AT})"
