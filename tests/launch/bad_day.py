@@ -73,7 +73,7 @@ def main():
             have_a_bad_day(args.odd)
         watch.at("step", step, "the sum")
         found = np.asarray(total(x)).tolist()
-    watch.at("after the work", step)
+    watch.at("after fit", step)
     print("sum", found, flush=True)
     time.sleep(args.hang if mine else 0.0)
 

@@ -7,7 +7,7 @@ import pytest
 
 SCRIPT = """
 import os, platform, select, threading, time, _thread
-from txcore.launch.threads import _EPOLL, yield_to_compute
+from txcore.launch.gloo_threads import _EPOLL, yield_to_compute
 
 tids = {}
 

@@ -210,7 +210,7 @@ def test_ranks_that_end_at_different_times(start):
     assert ranks[0].ended >= ranks[1].said("done") + 12
     assert "".join(re.findall(r"^txcore: .*\n", ranks[0].err, re.M)) == (
         "txcore: rank 0 has finished, and stays as the coordinator until rank 1 has finished too; "
-        "last seen at step 30 (between fits)\n"
+        "last seen at step 30 (after fit)\n"
     )
     for rank in ranks[1:]:
         assert re.sub(r"^.*\[?Gloo\]?.*\n", "", rank.err, flags=re.M) == ""

@@ -97,9 +97,9 @@ def test_a_rank_that_has_ended_is_not_silent():
 
 @pytest.mark.parametrize("waiting", [step(8, seconds=10.0), step(8, lost=GLOO)])
 def test_a_rank_that_ends_early(waiting):
-    ended = Entry(phase="between fits", step=5, ended=True)
+    ended = Entry(phase="after fit", step=5, ended=True)
     assert ask(waiting, ended, step(8), data(8)) == Verdict(
-        "rank 1 ended the program at step 5 (between fits), but ranks 0 and 2 wait for it in step "
+        "rank 1 ended the program at step 5 (after fit), but ranks 0 and 2 wait for it in step "
         "8: every rank has to make the same steps (is there less data on one, or a sys.exit()?)",
         FAILED,
     )

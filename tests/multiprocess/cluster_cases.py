@@ -73,7 +73,7 @@ def words(text):
     # mpirun may lose the end of a line.
     starts = [found.start() for found in re.finditer(r'\{"joined_in_s"', text)]
     said = [json.JSONDecoder().raw_decode(text, start)[0] for start in starts]
-    return sorted(said, key=lambda each: each["rank"])
+    return sorted(said, key=lambda each: each["position"])
 
 
 def curve(path):

@@ -178,8 +178,8 @@ def resume(folder, world, *args):
 def kill_and_resume(folder, world, runs, seed, *args):
     """Kill a random rank at a random moment, so many times; yield a line of text for each.
 
-    The moments are uniform over the run after its first checkpoint; every second one comes while
-    a later checkpoint is being written.
+    The moments are uniform over the run after its first checkpoint; every second one is chosen
+    while a later checkpoint is being written.
     """
     rng = random.Random(seed)
     curve, seconds = uninterrupted(folder / f"whole-{world}", world, *args)

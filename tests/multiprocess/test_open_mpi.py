@@ -30,7 +30,7 @@ def mpirun(*command):
 def test_mpirun():
     seen = words(mpirun(WORKER))
     assert [s["sum"] for s in seen] == [[11.0], [11.0]]
-    assert [s["rank"] for s in seen] == [0, 1]
+    assert [s["position"] for s in seen] == [0, 1]
     assert {a.partition(":")[0] for s in seen for a in s["listening_with_backend"]} <= LOOPBACK
 
 

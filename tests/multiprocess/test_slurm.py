@@ -60,7 +60,7 @@ def has_ended(record, _):
 def test_srun(slurm):
     seen = words(slurm.run("srun", "-n", 2, sys.executable, WORKER, cwd=ROOT).stdout)
     assert [s["sum"] for s in seen] == [[11.0], [11.0]]
-    assert [s["rank"] for s in seen] == [0, 1]
+    assert [s["position"] for s in seen] == [0, 1]
     assert {a.partition(":")[0] for s in seen for a in s["listening_with_backend"]} <= LOOPBACK
 
 

@@ -34,4 +34,4 @@ def test_two_processes_sum_over_both(rendezvous):
     )
     assert done.returncode == 0, done.stderr
     seen = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert sorted((s["rank"], s["size"], *s["sum"]) for s in seen) == [(0, 2, 11), (1, 2, 11)]
+    assert sorted((s["position"], s["size"], *s["sum"]) for s in seen) == [(0, 2, 11), (1, 2, 11)]
