@@ -106,7 +106,7 @@ BAD = {
     ),
     "a damaged file": (
         ["tune", "--shapes", "loss-b64", "--cache", "damaged.json"],
-        "the tuning file damaged.json must be JSON, and is not (",
+        "the tuning file damaged.json needs JSON, got other text (",
     ),
     "a file that cannot be": (
         ["tune", "--shapes", "loss-b64", "--cache", "damaged.json/x.json"],
@@ -155,4 +155,4 @@ class TestEnv:
         assert cli.main(["env"]) == 0
         out = capsys.readouterr().out
         assert f"tuning file  {cache}" in out
-        assert f"refused      TuningError: the tuning file {cache} must be JSON" in out
+        assert f"refused      TuningError: the tuning file {cache} needs JSON" in out

@@ -57,7 +57,7 @@ def test_without_counts_the_devices_are_unknown_and_that_is_said(tmp_path):
     report = audit_text(UNKNOWN)
     (found,) = report.collectives
     assert (found.group_size, found.payload_known, found.wire_known) == (0, True, False)
-    line = str(report).splitlines()[2].split()
+    line = str(report).splitlines()[3].split()
     assert line[:6] == ["all-reduce", "-", "?", "f32", "4", "kB"]
     assert line[6] == "?"
     assert "how many devices talk is not known: its module's header has no counts" in str(report)
