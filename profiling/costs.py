@@ -8,7 +8,7 @@ import jax
 from txcore.profiling.audit import audit_program
 from txcore.profiling.cost.machine import Machine, machine_on
 from txcore.profiling.cost.memory import memory_of
-from txcore.profiling.cost.model import CostModel, by_axis
+from txcore.profiling.cost.model import CostModel, total_by_axis
 from txcore.profiling.cost.replicated import replicated
 from txcore.profiling.cost.schedule import schedule
 from txcore.profiling.program import Program, compile_for_target, compile_program
@@ -19,9 +19,11 @@ class Costs(CostModel):
     """What one call of a program costs; print it to read it. See `CostModel` for its fields."""
 
     def __str__(self) -> str:
-        from txcore.profiling.cost.text import lines  # tabulate, which importing must not cost
+        from txcore.profiling.cost.text import (
+            write_lines,  # tabulate, which importing must not cost
+        )
 
-        return "\n".join(lines(self))
+        return "\n".join(write_lines(self))
 
     def _repr_html_(self) -> str:
         from txcore.profiling.report.html.notebook import lines
@@ -91,29 +93,31 @@ def costs_of(program: Program, *, at_least: int = 1 << 20) -> Costs:
       The costs.
     """
     report = audit_program(program)
-    machine = _machine(program)
+    machine = _machine_of(program)
     text = program.compiled.as_text() or ""
     return Costs(
         report=report,
-        totals=by_axis(report),
+        totals=total_by_axis(report),
         memory=memory_of(program.compiled),
         memory_size=int(machine.chip.hbm_bytes) if machine is not None else None,
         replicated=replicated(program.compiled, at_least=at_least),
-        schedule=schedule(text, machine=machine, devices=len(_devices(program.compiled)) or 1),
+        schedule=schedule(
+            text, machine=machine, devices=len(_devices_of_largest_mesh(program.compiled)) or 1
+        ),
     )
 
 
-def _machine(program: Program) -> Machine | None:
+def _machine_of(program: Program) -> Machine | None:
     try:
         target = parse_target(program.target)
     except ValueError:  # compiled for this machine's devices, whose peaks nobody named
         return None
     if target.chip is None:
         return None
-    return machine_on(target.chip, _devices(program.compiled) or target.devices)
+    return machine_on(target.chip, _devices_of_largest_mesh(program.compiled) or target.devices)
 
 
-def _devices(compiled: jax.stages.Compiled) -> tuple[jax.Device, ...]:
+def _devices_of_largest_mesh(compiled: jax.stages.Compiled) -> tuple[jax.Device, ...]:
     """Return the devices of the largest mesh that a program is on, in its order."""
     shardings = jax.tree.leaves((compiled.input_shardings, compiled.output_shardings))
     meshes = [

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
-from txcore.profiling.hlo import Groups, block, canonical
+from txcore.profiling.hlo import Groups, groups_of_block, sort_groups
 
 Sizes = tuple[tuple[str, int], ...]  # the axes of a mesh and their sizes, in the mesh's order
 
@@ -50,13 +50,13 @@ def device_groups(
       [(0, 2), (1, 3)]
     """
     if index_groups is None:
-        return block((size, name in axes) for name, size in sizes)
+        return groups_of_block((size, name in axes) for name, size in sizes)
     names = [name for name, _ in sizes]
     chosen = [names.index(axis) for axis in axes]
     kept = [i for i in range(len(names)) if i not in chosen]
     ids = np.arange(math.prod(size for _, size in sizes)).reshape([size for _, size in sizes])
     rows = ids.transpose(kept + chosen).reshape(-1, count(sizes, axes))
-    return canonical(row[list(group)].tolist() for row in rows for group in index_groups)
+    return sort_groups(row[list(group)].tolist() for row in rows for group in index_groups)
 
 
 @functools.lru_cache(maxsize=4096)

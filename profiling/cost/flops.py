@@ -46,25 +46,25 @@ def flops_of(instruction: Instruction, scope: Scope) -> tuple[str, int] | None:
       HloError: a matrix product or convolution that cannot be read.
     """
     if instruction.opcode in _DOTS:
-        return _product(instruction, scope, _CONTRACTED)
+        return _flops_of_product(instruction, scope, _CONTRACTED)
     if instruction.opcode == "convolution":
-        return _convolution(instruction, scope, _FORWARD)
+        return _flops_of_convolution(instruction, scope, _FORWARD)
     if instruction.opcode != "custom-call":
         return None
     target = attributes.custom_call_target(instruction)
     if target.startswith("__cublas$"):
-        return _product(instruction, scope, _BLAS_CONTRACTED)
+        return _flops_of_product(instruction, scope, _BLAS_CONTRACTED)
     if target.startswith("__cudnn$conv"):
-        return _convolution(instruction, scope, _CUDNN_ROLES.get(target, _FORWARD))
+        return _flops_of_convolution(instruction, scope, _CUDNN_ROLES.get(target, _FORWARD))
     if target == "tpu_custom_call" and (said := _PALLAS_ESTIMATE.search(instruction.rest)):
         return parse_shapes(instruction.type)[0].dtype, int(said[1])
     return None
 
 
-def _product(
+def _flops_of_product(
     instruction: Instruction, scope: Scope, contracted: re.Pattern[str]
 ) -> tuple[str, int]:
-    left, *_ = _operands(instruction, scope)
+    left, *_ = _shapes_of_factors(instruction, scope)
     found = contracted.search(instruction.rest)
     dims = [int(d) for d in re.findall(r"\d+", found[1])] if found else []
     if any(d >= len(left.dims) for d in dims):
@@ -73,22 +73,24 @@ def _product(
     return left.dtype, 2 * result.elements * math.prod(left.dims[d] for d in dims)
 
 
-def _operands(instruction: Instruction, scope: Scope) -> list[Shape]:
+def _shapes_of_factors(instruction: Instruction, scope: Scope) -> list[Shape]:
     found = [scope.by_name.get(name) for name in operand_names(instruction)[:2]]
     if len(found) < 2 or None in found:
         raise HloError(f"{instruction.name} needs two operands that are defined")
     return [parse_shapes(i.type)[0] for i in found if i is not None]
 
 
-def _convolution(
+def _flops_of_convolution(
     instruction: Instruction, scope: Scope, roles: tuple[int, int, int]
 ) -> tuple[str, int]:
-    first, second = _operands(instruction, scope)
+    first, second = _shapes_of_factors(instruction, scope)
     shapes = (first, second, parse_shapes(instruction.type)[0])
     labels = _LABELS.search(instruction.rest)
     if labels is None:
         raise HloError(f"{instruction.name} has no dim_labels")
-    sizes = [_by_label(labels[i + 1], shapes[role], instruction) for i, role in enumerate(roles)]
+    sizes = [
+        _sizes_by_label(labels[i + 1], shapes[role], instruction) for i, role in enumerate(roles)
+    ]
     inputs, filters, outputs = sizes
     spatial = [str(number) for number in range(len(inputs) - 2)]
     for dims, needed in (
@@ -98,21 +100,23 @@ def _convolution(
     ):
         if absent := set(needed) - set(dims):
             raise HloError(f"{instruction.name} has no dim {min(absent)!r} in {labels[0]!r}")
-    window = _window(instruction, len(spatial))
+    window = _read_window(instruction, len(spatial))
     positions = math.prod(
-        _positions(inputs[d], filters[d], outputs[d], window[int(d)]) for d in spatial
+        _count_positions(inputs[d], filters[d], outputs[d], window[int(d)]) for d in spatial
     )
-    features = inputs["f"] // _count("feature", instruction) * filters["o"]
-    return first.dtype, 2 * features * (inputs["b"] // _count("batch", instruction)) * positions
+    features = inputs["f"] // _read_group_count("feature", instruction) * filters["o"]
+    return first.dtype, 2 * features * (
+        inputs["b"] // _read_group_count("batch", instruction)
+    ) * positions
 
 
-def _by_label(labels: str, shape: Shape, instruction: Instruction) -> dict[str, int]:
+def _sizes_by_label(labels: str, shape: Shape, instruction: Instruction) -> dict[str, int]:
     if len(labels) != len(shape.dims):
         raise HloError(f"{instruction.name} labels {shape.dims} with {labels!r}")
     return dict(zip(labels, shape.dims, strict=True))
 
 
-def _count(what: str, instruction: Instruction) -> int:
+def _read_group_count(what: str, instruction: Instruction) -> int:
     found = re.search(_GROUPS.format(what), instruction.rest)
     return int(found[1]) if found else 1
 
@@ -127,7 +131,7 @@ class _Window:
     filter_dilation: int = 1
 
 
-def _window(instruction: Instruction, dims: int) -> list[_Window]:
+def _read_window(instruction: Instruction, dims: int) -> list[_Window]:
     """Return how the window moves along each spatial dim: "size=3x3 stride=2x2 pad=0_1x0_1"."""
     found = _WINDOW.search(instruction.rest)
     said = dict(part.split("=", 1) for part in found[1].split() if "=" in part) if found else {}
@@ -141,7 +145,7 @@ def _window(instruction: Instruction, dims: int) -> list[_Window]:
 
 
 @functools.lru_cache(maxsize=4096)
-def _positions(inputs: int, filters: int, outputs: int, window: _Window) -> int:
+def _count_positions(inputs: int, filters: int, outputs: int, window: _Window) -> int:
     """Count the (output, filter) places along one dim where the window is on an element."""
     if filters == 1 and window == _Window():
         return outputs

@@ -41,7 +41,7 @@ class Work:
         return sum(flops for _, flops in self.flops)
 
 
-def work_of(instruction: Instruction, scope: Scope, graph: Graph) -> Work:
+def count_work(instruction: Instruction, scope: Scope, graph: Graph) -> Work:
     """Count the work of one instruction; of a fusion, with all that is fused into it.
 
     Args:
@@ -55,12 +55,12 @@ def work_of(instruction: Instruction, scope: Scope, graph: Graph) -> Work:
     if instruction.opcode in _FREE or _is_free_call(instruction):
         return Work()
     if instruction.opcode.endswith("-start"):
-        return _work_of_start(instruction, scope, graph)
-    fused = _fused(instruction, graph)
+        return _count_work_of_start(instruction, scope, graph)
+    fused = _fused_scope(instruction, graph)
     if fused is None:
         flops = flops_of(instruction, scope)
-        return Work((flops,) if flops else (), _bytes(instruction, scope))
-    moved = _fusion_bytes(instruction, scope, fused)
+        return Work((flops,) if flops else (), _bytes_moved(instruction, scope))
+    moved = _bytes_moved_by_fusion(instruction, scope, fused)
     return Work(tuple(_fused_flops(fused, graph)), moved)
 
 
@@ -83,22 +83,22 @@ def _is_free_call(instruction: Instruction) -> bool:
     )
 
 
-def _fused(instruction: Instruction, graph: Graph) -> Scope | None:
+def _fused_scope(instruction: Instruction, graph: Graph) -> Scope | None:
     if instruction.opcode not in ("fusion", "fusion-start"):
         return None
-    called = (c for c in attributes.callees(instruction) if c in graph.module.computations)
-    return next((graph.scope(name) for name in called), None)
+    called = (c for c in instruction.callees if c in graph.module.computations)
+    return next((graph.scope_of(name) for name in called), None)
 
 
-def _work_of_start(instruction: Instruction, scope: Scope, graph: Graph) -> Work:
+def _count_work_of_start(instruction: Instruction, scope: Scope, graph: Graph) -> Work:
     """Count what an asynchronous instruction that is no collective does in the background."""
-    if (fused := _fused(instruction, graph)) is not None:
-        moved = _fusion_bytes(instruction, scope, fused)
+    if (fused := _fused_scope(instruction, graph)) is not None:
+        moved = _bytes_moved_by_fusion(instruction, scope, fused)
         return Work(tuple(_fused_flops(fused, graph)), moved)
-    called = [c for c in attributes.callees(instruction) if c in graph.module.computations]
+    called = [c for c in instruction.callees if c in graph.module.computations]
     if called:
         inner = [
-            work_of(i, graph.scope(c), graph)
+            count_work(i, graph.scope_of(c), graph)
             for c in called
             for i in graph.module.computations[c].instructions
         ]
@@ -108,36 +108,36 @@ def _work_of_start(instruction: Instruction, scope: Scope, graph: Graph) -> Work
     result = done.type if done is not None else instruction.type
     # A slice-start or copy-start moves what its done returns, from one memory to another.
     size = sum(shape.bytes for shape in parse_shapes(result))
-    ends = [result, *(_type(name, scope) for name in operand_names(instruction)[:1])]
+    ends = [result, *(_type_of(name, scope) for name in operand_names(instruction)[:1])]
     return Work(bytes=sum(size for end in ends if memory_bytes(end)))
 
 
-def _type(name: str, scope: Scope) -> str:
+def _type_of(name: str, scope: Scope) -> str:
     found = scope.by_name.get(name)
     return found.type if found is not None else ""
 
 
-def _bytes(instruction: Instruction, scope: Scope) -> int:
+def _bytes_moved(instruction: Instruction, scope: Scope) -> int:
     names = operand_names(instruction)
     if instruction.opcode in _SLICES:
         return 2 * memory_bytes(instruction.type)
     if instruction.opcode == "dynamic-update-slice":
-        return 2 * memory_bytes(_type(names[1], scope)) if len(names) > 1 else 0
-    read = sum(memory_bytes(_type(name, scope)) for name in dict.fromkeys(names))
+        return 2 * memory_bytes(_type_of(names[1], scope)) if len(names) > 1 else 0
+    read = sum(memory_bytes(_type_of(name, scope)) for name in dict.fromkeys(names))
     return read + memory_bytes(instruction.type)
 
 
-def _fusion_bytes(instruction: Instruction, scope: Scope, fused: Scope) -> int:
+def _bytes_moved_by_fusion(instruction: Instruction, scope: Scope, fused: Scope) -> int:
     read: dict[str, int] = {}
     for number, name in enumerate(operand_names(instruction)):
-        whole = memory_bytes(_type(name, scope))
-        part = _part_read(fused.parameters.get(number), fused)
+        whole = memory_bytes(_type_of(name, scope))
+        part = _bytes_read_in_part(fused.parameters.get(number), fused)
         # The same array in two places is read once.
         read[name] = max(read.get(name, 0), whole if part is None else min(whole, part))
-    return sum(read.values()) + _written(instruction, fused)
+    return sum(read.values()) + _bytes_written(instruction, fused)
 
 
-def _part_read(parameter: Instruction | None, fused: Scope) -> int | None:
+def _bytes_read_in_part(parameter: Instruction | None, fused: Scope) -> int | None:
     """Return the bytes that a fusion reads of one operand, or None where it reads all."""
     if parameter is None:
         return None
@@ -151,7 +151,7 @@ def _part_read(parameter: Instruction | None, fused: Scope) -> int | None:
     return total
 
 
-def _written(instruction: Instruction, fused: Scope) -> int:
+def _bytes_written(instruction: Instruction, fused: Scope) -> int:
     root = fused.root
     for _ in fused.by_name:  # damaged text may define a value by itself
         if root is None or root.opcode not in _RENAMES:
@@ -159,14 +159,14 @@ def _written(instruction: Instruction, fused: Scope) -> int:
         root = fused.by_name.get(next(iter(operand_names(root)), ""))
     if root is not None and root.opcode == "dynamic-update-slice":
         names = operand_names(root)
-        update = _type(names[1], fused) if len(names) > 1 else ""
+        update = _type_of(names[1], fused) if len(names) > 1 else ""
         return min(memory_bytes(instruction.type), sum(s.bytes for s in parse_shapes(update)))
     return memory_bytes(instruction.type)
 
 
 def _fused_flops(fused: Scope, graph: Graph) -> Iterator[tuple[str, int]]:
     for instruction in fused.computation.instructions:
-        if (inner := _fused(instruction, graph)) is not None:
+        if (inner := _fused_scope(instruction, graph)) is not None:
             yield from _fused_flops(inner, graph)
         elif (found := flops_of(instruction, fused)) is not None:
             yield found

@@ -57,7 +57,7 @@ class Machine:
         )
         return max(computing, work.bytes / self.chip.hbm_bytes_per_second)
 
-    def transfer(self, op: Op) -> Transfer:
+    def transfer_of(self, op: Op) -> Transfer:
         """Return how long a collective takes: its wire bytes at its rate, and its steps' latency.
 
         A ring passes on all links along the dims of the torus that the group spans, or through
@@ -74,7 +74,7 @@ class Machine:
                 f"{op.name} is on device {last}, but the machine has {len(self.places)}: give the "
                 "devices of the program's mesh"
             )
-        path = _path(self, op.kind, members)
+        path = _find_path(self, op.kind, members)
         return Transfer(sent / path.rate + self.latency * path.steps, path.links)
 
 
@@ -91,15 +91,15 @@ _Spread = Sequence[Sequence[tuple[int, ...]]]  # the places of each group, or pe
 
 
 @functools.lru_cache(maxsize=1024)
-def _path(machine: Machine, kind: str, members: Groups | Pairs) -> _Path:
+def _find_path(machine: Machine, kind: str, members: Groups | Pairs) -> _Path:
     if not members:  # a send, whose receiver is in another program
         return _Path(machine.chip.link_bytes_per_second, frozenset(), 1)
     spread = [[machine.places[device] for device in some] for some in members]
     on_torus = machine.chip.network_bytes_per_second is None
-    return (_on_torus if on_torus else _on_hosts)(machine, kind, spread)
+    return (_path_on_torus if on_torus else _path_on_hosts)(machine, kind, spread)
 
 
-def _on_torus(machine: Machine, kind: str, spread: _Spread) -> _Path:
+def _path_on_torus(machine: Machine, kind: str, spread: _Spread) -> _Path:
     """Return how a collective goes along the dims of a torus.
 
     A permute takes the links of one way, as often as its longest hop; an all-to-all's bytes each
@@ -117,7 +117,7 @@ def _on_torus(machine: Machine, kind: str, spread: _Spread) -> _Path:
     if not extents:
         return _Path(one, links, 1)
     if kind in _POINT_TO_POINT:
-        hops = max(_hops(places, sizes) for places in spread)
+        hops = max(_count_hops(places, sizes) for places in spread)
         return _Path(one / hops, links, hops)
     steps = sum(ring_steps(kind, extent) for extent in extents.values())
     if kind in _ALL_TO_ALL:
@@ -127,7 +127,7 @@ def _on_torus(machine: Machine, kind: str, spread: _Spread) -> _Path:
     return _Path(one * min(sum(ways.values()), machine.chip.links), links, steps)
 
 
-def _on_hosts(machine: Machine, kind: str, spread: _Spread) -> _Path:
+def _path_on_hosts(machine: Machine, kind: str, spread: _Spread) -> _Path:
     """Return how a collective goes between GPUs; XLA runs one at a time.
 
     In a ring over several hosts the group's GPUs of a host share its traffic between their
@@ -165,7 +165,7 @@ def _is_half(dtype: str) -> bool:
     return dtype.startswith(_HALF_WIDTH)
 
 
-def _hops(places: Sequence[tuple[int, ...]], sizes: Sequence[int]) -> int:
+def _count_hops(places: Sequence[tuple[int, ...]], sizes: Sequence[int]) -> int:
     """Return the links between the two ends of a permute's pair, the short way round."""
     apart = [abs(a - b) for a, b in zip(*places, strict=True)]
     return sum(min(d, size - d) for d, size in zip(apart, sizes, strict=True))

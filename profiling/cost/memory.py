@@ -45,10 +45,16 @@ def memory_of(compiled: jax.stages.Compiled) -> Memory | None:
     if said is None:
         return None
 
-    def size(name: str) -> int:
+    def read_size(name: str) -> int:
         return int(getattr(said, f"{name}_in_bytes", 0) or 0)
 
-    arguments, results, reused = size("argument_size"), size("output_size"), size("alias_size")
-    temporaries, code = size("temp_size"), size("generated_code_size")
+    arguments, results, reused = (
+        read_size("argument_size"),
+        read_size("output_size"),
+        read_size("alias_size"),
+    )
+    temporaries, code = read_size("temp_size"), read_size("generated_code_size")
     whole = arguments + results - reused + temporaries + code
-    return Memory(arguments, results, reused, temporaries, code, max(size("peak_memory"), whole))
+    return Memory(
+        arguments, results, reused, temporaries, code, max(read_size("peak_memory"), whole)
+    )

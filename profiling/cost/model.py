@@ -93,7 +93,7 @@ class CostModel:
         return json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
 
 
-def by_axis(report: Report) -> tuple[Total, ...]:
+def total_by_axis(report: Report) -> tuple[Total, ...]:
     """Add up what the collectives of a report send, by kind and mesh axes.
 
     Args:

@@ -76,45 +76,47 @@ def replicated(
         compiled = fn
     else:
         compiled = jax.jit(fn).lower(*args).compile()
-    rows = (_row(path, leaf, sharding) for path, leaf, sharding in _arrays(compiled))
+    rows = (
+        _describe_array(path, leaf, sharding) for path, leaf, sharding in _list_arrays(compiled)
+    )
     found = [row for row in rows if row is not None and row.saved_bytes >= max(at_least, 1)]
     return tuple(sorted(found, key=lambda row: (-row.saved_bytes, row.path)))
 
 
-def _arrays(compiled: jax.stages.Compiled) -> Iterator[tuple[str, Any, Any]]:
+def _list_arrays(compiled: jax.stages.Compiled) -> Iterator[tuple[str, Any, Any]]:
     """Yield path, shape and sharding of the arguments, and of results in memory of their own."""
     donated: Counter[Any] = Counter()
-    for path, info, sharding in _leaves(compiled.args_info, compiled.input_shardings):
+    for path, info, sharding in _pair_leaves(compiled.args_info, compiled.input_shardings):
         keys = jax.tree_util.keystr(path[1:])
         yield f"{'kwargs' if path[0].idx else 'args'}{keys}", info, sharding
         if info.donated:
-            donated[_kind(info, sharding)] += 1
-    for path, info, sharding in _leaves(compiled.out_info, compiled.output_shardings):
-        if donated[_kind(info, sharding)]:
-            donated[_kind(info, sharding)] -= 1
+            donated[_kind_of_array(info, sharding)] += 1
+    for path, info, sharding in _pair_leaves(compiled.out_info, compiled.output_shardings):
+        if donated[_kind_of_array(info, sharding)]:
+            donated[_kind_of_array(info, sharding)] -= 1
         else:
             yield f"result{jax.tree_util.keystr(path)}", info, sharding
 
 
-def _leaves(infos: Any, shardings: Any) -> Iterator[tuple[Any, Any, Any]]:
+def _pair_leaves(infos: Any, shardings: Any) -> Iterator[tuple[Any, Any, Any]]:
     leaves = jax.tree_util.tree_flatten_with_path(infos)[0]
     beside = jax.tree.leaves(shardings, is_leaf=lambda s: s is None)
     for (path, info), sharding in zip(leaves, beside, strict=True):
         yield path, info, sharding
 
 
-def _kind(info: Any, sharding: Any) -> Any:
+def _kind_of_array(info: Any, sharding: Any) -> Any:
     return info.shape, str(info.dtype), sharding
 
 
-def _row(path: str, info: Any, sharding: Any) -> Replicated | None:
+def _describe_array(path: str, info: Any, sharding: Any) -> Replicated | None:
     """Describe one array, or return None where it is not replicated or cannot be sharded."""
     axes = _replicated_axes(sharding)
     if not axes:  # also where jit dropped an argument that nothing uses: its sharding is None
         return None
     local = sharding.shard_shape(tuple(info.shape))
-    size = math.prod(local) * _itemsize(info.dtype)
-    choice = _best(local, axes)
+    size = math.prod(local) * _bytes_of_element(info.dtype)
+    choice = _find_best_split(local, axes)
     if choice is None:
         return None
     chosen, dim = choice
@@ -134,14 +136,16 @@ def _replicated_axes(sharding: Any) -> Mapping[str, int]:
     return {"devices": devices} if devices > 1 and sharding.is_fully_replicated else {}
 
 
-def _itemsize(dtype: Any) -> int:
+def _bytes_of_element(dtype: Any) -> int:
     if jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key):
         key = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct((), dtype))
         return int(key.size * key.dtype.itemsize)
     return int(np.dtype(dtype).itemsize)
 
 
-def _best(local: tuple[int, ...], axes: Mapping[str, int]) -> tuple[tuple[str, ...], int] | None:
+def _find_best_split(
+    local: tuple[int, ...], axes: Mapping[str, int]
+) -> tuple[tuple[str, ...], int] | None:
     """Return the axes that cut an array into the most parts, and the largest dim they divide."""
     best: tuple[tuple[str, ...], int] | None = None
     most = (1, 0)

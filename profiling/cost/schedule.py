@@ -141,12 +141,12 @@ def schedule(hlo: str, *, machine: Machine | None = None, devices: int | None = 
     if entry is None:
         raise ValueError(f"the module {modules[0].name} has no ENTRY computation: pass it whole")
     try:
-        run = timeline.run(entry)
+        run = timeline.run_computation(entry)
     except RecursionError:
         raise HloError("a computation runs itself: the text is damaged") from None
     is_timed = machine is not None
     return Schedule(
-        overlaps=tuple(_overlap(flight, is_timed) for flight in run.flights),
+        overlaps=tuple(_overlap_of_flight(flight, is_timed) for flight in run.flights),
         flops=run.flops,
         bytes=run.bytes,
         compute_seconds=run.seconds - run.exposed if is_timed else None,
@@ -155,7 +155,7 @@ def schedule(hlo: str, *, machine: Machine | None = None, devices: int | None = 
     )
 
 
-def _overlap(flight: Flight, is_timed: bool) -> Overlap:
+def _overlap_of_flight(flight: Flight, is_timed: bool) -> Overlap:
     op = flight.op
     assert op is not None  # copies are not among a run's flights
     return Overlap(

@@ -13,9 +13,15 @@ _WIDTH = 100
 _LONGEST_AXES, _LONGEST_SHAPE = 12, 16
 
 
-def lines(costs: CostModel) -> list[str]:
+def write_lines(costs: CostModel) -> list[str]:
     """Return the lines of all parts, of at most 100 columns each."""
-    parts = (_sent(costs), _memory(costs), _replicated(costs), _schedule(costs), _step(costs))
+    parts = (
+        _traffic_lines(costs),
+        _memory_lines(costs),
+        _replicated_lines(costs),
+        _schedule_lines(costs),
+        _step_lines(costs),
+    )
     return [line for part in parts for line in part]
 
 
@@ -42,8 +48,8 @@ def format_flops(number: int) -> str:
     return format_bytes(number).removesuffix("B") + "FLOP"
 
 
-def _sent(costs: CostModel) -> Iterator[str]:
-    yield _title(costs)
+def _traffic_lines(costs: CostModel) -> Iterator[str]:
+    yield _title_line(costs)
     if not costs.totals:
         yield "no collective in the program"
         return
@@ -51,7 +57,7 @@ def _sent(costs: CostModel) -> Iterator[str]:
     rows = [
         [
             total.kind,
-            _axes(total.axes),
+            _format_axes(total.axes),
             str(total.group_size or "?"),
             str(total.calls),
             format_bytes(total.payload_bytes),
@@ -60,17 +66,17 @@ def _sent(costs: CostModel) -> Iterator[str]:
         ]
         for total in costs.totals
     ]
-    yield from _table(head, rows, "llrrrrr")
+    yield from _table_lines(head, rows, "llrrrrr")
 
 
-def _title(costs: CostModel) -> str:
+def _title_line(costs: CostModel) -> str:
     mesh = ", ".join(f"{name}={size}" for name, size in costs.report.mesh)
     target = costs.report.target or "one device"
     title = f"one call on each device of {target}" + (f" ({mesh})" if mesh else "") + ":"
     return shorten(title, _WIDTH)
 
 
-def _memory(costs: CostModel) -> Iterator[str]:
+def _memory_lines(costs: CostModel) -> Iterator[str]:
     yield ""
     found = costs.memory
     if found is None:
@@ -89,7 +95,7 @@ def _memory(costs: CostModel) -> Iterator[str]:
     )
 
 
-def _replicated(costs: CostModel) -> Iterator[str]:
+def _replicated_lines(costs: CostModel) -> Iterator[str]:
     if not costs.replicated:
         return
     saved = sum(row.saved_bytes for row in costs.replicated)
@@ -102,16 +108,16 @@ def _replicated(costs: CostModel) -> Iterator[str]:
             shorten("x".join(map(str, row.shape)), _LONGEST_SHAPE),
             row.dtype,
             format_bytes(row.bytes),
-            _axes(row.axes),
-            f"dim {row.shard_dim} by {_axes(row.shard_axes)}",
+            _format_axes(row.axes),
+            f"dim {row.shard_dim} by {_format_axes(row.shard_axes)}",
             format_bytes(row.saved_bytes),
         ]
         for row in costs.replicated
     ]
-    yield from _table(head, rows, "lllrllr")
+    yield from _table_lines(head, rows, "lllrllr")
 
 
-def _schedule(costs: CostModel) -> Iterator[str]:
+def _schedule_lines(costs: CostModel) -> Iterator[str]:
     rows = costs.schedule.overlaps
     if not rows:
         return
@@ -126,7 +132,7 @@ def _schedule(costs: CostModel) -> Iterator[str]:
     head = ["collective", "axes", "calls", "FLOP between", "bytes between"]
     head += ["time", "exposed", "hidden"] if is_timed else []
     cells = [_overlap_cells(row, costs) for row in rows]
-    yield from _table(head, cells, "llrrrrrr"[: len(head)])
+    yield from _table_lines(head, cells, "llrrrrrr"[: len(head)])
     for note in dict.fromkeys(row.note for row in rows if row.note):
         named = [row.op for row in rows if row.note == note]
         yield shorten(f"  {note}: {', '.join(named)}", _WIDTH)
@@ -136,7 +142,7 @@ def _overlap_cells(row: Overlap, costs: CostModel) -> list[str]:
     named = costs.row_of(row)
     cells = [
         ",".join(named.tags if named else ()) or row.op,
-        _axes(named.axes if named else ()),
+        _format_axes(named.axes if named else ()),
         str(row.trips),
         format_flops(row.flops) if row.is_async else "-",
         format_bytes(row.bytes) if row.is_async else "-",
@@ -147,7 +153,7 @@ def _overlap_cells(row: Overlap, costs: CostModel) -> list[str]:
     return [*cells, *times, f"{row.hidden:.0%}"]
 
 
-def _step(costs: CostModel) -> Iterator[str]:
+def _step_lines(costs: CostModel) -> Iterator[str]:
     found = costs.schedule
     yield ""
     work = f"{format_flops(found.flops)} and {format_bytes(found.bytes)} of memory traffic a call"
@@ -165,11 +171,11 @@ def _step(costs: CostModel) -> Iterator[str]:
     yield f"  {work}; at the chip's peaks, which no real step reaches"
 
 
-def _axes(axes: Sequence[str]) -> str:
+def _format_axes(axes: Sequence[str]) -> str:
     return shorten("+".join(axes) or "-", _LONGEST_AXES)
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], align: str) -> list[str]:
+def _table_lines(head: Sequence[str], rows: Sequence[Sequence[str]], align: str) -> list[str]:
     """Lay out a table whose first column is cut to what the others leave."""
     cells = [list(head), *map(list, rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(1, len(head))]

@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from txcore.profiling.cost.instruction import work_of
+from txcore.profiling.cost.instruction import count_work
 from txcore.profiling.cost.machine import Machine, Transfer
 from txcore.profiling.hlo import KINDS, HloError, Instruction, Op, attributes
 from txcore.profiling.hlo.graph import Call, Graph, Scope, operand_names
@@ -42,7 +42,7 @@ class Flight:
 
 
 @dataclass(slots=True)
-class Run:
+class ComputationRun:
     """One run of a computation: its time, the part of it that is exposed, work, and flights."""
 
     seconds: float = 0.0
@@ -62,10 +62,12 @@ class Timeline:
         self._ops: dict[str, dict[str, Op]] = defaultdict(dict)
         for op in ops:
             self._ops[op.computation][op.name] = op
-        self._starts, self._dones = (_with_call(graph, target) for target in (_START, _DONE))
-        self._runs: dict[str, Run | None] = {}
+        self._starts, self._dones = (
+            _computations_with_call(graph, target) for target in (_START, _DONE)
+        )
+        self._runs: dict[str, ComputationRun | None] = {}
 
-    def run(self, computation: str) -> Run:
+    def run_computation(self, computation: str) -> ComputationRun:
         """Walk a computation, and all that it runs.
 
         Raises:
@@ -73,42 +75,44 @@ class Timeline:
         """
         if computation not in self._runs:
             self._runs[computation] = None
-            self._runs[computation] = self._walk(computation)
+            self._runs[computation] = self._walk_computation(computation)
         run = self._runs[computation]
         if run is None:
             raise HloError(f"the computation {computation} runs itself")
         return run
 
-    def _walk(self, computation: str) -> Run:
-        scope = self._graph.scope(computation)
+    def _walk_computation(self, computation: str) -> ComputationRun:
+        scope = self._graph.scope_of(computation)
         clock = _Clock()
         for instruction in scope.computation.instructions:
             if instruction.opcode in _RUNS_OTHERS:
-                clock.run(self._nested(instruction, scope))
+                clock.run_nested(self._run_nested(instruction, scope))
             elif (start := clock.start_of(instruction, scope)) is not None:
-                if self._ends(instruction):
-                    clock.wait(start)
+                if self._ends_transfer(instruction):
+                    clock.wait_for(start)
                 else:  # a fusion that computes while the collective goes on
-                    self._compute(clock, instruction, scope)
-            elif self._ends(instruction):
+                    self._run_compute(clock, instruction, scope)
+            elif self._ends_transfer(instruction):
                 continue  # its start is in another computation, where it is said
-            elif ops := self._collectives(instruction, computation):
-                self._start(clock, instruction, ops)
+            elif ops := self._collectives_of(instruction, computation):
+                self._start_collectives(clock, instruction, ops)
             elif instruction.opcode.endswith("-start"):
-                work = work_of(instruction, scope, self._graph)
+                work = count_work(instruction, scope, self._graph)
                 seconds = self._machine.compute_seconds(work) if self._machine else 0.0
-                clock.start(instruction.name, None, Transfer(seconds, _COPIES))
-                clock.count(work.total_flops, work.bytes)
+                clock.start_transfer(instruction.name, None, Transfer(seconds, _COPIES))
+                clock.add_work(work.total_flops, work.bytes)
             else:
-                self._compute(clock, instruction, scope)
-        return clock.finish()
+                self._run_compute(clock, instruction, scope)
+        return clock.finish_run()
 
-    def _compute(self, clock: "_Clock", instruction: Instruction, scope: Scope) -> None:
-        work = work_of(instruction, scope, self._graph)
+    def _run_compute(self, clock: "_Clock", instruction: Instruction, scope: Scope) -> None:
+        work = count_work(instruction, scope, self._graph)
         clock.now += self._machine.compute_seconds(work) if self._machine else 0.0
-        clock.count(work.total_flops, work.bytes)
+        clock.add_work(work.total_flops, work.bytes)
 
-    def _start(self, clock: "_Clock", instruction: Instruction, ops: Sequence[Op]) -> None:
+    def _start_collectives(
+        self, clock: "_Clock", instruction: Instruction, ops: Sequence[Op]
+    ) -> None:
         is_async = (
             instruction.opcode.endswith("-start")
             or instruction.opcode == "send"
@@ -118,38 +122,38 @@ class Timeline:
             is_read = op.kind in (*KINDS, "send")
             transfer = Transfer(0.0, frozenset())
             if is_read and self._machine:
-                transfer = self._machine.transfer(op)
-            flight = clock.start(instruction.name, op, transfer, is_async)
+                transfer = self._machine.transfer_of(op)
+            flight = clock.start_transfer(instruction.name, op, transfer, is_async)
             if not is_read:
                 flight.note = "its bytes are not known: counted as no time"
         if not is_async:
-            clock.wait(instruction.name)
+            clock.wait_for(instruction.name)
 
-    def _collectives(self, instruction: Instruction, computation: str) -> list[Op]:
+    def _collectives_of(self, instruction: Instruction, computation: str) -> list[Op]:
         """Return the collectives that an instruction is, or that it starts or runs in a fusion."""
         if (op := self._ops[computation].get(instruction.name)) is not None:
             return [op]
         if not (instruction.opcode == "fusion" or instruction.opcode.endswith("-start")):
             return []
-        called = attributes.callees(instruction)
+        called = instruction.callees
         return [op for name in called if name in self._ops for op in self._ops[name].values()]
 
-    def _ends(self, instruction: Instruction) -> bool:
+    def _ends_transfer(self, instruction: Instruction) -> bool:
         return instruction.opcode.endswith("-done") or _calls_any(instruction, self._dones)
 
-    def _nested(self, instruction: Instruction, scope: Scope) -> Run:
+    def _run_nested(self, instruction: Instruction, scope: Scope) -> ComputationRun:
         """Run what a loop, a call or a conditional runs, as one."""
-        names = [n for n in attributes.callees(instruction) if n in self._graph.module.computations]
+        names = [n for n in instruction.callees if n in self._graph.module.computations]
         call = Call(scope.computation.name, "", instruction)
         trips = trips_of(call, self._graph)
-        runs = [self.run(name) for name in names]
+        runs = [self.run_computation(name) for name in names]
         if instruction.opcode == "conditional" and runs:
             slowest = max(runs, key=lambda run: (run.seconds, run.flops, run.bytes))
-            runs = [slowest, *(_left_out(run) for run in runs if run is not slowest)]
-        return _together(runs, trips)
+            runs = [slowest, *(_flights_alone(run) for run in runs if run is not slowest)]
+        return _add_runs(runs, trips)
 
 
-def _with_call(graph: Graph, target: str) -> frozenset[str]:
+def _computations_with_call(graph: Graph, target: str) -> frozenset[str]:
     return frozenset(
         name
         for name, computation in graph.module.computations.items()
@@ -160,20 +164,20 @@ def _with_call(graph: Graph, target: str) -> frozenset[str]:
 
 def _calls_any(instruction: Instruction, names: frozenset[str]) -> bool:
     is_fusion = bool(names) and instruction.opcode == "fusion"
-    return is_fusion and not names.isdisjoint(attributes.callees(instruction))
+    return is_fusion and not names.isdisjoint(instruction.callees)
 
 
-def _left_out(run: Run) -> Run:
+def _flights_alone(run: ComputationRun) -> ComputationRun:
     note = "in a branch that is not the slowest: not in the predicted time"
-    return Run(flights=[replace(f, note=f.note or note) for f in run.flights])
+    return ComputationRun(flights=[replace(f, note=f.note or note) for f in run.flights])
 
 
-def _together(runs: Sequence[Run], trips: Trips) -> Run:
+def _add_runs(runs: Sequence[ComputationRun], trips: Trips) -> ComputationRun:
     busy: dict[str, float] = defaultdict(float)
     for run in runs:
         for link, seconds in run.busy.items():
             busy[link] += trips.count * seconds
-    return Run(
+    return ComputationRun(
         seconds=trips.count * sum(run.seconds for run in runs),
         exposed=trips.count * sum(run.exposed for run in runs),
         flops=trips.count * sum(run.flops for run in runs),
@@ -197,14 +201,16 @@ class _Clock:
     waits: list[tuple[float, float]] = field(default_factory=list)
     under_way: dict[str, list[Flight]] = field(default_factory=dict)
     over: list[Flight] = field(default_factory=list)
-    total: Run = field(default_factory=Run)
+    total: ComputationRun = field(default_factory=ComputationRun)
 
-    def count(self, flops: int, bytes_: int) -> None:
+    def add_work(self, flops: int, bytes_: int) -> None:
         """Add to the work done so far."""
         self.total.flops += flops
         self.total.bytes += bytes_
 
-    def start(self, name: str, op: Op | None, transfer: Transfer, is_async: bool = True) -> Flight:
+    def start_transfer(
+        self, name: str, op: Op | None, transfer: Transfer, is_async: bool = True
+    ) -> Flight:
         """Put a transfer in line for its links."""
         begin = max((self.now, *(self.free[link] for link in transfer.links)))
         end = begin + transfer.seconds
@@ -217,7 +223,7 @@ class _Clock:
         self.under_way.setdefault(name, []).append(flight)
         return flight
 
-    def wait(self, name: str) -> None:
+    def wait_for(self, name: str) -> None:
         """Wait until what `name` started is there."""
         for flight in self.under_way.pop(name):
             if flight.end > self.now and flight.op is not None:
@@ -228,7 +234,7 @@ class _Clock:
             if flight.op is not None:
                 self.over.append(flight)
 
-    def run(self, inner: Run) -> None:
+    def run_nested(self, inner: ComputationRun) -> None:
         """Let a loop or call run; its own collectives go before those that are under way."""
         for flight in (f for flights in self.under_way.values() for f in flights):
             taken = max((inner.busy.get(link, 0.0) for link in flight.links), default=0.0)
@@ -240,7 +246,7 @@ class _Clock:
                 self.free[link] += seconds
             self.total.busy[link] += seconds
         self.now += inner.seconds
-        self.count(inner.flops, inner.bytes)
+        self.add_work(inner.flops, inner.bytes)
         self.total.exposed += inner.exposed
         self.total.flights += inner.flights
         self.total.is_exact &= inner.is_exact
@@ -263,25 +269,25 @@ class _Clock:
                 names += operand_names(passed)
         return None
 
-    def finish(self) -> Run:
+    def finish_run(self) -> ComputationRun:
         """Wait for what is still under way, and return the run."""
         for name in list(self.under_way):
             for flight in self.under_way[name]:
                 flight.note = "its done is in another computation: counted as exposed"
-            self.wait(name)
+            self.wait_for(name)
         starts = [start for start, _ in self.waits]
         waited = [0.0]
         for start, end in self.waits:
             waited.append(waited[-1] + end - start)
 
-        def before(time: float) -> float:
+        def waited_before(time: float) -> float:
             place = bisect_right(starts, time)
             beyond = max(0.0, self.waits[place - 1][1] - time) if place else 0.0
             return waited[place] - beyond
 
         for flight in self.over:
             # Sums of the same times in another order differ in the last digits.
-            exposed = before(flight.end) - before(flight.begin)
+            exposed = waited_before(flight.end) - waited_before(flight.begin)
             flight.exposed = min(max(exposed, 0.0), flight.seconds)
         self.total.flights = [*self.over, *self.total.flights]
         self.total.seconds = self.now

@@ -4,7 +4,7 @@ Imports `errors`, `tags`.
 """
 
 from txcore.profiling.hlo.collectives import Op, collectives_of, find_collectives
-from txcore.profiling.hlo.groups import NO_GROUPS, Groups, block, canonical
+from txcore.profiling.hlo.groups import NO_GROUPS, Groups, groups_of_block, sort_groups
 from txcore.profiling.hlo.operands import Input
 from txcore.profiling.hlo.text import KINDS, Computation, Instruction, Module, read_modules
 from txcore.profiling.hlo.types import HloError, Shape, parse_shapes
@@ -20,10 +20,10 @@ __all__ = [
     "Module",
     "Op",
     "Shape",
-    "block",
-    "canonical",
     "collectives_of",
     "find_collectives",
+    "groups_of_block",
     "parse_shapes",
     "read_modules",
+    "sort_groups",
 ]

@@ -1,19 +1,14 @@
-"""Read single attributes of an instruction: callees, channel, trips, target, source line."""
+"""Read single attributes of an instruction: channel, trips, target, source line."""
 
 import re
 from collections.abc import Iterator
 
-from txcore.profiling.hlo.frames import walk
-from txcore.profiling.hlo.scan import unquoted
+from txcore.profiling.hlo.frames import walk_callers
+from txcore.profiling.hlo.scan import strip_quotes
 from txcore.profiling.hlo.text import Instruction, Module
 from txcore.profiling.hlo.types import to_int
 
 _TRIP_COUNT = re.compile(r'known_trip_count\\?"?\s*[:=]\s*\{\s*\\?"?n\\?"?\s*[:=]\s*\\?"?(\d+)')
-
-
-def callees(instruction: Instruction) -> tuple[str, ...]:
-    """Return the names of the computations that an instruction runs."""
-    return instruction.callees
 
 
 def trip_count(instruction: Instruction) -> int | None:
@@ -27,19 +22,19 @@ def op_name(instruction: Instruction) -> str:
     return instruction.metadata.get("op_name", "")
 
 
-def metadata(instruction: Instruction) -> str:
+def metadata_text(instruction: Instruction) -> str:
     """Return an op's metadata as printed: equal for ops that come from the same place."""
     return instruction.attributes.get("metadata", "")
 
 
-def channel(instruction: Instruction) -> str:
+def channel_id(instruction: Instruction) -> str:
     """Return the channel that an instruction talks on, or ""."""
     return instruction.attributes.get("channel_id", "")
 
 
 def custom_call_target(instruction: Instruction) -> str:
     """Return the function that a custom call runs, or ""."""
-    return unquoted(instruction.attributes.get("custom_call_target", ""))
+    return strip_quotes(instruction.attributes.get("custom_call_target", ""))
 
 
 def source_frames(instruction: Instruction, module: Module) -> Iterator[tuple[str, int]]:
@@ -49,4 +44,4 @@ def source_frames(instruction: Instruction, module: Module) -> Iterator[tuple[st
     if (file := said.get("source_file")) and line.isdecimal():
         yield file, to_int(line)
     elif frame.isdecimal():
-        yield from walk(module.frames, to_int(frame))
+        yield from walk_callers(module.frames, to_int(frame))

@@ -6,15 +6,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from txcore.profiling.hlo import attributes, custom_calls
-from txcore.profiling.hlo.consumer import full_name, maker, wanted_by
+from txcore.profiling.hlo.consumer import find_consumer, find_maker, full_name
 from txcore.profiling.hlo.graph import Graph, Value
 from txcore.profiling.hlo.groups import NO_GROUPS, Groups, Pairs, parse_pairs
 from txcore.profiling.hlo.modes import mode_of, pairs_of_devices
-from txcore.profiling.hlo.operands import Input, Words, inputs_of, witnesses, words_of
+from txcore.profiling.hlo.operands import Input, Words, find_witnesses, inputs_of, words_of
 from txcore.profiling.hlo.scan import without_quoted
 from txcore.profiling.hlo.text import KINDS, Instruction, Module, read_modules
 from txcore.profiling.hlo.tpu_async import is_later_step
-from txcore.profiling.hlo.trip_counts import ONCE, Trips, runs
+from txcore.profiling.hlo.trip_counts import ONCE, Trips, count_runs
 from txcore.profiling.hlo.types import HloError, Shape, parse_shapes
 
 _KIND_OF = {f"{kind}{start}": kind for kind in KINDS for start in ("", "-start")}
@@ -106,18 +106,18 @@ def find_collectives(text: str, *, devices: int | None = None) -> tuple[Op, ...]
 
 def collectives_of(modules: Iterable[Module], *, devices: int | None = None) -> tuple[Op, ...]:
     """Return every collective in modules that were read before, as `find_collectives`."""
-    return tuple(op for module in modules for op in _of_module(module, devices))
+    return tuple(op for module in modules for op in _find_in_module(module, devices))
 
 
-def _of_module(module: Module, devices: int | None) -> Iterator[Op]:
+def _find_in_module(module: Module, devices: int | None) -> Iterator[Op]:
     graph = Graph(module)
-    trips = runs(graph)
+    trips = count_runs(graph)
     opcodes = frozenset(i.opcode for c in module.computations.values() for i in c.instructions)
     for name, computation in module.computations.items():
         context = _Context(graph, opcodes, name, devices, trips[name])
         for instruction in computation.instructions:
-            if kind := _kind(instruction, context):
-                yield _read(instruction, kind, context)
+            if kind := _kind_to_count(instruction, context):
+                yield _read_or_mark_unknown(instruction, kind, context)
         for line in computation.unreadable:
             problem = f"cannot be read: {line[:120]}"
             yield Op(line[:40], "unknown", problem=problem, computation=name)
@@ -134,7 +134,7 @@ class _Context:
     trips: Trips
 
 
-def _kind(instruction: Instruction, context: _Context) -> str | None:
+def _kind_to_count(instruction: Instruction, context: _Context) -> str | None:
     """Return the kind of collective that an instruction is, or None where it is none to count."""
     opcode = instruction.opcode
     if kind := _KIND_OF.get(opcode):
@@ -167,11 +167,11 @@ def _is_wrapper(instruction: Instruction, kind: str, module: Module) -> bool:
     """Tell whether a -start only names a computation in which the collective is counted."""
     if not instruction.opcode.endswith("-start"):
         return False
-    called = (module.computations.get(name) for name in attributes.callees(instruction))
+    called = (module.computations.get(name) for name in instruction.callees)
     return any(inner.opcode == kind for c in called if c for inner in c.instructions)
 
 
-def _read(instruction: Instruction, kind: str, context: _Context) -> Op:
+def _read_or_mark_unknown(instruction: Instruction, kind: str, context: _Context) -> Op:
     try:
         if kind == "unknown":
             raise HloError(f"unknown form {instruction.rest[:80]!r}")
@@ -184,34 +184,36 @@ def _read(instruction: Instruction, kind: str, context: _Context) -> Op:
 
 def _read_op(instruction: Instruction, kind: str, context: _Context) -> Op:
     graph = context.graph
-    here = Value(graph.scope(context.computation), instruction)
-    lines = witnesses(here, graph)
+    here = Value(graph.scope_of(context.computation), instruction)
+    lines = find_witnesses(here, graph)
     words = words_of(lines)
     words = Words(words.tag, full_name(words.op_name, here, graph), words.marked)
     if kind == "custom-call":
         inputs: tuple[Input, ...] = ()
     else:
-        inputs = _inputs(instruction, kind, here, words, graph)
-    says = _with_words_of(words, inputs)
+        inputs = _find_inputs(instruction, kind, here, words, graph)
+    says = _words_or_those_of_inputs(words, inputs)
     is_silent = words.marked or "/" not in words.op_name or words.op_name.endswith("/shard_map")
-    by_user = _user(here, graph) if is_silent and inputs else {}  # else it says what it is for
+    by_user = (
+        _describe_user(here, graph) if is_silent and inputs else {}
+    )  # else it says what it is for
     if _PAIRS_OF_SEND in instruction.frontend and kind == "send":
         kind = "collective-permute"  # pipelined; XLA for GPU writes it as sends and receives
     return Op(
         name=instruction.name,
         kind=kind,
         marked=words.marked,
-        frames=_frames(lines, graph.module),
+        frames=_first_known_frames(lines, graph.module),
         target=attributes.custom_call_target(instruction) if kind == "custom-call" else "",
         computation=context.computation,
         trips=context.trips,
         **says,
         **by_user,
-        **_among(instruction, kind, says["inputs"], context),
+        **_read_partners(instruction, kind, says["inputs"], context),
     )
 
 
-def _inputs(
+def _find_inputs(
     instruction: Instruction, kind: str, here: Value, words: Words, graph: Graph
 ) -> tuple[Input, ...]:
     """Return what is sent; other operands are buffers to write to, offsets and tokens."""
@@ -220,10 +222,10 @@ def _inputs(
     is_first_alone = slices is not None or kind in ("ragged-all-to-all", "send")
     sent = instruction.operands[:1] if is_first_alone else instruction.operands
     inputs = inputs_of(here, sent, words, graph)
-    return inputs if slices is None else _slices(inputs, slices)
+    return inputs if slices is None else _slice_inputs(inputs, slices)
 
 
-def _among(
+def _read_partners(
     instruction: Instruction, kind: str, inputs: tuple[Input, ...], context: _Context
 ) -> dict[str, Any]:
     """Return which devices talk to each other: an op's groups or pairs, and what is not known."""
@@ -241,7 +243,7 @@ def _among(
         raise HloError("no replica_groups")
     if "device_ids" in said:  # of the mesh form, whose comma parts it in two
         printed += f", device_ids={said['device_ids']}"
-    groups = graph.groups(printed, mode, context.devices)
+    groups = graph.groups_as_devices(printed, mode, context.devices)
     if not groups:
         size = _size_by_shapes(instruction, kind, inputs)
         return {"size": size, "problem": "" if size else UNSIZED}
@@ -263,7 +265,7 @@ def _size_by_shapes(instruction: Instruction, kind: str, inputs: tuple[Input, ..
     return large // small if small and large % small == 0 else 0
 
 
-def _slices(inputs: tuple[Input, ...], printed: str) -> tuple[Input, ...]:
+def _slice_inputs(inputs: tuple[Input, ...], printed: str) -> tuple[Input, ...]:
     """Return what a permute in place sends: slices of the arrays of its first operand, in order."""
     sizes = [parse_shapes(f"u8[{dims}]")[0] for dims in _DIMS.findall(printed)]
     if not sizes or len(sizes) % len(inputs):
@@ -276,10 +278,10 @@ def _slices(inputs: tuple[Input, ...], printed: str) -> tuple[Input, ...]:
     )
 
 
-def _user(here: Value, graph: Graph) -> dict[str, Any]:
+def _describe_user(here: Value, graph: Graph) -> dict[str, Any]:
     """Name what wanted the data; at a program's end, where that is nothing, what made it."""
-    user = wanted_by(here, graph)
-    made = maker(here) if user is None else None
+    user = find_consumer(here, graph)
+    made = find_maker(here) if user is None else None
     near = user or made
     # Where the compiler chose the results' shardings, it gathers for what made them.
     named = user or (made if graph.module.chooses_output_shardings else None)
@@ -287,7 +289,7 @@ def _user(here: Value, graph: Graph) -> dict[str, Any]:
     return {"wanted_by": attributes.op_name(named) if named else "", "wanted_frames": frames}
 
 
-def _with_words_of(words: Words, inputs: tuple[Input, ...]) -> dict[str, Any]:
+def _words_or_those_of_inputs(words: Words, inputs: tuple[Input, ...]) -> dict[str, Any]:
     """Let a silent op speak with its arrays' words: older XLA for GPU merged them without any."""
     tags = tuple(t for t in words.tag.split(",") if t)
     if tags or words.op_name:
@@ -300,6 +302,6 @@ def _with_words_of(words: Words, inputs: tuple[Input, ...]) -> dict[str, Any]:
     return {"tags": tags, "op_name": op_name, "inputs": inputs}
 
 
-def _frames(lines: list[Instruction], module: Module) -> tuple[tuple[str, int], ...]:
+def _first_known_frames(lines: list[Instruction], module: Module) -> tuple[tuple[str, int], ...]:
     each = (tuple(attributes.source_frames(line, module)) for line in lines)
     return next((frames for frames in each if frames), ())

@@ -5,7 +5,7 @@ first instruction after it that has a path of jax's own is the op that it was in
 """
 
 from txcore.profiling.hlo import attributes
-from txcore.profiling.hlo.dataflow import results
+from txcore.profiling.hlo.dataflow import follow_to_result
 from txcore.profiling.hlo.graph import Graph, Value, operand_names
 from txcore.profiling.hlo.text import Instruction
 
@@ -13,14 +13,14 @@ _FARTHEST = 64  # instructions to look at; a damaged text may lead in a circle
 _LONGEST = 4096  # characters of a caller's path
 
 
-def wanted_by(collective: Value, graph: Graph) -> Instruction | None:
+def find_consumer(collective: Value, graph: Graph) -> Instruction | None:
     """Return the nearest instruction that uses a value and has another path; None without one."""
-    own = attributes.metadata(collective.instruction)
+    own = attributes.metadata_text(collective.instruction)
     reached = [collective]
     seen = {collective.instruction.name}
     for value in reached:
-        for after in (*results(value, graph)[1:], *_users(value)):
-            says = attributes.metadata(after.instruction)
+        for after in (*follow_to_result(value, graph)[1:], *_nearest_users(value)):
+            says = attributes.metadata_text(after.instruction)
             if says != own and "/" in attributes.op_name(after.instruction):
                 return after.instruction
             if len(reached) >= _FARTHEST:
@@ -31,7 +31,7 @@ def wanted_by(collective: Value, graph: Graph) -> Instruction | None:
     return None
 
 
-def maker(collective: Value) -> Instruction | None:
+def find_maker(collective: Value) -> Instruction | None:
     """Return the nearest instruction that computes a collective's operand and has a path."""
     value = collective.instruction
     for _ in range(_FARTHEST):
@@ -54,7 +54,7 @@ def full_name(op_name: str, value: Value, graph: Graph) -> str:
         call = graph.only_caller(scope.computation.name)
         if call is None or not op_name or op_name.startswith("jit("):
             break
-        scope = graph.scope(call.caller)
+        scope = graph.scope_of(call.caller)
         if call.instruction.opcode == "call":
             outer = attributes.op_name(call.instruction)
             is_path = "/" in outer and len(outer) + len(op_name) <= _LONGEST
@@ -62,6 +62,6 @@ def full_name(op_name: str, value: Value, graph: Graph) -> str:
     return op_name
 
 
-def _users(value: Value) -> list[Value]:
+def _nearest_users(value: Value) -> list[Value]:
     users = value.scope.users.get(value.instruction.name, ())
     return [Value(value.scope, user) for user in users[:_FARTHEST]]

@@ -22,8 +22,10 @@ class Frame:
 
 def read_frames(tables: Mapping[str, Mapping[int, str]]) -> dict[int, Frame]:
     """Join the numbered rows of the four tables into frames, by their numbers."""
-    rows = {number: _fields(row) for number, row in tables.get("StackFrames", {}).items()}
-    locations = {number: _fields(row) for number, row in tables.get("FileLocations", {}).items()}
+    rows = {number: _read_fields(row) for number, row in tables.get("StackFrames", {}).items()}
+    locations = {
+        number: _read_fields(row) for number, row in tables.get("FileLocations", {}).items()
+    }
     files = {number: row.strip('"') for number, row in tables.get("FileNames", {}).items()}
     # Recent XLA prints a parent's number plus one, so that 1 means "none"; then no parent is 0.
     shift = int(all(row.get("parent_frame_id", 0) >= 1 for row in rows.values()))
@@ -36,7 +38,7 @@ def read_frames(tables: Mapping[str, Mapping[int, str]]) -> dict[int, Frame]:
     return frames
 
 
-def walk(frames: Mapping[int, Frame], number: int) -> Iterator[tuple[str, int]]:
+def walk_callers(frames: Mapping[int, Frame], number: int) -> Iterator[tuple[str, int]]:
     """Yield (file, line) of a frame and its callers; a damaged table cannot make it loop."""
     seen: set[int] = set()
     while number in frames and number not in seen and len(seen) < _DEEPEST:
@@ -45,5 +47,5 @@ def walk(frames: Mapping[int, Frame], number: int) -> Iterator[tuple[str, int]]:
         number = frames[number].parent
 
 
-def _fields(row: str) -> dict[str, int]:
+def _read_fields(row: str) -> dict[str, int]:
     return {name: to_int(number) for name, number in _FIELD.findall(row)}

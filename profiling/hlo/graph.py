@@ -36,7 +36,7 @@ class Graph:
     def _lines(self) -> int:
         return sum(len(c.instructions) for c in self.module.computations.values())
 
-    def allows(self, steps: int) -> bool:
+    def allows_steps(self, steps: int) -> bool:
         """Tell whether that many steps more may be done from value to value.
 
         Real modules come nowhere near the limit; of one that leads each of its collectives through
@@ -51,7 +51,7 @@ class Graph:
             self._done["devices"] += devices
         return may
 
-    def groups(self, printed: str, mode: str, devices: int | None) -> Groups:
+    def groups_as_devices(self, printed: str, mode: str, devices: int | None) -> Groups:
         """Return the groups of devices that printed ones mean, each reading kept.
 
         Args:
@@ -78,7 +78,7 @@ class Graph:
             for instruction in caller.instructions
             # An async pair's -done and -update name the computation of their -start again.
             if instruction.opcode in CALLERS or instruction.opcode.endswith("-start")
-            for callee in attributes.callees(instruction)
+            for callee in instruction.callees
             if callee in known
         )
 
@@ -94,10 +94,10 @@ class Graph:
         callers = self._callers.get(computation, [])
         return callers[0] if len(callers) == 1 else None
 
-    def called(self, instruction: Instruction) -> "Scope | None":
+    def called_scope(self, instruction: Instruction) -> "Scope | None":
         """Return the first computation that an instruction runs, or None where it runs none."""
-        names = attributes.callees(instruction)
-        return self.scope(names[0]) if names and names[0] in self.module.computations else None
+        names = instruction.callees
+        return self.scope_of(names[0]) if names and names[0] in self.module.computations else None
 
     @cached_property
     def _steps(self) -> "dict[tuple[str, str, str], dict[str, list[Value]]]":
@@ -108,10 +108,10 @@ class Graph:
                 if instruction.opcode != "custom-call":
                     continue
                 target = attributes.custom_call_target(instruction)
-                for value in self.scope(name).operands(instruction):
+                for value in self.scope_of(name).operands_of(instruction):
                     step = value.instruction
                     if _is_step(step, is_step):
-                        key = target, step.opcode, attributes.channel(step)
+                        key = target, step.opcode, attributes.channel_id(step)
                         found[key].setdefault(name, []).append(value)
         return found
 
@@ -120,9 +120,9 @@ class Graph:
 
         Like it are those with the same opcode and channel.
         """
-        return self._steps.get((target, like.opcode, attributes.channel(like)), {})
+        return self._steps.get((target, like.opcode, attributes.channel_id(like)), {})
 
-    def scope(self, computation: str) -> "Scope":
+    def scope_of(self, computation: str) -> "Scope":
         """Return the lookups within one computation."""
         if (found := self._scopes.get(computation)) is None:
             found = self._scopes[computation] = Scope(self.module.computations[computation])
@@ -135,7 +135,7 @@ class Scope:
 
     computation: Computation
 
-    def operands(self, instruction: Instruction) -> "list[Value]":
+    def operands_of(self, instruction: Instruction) -> "list[Value]":
         """Return what makes the operands of an instruction, as far as it is known."""
         found = (self.by_name.get(name) for name in operand_names(instruction))
         return [Value(self, operand) for operand in found if operand is not None]
@@ -185,7 +185,7 @@ class Scope:
     def _shapes(self) -> dict[str, tuple[Shape, ...]]:
         return {}
 
-    def shapes(self, instruction: Instruction) -> tuple[Shape, ...]:
+    def shapes_of(self, instruction: Instruction) -> tuple[Shape, ...]:
         """Return the arrays of an instruction's type.
 
         Raises:

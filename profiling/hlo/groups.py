@@ -98,11 +98,12 @@ class Groups(Sequence[tuple[int, ...]]):
 NO_GROUPS = Groups()
 
 
-def block(dims: Iterable[Dim]) -> Groups:
+def groups_of_block(dims: Iterable[Dim]) -> Groups:
     """Return the groups that a block of devices falls into: those along the dims marked True.
 
     Example:
-      >>> list(block([(2, False), (2, True)])), list(block([(2, True), (2, False)]))
+      >>> rows, columns = [(2, False), (2, True)], [(2, True), (2, False)]
+      >>> list(groups_of_block(rows)), list(groups_of_block(columns))
       ([(0, 1), (2, 3)], [(0, 2), (1, 3)])
     """
     merged: list[Dim] = []
@@ -115,24 +116,24 @@ def block(dims: Iterable[Dim]) -> Groups:
     return Groups(tuple(merged))
 
 
-def canonical(groups: Iterable[Iterable[int]]) -> Groups:
+def sort_groups(groups: Iterable[Iterable[int]]) -> Groups:
     """Sort the members of each group and the groups; keep the dims of a block if they are one.
 
     Example:
-      >>> canonical([[3, 2], [1, 0]]) == block([(2, False), (2, True)])
+      >>> sort_groups([[3, 2], [1, 0]]) == groups_of_block([(2, False), (2, True)])
       True
     """
     listed = tuple(sorted(tuple(sorted(group)) for group in groups))
     sizes = {len(group) for group in listed}
     if len(sizes) != 1 or listed[0][0] != 0:
         return Groups(None, listed)
-    regular = _guess(listed[0], sum(map(len, listed)))
-    if regular is None or not np.array_equal(_rows(regular.dims or ()), np.array(listed)):
+    regular = _guess_block(listed[0], sum(map(len, listed)))
+    if regular is None or not np.array_equal(_list_rows(regular.dims or ()), np.array(listed)):
         return Groups(None, listed)
     return regular
 
 
-def _rows(dims: Sequence[Dim]) -> np.ndarray:
+def _list_rows(dims: Sequence[Dim]) -> np.ndarray:
     """List the groups of a block, one a row."""
     order = sorted(range(len(dims)), key=lambda i: dims[i][1])
     ids = np.arange(math.prod(size for size, _ in dims)).reshape([size for size, _ in dims])
@@ -140,7 +141,7 @@ def _rows(dims: Sequence[Dim]) -> np.ndarray:
     return ids.transpose(order).reshape(-1, together)
 
 
-def _guess(first: Sequence[int], devices: int) -> Groups | None:
+def _guess_block(first: Sequence[int], devices: int) -> Groups | None:
     """Return the block whose first group is this one, or None where there is none."""
     dims: list[Dim] = []
     unit = 1  # how many devices the dims so far cover
@@ -155,15 +156,15 @@ def _guess(first: Sequence[int], devices: int) -> Groups | None:
         unit, first = apart * run, first[::run]
     if devices % unit:
         return None
-    return block([(devices // unit, False), *reversed(dims)])
+    return groups_of_block([(devices // unit, False), *reversed(dims)])
 
 
-def up_to_a_million(devices: int) -> bool:
+def allow_a_million(devices: int) -> bool:
     """Allow to list up to 2^20 devices."""
     return devices <= 1 << 20
 
 
-def parse_groups(text: str, allow: Allow = up_to_a_million) -> Groups:
+def parse_groups(text: str, allow: Allow = allow_a_million) -> Groups:
     """Read the replica groups at the beginning of `text`.
 
     Args:
@@ -184,15 +185,15 @@ def parse_groups(text: str, allow: Allow = up_to_a_million) -> Groups:
       [(0, 1), (2, 3)]
     """
     if listed := _LIST.match(text):
-        return _listed(listed[0])
+        return _read_listed_groups(listed[0])
     if iota := _IOTA.match(text):
-        shape, sizes = _numbers(iota[1]), _numbers(iota[2])
+        shape, sizes = _read_sizes(iota[1]), _read_sizes(iota[2])
         if len(shape) != 2 or not 0 < math.prod(shape) == math.prod(sizes):
             raise HloError(f"the groups {text[:60]!r} do not hold {math.prod(sizes)} devices")
-        order = _numbers(iota[3]) if iota[3] else tuple(range(len(sizes)))
-        return _grouped(sizes, order, shape[1], allow)
+        order = _read_sizes(iota[3]) if iota[3] else tuple(range(len(sizes)))
+        return _group_reordered_dims(sizes, order, shape[1], allow)
     if mesh := _MESH.match(text):
-        return _mesh_groups(mesh["sizes"], mesh["ids"], mesh["axes"], allow)
+        return _read_mesh_groups(mesh["sizes"], mesh["ids"], mesh["axes"], allow)
     raise HloError(f"unknown replica groups {text[:60]!r}")
 
 
@@ -215,11 +216,11 @@ def parse_pairs(text: str) -> Pairs:
     form = _PAIRS.match(text)
     if form is None or _LONG.search(form[1]):
         raise HloError(f"unknown source_target_pairs {text[:60]!r}")
-    ends = iter(_integers(form[1]).tolist())
+    ends = iter(_read_integers(form[1]).tolist())
     return tuple(sorted(zip(ends, ends, strict=True)))
 
 
-def _numbers(text: str) -> tuple[int, ...]:
+def _read_sizes(text: str) -> tuple[int, ...]:
     numbers = tuple(to_int(n) for n in re.findall(r"\d+", text))
     if len(numbers) > 64 or math.prod(numbers) > MOST:
         raise HloError(f"replica groups of more than 10^18 devices: {text[:60]!r}")
@@ -229,24 +230,24 @@ def _numbers(text: str) -> tuple[int, ...]:
 _TO_BLANKS = str.maketrans("{},", "   ")
 
 
-def _integers(text: str) -> np.ndarray:
+def _read_integers(text: str) -> np.ndarray:
     blank = text.translate(_TO_BLANKS)
-    return np.array(blank.split(), np.int64) if len(text) < _SHORT else _many(blank)
+    return np.array(blank.split(), np.int64) if len(text) < _SHORT else _read_many_integers(blank)
 
 
-def _many(text: str) -> np.ndarray:
+def _read_many_integers(text: str) -> np.ndarray:
     return np.fromstring(text, np.int64, sep=" ") if text.strip() else np.zeros(0, np.int64)
 
 
-def _listed(text: str) -> Groups:
+def _read_listed_groups(text: str) -> Groups:
     if _LONG.search(text):
         raise HloError(f"replica groups of more than 10^9 devices: {text[:60]!r}")
     if len(text) < _SHORT:
         groups = [list(map(int, _NUMBER.findall(part))) for part in text[1:-1].split("}")]
         if len({n for group in groups for n in group}) != sum(map(len, groups)):
             raise HloError(f"a device is in two replica groups: {text[:60]!r}")
-        return canonical(group for group in groups if group)
-    members = _integers(text)
+        return sort_groups(group for group in groups if group)
+    members = _read_integers(text)
     if len(np.unique(members)) != len(members):
         raise HloError(f"a device is in two replica groups: {text[:60]!r}")
     # Each group's members are those whose digits begin between its brace and the next one.
@@ -256,10 +257,12 @@ def _listed(text: str) -> Groups:
     braces = np.flatnonzero(codes == ord("{"))[1:]
     ends = np.searchsorted(begins, braces)[1:].tolist()
     listed, numbers = members.tolist(), [0, *ends, len(members)]
-    return canonical(listed[a:b] for a, b in itertools.pairwise(numbers) if a < b)
+    return sort_groups(listed[a:b] for a, b in itertools.pairwise(numbers) if a < b)
 
 
-def _grouped(sizes: Sequence[int], order: Sequence[int], group: int, allow: Allow) -> Groups:
+def _group_reordered_dims(
+    sizes: Sequence[int], order: Sequence[int], group: int, allow: Allow
+) -> Groups:
     """Return the groups of `group` devices that follow each other in a block's reordered dims."""
     if sorted(order) != list(range(len(sizes))):
         raise HloError(f"T{tuple(order)} does not permute the dims {tuple(sizes)}")
@@ -270,14 +273,14 @@ def _grouped(sizes: Sequence[int], order: Sequence[int], group: int, allow: Allo
         if left > 1 and together != min(sizes[dim], left):  # a group ends within a row of it
             check_listing(math.prod(sizes), allow)
             ids = np.arange(math.prod(sizes)).reshape(sizes).transpose(order)
-            return canonical(ids.reshape(-1, group).tolist())
+            return sort_groups(ids.reshape(-1, group).tolist())
         parts[dim] = [(sizes[dim] // together, False), (together, True)]
         left //= together
-    return block(itertools.chain.from_iterable(parts))
+    return groups_of_block(itertools.chain.from_iterable(parts))
 
 
-def _mesh_groups(sizes: str, ids: str | None, axes: str, allow: Allow) -> Groups:
-    mesh = _axis_sizes(sizes)
+def _read_mesh_groups(sizes: str, ids: str | None, axes: str, allow: Allow) -> Groups:
+    mesh = _read_axis_sizes(sizes)
     # Each axis is split in (major, chosen, minor) parts; a whole axis is (1, all, 1).
     chosen: dict[str, list[tuple[int, int]]] = {name: [] for name in mesh}
     for part in filter(None, map(str.strip, axes.split(","))):
@@ -289,18 +292,18 @@ def _mesh_groups(sizes: str, ids: str | None, axes: str, allow: Allow) -> Groups
         chosen[name].append(whole)
     dims = [dim for name, size in mesh.items() for dim in _split_axis(name, size, chosen[name])]
     if ids is None:
-        return block(dims)
+        return groups_of_block(dims)
     # The mesh's devices are in another order than that of their numbers.
     count = math.prod(mesh.values())
     check_listing(count, allow)
-    devices = _device_ids(ids, count)
+    devices = _read_device_ids(ids, count)
     order = sorted(range(len(dims)), key=lambda i: dims[i][1])
     group = math.prod(size for size, together in dims if together)
     grid = devices.reshape([size for size, _ in dims]).transpose(order)
-    return canonical(grid.reshape(-1, group).tolist())
+    return sort_groups(grid.reshape(-1, group).tolist())
 
 
-def _axis_sizes(text: str) -> dict[str, int]:
+def _read_axis_sizes(text: str) -> dict[str, int]:
     found = [_AXIS_SIZE.fullmatch(part.strip()) for part in text.split(",") if part.strip()]
     if not 0 < len(found) <= 32 or any(axis is None for axis in found):
         raise HloError(f"unknown axes in mesh[{text[:60]}]")
@@ -310,14 +313,14 @@ def _axis_sizes(text: str) -> dict[str, int]:
     return mesh
 
 
-def _device_ids(text: str, devices: int) -> np.ndarray:
+def _read_device_ids(text: str, devices: int) -> np.ndarray:
     if form := _DEVICE_IOTA.fullmatch(text.strip()):
-        sizes = _numbers(form[1])
-        order = _numbers(form[2]) if form[2] else tuple(range(len(sizes)))
+        sizes = _read_sizes(form[1])
+        order = _read_sizes(form[2]) if form[2] else tuple(range(len(sizes)))
         if math.prod(sizes) == devices and sorted(order) == list(range(len(sizes))):
             return np.arange(devices).reshape(sizes).transpose(order).reshape(-1)
     elif _DEVICE_LIST.fullmatch(text) and not _LONG.search(text):
-        ids = _integers(text)
+        ids = _read_integers(text)
         if np.array_equal(np.sort(ids), np.arange(devices)):
             return ids
     raise HloError(f"device_ids=({text[:40]}) are not those of a mesh of {devices}")

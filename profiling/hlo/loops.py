@@ -33,7 +33,7 @@ class _Loop:
     body: Scope
 
 
-def counted_trips(instruction: Instruction, scope: Scope, graph: Graph) -> int | None:
+def count_trips(instruction: Instruction, scope: Scope, graph: Graph) -> int | None:
     """Return how often a while loop runs, or None where it is no such loop.
 
     Args:
@@ -45,36 +45,36 @@ def counted_trips(instruction: Instruction, scope: Scope, graph: Graph) -> int |
     names = [operand_name(said.get(key, "")) for key in ("condition", "body")]
     if not all(name in graph.module.computations for name in names):
         return None
-    loop = _Loop(instruction, scope, graph.scope(names[0]), graph.scope(names[1]))
+    loop = _Loop(instruction, scope, graph.scope_of(names[0]), graph.scope_of(names[1]))
     test = loop.condition.root
     if test is None or test.opcode != "compare" or test.attributes.get("direction") != "LT":
         return None
-    compared = [_value(name, loop.condition) for name in operand_names(test)]
+    compared = [_read_value(name, loop.condition) for name in operand_names(test)]
     counter, bound = compared if len(compared) == 2 else (None, None)
     if not isinstance(counter, _Carried) or not _grows_by_one(counter, loop.body):
         return None
     if isinstance(bound, _Carried):
-        is_kept = _value(_result(bound, loop.body), loop.body) == bound
-        bound = _initial(bound, loop) if is_kept else None
-    first = _initial(counter, loop)
+        is_kept = _read_value(_name_after_trip(bound, loop.body), loop.body) == bound
+        bound = _value_before_loop(bound, loop) if is_kept else None
+    first = _value_before_loop(counter, loop)
     return max(0, bound - first) if isinstance(bound, int) and isinstance(first, int) else None
 
 
-def _value(name: str | None, scope: Scope) -> int | _Carried | None:
+def _read_value(name: str | None, scope: Scope) -> int | _Carried | None:
     """Return what a name stands for in a loop's computation, or outside, where it is simple."""
-    instruction = _origin(name, scope)
+    instruction = _find_origin(name, scope)
     if instruction is None:
         return None
     if instruction.opcode == "constant" and (number := _CONSTANT.match(instruction.rest)):
         return to_int(number[2]) * (-1 if number[1] else 1)
     if instruction.opcode == "get-tuple-element" and (index := index_of(instruction)) >= 0:
-        whole = _origin(next(iter(operand_names(instruction)), None), scope)
+        whole = _find_origin(next(iter(operand_names(instruction)), None), scope)
         is_argument = whole is not None and whole.opcode == "parameter"
         return _Carried(index) if is_argument else None
     return None
 
 
-def _origin(name: str | None, scope: Scope) -> Instruction | None:
+def _find_origin(name: str | None, scope: Scope) -> Instruction | None:
     """Return the instruction behind a name, past those that leave its value as it is."""
     for _ in range(_FARTHEST):
         instruction = scope.by_name.get(name or "")
@@ -85,25 +85,25 @@ def _origin(name: str | None, scope: Scope) -> Instruction | None:
 
 
 def _grows_by_one(counter: _Carried, body: Scope) -> bool:
-    step = _origin(_result(counter, body), body)
+    step = _find_origin(_name_after_trip(counter, body), body)
     if step is None or step.opcode != "add":
         return False
-    added = [_value(name, body) for name in operand_names(step)]
+    added = [_read_value(name, body) for name in operand_names(step)]
     return added in ([counter, 1], [1, counter])
 
 
-def _result(carried: _Carried, body: Scope) -> str | None:
+def _name_after_trip(carried: _Carried, body: Scope) -> str | None:
     root = body.root
-    return _element(root.name if root is not None else None, carried, body)
+    return _name_of_element(root.name if root is not None else None, carried, body)
 
 
-def _initial(carried: _Carried, loop: _Loop) -> int | _Carried | None:
+def _value_before_loop(carried: _Carried, loop: _Loop) -> int | _Carried | None:
     whole = next(iter(operand_names(loop.instruction)), None)
-    return _value(_element(whole, carried, loop.outside), loop.outside)
+    return _read_value(_name_of_element(whole, carried, loop.outside), loop.outside)
 
 
-def _element(name: str | None, carried: _Carried, scope: Scope) -> str | None:
-    whole = _origin(name, scope)
+def _name_of_element(name: str | None, carried: _Carried, scope: Scope) -> str | None:
+    whole = _find_origin(name, scope)
     if whole is None or whole.opcode != "tuple":
         return None
     names = operand_names(whole)

@@ -21,9 +21,9 @@ from txcore.profiling.hlo.groups import (
     Allow,
     Groups,
     Pairs,
-    block,
-    canonical,
     check_listing,
+    groups_of_block,
+    sort_groups,
 )
 from txcore.profiling.hlo.text import Module
 from txcore.profiling.hlo.types import HloError
@@ -74,19 +74,23 @@ def groups_of_devices(
       HloError: a number is of none of the header's replicas, partitions or devices, or the
         groups may not be listed.
     """
-    replicas, partitions = _counts(printed, mode, module, devices)
+    replicas, partitions = _replicas_and_partitions(printed, mode, module, devices)
     if replicas is None or partitions is None:
         return NO_GROUPS if mode == "cross_replica_and_partition" else printed
     if _are_devices(printed.last, mode, replicas, partitions):
         return printed
     count = {"cross_partition": partitions, "flattened_id": replicas * partitions}
-    numbered = printed if printed else block([(count.get(mode, replicas), True)])
+    numbered = printed if printed else groups_of_block([(count.get(mode, replicas), True)])
     if mode == "cross_partition":
-        return _spread(numbered, replicas, partitions, major=True, together=False, allow=allow)
+        return _spread_groups(
+            numbered, replicas, partitions, major=True, together=False, allow=allow
+        )
     if mode == "flattened_id":
         return numbered
     together = mode == "cross_replica_and_partition"
-    return _spread(numbered, replicas, partitions, major=False, together=together, allow=allow)
+    return _spread_groups(
+        numbered, replicas, partitions, major=False, together=together, allow=allow
+    )
 
 
 def pairs_of_devices(printed: Pairs, mode: str, module: Module, allow: Allow) -> Pairs:
@@ -109,7 +113,7 @@ def pairs_of_devices(printed: Pairs, mode: str, module: Module, allow: Allow) ->
     )
 
 
-def _counts(
+def _replicas_and_partitions(
     printed: Groups, mode: str, module: Module, devices: int | None
 ) -> tuple[int | None, int | None]:
     """Return the replicas and partitions, as far as they are known or make no difference."""
@@ -137,19 +141,23 @@ def _are_devices(last: int, mode: str, replicas: int, partitions: int) -> bool:
     raise HloError(f"{what} {last} is in a group, but the header counts {own} of them")
 
 
-def _spread(
+def _spread_groups(
     numbered: Groups, replicas: int, partitions: int, *, major: bool, together: bool, allow: Allow
 ) -> Groups:
     """Repeat groups of one count's numbers for the other count, which is the major or minor one."""
     count, others = (partitions, replicas) if major else (replicas, partitions)
     if numbered.dims is not None and numbered.devices == count:
         dims = [(others, together)]
-        return block([*dims, *numbered.dims] if major else [*numbered.dims, *dims])
+        return groups_of_block([*dims, *numbered.dims] if major else [*numbered.dims, *dims])
     check_listing(numbered.devices * others, allow)
 
-    def at(number: int, other: int) -> int:
+    def device_of(number: int, other: int) -> int:
         return other * partitions + number if major else number * partitions + other
 
     if together:
-        return canonical([at(n, o) for n in group for o in range(others)] for group in numbered)
-    return canonical([at(n, o) for n in group] for group in numbered for o in range(others))
+        return sort_groups(
+            [device_of(n, o) for n in group for o in range(others)] for group in numbered
+        )
+    return sort_groups(
+        [device_of(n, o) for n in group] for group in numbered for o in range(others)
+    )

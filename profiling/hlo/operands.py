@@ -11,7 +11,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from txcore.profiling.hlo import attributes
-from txcore.profiling.hlo.dataflow import concatenation, results, uses, views
+from txcore.profiling.hlo.dataflow import (
+    find_concatenation,
+    find_uses,
+    find_views,
+    follow_to_result,
+)
 from txcore.profiling.hlo.graph import Graph, Scope, Value, operand_names
 from txcore.profiling.hlo.text import Instruction, operand_name
 from txcore.profiling.hlo.tpu_async import last_step
@@ -56,10 +61,10 @@ class Input:
     pieces: tuple["Input", ...] = ()
 
 
-def witnesses(collective: Value, graph: Graph) -> list[Instruction]:
+def find_witnesses(collective: Value, graph: Graph) -> list[Instruction]:
     """Return the instructions that may say where a collective is from: its own line first."""
     last = last_step(collective.instruction, graph)
-    found = [*results(collective, graph), *([last] if last else [])]
+    found = [*follow_to_result(collective, graph), *([last] if last else [])]
     return [value.instruction for value in found]
 
 
@@ -89,31 +94,31 @@ def inputs_of(
     Raises:
       HloError: there are no operands, or one is not defined or has no array type.
     """
-    shapes = _all_shapes(operands, collective.scope, graph)
+    shapes = _shapes_of_operands(operands, collective.scope, graph)
     if not shapes:
         raise HloError("no operands")
     # An all-to-all of several is one array, cut into a part for each device.
     if len(shapes) == 1 or collective.instruction.opcode.startswith("all-to-all"):
-        alone = [_said(words, shape) for shape in shapes]
+        alone = [_input_with_words(words, shape) for shape in shapes]
         if len(shapes) == 1:
-            alone = [replace(alone[0], pieces=_pieces(collective, operands[0], words, graph))]
+            alone = [replace(alone[0], pieces=_find_pieces(collective, operands[0], words, graph))]
         return tuple(alone)
     # The tags on a combined op's own line are no list of its arrays: one without a tag is left
     # out, and on GPU their order is another. So each array has the words of its own element.
-    result = results(collective, graph)[-1]
+    result = follow_to_result(collective, graph)[-1]
     elements = result.scope.elements.get(result.instruction.name, {})
     parts = [elements.get(i) for i in range(len(shapes))]
-    whole = _Whole.of(words)
+    whole = _Whole.take_apart(words)
     said = [_words_after(Value(result.scope, e), whole, graph) if e else Words() for e in parts]
-    return tuple(map(_said, _with_the_last_tag(said, words.tag.split(",")), shapes))
+    return tuple(map(_input_with_words, _with_the_last_tag(said, words.tag.split(",")), shapes))
 
 
-def _all_shapes(operands: Sequence[str], scope: Scope, graph: Graph) -> list[Shape]:
+def _shapes_of_operands(operands: Sequence[str], scope: Scope, graph: Graph) -> list[Shape]:
     shapes: list[Shape] = []
     for operand in operands:
-        found = _shapes(operand, scope)
+        found = _shapes_of_operand(operand, scope)
         # A tuple may be named by any number of collectives, and any number of times by each.
-        if len(found) > 1 and not graph.allows(len(found)):
+        if len(found) > 1 and not graph.allows_steps(len(found)):
             raise HloError("it sends more arrays of tuples than are looked at")
         shapes += found
         if len(shapes) > MOST_ARRAYS:
@@ -129,7 +134,7 @@ class _Whole:
     primitives: frozenset[str] | None
 
     @classmethod
-    def of(cls, words: Words) -> "_Whole":
+    def take_apart(cls, words: Words) -> "_Whole":
         tags = frozenset(words.tag.split(",") if words.tag else ())
         primitives = frozenset(_PRIMITIVES.findall(words.op_name)) if words.op_name else None
         return cls(tags, primitives)
@@ -144,21 +149,21 @@ def _with_the_last_tag(said: list[Words], tags: list[str]) -> list[Words]:
     return [Words(tag=left.pop()) if i == silent[0] else words for i, words in enumerate(said)]
 
 
-def _said(words: Words, shape: Shape) -> Input:
+def _input_with_words(words: Words, shape: Shape) -> Input:
     return Input(shape, words.tag, words.op_name, words.marked)
 
 
-def _shapes(operand: str, scope: Scope) -> tuple[Shape, ...]:
+def _shapes_of_operand(operand: str, scope: Scope) -> tuple[Shape, ...]:
     if "[" in operand:  # older XLA prints each operand's type before its name
         return parse_shapes(operand)
     if (found := scope.by_name.get(operand.removeprefix("%"))) is None:
         raise HloError(f"operand {operand[:40]!r} is not defined")
-    return scope.shapes(found)
+    return scope.shapes_of(found)
 
 
 def _words_after(value: Value, whole: _Whole, graph: Graph) -> Words:
     """Return what a part of a collective's result says, or the first view of it that speaks."""
-    for view in views(value, graph):
+    for view in find_views(value, graph):
         words = words_of([view.instruction])
         if (words.tag or words.op_name) and (view == value or _are_of(whole, words)):
             return words
@@ -175,19 +180,19 @@ def _are_of(whole: _Whole, words: Words) -> bool:
     return primitive in whole.primitives
 
 
-def _pieces(collective: Value, operand: str, words: Words, graph: Graph) -> tuple[Input, ...]:
+def _find_pieces(collective: Value, operand: str, words: Words, graph: Graph) -> tuple[Input, ...]:
     maker = collective.scope.by_name.get(operand_name(operand))
-    joined = concatenation(Value(collective.scope, maker), graph) if maker else None
-    if joined is None or not graph.allows(len(operand_names(joined.instruction))):
+    joined = find_concatenation(Value(collective.scope, maker), graph) if maker else None
+    if joined is None or not graph.allows_steps(len(operand_names(joined.instruction))):
         return ()
     try:
-        shapes = _all_shapes(joined.instruction.operands, joined.scope, graph)
+        shapes = _shapes_of_operands(joined.instruction.operands, joined.scope, graph)
     except HloError:
         return ()
     said = _words_of_ranges(collective, words, graph)
     ends = list(itertools.accumulate(shape.elements for shape in shapes))
     return tuple(
-        _said(said.get((end - shape.elements, end), Words()), shape)
+        _input_with_words(said.get((end - shape.elements, end), Words()), shape)
         for shape, end in zip(shapes, ends, strict=True)
     )
 
@@ -195,8 +200,8 @@ def _pieces(collective: Value, operand: str, words: Words, graph: Graph) -> tupl
 def _words_of_ranges(collective: Value, words: Words, graph: Graph) -> dict[tuple[int, int], Words]:
     """Return what the slices of a collective's flat result say, by the elements they read."""
     said: dict[tuple[int, int], Words] = {}
-    whole = _Whole.of(words)
-    for use in uses(results(collective, graph)[-1], graph):
+    whole = _Whole.take_apart(words)
+    for use in find_uses(follow_to_result(collective, graph)[-1], graph):
         is_slice = use.instruction.opcode == "slice"
         printed = use.instruction.attributes.get("slice", "") if is_slice else ""
         if found := _SLICE.match(printed):

@@ -18,7 +18,7 @@ _KEY = re.compile(r"\s*([\w.\-]+)=")
 _DEPTH = {"(": 1, "[": 1, "{": 1, ")": -1, "]": -1, "}": -1}
 
 
-def closing(text: str, start: int) -> int | None:
+def find_closing(text: str, start: int) -> int | None:
     """Return the index after the ")" that closes the "(" at `start`, or None."""
     depth = 0
     for bracket in _PARENTHESES.finditer(text, start):
@@ -61,27 +61,27 @@ def read_attributes(text: str) -> dict[str, str]:
     depth, start = 0, 0
     for token in _BRACKETS_AND_COMMAS.finditer(text):
         if token[0] == "," and depth == 0:
-            _add(found, text[start : token.start()])
+            _add_attribute(found, text[start : token.start()])
             start = token.end()
         else:
             depth = max(0, depth + _DEPTH.get(token[0], 0))
-    _add(found, text[start:])
+    _add_attribute(found, text[start:])
     return found
 
 
-def _add(found: dict[str, str], part: str) -> None:
+def _add_attribute(found: dict[str, str], part: str) -> None:
     if key := _KEY.match(part):
         found.setdefault(key[1], part[key.end() :].strip())
 
 
-def inside(value: str, ends: str = "{}") -> str:
+def strip_ends(value: str, ends: str = "{}") -> str:
     """Return what is between the braces, or other `ends`, of a value; the same without them."""
     return value[1:-1] if len(value) > 1 and value[0] + value[-1] == ends else value
 
 
-def unquoted(value: str) -> str:
+def strip_quotes(value: str) -> str:
     """Return what is between the quotes of a value."""
-    return inside(value, '""')
+    return strip_ends(value, '""')
 
 
 def without_quoted(text: str) -> str:

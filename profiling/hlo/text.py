@@ -14,11 +14,11 @@ from functools import cached_property
 from txcore.profiling.hlo.frames import TABLES, Frame, read_frames
 from txcore.profiling.hlo.scan import (
     QUOTED,
-    closing,
-    inside,
+    find_closing,
     read_attributes,
     split_outside,
-    unquoted,
+    strip_ends,
+    strip_quotes,
     without_comments,
     without_quoted,
 )
@@ -80,7 +80,7 @@ class Instruction:
     def _parts(self) -> tuple[tuple[str, ...] | None, str]:
         if plain := _PLAIN_OPERANDS.match(self.rest):
             return tuple(split_outside(plain[1], ",")), self.rest[plain.end() :]
-        end = closing(self.rest, 0)
+        end = find_closing(self.rest, 0)
         if end is None:
             return None, ""
         operands = without_comments(self.rest[1 : end - 1])
@@ -119,15 +119,15 @@ class Instruction:
     def metadata(self) -> dict[str, str]:
         """Return where jax says that it comes from: op_name, source_file, stack_frame_id, ..."""
         found: dict[str, str] = {}
-        for name, value in _METADATA.findall(inside(self.attributes.get("metadata", ""))):
-            found.setdefault(name, unquoted(value))
+        for name, value in _METADATA.findall(strip_ends(self.attributes.get("metadata", ""))):
+            found.setdefault(name, strip_quotes(value))
         return found
 
     @cached_property
     def frontend(self) -> dict[str, str]:
         """Return the frontend attributes, jax's tags and the partitioner's mark among them."""
-        printed = read_attributes(inside(self.attributes.get("frontend_attributes", "")))
-        return {name: unquoted(value) for name, value in printed.items()}
+        printed = read_attributes(strip_ends(self.attributes.get("frontend_attributes", "")))
+        return {name: strip_quotes(value) for name, value in printed.items()}
 
 
 def operand_name(text: str) -> str:
@@ -202,11 +202,11 @@ def read_modules(text: str) -> tuple[Module, ...]:
       >>> module.computations["main"].instructions[0].opcode
       'parameter'
     """
-    modules = [_finish(draft) for draft in _drafts(text.splitlines())]
+    modules = [_finish_module(draft) for draft in _read_drafts(text.splitlines())]
     return tuple(m for m in modules if m.computations)
 
 
-def _drafts(lines: Iterable[str]) -> Iterable[_Draft]:
+def _read_drafts(lines: Iterable[str]) -> Iterable[_Draft]:
     draft = _Draft()
     for line in lines:
         if prefix := _LOG_PREFIX.match(line)[0]:  # type: ignore[index]  # it matches nothing, too
@@ -214,13 +214,13 @@ def _drafts(lines: Iterable[str]) -> Iterable[_Draft]:
         start = line.lstrip("\ufeff \t") if line[:1] in "\ufeff \t" else line
         if start.startswith("HloModule"):
             yield draft
-            draft = _begin(start)
+            draft = _begin_module(start)
         else:
             _read_line(draft, line)
     yield draft
 
 
-def _begin(header: str) -> _Draft:
+def _begin_module(header: str) -> _Draft:
     name, comma, rest = header.removeprefix("HloModule").partition(",")
     said = read_attributes(rest) if comma else {}
     draft = _Draft(has_header=True, name=name.strip())
@@ -240,7 +240,7 @@ def _read_line(draft: _Draft, line: str) -> None:
     if instruction := read_instruction(line):
         draft.instructions.append(instruction)
         draft.in_constant = (
-            instruction.opcode == "constant" and closing(instruction.rest, 0) is None
+            instruction.opcode == "constant" and find_closing(instruction.rest, 0) is None
         )
         if " = " in instruction.rest and _SECOND.search(without_quoted(instruction.rest)):
             draft.unreadable.append(line.strip())  # two lines that lost what parted them
@@ -269,7 +269,7 @@ def read_instruction(line: str) -> Instruction | None:
         return Instruction(found[2], found[4], found[3], found[5], bool(found[1]))
     if not (start := _TUPLE_INSTRUCTION.match(line)):
         return None
-    end = closing(line, start.end())
+    end = find_closing(line, start.end())
     if end is None or not (opcode := _OPCODE.match(line, end)):
         return None
     return Instruction(start[2], opcode[1], line[start.end() : end], opcode[2], bool(start[1]))
@@ -280,7 +280,7 @@ def _close_computation(draft: _Draft) -> None:
         name = draft.computation
         if name in draft.computations:  # two of one name: keep both, lose nothing
             name = f"{name}#{len(draft.computations)}"
-        instructions = (*_elements(draft.instructions), *draft.instructions)
+        instructions = (*_list_short_elements(draft.instructions), *draft.instructions)
         draft.computations[name] = Computation(
             name, draft.is_entry, instructions, tuple(draft.unreadable)
         )
@@ -288,7 +288,7 @@ def _close_computation(draft: _Draft) -> None:
     draft.instructions, draft.unreadable = [], []
 
 
-def _elements(instructions: Sequence[Instruction]) -> Iterator[Instruction]:
+def _list_short_elements(instructions: Sequence[Instruction]) -> Iterator[Instruction]:
     """Yield an instruction for each tuple's element that is named short, %tuple#1, as operand."""
     used = {found for i in instructions if "#" in i.rest for found in _ELEMENT.findall(i.rest)}
     if not used:
@@ -301,7 +301,7 @@ def _elements(instructions: Sequence[Instruction]) -> Iterator[Instruction]:
             yield Instruction(f"{name}#{index}", "get-tuple-element", type_, rest)
 
 
-def _finish(draft: _Draft) -> Module:
+def _finish_module(draft: _Draft) -> Module:
     if draft.has_header and draft.computation:
         draft.unreadable.append(f"the text ends inside of {draft.computation}")
     elif draft.has_header and not any(c.is_entry for c in draft.computations.values()):

@@ -24,4 +24,4 @@ def last_step(instruction: Instruction, graph: Graph) -> Value | None:
     if len(dones) != 1 or len(*dones.values()) != 1:
         return None
     call = graph.only_caller(*dones)
-    return Value(graph.scope(call.caller), call.instruction) if call else None
+    return Value(graph.scope_of(call.caller), call.instruction) if call else None

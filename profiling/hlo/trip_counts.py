@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from txcore.profiling.hlo import attributes
 from txcore.profiling.hlo.graph import Call, Graph
-from txcore.profiling.hlo.loops import counted_trips
+from txcore.profiling.hlo.loops import count_trips
 from txcore.profiling.hlo.types import MOST
 
 
@@ -23,7 +23,7 @@ class Trips:
 ONCE = Trips(1)
 
 
-def runs(graph: Graph) -> dict[str, Trips]:
+def count_runs(graph: Graph) -> dict[str, Trips]:
     """Count how often each computation runs, loops multiplied and calls added.
 
     Every branch of a conditional counts, as in the traced program: an upper bound. A computation
@@ -43,16 +43,18 @@ def runs(graph: Graph) -> dict[str, Trips]:
         callers[call.callee].append((call.caller, trips_of(call, graph)))
     for name in _callers_first(calls):
         incoming = [
-            Trips(_bounded(total[caller].count * trips.count), total[caller].known and trips.known)
+            Trips(
+                _bound_count(total[caller].count * trips.count), total[caller].known and trips.known
+            )
             for caller, trips in callers[name]
             if caller in total  # a caller not counted yet is a cycle, which only damage makes
         ]
-        count = _bounded(sum(t.count for t in incoming)) if incoming else 1
+        count = _bound_count(sum(t.count for t in incoming)) if incoming else 1
         total[name] = Trips(count, all(t.known for t in incoming))
     return total
 
 
-def _bounded(count: int) -> int:
+def _bound_count(count: int) -> int:
     return min(count, MOST + 1)
 
 
@@ -62,7 +64,7 @@ def trips_of(call: Call, graph: Graph) -> Trips:
         return ONCE
     count = attributes.trip_count(call.instruction)
     if count is None:
-        count = counted_trips(call.instruction, graph.scope(call.caller), graph)
+        count = count_trips(call.instruction, graph.scope_of(call.caller), graph)
     return Trips(1, known=False) if count is None else Trips(count)
 
 

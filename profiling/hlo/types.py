@@ -71,12 +71,12 @@ def parse_shapes(text: str) -> tuple[Shape, ...]:
     found = _ARRAY.findall(without_comments(text))
     if not found:
         raise HloError(f"no array type in {text[:60]!r}")
-    return tuple(_shape(name, dims) for name, dims in found)
+    return tuple(_read_shape(name, dims) for name, dims in found)
 
 
 @functools.lru_cache(maxsize=1024)
-def _shape(name: str, dims: str) -> Shape:
-    dtype, bits = _dtype(name)
+def _read_shape(name: str, dims: str) -> Shape:
+    dtype, bits = _dtype_and_bits(name)
     # A bounded dynamic dim prints as <=8: the bound is what is allocated and sent.
     sizes = [d.strip().removeprefix("<=") for d in dims.split(",") if d.strip()]
     if not all(size.isdecimal() for size in sizes):
@@ -89,7 +89,7 @@ def _shape(name: str, dims: str) -> Shape:
     return Shape(dtype, tuple(map(to_int, sizes)), bits)
 
 
-def _dtype(name: str) -> tuple[str, int]:
+def _dtype_and_bits(name: str) -> tuple[str, int]:
     if known := _DTYPES.get(name):
         return known
     if small := _SMALL_FLOAT.fullmatch(name):

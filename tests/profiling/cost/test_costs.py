@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from txcore.cli import main
 from txcore.profiling import Collective, Report, costs
 from txcore.profiling.cost.memory import Memory, memory_of
-from txcore.profiling.cost.model import Total, by_axis
+from txcore.profiling.cost.model import Total, total_by_axis
 from txcore.profiling.cost.text import format_flops, format_seconds
 
 LAYERS, WIDTH, BATCH = 2, 4096, 8192
@@ -73,7 +73,7 @@ def test_totals_by_axis():
             row("unknown", op="f"),
         )
     )
-    assert by_axis(report) == (
+    assert total_by_axis(report) == (
         Total("all-reduce", ("model",), 2, 1, 1000, 1000, 1.0),
         Total("all-reduce", ("data",), 4, 4, 311, 467, 1.5),
         Total("all-gather", ("data",), 4, 1, 40, 30, 0.75),

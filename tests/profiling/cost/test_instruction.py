@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from txcore.profiling.cost.flops import flops_of
-from txcore.profiling.cost.instruction import Work, memory_bytes, work_of
+from txcore.profiling.cost.instruction import Work, count_work, memory_bytes
 from txcore.profiling.hlo import HloError, read_modules
 from txcore.profiling.hlo.graph import Graph
 
@@ -18,8 +18,8 @@ def count(line, operands, before=""):
     text = f"HloModule m\n{before}\nENTRY %main (...) -> f32[] {{\n" + "\n".join([*lines, line])
     (module,) = read_modules(text + "\n}\n")
     graph = Graph(module)
-    scope = graph.scope("main")
-    return work_of(scope.computation.instructions[-1], scope, graph)
+    scope = graph.scope_of("main")
+    return count_work(scope.computation.instructions[-1], scope, graph)
 
 
 @pytest.mark.parametrize(
@@ -214,7 +214,7 @@ def test_against_xlas_own_analysis(differentiate):
     graph = Graph(module)
     found = 0
     for name in module.computations:
-        scope = graph.scope(name)
+        scope = graph.scope_of(name)
         for instruction in scope.computation.instructions:
             flops = flops_of(instruction, scope)
             found += flops[1] if flops else 0

@@ -28,7 +28,7 @@ def op(kind, who):
 
 
 def seconds(machine, kind, who):
-    return machine.transfer(op(kind, who)).seconds
+    return machine.transfer_of(op(kind, who)).seconds
 
 
 ALL, ONE_HOST, PAIRS = "{{0,1,2,3,4,5,6,7}}", "{{0,1,2,3},{4,5,6,7}}", "{{0,4},{1,5},{2,6},{3,7}}"
@@ -84,14 +84,14 @@ def test_a_send_to_another_program_takes_a_link():
         "  %t = token[] after-all()\n"
         "  ROOT %r = (f32[20]{0}, u32[], token[]) send(%x, %t), channel_id=1\n}\n"
     )
-    assert TORUS.transfer(send).seconds == HOSTS.transfer(send).seconds == 8.0
+    assert TORUS.transfer_of(send).seconds == HOSTS.transfer_of(send).seconds == 8.0
 
 
 def test_what_each_occupies():
-    assert TORUS.transfer(op("all-reduce", ROWS)).links == {"ici1"}
-    assert TORUS.transfer(op("all-reduce", COLUMNS)).links == {"ici0"}
-    assert TORUS.transfer(op("all-reduce", ALL)).links == {"ici0", "ici1"}
-    assert HOSTS.transfer(op("all-reduce", ROWS)).links == {"collectives"}
+    assert TORUS.transfer_of(op("all-reduce", ROWS)).links == {"ici1"}
+    assert TORUS.transfer_of(op("all-reduce", COLUMNS)).links == {"ici0"}
+    assert TORUS.transfer_of(op("all-reduce", ALL)).links == {"ici0", "ici1"}
+    assert HOSTS.transfer_of(op("all-reduce", ROWS)).links == {"collectives"}
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_latency_is_that_of_the_steps(machine, kind, who, steps):
 
 def test_a_device_that_the_machine_lacks_is_refused():
     with pytest.raises(ValueError, match="device 7, but the machine has 4"):
-        Machine(GPU, HOSTS.places[:4]).transfer(op("all-reduce", ALL))
+        Machine(GPU, HOSTS.places[:4]).transfer_of(op("all-reduce", ALL))
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from txcore.profiling import audit_text
-from txcore.profiling.hlo import HloError, block, canonical, find_collectives
+from txcore.profiling.hlo import HloError, find_collectives, groups_of_block, sort_groups
 from txcore.profiling.hlo.groups import parse_groups
 
 ADD = """
@@ -277,7 +277,7 @@ def test_groups_of_any_dims_are_those_of_their_list():
         text = f"[{count // size},{size}]<=[{dims}]T({','.join(map(str, order))})"
         found, plain = parse_groups(text), parse_groups(listed(ids.tolist()))
         assert tuple(found) == tuple(sorted(tuple(sorted(g)) for g in ids.tolist())), text
-        assert found == plain == canonical(ids.tolist())
+        assert found == plain == sort_groups(ids.tolist())
         assert hash(found) == hash(plain)
         assert (found.size, found.devices, found.last, len(found)) == (
             *(size, count, count - 1), count // size,
@@ -293,7 +293,9 @@ def test_a_mesh_of_two_dims_has_the_groups_of_its_axes():
             along = [i for i in range(3) if chosen[i]]
             size = int(np.prod([sizes[i] for i in along]))
             rows = ids.transpose(kept + along).reshape(-1, size).tolist()
-            assert tuple(block(zip(sizes, chosen, strict=True))) == tuple(map(tuple, rows))
+            assert tuple(groups_of_block(zip(sizes, chosen, strict=True))) == tuple(
+                map(tuple, rows)
+            )
 
 
 def test_groups_of_a_billion_devices_are_never_listed():

@@ -5,11 +5,11 @@ import dataclasses
 import pytest
 
 from txcore.profiling.declared.collectives import Declared
-from txcore.profiling.hlo import canonical, find_collectives
+from txcore.profiling.hlo import find_collectives, sort_groups
 from txcore.profiling.matching.match import match
 from txcore.profiling.matching.rows import rows_of
 
-ALL = canonical([(0, 1, 2, 3)])
+ALL = sort_groups([(0, 1, 2, 3)])
 SIZES = ((("data", 4),),)
 COMMON = "channel_id=1, replica_groups={{0,1,2,3}}, use_global_device_ids=true, to_apply=%add"
 
