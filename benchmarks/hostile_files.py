@@ -87,10 +87,10 @@ def audited(text, folder):
 
 
 def locked(text, folder):
-    from txcore.profiling.lock.file import read
+    from txcore.profiling.lock.file import read_locks
 
     (folder / "x.lock.json").write_text(text)
-    return read(folder / "x.lock.json")
+    return read_locks(folder / "x.lock.json")
 
 
 def tuned(text, folder):

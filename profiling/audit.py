@@ -109,12 +109,12 @@ def audit_program(program: Program, *, after_spmd: bool = False) -> Report:
       The report.
     """
     if not (after_spmd and program.partitioned):
-        report = audit_compiled(program.compiled, program.jaxpr, partition=program.partition)
+        report = audit_compiled(program.compiled, program.jaxpr, partition=program.read_partitioned)
         return replace(report, target=program.target)
-    sizes = _meshes(program.compiled, program.jaxpr, None)
-    ops, declared = _read(program.partitioned, sizes), inventory(program.jaxpr)
-    matched = _match(ops, declared)
-    report = _report(ops, matched, declared, sizes)
+    sizes = _find_mesh_sizes(program.compiled, program.jaxpr, None)
+    ops, declared = _read_collectives(program.partitioned, sizes), inventory(program.jaxpr)
+    matched = _match_declared(ops, declared)
+    report = _make_report(ops, matched, declared, sizes)
     return replace(
         report,
         target=program.target,
@@ -177,20 +177,20 @@ def audit_compiled(
     Returns:
       The report.
     """
-    sizes = _meshes(compiled, jaxpr, mesh)
+    sizes = _find_mesh_sizes(compiled, jaxpr, mesh)
     text = compiled.as_text() or ""
-    ops = _read(text, sizes)
+    ops = _read_collectives(text, sizes)
     if jaxpr is None:
-        report = _report(ops, _unmatched(ops), None, sizes)
+        report = _make_report(ops, _match_nothing(ops), None, sizes)
         return replace(report, target=machine_of(compiled), kernels=kernels_in_text(text))
     declared = inventory(jaxpr)
-    matched = _match(ops, declared)
-    report = _report(ops, matched, declared, sizes)
+    matched = _match_declared(ops, declared)
+    report = _make_report(ops, matched, declared, sizes)
     # Where the partitioner had nothing to decide, the optimized module alone is enough.
     has_doubt = not (report.ok and is_one_shard_map(jaxpr))
-    if partition and has_doubt and (early := _read(partition(), sizes)):
-        better = reconcile(matched, ops, _match(early, declared), early, declared)
-        report = _report(ops, better, declared, sizes)
+    if partition and has_doubt and (early := _read_collectives(partition(), sizes)):
+        better = reconcile(matched, ops, _match_declared(early, declared), early, declared)
+        report = _make_report(ops, better, declared, sizes)
     return replace(
         report,
         target=machine_of(compiled),
@@ -236,14 +236,14 @@ def audit_text(
         )
     sizes = (meshes.sizes_of(mesh),) if mesh is not None else ()
     modules = read_modules(hlo)
-    _check_devices(modules, _devices(sizes))
-    ops = collectives_of(modules, devices=_devices(sizes))
+    _check_devices(modules, _count_devices(sizes))
+    ops = collectives_of(modules, devices=_count_devices(sizes))
     if "HloModule" not in hlo and all(op.kind == "unknown" for op in ops):
         raise ValueError(
             "audit_text needs the text of an HLO module, which begins with 'HloModule', but got "
             f"{hlo[:40]!r}: pass compiled.as_text() or an XLA dump"
         )
-    report = _report(ops, _unmatched(ops), None, sizes)
+    report = _make_report(ops, _match_nothing(ops), None, sizes)
     return replace(report, kernels=kernels_in_text(hlo))
 
 
@@ -285,7 +285,7 @@ def assert_no_auto_sharding(
     return report
 
 
-def _meshes(
+def _find_mesh_sizes(
     compiled: jax.stages.Compiled, jaxpr: Any, mesh: meshes.MeshLike | None
 ) -> tuple[meshes.Sizes, ...]:
     if mesh is not None:
@@ -297,26 +297,26 @@ def _meshes(
     return tuple(dict.fromkeys(meshes.sizes_of(s.mesh) for s in named))
 
 
-def _devices(sizes: Sequence[meshes.Sizes]) -> int | None:
+def _count_devices(sizes: Sequence[meshes.Sizes]) -> int | None:
     """Return the devices of the largest mesh, None where there is no mesh."""
-    return max((meshes.count(s, tuple(name for name, _ in s)) for s in sizes), default=None)
+    return max((meshes.count_devices(s, tuple(name for name, _ in s)) for s in sizes), default=None)
 
 
-def _read(text: str, sizes: Sequence[meshes.Sizes]) -> tuple[Op, ...]:
-    return find_collectives(text, devices=_devices(sizes))
+def _read_collectives(text: str, sizes: Sequence[meshes.Sizes]) -> tuple[Op, ...]:
+    return find_collectives(text, devices=_count_devices(sizes))
 
 
-def _match(ops: Sequence[Op], declared: Sequence[Declared]) -> Matched:
+def _match_declared(ops: Sequence[Op], declared: Sequence[Declared]) -> Matched:
     return match(ops, declared, marks=_compat.marks_partitioner())
 
 
-def _unmatched(ops: Sequence[Op]) -> Matched:
+def _match_nothing(ops: Sequence[Op]) -> Matched:
     """Return the arrays of ops that there is nothing to match with."""
     units = tuple(units_of(ops))
     return Matched(units, ((),) * len(units), ())
 
 
-def _report(
+def _make_report(
     ops: Sequence[Op],
     matched: Matched,
     declared: Sequence[Declared] | None,

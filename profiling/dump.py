@@ -34,14 +34,14 @@ def compile_with_partitioned(
       ([0.0, 0.0, 0.0], '')
     """
 
-    def compile_(options: dict[str, Any]) -> jax.stages.Compiled:
+    def compile_with(options: dict[str, Any]) -> jax.stages.Compiled:
         return lowered.compile(compiler_options=options)
 
     with _compat.no_persistent_cache():  # nothing is dumped on a hit
-        return dumping(compile_, options)
+        return compile_and_dump(compile_with, options)
 
 
-def dumping(
+def compile_and_dump(
     compile_: Callable[[dict[str, Any]], C], options: Mapping[str, Any] | None = None
 ) -> tuple[C, str]:
     """Call what compiles with options that dump; return its result and the partitioned module."""

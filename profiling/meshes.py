@@ -26,7 +26,7 @@ def sizes_of(mesh: MeshLike) -> Sizes:
     return tuple((str(name), int(size)) for name, size in mesh.shape.items())
 
 
-def count(sizes: Sizes, axes: tuple[str, ...]) -> int:
+def count_devices(sizes: Sizes, axes: tuple[str, ...]) -> int:
     """Return how many devices a group along `axes` has."""
     return math.prod(size for name, size in sizes if name in axes)
 
@@ -55,7 +55,7 @@ def device_groups(
     chosen = [names.index(axis) for axis in axes]
     kept = [i for i in range(len(names)) if i not in chosen]
     ids = np.arange(math.prod(size for _, size in sizes)).reshape([size for _, size in sizes])
-    rows = ids.transpose(kept + chosen).reshape(-1, count(sizes, axes))
+    rows = ids.transpose(kept + chosen).reshape(-1, count_devices(sizes, axes))
     return sort_groups(row[list(group)].tolist() for row in rows for group in index_groups)
 
 
@@ -68,7 +68,7 @@ def device_pairs(
     chosen = [names.index(axis) for axis in axes]
     kept = [i for i in range(len(names)) if i not in chosen]
     ids = np.arange(math.prod(size for _, size in sizes)).reshape([size for _, size in sizes])
-    rows = ids.transpose(kept + chosen).reshape(-1, count(sizes, axes))
+    rows = ids.transpose(kept + chosen).reshape(-1, count_devices(sizes, axes))
     return tuple(sorted((int(row[a]), int(row[b])) for row in rows for a, b in perm))
 
 

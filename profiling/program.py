@@ -33,7 +33,7 @@ class Program:
     target: str
     options: Mapping[str, Any]
 
-    def partition(self) -> str:
+    def read_partitioned(self) -> str:
         """Return the module right after SPMD partitioning; compile again where it was not kept."""
         return self.partitioned or compile_with_partitioned(self.lowered, self.options)[1]
 
@@ -56,7 +56,7 @@ def compile_program(
       >>> compile_program(jnp.sin, (jnp.ones(3),)).target
       'cpu:1'
     """
-    return _compile(fn, args, {}, "", keep_partitioned)
+    return _trace_and_compile(fn, args, {}, "", keep_partitioned)
 
 
 def compile_for_target(
@@ -97,8 +97,8 @@ def compile_for_target(
             f"returned a {type(built).__name__}"
         )
     fn, args = built
-    shapes, options = _shapes(args, found), found.compiler_options
-    program = _compile(fn, shapes, options, target, keep_partitioned)
+    shapes, options = _replace_absent_arrays(args, found), found.compiler_options
+    program = _trace_and_compile(fn, shapes, options, target, keep_partitioned)
     if devices_of(program.compiled) != set(found.devices):
         raise ValueError(
             f"the function was not compiled for {target}, but for {machine_of(program.compiled)}: "
@@ -108,7 +108,7 @@ def compile_for_target(
     return program
 
 
-def _compile(
+def _trace_and_compile(
     fn: Callable[..., Any],
     args: Sequence[Any],
     options: Mapping[str, Any],
@@ -155,16 +155,16 @@ def compile_lowered(
     return Program(jaxpr, lowered, compiled, partitioned, machine, options)
 
 
-def _shapes(args: Sequence[Any], target: Target) -> Any:
+def _replace_absent_arrays(args: Sequence[Any], target: Target) -> Any:
     """Return the arguments as shapes where they lie on other devices than the target's."""
     there = set(target.devices)
 
-    def shape(leaf: Any) -> Any:
+    def shape_if_absent(leaf: Any) -> Any:
         if isinstance(leaf, jax.Array) and not leaf.sharding.device_set <= there:
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
         return leaf
 
-    return jax.tree.map(shape, args)
+    return jax.tree.map(shape_if_absent, args)
 
 
 def devices_of(compiled: jax.stages.Compiled) -> set[jax.Device]:

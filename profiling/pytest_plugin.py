@@ -44,25 +44,25 @@ def collectives_lock(request: pytest.FixtureRequest) -> Callable[..., Report]:
     """
     used: set[tuple[Path, str]] = set()
 
-    def hold(
+    def hold_to_lock(
         program: Any, *args: Any, name: str = "", exact: bool = False, **options: Any
     ) -> Report:
-        report = _report(program, args, options)
-        path = _path(request.node, name)
+        report = _report_of(program, args, options)
+        path = _path_of_lock(request.node, name)
         if (path, lock.target_of(report)) in used:
             pytest.fail("collectives_lock holds two programs of this test to one lock: give name=")
         used.add((path, lock.target_of(report)))
-        outcome = _run(path, report, exact, request)
+        outcome = _check_or_update(path, report, exact, request)
         if not outcome.ok:
             pytest.fail(outcome.text, pytrace=False)
         if outcome.changed:
             request.node.user_properties.append((_SHOWN, f"{request.node.nodeid}\n{outcome.text}"))
         return report
 
-    return hold
+    return hold_to_lock
 
 
-def _report(program: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Report:
+def _report_of(program: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Report:
     if not isinstance(program, Report):
         return audit(program, *args, **options)
     if more := [*map(repr, args), *options]:
@@ -73,7 +73,9 @@ def _report(program: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Rep
     return program
 
 
-def _run(path: Path, report: Report, exact: bool, request: pytest.FixtureRequest) -> lock.Outcome:
+def _check_or_update(
+    path: Path, report: Report, exact: bool, request: pytest.FixtureRequest
+) -> lock.Outcome:
     try:
         if not request.config.getoption("--update-collectives"):
             return lock.check(path, report, exact=exact)
@@ -83,7 +85,7 @@ def _run(path: Path, report: Report, exact: bool, request: pytest.FixtureRequest
         return lock.Outcome(ok=False, changed=False, text=text)
 
 
-def _path(node: pytest.Item, name: str) -> Path:
+def _path_of_lock(node: pytest.Item, name: str) -> Path:
     test = ".".join([*node.nodeid.split("::")[1:], *([name] if name else [])])
     readable = re.sub(r"[^A-Za-z0-9_.,=\[\]-]", "_", test)[:120]
     if readable != test:  # two tests must not share a file

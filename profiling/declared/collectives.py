@@ -258,7 +258,7 @@ def _declare(
     path = path_of(eqn, scope.path)
     tag = tags.tag_in(path)
     groups, pairs = _partners(eqn.params, kind, scope.sizes, axes)
-    size = len(groups[0]) if groups else meshes.count(scope.sizes, axes)
+    size = len(groups[0]) if groups else meshes.count_devices(scope.sizes, axes)
     operands = zip(eqn.invars, inputs, strict=True)
     for var, value in list(operands)[: 1 if kind == "ragged-all-to-all" else None]:
         elements, dtype = _extent(var.aval)
@@ -299,7 +299,7 @@ def _declare_reshard(eqn: Eqn, scope: _Scope, value: Value) -> Iterator[Declared
         kind=RESHARD_OF_A_SUM if sums else RESHARD,
         primitive=RESHARD,
         axes=axes,
-        group_size=meshes.count(sizes, axes),
+        group_size=meshes.count_devices(sizes, axes),
         dtype=dtype.name,
         payload_bytes=elements * dtype.itemsize,
         trips=scope.trips,

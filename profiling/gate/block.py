@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, ParamSpec, TypeVar
 
-from txcore.profiling.gate.hooks import block
+from txcore.profiling.gate.hooks import refuse_in_block
 from txcore.profiling.gate.policy import REFUSED
 
 P = ParamSpec("P")
@@ -102,16 +102,16 @@ class Gate:
             )
 
         @functools.wraps(function)
-        def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
-            with block(self.refused):
+        def call_guarded(*args: P.args, **kwargs: P.kwargs) -> R:
+            with refuse_in_block(self.refused):
                 return function(*args, **kwargs)
 
-        return guarded
+        return call_guarded
 
     def __enter__(self) -> None:
-        entered = block(self.refused)
+        entered = refuse_in_block(self.refused)
         entered.__enter__()
-        _entered().append(entered)
+        _entered_blocks().append(entered)
 
     def __exit__(
         self,
@@ -119,13 +119,13 @@ class Gate:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> bool | None:
-        return _entered().pop().__exit__(kind, error, trace)
+        return _entered_blocks().pop().__exit__(kind, error, trace)
 
 
 _thread = threading.local()
 
 
-def _entered() -> list[Any]:
+def _entered_blocks() -> list[Any]:
     """Return the blocks that this thread has entered by `with`, outermost first."""
     if not hasattr(_thread, "entered"):
         _thread.entered = []

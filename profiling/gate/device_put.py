@@ -28,10 +28,10 @@ def row_of_move(x: Any, target: Any, source: str) -> Collective | None:
     """
     if not isinstance(x, jax.Array) or isinstance(x, jax.core.Tracer) or not x.committed:
         return None
-    sharding = _sharding(target)
+    sharding = _sharding_of_target(target)
     if sharding is None or sharding == x.sharding:
         return None
-    arriving = max(_arriving(x, sharding), default=0)
+    arriving = max(_count_arriving(x, sharding), default=0)
     if not arriving:
         return None
     itemsize = x.nbytes // max(x.size, 1)
@@ -39,7 +39,7 @@ def row_of_move(x: Any, target: Any, source: str) -> Collective | None:
         kind="device_put",
         origin="reshard",
         tags=(),
-        axes=_axes(x.sharding, sharding),
+        axes=_axes_that_differ(x.sharding, sharding),
         group_size=len(x.sharding.device_set | sharding.device_set),
         dtype=x.dtype.name,
         wire_dtype=x.dtype.name,
@@ -51,40 +51,40 @@ def row_of_move(x: Any, target: Any, source: str) -> Collective | None:
     )
 
 
-def _sharding(target: Any) -> Sharding | None:
+def _sharding_of_target(target: Any) -> Sharding | None:
     if isinstance(target, jax.Device):
         return jax.sharding.SingleDeviceSharding(target)
     target = getattr(target, "sharding", target)
     return target if isinstance(target, Sharding) else None
 
 
-def _arriving(x: jax.Array, target: Sharding) -> list[int]:
+def _count_arriving(x: jax.Array, target: Sharding) -> list[int]:
     """Return how many elements each device of `target` has to be sent."""
     held = x.sharding.devices_indices_map(x.shape)
-    here = {device: _spans(index, x.shape) for device, index in held.items()}
+    here = {device: _spans_of_index(index, x.shape) for device, index in held.items()}
     arriving = []
     for device, index in target.devices_indices_map(x.shape).items():
-        wanted = _spans(index, x.shape)
-        there = _shared(wanted, here[device]) if device in here else 0
-        arriving.append(_count(wanted) - there)
+        wanted = _spans_of_index(index, x.shape)
+        there = _count_shared(wanted, here[device]) if device in here else 0
+        arriving.append(_count_elements(wanted) - there)
     return arriving
 
 
-def _spans(index: tuple[slice, ...] | None, shape: tuple[int, ...]) -> _Spans:
+def _spans_of_index(index: tuple[slice, ...] | None, shape: tuple[int, ...]) -> _Spans:
     slices = index if index is not None else tuple(slice(None) for _ in shape)
     return tuple(s.indices(n)[:2] for s, n in zip(slices, shape, strict=True))
 
 
-def _count(spans: _Spans) -> int:
+def _count_elements(spans: _Spans) -> int:
     return math.prod(stop - start for start, stop in spans)
 
 
-def _shared(a: _Spans, b: _Spans) -> int:
+def _count_shared(a: _Spans, b: _Spans) -> int:
     both = zip(a, b, strict=True)
     return math.prod(max(0, min(x[1], y[1]) - max(x[0], y[0])) for x, y in both)
 
 
-def _axes(old: Sharding, new: Sharding) -> tuple[str, ...]:
+def _axes_that_differ(old: Sharding, new: Sharding) -> tuple[str, ...]:
     """Return the axes of the array's mesh along which the two shardings differ."""
     if not isinstance(old, NamedSharding) or not isinstance(new, NamedSharding):
         return ()

@@ -17,21 +17,26 @@ from txcore import _compat
 from txcore.profiling.audit import audit_compiled
 from txcore.profiling.declared import source
 from txcore.profiling.declared.collectives import is_one_shard_map
-from txcore.profiling.dump import dumping
+from txcore.profiling.dump import compile_and_dump
 from txcore.profiling.gate.device_put import row_of_move
-from txcore.profiling.gate.policy import context, refuse, refuse_untraced, refused
+from txcore.profiling.gate.policy import (
+    gate_context,
+    raise_if_refused,
+    raise_if_untraced,
+    refused_origins,
+)
 from txcore.profiling.report import Report
 
 _log = logging.getLogger("txcore.profiling.gate")
 
 
 @contextlib.contextmanager
-def block(origins: frozenset[str]) -> Iterator[None]:
+def refuse_in_block(origins: frozenset[str]) -> Iterator[None]:
     """Refuse these origins in this thread, beside those that it refuses already."""
     with _lock:
-        entered = context()
-    together = tuple(sorted(origins | set(refused())))
-    with _watched(), entered(together):
+        entered = gate_context()
+    together = tuple(sorted(origins | set(refused_origins())))
+    with _watch_jax(), entered(together):
         yield
 
 
@@ -44,11 +49,11 @@ _traced: "weakref.WeakKeyDictionary[Any, Any]" = weakref.WeakKeyDictionary()
 
 
 @contextlib.contextmanager
-def _watched() -> Iterator[None]:
+def _watch_jax() -> Iterator[None]:
     global _blocks
     with _lock:
         if _blocks == 0:
-            _patch()
+            _patch_jax()
         _blocks += 1
     try:
         yield
@@ -56,24 +61,24 @@ def _watched() -> Iterator[None]:
         with _lock:
             _blocks -= 1
             if _blocks == 0:
-                _restore()
+                _restore_jax()
 
 
-def _patch() -> None:
+def _patch_jax() -> None:
     seams = _compat.compilation_seams()
     watchers: dict[str, Callable[..., Any]] = {
-        "lower": _lower,
-        "compile": _compile,
+        "lower": _watch_lowering,
+        "compile": _watch_compiling,
         "uses_disk_cache": _uses_disk_cache,
-        "place": _place,
+        "place": _watch_placing,
     }
     for what, (owner, name) in seams.items():
         original = getattr(owner, name)
         _originals[what] = original
-        setattr(owner, name, functools.wraps(original)(_watcher(watchers[what], original)))
+        setattr(owner, name, functools.wraps(original)(_watch_in_blocks(watchers[what], original)))
 
 
-def _restore() -> None:
+def _restore_jax() -> None:
     global _said
     for what, (owner, name) in _compat.compilation_seams().items():
         setattr(owner, name, _originals.pop(what))
@@ -81,34 +86,36 @@ def _restore() -> None:
     _said = False
 
 
-def _watcher(watch: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:
+def _watch_in_blocks(watch: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:
     """Return `original`, watched in the threads that are in a block."""
 
-    def watched(*args: Any, **kwargs: Any) -> Any:
-        if not refused():
+    def call_watched(*args: Any, **kwargs: Any) -> Any:
+        if not refused_origins():
             return original(*args, **kwargs)
         return watch(original, *args, **kwargs)
 
-    return watched
+    return call_watched
 
 
-def _lower(original: Callable[..., Any], *args: Any, jaxpr: Any, **kwargs: Any) -> Any:
+def _watch_lowering(original: Callable[..., Any], *args: Any, jaxpr: Any, **kwargs: Any) -> Any:
     lowered = original(*args, jaxpr=jaxpr, **kwargs)
     _traced[lowered] = _compat.plain_jaxpr(jaxpr)
     return lowered
 
 
-def _compile(original: Callable[..., Any], lowered: Any, *args: Any, **kwargs: Any) -> Any:
+def _watch_compiling(original: Callable[..., Any], lowered: Any, *args: Any, **kwargs: Any) -> Any:
     jaxpr = _traced.get(lowered)
     executable, early = _compile_once(original, lowered, jaxpr, *args, **kwargs)
 
-    def partition() -> str:
-        return early or _with_partitioned(original, lowered, *args, **kwargs)[1]
+    def read_partitioned() -> str:
+        return early or _compile_with_partitioned(original, lowered, *args, **kwargs)[1]
 
-    report = audit_compiled(_as_compiled(executable), jaxpr, partition=partition)
+    report = audit_compiled(_as_compiled(executable), jaxpr, partition=read_partitioned)
     name = _compat.lowered_name(lowered)
-    refuse(report, f"compiling {name}, called at {source.user_source_line(_frames())},")
-    refuse_untraced(report, name)
+    raise_if_refused(
+        report, f"compiling {name}, called at {source.user_source_line(_list_frames())},"
+    )
+    raise_if_untraced(report, name)
     return executable
 
 
@@ -118,16 +125,16 @@ def _compile_once(
     """Compile, and keep the partitioned module where the partitioner had anything to decide."""
     if jaxpr is None or is_one_shard_map(jaxpr):
         return original(lowered, *args, **kwargs), ""
-    return _with_partitioned(original, lowered, *args, **kwargs)
+    return _compile_with_partitioned(original, lowered, *args, **kwargs)
 
 
-def _with_partitioned(
+def _compile_with_partitioned(
     original: Callable[..., Any], lowered: Any, compiler_options: Any = None, **kwargs: Any
 ) -> tuple[Any, str]:
-    def compile_(options: dict[str, Any]) -> Any:
+    def compile_with(options: dict[str, Any]) -> Any:
         return original(lowered, compiler_options=options, **kwargs)
 
-    return dumping(compile_, compiler_options)
+    return compile_and_dump(compile_with, compiler_options)
 
 
 @dataclass(frozen=True)
@@ -158,14 +165,14 @@ def _uses_disk_cache(original: Callable[..., bool], backend: Any) -> bool:
     return False
 
 
-def _place(original: Callable[..., Any], x: Any, *, device: Any, **kwargs: Any) -> Any:
-    row = row_of_move(x, device, source.user_source_line(_frames()))
+def _watch_placing(original: Callable[..., Any], x: Any, *, device: Any, **kwargs: Any) -> Any:
+    row = row_of_move(x, device, source.user_source_line(_list_frames()))
     if row is not None:
-        refuse(Report((row,), checked=False), "jax.device_put")
+        raise_if_refused(Report((row,), checked=False), "jax.device_put")
     return original(x, device=device, **kwargs)
 
 
-def _frames() -> Iterator[tuple[str, int]]:
+def _list_frames() -> Iterator[tuple[str, int]]:
     """Yield (file, line) of the calls that led here, innermost first."""
     frame = sys._getframe(1)
     while frame is not None:

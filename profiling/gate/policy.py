@@ -14,30 +14,30 @@ _MOST_ROWS = 10
 
 
 @functools.cache
-def context() -> Any:
+def gate_context() -> Any:
     """Return jax's context that holds what this thread's blocks refuse: part of all jax's keys."""
     # Made by the first gate, not by the import: it makes jax trace everything once more.
     return jax.make_user_context(())
 
 
-def refused() -> tuple[str, ...]:
+def refused_origins() -> tuple[str, ...]:
     """Return the origins that the blocks of this thread refuse, () outside of any."""
-    return context().value
+    return gate_context().value
 
 
-def refuse(report: Report, doing: str) -> None:
+def raise_if_refused(report: Report, doing: str) -> None:
     """Raise where a report has rows whose origin this thread's blocks refuse."""
-    rows = tuple(row for row in report.collectives if _origin(row) in refused())
+    rows = tuple(row for row in report.collectives if _origin_of_row(row) in refused_origins())
     if rows:
-        raise _error(report, _text(rows, doing))
+        raise _make_error(report, _describe_refusal(rows, doing))
 
 
-def refuse_untraced(report: Report, name: str) -> None:
+def raise_if_untraced(report: Report, name: str) -> None:
     """Raise where nothing can tell the author's collectives from the partitioner's."""
     if report.checked or not report.collectives or _compat.marks_partitioner():
         return
-    if "partitioner" in refused():
-        raise _error(
+    if "partitioner" in refused_origins():
+        raise _make_error(
             report,
             f"no_auto_collectives needs the traced program of {name} to tell its author's "
             f"collectives from the partitioner's, which jax {jax.__version__} does not mark, but "
@@ -45,23 +45,23 @@ def refuse_untraced(report: Report, name: str) -> None:
         )
 
 
-def _error(report: Report, text: str) -> AutoShardingError:
+def _make_error(report: Report, text: str) -> AutoShardingError:
     error = AutoShardingError(report)
     error.args = (text,)
     return error
 
 
-def _origin(row: Collective) -> str:
+def _origin_of_row(row: Collective) -> str:
     """Return a row's origin; what nothing declares is the partitioner's, whatever its line says."""
     return row.origin if row.explained or row.origin in REFUSED else "partitioner"
 
 
-def _text(rows: tuple[Collective, ...], doing: str) -> str:
+def _describe_refusal(rows: tuple[Collective, ...], doing: str) -> str:
     from txcore.profiling.report.table import table  # tabulate, which importing must not cost
 
     more = len(rows) - _MOST_ROWS
     named = [f"  {row.op or row.kind}: {row.op_name or row.note}" for row in rows[:_MOST_ROWS]]
-    origins = sorted({_origin(row) for row in rows})
+    origins = sorted({_origin_of_row(row) for row in rows})
     return "\n".join(
         [
             f"no_auto_collectives required that nobody communicates unasked, but {doing} adds "

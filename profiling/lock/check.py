@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from txcore.outside import printable
-from txcore.profiling.lock.diff import Change, compare, lines
-from txcore.profiling.lock.file import dumps, read, write
+from txcore.profiling.lock.diff import Change, compare, write_changes
+from txcore.profiling.lock.file import format_locks, read_locks, write_file
 from txcore.profiling.lock.model import Lock, LockError, lock_of, target_of
 from txcore.profiling.report import Report
 
@@ -54,7 +54,7 @@ def check(path: str | os.PathLike[str], report: Report, *, exact: bool = False) 
       True
       lock: 0 entries as locked for cpu:1
     """
-    locks = read(path)
+    locks = read_locks(path)
     target = target_of(report)
     if target not in locks:
         has = printable(", ".join(sorted(locks))) or "none"
@@ -63,9 +63,9 @@ def check(path: str | os.PathLike[str], report: Report, *, exact: bool = False) 
         return Outcome(False, True, str(report))
     locked = locks[target]
     changes = compare(locked, lock_of(report))
-    over = over_budget(report, locked.budgets)
+    over = list_over_budget(report, locked.budgets)
     ok = not over and not any(change.grew or exact for change in changes)
-    said = [*lines(changes), _summary(changes, locked, exact), *over]
+    said = [*write_changes(changes), _summary_line(changes, locked, exact), *over]
     return Outcome(ok, bool(changes), "\n".join(said))
 
 
@@ -92,22 +92,24 @@ def update(
       LockError: the file cannot be read or written; a budget's axis is not in the mesh; the report
         was not compared with a traced program.
     """
-    locks = read(path) if os.path.lexists(path) else {}
+    locks = read_locks(path) if os.path.lexists(path) else {}
     if not report.ok:
         return Outcome(False, False, str(report))
     new = lock_of(report)
     old = locks.get(new.target, Lock(new.target, ()))
     wanted = {**old.budgets, **(budgets or {})}
     new = replace(new, budgets={axis: most for axis, most in wanted.items() if most is not None})
-    if over := over_budget(report, new.budgets):
+    if over := list_over_budget(report, new.budgets):
         return Outcome(False, False, "\n".join([*over, f"{path} is left as it was"]))
     changed = locks.get(new.target) != new
-    write(path, dumps([*{**locks, new.target: new}.values()]))
-    said = f"{path}: {_entries(new)} locked for {new.target}{'' if changed else ', as before'}"
-    return Outcome(True, changed, "\n".join([*lines(compare(old, new)), said]))
+    write_file(path, format_locks([*{**locks, new.target: new}.values()]))
+    said = (
+        f"{path}: {_count_entries(new)} locked for {new.target}{'' if changed else ', as before'}"
+    )
+    return Outcome(True, changed, "\n".join([*write_changes(compare(old, new)), said]))
 
 
-def over_budget(report: Report, budgets: Mapping[str, int]) -> list[str]:
+def list_over_budget(report: Report, budgets: Mapping[str, int]) -> list[str]:
     """Say for which axes a program is over its budget, or cannot be proved to be within it."""
     axes = [name for name, _ in report.mesh]
     found = []
@@ -131,7 +133,7 @@ def over_budget(report: Report, budgets: Mapping[str, int]) -> list[str]:
     return found
 
 
-def _summary(changes: Sequence[Change], locked: Lock, exact: bool) -> str:
+def _summary_line(changes: Sequence[Change], locked: Lock, exact: bool) -> str:
     total, grown = len(changes), sum(change.grew for change in changes)
     if grown:
         return f"lock: {grown} of {total} changed entries grew: review, then update the lock"
@@ -139,8 +141,8 @@ def _summary(changes: Sequence[Change], locked: Lock, exact: bool) -> str:
         return f"lock: {total} smaller or gone, and it has to be exact: update the lock"
     if changes:
         return f"lock: nothing grew; {total} smaller or gone: update the lock to keep that"
-    return f"lock: {_entries(locked)} as locked for {locked.target}"
+    return f"lock: {_count_entries(locked)} as locked for {locked.target}"
 
 
-def _entries(lock: Lock) -> str:
+def _count_entries(lock: Lock) -> str:
     return f"{len(lock.entries)} {'entry' if len(lock.entries) == 1 else 'entries'}"

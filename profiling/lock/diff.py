@@ -56,7 +56,7 @@ def compare(old: Lock, new: Lock) -> tuple[Change, ...]:
       >>> was = Entry("psum/grads", "", "all-reduce", ("data",), "float32", "txcore", 400, 1)
       >>> now = Entry("psum/grads", "", "all-reduce", ("data",), "float32", "txcore", 800, 1)
       >>> changes = compare(Lock("cpu:8", (was,)), Lock("cpu:8", (now,)))
-      >>> print(*lines(changes))
+      >>> print(*write_changes(changes))
       ~ psum/grads  all-reduce  data  float32  400 B -> 800 B  x1  txcore
       >>> changes[0].grew
       True
@@ -66,13 +66,13 @@ def compare(old: Lock, new: Lock) -> tuple[Change, ...]:
     return tuple(Change(was, now) for was, now in pairs if was != now)
 
 
-def lines(changes: Sequence[Change]) -> list[str]:
+def write_changes(changes: Sequence[Change]) -> list[str]:
     """Print changes as aligned lines of at most 100 columns."""
     from tabulate import tabulate  # which importing must not cost
 
     if not changes:
         return []
-    cells = [[printable(cell) for cell in _cells(change)] for change in changes]
+    cells = [[printable(cell) for cell in _change_cells(change)] for change in changes]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     # The first and the last column share what the others and the blanks between them leave.
     room = _WIDTH - sum(widths[1:-1]) - 2 * (len(widths) - 1)
@@ -85,21 +85,21 @@ def lines(changes: Sequence[Change]) -> list[str]:
     return [shorten(line.rstrip(), _WIDTH) for line in text.splitlines()]
 
 
-def _cells(change: Change) -> list[str]:
+def _change_cells(change: Change) -> list[str]:
     entry = change.entry
     return [
         f"{change.sign} {entry.tag or entry.source or '?'}",
         shorten(entry.kind.removeprefix("collective-"), 14),
         shorten("+".join(entry.axes) or "-", 12),
         shorten(entry.dtype or "-", 8),
-        _bytes(change),
-        _from_to(_trips(change.old), _trips(change.new)),
+        _bytes_cell(change),
+        _format_change(_format_trips(change.old), _format_trips(change.new)),
         entry.origin,
         ",".join(entry.places),
     ]
 
 
-def _bytes(change: Change) -> str:
+def _bytes_cell(change: Change) -> str:
     old, new = change.old, change.new
     if old is None or new is None or old.payload_bytes == new.payload_bytes:
         return format_bytes(change.entry.payload_bytes)
@@ -110,9 +110,9 @@ def _bytes(change: Change) -> str:
     return f"{before} {'+' if more > 0 else '-'}{format_bytes(abs(more))}"
 
 
-def _trips(entry: Entry | None) -> str:
+def _format_trips(entry: Entry | None) -> str:
     return "" if entry is None else f"x{entry.trips}{'' if entry.trips_known else '+'}"
 
 
-def _from_to(before: str, after: str) -> str:
+def _format_change(before: str, after: str) -> str:
     return f"{before} -> {after}" if before and after and before != after else after or before

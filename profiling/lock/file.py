@@ -21,7 +21,7 @@ _COLLECTIVE = {
 _SCHEMA = {"targets": {str: {"budgets?": {str: _COUNT}, "collectives": [_COLLECTIVE]}}}
 
 
-def read(path: str | os.PathLike[str], *, max_bytes: int = _MOST_BYTES) -> dict[str, Lock]:
+def read_locks(path: str | os.PathLike[str], *, max_bytes: int = _MOST_BYTES) -> dict[str, Lock]:
     """Read a lock file.
 
     Args:
@@ -41,25 +41,25 @@ def read(path: str | os.PathLike[str], *, max_bytes: int = _MOST_BYTES) -> dict[
     if data is None:
         raise LockError(f"{path} is longer than {max_bytes} bytes: that is no lock file")
     try:
-        return loads(data)
+        return parse_locks(data)
     except ValueError as error:
         raise LockError(f"{path} {error}: restore it, or delete and update it") from None
 
 
-def loads(data: bytes) -> dict[str, Lock]:
+def parse_locks(data: bytes) -> dict[str, Lock]:
     """Return the locks in a lock file's bytes, by target.
 
     Raises:
       ValueError: it is no lock file of this version; the reason follows its name.
     """
     found = bounded_json.loads(data, _SCHEMA, format=_FORMAT, version=_VERSION)
-    return {target: _lock(target, section) for target, section in found["targets"].items()}
+    return {target: _parse_lock(target, section) for target, section in found["targets"].items()}
 
 
-def _lock(target: str, section: Mapping[str, Any]) -> Lock:
+def _parse_lock(target: str, section: Mapping[str, Any]) -> Lock:
     where = f"targets[{brief(target)}]"
     listed = enumerate(section["collectives"])
-    entries = [_entry(data, f"{where}['collectives'][{i}]") for i, data in listed]
+    entries = [_parse_entry(data, f"{where}['collectives'][{i}]") for i, data in listed]
     first: dict[Any, int] = {}
     for i, entry in enumerate(entries):
         if (same := first.setdefault(entry.key, i)) != i:
@@ -68,23 +68,25 @@ def _lock(target: str, section: Mapping[str, Any]) -> Lock:
     return Lock(target, tuple(entries), section.get("budgets", {}))
 
 
-def _entry(data: Mapping[str, Any], where: str) -> Entry:
+def _parse_entry(data: Mapping[str, Any], where: str) -> Entry:
     if ("tag" in data) == ("source" in data):
         got = "both" if "tag" in data else "neither"
         raise LockError(f"needs either a tag or a source in {where}, got {got}")
     return Entry(**{"tag": "", "source": "", **data, "axes": tuple(data["axes"])})
 
 
-def dumps(locks: Iterable[Lock]) -> str:
+def format_locks(locks: Iterable[Lock]) -> str:
     """Return the text of a lock file: equal locks give equal text."""
-    sections = ",\n".join(_section(lock) for lock in sorted(locks, key=lambda lock: lock.target))
+    sections = ",\n".join(
+        _format_section(lock) for lock in sorted(locks, key=lambda lock: lock.target)
+    )
     return (
         f'{{\n  "format": "{_FORMAT}",\n  "version": {_VERSION},\n  "targets": {{\n'
         f"{sections}\n  }}\n}}\n"
     )
 
 
-def _section(lock: Lock) -> str:
+def _format_section(lock: Lock) -> str:
     lines = ",".join(f"\n        {json.dumps(_to_dict(entry))}" for entry in lock.entries)
     collectives = f"[{lines}\n      ]" if lines else "[]"
     budgets = json.dumps(dict(lock.budgets), sort_keys=True)
@@ -109,7 +111,7 @@ def _to_dict(entry: Entry) -> Mapping[str, Any]:
     }
 
 
-def write(path: str | os.PathLike[str], text: str) -> None:
+def write_file(path: str | os.PathLike[str], text: str) -> None:
     """Replace a file in one step, so that nobody ever reads half of it; make its folder.
 
     Raises:

@@ -100,11 +100,11 @@ def lock_of(report: Report) -> Lock:
             "compiled code alone: audit the function with its arguments"
         )
     declared = [fate.declared for fate in report.fates]
-    sent = [_of_declared(d, report) for d in declared if d.live and d.group_size > 1]
+    sent = [_entry_of_declared(d, report) for d in declared if d.live and d.group_size > 1]
     matched = {place for fate in report.fates for place in fate.rows}
     rows = enumerate(report.collectives)
-    sent += [_of_row(row) for place, row in rows if place not in matched]
-    return Lock(target_of(report), _sum(sent))
+    sent += [_entry_of_row(row) for place, row in rows if place not in matched]
+    return Lock(target_of(report), _sum_by_key(sent))
 
 
 def target_of(report: Report) -> str:
@@ -113,18 +113,18 @@ def target_of(report: Report) -> str:
     return " ".join(part for part in (report.target, mesh) if part)
 
 
-def _of_declared(declared: Declared, report: Report) -> Entry:
+def _entry_of_declared(declared: Declared, report: Report) -> Entry:
     sizes = dict(report.mesh)
     order = list(sizes)
     axes = [axis for axis in declared.axes if sizes.get(axis) != 1]
     axes.sort(key=lambda axis: order.index(axis) if axis in order else len(order))
     return Entry(
         tag=declared.tag or "",
-        source="" if declared.tag else _file(declared.source),
+        source="" if declared.tag else _file_of_source(declared.source),
         kind=declared.kind,
         axes=tuple(axes),
         dtype=declared.dtype,
-        origin=_origin(declared),
+        origin=_origin_of_declared(declared),
         payload_bytes=declared.payload_bytes * declared.trips,
         trips=declared.trips,
         trips_known=declared.trips_known,
@@ -132,7 +132,7 @@ def _of_declared(declared: Declared, report: Report) -> Entry:
     )
 
 
-def _origin(declared: Declared) -> str:
+def _origin_of_declared(declared: Declared) -> str:
     if declared.tag:
         return "txcore"
     if declared.primitive == "reshard":
@@ -140,12 +140,12 @@ def _origin(declared: Declared) -> str:
     return "autodiff" if declared.autodiff else "user"
 
 
-def _of_row(row: Collective) -> Entry:
+def _entry_of_row(row: Collective) -> Entry:
     """Describe what is explained without a declaration, as an opaque call."""
     tag = ",".join(row.tags)
     return Entry(
         tag=tag,
-        source="" if tag else _file(row.source),
+        source="" if tag else _file_of_source(row.source),
         kind=row.kind,
         axes=row.axes,
         dtype=row.dtype,
@@ -157,11 +157,11 @@ def _of_row(row: Collective) -> Entry:
     )
 
 
-def _file(source: str) -> str:
+def _file_of_source(source: str) -> str:
     return source.rpartition(":")[0]
 
 
-def _sum(sent: Iterable[Entry]) -> tuple[Entry, ...]:
+def _sum_by_key(sent: Iterable[Entry]) -> tuple[Entry, ...]:
     same: dict[object, list[Entry]] = defaultdict(list)
     for entry in sent:
         same[entry.key].append(entry)

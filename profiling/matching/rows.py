@@ -203,5 +203,5 @@ def _axes(op: Op, sizes: Sequence[meshes.Sizes]) -> tuple[tuple[str, ...], int]:
         else:
             axes = meshes.axes_of_groups(op.groups, mesh)
         if axes is not None:
-            return axes, op.group_size or meshes.count(mesh, axes)
+            return axes, op.group_size or meshes.count_devices(mesh, axes)
     return (), op.group_size

@@ -34,7 +34,7 @@ def tpu_devices(target: str) -> tuple[jax.Device, ...]:
     chip, shape = target.split(":")[1:]
     # A v4 chip has two cores, which programs use as one device since "megacore".
     options = {"chip_config_name": "megacore"} if chip == "v4" else {}
-    return _topology(target, "tpu", f"{chip}:{shape}", **options)
+    return _devices_of_topology(target, "tpu", f"{chip}:{shape}", **options)
 
 
 @functools.cache
@@ -43,7 +43,9 @@ def gpu_devices(target: str) -> tuple[jax.Device, ...]:
     _check_cuda_plugin(target)
     chip, shape = target.split(":")[1:]
     hosts = shape if "x" in shape else f"1x{shape}"
-    return _topology(target, "cuda", "", topology=f"1x{hosts}", target_config=target_config(chip))
+    return _devices_of_topology(
+        target, "cuda", "", topology=f"1x{hosts}", target_config=target_config(chip)
+    )
 
 
 def cpu_devices(target: str) -> tuple[jax.Device, ...]:
@@ -65,7 +67,9 @@ def tpu_grid(devices: Sequence[jax.Device], shape: tuple[int, ...]) -> np.ndarra
     return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
 
 
-def _topology(target: str, platform: str, name: str, **options: Any) -> tuple[jax.Device, ...]:
+def _devices_of_topology(
+    target: str, platform: str, name: str, **options: Any
+) -> tuple[jax.Device, ...]:
     from jax.experimental import topologies
 
     if not (_compat.setting("jax_platforms") or _compat.backend_started() or _has_accelerator()):
@@ -95,7 +99,7 @@ def _has_tpu() -> bool:
 
 
 def _check_libtpu(target: str) -> None:
-    have = _version("libtpu")
+    have = _installed_version("libtpu")
     if have is None:
         raise ImportError(
             f"the target {target!r} needs the package libtpu, which is not installed: "
@@ -114,7 +118,10 @@ def _check_libtpu(target: str) -> None:
 def _check_cuda_plugin(target: str) -> None:
     wanted = metadata.version("jaxlib")
     for cuda in ("12", "13"):
-        have = {_version(f"jax-cuda{cuda}-plugin"), _version(f"jax-cuda{cuda}-pjrt")}
+        have = {
+            _installed_version(f"jax-cuda{cuda}-plugin"),
+            _installed_version(f"jax-cuda{cuda}-pjrt"),
+        }
         if have == {wanted}:
             return
         if have != {None}:
@@ -129,7 +136,7 @@ def _check_cuda_plugin(target: str) -> None:
     )
 
 
-def _version(package: str) -> str | None:
+def _installed_version(package: str) -> str | None:
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -104,7 +104,7 @@ def parse_target(text: str) -> Target:
         raise TypeError(f"a target needs to be text as {_FORMS}, got a {type(text).__name__}")
     platform, *rest = text.split(":")
     if platform == "cpu" and len(rest) == 1:
-        return Target(text, platform, _shape(text, rest[0], 1))
+        return Target(text, platform, _parse_shape(text, rest[0], 1))
     if platform not in CHIPS or len(rest) != 2:
         raise ValueError(f"a target needs to be as {_FORMS}, got {text[:60]!r}")
     name, sizes = rest
@@ -113,8 +113,8 @@ def parse_target(text: str) -> Target:
         known = ", ".join(f"{platform}:{name}" for name in CHIPS[platform])
         raise ValueError(f"the target {text[:60]!r} names no known chip: use one of {known}")
     if platform == "cuda":
-        return Target(text, platform, _hosts(text, sizes, chip), chip)
-    shape = _shape(text, sizes, chip.links // 2)  # a torus has two links along each dim
+        return Target(text, platform, _parse_hosts(text, sizes, chip), chip)
+    shape = _parse_shape(text, sizes, chip.links // 2)  # a torus has two links along each dim
     if math.prod(shape) > chip.linked:
         raise ValueError(
             f"the target {text!r} has {math.prod(shape)} chips, but a slice of {name} has at "
@@ -123,8 +123,8 @@ def parse_target(text: str) -> Target:
     return Target(text, platform, shape, chip)
 
 
-def _hosts(text: str, sizes: str, chip: Chip) -> tuple[int, ...]:
-    shape = _shape(text, sizes, 2) if "x" in sizes else (1, *_shape(text, sizes, 1))
+def _parse_hosts(text: str, sizes: str, chip: Chip) -> tuple[int, ...]:
+    shape = _parse_shape(text, sizes, 2) if "x" in sizes else (1, *_parse_shape(text, sizes, 1))
     if shape[1] > chip.linked:
         raise ValueError(
             f"the target {text!r} has {shape[1]} GPUs in a host, but hosts of {chip.name} have at "
@@ -133,7 +133,7 @@ def _hosts(text: str, sizes: str, chip: Chip) -> tuple[int, ...]:
     return shape
 
 
-def _shape(text: str, sizes: str, dims: int) -> tuple[int, ...]:
+def _parse_shape(text: str, sizes: str, dims: int) -> tuple[int, ...]:
     parts = sizes.split("x")
     numbers = [int(p) for p in parts if p.isdecimal() and len(p) <= _DIGITS]
     if len(parts) != dims or len(numbers) != dims or not all(numbers):

@@ -6,7 +6,7 @@ import pytest
 
 from txcore.profiling import Collective, Declared, Fate, Report
 from txcore.profiling.lock import LockError, check, compare, lock_of, update
-from txcore.profiling.lock.diff import lines
+from txcore.profiling.lock.diff import write_changes
 
 MESH = (("data", 4), ("model", 2), ("pipe", 1))
 PSUM = Declared(
@@ -187,10 +187,10 @@ def test_lines_are_never_longer_than_100_columns():
         )  # fmt: skip
 
     changes = compare(lock_of(long(10**15, 1000)), lock_of(long(10**15 + 10**11, 100000)))
-    (line,) = lines(changes)
+    (line,) = write_changes(changes)
     assert len(line) <= 100
     assert line.startswith("~ psu..")
-    assert lines(()) == []
+    assert write_changes(()) == []
 
 
 def test_shrinking_passes_and_says_how_to_keep_it(tmp_path):

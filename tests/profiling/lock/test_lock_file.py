@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from txcore.profiling.lock import Entry, Lock, LockError
-from txcore.profiling.lock.file import dumps, read, write
+from txcore.profiling.lock.file import format_locks, read_locks, write_file
 
 GRADS = Entry("psum/grads", "", "all-reduce", ("data",), "float32", "txcore", 400, 1)
 PLAIN = Entry("", 'a "b"é.py', "all-gather", ("data", "model"), "bfloat16", "user", 64, 3, False)
@@ -48,12 +48,12 @@ def save(tmp_path, text):
 
 
 def test_the_text_is_canonical(tmp_path):
-    assert dumps(LOCKS.values()) == TEXT
-    assert dumps(reversed(LOCKS.values())) == TEXT
-    assert read(save(tmp_path, TEXT)) == LOCKS
+    assert format_locks(LOCKS.values()) == TEXT
+    assert format_locks(reversed(LOCKS.values())) == TEXT
+    assert read_locks(save(tmp_path, TEXT)) == LOCKS
     shuffled = json.dumps(json.loads(TEXT), sort_keys=True, indent=7)
-    assert dumps(read(save(tmp_path, shuffled)).values()) == TEXT
-    assert json.loads(dumps([])) == {"format": "txcore-lock", "version": 1, "targets": {}}
+    assert format_locks(read_locks(save(tmp_path, shuffled)).values()) == TEXT
+    assert json.loads(format_locks([])) == {"format": "txcore-lock", "version": 1, "targets": {}}
 
 
 def test_nothing_but_the_file_is_left(tmp_path):
@@ -61,7 +61,7 @@ def test_nothing_but_the_file_is_left(tmp_path):
     path.chmod(0o640)
     link = tmp_path / "link.json"
     link.symlink_to(path)
-    write(link, TEXT)
+    write_file(link, TEXT)
     assert link.is_symlink()
     assert path.read_text() == TEXT
     assert sorted(os.listdir(tmp_path)) == ["collectives.lock.json", "link.json"]
@@ -75,7 +75,7 @@ def test_a_failed_write_leaves_the_old_file_alone(tmp_path, monkeypatch):
 
     monkeypatch.setattr("txcore.profiling.lock.file.os.replace", fail)
     with pytest.raises(LockError, match=r"cannot write .*: No space left on device"):
-        write(path, TEXT)
+        write_file(path, TEXT)
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["collectives.lock.json"]
 
@@ -148,7 +148,7 @@ def test_bad_files_are_refused_in_one_line(name, tmp_path):
     text, message = BAD[name]
     path = save(tmp_path, text)
     with pytest.raises(LockError) as refused:
-        read(path)
+        read_locks(path)
     assert str(refused.value).startswith(f"{path} ")
     assert message in str(refused.value)
     assert str(refused.value).endswith(": restore it, or delete and update it")
@@ -157,19 +157,19 @@ def test_bad_files_are_refused_in_one_line(name, tmp_path):
 
 def test_files_that_cannot_be_read(tmp_path):
     with pytest.raises(LockError, match=r"cannot read .*: Is a directory"):
-        read(tmp_path)
+        read_locks(tmp_path)
     with pytest.raises(LockError, match=r"cannot read .*: No such file or directory"):
-        read(tmp_path / "absent.json")
+        read_locks(tmp_path / "absent.json")
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(LockError, match=r"cannot read .*: it is a pipe, and no regular file"):
-        read(tmp_path / "pipe")
+        read_locks(tmp_path / "pipe")
     with pytest.raises(LockError, match=r"cannot read .*: it is a device, and no regular file"):
-        read("/dev/zero")
+        read_locks("/dev/zero")
     big = tmp_path / "big.json"
     with big.open("wb") as file:
         file.truncate((16 << 20) + 1)
     with pytest.raises(LockError, match="longer than 16777216 bytes: that is no lock file"):
-        read(big)
+        read_locks(big)
 
 
 HOSTILE = {
@@ -197,16 +197,16 @@ def test_a_hostile_file_is_refused_in_time_that_grows_with_its_length(kind, tmp_
     path = save(tmp_path, HOSTILE[kind](2_000_000))
     start = time.process_time()
     with pytest.raises(LockError) as refused:
-        read(path)
+        read_locks(path)
     assert time.process_time() - start < 10  # 0.1 to 2 s; what grows with the square takes minutes
     assert len(str(refused.value)) < 400 + len(str(path))
 
 
 def test_the_limit_is_an_option(tmp_path):
     path = save(tmp_path, TEXT)
-    assert read(path, max_bytes=len(TEXT.encode()))
+    assert read_locks(path, max_bytes=len(TEXT.encode()))
     with pytest.raises(LockError, match="longer than 100 bytes"):
-        read(path, max_bytes=100)
+        read_locks(path, max_bytes=100)
 
 
 @settings(max_examples=300, deadline=None)
@@ -219,8 +219,8 @@ def test_no_damage_gets_through(tmp_path_factory, data):
     path = pathlib.Path(tmp_path_factory.getbasetemp()) / "damaged.lock.json"
     path.write_text(text, encoding="utf-8", errors="surrogatepass")
     try:
-        locks = read(path)
+        locks = read_locks(path)
     except LockError:
         return
-    path.write_text(dumps(locks.values()))
-    assert read(path) == locks
+    path.write_text(format_locks(locks.values()))
+    assert read_locks(path) == locks

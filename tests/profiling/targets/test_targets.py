@@ -110,7 +110,7 @@ def test_a_mesh_that_does_not_fit(sizes, given):
     ],
 )  # fmt: skip
 def test_compilers_that_are_missing_or_of_another_version(monkeypatch, name, installed, message):
-    monkeypatch.setattr(devices, "_version", installed.get)
+    monkeypatch.setattr(devices, "_installed_version", installed.get)
     devices.tpu_devices.cache_clear()
     devices.gpu_devices.cache_clear()
     with pytest.raises(ImportError, match=message):
@@ -220,7 +220,7 @@ def test_misuse(name):
 def test_a_tpu_machine_keeps_its_own_environment(monkeypatch):
     monkeypatch.setattr(devices, "_has_tpu", lambda: True)
     monkeypatch.setattr(devices, "_check_libtpu", lambda target: None)
-    monkeypatch.setattr(devices, "_topology", lambda *args, **options: ("device",))
+    monkeypatch.setattr(devices, "_devices_of_topology", lambda *args, **options: ("device",))
     for name in devices._NO_TPU_HERE:
         monkeypatch.delenv(name, raising=False)
     devices.tpu_devices.cache_clear()
