@@ -15,8 +15,8 @@ from txcore.profiling.declared.divergence import find_divergences
 from txcore.profiling.declared.kernels import kernels_in_text, kernels_used
 from txcore.profiling.hlo import Module, Op, collectives_of, find_collectives, read_modules
 from txcore.profiling.matching.arrays import units_of
-from txcore.profiling.matching.match import Matched, match
-from txcore.profiling.matching.reconcile import reconcile
+from txcore.profiling.matching.match import Matched, match_collectives
+from txcore.profiling.matching.reconcile import reconcile_modules
 from txcore.profiling.matching.rows import rows_of
 from txcore.profiling.program import Program, compile_for_target, compile_program, machine_of
 from txcore.profiling.report import Report
@@ -189,7 +189,7 @@ def audit_compiled(
     # Where the partitioner had nothing to decide, the optimized module alone is enough.
     has_doubt = not (report.ok and is_one_shard_map(jaxpr))
     if partition and has_doubt and (early := _read_collectives(partition(), sizes)):
-        better = reconcile(matched, ops, _match_declared(early, declared), early, declared)
+        better = reconcile_modules(matched, ops, _match_declared(early, declared), early, declared)
         report = _make_report(ops, better, declared, sizes)
     return replace(
         report,
@@ -307,7 +307,7 @@ def _read_collectives(text: str, sizes: Sequence[meshes.Sizes]) -> tuple[Op, ...
 
 
 def _match_declared(ops: Sequence[Op], declared: Sequence[Declared]) -> Matched:
-    return match(ops, declared, marks=_compat.marks_partitioner())
+    return match_collectives(ops, declared, marks=_compat.marks_partitioner())
 
 
 def _match_nothing(ops: Sequence[Op]) -> Matched:

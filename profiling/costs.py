@@ -26,9 +26,9 @@ class Costs(CostModel):
         return "\n".join(write_lines(self))
 
     def _repr_html_(self) -> str:
-        from txcore.profiling.report.html.notebook import lines
+        from txcore.profiling.report.html.notebook import write_lines
 
-        return lines(f"{self}\n\n{self.report.verdict()}")
+        return write_lines(f"{self}\n\n{self.report.verdict()}")
 
 
 def costs(

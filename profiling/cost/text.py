@@ -7,7 +7,7 @@ from tabulate import tabulate
 from txcore.profiling.cost.model import CostModel
 from txcore.profiling.cost.schedule import Overlap
 from txcore.profiling.report.numbers import format_bytes
-from txcore.profiling.report.table import shorten
+from txcore.profiling.report.table import cut_middle
 
 _WIDTH = 100
 _LONGEST_AXES, _LONGEST_SHAPE = 12, 16
@@ -73,7 +73,7 @@ def _title_line(costs: CostModel) -> str:
     mesh = ", ".join(f"{name}={size}" for name, size in costs.report.mesh)
     target = costs.report.target or "one device"
     title = f"one call on each device of {target}" + (f" ({mesh})" if mesh else "") + ":"
-    return shorten(title, _WIDTH)
+    return cut_middle(title, _WIDTH)
 
 
 def _memory_lines(costs: CostModel) -> Iterator[str]:
@@ -105,7 +105,7 @@ def _replicated_lines(costs: CostModel) -> Iterator[str]:
     rows = [
         [
             row.path,
-            shorten("x".join(map(str, row.shape)), _LONGEST_SHAPE),
+            cut_middle("x".join(map(str, row.shape)), _LONGEST_SHAPE),
             row.dtype,
             format_bytes(row.bytes),
             _format_axes(row.axes),
@@ -135,7 +135,7 @@ def _schedule_lines(costs: CostModel) -> Iterator[str]:
     yield from _table_lines(head, cells, "llrrrrrr"[: len(head)])
     for note in dict.fromkeys(row.note for row in rows if row.note):
         named = [row.op for row in rows if row.note == note]
-        yield shorten(f"  {note}: {', '.join(named)}", _WIDTH)
+        yield cut_middle(f"  {note}: {', '.join(named)}", _WIDTH)
 
 
 def _overlap_cells(row: Overlap, costs: CostModel) -> list[str]:
@@ -172,7 +172,7 @@ def _step_lines(costs: CostModel) -> Iterator[str]:
 
 
 def _format_axes(axes: Sequence[str]) -> str:
-    return shorten("+".join(axes) or "-", _LONGEST_AXES)
+    return cut_middle("+".join(axes) or "-", _LONGEST_AXES)
 
 
 def _table_lines(head: Sequence[str], rows: Sequence[Sequence[str]], align: str) -> list[str]:
@@ -181,7 +181,7 @@ def _table_lines(head: Sequence[str], rows: Sequence[Sequence[str]], align: str)
     widths = [max(len(row[i]) for row in cells) for i in range(1, len(head))]
     room = _WIDTH - sum(widths) - 2 * (len(head) - 1)
     for row in cells:
-        row[0] = shorten(row[0], max(room, 8))
+        row[0] = cut_middle(row[0], max(room, 8))
     names = {"l": "left", "r": "right"}
     table = tabulate(
         cells, tablefmt="plain", disable_numparse=True, colalign=[names[a] for a in align]

@@ -57,7 +57,7 @@ def _origin_of_row(row: Collective) -> str:
 
 
 def _describe_refusal(rows: tuple[Collective, ...], doing: str) -> str:
-    from txcore.profiling.report.table import table  # tabulate, which importing must not cost
+    from txcore.profiling.report.table import table_lines  # tabulate, which importing must not cost
 
     more = len(rows) - _MOST_ROWS
     named = [f"  {row.op or row.kind}: {row.op_name or row.note}" for row in rows[:_MOST_ROWS]]
@@ -66,7 +66,7 @@ def _describe_refusal(rows: tuple[Collective, ...], doing: str) -> str:
         [
             f"no_auto_collectives required that nobody communicates unasked, but {doing} adds "
             f"{len(rows)}:",
-            *table(rows[:_MOST_ROWS]),
+            *table_lines(rows[:_MOST_ROWS]),
             *named,
             *([f"  and {more} more"] if more > 0 else []),
             "write the communication out (jax.shard_map with txcore's collectives), give the "

@@ -23,9 +23,9 @@ class Outcome:
         return self.text
 
     def _repr_html_(self) -> str:
-        from txcore.profiling.report.html.notebook import lines
+        from txcore.profiling.report.html.notebook import write_lines
 
-        return lines(self.text)
+        return write_lines(self.text)
 
 
 def check(path: str | os.PathLike[str], report: Report, *, exact: bool = False) -> Outcome:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from txcore.outside import printable
 from txcore.profiling.lock.model import Entry, Lock
 from txcore.profiling.report.numbers import format_bytes
-from txcore.profiling.report.table import shorten
+from txcore.profiling.report.table import cut_middle
 
 _WIDTH = 100
 
@@ -78,20 +78,20 @@ def write_changes(changes: Sequence[Change]) -> list[str]:
     room = _WIDTH - sum(widths[1:-1]) - 2 * (len(widths) - 1)
     for_source = min(widths[-1], max(room // 3, room - widths[0]))
     for row in cells:
-        row[0] = shorten(row[0], max(room - for_source, 12))
-        row[-1] = shorten(row[-1], max(for_source, 0))
+        row[0] = cut_middle(row[0], max(room - for_source, 12))
+        row[-1] = cut_middle(row[-1], max(for_source, 0))
     align = ("left",) * 4 + ("right",) * 2 + ("left",) * 2
     text = tabulate(cells, tablefmt="plain", disable_numparse=True, colalign=align)
-    return [shorten(line.rstrip(), _WIDTH) for line in text.splitlines()]
+    return [cut_middle(line.rstrip(), _WIDTH) for line in text.splitlines()]
 
 
 def _change_cells(change: Change) -> list[str]:
     entry = change.entry
     return [
         f"{change.sign} {entry.tag or entry.source or '?'}",
-        shorten(entry.kind.removeprefix("collective-"), 14),
-        shorten("+".join(entry.axes) or "-", 12),
-        shorten(entry.dtype or "-", 8),
+        cut_middle(entry.kind.removeprefix("collective-"), 14),
+        cut_middle("+".join(entry.axes) or "-", 12),
+        cut_middle(entry.dtype or "-", 8),
         _bytes_cell(change),
         _format_change(_format_trips(change.old), _format_trips(change.new)),
         entry.origin,

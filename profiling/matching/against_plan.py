@@ -71,15 +71,15 @@ def against_plan(
     gone = {i for i in left if "eliminated" in report.fates[i].fates}
     lines = []
     for predicted in predictions:
-        covered, used = _covered(predicted, left)
-        lines.append(_line(predicted, covered, gone))
+        covered, used = _cover_along_axes(predicted, left)
+        lines.append(_plan_line(predicted, covered, gone))
         left = {i: d for i, d in left.items() if i not in used}
     lines = _read_factors(lines, factors)
     beyond = [d for i, d in left.items() if i not in gone]
-    return replace(report, plan=(*lines, *_beyond(beyond)))
+    return replace(report, plan=(*lines, *_lines_beyond_plan(beyond)))
 
 
-def _covered(
+def _cover_along_axes(
     predicted: Prediction, left: Mapping[int, Declared]
 ) -> tuple[dict[int, int], set[int]]:
     """Return the elements that each declaration covers along the worst axis, and who does any."""
@@ -87,14 +87,14 @@ def _covered(
         i: d for i, d in left.items() if (d.kind, d.dtype) == (predicted.kind, predicted.dtype)
     }
     by_axis = [
-        _cover(predicted.elements, {i: d for i, d in alike.items() if axis in d.axes})
+        _cover_sizes(predicted.elements, {i: d for i, d in alike.items() if axis in d.axes})
         for axis in predicted.axes
     ]
     worst = min(by_axis, key=lambda covered: sum(covered.values()))
     return worst, {i for covered in by_axis for i in covered}
 
 
-def _cover(sizes: Iterable[int], declared: Mapping[int, Declared]) -> dict[int, int]:
+def _cover_sizes(sizes: Iterable[int], declared: Mapping[int, Declared]) -> dict[int, int]:
     """Return how many elements, of arrays of these sizes, each declaration stands for."""
     wanted = Counter(sizes)
     covered: dict[int, int] = {}
@@ -118,7 +118,7 @@ def _cover(sizes: Iterable[int], declared: Mapping[int, Declared]) -> dict[int, 
     return covered
 
 
-def _line(predicted: Prediction, covered: Mapping[int, int], gone: set[int]) -> PlanLine:
+def _plan_line(predicted: Prediction, covered: Mapping[int, int], gone: set[int]) -> PlanLine:
     size = jnp.dtype(predicted.dtype).itemsize
     eliminated = sum(n for place, n in covered.items() if place in gone)
     return PlanLine(
@@ -153,27 +153,27 @@ def _worst_factor(factors: Sequence[GradientFactor]) -> tuple[str, str]:
     if summed:
         return "sum", (
             "the plan predicts the mean of the gradients, found the sum of those of local means, "
-            f"{summed[0].times} times that, of {_some(summed)}: average them with tx.pmean"
+            f"{summed[0].times} times that, of {_name_some(summed)}: average them with tx.pmean"
         )
     notes = []
     if unread:
-        notes.append(f"the factor of the gradients not read ({_some(unread)})")
+        notes.append(f"the factor of the gradients not read ({_name_some(unread)})")
     if shared:
         notes.append(
             "a term that is the same on every device summed once for each of them "
-            f"({_some(shared)}: weight decay in the loss?)"
+            f"({_name_some(shared)}: weight decay in the loss?)"
         )
     return "not read" if unread else "mean", ", ".join(notes)
 
 
-def _some(factors: Sequence[GradientFactor]) -> str:
+def _name_some(factors: Sequence[GradientFactor]) -> str:
     first, *others = factors
     more = f" and {len(others)} more" if others else ""
     place = f" at {first.source}" if first.source else ""
     return f"{first.what}{more}{place}"
 
 
-def _beyond(declared: Iterable[Declared]) -> list[PlanLine]:
+def _lines_beyond_plan(declared: Iterable[Declared]) -> list[PlanLine]:
     found: dict[tuple[str, str, tuple[str, ...], str], int] = defaultdict(int)
     for d in declared:
         found[d.tag or d.primitive, d.kind, d.axes, d.dtype] += d.payload_bytes * d.trips

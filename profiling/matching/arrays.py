@@ -56,28 +56,28 @@ class Unit:
     @property
     def size(self) -> int:
         """Return the real numbers that it holds: a compiler may send a complex one's apart."""
-        return reals(self.elements, self.shape.dtype)
+        return count_reals(self.elements, self.shape.dtype)
 
 
-def reals(elements: int, dtype: str) -> int:
+def count_reals(elements: int, dtype: str) -> int:
     """Return how many real numbers an array of a dtype holds."""
     return elements * (2 if dtype.startswith("complex") else 1)
 
 
 def size_of(declared: Declared) -> int:
     """Return the real numbers that a declared collective sends, as `Unit.size`."""
-    return reals(declared.elements, declared.dtype)
+    return count_reals(declared.elements, declared.dtype)
 
 
 def units_of(ops: Sequence[Op]) -> Iterator[Unit]:
     """Yield the arrays of compiled collectives, in order; an op without arrays is one, empty."""
     for place, op in enumerate(ops):
         like: dict[Hashable, Unit] = {}  # of many arrays that say the same, one that says it
-        for one in _inputs(op):
-            yield _unit(place, op, one, like)
+        for one in _inputs_as_sent(op):
+            yield _make_unit(place, op, one, like)
 
 
-def _inputs(op: Op) -> tuple[Input, ...]:
+def _inputs_as_sent(op: Op) -> tuple[Input, ...]:
     if op.kind == "all-to-all" and len(op.inputs) == op.group_size > 1:
         # One array, printed as the parts that go to each device.
         first = op.inputs[0]
@@ -86,23 +86,23 @@ def _inputs(op: Op) -> tuple[Input, ...]:
     return op.inputs or (Input(_NOTHING),)
 
 
-def _unit(
+def _make_unit(
     place: int, op: Op, one: Input, like: dict[Hashable, Unit], *, is_piece: bool = False
 ) -> Unit:
     says = one.tag, one.op_name, one.marked, bool(one.pieces), is_piece
     if (same := like.get(says)) is None:
-        same = like[says] = _said(place, op, one, is_piece=is_piece)
+        same = like[says] = _describe_unit(place, op, one, is_piece=is_piece)
     if one.shape == same.shape and not one.pieces:
         return same
     return replace(
         same,
         shape=one.shape,
-        elements=_elements(op, one),
-        pieces=tuple(_unit(place, op, piece, like, is_piece=True) for piece in one.pieces),
+        elements=_count_elements(op, one),
+        pieces=tuple(_make_unit(place, op, piece, like, is_piece=True) for piece in one.pieces),
     )
 
 
-def _said(place: int, op: Op, one: Input, *, is_piece: bool) -> Unit:
+def _describe_unit(place: int, op: Op, one: Input, *, is_piece: bool) -> Unit:
     """Return an array, but for its pieces: where it comes from, as far as it is said."""
     # Of a merged array that says nothing itself, the op's line tells what it may be.
     is_merged = is_piece or len(op.inputs) > 1
@@ -119,12 +119,12 @@ def _said(place: int, op: Op, one: Input, *, is_piece: bool) -> Unit:
         op=place,
         kind=op.kind,
         shape=one.shape,
-        elements=_elements(op, one),
+        elements=_count_elements(op, one),
         trips=op.trips,
         claims=(*tags, None) if may_be_untagged else tags,
-        tag=_joined(tags),
+        tag=_join_tags(tags),
         op_name=op_name,
-        source=_source(line, origin),
+        source=_find_source(line, origin),
         wanted_source=source.user_source_line(op.wanted_frames),
         origin=origin,
         note=note,
@@ -133,18 +133,18 @@ def _said(place: int, op: Op, one: Input, *, is_piece: bool) -> Unit:
     )
 
 
-def _elements(op: Op, one: Input) -> int:
+def _count_elements(op: Op, one: Input) -> int:
     return (op.group_size if op.kind == "all-gather" else 1) * one.shape.elements
 
 
-def _joined(tags: Sequence[str]) -> str:
+def _join_tags(tags: Sequence[str]) -> str:
     """Name what an array may be, in a text that each of many thousand arrays can hold."""
     named = list(dict.fromkeys(tags))
     more = len(named) - _MOST_NAMED
     return ",".join(named[:_MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
-def _source(op: Op, origin: str) -> str:
+def _find_source(op: Op, origin: str) -> str:
     """Return the line of an op, or of what it was inserted for."""
     own, wanted = source.user_source_line(op.frames), source.user_source_line(op.wanted_frames)
     if origin == "reshard" and not op.op_name.endswith("/reshard"):

@@ -32,29 +32,31 @@ def fates_of(
         for i in link:
             carried[i].append(unit)
 
-    def twin(place: int, what: int) -> Hashable:
+    def twin_key(place: int, what: int) -> Hashable:
         return declared[place].kind, devices[place], what
 
-    equal = {twin(i, declared[i].operand) for i in carried}
-    as_large = {twin(i, declared[i].elements) for i in carried}
+    equal = {twin_key(i, declared[i].operand) for i in carried}
+    as_large = {twin_key(i, declared[i].elements) for i in carried}
     fates: list[tuple[str, ...]] = []
     for i, d in enumerate(declared):
         if d.primitive == RESHARD:
             fates.append(("kept",) if i in carried else ("eliminated",))
         elif i in carried:
-            fates.append(_of_kept(d, carried[i], shared))
+            fates.append(_fates_of_kept(d, carried[i], shared))
         elif not d.live or d.foldable:
             fates.append(("eliminated",))
-        elif twin(i, d.operand) in equal:
+        elif twin_key(i, d.operand) in equal:
             fates.append(("deduplicated",))
-        elif d.kind in LINEAR and twin(i, d.elements) in as_large:
+        elif d.kind in LINEAR and twin_key(i, d.elements) in as_large:
             fates.append(("reassociated",))
         else:
             fates.append(("missing",))
     return tuple(fates)
 
 
-def _of_kept(d: Declared, units: Sequence[Unit], shared: Mapping[int, int]) -> tuple[str, ...]:
+def _fates_of_kept(
+    d: Declared, units: Sequence[Unit], shared: Mapping[int, int]
+) -> tuple[str, ...]:
     trips = sum(u.trips.count for u in units)
     known = d.trips_known and all(u.trips.known for u in units)
 

@@ -47,7 +47,7 @@ class Matched:
     fates: tuple[tuple[str, ...], ...]
 
 
-def match(ops: Sequence[Op], declared: Sequence[Declared], *, marks: bool) -> Matched:
+def match_collectives(ops: Sequence[Op], declared: Sequence[Declared], *, marks: bool) -> Matched:
     """Match compiled collectives with declared ones.
 
     Args:
@@ -59,7 +59,7 @@ def match(ops: Sequence[Op], declared: Sequence[Declared], *, marks: bool) -> Ma
       The arrays of the compiled ops, what each carries out, and what became of the declared ones.
     """
     work = _Match(ops, declared)
-    certain, doubtful = _by_credibility(declared, work.devices)
+    certain, doubtful = _split_by_credibility(declared, work.devices)
     # Dead and duplicate collectives are usually eliminated, so they are matched last. A partitioner
     # that does not mark its work, in a shard_map that leaves axes to it, gives what it adds the
     # names of such collectives: there they are not matched at all.
@@ -85,22 +85,22 @@ class _Match:
         self.links: dict[int, list[int]] = {}  # of a unit, the declarations
         self.left = [d.trips for d in declared]  # executions that no unit carries out yet
         numbers: dict[Hashable, int] = {}
-        self.op_devices = [_number(numbers, op) for op in ops]
-        self.devices = [_number(numbers, d) for d in declared]
+        self.op_devices = [_number_devices(numbers, op) for op in ops]
+        self.devices = [_number_devices(numbers, d) for d in declared]
         self.order: Sequence[int] = ()  # the declarations to consider, the first ones first
 
     def match_declared(self, order: Sequence[int], *, marks: bool) -> None:
         """Match these declarations, the first ones first, from the plain rules to the rare."""
         self.order = order
         for rule in rules.PLAIN:
-            self.join(rule)
+            self.join_by_rule(rule)
         self.take_apart()
-        self.sum_up()
+        self.match_sums()
         for rule in (rules.LOOPS, rules.SHARDED, rules.REWRITE, rules.PADDED):
-            self.join(rule)
+            self.join_by_rule(rule)
         if marks:
-            self.join(rules.UNTAGGED)
-        self.join(rules.RENAMED, self.units_under_other_names())
+            self.join_by_rule(rules.UNTAGGED)
+        self.join_by_rule(rules.RENAMED, self.units_under_other_names())
 
     def open_units(self, origins: Sequence[str] = _MATCHED) -> list[int]:
         """Return the units of these origins that nothing explains yet."""
@@ -111,7 +111,7 @@ class _Match:
         """Return the declarations that are not wholly carried out, in order."""
         return [i for i in self.order if self.left[i] > 0]
 
-    def link(self, unit: int, declared: Iterable[int]) -> None:
+    def link_unit(self, unit: int, declared: Iterable[int]) -> None:
         """Note that a unit carries out these declarations, as often as it runs."""
         self.links[unit] = list(declared)
         trips = self.units[unit].trips
@@ -125,7 +125,7 @@ class _Match:
         tags = {i: [t for t in self.units[i].claims if t] for i in self.open_units()}
         return [i for i, of in tags.items() if of and not known.intersection(of)]
 
-    def join(self, rule: rules.Rule, units: Sequence[int] | None = None) -> None:
+    def join_by_rule(self, rule: rules.Rule, units: Sequence[int] | None = None) -> None:
         """Match one to one what a rule finds equal, among all open units or the given ones."""
         waiting: dict[Hashable, list[int]] = defaultdict(list)
         for i in reversed(self.open_declared()):
@@ -138,12 +138,12 @@ class _Match:
                 if (*key, u.size, u.trips) in refused:
                     continue
                 found = waiting.get(key, [])
-                if (chosen := self._first(found, u, rule)) is not None:
-                    self.link(unit, [chosen])
+                if (chosen := self._first_fitting(found, u, rule)) is not None:
+                    self.link_unit(unit, [chosen])
                     break
                 refused.add((*key, u.size, u.trips))
 
-    def _first(self, waiting: list[int], unit: Unit, rule: rules.Rule) -> int | None:
+    def _first_fitting(self, waiting: list[int], unit: Unit, rule: rules.Rule) -> int | None:
         while waiting and self.left[waiting[-1]] <= 0:
             waiting.pop()
         still = (i for i in reversed(waiting) if self.left[i] > 0)
@@ -159,39 +159,39 @@ class _Match:
             pieces[i] = range(max(start, i + 1), max(start, i + 1) + len(unit.pieces))
             self.units |= dict(zip(pieces[i], unit.pieces, strict=True))
         for rule in (*rules.PLAIN, rules.LOOPS):
-            self.join(rule)
+            self.join_by_rule(rule)
         for i, unit in flat.items():
             if not any(piece in self.links for piece in pieces[i]):
                 for piece in pieces[i]:
                     del self.units[piece]
                 self.units[i] = unit
 
-    def sum_up(self) -> None:
+    def match_sums(self) -> None:
         """Match by sums: arrays that were joined into a flat one, and one that was cut up."""
-        units, declared = self._alike()
+        units, declared = self._group_alike()
         for key, places in units.items():
-            by_tag = self._by_tag(declared.get(key, ()))
+            by_tag = self._group_by_tag(declared.get(key, ()))
             sums = {t: sum(size_of(self.declared[i]) for i in of) for t, of in by_tag.items()}
             for unit in places:
                 claims = [tag for tag in self.units[unit].claims if tag in by_tag]
                 if claims and sum(sums[t] for t in claims) == self.units[unit].size:
-                    self.link(unit, [i for t in claims for i in by_tag.pop(t)])
+                    self.link_unit(unit, [i for t in claims for i in by_tag.pop(t)])
         for key, wanted in declared.items():
-            for tag, whole in self._by_tag(i for i in wanted if self.left[i] > 0).items():
+            for tag, whole in self._group_by_tag(i for i in wanted if self.left[i] > 0).items():
                 parts = [i for i in units.get(key, ()) if self.units[i].claims == (tag,)]
                 parts = [i for i in parts if i not in self.links]
                 sent = sum(self.units[i].size for i in parts)
                 if parts and sent == sum(size_of(self.declared[i]) for i in whole):
                     for part in parts:
-                        self.link(part, whole)
+                        self.link_unit(part, whole)
 
-    def _by_tag(self, places: Iterable[int]) -> dict[str | None, list[int]]:
+    def _group_by_tag(self, places: Iterable[int]) -> dict[str | None, list[int]]:
         found: dict[str | None, list[int]] = defaultdict(list)
         for i in places:
             found[self.declared[i].tag].append(i)
         return found
 
-    def _alike(self) -> tuple[dict[Hashable, list[int]], dict[Hashable, list[int]]]:
+    def _group_alike(self) -> tuple[dict[Hashable, list[int]], dict[Hashable, list[int]]]:
         """Group what is open by kind, devices and trips."""
         units: dict[Hashable, list[int]] = defaultdict(list)
         declared: dict[Hashable, list[int]] = defaultdict(list)
@@ -273,12 +273,12 @@ class _Match:
         return found
 
 
-def _number(numbers: dict[Hashable, int], one: Op | Declared) -> int:
+def _number_devices(numbers: dict[Hashable, int], one: Op | Declared) -> int:
     """Return a number for the devices that talk to each other: equal for equal ones."""
     return numbers.setdefault((one.groups, one.pairs), len(numbers))
 
 
-def _by_credibility(
+def _split_by_credibility(
     declared: Sequence[Declared], devices: Sequence[int]
 ) -> tuple[list[int], list[int]]:
     """Part the declarations: those that a compiler has to keep, and the dead and the doubles."""

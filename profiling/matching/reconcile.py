@@ -32,7 +32,7 @@ _WAYS: tuple[_Way, ...] = (
 )
 
 
-def reconcile(
+def reconcile_modules(
     final: Matched,
     ops: Sequence[Op],
     early: Matched,
@@ -78,32 +78,35 @@ class _State:
 
     def name_what_is_open(self) -> None:
         """Take origin and line of what nothing explains from the early module."""
-        for place, i in self._pair([p for p, link in enumerate(self.links) if not link]):
+        for place, i in self._pair_arrays([p for p, link in enumerate(self.links) if not link]):
             self.links[place] = self.early.links[i]
             for d in self.links[place]:
                 self.fates[d] = ("kept",)
             if i in self.added:
                 self.blamed.add(place)
-            self.units[place] = _renamed(self.units[place], self.early.units[i])
+            self.units[place] = _with_early_origin(self.units[place], self.early.units[i])
 
     def find_what_is_hidden(self) -> None:
         """Blame the declared ones that something added was merged into."""
         self.left &= self.added
-        for place, i in self._pair([p for p, link in enumerate(self.links) if link]):
-            unit, renamed = self.units[place], _renamed(self.units[place], self.early.units[i])
+        for place, i in self._pair_arrays([p for p, link in enumerate(self.links) if link]):
+            unit, renamed = (
+                self.units[place],
+                _with_early_origin(self.units[place], self.early.units[i]),
+            )
             self.units[place] = replace(unit, origin=renamed.origin, added=renamed.source)
 
-    def _pair(self, places: Sequence[int]) -> Iterator[tuple[int, int]]:
+    def _pair_arrays(self, places: Sequence[int]) -> Iterator[tuple[int, int]]:
         """Yield (array, early array) for what is the same in both modules, the surest first."""
         open_places = list(places)
         for way in _WAYS:
             waiting: dict[Hashable, list[int]] = defaultdict(list)
             for i in sorted(self.left, reverse=True):
                 unit = self.early.units[i]
-                waiting[way(unit, _devices(self.early_ops[unit.op]))].append(i)
+                waiting[way(unit, _devices_of(self.early_ops[unit.op]))].append(i)
             for place in list(open_places):
                 unit = self.units[place]
-                if found := waiting.get(way(unit, _devices(self.ops[unit.op]))):
+                if found := waiting.get(way(unit, _devices_of(self.ops[unit.op]))):
                     i = found.pop()
                     self.left.remove(i)
                     open_places.remove(place)
@@ -112,17 +115,17 @@ class _State:
     def explain_rewritten(self) -> None:
         """Explain what is open by what is lost, where nothing was added among those devices."""
         unseen = self.added & self.left
-        added_on = {_devices(self.early_ops[self.early.units[i].op]) for i in unseen}
+        added_on = {_devices_of(self.early_ops[self.early.units[i].op]) for i in unseen}
         lost: dict[Hashable, dict[int, int]] = defaultdict(dict)  # what is not sent yet, by place
         for i, d in enumerate(self.declared):
             if self.fates[i] in _LOST:
-                lost[_devices(d)][i] = size_of(d) * d.trips
+                lost[_devices_of(d)][i] = size_of(d) * d.trips
         for place, unit in enumerate(self.units):
-            devices = _devices(self.ops[unit.op])
+            devices = _devices_of(self.ops[unit.op])
             is_open = not self.links[place] and place not in self.blamed
             if not is_open or _is_opaque(unit) or devices in added_on:
                 continue
-            self.links[place] = tuple(self._choose(unit, lost[devices]))
+            self.links[place] = tuple(self._choose_lost(unit, lost[devices]))
             for i in self.links[place]:
                 self.fates[i] = ("rewritten",)
         self._settle_sums(lost)
@@ -130,16 +133,16 @@ class _State:
     def _settle_sums(self, lost: dict[Hashable, dict[int, int]]) -> None:
         """Say of what is still lost whether one like it that is sent does its work."""
         carried = [self.declared[i] for i in {i for link in self.links for i in link}]
-        equal = {(d.kind, _devices(d), d.operand) for d in carried}
-        as_large = {(d.kind, _devices(d), d.elements) for d in carried if d.kind in LINEAR}
+        equal = {(d.kind, _devices_of(d), d.operand) for d in carried}
+        as_large = {(d.kind, _devices_of(d), d.elements) for d in carried if d.kind in LINEAR}
         for i in (i for of_devices in lost.values() for i in of_devices):
             d = self.declared[i]
-            if (d.kind, _devices(d), d.operand) in equal:
+            if (d.kind, _devices_of(d), d.operand) in equal:
                 self.fates[i] = ("deduplicated",)
-            elif (d.kind, _devices(d), d.elements) in as_large:
+            elif (d.kind, _devices_of(d), d.elements) in as_large:
                 self.fates[i] = ("reassociated",)
 
-    def _choose(self, unit: Unit, lost: dict[int, int]) -> list[int]:
+    def _choose_lost(self, unit: Unit, lost: dict[int, int]) -> list[int]:
         """Take the declarations that a rewritten unit stands for: by size, else the next."""
         sent = unit.size * unit.trips.count
         nearest = sorted(lost, key=lambda i: self.declared[i].source != unit.source)
@@ -156,7 +159,7 @@ class _State:
         return chosen
 
 
-def _devices(one: Op | Declared) -> Hashable:
+def _devices_of(one: Op | Declared) -> Hashable:
     return one.groups, one.pairs
 
 
@@ -164,7 +167,7 @@ def _is_opaque(unit: Unit) -> bool:
     return unit.kind in ("custom-call", "unknown")
 
 
-def _renamed(unit: Unit, early: Unit) -> Unit:
+def _with_early_origin(unit: Unit, early: Unit) -> Unit:
     # What looks like the user's and is not was inserted for what uses it.
     is_known = early.origin in (*UNEXPLAINED, RESHARD)
     line = early.source if is_known else early.wanted_source or early.source

@@ -49,7 +49,7 @@ def rows_of(
     """
     rows: list[Collective] = []
     rows_of_declared: dict[int, list[int]] = {}
-    arrays = _arrays(matched, declared)
+    arrays = _judge_arrays(matched, declared)
     for place, same_op in itertools.groupby(arrays, key=lambda a: a.unit.op):
         by_verdict: dict[tuple[str, bool], list[_Array]] = {}
         for array in same_op:
@@ -57,7 +57,7 @@ def rows_of(
         for alike in by_verdict.values():
             for i in dict.fromkeys(i for array in alike for i in array.places):
                 rows_of_declared.setdefault(i, []).append(len(rows))
-            rows.append(_row(ops[place], alike, sizes, merged=len(by_verdict) > 1))
+            rows.append(_make_row(ops[place], alike, sizes, merged=len(by_verdict) > 1))
     fates = (
         Fate(d, matched.fates[i], tuple(rows_of_declared.get(i, ())))
         for i, d in enumerate(declared or ())
@@ -66,7 +66,7 @@ def rows_of(
     return tuple(rows), tuple(fates)
 
 
-def _arrays(matched: Matched, declared: Sequence[Declared] | None) -> Iterator[_Array]:
+def _judge_arrays(matched: Matched, declared: Sequence[Declared] | None) -> Iterator[_Array]:
     # An op that was merged has one name for all that it carries.
     names: dict[int, set[str | None]] = {}
     for unit, places in zip(matched.units, matched.links, strict=True):
@@ -75,16 +75,18 @@ def _arrays(matched: Matched, declared: Sequence[Declared] | None) -> Iterator[_
     for unit, places in zip(matched.units, matched.links, strict=True):
         of = tuple(declared[i] for i in places) if declared is not None else ()
         fates = dict.fromkeys(fate for i in places for fate in matched.fates[i])
-        verdict = _by_its_line(unit) if declared is None else _by_match(unit, of, names[unit.op])
+        verdict = (
+            _judge_by_line(unit) if declared is None else _judge_by_match(unit, of, names[unit.op])
+        )
         yield _Array(unit, places, of, tuple(fates), *verdict)
 
 
-def _by_its_line(unit: Unit) -> tuple[str, bool, str]:
+def _judge_by_line(unit: Unit) -> tuple[str, bool, str]:
     origin = "partitioner" if unit.doubtful else unit.origin
     return origin, origin not in UNEXPLAINED, unit.note
 
 
-def _by_match(
+def _judge_by_match(
     unit: Unit, declared: Sequence[Declared], names: Set[str | None]
 ) -> tuple[str, bool, str]:
     """Return the origin that the match gives an array, whether it is explained, and a note.
@@ -115,12 +117,12 @@ def _origin_of_declared(declared: Sequence[Declared]) -> str:
     return "txcore" if any(d.tag for d in declared) else "user"
 
 
-def _row(
+def _make_row(
     op: Op, arrays: Sequence[_Array], sizes: Sequence[meshes.Sizes], *, merged: bool
 ) -> Collective:
-    axes, group_size = _axes(op, _meant_first(sizes, arrays))
-    parts = tuple(part for array in arrays for part in _parts(array, group_size))
-    trips = _trips(op, arrays)
+    axes, group_size = _axes_and_size(op, _sort_meshes(sizes, arrays))
+    parts = tuple(part for array in arrays for part in _parts_of(array, group_size))
+    trips = _trips_of(op, arrays)
     notes = [array.note for array in arrays] + ["merged into one op with others"] * merged
     if op.kind != "unknown":
         notes.append(op.problem)
@@ -150,7 +152,7 @@ def _row(
     )
 
 
-def _parts(array: _Array, group_size: int) -> Iterator[Part]:
+def _parts_of(array: _Array, group_size: int) -> Iterator[Part]:
     unit, wire = array.unit, array.unit.shape.dtype
     if len(array.declared) > 1 and sum(d.elements for d in array.declared) == unit.elements:
         for d in array.declared:  # joined into one flat array, of which nothing shows the parts
@@ -180,7 +182,7 @@ def _parts(array: _Array, group_size: int) -> Iterator[Part]:
     )
 
 
-def _trips(op: Op, arrays: Sequence[_Array]) -> Trips:
+def _trips_of(op: Op, arrays: Sequence[_Array]) -> Trips:
     """Return how often an op runs: a loop whose length only the traced program has is known."""
     declared = [d for array in arrays for d in array.declared]
     traced = {d.trips for d in declared if d.trips_known}
@@ -189,13 +191,13 @@ def _trips(op: Op, arrays: Sequence[_Array]) -> Trips:
     return Trips(traced.pop())
 
 
-def _meant_first(sizes: Sequence[meshes.Sizes], arrays: Sequence[_Array]) -> list[meshes.Sizes]:
+def _sort_meshes(sizes: Sequence[meshes.Sizes], arrays: Sequence[_Array]) -> list[meshes.Sizes]:
     """Put the meshes first that have the axes that were declared."""
     wanted = {axis for array in arrays for d in array.declared for axis in d.axes}
     return sorted(sizes, key=lambda mesh: not wanted <= {name for name, _ in mesh})
 
 
-def _axes(op: Op, sizes: Sequence[meshes.Sizes]) -> tuple[tuple[str, ...], int]:
+def _axes_and_size(op: Op, sizes: Sequence[meshes.Sizes]) -> tuple[tuple[str, ...], int]:
     """Return the mesh axes that the devices of an op form groups along, and the groups' size."""
     for mesh in sizes:
         if op.kind == "collective-permute":

@@ -30,7 +30,7 @@ class Rule:
     fits: Callable[[Unit, Declared], bool] = lambda unit, declared: True
 
 
-def _enough_trips(unit: Unit, d: Declared) -> bool:
+def _has_enough_trips(unit: Unit, d: Declared) -> bool:
     return unit.trips.count <= d.trips or not (unit.trips.known and d.trips_known)
 
 
@@ -45,7 +45,7 @@ PLAIN = (
     ),
 )
 LOOPS = Rule(
-    lambda u, tag: (u.kind, tag, u.size), lambda d: (d.kind, d.tag, size_of(d)), _enough_trips
+    lambda u, tag: (u.kind, tag, u.size), lambda d: (d.kind, d.tag, size_of(d)), _has_enough_trips
 )
 SHARDED = Rule(
     lambda u, tag: (u.kind, tag, u.trips.count),

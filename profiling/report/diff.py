@@ -8,7 +8,7 @@ from txcore.outside import printable
 from txcore.profiling.report.findings import Findings
 from txcore.profiling.report.numbers import format_bytes
 from txcore.profiling.report.rows import Collective
-from txcore.profiling.report.table import shorten
+from txcore.profiling.report.table import cut_middle
 
 _WIDTH = 100
 _HEAD = ("", "kind", "axes", "dtype", "origin", "wire a call", "name")
@@ -83,8 +83,8 @@ def diff(before: Findings, after: Findings) -> tuple[Change, ...]:
       [('added', 'grads', 64)]
     """
     old, new = _by_key(before.collectives), _by_key(after.collectives)
-    changes = [_change(key, old.get(key, []), new.get(key, [])) for key in {**old, **new}]
-    return tuple(sorted(changes, key=_rank))
+    changes = [_make_change(key, old.get(key, []), new.get(key, [])) for key in {**old, **new}]
+    return tuple(sorted(changes, key=_sort_key))
 
 
 def diff_text(changes: Sequence[Change]) -> str:
@@ -101,7 +101,7 @@ def diff_text(changes: Sequence[Change]) -> str:
       no change: 0 B on the wire of each device in a call
     """
     changed = [c for c in changes if c.change != "same"]
-    return "\n".join([*_table(changed), summary(changes)])
+    return "\n".join([*_table_lines(changed), summary(changes)])
 
 
 def summary(changes: Sequence[Change]) -> str:
@@ -122,11 +122,11 @@ def summary(changes: Sequence[Change]) -> str:
     return f"{said}: {before} -> {after} on the wire of each device in a call"
 
 
-def signed(number: int) -> str:
+def format_signed(number: int) -> str:
     """Write a difference of bytes with its sign.
 
     Example:
-      >>> signed(-1500), signed(0)
+      >>> format_signed(-1500), format_signed(0)
       ('-1.5 kB', '0 B')
     """
     sign = {True: "+", False: "-"}[number > 0] if number else ""
@@ -142,13 +142,13 @@ def _by_key(rows: Iterable[Collective]) -> dict[_Key, list[Collective]]:
     return groups
 
 
-def _change(key: _Key, old: Sequence[Collective], new: Sequence[Collective]) -> Change:
-    before, after = _amount(old), _amount(new)
+def _make_change(key: _Key, old: Sequence[Collective], new: Sequence[Collective]) -> Change:
+    before, after = _sum_rows(old), _sum_rows(new)
     places = tuple(dict.fromkeys(row.source for row in new or old if row.source))
-    return Change(_verb(before, after), *key, places, before, after)
+    return Change(_name_change(before, after), *key, places, before, after)
 
 
-def _amount(rows: Sequence[Collective]) -> Amount:
+def _sum_rows(rows: Sequence[Collective]) -> Amount:
     return Amount(
         len(rows),
         sum(row.payload_bytes * row.trips for row in rows),
@@ -157,7 +157,7 @@ def _amount(rows: Sequence[Collective]) -> Amount:
     )
 
 
-def _verb(before: Amount, after: Amount) -> str:
+def _name_change(before: Amount, after: Amount) -> str:
     if not before.rows:
         return "added"
     if not after.rows:
@@ -168,17 +168,17 @@ def _verb(before: Amount, after: Amount) -> str:
     return "grown" if new > old else "shrunk"
 
 
-def _rank(change: Change) -> tuple[bool, int, _Key]:
+def _sort_key(change: Change) -> tuple[bool, int, _Key]:
     c = change
     key = (c.name, c.kind, c.axes, c.dtype, c.origin, c.explained)
     return c.change == "same", -abs(c.wire_growth), key
 
 
-def _table(changed: Sequence[Change]) -> list[str]:
+def _table_lines(changed: Sequence[Change]) -> list[str]:
     """Lay out the cells; the name takes what the others leave of the width."""
     if not changed:
         return []
-    cells = [list(_HEAD), *map(_cells, changed)]
+    cells = [list(_HEAD), *map(_change_cells, changed)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(_HEAD))]
     room = _WIDTH - sum(widths[:-1]) - 2 * (len(_HEAD) - 1)
     lines = []
@@ -187,34 +187,38 @@ def _table(changed: Sequence[Change]) -> list[str]:
             cell.rjust(width) if i == _RIGHT else cell.ljust(width)
             for i, (cell, width) in enumerate(zip(row[:-1], widths[:-1], strict=True))
         ]
-        lines.append("  ".join([*padded, shorten(row[-1], room)]).rstrip())
+        lines.append("  ".join([*padded, cut_middle(row[-1], room)]).rstrip())
     return [lines[0], "-" * max(map(len, lines)), *lines[1:]]
 
 
-def _cells(change: Change) -> list[str]:
+def _change_cells(change: Change) -> list[str]:
     return [
         _SIGNS[change.change],
-        shorten(printable(change.kind.removeprefix("collective-")), 17),
-        shorten(printable("+".join(change.axes) or "-"), 12),
-        shorten(printable(change.dtype), 8),
-        shorten(printable(change.origin), 12) + ("" if change.explained else "!"),
-        _wire(change),
-        printable(_label(change)),
+        cut_middle(printable(change.kind.removeprefix("collective-")), 17),
+        cut_middle(printable("+".join(change.axes) or "-"), 12),
+        cut_middle(printable(change.dtype), 8),
+        cut_middle(printable(change.origin), 12) + ("" if change.explained else "!"),
+        _wire_cell(change),
+        printable(_label_change(change)),
     ]
 
 
-def _wire(change: Change) -> str:
-    before, after = map(_sent, (change.before, change.after))
+def _wire_cell(change: Change) -> str:
+    before, after = map(_format_wire, (change.before, change.after))
     if not (change.before.rows and change.after.rows):
         return after if change.after.rows else before
-    return f"{before} -> {after}" if before != after else f"{before} {signed(change.wire_growth)}"
+    return (
+        f"{before} -> {after}"
+        if before != after
+        else f"{before} {format_signed(change.wire_growth)}"
+    )
 
 
-def _sent(amount: Amount) -> str:
+def _format_wire(amount: Amount) -> str:
     return f"{'>= ' if amount.at_least else ''}{format_bytes(amount.wire_bytes)}"
 
 
-def _label(change: Change) -> str:
+def _label_change(change: Change) -> str:
     """Name a change; one without a tag by where it is, as far as one place can say it."""
     first, *more = change.places or (change.name,)
     if not first.startswith(f"{change.name}:"):

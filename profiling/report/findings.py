@@ -10,7 +10,7 @@ from typing import Any, Literal
 from txcore.profiling.declared.collectives import Declared
 from txcore.profiling.declared.divergence import Divergence
 from txcore.profiling.declared.kernels import KernelUse
-from txcore.profiling.report.numbers import figure
+from txcore.profiling.report.numbers import cap_figure
 from txcore.profiling.report.rows import Collective, Fate, PlanLine
 
 Status = Literal["proved", "not proved", "failed"]
@@ -75,7 +75,7 @@ class Findings:
     @property
     def exact(self) -> bool:
         """Tell whether it is ok, was checked, and nothing is left to autodiff or opaque."""
-        return self.ok and self.checked and not inexact(self.collectives)
+        return self.ok and self.checked and not list_doubts(self.collectives)
 
     @property
     def payload_bytes(self) -> int:
@@ -101,8 +101,8 @@ class Findings:
             "checked": self.checked,
             "target": self.target,
             "mesh": dict(self.mesh),
-            "payload_bytes": figure(self.payload_bytes),
-            "wire_bytes": figure(self.wire_bytes),
+            "payload_bytes": cap_figure(self.payload_bytes),
+            "wire_bytes": cap_figure(self.wire_bytes),
             "at_least": self.at_least,
             "collectives": [c.to_dict() for c in self.collectives],
             "missing": [_declared_dict(d) for d in self.missing],
@@ -120,7 +120,7 @@ class Findings:
         return json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
 
 
-def inexact(rows: Sequence[Collective]) -> list[str]:
+def list_doubts(rows: Sequence[Collective]) -> list[str]:
     """Say what keeps an audit that is ok from being exact."""
     counts = Counter(c.origin for c in rows)
     said = []

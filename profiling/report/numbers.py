@@ -11,7 +11,7 @@ def format_count(number: int) -> str:
     return f"{number:,}" if number <= MOST else _OVER
 
 
-def figure(value: Any) -> Any:
+def cap_figure(value: Any) -> Any:
     """Return what a report says of a number: itself, or that it is over 10^18."""
     return _OVER if type(value) is int and value > MOST else value
 

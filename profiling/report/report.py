@@ -26,15 +26,17 @@ class Report(Findings):
         write_html(self, path, other)
 
     def _repr_html_(self) -> str:
-        from txcore.profiling.report.html.notebook import frame
+        from txcore.profiling.report.html.notebook import frame_page
         from txcore.profiling.report.html.page import to_html
 
-        return frame(to_html(self), self.verdict())
+        return frame_page(to_html(self), self.verdict())
 
     def __str__(self) -> str:
-        from txcore.profiling.report.table import table  # tabulate, which importing must not cost
+        from txcore.profiling.report.table import (
+            table_lines,
+        )  # tabulate, which importing must not cost
 
-        lines = table(self.collectives)
+        lines = table_lines(self.collectives)
         if self.kernels:
             lines.append(f"kernels: {kernels_line(self.kernels)}")
         # The last line begins with the status too; above a table it is there to be seen at once.

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from txcore.profiling.declared.collectives import Declared
-from txcore.profiling.report.numbers import figure
+from txcore.profiling.report.numbers import cap_figure
 
 # What each device sends of these does not depend on how many there are.
 _SENT_WHOLE = ("collective-permute", "collective-broadcast", "send")
@@ -96,9 +96,9 @@ class Collective:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the row as plain lists, numbers and strings; None is what is not known."""
-        row = {name: figure(value) for name, value in dataclasses.asdict(self).items()}
+        row = {name: cap_figure(value) for name, value in dataclasses.asdict(self).items()}
         row["parts"] = [
-            {name: figure(value) for name, value in dataclasses.asdict(part).items()}
+            {name: cap_figure(value) for name, value in dataclasses.asdict(part).items()}
             for part in self.parts
         ]
         unknown = {

@@ -3,7 +3,7 @@
 from collections import Counter
 
 from txcore.outside import printable
-from txcore.profiling.report.findings import Findings, inexact
+from txcore.profiling.report.findings import Findings, list_doubts
 from txcore.profiling.report.numbers import format_bytes
 from txcore.profiling.report.rows import Collective, PlanLine
 
@@ -13,15 +13,15 @@ _DIVERGENT = {"hangs": "that not all devices reach", "lies": "of a false type"}
 
 def write_verdict(report: Findings) -> str:
     """Return the status and its reason in one line."""
-    reason = _found(report) if report.ok else "; ".join(_faults(report))
+    reason = _describe_found(report) if report.ok else "; ".join(_list_faults(report))
     return printable(f"{report.status}: {reason}")
 
 
-def _found(report: Findings) -> str:
+def _describe_found(report: Findings) -> str:
     """Say what a program without a fault sends, and what keeps it from being proved."""
     rows = report.collectives
     doubts = [] if report.checked else ["there is no traced program to compare with"]
-    doubts += inexact(rows)
+    doubts += list_doubts(rows)
     but = f", but {' and '.join(doubts)}" if doubts else ""
     if not rows:
         return "no collective in the program" if report.checked else f"no collective found{but}"
@@ -29,7 +29,7 @@ def _found(report: Findings) -> str:
     origins = ", ".join(f"{count} {origin}" for origin, count in sorted(counts.items()))
     is_known = all(c.trips_known and c.payload_known for c in rows)
     payload = ("" if is_known else "at least ") + format_bytes(report.payload_bytes)
-    sent = f"{_plural(len(rows), 'collective')}, {payload} payload a call"
+    sent = f"{_count_noun(len(rows), 'collective')}, {payload} payload a call"
     if not report.checked:
         return f"{sent}, nothing looks added ({origins}){but}"
     planned = _as_planned(report.plan)
@@ -44,26 +44,26 @@ def _as_planned(plan: tuple[PlanLine, ...]) -> str:
     return ", as the plan predicts" + (f" and {format_bytes(beyond)} beyond" if beyond else "")
 
 
-def _plural(number: int, noun: str) -> str:
+def _count_noun(number: int, noun: str) -> str:
     return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
-def _faults(report: Findings) -> list[str]:
+def _list_faults(report: Findings) -> list[str]:
     faults = []
     if unexplained := report.unexplained:
-        total = _plural(len(report.collectives), "collective")
-        named = [_name(c) for c in unexplained[:_NAMED]]
-        some = _some(named, len(unexplained))
+        total = _count_noun(len(report.collectives), "collective")
+        named = [_describe_row(c) for c in unexplained[:_NAMED]]
+        some = _list_some(named, len(unexplained))
         faults.append(f"{len(unexplained)} of {total} unexplained: {some}")
     if report.missing:
         named = [
             f"{d.tag or d.primitive} over {'+'.join(d.axes)} at {d.source or '?'}"
             for d in report.missing
         ]
-        faults.append(f"{len(named)} declared but missing: {_some(named)}")
+        faults.append(f"{len(named)} declared but missing: {_list_some(named)}")
     for problem, text in _DIVERGENT.items():
         if named := [str(d) for d in report.divergent if d.problem == problem]:
-            faults.append(f"{len(named)} {text}: {_some(named)}")
+            faults.append(f"{len(named)} {text}: {_list_some(named)}")
     faults += [
         f"the plan predicts {line.payload_bytes:,} B of {line.what} ({line.dtype} {line.kind} over "
         f"{'+'.join(line.axes)}), found {line.found_bytes + line.eliminated_bytes:,} B"
@@ -74,13 +74,13 @@ def _faults(report: Findings) -> list[str]:
     return faults
 
 
-def _name(row: Collective) -> str:
+def _describe_row(row: Collective) -> str:
     axes = f" over {'+'.join(row.axes)}" if row.axes else ""
     place = f" at {row.source}" if row.source else ""
     note = f": {row.note}" if row.note else ""
     return f"{row.kind}{axes}{place} ({row.origin}{note})"
 
 
-def _some(named: list[str], count: int | None = None) -> str:
+def _list_some(named: list[str], count: int | None = None) -> str:
     more = (len(named) if count is None else count) - _NAMED
     return ", ".join(named[:_NAMED]) + (f" and {more} more" if more > 0 else "")

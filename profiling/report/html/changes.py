@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
-from txcore.profiling.report.diff import Amount, Change, signed, summary
+from txcore.profiling.report.diff import Amount, Change, format_signed, summary
 from txcore.profiling.report.findings import Findings
-from txcore.profiling.report.html.figures import badge, over, size
-from txcore.profiling.report.html.markup import Html, el, join
+from txcore.profiling.report.html.figures import format_size, make_badge, name_axes
+from txcore.profiling.report.html.markup import Html, el, join_html
 from txcore.profiling.report.html.rows import origin_badge
 from txcore.profiling.report.verdict import write_verdict
 
@@ -38,13 +38,15 @@ def changes_section(before: Findings, after: Findings, changes: Sequence[Change]
         el("h2", "Changes"),
         el("p", summary(changes).replace("->", "→")),
         el("dl", el("dt", f"Before{place}"), el("dd", write_verdict(before))),
-        _table(changed) if changed else None,
-        el("details", el("summary", f"{len(same):,} unchanged"), _table(same)) if same else None,
+        _changes_table(changed) if changed else None,
+        el("details", el("summary", f"{len(same):,} unchanged"), _changes_table(same))
+        if same
+        else None,
         id="changes",
     )
 
 
-def _table(changes: Sequence[Change]) -> Html:
+def _changes_table(changes: Sequence[Change]) -> Html:
     above = el(
         "tr",
         *(el("td") for _ in range(6)),
@@ -59,36 +61,36 @@ def _table(changes: Sequence[Change]) -> Html:
     return el(
         "table",
         el("thead", above, heads),
-        el("tbody", *map(_row, changes)),
+        el("tbody", *map(_change_row, changes)),
         class_="changes cards",
     )
 
 
-def _row(change: Change) -> Html:
+def _change_row(change: Change) -> Html:
     cells = (
-        badge(*_BADGES[change.change]),
+        make_badge(*_BADGES[change.change]),
         change.kind,
-        over(change.axes),
+        name_axes(change.axes),
         change.dtype,
         origin_badge(change.origin, change.explained),
-        _name(change),
-        _bytes(change.before, change.before.payload_bytes),
-        _bytes(change.after, change.after.payload_bytes),
-        _bytes(change.before, change.before.wire_bytes),
-        _bytes(change.after, change.after.wire_bytes),
-        signed(change.wire_growth).replace("-", "−"),
+        _name_cell(change),
+        _bytes_cell(change.before, change.before.payload_bytes),
+        _bytes_cell(change.after, change.after.payload_bytes),
+        _bytes_cell(change.before, change.before.wire_bytes),
+        _bytes_cell(change.after, change.after.wire_bytes),
+        format_signed(change.wire_growth).replace("-", "−"),
     )
     return el("tr", *(el("td", cell) for cell in cells))
 
 
-def _name(change: Change) -> Html:
+def _name_cell(change: Change) -> Html:
     """Write the tags, or the file, and where it is now; of many places the first."""
     places = ", ".join(change.places[:_PLACES])
     more = len(change.places) - _PLACES
     where = f"{places} and {more} more" if more > 0 else places
     name = el("code", change.name.replace(",", ", "))
-    return join([name, el("span", where, class_="source") if where else None])
+    return join_html([name, el("span", where, class_="source") if where else None])
 
 
-def _bytes(amount: Amount, number: int) -> Html | str:
-    return size(number, at_least=amount.at_least) if amount.rows else "–"
+def _bytes_cell(amount: Amount, number: int) -> Html | str:
+    return format_size(number, at_least=amount.at_least) if amount.rows else "–"

@@ -4,8 +4,8 @@ from collections import Counter
 
 from txcore.profiling.declared.collectives import Declared
 from txcore.profiling.report.findings import Findings
-from txcore.profiling.report.html.figures import badge, count, over, size
-from txcore.profiling.report.html.markup import Html, el, join, text
+from txcore.profiling.report.html.figures import format_number, format_size, make_badge, name_axes
+from txcore.profiling.report.html.markup import Html, el, escape_text, join_html
 from txcore.profiling.report.rows import Fate
 
 _HEAD = ("Tag", "Primitive", "Axes", "n", "Dtype", "Payload", "Trips", "Source")
@@ -24,7 +24,7 @@ def missing_section(report: Findings) -> Html:
     if not report.missing:
         return Html("")
     heads = el("tr", *(el("th", name, scope="col") for name in _HEAD))
-    lines = (el("tr", *(el("td", cell) for cell in _cells(d))) for d in report.missing)
+    lines = (el("tr", *(el("td", cell) for cell in _declared_cells(d))) for d in report.missing)
     return el(
         "section",
         el("h2", "Declared but missing"),
@@ -51,7 +51,7 @@ def fates_section(report: Findings) -> Html:
     table = el(
         "table",
         el("thead", heads),
-        el("tbody", *map(_fate, report.fates)),
+        el("tbody", *map(_fate_row, report.fates)),
         class_="declared cards",
     )
     return el(
@@ -62,29 +62,29 @@ def fates_section(report: Findings) -> Html:
     )
 
 
-def _cells(declared: Declared) -> tuple[object, ...]:
+def _declared_cells(declared: Declared) -> tuple[object, ...]:
     return (
         el("code", declared.tag) if declared.tag else "–",
         declared.primitive,
-        over(declared.axes),
-        count(declared.group_size),
+        name_axes(declared.axes),
+        format_number(declared.group_size),
         declared.dtype,
-        size(declared.payload_bytes),
-        count(declared.trips, at_least=not declared.trips_known),
+        format_size(declared.payload_bytes),
+        format_number(declared.trips, at_least=not declared.trips_known),
         declared.source or "–",
     )
 
 
-def _fate(fate: Fate) -> Html:
-    names = (_name(name, fate.declared) for name in fate.fates)
+def _fate_row(fate: Fate) -> Html:
+    names = (_fate_badge(name, fate.declared) for name in fate.fates)
     links = (el("a", row + 1, href=f"#r{row + 1}") for row in fate.rows)
-    cells = (*_cells(fate.declared), join(names, ", "), join(links, " ") or "–")
+    cells = (*_declared_cells(fate.declared), join_html(names, ", "), join_html(links, " ") or "–")
     return el("tr", *(el("td", cell) for cell in cells))
 
 
-def _name(fate: str, declared: Declared) -> Html:
+def _fate_badge(fate: str, declared: Declared) -> Html:
     """Mark a fate that somebody should look at."""
     if fate == "missing":
-        return badge("✕ missing", "bad")
+        return make_badge("✕ missing", "bad")
     surprising = fate == "eliminated" and declared.live and not declared.foldable
-    return badge("! eliminated", "warn") if surprising else text(fate)
+    return make_badge("! eliminated", "warn") if surprising else escape_text(fate)

@@ -3,43 +3,47 @@
 from collections.abc import Sequence
 
 from txcore.profiling.report.findings import Findings
-from txcore.profiling.report.html.markup import Html, el, join, text
+from txcore.profiling.report.html.markup import Html, el, escape_text, join_html
 from txcore.profiling.report.numbers import MOST, format_bytes, format_count
 
 AxisSet = tuple[str, ...]
 
 
-def size(number: int, *, at_least: bool = False, known: bool = True) -> Html:
+def format_size(number: int, *, at_least: bool = False, known: bool = True) -> Html:
     """Write bytes for people, with the exact number for sorting and for the pointer."""
-    return _data(format_bytes(number), number, at_least) if known else text("?")
+    return _data_element(format_bytes(number), number, at_least) if known else escape_text("?")
 
 
-def count(number: int, *, at_least: bool = False) -> Html:
+def format_number(number: int, *, at_least: bool = False) -> Html:
     """Write a number with its thousands apart, and plain for sorting where that differs."""
-    return _data(format_count(number), number, at_least)
+    return _data_element(format_count(number), number, at_least)
 
 
-def _data(shown: str, number: int, at_least: bool) -> Html:
+def _data_element(shown: str, number: int, at_least: bool) -> Html:
     shown = f"≥ {shown}" if at_least else shown
-    return text(shown) if shown == str(number) else el("data", shown, value=min(number, MOST + 1))
+    return (
+        escape_text(shown)
+        if shown == str(number)
+        else el("data", shown, value=min(number, MOST + 1))
+    )
 
 
-def dtypes(declared: str, wire: str) -> str:
+def name_dtypes(declared: str, wire: str) -> str:
     """Name a dtype, and what it travels as where that is another one."""
     return declared if declared == wire else f"{declared} → {wire}"
 
 
-def over(axes: Sequence[str]) -> str:
+def name_axes(axes: Sequence[str]) -> str:
     """Name a set of axes."""
     return " + ".join(axes) or "no mesh axis"
 
 
 def tag_list(tags: Sequence[str]) -> Html:
     """Write tags one after another."""
-    return join((el("code", tag) for tag in tags), " ")
+    return join_html((el("code", tag) for tag in tags), " ")
 
 
-def badge(label: str, kind: str = "") -> Html:
+def make_badge(label: str, kind: str = "") -> Html:
     """Write a short word in a frame; `kind` is "bad", "good" or "warn"."""
     return el("span", label, class_=f"badge {kind}".strip())
 

@@ -14,11 +14,11 @@ class Html(str):
     __slots__ = ()
 
 
-def text(value: object) -> Html:
+def escape_text(value: object) -> Html:
     r"""Escape a value, and write out what cannot be seen or would reorder the text around it.
 
     Example:
-      >>> text('<b title="\u202e">')
+      >>> escape_text('<b title="\u202e">')
       '&lt;b title=&quot;\\u202e&quot;&gt;'
     """
     if isinstance(value, Html):
@@ -26,9 +26,9 @@ def text(value: object) -> Html:
     return Html(html.escape(printable(str(value))))
 
 
-def join(children: Iterable[object], between: str = "") -> Html:
+def join_html(children: Iterable[object], between: str = "") -> Html:
     """Concatenate children; None and "" leave no trace."""
-    return Html(between.join(text(child) for child in children if child not in (None, "")))
+    return Html(between.join(escape_text(child) for child in children if child not in (None, "")))
 
 
 def el(name: str, /, *children: object, **attributes: object) -> Html:
@@ -47,13 +47,13 @@ def el(name: str, /, *children: object, **attributes: object) -> Html:
       >>> el("td", "a < b", el("i", class_="x", hidden=True), id=None)
       '<td>a &lt; b<i class="x" hidden></i></td>'
     """
-    written = "".join(_attribute(key, value) for key, value in attributes.items())
+    written = "".join(_write_attribute(key, value) for key, value in attributes.items())
     end = "" if name in _VOID else f"</{name}>"
-    return Html(f"<{name}{written}>{join(children)}{end}")
+    return Html(f"<{name}{written}>{join_html(children)}{end}")
 
 
-def _attribute(key: str, value: object) -> str:
+def _write_attribute(key: str, value: object) -> str:
     if value is None or value is False:
         return ""
     key = key.rstrip("_").replace("_", "-")
-    return f" {key}" if value is True else f' {key}="{text(value)}"'
+    return f" {key}" if value is True else f' {key}="{escape_text(value)}"'

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from txcore.profiling.report.findings import Findings
-from txcore.profiling.report.html.figures import AxisSet, axis_sets, over
-from txcore.profiling.report.html.markup import Html, el, join
-from txcore.profiling.report.table import shorten
+from txcore.profiling.report.html.figures import AxisSet, axis_sets, name_axes
+from txcore.profiling.report.html.markup import Html, el, join_html
+from txcore.profiling.report.table import cut_middle
 
 _MOST_SQUARES = 32  # along an axis; a longer one is drawn with several devices to a square
 _NUMBERED = 64  # devices in a flat mesh up to which each shows its number
@@ -48,7 +48,7 @@ class _Drawing:
     def flat(self) -> bool:
         return self.axes[2] is None
 
-    def place(self, x: float, y: float, z: float = 0) -> Point:
+    def place_at(self, x: float, y: float, z: float = 0) -> Point:
         return self.side * (x + z * _DEPTH[0]), self.side * (y + z * _DEPTH[1])
 
 
@@ -64,22 +64,24 @@ def mesh_section(report: Findings) -> Html:
     title = el("h2", "Mesh")
     if not report.mesh:
         return el("section", title, el("p", "The report names no mesh.", class_="quiet"))
-    drawn = [_axis(name, size) for name, size in report.mesh if size > 1]
-    drawing = _drawing(drawn[-3:])
+    drawn = [_axis_as_drawn(name, size) for name, size in report.mesh if size > 1]
+    drawing = _lay_out_axes(drawn[-3:])
     known = {name for name, _ in report.mesh}
     sets = {n: axes for n, axes in enumerate(axis_sets(report)) if axes and set(axes) <= known}
-    first = _busiest(report, sets)
+    first = _find_busiest(report, sets)
     return el(
         "section",
         title,
-        _svg(drawing, _highlights(drawing, sets, first), f"Lit up: {over(sets[first])}"),
-        *(el("p", line, class_="quiet") for line in _legend(drawn)),
-        _groups(report.mesh, sets, first),
+        _draw_svg(
+            drawing, _draw_highlights(drawing, sets, first), f"Lit up: {name_axes(sets[first])}"
+        ),
+        *(el("p", line, class_="quiet") for line in _legend_lines(drawn)),
+        _groups_list(report.mesh, sets, first),
         class_="mesh",
     )
 
 
-def _axis(name: str, size: int) -> _Axis:
+def _axis_as_drawn(name: str, size: int) -> _Axis:
     """Choose how many devices a square holds: a divisor of the size where one will do."""
     least = -(-size // _MOST_SQUARES)
     squares = next((n for n in range(_MOST_SQUARES, 7, -1) if size % n == 0), None)
@@ -87,7 +89,7 @@ def _axis(name: str, size: int) -> _Axis:
     return _Axis(name, size, -(-size // step), step)
 
 
-def _drawing(axes: Sequence[_Axis]) -> _Drawing:
+def _lay_out_axes(axes: Sequence[_Axis]) -> _Drawing:
     """Lay the last axis to the right, the one before it down and the one before that backwards."""
     x, y, z = [*reversed(axes), None, None, None][:3]
     across, down, back = (axis.squares if axis else 1 for axis in (x, y, z))
@@ -96,22 +98,22 @@ def _drawing(axes: Sequence[_Axis]) -> _Drawing:
     return _Drawing((x, y, z), min(36.0, _EXTENT / longest))
 
 
-def _svg(drawing: _Drawing, highlights: Html, title: str) -> Html:
+def _draw_svg(drawing: _Drawing, highlights: Html, title: str) -> Html:
     x, y, z = drawing.box
-    back = drawing.place(0, 0, 0 if drawing.flat else z)
+    back = drawing.place_at(0, 0, 0 if drawing.flat else z)
     left = _LABEL if drawing.axes[1] else 4.0
-    right = 8.0 + (_CHAR * len(_label(drawing.axes[2])) if drawing.axes[2] else 0.0)
+    right = 8.0 + (_CHAR * len(_label_text(drawing.axes[2])) if drawing.axes[2] else 0.0)
     # Labels that are longer than what they name stick out on both sides.
-    wide = max(drawing.side * x, _CHAR * len(_label(drawing.axes[0])))
-    tall = max(drawing.side * y, _CHAR * len(_label(drawing.axes[1])))
+    wide = max(drawing.side * x, _CHAR * len(_label_text(drawing.axes[0])))
+    tall = max(drawing.side * y, _CHAR * len(_label_text(drawing.axes[1])))
     box = (-left, back[1] - 4, left + wide + back[0] + right, tall - back[1] + 8 + _LABEL)
     return el(
         "svg",
         el("title", title),
-        join(_faces(drawing)),
+        join_html(_draw_faces(drawing)),
         highlights,
-        join(_numbers(drawing)),
-        join(_axis_labels(drawing)),
+        join_html(_draw_numbers(drawing)),
+        join_html(_draw_labels(drawing)),
         viewBox=" ".join(f"{v:.4g}" for v in box),
         width=f"{box[2]:.0f}",
         height=f"{box[3]:.0f}",
@@ -119,14 +121,14 @@ def _svg(drawing: _Drawing, highlights: Html, title: str) -> Html:
     )
 
 
-def _faces(drawing: _Drawing) -> list[Html]:
+def _draw_faces(drawing: _Drawing) -> list[Html]:
     """Draw the squares of the front, and of a block's top and right side."""
-    return [el("path", d=outline, class_="sheet") for outline in _visible(drawing, drawing.box)] + [
-        el("path", d=_lines(drawing), class_="lines")
-    ]
+    return [
+        el("path", d=outline, class_="sheet") for outline in _outline_visible(drawing, drawing.box)
+    ] + [el("path", d=_grid_path(drawing), class_="lines")]
 
 
-def _visible(drawing: _Drawing, box: Box) -> list[str]:
+def _outline_visible(drawing: _Drawing, box: Box) -> list[str]:
     """Outline what can be seen of the squares from the front upper left corner to `box`."""
     x, y, z = box
     corners = [[(0, 0, 0), (x, 0, 0), (x, y, 0), (0, y, 0)]]
@@ -134,73 +136,75 @@ def _visible(drawing: _Drawing, box: Box) -> list[str]:
         corners.append([(0, 0, 0), (x, 0, 0), (x, 0, z), (0, 0, z)])
         if x == drawing.box[0]:
             corners.append([(x, 0, 0), (x, y, 0), (x, y, z), (x, 0, z)])
-    return [_path([drawing.place(*corner) for corner in face]) + "Z" for face in corners]
+    return [
+        _polyline_path([drawing.place_at(*corner) for corner in face]) + "Z" for face in corners
+    ]
 
 
-def _lines(drawing: _Drawing) -> str:
+def _grid_path(drawing: _Drawing) -> str:
     x, y, z = drawing.box
     z = 0 if drawing.flat else z
     bent = [[(i, y, 0), (i, 0, 0), (i, 0, z)] for i in range(1, x)]  # up the front, over the top
     bent += [[(0, j, 0), (x, j, 0), (x, j, z)] for j in range(1, y)]
     bent += [[(0, 0, k), (x, 0, k), (x, y, k)] for k in range(1, z)]
-    return "".join(_path([drawing.place(*point) for point in line]) for line in bent)
+    return "".join(_polyline_path([drawing.place_at(*point) for point in line]) for line in bent)
 
 
-def _path(points: Sequence[Point]) -> str:
+def _polyline_path(points: Sequence[Point]) -> str:
     return "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
 
 
-def _highlights(drawing: _Drawing, sets: _Sets, first: int) -> Html:
+def _draw_highlights(drawing: _Drawing, sets: _Sets, first: int) -> Html:
     """Draw, hidden but for one, the group of the first device along each set of axes."""
     shapes = []
     for number, axes in sets.items():
         x, y, z = (axis.squares if axis and axis.name in axes else 1 for axis in drawing.axes)
-        faces = (el("path", d=outline) for outline in _visible(drawing, (x, y, z)))
+        faces = (el("path", d=outline) for outline in _outline_visible(drawing, (x, y, z)))
         shown = "group on" if number == first else "group"
         shapes.append(el("g", *faces, class_=shown, data_g=number))
-    return join(shapes)
+    return join_html(shapes)
 
 
-def _numbers(drawing: _Drawing) -> list[Html]:
+def _draw_numbers(drawing: _Drawing) -> list[Html]:
     x, y, _ = drawing.box
     whole = all(axis is None or axis.step == 1 for axis in drawing.axes)
     if not drawing.flat or not whole or x * y > _NUMBERED or drawing.side < 20:
         return []
-    places = [(i, j, drawing.place(i + 0.5, j + 0.5)) for j in range(y) for i in range(x)]
+    places = [(i, j, drawing.place_at(i + 0.5, j + 0.5)) for j in range(y) for i in range(x)]
     return [
         el("text", j * x + i, x=f"{at[0]:.1f}", y=f"{at[1] + 4:.1f}", text_anchor="middle")
         for i, j, at in places
     ]
 
 
-def _label(axis: _Axis | None) -> str:
-    return f"{shorten(axis.name, 20)} {axis.size:,}" if axis else ""
+def _label_text(axis: _Axis | None) -> str:
+    return f"{cut_middle(axis.name, 20)} {axis.size:,}" if axis else ""
 
 
-def _axis_labels(drawing: _Drawing) -> list[Html]:
+def _draw_labels(drawing: _Drawing) -> list[Html]:
     x, y, z = drawing.box
     right, down, back = drawing.axes
     labels = []
     if right:
-        at = drawing.place(x / 2, y)
-        centre = max(at[0], _CHAR * len(_label(right)) / 2)
-        labels.append(_text(right, centre, at[1] + 15, text_anchor="middle"))
+        at = drawing.place_at(x / 2, y)
+        centre = max(at[0], _CHAR * len(_label_text(right)) / 2)
+        labels.append(_draw_label(right, centre, at[1] + 15, text_anchor="middle"))
     if down:
-        at = drawing.place(0, y / 2)
-        centre = max(at[1], _CHAR * len(_label(down)) / 2)
+        at = drawing.place_at(0, y / 2)
+        centre = max(at[1], _CHAR * len(_label_text(down)) / 2)
         turned = {"text_anchor": "middle", "transform": f"rotate(-90 -7 {centre:.1f})"}
-        labels.append(_text(down, -7, centre, **turned))
+        labels.append(_draw_label(down, -7, centre, **turned))
     if back:
-        at = drawing.place(x, y, z / 2)
-        labels.append(_text(back, at[0] + 8, at[1] + 8))
+        at = drawing.place_at(x, y, z / 2)
+        labels.append(_draw_label(back, at[0] + 8, at[1] + 8))
     return labels
 
 
-def _text(axis: _Axis, x: float, y: float, **attributes: object) -> Html:
-    return el("text", _label(axis), x=f"{x:.1f}", y=f"{y:.1f}", class_="axis", **attributes)
+def _draw_label(axis: _Axis, x: float, y: float, **attributes: object) -> Html:
+    return el("text", _label_text(axis), x=f"{x:.1f}", y=f"{y:.1f}", class_="axis", **attributes)
 
 
-def _legend(axes: Sequence[_Axis]) -> list[str]:
+def _legend_lines(axes: Sequence[_Axis]) -> list[str]:
     steps = [f"{axis.step} along {axis.name}" for axis in axes if axis.step > 1]
     more = [f"{axis.size:,} along {axis.name}" for axis in axes[:-3]]
     return [
@@ -210,14 +214,14 @@ def _legend(axes: Sequence[_Axis]) -> list[str]:
     ]
 
 
-def _busiest(report: Findings, sets: _Sets) -> int:
+def _find_busiest(report: Findings, sets: _Sets) -> int:
     sent: Counter[AxisSet] = Counter()
     for row in report.collectives:
         sent[row.axes] += row.wire_bytes * row.trips
     return max(sets, key=lambda number: sent[sets[number]])
 
 
-def _groups(mesh: Sequence[tuple[str, int]], sets: _Sets, first: int) -> Html:
+def _groups_list(mesh: Sequence[tuple[str, int]], sets: _Sets, first: int) -> Html:
     known = dict(mesh)
     items = []
     for number, axes in sets.items():
@@ -226,17 +230,17 @@ def _groups(mesh: Sequence[tuple[str, int]], sets: _Sets, first: int) -> Html:
         number_of = "1 group" if groups == 1 else f"{groups:,} groups"
         name = el(
             "button",
-            over(axes),
+            name_axes(axes),
             type="button",
             data_g=number,
             aria_pressed="true" if number == first else "false",
         )
-        first_of = f" {number_of} of {size:,}: {_members(mesh, axes)}"
+        first_of = f" {number_of} of {size:,}: {_name_members(mesh, axes)}"
         items.append(el("li", name, el("span", first_of)))
     return el("ul", *items, class_="groups")
 
 
-def _members(mesh: Sequence[tuple[str, int]], axes: Sequence[str]) -> str:
+def _name_members(mesh: Sequence[tuple[str, int]], axes: Sequence[str]) -> str:
     """Name the places in the mesh, in row-major order, of the first group along some axes.
 
     The few are computed, and the others never listed: there may be a billion.
@@ -247,12 +251,12 @@ def _members(mesh: Sequence[tuple[str, int]], axes: Sequence[str]) -> str:
             along.append((size, stride))
         stride *= size
     size = math.prod(size for size, _ in along)
-    few = [str(_member(number, along)) for number in range(min(size, 4))]
-    last = str(_member(size - 1, along))
+    few = [str(_place_of_member(number, along)) for number in range(min(size, 4))]
+    last = str(_place_of_member(size - 1, along))
     return ", ".join(few) if last in few else f"{', '.join(few[:3])}, …, {last}"
 
 
-def _member(number: int, along: Sequence[tuple[int, int]]) -> int:
+def _place_of_member(number: int, along: Sequence[tuple[int, int]]) -> int:
     place = 0
     for size, stride in along:
         number, step = divmod(number, size)

@@ -5,7 +5,7 @@ import html
 from txcore.profiling.report.html import markup
 
 
-def frame(page: str, title: str) -> str:
+def frame_page(page: str, title: str) -> str:
     """Write a whole page into a frame that keeps it apart from the notebook.
 
     The frame is sandboxed: no script runs in it, and its styles do not leave it.
@@ -22,12 +22,12 @@ def frame(page: str, title: str) -> str:
     return markup.el("iframe", sandbox=True, srcdoc=source, title=title, style=style)
 
 
-def lines(text: str) -> str:
+def write_lines(text: str) -> str:
     r"""Write text line by line in letters of one width, escaped.
 
     Example:
-      >>> lines("a < b\n\n\x1b[31m")
+      >>> write_lines("a < b\n\n\x1b[31m")
       '<pre>a &lt; b\n\n\\x1b[31m</pre>'
     """
-    escaped = (markup.text(line) for line in text.split("\n"))
+    escaped = (markup.escape_text(line) for line in text.split("\n"))
     return markup.el("pre", markup.Html("\n".join(escaped)))

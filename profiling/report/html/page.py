@@ -13,7 +13,7 @@ from txcore.profiling.report.diff import diff
 from txcore.profiling.report.findings import Findings
 from txcore.profiling.report.html.changes import changes_section
 from txcore.profiling.report.html.declared import fates_section, missing_section
-from txcore.profiling.report.html.markup import Html, el, join
+from txcore.profiling.report.html.markup import Html, el, join_html
 from txcore.profiling.report.html.mesh import mesh_section
 from txcore.profiling.report.html.plan import divergent_section, plan_section
 from txcore.profiling.report.html.rows import rows_section
@@ -66,9 +66,9 @@ def to_html(report: Findings, other: Findings | None = None, *, title: str = _TI
                 f"to_html needs reports, but got a {type(given).__name__}: pass what audit or "
                 "audit_text returned"
             )
-    style, script = _asset("style.css"), _asset("script.js")
+    style, script = _read_asset("style.css"), _read_asset("script.js")
     body = (
-        el("header", el("h1", title), _verdict(report), _facts(report)),
+        el("header", el("h1", title), _verdict_banner(report), _facts_list(report)),
         changes_section(other, report, diff(other, report)) if other is not None else None,
         el("div", mesh_section(report), traffic_section(report), class_="side"),
         divergent_section(report),
@@ -76,11 +76,11 @@ def to_html(report: Findings, other: Findings | None = None, *, title: str = _TI
         missing_section(report),
         plan_section(report),
         fates_section(report),
-        _footer(),
+        _make_footer(),
     )
     head = (
         el("meta", charset="utf-8"),
-        el("meta", http_equiv="Content-Security-Policy", content=_policy(style, script)),
+        el("meta", http_equiv="Content-Security-Policy", content=_security_policy(style, script)),
         el("meta", name="viewport", content="width=device-width, initial-scale=1"),
         el("meta", name="color-scheme", content="light dark"),
         el("title", title),
@@ -115,25 +115,25 @@ def write_html(
         whole.replace(target)
 
 
-def _asset(name: str) -> Html:
+def _read_asset(name: str) -> Html:
     file = resources.files("txcore.profiling.report.html").joinpath(name)
     return Html(file.read_text(encoding="utf-8"))
 
 
-def _policy(style: str, script: str) -> str:
+def _security_policy(style: str, script: str) -> str:
     """Allow the page's own style and script by their hashes, and nothing else."""
     return (
-        f"default-src 'none'; style-src {_hash(style)}; script-src {_hash(script)}; "
+        f"default-src 'none'; style-src {_hash_source(style)}; script-src {_hash_source(script)}; "
         "base-uri 'none'; form-action 'none'"
     )
 
 
-def _hash(code: str) -> str:
+def _hash_source(code: str) -> str:
     digest = hashlib.sha256(code.encode()).digest()
     return f"'sha256-{base64.b64encode(digest).decode()}'"
 
 
-def _verdict(report: Findings) -> Html:
+def _verdict_banner(report: Findings) -> Html:
     name, icon, label = _FACES[report.status]
     return el(
         "div",
@@ -144,7 +144,7 @@ def _verdict(report: Findings) -> Html:
     )
 
 
-def _facts(report: Findings) -> Html:
+def _facts_list(report: Findings) -> Html:
     devices = math.prod(size for _, size in report.mesh)
     mesh = " × ".join(f"{name} {size:,}" for name, size in report.mesh)
     at_least = "≥ " if report.at_least else ""
@@ -167,8 +167,8 @@ def _facts(report: Findings) -> Html:
     return el("dl", *pairs)
 
 
-def _footer() -> Html:
-    terms = [join([el("dt", name), el("dd", meaning)]) for name, meaning in _ORIGINS.items()]
+def _make_footer() -> Html:
+    terms = [join_html([el("dt", name), el("dd", meaning)]) for name, meaning in _ORIGINS.items()]
     bytes_ = (
         "Payload is S as nccl-tests define it, in the declared dtype: the operand's bytes on one "
         "device, times n for an all-gather. Wire is what each device sends, in the compiled "

@@ -1,7 +1,7 @@
 """What hangs or lies, and what an engine's plan predicts."""
 
 from txcore.profiling.report.findings import Findings
-from txcore.profiling.report.html.figures import badge, over, size
+from txcore.profiling.report.html.figures import format_size, make_badge, name_axes
 from txcore.profiling.report.html.markup import Html, el
 from txcore.profiling.report.rows import PlanLine
 
@@ -21,7 +21,7 @@ def divergent_section(report: Findings) -> Html:
     if not report.divergent:
         return Html("")
     items = (
-        el("li", badge(_PROBLEMS.get(found.problem, found.problem), "bad"), " ", str(found))
+        el("li", make_badge(_PROBLEMS.get(found.problem, found.problem), "bad"), " ", str(found))
         for found in report.divergent
     )
     return el("section", el("h2", "Under a predicate that differs"), el("ul", *items), id="hangs")
@@ -46,28 +46,32 @@ def plan_section(report: Findings) -> Html:
         el(
             "table",
             el("thead", heads),
-            el("tbody", *map(_line, report.plan)),
+            el("tbody", *map(_plan_row, report.plan)),
             class_="plan cards",
         ),
         id="plan",
     )
 
 
-def _line(line: PlanLine) -> Html:
+def _plan_row(line: PlanLine) -> Html:
     if not line.ok:
-        state = badge("✕ a sum" if line.is_there else "✕ short", "bad")
+        state = make_badge("✕ a sum" if line.is_there else "✕ short", "bad")
     elif line.factor == "not read":
-        state = badge("factor not read")
+        state = make_badge("factor not read")
     else:
-        state = badge("✓ as predicted", "good") if line.payload_bytes else badge("beyond the plan")
+        state = (
+            make_badge("✓ as predicted", "good")
+            if line.payload_bytes
+            else make_badge("beyond the plan")
+        )
     cells = (
         line.what,
         line.kind,
-        over(line.axes),
+        name_axes(line.axes),
         line.dtype,
-        size(line.payload_bytes),
-        size(line.found_bytes),
-        size(line.eliminated_bytes),
+        format_size(line.payload_bytes),
+        format_size(line.found_bytes),
+        format_size(line.eliminated_bytes),
         state,
     )
     return el("tr", *(el("td", cell) for cell in cells))

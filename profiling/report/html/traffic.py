@@ -4,8 +4,14 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from txcore.profiling.report.findings import Findings
-from txcore.profiling.report.html.figures import AxisSet, badge, count, over, size
-from txcore.profiling.report.html.markup import Html, el, join
+from txcore.profiling.report.html.figures import (
+    AxisSet,
+    format_number,
+    format_size,
+    make_badge,
+    name_axes,
+)
+from txcore.profiling.report.html.markup import Html, el, join_html
 from txcore.profiling.report.rows import Collective
 
 
@@ -25,8 +31,8 @@ def traffic_section(report: Findings) -> Html:
     for row in report.collectives:
         by_axes[row.axes][row.kind].append(row)
     cells = [rows for kinds in by_axes.values() for rows in kinds.values()]
-    longest = max(max(_payload(rows), _wire(rows)) for rows in cells) or 1
-    busiest = sorted(by_axes.items(), key=lambda item: -sum(map(_wire, item[1].values())))
+    longest = max(max(_sum_payload(rows), _sum_wire(rows)) for rows in cells) or 1
+    busiest = sorted(by_axes.items(), key=lambda item: -sum(map(_sum_wire, item[1].values())))
     head = el(
         "tr",
         *(el("th", name, scope="col") for name in ("Axes", "Kind", "Ops")),
@@ -48,38 +54,43 @@ def traffic_section(report: Findings) -> Html:
 
 
 def _axes_body(axes: AxisSet, kinds: dict[str, list[Collective]], longest: int) -> Html:
-    ordered = sorted(kinds.items(), key=lambda item: -_wire(item[1]))
-    name = el("th", over(axes), rowspan=len(ordered), scope="rowgroup")
+    ordered = sorted(kinds.items(), key=lambda item: -_sum_wire(item[1]))
+    name = el("th", name_axes(axes), rowspan=len(ordered), scope="rowgroup")
     lines = []
     for place, (kind, rows) in enumerate(ordered):
         unexplained = [row for row in rows if not row.explained]
-        mark = badge(f"✕ {len(unexplained)} unexplained", "bad") if unexplained else None
+        mark = make_badge(f"✕ {len(unexplained)} unexplained", "bad") if unexplained else None
         lines.append(
             el(
                 "tr",
                 name if place == 0 else None,
                 el("td", kind, " " if mark else None, mark),
-                el("td", count(len(rows))),
-                el("td", size(_payload(rows), at_least=not _all_known(rows))),
-                el("td", size(_wire(rows), at_least=not _all_known(rows))),
-                el("td", _bars(_payload(rows), _wire(rows), _wire(unexplained), longest)),
+                el("td", format_number(len(rows))),
+                el("td", format_size(_sum_payload(rows), at_least=not _all_known(rows))),
+                el("td", format_size(_sum_wire(rows), at_least=not _all_known(rows))),
+                el(
+                    "td",
+                    _draw_bars(
+                        _sum_payload(rows), _sum_wire(rows), _sum_wire(unexplained), longest
+                    ),
+                ),
             )
         )
     return el("tbody", *lines)
 
 
-def _bars(payload: int, wire: int, unexplained: int, longest: int) -> Html:
+def _draw_bars(payload: int, wire: int, unexplained: int, longest: int) -> Html:
     """Draw the payload above the wire bytes, of which the unexplained are the last part."""
     explained = wire - unexplained
     bars = [
-        _bar("payload", 0, payload / longest, 0),
-        _bar("wire", 0, explained / longest, 9),
-        _bar("bad", explained / longest, unexplained / longest, 9),
+        _draw_bar("payload", 0, payload / longest, 0),
+        _draw_bar("wire", 0, explained / longest, 9),
+        _draw_bar("bad", explained / longest, unexplained / longest, 9),
     ]
-    return el("svg", join(bars), class_="bars", width="100%", height=16, aria_hidden="true")
+    return el("svg", join_html(bars), class_="bars", width="100%", height=16, aria_hidden="true")
 
 
-def _bar(name: str, start: float, length: float, top: int) -> Html | None:
+def _draw_bar(name: str, start: float, length: float, top: int) -> Html | None:
     if not length:
         return None
     # What is there stays visible beside what is a million times larger.
@@ -91,9 +102,9 @@ def _all_known(rows: Sequence[Collective]) -> bool:
     return all(row.trips_known and row.wire_known for row in rows)
 
 
-def _payload(rows: Sequence[Collective]) -> int:
+def _sum_payload(rows: Sequence[Collective]) -> int:
     return sum(row.payload_bytes * row.trips for row in rows)
 
 
-def _wire(rows: Sequence[Collective]) -> int:
+def _sum_wire(rows: Sequence[Collective]) -> int:
     return sum(row.wire_bytes * row.trips for row in rows)

@@ -6,7 +6,7 @@ import pytest
 
 from txcore.profiling.declared.collectives import Declared
 from txcore.profiling.hlo import find_collectives, sort_groups
-from txcore.profiling.matching.match import match
+from txcore.profiling.matching.match import match_collectives
 from txcore.profiling.matching.rows import rows_of
 
 ALL = sort_groups([(0, 1, 2, 3)])
@@ -46,7 +46,7 @@ def module(*lines, parameters=("f32[8]", "f32[4]", "f32[2]"), extra=""):
 
 def audited(text, declared, marks=True):
     ops = find_collectives(text)
-    matched = match(ops, declared, marks=marks)
+    matched = match_collectives(ops, declared, marks=marks)
     return rows_of(ops, matched, declared, SIZES)
 
 

@@ -11,7 +11,7 @@ from txcore.profiling import Collective, Declared, Report, audit_text
 from txcore.profiling.declared.divergence import Divergence
 from txcore.profiling.report.numbers import format_bytes
 from txcore.profiling.report.rows import PlanLine
-from txcore.profiling.report.table import shorten
+from txcore.profiling.report.table import cut_middle
 
 ROW = Collective(
     kind="all-reduce",
@@ -175,8 +175,8 @@ def test_bytes(number, text):
 
 
 def test_shorten_cuts_the_middle():
-    assert shorten("psum/grads.dense", 16) == "psum/grads.dense"
-    assert shorten("psum/grads.dense.kernel", 12) == "psum/..ernel"
+    assert cut_middle("psum/grads.dense", 16) == "psum/grads.dense"
+    assert cut_middle("psum/grads.dense.kernel", 12) == "psum/..ernel"
 
 
 TEXT = """HloModule m, num_partitions=4

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from txcore.profiling import Report, audit
 from txcore.profiling.report.html.figures import axis_sets
-from txcore.profiling.report.html.markup import Html, el, join, text
+from txcore.profiling.report.html.markup import Html, el, escape_text, join_html
 from txcore.profiling.report.html.page import to_html
 
 VOID = {"meta", "input"}
@@ -352,9 +352,9 @@ def test_a_folder_that_does_not_exist(tmp_path):
 
 
 def test_markup():
-    assert text("a<b>&\"'") == "a&lt;b&gt;&amp;&quot;&#x27;"
-    assert text(Html("<b>")) == "<b>"
-    assert join(["<", Html("<i>"), None, "", 0], ", ") == "&lt;, <i>, 0"
+    assert escape_text("a<b>&\"'") == "a&lt;b&gt;&amp;&quot;&#x27;"
+    assert escape_text(Html("<b>")) == "<b>"
+    assert join_html(["<", Html("<i>"), None, "", 0], ", ") == "&lt;, <i>, 0"
     assert el("a", "x", href="#r1", title='"', hidden=True, id=None, name=False) == (
         '<a href="#r1" title="&quot;" hidden>x</a>'
     )

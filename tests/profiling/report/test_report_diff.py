@@ -6,7 +6,7 @@ import pytest
 from html_cases import HOSTILE, ROW, added, hostile, large, row
 
 from txcore.profiling import Report
-from txcore.profiling.report.diff import Amount, diff, diff_text, signed, summary
+from txcore.profiling.report.diff import Amount, diff, diff_text, format_signed, summary
 
 
 def only(before, after):
@@ -129,4 +129,4 @@ def test_nothing_changed():
 
 
 def test_signed():
-    assert [signed(n) for n in (1500, -1500, 0)] == ["+1.5 kB", "-1.5 kB", "0 B"]
+    assert [format_signed(n) for n in (1500, -1500, 0)] == ["+1.5 kB", "-1.5 kB", "0 B"]
