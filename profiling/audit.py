@@ -10,7 +10,12 @@ import jax
 from txcore import _compat
 from txcore.errors import TxcoreError
 from txcore.profiling import meshes
-from txcore.profiling.declared.collectives import Declared, inventory, is_one_shard_map, meshes_of
+from txcore.profiling.declared.collectives import (
+    Declared,
+    is_one_shard_map,
+    list_declared,
+    meshes_of,
+)
 from txcore.profiling.declared.divergence import find_divergences
 from txcore.profiling.declared.kernels import kernels_in_text, kernels_used
 from txcore.profiling.hlo import Module, Op, collectives_of, find_collectives, read_modules
@@ -112,7 +117,7 @@ def audit_program(program: Program, *, after_spmd: bool = False) -> Report:
         report = audit_compiled(program.compiled, program.jaxpr, partition=program.read_partitioned)
         return replace(report, target=program.target)
     sizes = _find_mesh_sizes(program.compiled, program.jaxpr, None)
-    ops, declared = _read_collectives(program.partitioned, sizes), inventory(program.jaxpr)
+    ops, declared = _read_collectives(program.partitioned, sizes), list_declared(program.jaxpr)
     matched = _match_declared(ops, declared)
     report = _make_report(ops, matched, declared, sizes)
     return replace(
@@ -183,7 +188,7 @@ def audit_compiled(
     if jaxpr is None:
         report = _make_report(ops, _match_nothing(ops), None, sizes)
         return replace(report, target=machine_of(compiled), kernels=kernels_in_text(text))
-    declared = inventory(jaxpr)
+    declared = list_declared(jaxpr)
     matched = _match_declared(ops, declared)
     report = _make_report(ops, matched, declared, sizes)
     # Where the partitioner had nothing to decide, the optimized module alone is enough.

@@ -78,12 +78,14 @@ def search_equations(
             # Axes of a shard_map around this one have been walked from there.
             if size > 1 and axis in eqn.params["newly_manual_axes"]:
                 walk = Uniformity(axis, sizes, look, every=every)
-                walk.run(body, [_of_spec(spec, axis) for spec in eqn.params["in_specs"]], frame)
+                walk.run_jaxpr(
+                    body, [_relation_of_spec(spec, axis) for spec in eqn.params["in_specs"]], frame
+                )
                 found += walk.findings.values()
     return list(dict.fromkeys(found))
 
 
-def _of_spec(spec: Any, axis: str) -> Relation:
+def _relation_of_spec(spec: Any, axis: str) -> Relation:
     # An argument whose spec does not name the axis is the same along it.
     return DEPENDS | DIFFERS if axis in axes_of_spec(spec) else DEPENDS
 
@@ -107,15 +109,15 @@ class Uniformity(Forward[Relation]):
         """Take an array that the program holds as not zero."""
         return relation.CONSTANT
 
-    def join(self, a: Relation, b: Relation) -> Relation:
+    def join_facts(self, a: Relation, b: Relation) -> Relation:
         """Return what a value may be that is either of two."""
-        return relation.join(a, b)
+        return relation.join_relations(a, b)
 
-    def splits(self, predicate: Relation) -> bool:
+    def splits_devices(self, predicate: Relation) -> bool:
         """Tell whether a predicate may differ along the axis."""
         return may_differ(predicate)
 
-    def choose(self, value: Relation, predicate: Relation) -> Relation:
+    def choose_by(self, value: Relation, predicate: Relation) -> Relation:
         """Let a value differ where its predicate does."""
         return relation.after_choice(value, predicate)
 
@@ -123,18 +125,18 @@ class Uniformity(Forward[Relation]):
         """Mark what a loop carries or goes over as sliced."""
         return relation.inside_loop(fact)
 
-    def leave(
+    def leave_equation(
         self, eqn: Eqn, outputs: list[Relation], inputs: Sequence[Relation]
     ) -> list[Relation]:
         """Drop what holds only inside of a loop or call."""
         is_loop = eqn.primitive.name in ("scan", "while")
-        return [relation.outside(value, inputs if is_loop else None) for value in outputs]
+        return [relation.after_leaving(value, inputs if is_loop else None) for value in outputs]
 
-    def mix(self, eqn: Eqn, inputs: Sequence[Relation]) -> Relation:
+    def mix_inputs(self, eqn: Eqn, inputs: Sequence[Relation]) -> Relation:
         """Return the relation of whatever is made of some values."""
-        return relation.after(eqn.primitive.name, list(inputs))
+        return relation.after_operation(eqn.primitive.name, list(inputs))
 
-    def see(
+    def see_equation(
         self,
         eqn: Eqn,
         jaxpr: Jaxpr,
@@ -151,7 +153,7 @@ class Uniformity(Forward[Relation]):
         if (found := self._look(seen)) is not None:
             self.findings[id(eqn)] = found
 
-    def loop(
+    def run_loop(
         self,
         step: Callable[[list[Relation]], list[Relation]],
         carry: list[Relation],
@@ -164,20 +166,20 @@ class Uniformity(Forward[Relation]):
         """
         before, start, first = dict(self.findings), carry, None
         while True:
-            self._restart(before)  # what only the first trip has may come to differ later
+            self._restart_findings(before)  # what only the first trip has may come to differ later
             outputs = step(carry)
             after = [self.enter_loop(value) for value in outputs[: len(carry)]]
             first = after if first is None else first
-            settled = [self.join(a, b) for a, b in zip(carry, after, strict=True)]
+            settled = [self.join_facts(a, b) for a, b in zip(carry, after, strict=True)]
             if settled == carry:
                 break
             carry = settled
         if first in (start, carry):
             return [*carry, *outputs[len(carry) :]]
-        followed = self._follow(step, first, trips)
+        followed = self._follow_trips(step, first, trips)
         return [*(carry if followed is None else followed), *outputs[len(carry) :]]
 
-    def _follow(
+    def _follow_trips(
         self,
         step: Callable[[list[Relation]], list[Relation]],
         carry: list[Relation],
@@ -194,37 +196,39 @@ class Uniformity(Forward[Relation]):
             found = {k: v for k, v in self.findings.items() if k not in together}
             if after == carry:
                 return None if trips is None else carry
-            self._restart(together)
+            self._restart_findings(together)
             carry = after
             if done + 1 == trips:
                 self.findings.update(found)
                 return carry
         return carry if trips == 1 else None
 
-    def _restart(self, findings: dict[int, Any]) -> None:
+    def _restart_findings(self, findings: dict[int, Any]) -> None:
         self.findings.clear()
         self.findings.update(findings)
 
-    def apply(self, eqn: Eqn, jaxpr: Jaxpr, inputs: list[Relation], frame: Frame) -> list[Relation]:
+    def apply_equation(
+        self, eqn: Eqn, jaxpr: Jaxpr, inputs: list[Relation], frame: Frame
+    ) -> list[Relation]:
         """Return how the results of one operation relate to the axis."""
         name = name_of(eqn)
         if name == varying.CLAIM:
             return inputs
         if name in OPAQUE:
-            return self._opaque(eqn, name, inputs, frame)
+            return self._after_opaque(eqn, name, inputs, frame)
         if name in PLAIN or not (axes := axes_of(eqn.params)):
-            return [self._plain(eqn, name, inputs, frame)] * len(eqn.outvars)
+            return [self._after_plain(eqn, name, inputs, frame)] * len(eqn.outvars)
         if name == "axis_index":
             return [DIFFERS if self.axis in axes else relation.CONSTANT]
-        joined = relation.after(name, inputs)
+        joined = relation.after_operation(name, inputs)
         # A psum of a tree is one equation with as many outputs as inputs.
         each = inputs if len(inputs) == len(eqn.outvars) else [joined] * len(eqn.outvars)
         if self.axis not in axes:
             return list(each)
-        return self._collective(eqn, jaxpr, name, axes, each, path_of(eqn, frame.path))
+        return self._after_collective(eqn, jaxpr, name, axes, each, path_of(eqn, frame.path))
 
-    def _plain(self, eqn: Eqn, name: str, inputs: list[Relation], frame: Frame) -> Relation:
-        value = relation.after(name, inputs)
+    def _after_plain(self, eqn: Eqn, name: str, inputs: list[Relation], frame: Frame) -> Relation:
+        value = relation.after_operation(name, inputs)
         if value & relation.HOLDS_SUM and not _keeps_term(eqn, name, inputs):
             value &= ~relation.HOLDS_SUM
         used = relation.after_use(name, inputs, value)
@@ -232,7 +236,7 @@ class Uniformity(Forward[Relation]):
         by_autodiff = used != value and made_by_autodiff(path_of(eqn, frame.path))
         return value if by_autodiff else used
 
-    def _collective(
+    def _after_collective(
         self,
         eqn: Eqn,
         jaxpr: Jaxpr,
@@ -242,7 +246,7 @@ class Uniformity(Forward[Relation]):
         path: str,
     ) -> list[Relation]:
         if name in CASTS:
-            return [self._cast(eqn, name, value, path) for value in each]
+            return [self._after_cast(eqn, name, value, path) for value in each]
         if eqn.params.get("axis_index_groups") is not None:
             return [relation.after_exchange(value) for value in each]
         if sums_cotangents(name, path):
@@ -265,7 +269,7 @@ class Uniformity(Forward[Relation]):
             return [relation.after_sum(value) | DIFFERS for value in each]
         return [relation.after_exchange(value) for value in each]
 
-    def _cast(self, eqn: Eqn, name: str, value: Relation, path: str) -> Relation:
+    def _after_cast(self, eqn: Eqn, name: str, value: Relation, path: str) -> Relation:
         if name not in VARYING_CASTS:
             return value
         if made_by_autodiff(path):
@@ -276,23 +280,25 @@ class Uniformity(Forward[Relation]):
         asked = tag.split("/")[0] == "vary" and not tag.startswith("vary/params")
         return value | relation.ASKED if asked else value
 
-    def _opaque(self, eqn: Eqn, name: str, inputs: list[Relation], frame: Frame) -> list[Relation]:
+    def _after_opaque(
+        self, eqn: Eqn, name: str, inputs: list[Relation], frame: Frame
+    ) -> list[Relation]:
         """Follow what is not looked into: its results differ where its inputs do.
 
         A kernel may ask which device it runs on, and what a mutable array holds may have been
         written to it before: there jax's types decide, where it tracks them.
         """
-        value = relation.after(name, inputs)
+        value = relation.after_operation(name, inputs)
         # Each process has its own result of an io_callback.
         if name == "io_callback" or not frame.tracked:
             return [value | UNKNOWN] * len(eqn.outvars)
         local = any(self.axis in _compat.varying_axes_of(v.aval) for v in eqn.invars)
         return [
-            self._typed(value, name, self.axis in _compat.varying_axes_of(var.aval), local)
+            self._believe_type(value, name, self.axis in _compat.varying_axes_of(var.aval), local)
             for var in eqn.outvars
         ]
 
-    def _typed(self, value: Relation, name: str, varies: bool, local: bool) -> Relation:
+    def _believe_type(self, value: Relation, name: str, varies: bool, local: bool) -> Relation:
         if varies:
             return value | UNKNOWN
         # A kernel's result is typed by hand: it says that the kernel made it equal.

@@ -78,7 +78,7 @@ class Declared:
 
 
 @dataclass(frozen=True)
-class _Scope:
+class _Surroundings:
     """What surrounds an equation: the mesh, which axes are manual, how often it runs, its path.
 
     foldable: the compiler may find that it never runs.
@@ -96,7 +96,7 @@ class _Scope:
         return all(size == 1 or name in self.manual for name, size in self.sizes)
 
 
-def inventory(jaxpr: Jaxpr) -> tuple[Declared, ...]:
+def list_declared(jaxpr: Jaxpr) -> tuple[Declared, ...]:
     """List the collectives of a traced program, in the order in which it traced them.
 
     Goes through shard_map, jit, scan (times its length), while, every branch of cond, remat,
@@ -113,39 +113,40 @@ def inventory(jaxpr: Jaxpr) -> tuple[Declared, ...]:
       >>> spec = jax.sharding.PartitionSpec()
       >>> total = jax.shard_map(lambda x: jax.lax.psum(jax.lax.pcast(x, "data", to="varying"),
       ...     "data"), mesh=mesh, in_specs=spec, out_specs=spec)
-      >>> [(d.kind, d.axes, d.payload_bytes) for d in inventory(jax.make_jaxpr(total)(jnp.ones(4)))]
+      >>> jaxpr = jax.make_jaxpr(total)(jnp.ones(4))
+      >>> [(d.kind, d.axes, d.payload_bytes) for d in list_declared(jaxpr)]
       [('all-reduce', ('data',), 16)]
     """
     jaxpr = open_jaxpr(jaxpr)
     live = _compat.live_jaxpr(jaxpr)
-    if _count(live) == _count(jaxpr):
-        return tuple(_top(jaxpr))
-    used = Counter(map(_line_of, _top(live)))
+    if _count_declared(live) == _count_declared(jaxpr):
+        return tuple(_walk_program(jaxpr))
+    used = Counter(map(_key_of_declared, _walk_program(live)))
     found = []
-    for declared in _top(jaxpr):
-        line = _line_of(declared)
+    for declared in _walk_program(jaxpr):
+        line = _key_of_declared(declared)
         found.append(declared if used[line] > 0 else replace(declared, live=False))
         used[line] -= 1
     return tuple(found)
 
 
-def _count(jaxpr: Jaxpr) -> int:
+def _count_declared(jaxpr: Jaxpr) -> int:
     """Return how many equations of collectives and reshards a jaxpr has."""
     return sum(
         (name_of(eqn) in KIND_OF or eqn.primitive.name == RESHARD)
-        + sum(map(_count, sub_jaxprs(eqn)))
+        + sum(map(_count_declared, sub_jaxprs(eqn)))
         for eqn in jaxpr.eqns
     )
 
 
-def _top(jaxpr: Jaxpr) -> Iterator[Declared]:
+def _walk_program(jaxpr: Jaxpr) -> Iterator[Declared]:
     numbering = Numbering()
-    known = {v: numbering.fresh(depends=True) for v in jaxpr.invars}
-    known |= {v: numbering.fresh(depends=False) for v in jaxpr.constvars}
-    return _walk(jaxpr, _Scope(), known, numbering)
+    known = {v: numbering.new_value(depends=True) for v in jaxpr.invars}
+    known |= {v: numbering.new_value(depends=False) for v in jaxpr.constvars}
+    return _walk_jaxpr(jaxpr, _Surroundings(), known, numbering)
 
 
-def _line_of(declared: Declared) -> tuple[object, ...]:
+def _key_of_declared(declared: Declared) -> tuple[object, ...]:
     """Return what two declarations share that no reader could tell apart."""
     # Groups and pairs come from a cache: the same ones are the same object.
     d = declared
@@ -176,28 +177,28 @@ def is_one_shard_map(jaxpr: Jaxpr) -> bool:
     return eqn.primitive.name in ("jit", "pjit") and is_one_shard_map(sub_jaxprs(eqn)[0])
 
 
-def _walk(
-    jaxpr: Jaxpr, scope: _Scope, known: dict[Var, Value], numbering: Numbering
+def _walk_jaxpr(
+    jaxpr: Jaxpr, scope: _Surroundings, known: dict[Var, Value], numbering: Numbering
 ) -> Iterator[Declared]:
     """Yield the collectives of a jaxpr; `known` has the values of its inputs, and gets the rest."""
 
-    def value(var: Var) -> Value:
-        return numbering.literal(var) if is_literal(var) else known[var]
+    def value_of(var: Var) -> Value:
+        return numbering.number_literal(var) if is_literal(var) else known[var]
 
     for eqn in jaxpr.eqns:
-        inputs = [value(v) for v in eqn.invars]
-        known.update(zip(eqn.outvars, numbering.results(eqn, inputs), strict=True))
+        inputs = [value_of(v) for v in eqn.invars]
+        known.update(zip(eqn.outvars, numbering.number_results(eqn, inputs), strict=True))
         name = name_of(eqn)
         if kind := KIND_OF.get(name):
-            yield from _declare(eqn, kind, name, scope, inputs)
+            yield from _declare_operands(eqn, kind, name, scope, inputs)
         elif name == RESHARD:
             yield from _declare_reshard(eqn, scope, inputs[0])
         for inner in sub_jaxprs(eqn):
-            values = _passed(eqn, inner, inputs, numbering)
-            yield from _walk(inner, _enter(eqn, scope, inputs), values, numbering)
+            values = _values_of_inputs(eqn, inner, inputs, numbering)
+            yield from _walk_jaxpr(inner, _scope_inside(eqn, scope, inputs), values, numbering)
 
 
-def _passed(
+def _values_of_inputs(
     eqn: Eqn, inner: Jaxpr, inputs: Sequence[Value], numbering: Numbering
 ) -> dict[Var, Value]:
     """Return the values of an inner jaxpr's inputs: a call's are the outer ones, a loop's new."""
@@ -205,14 +206,14 @@ def _passed(
     values = list(inputs)
     if name == "shard_map":
         specs = eqn.params["in_specs"]
-        values = [numbering.shard(v, spec) for v, spec in zip(inputs, specs, strict=True)]
+        values = [numbering.number_shard(v, spec) for v, spec in zip(inputs, specs, strict=True)]
     elif len(inner.invars) != len(inputs) or name in ("scan", "while"):
         depends = any(v.depends for v in inputs)
         constants = _loop_constants(eqn, inner, inputs)
         carried = len(inner.invars) - len(constants)
-        values = [*constants, *(numbering.fresh(depends) for _ in range(carried))]
+        values = [*constants, *(numbering.new_value(depends) for _ in range(carried))]
     known = dict(zip(inner.invars, values, strict=True))
-    return known | {v: numbering.fresh(depends=False) for v in inner.constvars}
+    return known | {v: numbering.new_value(depends=False) for v in inner.constvars}
 
 
 def _loop_constants(eqn: Eqn, inner: Jaxpr, inputs: Sequence[Value]) -> Sequence[Value]:
@@ -226,7 +227,7 @@ def _loop_constants(eqn: Eqn, inner: Jaxpr, inputs: Sequence[Value]) -> Sequence
     return ()
 
 
-def _enter(eqn: Eqn, scope: _Scope, inputs: Sequence[Value]) -> _Scope:
+def _scope_inside(eqn: Eqn, scope: _Surroundings, inputs: Sequence[Value]) -> _Surroundings:
     name = eqn.primitive.name
     scope = replace(scope, path=path_of(eqn, scope.path))
     if name == "scan":
@@ -248,8 +249,8 @@ def _sizes_of(eqn: Eqn) -> meshes.Sizes:
     return meshes.sizes_of(eqn.params["mesh"])
 
 
-def _declare(
-    eqn: Eqn, kind: str, primitive: str, scope: _Scope, inputs: Sequence[Value]
+def _declare_operands(
+    eqn: Eqn, kind: str, primitive: str, scope: _Surroundings, inputs: Sequence[Value]
 ) -> Iterator[Declared]:
     named = axes_of(eqn.params)
     axes = tuple(a for a in named if any(a == name for name, _ in scope.sizes))
@@ -257,11 +258,11 @@ def _declare(
         return  # an axis of vmap, or of the array itself: nothing is sent
     path = path_of(eqn, scope.path)
     tag = tags.tag_in(path)
-    groups, pairs = _partners(eqn.params, kind, scope.sizes, axes)
+    groups, pairs = _find_partners(eqn.params, kind, scope.sizes, axes)
     size = len(groups[0]) if groups else meshes.count_devices(scope.sizes, axes)
     operands = zip(eqn.invars, inputs, strict=True)
     for var, value in list(operands)[: 1 if kind == "ragged-all-to-all" else None]:
-        elements, dtype = _extent(var.aval)
+        elements, dtype = _elements_and_dtype(var.aval)
         scale = size if kind == "all-gather" else 1
         yield Declared(
             kind=kind,
@@ -284,7 +285,7 @@ def _declare(
         )
 
 
-def _declare_reshard(eqn: Eqn, scope: _Scope, value: Value) -> Iterator[Declared]:
+def _declare_reshard(eqn: Eqn, scope: _Surroundings, value: Value) -> Iterator[Declared]:
     aval, target = eqn.invars[0].aval, eqn.params["dst_sharding"]
     given = getattr(aval, "sharding", None)
     if given is None or given == target:
@@ -292,7 +293,7 @@ def _declare_reshard(eqn: Eqn, scope: _Scope, value: Value) -> Iterator[Declared
     sizes = meshes.sizes_of(given.mesh)
     sums = tuple(a for a, n in sizes if n > 1 and a in getattr(given.spec, "unreduced", ()))
     axes = sums or tuple(name for name, size in sizes if size > 1)
-    elements, dtype = _extent(aval)
+    elements, dtype = _elements_and_dtype(aval)
     if sums:  # each device sends its shard
         elements = elements * math.prod(given.shard_shape(aval.shape)) // max(aval.size, 1)
     yield Declared(
@@ -315,7 +316,7 @@ def _declare_reshard(eqn: Eqn, scope: _Scope, value: Value) -> Iterator[Declared
     )
 
 
-def _partners(
+def _find_partners(
     params: Mapping[str, Any], kind: str, sizes: meshes.Sizes, axes: tuple[str, ...]
 ) -> tuple[Groups, tuple[tuple[int, int], ...]]:
     if kind == "collective-permute":
@@ -327,7 +328,7 @@ def _partners(
     return meshes.device_groups(sizes, axes, index_groups), ()
 
 
-def _extent(aval: Any) -> tuple[int, np.dtype]:
+def _elements_and_dtype(aval: Any) -> tuple[int, np.dtype]:
     """Return the elements of an array type and their dtype; of PRNG keys their words'."""
     if jnp.issubdtype(aval.dtype, jax.dtypes.prng_key):
         keys = jax.ShapeDtypeStruct(aval.shape, aval.dtype)

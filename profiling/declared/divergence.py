@@ -85,12 +85,12 @@ def find_divergences(jaxpr: Jaxpr) -> tuple[Divergence, ...]:
       [('hangs', 'psum', 'data')]
     """
     live = _compat.live_jaxpr(open_jaxpr(jaxpr))
-    return tuple(search_equations(live, _look, only_with=BRANCHING))
+    return tuple(search_equations(live, _find_in_equation, only_with=BRANCHING))
 
 
-def _look(seen: Seen) -> Divergence | None:
+def _find_in_equation(seen: Seen) -> Divergence | None:
     if seen.splits:
-        return _lie(seen)
+        return _find_false_type(seen)
     axes = tuple(a for a in seen.axes if a in seen.sizes)
     kind = KIND_OF.get(seen.name)
     # A psend waits for its precv alone, which may stand in another branch.
@@ -98,11 +98,11 @@ def _look(seen: Seen) -> Divergence | None:
         return None
     if kind == "collective-permute" or seen.axis in axes:
         name = seen.tag or seen.name
-        return _divergence("hangs", seen, name, kind, axes, seen.frame.under)
+        return _make_divergence("hangs", seen, name, kind, axes, seen.frame.under)
     return None
 
 
-def _lie(seen: Seen) -> Divergence | None:
+def _find_false_type(seen: Seen) -> Divergence | None:
     if not seen.frame.tracked:
         return None
     axis = seen.axis
@@ -112,17 +112,17 @@ def _lie(seen: Seen) -> Divergence | None:
         if may_differ(value) and axis not in _compat.varying_axes_of(var.aval)
     }
     # A loop's own counter has such a type, and mostly nothing after the loop looks at it.
-    if not any(v in wrong for v in _uses(seen.jaxpr)):
+    if not any(v in wrong for v in _list_uses(seen.jaxpr)):
         return None
-    return _divergence("lies", seen, seen.name, seen.name, (), seen.eqn)
+    return _make_divergence("lies", seen, seen.name, seen.name, (), seen.eqn)
 
 
-def _uses(jaxpr: Jaxpr) -> list[Var]:
+def _list_uses(jaxpr: Jaxpr) -> list[Var]:
     used = [v for eqn in jaxpr.eqns for v in eqn.invars]
     return [v for v in [*used, *jaxpr.outvars] if not is_literal(v)]
 
 
-def _divergence(
+def _make_divergence(
     problem: str, seen: Seen, name: str, kind: str, axes: tuple[str, ...], control: Eqn
 ) -> Divergence:
     return Divergence(

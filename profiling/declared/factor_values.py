@@ -78,7 +78,7 @@ def add_gradients(a: Value, b: Value) -> Value:
     gradient = join_ways(a.gradient, b.gradient)
     both_local = a.gradient.local and b.gradient.local
     if both_local and not gradient.counted and gradient.counted == b.gradient.counted:
-        gradient = replace(gradient, weight=_plus(a.gradient.weight, b.gradient.weight))
+        gradient = replace(gradient, weight=_add_weights(a.gradient.weight, b.gradient.weight))
     if a.reduced != b.reduced:
         gradient = replace(gradient, weight=None)
     is_mean = a.is_mean and b.is_mean
@@ -91,7 +91,7 @@ def scale_gradient(gradient: Gradient, number: Monomial | None) -> Gradient:
     return replace(gradient, weight=weight.times(number) if weight and number else None)
 
 
-def _plus(a: Monomial | None, b: Monomial | None) -> Monomial | None:
+def _add_weights(a: Monomial | None, b: Monomial | None) -> Monomial | None:
     if a is None or b is None or a.powers != b.powers:
         return None
     return Monomial(a.constant + b.constant, a.powers)
@@ -116,8 +116,8 @@ def follow_trips(start: Value, first: Value, second: Value, trips: int | None) -
         return unread
     zero = Monomial(0.0, after.weight.powers)
     given = before.weight if before is not None else zero
-    added = _plus(after.weight, given.times(Monomial(-1.0)) if given else None)
-    if added is None or not _is_close(_plus(after.weight, added), later.weight):
+    added = _add_weights(after.weight, given.times(Monomial(-1.0)) if given else None)
+    if added is None or not _is_close(_add_weights(after.weight, added), later.weight):
         return unread
-    total = _plus(given, added.times(Monomial(float(trips))))
+    total = _add_weights(given, added.times(Monomial(float(trips))))
     return replace(second, gradient=replace(later, weight=total))

@@ -35,7 +35,7 @@ class Frame:
     tracked: bool = True
     under: Eqn | None = None
 
-    def enter(self, eqn: Eqn) -> "Frame":
+    def enter_equation(self, eqn: Eqn) -> "Frame":
         """Return the frame of what an equation holds."""
         tracked = self.tracked
         if eqn.primitive.name == "shard_map":
@@ -60,23 +60,25 @@ class Forward(Generic[Fact]):
         """Return the fact of a constant that a jaxpr holds beside its equations."""
         raise NotImplementedError
 
-    def join(self, a: Fact, b: Fact) -> Fact:
+    def join_facts(self, a: Fact, b: Fact) -> Fact:
         """Return the fact of a value that may be either of two."""
         raise NotImplementedError
 
-    def apply(self, eqn: Eqn, jaxpr: Jaxpr, inputs: list[Fact], frame: Frame) -> list[Fact]:
+    def apply_equation(
+        self, eqn: Eqn, jaxpr: Jaxpr, inputs: list[Fact], frame: Frame
+    ) -> list[Fact]:
         """Return the facts of the outputs of an equation that holds no jaxpr."""
         raise NotImplementedError
 
-    def mix(self, eqn: Eqn, inputs: Sequence[Fact]) -> Fact:
+    def mix_inputs(self, eqn: Eqn, inputs: Sequence[Fact]) -> Fact:
         """Return a fact of whatever may be made of the inputs of a call that is not followed."""
         return self._join_all(inputs) if inputs else self.of_constant()
 
-    def splits(self, predicate: Fact) -> bool:
+    def splits_devices(self, predicate: Fact) -> bool:
         """Tell whether a predicate may send devices different ways."""
         return False
 
-    def choose(self, value: Fact, predicate: Fact) -> Fact:
+    def choose_by(self, value: Fact, predicate: Fact) -> Fact:
         """Return the fact of a value that a predicate has chosen."""
         return value
 
@@ -84,11 +86,11 @@ class Forward(Generic[Fact]):
         """Return the fact of a value as a loop's body gets it, as its carry or one slice of it."""
         return fact
 
-    def leave(self, eqn: Eqn, outputs: list[Fact], inputs: Sequence[Fact]) -> list[Fact]:
+    def leave_equation(self, eqn: Eqn, outputs: list[Fact], inputs: Sequence[Fact]) -> list[Fact]:
         """Return the facts of the outputs of an equation that holds jaxprs, once it is left."""
         return outputs
 
-    def see(
+    def see_equation(
         self,
         eqn: Eqn,
         jaxpr: Jaxpr,
@@ -99,90 +101,96 @@ class Forward(Generic[Fact]):
     ) -> None:
         """Look at an equation with its facts; one in a loop comes by several times."""
 
-    def run(self, jaxpr: Jaxpr, inputs: Sequence[Fact], frame: Frame) -> list[Fact]:
+    def run_jaxpr(self, jaxpr: Jaxpr, inputs: Sequence[Fact], frame: Frame) -> list[Fact]:
         """Return the facts of a jaxpr's outputs."""
         known: dict[Var, Fact] = dict(zip(jaxpr.invars, inputs, strict=True))
 
-        def read(var: Var) -> Fact:
+        def read_fact(var: Var) -> Fact:
             if is_literal(var):
                 return self.of_literal(var)
             return known[var] if var in known else self.of_constant()
 
         for eqn in jaxpr.eqns:
-            facts = [read(v) for v in eqn.invars]
+            facts = [read_fact(v) for v in eqn.invars]
             inner = () if eqn.primitive.name in PLAIN else sub_jaxprs(eqn)
             if inner:
-                outputs = self._enter(eqn, inner, jaxpr, facts, frame)
+                outputs = self._run_inner(eqn, inner, jaxpr, facts, frame)
             else:
-                outputs = self.apply(eqn, jaxpr, facts, frame)
-                self.see(eqn, jaxpr, facts, outputs, frame)
+                outputs = self.apply_equation(eqn, jaxpr, facts, frame)
+                self.see_equation(eqn, jaxpr, facts, outputs, frame)
             known.update(zip(eqn.outvars, outputs, strict=True))
-        return [read(v) for v in jaxpr.outvars]
+        return [read_fact(v) for v in jaxpr.outvars]
 
-    def _enter(
+    def _run_inner(
         self, eqn: Eqn, inner: Sequence[Jaxpr], jaxpr: Jaxpr, facts: list[Fact], around: Frame
     ) -> list[Fact]:
-        frame, splits = around.enter(eqn), False
+        frame, splits = around.enter_equation(eqn), False
         match eqn.primitive.name:
             case "scan":
-                outputs = self._scan(eqn, inner[0], facts, frame)
+                outputs = self._run_scan(eqn, inner[0], facts, frame)
             case "while":
-                outputs, splits = self._while(eqn, facts, frame)
+                outputs, splits = self._run_while(eqn, facts, frame)
             case "cond":
-                outputs, splits = self._cond(eqn, inner, facts, frame)
+                outputs, splits = self._run_cond(eqn, inner, facts, frame)
             case _:
-                outputs = self._call(eqn, inner, facts, frame)
-        outputs = self.leave(eqn, outputs, facts)
-        self.see(eqn, jaxpr, facts, outputs, around, splits)
+                outputs = self._run_call(eqn, inner, facts, frame)
+        outputs = self.leave_equation(eqn, outputs, facts)
+        self.see_equation(eqn, jaxpr, facts, outputs, around, splits)
         return outputs
 
-    def _call(
+    def _run_call(
         self, eqn: Eqn, inner: Sequence[Jaxpr], facts: list[Fact], frame: Frame
     ) -> list[Fact]:
         """Go through a call with one body of the same arguments (jit, remat, custom_vjp...)."""
         body = inner[0]
         fits = len(body.invars) == len(facts) and len(body.outvars) == len(eqn.outvars)
         if len(inner) == 1 and fits:
-            return self.run(body, facts, frame)
+            return self.run_jaxpr(body, facts, frame)
         # A scatter's combiner, a linear solve's functions: what reaches them is not known here.
-        mixed = self.mix(eqn, facts)
+        mixed = self.mix_inputs(eqn, facts)
         for body in inner:
-            mixed = self._join_all([mixed, *self.run(body, [mixed] * len(body.invars), frame)])
+            mixed = self._join_all(
+                [mixed, *self.run_jaxpr(body, [mixed] * len(body.invars), frame)]
+            )
         return [mixed] * len(eqn.outvars)
 
-    def _scan(self, eqn: Eqn, body: Jaxpr, facts: list[Fact], frame: Frame) -> list[Fact]:
+    def _run_scan(self, eqn: Eqn, body: Jaxpr, facts: list[Fact], frame: Frame) -> list[Fact]:
         consts, carried = _compat.scan_counts(eqn)
         fixed, carry = facts[:consts], facts[consts : consts + carried]
         slices = [self.enter_loop(fact) for fact in facts[consts + carried :]]
 
-        def step(carry: list[Fact]) -> list[Fact]:
-            return self.run(body, [*fixed, *carry, *slices], frame)
+        def run_trip(carry: list[Fact]) -> list[Fact]:
+            return self.run_jaxpr(body, [*fixed, *carry, *slices], frame)
 
-        return self.loop(step, [self.enter_loop(c) for c in carry], int(eqn.params["length"]))
+        return self.run_loop(
+            run_trip, [self.enter_loop(c) for c in carry], int(eqn.params["length"])
+        )
 
-    def _while(self, eqn: Eqn, facts: list[Fact], frame: Frame) -> tuple[list[Fact], bool]:
+    def _run_while(self, eqn: Eqn, facts: list[Fact], frame: Frame) -> tuple[list[Fact], bool]:
         of_cond, of_body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
         cond, body = open_jaxpr(eqn.params["cond_jaxpr"]), open_jaxpr(eqn.params["body_jaxpr"])
         fixed, carry = facts[of_cond : of_cond + of_body], facts[of_cond + of_body :]
-        settled = self.loop(
-            lambda c: self.run(body, [*fixed, *c], frame), [self.enter_loop(c) for c in carry], None
+        settled = self.run_loop(
+            lambda c: self.run_jaxpr(body, [*fixed, *c], frame),
+            [self.enter_loop(c) for c in carry],
+            None,
         )
-        (predicate,) = self.run(cond, [*facts[:of_cond], *settled], frame)
-        splits = self.splits(predicate)
+        (predicate,) = self.run_jaxpr(cond, [*facts[:of_cond], *settled], frame)
+        splits = self.splits_devices(predicate)
         if splits:  # known only now: what is inside has to be seen again, under it
             inside = replace(frame, under=eqn)
-            self.run(cond, [*facts[:of_cond], *settled], inside)
-            self.run(body, [*fixed, *settled], inside)
+            self.run_jaxpr(cond, [*facts[:of_cond], *settled], inside)
+            self.run_jaxpr(body, [*fixed, *settled], inside)
         handed_on = _carried_along(body, of_body)
         return self._choose_all(settled, handed_on, predicate), splits
 
-    def _cond(
+    def _run_cond(
         self, eqn: Eqn, branches: Sequence[Jaxpr], facts: list[Fact], frame: Frame
     ) -> tuple[list[Fact], bool]:
         predicate, *operands = facts
-        splits = self.splits(predicate)
+        splits = self.splits_devices(predicate)
         inside = replace(frame, under=eqn) if splits else frame
-        results = [self.run(branch, operands, inside) for branch in branches]
+        results = [self.run_jaxpr(branch, operands, inside) for branch in branches]
         outputs = [self._join_all(facts) for facts in zip(*results, strict=True)]
         return self._choose_all(outputs, _chosen_alike(branches), predicate), splits
 
@@ -191,9 +199,9 @@ class Forward(Generic[Fact]):
     ) -> list[Fact]:
         """Let the predicate choose the outputs, but those that each way hands on unchanged."""
         pairs = zip(outputs, handed_on, strict=True)
-        return [fact if same else self.choose(fact, predicate) for fact, same in pairs]
+        return [fact if same else self.choose_by(fact, predicate) for fact, same in pairs]
 
-    def loop(
+    def run_loop(
         self, step: Callable[[list[Fact]], list[Fact]], carry: list[Fact], trips: int | None
     ) -> list[Fact]:
         """Repeat a loop's body, whose first outputs are its carry, until the carry settles.
@@ -209,7 +217,7 @@ class Forward(Generic[Fact]):
         while True:
             outputs = step(carry)
             after = [self.enter_loop(fact) for fact in outputs[: len(carry)]]
-            settled = [self.join(a, b) for a, b in zip(carry, after, strict=True)]
+            settled = [self.join_facts(a, b) for a, b in zip(carry, after, strict=True)]
             if settled == carry:
                 return [*carry, *outputs[len(carry) :]]
             carry = settled
@@ -217,7 +225,7 @@ class Forward(Generic[Fact]):
     def _join_all(self, facts: Sequence[Fact]) -> Fact:
         first, *others = facts
         for fact in others:
-            first = self.join(first, fact)
+            first = self.join_facts(first, fact)
         return first
 
 
@@ -226,7 +234,7 @@ def find_shard_maps(jaxpr: Jaxpr, frame: Frame = Frame()) -> Iterator[tuple[Eqn,
     for eqn in open_jaxpr(jaxpr).eqns:
         if eqn.primitive.name in PLAIN:
             continue
-        inside = frame.enter(eqn)
+        inside = frame.enter_equation(eqn)
         if eqn.primitive.name == "shard_map":
             yield eqn, inside
         for inner in sub_jaxprs(eqn):
@@ -236,12 +244,12 @@ def find_shard_maps(jaxpr: Jaxpr, frame: Frame = Frame()) -> Iterator[tuple[Eqn,
 def _chosen_alike(branches: Sequence[Jaxpr]) -> list[bool]:
     """Tell of each output of a cond whether all branches return the same operand or constant."""
 
-    def chosen(branch: Jaxpr, var: Var) -> object:
+    def choice_of(branch: Jaxpr, var: Var) -> object:
         if is_literal(var):
             return str(var.val)
         return branch.invars.index(var) if var in branch.invars else object()
 
-    choices = [[chosen(branch, var) for var in branch.outvars] for branch in branches]
+    choices = [[choice_of(branch, var) for var in branch.outvars] for branch in branches]
     return [len(set(of_output)) == 1 for of_output in zip(*choices, strict=True)]
 
 

@@ -62,46 +62,46 @@ def find_wrong_reductions(jaxpr: Jaxpr) -> list[Finding]:
     Returns:
       One finding for each equation and axis.
     """
-    return search_equations(_compat.live_jaxpr(open_jaxpr(jaxpr)), _look)
+    return search_equations(_compat.live_jaxpr(open_jaxpr(jaxpr)), _find_in_equation)
 
 
 def find_mistyped(jaxpr: Jaxpr) -> list[Mistyped]:
     """Find the operations on local data whose results jax types as equal on all devices."""
 
-    def look(seen: Seen) -> Mistyped | None:
+    def find_in_equation(seen: Seen) -> Mistyped | None:
         axis = seen.axis
         if seen.name == varying.CLAIM or axis in seen.axes or not seen.frame.tracked:
             return None
         made = zip(seen.eqn.outvars, seen.outputs, strict=True)
-        wrong = any(v & relation.DIFFERS and not _varies(var, axis) for var, v in made)
-        if not wrong or not any(_varies(var, axis) for var in seen.eqn.invars):
+        wrong = any(v & relation.DIFFERS and not _is_typed_varying(var, axis) for var, v in made)
+        if not wrong or not any(_is_typed_varying(var, axis) for var in seen.eqn.invars):
             return None
         # What stands inside jnp.argsort has no line of the user's: the call of it has.
         name = str(seen.eqn.params.get("name", seen.name))
         return Mistyped(axis, name, source.user_source_line(_compat.eqn_frames(seen.eqn)))
 
-    found = search_equations(jaxpr, look, every=True)
+    found = search_equations(jaxpr, find_in_equation, every=True)
     return [m for m in found if m.source] or found
 
 
-def _varies(var: Var, axis: str) -> bool:
+def _is_typed_varying(var: Var, axis: str) -> bool:
     return axis in _compat.varying_axes_of(var.aval)
 
 
-def _look(seen: Seen) -> Finding | None:
+def _find_in_equation(seen: Seen) -> Finding | None:
     if seen.name == varying.CLAIM:
-        return _false_claim(seen)
+        return _find_false_claim(seen)
     if seen.name not in SUMS or seen.axis not in seen.axes or seen.by_autodiff:
         return None
     if seen.eqn.params.get("axis_index_groups") is not None:
         return None
     for value, var in zip(seen.inputs, seen.eqn.outvars, strict=False):
-        if (problem := _problem(seen, value, var)) is not None:
-            return _finding(seen, problem, tag=seen.tag)
+        if (problem := _name_problem(seen, value, var)) is not None:
+            return _make_finding(seen, problem, tag=seen.tag)
     return None
 
 
-def _problem(seen: Seen, value: Relation, var: Var) -> str | None:
+def _name_problem(seen: Seen, value: Relation, var: Var) -> str | None:
     if value & relation.SUMMED and may_differ(value):
         return "typed"
     if (seen.tag or "").split("/")[0] == "pmean" or seen.is_divided(var):
@@ -115,7 +115,7 @@ def _problem(seen: Seen, value: Relation, var: Var) -> str | None:
     return "gathered" if value & relation.GATHERED else "equal"
 
 
-def _false_claim(seen: Seen) -> Finding | None:
+def _find_false_claim(seen: Seen) -> Finding | None:
     params, axis, (value,) = seen.eqn.params, seen.axis, seen.inputs
     if axis not in params["mesh_axes"]:
         return None
@@ -128,9 +128,9 @@ def _false_claim(seen: Seen) -> Finding | None:
     if not wrong and not (params["kind"] == "equal" and value & relation.TOTAL):
         return None
     said = {"what": params["what"], "error": params["error"], "dropped": dropped}
-    return _finding(seen, "claim" if wrong else "total", **said)
+    return _make_finding(seen, "claim" if wrong else "total", **said)
 
 
-def _finding(seen: Seen, problem: str, *, tag: str | None = None, **said: Any) -> Finding:
+def _make_finding(seen: Seen, problem: str, *, tag: str | None = None, **said: Any) -> Finding:
     place = source.user_source_line(_compat.eqn_frames(seen.eqn))
     return Finding(tag, seen.axis, seen.name, place, problem, **said)

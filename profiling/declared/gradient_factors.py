@@ -108,7 +108,7 @@ def read_gradient_factors(jaxpr: Jaxpr, axes: Iterable[str]) -> list[GradientFac
         if data:
             walk, body = _Factors(data, sizes), open_jaxpr(eqn.params["jaxpr"])
             specs = zip(eqn.params["in_specs"], body.invars, strict=True)
-            walk.run(body, [_of_input(spec, var, data) for spec, var in specs], frame)
+            walk.run_jaxpr(body, [_value_of_input(spec, var, data) for spec, var in specs], frame)
             found += walk.found.values()
     return found
 
@@ -129,7 +129,7 @@ class _Factors(Forward[Value]):
     def of_constant(self) -> Value:
         return Value()
 
-    def join(self, a: Value, b: Value) -> Value:
+    def join_facts(self, a: Value, b: Value) -> Value:
         if a == b or b.is_zero:
             return replace(a, differs=a.differs or b.differs)
         if a.is_zero:
@@ -138,30 +138,32 @@ class _Factors(Forward[Value]):
         is_mean, differs = a.is_mean and b.is_mean, a.differs or b.differs
         return Value(differs, None, gradient, a.reduced & b.reduced, is_mean, a.source)
 
-    def apply(self, eqn: Eqn, jaxpr: Jaxpr, inputs: list[Value], frame: Frame) -> list[Value]:
+    def apply_equation(
+        self, eqn: Eqn, jaxpr: Jaxpr, inputs: list[Value], frame: Frame
+    ) -> list[Value]:
         name = name_of(eqn)
         if name == varying.CLAIM:
-            self._note(eqn, inputs[0])
+            self._note_factor(eqn, inputs[0])
             return inputs
         if name in CASTS:
             return inputs
         along = [axis for axis in axes_of(eqn.params) if axis in self._axes]
         if along:
-            return self._collective(eqn, jaxpr, name, inputs, frame)
-        value = self._local(eqn, name, inputs, frame)
-        return [self._symbol(eqn, value, var, frame) for var in eqn.outvars]
+            return self._after_collective(eqn, jaxpr, name, inputs, frame)
+        value = self._after_local(eqn, name, inputs, frame)
+        return [self._name_scalar(eqn, value, var, frame) for var in eqn.outvars]
 
-    def _symbol(self, eqn: Eqn, value: Value, var: Var, frame: Frame) -> Value:
+    def _name_scalar(self, eqn: Eqn, value: Value, var: Var, frame: Frame) -> Value:
         """Name a scalar of which nothing is known, so that its inverse cancels it."""
         aval = var.aval
         named = value.number is not None or value.gradient is not None
         if named or getattr(aval, "shape", None) != () or not _is_numeric(aval):
             return value
-        return replace(value, number=_name("scalar", eqn, frame))
+        return replace(value, number=_new_symbol("scalar", eqn, frame))
 
     # Collectives
 
-    def _collective(
+    def _after_collective(
         self, eqn: Eqn, jaxpr: Jaxpr, name: str, inputs: list[Value], frame: Frame
     ) -> list[Value]:
         if name == "axis_index":
@@ -175,12 +177,12 @@ class _Factors(Forward[Value]):
             return [sum_cotangents(value, name, size) for value in inputs]
         if name in SUMS or name in ALL_REDUCED_SUMS:
             pairs = zip(inputs, eqn.outvars, strict=True)
-            return [self._sum(eqn, jaxpr, value, var, path, frame) for value, var in pairs]
+            return [self._after_sum(eqn, jaxpr, value, var, path, frame) for value, var in pairs]
         if name in GATHERS:  # of what is summed, in shards: else of one gradient for each device
             return [replace(v, differs=False) if v.reduced else Value() for v in inputs]
         return [Value(differs=name not in EQUALIZERS)] * len(eqn.outvars)
 
-    def _sum(
+    def _after_sum(
         self, eqn: Eqn, jaxpr: Jaxpr, value: Value, var: Var, path: str, frame: Frame
     ) -> Value:
         axes, name = axes_of(eqn.params), name_of(eqn)
@@ -189,7 +191,7 @@ class _Factors(Forward[Value]):
             return value
         number = None
         if value.gradient is None and var.aval.shape == ():
-            number = _name(COUNT, eqn, frame)
+            number = _new_symbol(COUNT, eqn, frame)
         by_tag = (tags.tag_in(path) or "").split("/")[0] == "pmean"
         is_mean = by_tag or any(
             is_divided(jaxpr, var, counts_of(axes, axis, self._sizes)) for axis in axes
@@ -204,12 +206,12 @@ class _Factors(Forward[Value]):
 
     # Operations without communication
 
-    def _local(self, eqn: Eqn, name: str, inputs: list[Value], frame: Frame) -> Value:
+    def _after_local(self, eqn: Eqn, name: str, inputs: list[Value], frame: Frame) -> Value:
         differs = any(value.differs for value in inputs)
         if name in MOVES and inputs:
             return inputs[0]
         if name == "select_n":
-            inputs = _cases(inputs)
+            inputs = _cases_of_select(inputs)
             if len(inputs) == 1:
                 return replace(inputs[0], differs=differs)
             if not all(value.number or value.gradient for value in inputs):
@@ -220,32 +222,34 @@ class _Factors(Forward[Value]):
             kept = inputs[0] if name in ("div", "mul") and inputs[0].reduced else Value()
             return replace(kept, differs=differs)
         if not gradients and all(value.number for value in inputs):
-            number = self._of_numbers(eqn, name, inputs, frame)
+            number = self._number_after(eqn, name, inputs, frame)
             kept = inputs[0] if name in ("div", "mul") else Value()
-            if number is not None or not self._starts(eqn, name, inputs, frame):
+            if number is not None or not self._starts_gradient(eqn, name, inputs, frame):
                 return replace(kept, number=number, differs=differs)
         path = path_of(eqn, frame.path)
         if not made_by_autodiff(path):
-            value = self._of_gradients(name, inputs, gradients)
+            value = self._value_of_gradients(name, inputs, gradients)
             if not gradients and name in ("div", "mul") and inputs[0].reduced:
                 value = replace(inputs[0], number=None)
             return replace(value, differs=differs)
         if gradients:
-            return Value(differs, gradient=self._passed_back(name, inputs, gradients))
-        if self._starts(eqn, name, inputs, frame):
-            return Value(differs, gradient=_start(eqn, inputs))
+            return Value(differs, gradient=self._gradient_passed_back(name, inputs, gradients))
+        if self._starts_gradient(eqn, name, inputs, frame):
+            return Value(differs, gradient=_start_gradient(eqn, inputs))
         return Value(differs)
 
-    def _starts(self, eqn: Eqn, name: str, inputs: list[Value], frame: Frame) -> bool:
+    def _starts_gradient(self, eqn: Eqn, name: str, inputs: list[Value], frame: Frame) -> bool:
         """Tell whether a number for each element meets something here that is none.
 
         A backward function that is written by hand has constants too: they meet values otherwise.
         """
-        if name not in _MEETINGS or not any(_is_started(*pair) for pair in _pairs(eqn, inputs)):
+        if name not in _MEETINGS or not any(
+            _is_started(*pair) for pair in _pair_inputs(eqn, inputs)
+        ):
             return False
         return made_by_autodiff(path_of(eqn, frame.path))
 
-    def _of_numbers(
+    def _number_after(
         self, eqn: Eqn, name: str, inputs: list[Value], frame: Frame
     ) -> Monomial | None:
         numbers = [value.number for value in inputs if value.number is not None]
@@ -265,10 +269,10 @@ class _Factors(Forward[Value]):
                 return Monomial(a.constant + b.constant)
             case (("add" | "add_any"), [a, b]) if not (a.constant and b.constant):
                 return a if a.constant else b
-        counts = any(number.has(COUNT) for number in numbers)
+        counts = any(number.has_kind(COUNT) for number in numbers)
         scalar = eqn.outvars[0].aval.shape == () and _is_numeric(eqn.outvars[0].aval)
         if counts and scalar and name in ("select_n", "max"):  # the count, or 1 where it is 0
-            return _name(COUNT, eqn, frame)
+            return _new_symbol(COUNT, eqn, frame)
         return None
 
     def _named_devices(self, number: Monomial) -> Monomial:
@@ -276,7 +280,7 @@ class _Factors(Forward[Value]):
             return Monomial(1.0, frozenset({(DEVICES, 1)}))
         return number
 
-    def _passed_back(
+    def _gradient_passed_back(
         self, name: str, inputs: list[Value], gradients: list[Value]
     ) -> Gradient | None:
         """Return what autodiff makes of gradients: it keeps all weights, for each example's own."""
@@ -303,7 +307,7 @@ class _Factors(Forward[Value]):
             or math.isclose(abs(number.constant) * self._devices, 1)
         )
 
-    def _of_gradients(self, name: str, inputs: list[Value], gradients: list[Value]) -> Value:
+    def _value_of_gradients(self, name: str, inputs: list[Value], gradients: list[Value]) -> Value:
         """Return what a step makes of gradients that it has got."""
         if not gradients:
             return Value()
@@ -324,7 +328,7 @@ class _Factors(Forward[Value]):
             case (("concatenate" | "pad" | "select_n" | "dynamic_update_slice"), _):
                 value = first
                 for other in others:
-                    value = self.join(value, other) if other.gradient else value
+                    value = self.join_facts(value, other) if other.gradient else value
                 return value
             case (("slice" | "dynamic_slice" | "gather" | "split"), _) if first is inputs[0]:
                 return first
@@ -332,7 +336,7 @@ class _Factors(Forward[Value]):
                 return replace(first, gradient=scale_gradient(gradient, None))
         return Value()
 
-    def loop(
+    def run_loop(
         self, step: Callable[[list[Value]], list[Value]], carry: list[Value], trips: int | None
     ) -> list[Value]:
         """Go through two trips of a loop, and add what each adds to the weight of a gradient."""
@@ -345,21 +349,21 @@ class _Factors(Forward[Value]):
             for values in zip(carry, first[: len(carry)], second[: len(carry)], strict=True)
         ]
         stacked = zip(first[len(carry) :], second[len(carry) :], strict=True)
-        return [*after, *(self.join(a, b) for a, b in stacked)]
+        return [*after, *(self.join_facts(a, b) for a, b in stacked)]
 
-    def _note(self, eqn: Eqn, value: Value) -> None:
+    def _note_factor(self, eqn: Eqn, value: Value) -> None:
         what = eqn.params["what"]
         if eqn.params["kind"] != "equal" or not what.startswith(GRADIENT) or value.is_zero:
             return
         name = what.removeprefix(GRADIENT)
         size = math.prod(self._sizes[axis] for axis in value.reduced)
-        read = self._factor(value, size)
+        read = self._read_factor(value, size)
         shared = value.gradient is not None and value.gradient.shared and not value.is_mean
         found = GradientFactor(name, *read, shared_term=shared, source=value.source)
         before = self.found.get(name, found)
         self.found[name] = found if found == before else GradientFactor(name, "not read")
 
-    def _factor(self, value: Value, size: int) -> tuple[Factor, int]:
+    def _read_factor(self, value: Value, size: int) -> tuple[Factor, int]:
         """Return the factor of a gradient, and how often it is too large."""
         if value.reduced and value.is_mean:
             return "mean", 1
@@ -368,7 +372,7 @@ class _Factors(Forward[Value]):
             return "not read", 1
         weight = gradient.weight
         if gradient.counted:  # of each example: the inverse of the count is right
-            right = weight.without(COUNT, -1)
+            right = weight.without_kind(COUNT, -1)
             known = right is not None and right.powers <= {(DEVICES, 1)}
             if right is None or not known or not (right.powers or right.constant == 1):
                 return "not read", 1
@@ -383,7 +387,7 @@ class _Factors(Forward[Value]):
         return ("sum", size) if math.isclose(times, size, rel_tol=1e-5) else ("not read", 1)
 
 
-def _of_input(spec: Sequence[object], var: Var, axes: tuple[str, ...]) -> Value:
+def _value_of_input(spec: Sequence[object], var: Var, axes: tuple[str, ...]) -> Value:
     differs = any(axis in axes for axis in axes_of_spec(spec))
     if var.aval.shape != () or not _is_numeric(var.aval):
         return Value(differs)
@@ -394,18 +398,18 @@ def _is_numeric(aval: object) -> bool:
     return getattr(getattr(aval, "dtype", None), "kind", "") in "fiuV"
 
 
-def _name(kind: str, eqn: Eqn, frame: Frame) -> Monomial:
+def _new_symbol(kind: str, eqn: Eqn, frame: Frame) -> Monomial:
     # One jaxpr may stand in several calls: what it computes has another name in each.
     return Monomial(1.0, frozenset({((kind, tuple(map(id, frame.calls)), id(eqn)), 1)}))
 
 
-def _cases(inputs: list[Value]) -> list[Value]:
+def _cases_of_select(inputs: list[Value]) -> list[Value]:
     """Return what a select may choose, but zeros: those are left out of a sum."""
     cases = list(dict.fromkeys(value for value in inputs[1:] if not value.is_zero))
     return cases or inputs[1:2]
 
 
-def _pairs(eqn: Eqn, inputs: list[Value]) -> list[tuple[Var, Value]]:
+def _pair_inputs(eqn: Eqn, inputs: list[Value]) -> list[tuple[Var, Value]]:
     return list(zip(eqn.invars[-len(inputs) :], inputs, strict=True))
 
 
@@ -413,14 +417,14 @@ def _is_started(var: Var, value: Value) -> bool:
     return value.number is not None and not value.is_zero and bool(var.aval.shape)
 
 
-def _start(eqn: Eqn, inputs: list[Value]) -> Gradient | None:
+def _start_gradient(eqn: Eqn, inputs: list[Value]) -> Gradient | None:
     """Return the gradient that a backward pass's number for each element turns into."""
-    var, value = next(pair for pair in _pairs(eqn, inputs) if _is_started(*pair))
+    var, value = next(pair for pair in _pair_inputs(eqn, inputs) if _is_started(*pair))
     number = value.number
     if number is None:
         return None
     others = [one for one in inputs if one is not value]
     local = any(one.differs for one in others) or not others
-    counted = number.has(COUNT)
+    counted = number.has_kind(COUNT)
     weight = number if counted else number.times(Monomial(float(var.aval.size)))
     return Gradient(weight, counted, local=local, shared=not local)

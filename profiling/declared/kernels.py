@@ -54,11 +54,11 @@ def kernels_used(jaxpr: Jaxpr) -> tuple[KernelUse, ...]:
       dense.xla x2
     """
     live = _compat.live_jaxpr(open_jaxpr(jaxpr))
-    counted = Counter(_calls(live))
+    counted = Counter(_list_calls(live))
     return tuple(KernelUse(name, calls) for name, calls in counted.items())
 
 
-def _calls(jaxpr: Jaxpr) -> Iterator[str]:
+def _list_calls(jaxpr: Jaxpr) -> Iterator[str]:
     """Yield the name of each call: its first operand is marked with it, by `checkpoint_name`.
 
     Name stacks cannot tell two calls of one op apart, and differentiating drops the call itself.
@@ -67,7 +67,7 @@ def _calls(jaxpr: Jaxpr) -> Iterator[str]:
         if eqn.primitive.name == "name" and (found := _NAME.fullmatch(eqn.params["name"])):
             yield found[1]
         for inner in sub_jaxprs(eqn):
-            yield from _calls(inner)
+            yield from _list_calls(inner)
 
 
 def kernels_in_text(hlo: str) -> tuple[KernelUse, ...]:

@@ -26,17 +26,17 @@ class Monomial:
 
     def times(self, other: "Monomial") -> "Monomial":
         """Return the product."""
-        return Monomial(self.constant * other.constant, _added(self.powers, other.powers, 1))
+        return Monomial(self.constant * other.constant, _add_powers(self.powers, other.powers, 1))
 
     def over(self, other: "Monomial") -> "Monomial":
         """Return the quotient; the other's constant is not 0."""
-        return Monomial(self.constant / other.constant, _added(self.powers, other.powers, -1))
+        return Monomial(self.constant / other.constant, _add_powers(self.powers, other.powers, -1))
 
-    def has(self, kind: str) -> bool:
+    def has_kind(self, kind: str) -> bool:
         """Tell whether a scalar of this kind, the first part of its name, is in it."""
         return any(_kind_of(name) == kind for name, _ in self.powers)
 
-    def without(self, kind: str, power: int) -> "Monomial | None":
+    def without_kind(self, kind: str, power: int) -> "Monomial | None":
         """Return it without its one scalar of a kind, or None if that has not this power."""
         found = [(name, p) for name, p in self.powers if _kind_of(name) == kind]
         if len(found) != 1 or found[0][1] != power:
@@ -51,7 +51,7 @@ def _kind_of(name: Any) -> Any:
     return name[0] if isinstance(name, tuple) else name
 
 
-def _added(a: frozenset[Power], b: frozenset[Power], sign: int) -> frozenset[Power]:
+def _add_powers(a: frozenset[Power], b: frozenset[Power], sign: int) -> frozenset[Power]:
     if not b:
         return a
     total = dict(a)

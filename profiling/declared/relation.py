@@ -45,7 +45,7 @@ def is_zero(value: Relation) -> bool:
     return not value & ~SLICED
 
 
-def join(a: Relation, b: Relation) -> Relation:
+def join_relations(a: Relation, b: Relation) -> Relation:
     """Return the relation of a value that may be either of two.
 
     It holds a sum where both do: two conds may have one predicate, and add up in only one branch.
@@ -68,7 +68,7 @@ def inside_loop(value: Relation) -> Relation:
     return (value | SLICED) & ~ASKED
 
 
-def outside(value: Relation, loop_inputs: Sequence[Relation] | None) -> Relation:
+def after_leaving(value: Relation, loop_inputs: Sequence[Relation] | None) -> Relation:
     """Return the relation of what a call or a loop returns, once it is left.
 
     Args:
@@ -89,7 +89,7 @@ def of_literal(value: Any) -> Relation:
     return CONSTANT if np.any(np.asarray(value) != 0) else 0
 
 
-def after(name: str, inputs: list[Relation]) -> Relation:
+def after_operation(name: str, inputs: list[Relation]) -> Relation:
     """Return the relation of what an operation without communication makes of its inputs."""
     value = 0
     for one in inputs:

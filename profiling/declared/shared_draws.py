@@ -101,14 +101,14 @@ def find_shared_draws(jaxpr: Jaxpr, axes: Sequence[str]) -> list[Draw]:
         body = open_jaxpr(eqn.params["jaxpr"])
         for axis in axes:
             inputs = [
-                _of_spec(spec, axis, var.aval.shape)
+                _fact_of_spec(spec, axis, var.aval.shape)
                 for spec, var in zip(eqn.params["in_specs"], body.invars, strict=True)
             ]
-            _SharedDraws(axis, found).run(body, inputs, frame)
+            _SharedDraws(axis, found).run_jaxpr(body, inputs, frame)
     return list(found)
 
 
-def _of_spec(spec: Any, axis: str, shape: tuple[int, ...]) -> _Fact:
+def _fact_of_spec(spec: Any, axis: str, shape: tuple[int, ...]) -> _Fact:
     if axis in axes_of_spec(spec[:1]):
         return _Fact(True, _Rows.EXAMPLES)
     return _Fact(axis in axes_of_spec(spec), _Rows.SHARED if shape else _Rows.NOTHING)
@@ -126,15 +126,17 @@ class _SharedDraws(Forward[_Fact]):
     def of_constant(self) -> _Fact:
         return _Fact()
 
-    def join(self, a: _Fact, b: _Fact) -> _Fact:
+    def join_facts(self, a: _Fact, b: _Fact) -> _Fact:
         rows = max(a.rows, b.rows)
         draws = a.draws | b.draws if rows is _Rows.DRAWN else frozenset()
         return _Fact(a.differs or b.differs, rows, draws)
 
-    def apply(self, eqn: Eqn, jaxpr: Jaxpr, inputs: list[_Fact], frame: Frame) -> list[_Fact]:
-        return [self._after(eqn, inputs, frame)] * len(eqn.outvars)
+    def apply_equation(
+        self, eqn: Eqn, jaxpr: Jaxpr, inputs: list[_Fact], frame: Frame
+    ) -> list[_Fact]:
+        return [self._fact_after(eqn, inputs, frame)] * len(eqn.outvars)
 
-    def _after(self, eqn: Eqn, inputs: list[_Fact], frame: Frame) -> _Fact:
+    def _fact_after(self, eqn: Eqn, inputs: list[_Fact], frame: Frame) -> _Fact:
         name, shape = name_of(eqn), eqn.outvars[0].aval.shape
         differs = any(fact.differs for fact in inputs)
         if name not in CASTS and self._axis in axes_of(eqn.params):
@@ -144,14 +146,16 @@ class _SharedDraws(Forward[_Fact]):
         if name in _DRAWS:
             if differs or not shape:
                 return _Fact(differs)
-            draw = _draw((*frame.calls, eqn), self._axis, shape)
+            draw = _describe_draw((*frame.calls, eqn), self._axis, shape)
             return _Fact(False, _Rows.DRAWN, frozenset({draw}))
-        result = self._of_rows(eqn, name, inputs, shape)
+        result = self._fact_of_rows(eqn, name, inputs, shape)
         if name in _PICKS and differs and result.rows is _Rows.DRAWN:
             return _Fact(differs)  # a device's own part of what all have drawn
-        return self.join(_Fact(differs), result)
+        return self.join_facts(_Fact(differs), result)
 
-    def _of_rows(self, eqn: Eqn, name: str, inputs: list[_Fact], shape: tuple[int, ...]) -> _Fact:
+    def _fact_of_rows(
+        self, eqn: Eqn, name: str, inputs: list[_Fact], shape: tuple[int, ...]
+    ) -> _Fact:
         """Return what the rows of an equation's result are; note draws that meet examples."""
         kept = []
         for i, (var, fact) in enumerate(zip(eqn.invars, inputs, strict=True)):
@@ -161,7 +165,7 @@ class _SharedDraws(Forward[_Fact]):
             self._found.update(dict.fromkeys(draw for fact in kept for draw in fact.draws))
         result = _Fact()
         for fact in kept:
-            result = self.join(result, fact)
+            result = self.join_facts(result, fact)
         return result
 
 
@@ -200,7 +204,7 @@ def _keeps_rows_in_dot(numbers: Any, i: int, left_dims: int) -> bool:
     return 0 not in contracted[i] and (i == 0 or len(contracted[0]) == left_dims)
 
 
-def _draw(calls: tuple[Eqn, ...], axis: str, shape: tuple[int, ...]) -> Draw:
+def _describe_draw(calls: tuple[Eqn, ...], axis: str, shape: tuple[int, ...]) -> Draw:
     # jax traces its own functions once, without the lines of who called them.
     frames = next(filter(None, map(_compat.eqn_frames, reversed(calls))), ())
     own = [frame for frame in frames if "site-packages" not in frame[0]]

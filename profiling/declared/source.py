@@ -19,7 +19,7 @@ def user_source_line(frames: Iterable[tuple[str, int]]) -> str:
 
 
 @functools.cache
-def _roots() -> tuple[str, ...]:
+def _library_roots() -> tuple[str, ...]:
     # The folders of kernels and profiling are links: frames show where they lead.
     home = os.path.dirname(os.path.dirname(str(_compat.__file__)))
     folders = (home, os.path.dirname(jax.__file__))
@@ -29,4 +29,4 @@ def _roots() -> tuple[str, ...]:
 
 @functools.lru_cache(maxsize=4096)
 def _is_library(file: str) -> bool:
-    return any(library in file for library in _LIBRARIES) or file.startswith(_roots())
+    return any(library in file for library in _LIBRARIES) or file.startswith(_library_roots())

@@ -72,7 +72,9 @@ def find_summed_gradients(jaxpr: Jaxpr, axes: Iterable[str]) -> list[Sum]:
     """
     jaxpr = open_jaxpr(jaxpr)
     nothing = frozenset[Sum]()
-    outputs = _SummedGradients(frozenset(axes)).run(jaxpr, [nothing] * len(jaxpr.invars), Frame())
+    outputs = _SummedGradients(frozenset(axes)).run_jaxpr(
+        jaxpr, [nothing] * len(jaxpr.invars), Frame()
+    )
     return sorted(nothing.union(*outputs), key=lambda s: (s.source, s.elements, s.axis))
 
 
@@ -88,13 +90,15 @@ class _SummedGradients(Forward[_Sums]):
     def of_constant(self) -> _Sums:
         return frozenset()
 
-    def join(self, a: _Sums, b: _Sums) -> _Sums:
+    def join_facts(self, a: _Sums, b: _Sums) -> _Sums:
         return a | b
 
-    def apply(self, eqn: Eqn, jaxpr: Jaxpr, inputs: list[_Sums], frame: Frame) -> list[_Sums]:
-        return [self._after(eqn, frozenset[Sum]().union(*inputs), frame)] * len(eqn.outvars)
+    def apply_equation(
+        self, eqn: Eqn, jaxpr: Jaxpr, inputs: list[_Sums], frame: Frame
+    ) -> list[_Sums]:
+        return [self._sums_after(eqn, frozenset[Sum]().union(*inputs), frame)] * len(eqn.outvars)
 
-    def _after(self, eqn: Eqn, sums: _Sums, frame: Frame) -> _Sums:
+    def _sums_after(self, eqn: Eqn, sums: _Sums, frame: Frame) -> _Sums:
         name = eqn.primitive.name
         if name != "psum_invariant" and not (sums and name in CASTS):
             return sums
@@ -108,10 +112,10 @@ class _SummedGradients(Forward[_Sums]):
         # A custom_vjp's backward pass may call tx.psum by its name.
         if tag is not None and tag.partition("/")[0] != "vary":
             return sums
-        return sums | {_sum(eqn, tag, axis) for axis in along if axis in self._wanted}
+        return sums | {_describe_sum(eqn, tag, axis) for axis in along if axis in self._wanted}
 
 
-def _sum(eqn: Eqn, tag: str | None, axis: str) -> Sum:
+def _describe_sum(eqn: Eqn, tag: str | None, axis: str) -> Sum:
     elements = sum(int(np.prod(v.aval.shape)) for v in eqn.invars)
     place = source.user_source_line(_compat.eqn_frames(eqn))
     return Sum(axis, tag, elements, place)

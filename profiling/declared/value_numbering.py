@@ -31,48 +31,48 @@ class Numbering:
     known: dict[Any, int] = field(default_factory=dict)
     counter: "itertools.count[int]" = field(default_factory=itertools.count)
 
-    def fresh(self, depends: bool) -> Value:
+    def new_value(self, depends: bool) -> Value:
         """Return a value that equals no other."""
         return Value(next(self.counter), depends)
 
-    def results(self, eqn: Eqn, inputs: Sequence[Value]) -> list[Value]:
+    def number_results(self, eqn: Eqn, inputs: Sequence[Value]) -> list[Value]:
         """Return the values of an equation's outputs, from those of its inputs."""
         name = eqn.primitive.name
         depends = any(v.depends for v in inputs) or name == "axis_index"
         numbers = [v.number for v in inputs]
         if name in _COMMUTE:
             numbers.sort()
-        key = (name, _frozen(eqn.params), tuple(numbers))
-        return [Value(self._number((key, i)), depends) for i in range(len(eqn.outvars))]
+        key = (name, _freeze_params(eqn.params), tuple(numbers))
+        return [Value(self._number_of((key, i)), depends) for i in range(len(eqn.outvars))]
 
-    def shard(self, value: Value, spec: Any) -> Value:
+    def number_shard(self, value: Value, spec: Any) -> Value:
         """Return the value of one device's shard of an array."""
-        return Value(self._number(("shard", str(spec), value.number)), value.depends)
+        return Value(self._number_of(("shard", str(spec), value.number)), value.depends)
 
-    def literal(self, var: Var) -> Value:
+    def number_literal(self, var: Var) -> Value:
         """Return the value of a constant written into an equation."""
         content = np.asarray(var.val)
         is_small = content.size <= 1 and content.dtype != object
         key = (str(var.aval), content.tobytes()) if is_small else id(var.val)
-        return Value(self._number(("literal", key)), False)
+        return Value(self._number_of(("literal", key)), False)
 
-    def _number(self, key: Any) -> int:
+    def _number_of(self, key: Any) -> int:
         number = self.known.get(key)
         if number is None:
             number = self.known[key] = next(self.counter)
         return number
 
 
-def _frozen(params: dict[str, Any]) -> Any:
+def _freeze_params(params: dict[str, Any]) -> Any:
     values = tuple(params.values())
     try:
         hash(values)
     except TypeError:  # one that is not hashable equals itself alone; jax shares equal jaxprs
-        return tuple(map(_hashable, values))
+        return tuple(map(_identity_of, values))
     return values
 
 
-def _hashable(value: Any) -> Any:
+def _identity_of(value: Any) -> Any:
     try:
         hash(value)
     except TypeError:

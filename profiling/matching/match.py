@@ -52,7 +52,7 @@ def match_collectives(ops: Sequence[Op], declared: Sequence[Declared], *, marks:
 
     Args:
       ops: the compiled program's, as `find_collectives` returns them.
-      declared: what the traced program declares, as `inventory` returns it.
+      declared: what the traced program declares, as `list_declared` returns it.
       marks: whether this compiler marks the collectives that it adds itself.
 
     Returns:

@@ -7,7 +7,7 @@ from audit_cases import P, mesh_of, on, tag, vary
 from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding
 
-from txcore.profiling.declared.collectives import inventory, meshes_of
+from txcore.profiling.declared.collectives import list_declared, meshes_of
 
 ROWS = jnp.ones((8, 16))  # on each of 8 devices (1, 16)
 
@@ -16,7 +16,7 @@ def declared(body, mesh=None, out_specs=None, **options):
     mesh = mesh or mesh_of(data=4, model=2)
     spec = P(mesh.axis_names)
     fn = on(mesh, spec, spec if out_specs is None else out_specs, **options)(body)
-    return inventory(jax.jit(fn).trace(ROWS).jaxpr)
+    return list_declared(jax.jit(fn).trace(ROWS).jaxpr)
 
 
 def test_each_primitive():
@@ -108,7 +108,7 @@ def test_live_means_that_something_uses_it():
 
     mesh = mesh_of(data=4, model=2)
     jaxpr = jax.jit(on(mesh, P(("data", "model")), P(("data", "model")))(body)).trace(ROWS).jaxpr
-    assert [(d.elements, d.live) for d in inventory(jaxpr)] == [(16, False), (16, True)]
+    assert [(d.elements, d.live) for d in list_declared(jaxpr)] == [(16, False), (16, True)]
 
 
 def test_groups_of_an_axis():
@@ -122,7 +122,7 @@ def test_groups_of_an_axis():
 def test_a_partial_shard_map_knows_an_upper_bound():
     mesh = mesh_of(data=4, model=2)
     fn = on(mesh, P("data"), P(), axis_names={"data"})(lambda x: lax.psum(x, "data"))
-    (found,) = inventory(jax.jit(fn).trace(ROWS).jaxpr)
+    (found,) = list_declared(jax.jit(fn).trace(ROWS).jaxpr)
     assert not found.size_known
     assert found.payload_bytes == 2 * 16 * 4
 
@@ -131,13 +131,13 @@ def test_prng_keys_count_their_words():
     mesh = mesh_of(data=8)
     keys = jax.random.split(jax.random.key(0), 8)
     fn = on(mesh, P("data"), P("data"))(lambda k: lax.all_gather(k, "data", tiled=True)[:1])
-    (found,) = inventory(jax.jit(fn).trace(keys).jaxpr)
+    (found,) = list_declared(jax.jit(fn).trace(keys).jaxpr)
     assert (found.dtype, found.payload_bytes) == ("uint32", 8 * 2 * 4)
 
 
 def test_a_pure_vmap_axis_sends_nothing():
     fn = jax.vmap(lambda x: lax.psum(x, "batch"), axis_name="batch")
-    assert inventory(jax.make_jaxpr(fn)(ROWS)) == ()
+    assert list_declared(jax.make_jaxpr(fn)(ROWS)) == ()
 
 
 def test_meshes_are_found_once_each():
@@ -168,7 +168,7 @@ def test_shards_of_one_array_by_different_specs_are_different_values():
 
     specs = (P("data", None), P("data", "model"))
     fn = on(mesh, specs, (P(), P(None, "model")))(body)
-    first, second = inventory(jax.jit(lambda x: fn(x, x)).trace(ROWS).jaxpr)
+    first, second = list_declared(jax.jit(lambda x: fn(x, x)).trace(ROWS).jaxpr)
     assert first.operand != second.operand
 
 
@@ -178,7 +178,7 @@ def test_a_reshard_declares_itself():
     x = jax.ShapeDtypeStruct((8, 16), jnp.float32, sharding=NamedSharding(mesh, P("data")))
     with jax.set_mesh(mesh):
         jaxpr = jax.jit(lambda x: jax.sharding.reshard(x, P(None, "data"))).trace(x).jaxpr
-    (found,) = inventory(jaxpr)
+    (found,) = list_declared(jaxpr)
     assert (found.kind, found.primitive, found.elements, found.live) == (
         "reshard", "reshard", 8 * 16, True,
     )  # fmt: skip
@@ -189,4 +189,4 @@ def test_a_reshard_to_the_same_sharding_declares_nothing():
     x = jax.ShapeDtypeStruct((8, 16), jnp.float32, sharding=NamedSharding(mesh, P("data")))
     with jax.set_mesh(mesh):
         jaxpr = jax.jit(lambda x: jax.sharding.reshard(x, P("data"))).trace(x).jaxpr
-    assert inventory(jaxpr) == ()
+    assert list_declared(jaxpr) == ()

@@ -77,7 +77,7 @@ def compile_step(
     With `together` every process of the run compiles it now, and all compare what it is.
     """
     # Imported when first needed: the audit's readers would be a third of `import txcore`.
-    from txcore.profiling.declared.collectives import inventory
+    from txcore.profiling.declared.collectives import list_declared
     from txcore.profiling.program import compile_lowered
 
     data_axes = plan.active_data_axes(mesh)
@@ -111,7 +111,7 @@ def compile_step(
     )
     traced = jax.jit(mapped, donate_argnums=(0,) if train else ()).trace(state.arrays, batch)
     jaxpr = _compat.plain_jaxpr(traced.jaxpr)
-    declared = inventory(jaxpr)
+    declared = list_declared(jaxpr)
     _check_reductions(jaxpr, declared, mesh, data_axes)
     _check_predicates(jaxpr)
     _warn_of_shared_draws(fn, jaxpr, data_axes)
