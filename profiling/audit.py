@@ -17,6 +17,7 @@ from txcore.profiling.declared.collectives import (
     meshes_of,
 )
 from txcore.profiling.declared.divergence import find_divergences
+from txcore.profiling.declared.equations import Jaxpr
 from txcore.profiling.declared.kernels import kernels_in_text, kernels_used
 from txcore.profiling.hlo import Module, Op, collectives_of, find_collectives, read_modules
 from txcore.profiling.matching.arrays import units_of
@@ -156,15 +157,16 @@ def _check_build(build: Callable[..., Any], args: Any, mesh: Any) -> None:
             if mesh is None
             else "leave mesh= out, or let build take it"
         )
+        call = "build()" if mesh is None else "build(mesh)"
         raise TypeError(
-            f"with target= audit calls build({'mesh' * bool(given)}), but this one does not take "
+            f"with target= audit calls {call}, but this one does not take "
             f"{len(given)} arguments: {wanted}"
         ) from None
 
 
 def audit_compiled(
     compiled: jax.stages.Compiled,
-    jaxpr: Any = None,
+    jaxpr: Jaxpr | None = None,
     mesh: meshes.MeshLike | None = None,
     *,
     partition: Callable[[], str] | None = None,
@@ -291,7 +293,7 @@ def assert_no_auto_sharding(
 
 
 def _find_mesh_sizes(
-    compiled: jax.stages.Compiled, jaxpr: Any, mesh: meshes.MeshLike | None
+    compiled: jax.stages.Compiled, jaxpr: Jaxpr | None, mesh: meshes.MeshLike | None
 ) -> tuple[meshes.Sizes, ...]:
     if mesh is not None:
         return (meshes.sizes_of(mesh),)

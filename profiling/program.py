@@ -8,6 +8,7 @@ import jax
 
 from txcore import _compat
 from txcore.profiling.declared.collectives import is_one_shard_map
+from txcore.profiling.declared.equations import Jaxpr
 from txcore.profiling.dump import compile_with_partitioned
 from txcore.profiling.targets import Target, parse_target
 
@@ -26,7 +27,7 @@ class Program:
       options: the compiler options that it was compiled with.
     """
 
-    jaxpr: Any
+    jaxpr: Jaxpr
     lowered: jax.stages.Lowered
     compiled: jax.stages.Compiled
     partitioned: str
@@ -139,7 +140,7 @@ def compile_traced(
 
 
 def compile_lowered(
-    jaxpr: Any,
+    jaxpr: Jaxpr,
     lowered: jax.stages.Lowered,
     options: Mapping[str, Any],
     target: str = "",

@@ -86,7 +86,8 @@ def _check_or_update(
 
 
 def _path_of_lock(node: pytest.Item, name: str) -> Path:
-    test = ".".join([*node.nodeid.split("::")[1:], *([name] if name else [])])
+    parts = node.nodeid.split("::")[1:]
+    test = ".".join([*parts, name] if name else parts)
     readable = re.sub(r"[^A-Za-z0-9_.,=\[\]-]", "_", test)[:120]
     if readable != test:  # two tests must not share a file
         readable += "." + hashlib.sha256(test.encode()).hexdigest()[:8]
@@ -97,7 +98,8 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     """Show what was written, and what shrank."""
     # User properties reach the main process of pytest-xdist, too.
     passed = terminalreporter.stats.get("passed", [])
-    texts = [text for report in passed for key, text in report.user_properties if key == _SHOWN]
+    properties = [pair for report in passed for pair in report.user_properties]
+    texts = [text for key, text in properties if key == _SHOWN]
     if texts:
         terminalreporter.section("collectives")
         for text in texts:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from txcore.profiling.cost.instruction import count_work
 from txcore.profiling.cost.machine import Machine, Transfer
-from txcore.profiling.hlo import KINDS, HloError, Instruction, Op, attributes
+from txcore.profiling.hlo import KINDS, Computation, HloError, Instruction, Op, attributes
 from txcore.profiling.hlo.graph import Call, Graph, Scope, operand_names
 from txcore.profiling.hlo.trip_counts import Trips, trips_of
 
@@ -23,9 +23,16 @@ _MOST_PASSED = 64  # instructions between a start and its done's operand; real o
 class Flight:
     """One collective from its start to its done, on the clock of its computation.
 
-    op: the collective; None for a copy.
-    begin, end: when it is on its links; later than its start where they were busy.
-    flops, bytes: what the device has done at its start, then between start and done.
+    Attributes:
+      op: the collective; None for a copy.
+      links: the links that it occupies.
+      begin, end: when it is on its links; later than its start where they were busy.
+      flops, bytes: what the device has done at its start, then between start and done.
+      is_async: whether it has a start and a done.
+      seconds: its time alone on its links.
+      exposed: the part of it in which the device waits.
+      trips: executions in one call of the program.
+      note: why its figures are not the whole truth.
     """
 
     op: Op | None
@@ -136,7 +143,11 @@ class Timeline:
         if not (instruction.opcode == "fusion" or instruction.opcode.endswith("-start")):
             return []
         called = instruction.callees
-        return [op for name in called if name in self._ops for op in self._ops[name].values()]
+        found: list[Op] = []
+        for name in called:
+            if name in self._ops:
+                found += self._ops[name].values()
+        return found
 
     def _ends_transfer(self, instruction: Instruction) -> bool:
         return instruction.opcode.endswith("-done") or _calls_any(instruction, self._dones)
@@ -154,12 +165,12 @@ class Timeline:
 
 
 def _computations_with_call(graph: Graph, target: str) -> frozenset[str]:
-    return frozenset(
-        name
-        for name, computation in graph.module.computations.items()
-        for i in computation.instructions
-        if i.opcode == "custom-call" and attributes.custom_call_target(i) == target
-    )
+    def has_call(computation: Computation) -> bool:
+        calls = (i for i in computation.instructions if i.opcode == "custom-call")
+        return any(attributes.custom_call_target(call) == target for call in calls)
+
+    computations = graph.module.computations.items()
+    return frozenset(name for name, computation in computations if has_call(computation))
 
 
 def _calls_any(instruction: Instruction, names: frozenset[str]) -> bool:
@@ -192,8 +203,13 @@ def _add_runs(runs: Sequence[ComputationRun], trips: Trips) -> ComputationRun:
 class _Clock:
     """The time in one computation, and what is under way.
 
-    free: when each link has done all that waits in line for it.
-    waits: when the device waited for a collective, from and to.
+    Attributes:
+      now: the time.
+      free: when each link has finished its queue.
+      waits: when the device waited for a collective, from and to.
+      under_way: the transfers of each start that has no done yet.
+      over: the finished collectives.
+      total: the work so far.
     """
 
     now: float = 0.0

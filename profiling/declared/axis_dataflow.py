@@ -177,7 +177,8 @@ class Uniformity(Forward[Relation]):
         if first in (start, carry):
             return [*carry, *outputs[len(carry) :]]
         followed = self._follow_trips(step, first, trips)
-        return [*(carry if followed is None else followed), *outputs[len(carry) :]]
+        settled = carry if followed is None else followed
+        return [*settled, *outputs[len(carry) :]]
 
     def _follow_trips(
         self,

@@ -17,6 +17,7 @@ from txcore import _compat
 from txcore.profiling.audit import audit_compiled
 from txcore.profiling.declared import source
 from txcore.profiling.declared.collectives import is_one_shard_map
+from txcore.profiling.declared.equations import Jaxpr
 from txcore.profiling.dump import compile_and_dump
 from txcore.profiling.gate.device_put import row_of_move
 from txcore.profiling.gate.policy import (
@@ -45,7 +46,7 @@ _lock = threading.Lock()
 _blocks = 0
 _said = False  # that the disk cache is not used: once while there are blocks
 _originals: dict[str, Any] = {}
-_traced: "weakref.WeakKeyDictionary[Any, Any]" = weakref.WeakKeyDictionary()
+_traced: "weakref.WeakKeyDictionary[Any, Jaxpr]" = weakref.WeakKeyDictionary()
 
 
 @contextlib.contextmanager
@@ -97,7 +98,7 @@ def _watch_in_blocks(watch: Callable[..., Any], original: Callable[..., Any]) ->
     return call_watched
 
 
-def _watch_lowering(original: Callable[..., Any], *args: Any, jaxpr: Any, **kwargs: Any) -> Any:
+def _watch_lowering(original: Callable[..., Any], *args: Any, jaxpr: Jaxpr, **kwargs: Any) -> Any:
     lowered = original(*args, jaxpr=jaxpr, **kwargs)
     _traced[lowered] = _compat.plain_jaxpr(jaxpr)
     return lowered
@@ -120,7 +121,7 @@ def _watch_compiling(original: Callable[..., Any], lowered: Any, *args: Any, **k
 
 
 def _compile_once(
-    original: Callable[..., Any], lowered: Any, jaxpr: Any, *args: Any, **kwargs: Any
+    original: Callable[..., Any], lowered: Any, jaxpr: Jaxpr | None, *args: Any, **kwargs: Any
 ) -> tuple[Any, str]:
     """Compile, and keep the partitioned module where the partitioner had anything to decide."""
     if jaxpr is None or is_one_shard_map(jaxpr):

@@ -59,7 +59,7 @@ def _origin_of_row(row: Collective) -> str:
 def _describe_refusal(rows: tuple[Collective, ...], doing: str) -> str:
     from txcore.profiling.report.table import table_lines  # tabulate, which importing must not cost
 
-    more = len(rows) - _MOST_ROWS
+    more = [f"  and {len(rows) - _MOST_ROWS} more"] if len(rows) > _MOST_ROWS else []
     named = [f"  {row.op or row.kind}: {row.op_name or row.note}" for row in rows[:_MOST_ROWS]]
     origins = sorted({_origin_of_row(row) for row in rows})
     return "\n".join(
@@ -68,7 +68,7 @@ def _describe_refusal(rows: tuple[Collective, ...], doing: str) -> str:
             f"{len(rows)}:",
             *table_lines(rows[:_MOST_ROWS]),
             *named,
-            *([f"  and {more} more"] if more > 0 else []),
+            *more,
             "write the communication out (jax.shard_map with txcore's collectives), give the "
             "arguments and results the shardings that the program wants, or let it through: "
             f"no_auto_collectives(allow={{{', '.join(map(repr, origins))}}})",

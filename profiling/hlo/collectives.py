@@ -167,8 +167,9 @@ def _is_wrapper(instruction: Instruction, kind: str, module: Module) -> bool:
     """Tell whether a -start only names a computation in which the collective is counted."""
     if not instruction.opcode.endswith("-start"):
         return False
-    called = (module.computations.get(name) for name in instruction.callees)
-    return any(inner.opcode == kind for c in called if c for inner in c.instructions)
+    known = (name for name in instruction.callees if name in module.computations)
+    bodies = (module.computations[name].instructions for name in known)
+    return any(inner.opcode == kind for body in bodies for inner in body)
 
 
 def _read_or_mark_unknown(instruction: Instruction, kind: str, context: _Context) -> Op:

@@ -1,4 +1,4 @@
-"""Look instructions up by name, use and caller; each table is made when first asked for."""
+"""Look instructions up by name, use and caller; each table is made on first use."""
 
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -25,7 +25,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Graph:
-    """The instructions of one module by what they are looked up with."""
+    """Lookups over the instructions of one module."""
 
     module: Module
     _scopes: dict[str, "Scope"] = field(default_factory=dict)
@@ -39,20 +39,20 @@ class Graph:
     def allows_steps(self, steps: int) -> bool:
         """Tell whether that many steps more may be done from value to value.
 
-        Real modules come nowhere near the limit; of one that leads each of its collectives through
-        the same thousand lines the rest is left unsaid, and counts as said by nobody.
+        Real modules come nowhere near the limit. In a module that leads each of its collectives
+        through the same thousand lines, the witnesses beyond the limit are ignored.
         """
         self._done["steps"] += steps
         return self._done["steps"] <= 50_000 + 8 * self._lines
 
     def allows_listing(self, devices: int) -> bool:
-        """Tell whether that many devices more may be listed that the text itself does not list."""
+        """Tell whether the text's meaning may be listed for that many more devices."""
         if may := self._done["devices"] + devices <= (1 << 20) + 16 * self._lines:
             self._done["devices"] += devices
         return may
 
     def groups_as_devices(self, printed: str, mode: str, devices: int | None) -> Groups:
-        """Return the groups of devices that printed ones mean, each reading kept.
+        """Return the groups of devices that printed groups mean; each reading is cached.
 
         Args:
           printed: as for `parse_groups`.
@@ -70,17 +70,16 @@ class Graph:
 
     @cached_property
     def calls(self) -> tuple[Call, ...]:
-        """Every call in the module; a fusion's, a loop's and an async start's too."""
+        """Every call in the module; also those of fusions, loops and async starts."""
         known = self.module.computations
-        return tuple(
-            Call(caller.name, callee, instruction)
-            for caller in known.values()
-            for instruction in caller.instructions
-            # An async pair's -done and -update name the computation of their -start again.
-            if instruction.opcode in CALLERS or instruction.opcode.endswith("-start")
-            for callee in instruction.callees
-            if callee in known
-        )
+        calls: list[Call] = []
+        for caller in known.values():
+            for instruction in caller.instructions:
+                # An async pair's -done and -update name the computation of their -start again.
+                if instruction.opcode in CALLERS or instruction.opcode.endswith("-start"):
+                    called = (name for name in instruction.callees if name in known)
+                    calls += [Call(caller.name, name, instruction) for name in called]
+        return tuple(calls)
 
     @cached_property
     def _callers(self) -> dict[str, list[Call]]:
@@ -116,9 +115,9 @@ class Graph:
         return found
 
     def steps_into(self, target: str, like: Instruction) -> "dict[str, list[Value]]":
-        """Return the steps like an op that go into the calls of a target, by computation.
+        """Return the steps that go into the calls of a target, by computation.
 
-        Like it are those with the same opcode and channel.
+        Only steps with the opcode and channel of `like` count.
         """
         return self._steps.get((target, like.opcode, attributes.channel_id(like)), {})
 
@@ -131,12 +130,12 @@ class Graph:
 
 @dataclass(frozen=True)
 class Scope:
-    """The instructions of one computation by what they are looked up with."""
+    """Lookups over the instructions of one computation."""
 
     computation: Computation
 
     def operands_of(self, instruction: Instruction) -> "list[Value]":
-        """Return what makes the operands of an instruction, as far as it is known."""
+        """Return the values of an instruction's operands; undefined names are left out."""
         found = (self.by_name.get(name) for name in operand_names(instruction))
         return [Value(self, operand) for operand in found if operand is not None]
 
@@ -147,7 +146,7 @@ class Scope:
 
     @cached_property
     def users(self) -> dict[str, list[Instruction]]:
-        """The instructions that have an operand of a name."""
+        """The instructions that use a value, by the value's name."""
         users = defaultdict(list)
         for instruction in self.computation.instructions:
             for name in dict.fromkeys(operand_names(instruction)):
@@ -156,7 +155,7 @@ class Scope:
 
     @cached_property
     def elements(self) -> dict[str, dict[int, Instruction]]:
-        """Of each tuple, by its name: what takes an element of it, by the element's number."""
+        """For each tuple, by its name: the instructions that take its elements, by index."""
         elements: dict[str, dict[int, Instruction]] = defaultdict(dict)
         for instruction in self.computation.instructions:
             if instruction.opcode == "get-tuple-element" and (index := index_of(instruction)) >= 0:
@@ -166,13 +165,12 @@ class Scope:
 
     @cached_property
     def dones(self) -> dict[str, Instruction]:
-        """Of each asynchronous start, by its name: what goes on with it."""
-        return {
-            name: i
-            for i in self.computation.instructions
-            if i.opcode.endswith(("-done", "-update"))
-            for name in operand_names(i)[:1]
-        }
+        """For each asynchronous start, by its name: the -done or -update that continues it."""
+        dones: dict[str, Instruction] = {}
+        for instruction in self.computation.instructions:
+            if instruction.opcode.endswith(("-done", "-update")):
+                dones |= dict.fromkeys(operand_names(instruction)[:1], instruction)
+        return dones
 
     @cached_property
     def parameters(self) -> dict[int, Instruction]:
@@ -212,7 +210,7 @@ class Value:
 
 
 def _is_step(instruction: Instruction, known: dict[int, bool]) -> bool:
-    """Tell whether XLA for TPU carries an op out in steps; a line that many name is read once."""
+    """Tell whether XLA for TPU carries an op out in steps; each line is read once."""
     if id(instruction) not in known:
         known[id(instruction)] = STEP in instruction.rest
     return known[id(instruction)]

@@ -63,8 +63,9 @@ class Input:
 
 def find_witnesses(collective: Value, graph: Graph) -> list[Instruction]:
     """Return the instructions that may say where a collective is from: its own line first."""
-    last = last_step(collective.instruction, graph)
-    found = [*follow_to_result(collective, graph), *([last] if last else [])]
+    found = follow_to_result(collective, graph)
+    if last := last_step(collective.instruction, graph):
+        found.append(last)
     return [value.instruction for value in found]
 
 

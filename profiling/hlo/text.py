@@ -111,8 +111,10 @@ class Instruction:
     @cached_property
     def callees(self) -> tuple[str, ...]:
         """Return the names of the computations that it runs."""
-        said = self.attributes
-        names = (name for key in said if key in _CALLS for name in _WORD.findall(said[key]))
+        names: list[str] = []
+        for key, printed in self.attributes.items():
+            if key in _CALLS:
+                names += _WORD.findall(printed)
         return tuple(dict.fromkeys(names))
 
     @cached_property
@@ -290,7 +292,10 @@ def _close_computation(draft: _Draft) -> None:
 
 def _list_short_elements(instructions: Sequence[Instruction]) -> Iterator[Instruction]:
     """Yield an instruction for each tuple's element that is named short, %tuple#1, as operand."""
-    used = {found for i in instructions if "#" in i.rest for found in _ELEMENT.findall(i.rest)}
+    used: set[tuple[str, str]] = set()
+    for instruction in instructions:
+        if "#" in instruction.rest:
+            used.update(_ELEMENT.findall(instruction.rest))
     if not used:
         return
     types = {i.name: split_outside(i.type[1:-1], ",") for i in instructions if i.type[:1] == "("}

@@ -123,7 +123,9 @@ def _make_row(
     axes, group_size = _axes_and_size(op, _sort_meshes(sizes, arrays))
     parts = tuple(part for array in arrays for part in _parts_of(array, group_size))
     trips = _trips_of(op, arrays)
-    notes = [array.note for array in arrays] + ["merged into one op with others"] * merged
+    notes = [array.note for array in arrays]
+    if merged:
+        notes.append("merged into one op with others")
     if op.kind != "unknown":
         notes.append(op.problem)
     on_wire = (group_size if op.kind == "all-gather" else 1) * sum(
@@ -193,7 +195,8 @@ def _trips_of(op: Op, arrays: Sequence[_Array]) -> Trips:
 
 def _sort_meshes(sizes: Sequence[meshes.Sizes], arrays: Sequence[_Array]) -> list[meshes.Sizes]:
     """Put the meshes first that have the axes that were declared."""
-    wanted = {axis for array in arrays for d in array.declared for axis in d.axes}
+    declared = (d for array in arrays for d in array.declared)
+    wanted = {axis for d in declared for axis in d.axes}
     return sorted(sizes, key=lambda mesh: not wanted <= {name for name, _ in mesh})
 
 

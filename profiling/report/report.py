@@ -39,8 +39,9 @@ class Report(Findings):
         lines = table_lines(self.collectives)
         if self.kernels:
             lines.append(f"kernels: {kernels_line(self.kernels)}")
-        # The last line begins with the status too; above a table it is there to be seen at once.
-        return "\n".join([*([self.status] if lines else []), *lines, self.verdict()])
+        if lines:  # the verdict says it again, but below a table that may be long
+            lines.insert(0, self.status)
+        return "\n".join([*lines, self.verdict()])
 
     def verdict(self) -> str:
         """Return the status and its reason in one line."""

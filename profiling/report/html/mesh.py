@@ -207,11 +207,12 @@ def _draw_label(axis: _Axis, x: float, y: float, **attributes: object) -> Html:
 def _legend_lines(axes: Sequence[_Axis]) -> list[str]:
     steps = [f"{axis.step} along {axis.name}" for axis in axes if axis.step > 1]
     more = [f"{axis.size:,} along {axis.name}" for axis in axes[:-3]]
-    return [
-        *([f"One square is several devices: {', '.join(steps)}."] if steps else []),
-        *([f"The block is there once for each of {' × '.join(more)}."] if more else []),
-        "Lit up is the first group; devices are counted by their place in the mesh.",
-    ]
+    lines = []
+    if steps:
+        lines.append(f"One square is several devices: {', '.join(steps)}.")
+    if more:
+        lines.append(f"The block is there once for each of {' × '.join(more)}.")
+    return [*lines, "Lit up is the first group; devices are counted by their place in the mesh."]
 
 
 def _find_busiest(report: Findings, sets: _Sets) -> int:

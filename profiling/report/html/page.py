@@ -157,8 +157,9 @@ def _facts_list(report: Findings) -> Html:
         ("Missing", f"{len(report.missing):,}" if report.checked else "not checked"),
         ("Payload a call", at_least + format_bytes(report.payload_bytes)),
         ("Wire a call", at_least + format_bytes(report.wire_bytes)),
-        *([("Kernels", kernels_line(report.kernels))] if report.kernels else []),
     ]
+    if report.kernels:
+        facts.append(("Kernels", kernels_line(report.kernels)))
     wrong = {"Unexplained": report.unexplained, "Missing": report.missing}
     pairs = (
         el("div", el("dt", name), el("dd", fact), class_="bad" if wrong.get(name) else None)

@@ -135,7 +135,8 @@ def _more_facts(row: Collective) -> list[Html]:
     if not row.parts and len(row.tags) > _TAGS_SHOWN:
         facts.append(("tags", tag_list(row.tags)))
     listed = [join_html([el("dt", name), el("dd", fact)]) for name, fact in facts if fact]
-    return [el("dl", *listed), *([_parts_table(row.parts)] if len(row.parts) > 1 else [])]
+    parts = [_parts_table(row.parts)] if len(row.parts) > 1 else []
+    return [el("dl", *listed), *parts]
 
 
 def _parts_table(parts: Sequence[Part]) -> Html:
