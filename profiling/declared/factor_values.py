@@ -30,8 +30,8 @@ class Value:
 
     Attributes:
       differs: it is made of data that differ along a data axis.
-      number: what all its elements are, or None.
-      gradient: what it is as a gradient, or None.
+      number: the number that all its elements are, or None.
+      gradient: its weights as a gradient, or None where it is none.
       reduced: the data axes over which the program has summed it.
       is_mean: each of these sums is divided by the number of devices.
       source: "file.py:12" of the last of them.
@@ -65,6 +65,17 @@ def join_ways(a: Gradient, b: Gradient) -> Gradient:
         return replace(a if a.local else b, shared=shared)
     same = a.counted == b.counted and _is_close(a.weight, b.weight)
     return replace(a, weight=a.weight if same else None, shared=shared)
+
+
+def join_values(a: Value, b: Value) -> Value:
+    """Return what is known of a value that may be either of two; a zero takes nothing away."""
+    if a == b or b.is_zero:
+        return replace(a, differs=a.differs or b.differs)
+    if a.is_zero:
+        return replace(b, differs=a.differs or b.differs)
+    gradient = join_ways(a.gradient, b.gradient) if a.gradient and b.gradient else None
+    is_mean, differs = a.is_mean and b.is_mean, a.differs or b.differs
+    return Value(differs, None, gradient, a.reduced & b.reduced, is_mean, a.source)
 
 
 def add_gradients(a: Value, b: Value) -> Value:
