@@ -234,7 +234,10 @@ def audit_text(
       [('all-reduce', 'user', 32)]
     """
     if not isinstance(hlo, str):
-        raise TypeError(f"audit_text needs HLO text, but got a {type(hlo).__name__}")
+        raise TypeError(
+            f"audit_text needs HLO text, but got a {type(hlo).__name__}: pass compiled.as_text() "
+            "or an XLA dump"
+        )
     most = MOST_BYTES if max_bytes is None else max_bytes
     if len(hlo) > most:
         raise ValueError(

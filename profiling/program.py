@@ -102,7 +102,8 @@ def compile_for_target(
     program = _trace_and_compile(fn, shapes, options, target, keep_partitioned)
     if devices_of(program.compiled) != set(found.devices):
         raise ValueError(
-            f"the function was not compiled for {target}, but for {machine_of(program.compiled)}: "
+            f"the target {target!r} needs a function that is compiled for its devices, got one for "
+            f"{machine_of(program.compiled)}: "
             "give its arguments shardings on the mesh that build(mesh) got, as "
             "jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P(...)))"
         )

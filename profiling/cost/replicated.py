@@ -66,7 +66,10 @@ def replicated(
       [('args[0]', ('data',), 24576)]
     """
     if at_least < 0:
-        raise ValueError(f"at_least needs a number of bytes of at least 0, but got {at_least}")
+        raise ValueError(
+            f"at_least needs a number of bytes of at least 0, but got {at_least}: give 0 for all "
+            "arrays that could be sharded"
+        )
     if isinstance(fn, jax.stages.Compiled):
         if args:
             raise TypeError(

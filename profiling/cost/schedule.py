@@ -139,7 +139,10 @@ def schedule(hlo: str, *, machine: Machine | None = None, devices: int | None = 
     computations = modules[0].computations.values()
     entry = next((c.name for c in computations if c.is_entry), None)
     if entry is None:
-        raise ValueError(f"the module {modules[0].name} has no ENTRY computation: pass it whole")
+        raise ValueError(
+            f"schedule needs a module with an ENTRY computation, but {modules[0].name} has none: "
+            "pass the whole text"
+        )
     try:
         run = timeline.run_computation(entry)
     except RecursionError:

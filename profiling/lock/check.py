@@ -58,7 +58,7 @@ def check(path: str | os.PathLike[str], report: Report, *, exact: bool = False) 
     target = target_of(report)
     if target not in locks:
         has = printable(", ".join(sorted(locks))) or "none"
-        raise LockError(f"{path} has no section {target!r} (it has: {has}): lock this target first")
+        raise LockError(f"{path} needs a section {target!r}, but has {has}: lock this target first")
     if not report.ok:
         return Outcome(False, True, str(report))
     locked = locks[target]
@@ -116,7 +116,9 @@ def list_over_budget(report: Report, budgets: Mapping[str, int]) -> list[str]:
     for axis, most in sorted(budgets.items()):
         if axis not in axes:
             has = f"has {', '.join(axes)}" if axes else "is none"
-            raise LockError(f"a budget needs an axis of the mesh, which {has}, but got {axis!r}")
+            raise LockError(
+                f"a budget needs an axis of the mesh, which {has}, but got {axis!r}: leave it out"
+            )
         rows = [row for row in report.collectives if axis in row.axes or not row.axes]
         sent = sum(row.wire_bytes * row.trips for row in rows)
         endless = [row for row in rows if row.wire_bytes and not row.trips_known]

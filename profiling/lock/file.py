@@ -39,7 +39,10 @@ def read_locks(path: str | os.PathLike[str], *, max_bytes: int = _MOST_BYTES) ->
     except OSError as error:
         raise LockError(f"cannot read {path}: {error.strerror or error}") from None
     if data is None:
-        raise LockError(f"{path} is longer than {max_bytes} bytes: that is no lock file")
+        raise LockError(
+            f"a lock file needs at most {max_bytes} bytes, but {path} is longer: restore it, or "
+            "delete and update it"
+        )
     try:
         return parse_locks(data)
     except ValueError as error:

@@ -111,14 +111,14 @@ def parse_target(text: str) -> Target:
     chip = CHIPS[platform].get(name)
     if chip is None:
         known = ", ".join(f"{platform}:{name}" for name in CHIPS[platform])
-        raise ValueError(f"the target {text[:60]!r} names no known chip: use one of {known}")
+        raise ValueError(f"a target needs a known chip, got {text[:60]!r}: use one of {known}")
     if platform == "cuda":
         return Target(text, platform, _parse_hosts(text, sizes, chip), chip)
     shape = _parse_shape(text, sizes, chip.links // 2)  # a torus has two links along each dim
     if math.prod(shape) > chip.linked:
         raise ValueError(
-            f"the target {text!r} has {math.prod(shape)} chips, but a slice of {name} has at "
-            f"most {chip.linked}: use a smaller shape"
+            f"a slice of {name} needs at most {chip.linked} chips, got {math.prod(shape)} in "
+            f"{text!r}: use a smaller shape"
         )
     return Target(text, platform, shape, chip)
 
@@ -127,8 +127,8 @@ def _parse_hosts(text: str, sizes: str, chip: Chip) -> tuple[int, ...]:
     shape = _parse_shape(text, sizes, 2) if "x" in sizes else (1, *_parse_shape(text, sizes, 1))
     if shape[1] > chip.linked:
         raise ValueError(
-            f"the target {text!r} has {shape[1]} GPUs in a host, but hosts of {chip.name} have at "
-            f"most {chip.linked}: write hosts x GPUs, as cuda:{chip.name}:2x8"
+            f"a host of {chip.name} needs at most {chip.linked} GPUs, got {shape[1]} in {text!r}: "
+            f"write hosts x GPUs, as cuda:{chip.name}:2x8"
         )
     return shape
 
@@ -144,7 +144,7 @@ def _parse_shape(text: str, sizes: str, dims: int) -> tuple[int, ...]:
         )
     if math.prod(numbers) > MOST_DEVICES:
         raise ValueError(
-            f"the target {text!r} has {math.prod(numbers)} devices, but at most {MOST_DEVICES} "
-            "can be compiled for: use a smaller shape"
+            f"a target needs at most {MOST_DEVICES} devices, got {math.prod(numbers)} in "
+            f"{text!r}: use a smaller shape"
         )
     return tuple(numbers)

@@ -39,7 +39,7 @@ REFUSED = {
     "a factory": (["inspect", "pipe.py:build"], "there is no file pipe.py"),
     "tuning": (["tune", "dense", "--cache", "pipe"], f"cannot be read ({NO_FILE})"),
     "a target": (["inspect", "sine.py:build", "--target", "cuda:h100:99999999x8"],
-                 "has 799999992 devices, but at most 65536 can be compiled for"),
+                 "needs at most 65536 devices, got 799999992"),
     "a target of digits": (["inspect", "sine.py:build", "--target", f"cpu:{'9' * 5000}"],
                            f"got '{'9' * 40}': write targets as"),
     "devices": (["inspect", "sine.py:build", "--devices", "100000"], "at most 65536 devices"),

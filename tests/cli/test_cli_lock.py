@@ -80,7 +80,7 @@ def test_another_target_is_another_section_of_the_file(capsys):
     lock(capsys, "update", *STEP)
     code, _, err = lock(capsys, "check", *half)
     assert code == 2
-    assert f"{FILE} has no section 'cpu:4 data=4' (it has: cpu:8 data=4,model=2)" in err
+    assert f"{FILE} needs a section 'cpu:4 data=4', but has cpu:8 data=4,model=2" in err
     assert lock(capsys, "update", *half)[0] == 0
     assert lock(capsys, "check", *half)[0] == 0
     assert lock(capsys, "check", *STEP)[0] == 0

@@ -201,5 +201,5 @@ def test_a_target_that_is_none_is_refused_before_the_module_is_imported(
     (tmp_path / "writes.py").write_text("open('imported', 'w')\n")
     monkeypatch.chdir(tmp_path)
     assert cli.main(["inspect", "writes.py:f", "--target", "cuda:h1:8"]) == 2
-    assert "--target: the target 'cuda:h1:8' names no known chip" in capsys.readouterr().err
+    assert "--target: a target needs a known chip, got 'cuda:h1:8'" in capsys.readouterr().err
     assert not (tmp_path / "imported").exists()

@@ -211,7 +211,7 @@ def test_the_commands_exit_codes(capsys):
     assert main(["costs", f"{__name__}:build_auto", "--mesh", "data=8"]) == 1
     assert "failed" in capsys.readouterr().out
     assert main([*COMMAND, "--target", "tpu:v9:1"]) == 2
-    assert "names no known chip" in capsys.readouterr().err
+    assert "needs a known chip" in capsys.readouterr().err
     assert main([*COMMAND, "--at-least", "0"]) == 2
     assert "needs a number of at least 1" in capsys.readouterr().err
 

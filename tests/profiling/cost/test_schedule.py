@@ -265,7 +265,7 @@ def test_a_value_defined_by_itself_ends():
     "text, says",
     [
         (HEAD.replace(", is_scheduled=true", "") + computation("f", dot()), "needs a scheduled"),
-        (HEAD + computation("f", dot()), "has no ENTRY computation"),
+        (HEAD + computation("f", dot()), "needs a module with an ENTRY computation"),
         (2 * entry(dot()), "text of one HLO module, but got 2"),
         ("", "text of one HLO module, but got 0"),
         (entry(dot().replace("%a, %a", "%lost, %a")), "d needs two operands that are defined"),

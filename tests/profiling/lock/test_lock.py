@@ -223,7 +223,7 @@ def test_a_target_of_its_own_has_a_section_of_its_own(tmp_path):
     path = tmp_path / "lock.json"
     update(path, OLD)
     tpu = dataclasses.replace(OLD, target="tpu:v5e:2x4")
-    with pytest.raises(LockError, match=r"no section 'tpu:v5e:2x4 data=4.*it has: cpu:8 data=4"):
+    with pytest.raises(LockError, match=r"section 'tpu:v5e:2x4 data=4.*but has cpu:8 data=4"):
         check(path, tpu)
     before = path.read_text()
     assert update(path, tpu).ok

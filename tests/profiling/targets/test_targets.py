@@ -44,17 +44,16 @@ BAD = {
     "gpu:h100:8": f"a target needs to be as {FORMS}, got 'gpu:h100:8'",
     "tpu:v5p": f"a target needs to be as {FORMS}, got 'tpu:v5p'",
     "cpu:8:8": f"a target needs to be as {FORMS}, got 'cpu:8:8'",
-    "cuda:b200:8": "the target 'cuda:b200:8' names no known chip: use one of cuda:a100, cuda:h100, "
-    "cuda:h200",
-    "tpu:h100:8": "names no known chip: use one of tpu:v4, tpu:v5e, tpu:v5p, tpu:v6e",
+    "cuda:b200:8": "a known chip, got 'cuda:b200:8': use one of cuda:a100, cuda:h100, cuda:h200",
+    "tpu:h100:8": "got 'tpu:h100:8': use one of tpu:v4, tpu:v5e, tpu:v5p, tpu:v6e",
     "tpu:v5p:16x16": "needs a shape AxBxC of positive numbers, got '16x16'",
     "tpu:v5e:2x2x2": "needs a shape AxB of positive numbers, got '2x2x2'",
     "tpu:v5e:0x4": "needs a shape AxB of positive numbers, got '0x4'",
     "tpu:v5e:2x-4": "needs a shape AxB of positive numbers, got '2x-4'",
-    "tpu:v5e:32x16": "has 512 chips, but a slice of v5e has at most 256: use a smaller shape",
+    "tpu:v5e:32x16": "a slice of v5e needs at most 256 chips, got 512 in 'tpu:v5e:32x16': use a",
     "cuda:h100:": "needs a shape N of positive numbers, got ''",
     "cuda:h100:2x2x2": "needs a shape AxB of positive numbers, got '2x2x2'",
-    "cuda:h100:16": "has 16 GPUs in a host, but hosts of h100 have at most 8: write hosts x GPUs, "
+    "cuda:h100:16": "needs at most 8 GPUs, got 16 in 'cuda:h100:16': write hosts x GPUs, "
     "as cuda:h100:2x8",
     "cpu:two": "needs a shape N of positive numbers, got 'two'",
 }
@@ -200,12 +199,12 @@ MISUSED = {
     "no such target": (lambda: audit(explicit, target="cpu", mesh={"data": 4}),
                        ValueError, "a target needs to be as"),
     "a part of it": (lambda: audit(lambda: (jnp.sin, (jnp.ones(3),)), target="cpu:8"),
-                     ValueError, "the function was not compiled for cpu:8, but for cpu:1: give"),
+                     ValueError, "compiled for its devices, got one for cpu:1: give"),
     "no text": (lambda: audit(explicit, target=8, mesh={"data": 8}),
                 TypeError, "a target needs to be text as 'tpu:v5p:16x16x16', "),
     "elsewhere": (lambda: audit(lambda: explicit(parse_target("cpu:8").mesh({"data": 8})),
                                 target="cpu:4"),
-                  ValueError, "the function was not compiled for cpu:4, but for cpu:8: give its"),
+                  ValueError, "compiled for its devices, got one for cpu:8: give its"),
 }  # fmt: skip
 
 
