@@ -35,12 +35,12 @@ def flops_of(instruction: Instruction, scope: Scope) -> tuple[str, int] | None:
     """Return the dtype of the factors and the FLOPs of one instruction.
 
     Args:
-      instruction: any of `scope`'s; of a fusion, only what is in its computation can be counted.
+      instruction: one of `scope`'s; a fusion has no FLOPs of its own, its instructions have.
       scope: its computation.
 
     Returns:
-      ("bfloat16", 2 x M x N x K); None for what is no matrix product and no convolution. A Pallas
-      kernel for TPU counts what its `cost_estimate` says.
+      ("bfloat16", 2 x M x N x K); None where it is neither a matrix product nor a convolution. A
+      Pallas kernel for TPU has the FLOPs of its `cost_estimate`.
 
     Raises:
       HloError: a matrix product or convolution that cannot be read.

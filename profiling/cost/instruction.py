@@ -1,9 +1,9 @@
 """Count the FLOPs of an HLO instruction and the bytes that it moves to and from main memory.
 
-FLOPs are those of matrix products and convolutions, two for each multiply and add, also inside of
-fusions; everything else is counted by its bytes. An instruction moves its operands and its result
-once each, less what stays in on-chip memory (a memory space `S(1)` in the layout of a TPU) and
-what a slice leaves where it is. A custom call's FLOPs are known for cuBLAS and cuDNN.
+Only matrix products and convolutions have FLOPs, two for each multiply and add, also inside of
+fusions; all other instructions count by their bytes. An instruction moves its operands and its
+result once each, except what stays in on-chip memory (a memory space `S(1)` in the layout of a TPU)
+and what a slice does not read. Of custom calls, those of cuBLAS and cuDNN have FLOPs.
 """
 
 import functools
@@ -42,10 +42,10 @@ class Work:
 
 
 def count_work(instruction: Instruction, scope: Scope, graph: Graph) -> Work:
-    """Count the work of one instruction; of a fusion, with all that is fused into it.
+    """Count the work of one instruction; a fusion's includes all that is fused into it.
 
     Args:
-      instruction: one of `scope`'s; not a loop, a call or a conditional, which run others.
+      instruction: one of `scope`'s, but no loop, call or conditional: those run others.
       scope: its computation.
       graph: its module.
 
@@ -91,7 +91,7 @@ def _fused_scope(instruction: Instruction, graph: Graph) -> Scope | None:
 
 
 def _count_work_of_start(instruction: Instruction, scope: Scope, graph: Graph) -> Work:
-    """Count what an asynchronous instruction that is no collective does in the background."""
+    """Count the background work of an asynchronous instruction that is not a collective."""
     if (fused := _fused_scope(instruction, graph)) is not None:
         moved = _bytes_moved_by_fusion(instruction, scope, fused)
         return Work(tuple(_fused_flops(fused, graph)), moved)

@@ -1,4 +1,4 @@
-"""How long a chip at its peaks needs for a piece of work, and its network for a collective."""
+"""Compute how long a chip at its peaks needs for work, and its network for a collective."""
 
 import functools
 import math
@@ -20,7 +20,7 @@ _HALF_WIDTH = ("bfloat16", "float16", "int8", "uint8", "float8", "float4", "int4
 
 @dataclass(frozen=True)
 class Transfer:
-    """One collective on the network: the seconds that it takes alone, and what it occupies."""
+    """One collective on the network: the seconds that it takes alone, and the links it occupies."""
 
     seconds: float
     links: frozenset[str]
@@ -30,16 +30,16 @@ class Transfer:
 class Machine:
     """Chips and where each of them is.
 
-    What it leaves out: contention (of two collectives that share a link the second waits, but
-    nothing else slows a transfer down), the launch of kernels, caches, and how close real kernels
-    come to the peaks. A TPU slice counts as a torus that wraps around in every dim.
+    The model ignores contention (the second of two collectives on one link waits, but nothing
+    else slows a transfer down), the launch of kernels, caches, and how close real kernels come to
+    the peaks. It takes a TPU slice for a torus that wraps around in every dim.
 
     Attributes:
       chip: its peaks.
       places: where the devices are, in the mesh's order: the coordinates in a TPU's torus; of a
         GPU the number of its host.
-      latency: seconds that each message takes at least. None of the data sheets says it; a
-        microsecond is the order of magnitude of all of these networks.
+      latency: seconds that each message takes at least. The data sheets do not give it; a
+        microsecond is the order of magnitude on all of these networks.
     """
 
     chip: Chip
@@ -80,7 +80,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class _Path:
-    """Wire bytes per second, what is occupied, and how many messages follow each other."""
+    """The wire bytes per second, the occupied links, and the number of successive messages."""
 
     rate: float
     links: frozenset[str]
@@ -166,6 +166,6 @@ def _is_half(dtype: str) -> bool:
 
 
 def _count_hops(places: Sequence[tuple[int, ...]], sizes: Sequence[int]) -> int:
-    """Return the links between the two ends of a permute's pair, the short way round."""
+    """Return the number of links between the ends of a permute's pair, the short way round."""
     apart = [abs(a - b) for a, b in zip(*places, strict=True)]
     return sum(min(d, size - d) for d, size in zip(apart, sizes, strict=True))

@@ -1,4 +1,4 @@
-"""How much of a device's memory a compiled program needs, as its compiler says."""
+"""Read from the compiler how much of a device's memory a program needs."""
 
 from dataclasses import dataclass
 
@@ -11,12 +11,12 @@ class Memory:
 
     Attributes:
       arguments: of the program's arguments.
-      results: of what it returns, donated memory included.
+      results: of its results, donated memory included.
       reused: of the results that take the place of donated arguments.
-      temporaries: of what lives only while it runs.
-      code: of the program itself; 0 where the platform does not say.
-      peak: the most at one time: the compiler's estimate, or the sum of all but what is reused
-        where that is larger (XLA for CPU leaves temporaries out of its estimate).
+      temporaries: of arrays that live only while it runs.
+      code: of the program itself; 0 where the platform does not report it.
+      peak: the most at one time: the larger of the compiler's estimate and the sum of all without
+        the reused bytes (XLA for CPU leaves temporaries out of its estimate).
     """
 
     arguments: int
@@ -28,13 +28,13 @@ class Memory:
 
 
 def memory_of(compiled: jax.stages.Compiled) -> Memory | None:
-    """Read what a compiler says of the memory that its program needs.
+    """Read the compiler's figures of the memory that its program needs.
 
     Args:
       compiled: the program.
 
     Returns:
-      The bytes on one device, or None where this platform says nothing.
+      The bytes on one device, or None where the platform has no such figures.
 
     Example:
       >>> found = memory_of(jax.jit(lambda x: x + 1).lower(jnp.ones(1000)).compile())

@@ -44,9 +44,9 @@ class CostModel:
       report: the audit of its collectives.
       totals: what they send by kind and axes, the most on the wire first.
       memory: bytes on each device; None where the compiler does not say.
-      memory_size: what a device of the target has; None where that is not known.
+      memory_size: bytes of memory of a device of the target; None where not known.
       replicated: arrays that could be sharded, the largest savings first.
-      schedule: what hides what, and the predicted time, for the target's peaks.
+      schedule: which compute hides which collective, and the predicted time at the target's peaks.
     """
 
     report: Report
@@ -100,8 +100,8 @@ def total_by_axis(report: Report) -> tuple[Total, ...]:
       report: from an audit.
 
     Returns:
-      The totals, the most on the wire first. What could not be read is left out; the report's
-      verdict names it.
+      The totals, the most on the wire first. Unreadable rows are left out; the report's verdict
+      names them.
     """
     groups: dict[tuple[str, tuple[str, ...], int], list[Collective]] = defaultdict(list)
     for row in report.collectives:

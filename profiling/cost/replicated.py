@@ -1,4 +1,4 @@
-"""Find the arrays of which several devices keep a whole copy, though each could keep a part."""
+"""Find the arrays that several devices keep whole, though each could keep a part."""
 
 import itertools
 import math
@@ -43,13 +43,13 @@ def replicated(
 ) -> tuple[Replicated, ...]:
     """List the arguments and results that are replicated though they could be sharded.
 
-    Plain data parallelism replicates parameters and optimizer state by design: of those the list
-    says what ZeRO would save. A result that takes the memory of a donated argument is left out.
+    Plain data parallelism replicates parameters and optimizer state by design: for those the list
+    tells what ZeRO would save. Results in the memory of a donated argument are left out.
 
     Args:
       fn: any jax function, jitted or not, or a compiled one.
       *args: its arguments; none with a compiled one.
-      at_least: bytes on each device; what saves less is left out.
+      at_least: bytes on each device; arrays that would save less are left out.
 
     Returns:
       The arrays, the largest savings first. Nothing is executed.

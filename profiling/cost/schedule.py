@@ -5,9 +5,9 @@ compute takes the roofline's time; an asynchronous collective begins when its li
 its done waits for what is left of it. So no compute is counted as hiding two collectives on one
 link. Loops are walked once and multiplied; of a conditional the slowest branch counts.
 
-The prediction is for a machine at its peaks. It leaves out contention for memory, the launch of
-kernels, caches, waiting for slower devices, what overlaps from one trip of a loop to the next,
-and what a runtime does in another order than the compiler's schedule.
+The prediction is for a machine at its peaks. It ignores contention for memory, the launch of
+kernels, caches, waiting for slower devices, overlap from one trip of a loop to the next, and
+runtimes that leave the compiler's order.
 """
 
 from dataclasses import dataclass
@@ -31,9 +31,9 @@ class Overlap:
       is_async: whether it has a start and a done, with other instructions between them or not.
       flops: of matrix products and convolutions between start and done.
       bytes: of main memory moved between start and done.
-      seconds: on its links alone; None where the machine is not known, as the next.
-      exposed_seconds: for how long nothing else is done.
-      note: what could not be told.
+      seconds: its time alone on its links; None where the machine is not known, as the next.
+      exposed_seconds: the part of them in which the device does nothing else.
+      note: what is not known of it.
     """
 
     op: str
@@ -104,7 +104,7 @@ def schedule(hlo: str, *, machine: Machine | None = None, devices: int | None = 
 
     Args:
       hlo: one optimized, scheduled module: `compiled.as_text()`.
-      machine: what it runs on; without it nothing is said in seconds.
+      machine: what it runs on; without it the schedule has no seconds.
       devices: how many devices the program runs on, where the text's header does not say.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Walk the schedule of a compiled program with a clock; see `schedule.py` for what it means."""
+"""Walk the schedule of a compiled program with a clock; `schedule.py` explains the model."""
 
 from bisect import bisect_right
 from collections import defaultdict
@@ -62,7 +62,7 @@ class ComputationRun:
 
 
 class Timeline:
-    """A module whose computations are walked when first asked for."""
+    """The runs of a module's computations, each walked on first use."""
 
     def __init__(self, graph: Graph, ops: Sequence[Op], machine: Machine | None):
         self._graph, self._machine = graph, machine
@@ -153,7 +153,7 @@ class Timeline:
         return instruction.opcode.endswith("-done") or _calls_any(instruction, self._dones)
 
     def _run_nested(self, instruction: Instruction, scope: Scope) -> ComputationRun:
-        """Run what a loop, a call or a conditional runs, as one."""
+        """Return the runs of a loop's, call's or conditional's computations as one."""
         names = [n for n in instruction.callees if n in self._graph.module.computations]
         call = Call(scope.computation.name, "", instruction)
         trips = trips_of(call, self._graph)
@@ -240,7 +240,7 @@ class _Clock:
         return flight
 
     def wait_for(self, name: str) -> None:
-        """Wait until what `name` started is there."""
+        """Wait for the transfers that `name` started."""
         for flight in self.under_way.pop(name):
             if flight.end > self.now and flight.op is not None:
                 self.waits.append((self.now, flight.end))
@@ -251,7 +251,7 @@ class _Clock:
                 self.over.append(flight)
 
     def run_nested(self, inner: ComputationRun) -> None:
-        """Let a loop or call run; its own collectives go before those that are under way."""
+        """Add the run of a loop or call; its collectives go before those that are under way."""
         for flight in (f for flights in self.under_way.values() for f in flights):
             taken = max((inner.busy.get(link, 0.0) for link in flight.links), default=0.0)
             if flight.end > self.now:
@@ -268,7 +268,7 @@ class _Clock:
         self.total.is_exact &= inner.is_exact
 
     def start_of(self, instruction: Instruction, scope: Scope) -> str | None:
-        """Return the start under way that an instruction belongs to, through what passes it on."""
+        """Return the start under way that an instruction's operands lead back to, or None."""
         if not self.under_way:
             return None
         is_done = instruction.opcode.endswith(("-done", "-update"))

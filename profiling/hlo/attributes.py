@@ -23,7 +23,7 @@ def op_name(instruction: Instruction) -> str:
 
 
 def metadata_text(instruction: Instruction) -> str:
-    """Return an op's metadata as printed: equal for ops that come from the same place."""
+    """Return an op's metadata as printed; ops from the same place have equal metadata."""
     return instruction.attributes.get("metadata", "")
 
 
@@ -38,7 +38,7 @@ def custom_call_target(instruction: Instruction) -> str:
 
 
 def source_frames(instruction: Instruction, module: Module) -> Iterator[tuple[str, int]]:
-    """Yield (file, line) of an op's source, innermost call first; nothing where it has none."""
+    """Yield (file, line) of an op's calls, innermost first; nothing where it has no source."""
     said = instruction.metadata
     line, frame = said.get("source_line", ""), said.get("stack_frame_id", "")
     if (file := said.get("source_file")) and line.isdecimal():

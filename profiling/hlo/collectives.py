@@ -24,7 +24,7 @@ _TRACES = ("replica_groups=", "source_target_pairs=", "custom_call_target=", "_x
 _OTHER_HALVES = ("async-", "send-done", "recv-done", "get-tuple-element")
 _PAIRS_OF_SEND = "_xla_send_recv_source_target_pairs"
 _DIMS = re.compile(r"\{([\d,\s]*+)\}")
-# Of these the result is n times the operand, or one n-th of it.
+# Their result is n times the operand, or one n-th of it.
 _SIZED_BY_SHAPES = ("all-gather", "reduce-scatter")
 UNSIZED = "how many devices talk is not known: its module's header has no counts"
 ALONE = "each device is alone in its group"
@@ -34,17 +34,22 @@ ALONE = "each device is alone in its group"
 class Op:
     """One collective of a compiled program, as the compiler prints it.
 
-    kind: HLO's name without "-start"; "custom-call" for a call that can communicate unseen,
-      "unknown" for a line that could not be read.
-    problem: why it could not be, or what the line leaves open.
-    inputs: the arrays each device puts in, of one execution.
-    groups: the devices that talk to each other, by their place in the program's mesh; none where
-      the text does not say, though `size` may be known.
-    pairs: a permute's (source, target) devices; then `groups` is empty.
-    tags, marked, op_name, frames: what the line says about where it comes from.
-    wanted_by, wanted_frames: op_name and source of the first op of another origin that uses the
-      result, where the line does not say what it was inserted for.
-    computation: the name of the computation that it is in.
+    Attributes:
+      name: the instruction's name.
+      kind: HLO's name without "-start"; "custom-call" for a call that can communicate unseen,
+        "unknown" for a line that could not be read.
+      inputs: the arrays that each device sends in one execution.
+      groups: the devices that talk to each other, by their place in the program's mesh; empty
+        where the text does not give them, though `size` may be known.
+      size: the devices in a group, where `groups` is empty and the shapes tell; else 0.
+      pairs: a permute's (source, target) devices; then `groups` is empty.
+      tags, marked, op_name, frames: what the line says about its origin.
+      wanted_by, wanted_frames: op_name and source of the first op of another origin that uses the
+        result, where the line does not say what the op was inserted for.
+      target: the function that a custom call runs.
+      trips: executions in one call of the program.
+      problem: why the line could not be read, or what it leaves open.
+      computation: the name of its computation.
     """
 
     name: str
@@ -125,7 +130,7 @@ def _find_in_module(module: Module, devices: int | None) -> Iterator[Op]:
 
 @dataclass(frozen=True, slots=True)
 class _Context:
-    """Where an instruction stands: in the computation of that name."""
+    """The surroundings of an instruction; `computation` is the name of its computation."""
 
     graph: Graph
     opcodes: frozenset[str]
@@ -229,7 +234,7 @@ def _find_inputs(
 def _read_partners(
     instruction: Instruction, kind: str, inputs: tuple[Input, ...], context: _Context
 ) -> dict[str, Any]:
-    """Return which devices talk to each other: an op's groups or pairs, and what is not known."""
+    """Return the devices that talk to each other, as the op's groups or pairs, and what is open."""
     said, graph = instruction.attributes, context.graph
     if kind in ("custom-call", "send"):
         return {}
@@ -253,7 +258,7 @@ def _read_partners(
 
 
 def _size_by_shapes(instruction: Instruction, kind: str, inputs: tuple[Input, ...]) -> int:
-    """Return n as the shapes of operands and results have it, or 0 where they do not say."""
+    """Return n from the shapes of operands and results, or 0 where they do not determine it."""
     if kind == "all-to-all" and len(inputs) > 1:
         return len(inputs)
     if kind not in _SIZED_BY_SHAPES:
@@ -280,7 +285,7 @@ def _slice_inputs(inputs: tuple[Input, ...], printed: str) -> tuple[Input, ...]:
 
 
 def _describe_user(here: Value, graph: Graph) -> dict[str, Any]:
-    """Name what wanted the data; at a program's end, where that is nothing, what made it."""
+    """Name the op that uses the data; at a program's end, where none does, the op that made it."""
     user = find_consumer(here, graph)
     made = find_maker(here) if user is None else None
     near = user or made
@@ -291,7 +296,7 @@ def _describe_user(here: Value, graph: Graph) -> dict[str, Any]:
 
 
 def _words_or_those_of_inputs(words: Words, inputs: tuple[Input, ...]) -> dict[str, Any]:
-    """Let a silent op speak with its arrays' words: older XLA for GPU merged them without any."""
+    """Use the words of an op's arrays where it has none: older XLA for GPU merged ops silently."""
     tags = tuple(t for t in words.tag.split(",") if t)
     if tags or words.op_name:
         return {"tags": tags, "op_name": words.op_name, "inputs": inputs}

@@ -1,7 +1,7 @@
-"""Which op wanted the data that a collective brings.
+"""Find the op that a collective was inserted for.
 
-A collective that the partitioner inserts on an argument has the argument's name, or none. The
-first instruction after it that has a path of jax's own is the op that it was inserted for.
+A collective that the partitioner inserts on an argument has the argument's name, or none. It was
+inserted for the first instruction after it that has a path of jax's own.
 """
 
 from txcore.profiling.hlo import attributes
@@ -44,10 +44,10 @@ def find_maker(collective: Value) -> Instruction | None:
 
 
 def full_name(op_name: str, value: Value, graph: Graph) -> str:
-    """Return an op_name with its caller's before it, as XLA writes it once a call is inlined.
+    """Return an op_name after its callers' names, as XLA writes it once a call is inlined.
 
-    Right after partitioning the body of a shard_map is a computation of its own, whose ops have
-    names from there on: "psum". That could be the name of an argument too.
+    Right after partitioning, the body of a shard_map is a computation of its own, and its ops have
+    names relative to it: "psum", which could be the name of an argument too.
     """
     scope = value.scope
     for _ in range(_FARTHEST):

@@ -1,12 +1,12 @@
-"""Which custom calls can communicate without the compiler seeing it."""
+"""Tell which custom calls can communicate without the compiler seeing it."""
 
 import re
 
 from txcore.profiling.hlo import attributes
 from txcore.profiling.hlo.text import Instruction
 
-# Calls that compute on one device, lay out memory or call Python on the host. Every target that
-# is not named here could send anything, and is listed as opaque.
+# Calls that compute on one device, lay out memory or call Python on the host. Any other target
+# could send anything, and is listed as opaque.
 _COMPUTES = re.compile(
     r"lapack_|blas_|__cublas|__cudnn|__cusparse|cusolver|cudnn|cublas|hipblas|hipsolver|hiprand"
     r"|cu_|hip_|cuda_threefry|__onednn|__eigen|__ynn|__xnn|__triton|triton_kernel_call|__gpu\$xla"

@@ -16,7 +16,7 @@ _FARTHEST = 32  # steps to follow; a damaged text may lead in a circle
 
 
 def follow_to_result(value: Value, graph: Graph) -> list[Value]:
-    """Return where a value comes out: itself, then its -done, its wrapper's start and -done."""
+    """Return a value and what continues it: its -done, its wrapper's start and -done."""
     found = [value]
     while len(found) < _FARTHEST:
         value = found[-1]
@@ -56,7 +56,7 @@ def find_concatenation(value: Value, graph: Graph) -> Value | None:
 
 
 def _step_back(value: Value, element: int, graph: Graph) -> Value | None:
-    """Return the value that this one is, or is an element of, one step back."""
+    """Return the value that this one renames, or is an element of, or None."""
     maker = value.instruction
     if maker.opcode in ("fusion", "call"):
         inner = graph.called_scope(maker)
@@ -78,7 +78,7 @@ def _operand_at(value: Value, place: int) -> Value | None:
 
 
 def find_uses(value: Value, graph: Graph) -> Iterator[Value]:
-    """Yield what uses a value, inside of fusions too, and past what only renames it."""
+    """Yield the uses of a value, also inside of fusions and past instructions that rename it."""
     reached, seen = [value], set()
     while reached:
         value = reached.pop()
@@ -95,7 +95,7 @@ def find_uses(value: Value, graph: Graph) -> Iterator[Value]:
 
 
 def _enter_fusion(value: Value, user: Instruction, graph: Graph) -> list[Value]:
-    """Return a user, or in its place the parameters of the fusion that it is."""
+    """Return a user of a value; in place of a fusion, its parameters that hold the value."""
     inner = graph.called_scope(user) if user.opcode in ("fusion", "call") else None
     if inner is None:
         return [Value(value.scope, user)]
@@ -104,7 +104,7 @@ def _enter_fusion(value: Value, user: Instruction, graph: Graph) -> list[Value]:
 
 
 def find_views(value: Value, graph: Graph) -> Iterator[Value]:
-    """Yield a value and all that is the same elements, arranged differently; nearest first."""
+    """Yield a value and its rearrangements (reshapes, transposes, copies); nearest first."""
     reached = [value]
     for value in reached:
         yield value

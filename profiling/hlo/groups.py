@@ -39,12 +39,12 @@ Allow = Callable[[int], bool]  # whether that many devices may be listed that th
 
 @dataclass(frozen=True, slots=True)
 class Groups(Sequence[tuple[int, ...]]):
-    """Groups of devices, sorted; equal ones are equal, however they were printed.
+    """Groups of devices, sorted; two equal ones compare equal, however they were printed.
 
     Attributes:
-      dims: of groups that hold each device of a block once, its dims, major to minor; two that
-        follow each other differ, and none has size 1.
-      listed: the members of all other groups.
+      dims: the dims of a block, major to minor, where the groups hold each of its devices once;
+        neighbours differ in whether they are together, and none has size 1. Else None.
+      listed: the members of each group where `dims` is None.
     """
 
     dims: tuple[Dim, ...] | None = None
@@ -170,7 +170,8 @@ def parse_groups(text: str, allow: Allow = allow_a_million) -> Groups:
     Args:
       text: `{{0,1},{2,3}}`, `{}` (no group: all are one), `[2,2]<=[4]T(1,0)`, or the mesh form
         `mesh['a'=2,'b'=2] {'a'}` (also unquoted, with `device_ids=`, with sub-axes `a:(1)2`).
-      allow: asked where the groups are no dims of a block and their text is shorter than they.
+      allow: asked for the number of devices where the groups have to be listed and the text does
+        not list them.
 
     Returns:
       The groups.
@@ -198,10 +199,10 @@ def parse_groups(text: str, allow: Allow = allow_a_million) -> Groups:
 
 
 def check_listing(devices: int, allow: Allow) -> None:
-    """Refuse to list devices where that is not allowed.
+    """Check that a number of devices may be listed.
 
     Raises:
-      HloError: it is not.
+      HloError: it may not.
     """
     if not allow(devices):
         raise HloError(f"groups of {devices} devices in an order that would have to be listed")

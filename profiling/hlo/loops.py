@@ -34,7 +34,7 @@ class _Loop:
 
 
 def count_trips(instruction: Instruction, scope: Scope, graph: Graph) -> int | None:
-    """Return how often a while loop runs, or None where it is no such loop.
+    """Return how often a while loop runs, or None where it does not count up to a bound.
 
     Args:
       instruction: the loop.
@@ -61,7 +61,7 @@ def count_trips(instruction: Instruction, scope: Scope, graph: Graph) -> int | N
 
 
 def _read_value(name: str | None, scope: Scope) -> int | _Carried | None:
-    """Return what a name stands for in a loop's computation, or outside, where it is simple."""
+    """Return the constant or carried element behind a name, or None where it is neither."""
     instruction = _find_origin(name, scope)
     if instruction is None:
         return None

@@ -36,7 +36,7 @@ _OF_PARTITIONS = (
 
 
 def mode_of(kind: str, attributes: Mapping[str, str]) -> str:
-    """Return the mode in which an op's groups are meant.
+    """Return the mode that tells what an op's groups mean.
 
     Args:
       kind: HLO's name of the collective.
@@ -116,7 +116,7 @@ def pairs_of_devices(printed: Pairs, mode: str, module: Module, allow: Allow) ->
 def _replicas_and_partitions(
     printed: Groups, mode: str, module: Module, devices: int | None
 ) -> tuple[int | None, int | None]:
-    """Return the replicas and partitions, as far as they are known or make no difference."""
+    """Return the numbers of replicas and partitions, or None where they matter and are unknown."""
     if module.replica_count is not None or devices is None:
         return module.replica_count, module.num_partitions
     if mode == "cross_partition":
@@ -128,9 +128,9 @@ def _replicas_and_partitions(
 
 
 def _are_devices(last: int, mode: str, replicas: int, partitions: int) -> bool:
-    """Tell whether numbers must be of devices, since there is but one of what they should be of.
+    """Tell whether numbers must mean devices, since only one replica or partition exists.
 
-    A count of 1 may be none at all: XLA's own verifier takes any number then.
+    A header's count of 1 may stand for none: XLA's own verifier accepts any number then.
     """
     own = {"cross_partition": partitions, "flattened_id": replicas * partitions}.get(mode, replicas)
     if last < own:

@@ -37,7 +37,7 @@ MOST_ARRAYS = 1 << 17  # of one collective; real ones have some thousand
 
 @dataclass(frozen=True, slots=True)
 class Words:
-    """What the compiler left of where something comes from; `tag` as printed, maybe several."""
+    """What the compiler kept of an op's origin; `tag` as printed, several joined by commas."""
 
     tag: str = ""
     op_name: str = ""
@@ -48,10 +48,12 @@ class Words:
 class Input:
     """One array that each device puts into a collective.
 
-    tag, op_name, marked: what the compiler left of where it comes from; empty where nothing.
-      Of a collective with one array they are the collective's, with several tags joined by commas
-      where several arrays were merged into one.
-    pieces: what a flat array was concatenated from, in order; the program may have done it itself.
+    Attributes:
+      shape: its type.
+      tag, op_name, marked: what the compiler kept of its origin. The one array of a collective has
+        the collective's own; several tags are joined by commas where arrays were merged into one.
+      pieces: the arrays that a flat array was concatenated from, in order; the program itself may
+        have concatenated them.
     """
 
     shape: Shape
@@ -62,7 +64,7 @@ class Input:
 
 
 def find_witnesses(collective: Value, graph: Graph) -> list[Instruction]:
-    """Return the instructions that may say where a collective is from: its own line first."""
+    """Return the instructions that may tell a collective's origin: its own line first."""
     found = follow_to_result(collective, graph)
     if last := last_step(collective.instruction, graph):
         found.append(last)
@@ -129,7 +131,7 @@ def _shapes_of_operands(operands: Sequence[str], scope: Scope, graph: Graph) -> 
 
 @dataclass(frozen=True)
 class _Whole:
-    """What a collective's own line says, taken apart once for all of its arrays."""
+    """The words of a collective's own line, parsed once for all of its arrays."""
 
     tags: frozenset[str]
     primitives: frozenset[str] | None
@@ -142,7 +144,7 @@ class _Whole:
 
 
 def _with_the_last_tag(said: list[Words], tags: list[str]) -> list[Words]:
-    """Give the one array that is silent the one tag that none of the others has."""
+    """Give the only array without words the only tag that no other array has."""
     silent = [i for i, words in enumerate(said) if words == Words()]
     left = set(tags) - {words.tag for words in said}
     if len(tags) != len(said) or len(silent) != 1 or len(left) != 1:
@@ -163,7 +165,7 @@ def _shapes_of_operand(operand: str, scope: Scope) -> tuple[Shape, ...]:
 
 
 def _words_after(value: Value, whole: _Whole, graph: Graph) -> Words:
-    """Return what a part of a collective's result says, or the first view of it that speaks."""
+    """Return the words of a part of a collective's result, or of its first view that has any."""
     for view in find_views(value, graph):
         words = words_of([view.instruction])
         if (words.tag or words.op_name) and (view == value or _are_of(whole, words)):
@@ -172,7 +174,7 @@ def _words_after(value: Value, whole: _Whole, graph: Graph) -> Words:
 
 
 def _are_of(whole: _Whole, words: Words) -> bool:
-    """Tell whether a view speaks of the collective, and not of the program's own next step."""
+    """Tell whether a view's words are the collective's, not those of the program's next step."""
     if words.tag and whole.tags and words.tag not in whole.tags:
         return False
     primitive = words.op_name.rsplit("/", 1)[-1]
@@ -199,7 +201,7 @@ def _find_pieces(collective: Value, operand: str, words: Words, graph: Graph) ->
 
 
 def _words_of_ranges(collective: Value, words: Words, graph: Graph) -> dict[tuple[int, int], Words]:
-    """Return what the slices of a collective's flat result say, by the elements they read."""
+    """Return the words of the slices of a collective's flat result, by the elements they read."""
     said: dict[tuple[int, int], Words] = {}
     whole = _Whole.take_apart(words)
     for use in find_uses(follow_to_result(collective, graph)[-1], graph):

@@ -1,13 +1,13 @@
 """Scan HLO text in one pass: brackets, quotes, commas and comments, whatever the text holds.
 
-Nothing here looks at a character more than a few times, so that the time stays linear in a text
-that somebody made to be slow. A quoted string that never ends goes on to the end of the text.
+Every function looks at each character a few times at most, so the time stays linear even in text
+made to be slow. A quoted string without an end extends to the end of the text.
 """
 
 import re
 
 QUOTED = r'"(?:[^"\\]|\\.)*+(?:"|\\?\Z)'
-# Lists of numbers, "{0,1}," before another "{", are read at once: they can be most of a text.
+# Lists of numbers, "{0,1}," before another "{", match as one token: they can be most of a text.
 _NUMBERS = r"(?:\{[\d\s,]*+\}\s*+,\s*+(?=\{))++"
 _BRACKETS_AND_COMMAS = re.compile(rf"{_NUMBERS}|[()\[\]{{}},]|{QUOTED}", re.DOTALL)
 _PARENTHESES = re.compile(rf"[()]|{QUOTED}", re.DOTALL)
@@ -49,7 +49,7 @@ def read_attributes(text: str) -> dict[str, str]:
       text: what follows an instruction's operands or a module's name, or is in braces.
 
     Returns:
-      Each value as printed, by its key; of one that is there twice the first.
+      Each value as printed, by its key; the first one of a repeated key.
 
     Example:
       >>> read_attributes(', dimensions={0,1}, metadata={op_name="a, b"}, flag=true')
@@ -85,12 +85,12 @@ def strip_quotes(value: str) -> str:
 
 
 def without_quoted(text: str) -> str:
-    """Empty the quoted strings; with an odd number of quotes nobody knows what is in them."""
+    """Empty the quoted strings; leave a text with an odd number of quotes as it is."""
     return text if text.count('"') % 2 else _QUOTED.sub('""', text)
 
 
 def without_comments(text: str) -> str:
-    """Leave out the comments that end; one that does not is no comment."""
+    """Remove comments; one without an end stays."""
     return _COMMENT.sub(_unless_it_ends, text) if "/*" in text else text
 
 

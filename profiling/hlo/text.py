@@ -1,9 +1,8 @@
 """Read the text of HLO modules, of any platform and age, into computations of instructions.
 
-Only what an audit needs is kept: each instruction's name, opcode, type, and the rest of its line,
-which `attributes.py` reads for the few instructions that matter. So the time is linear in the
-length of the text. An instruction that cannot be read is kept as such: it may have been a
-collective.
+The module keeps what an audit needs: each instruction's name, opcode, type, and the rest of its
+line, which `attributes.py` parses for the few instructions that matter. So the time is linear in
+the length of the text. An unreadable instruction is kept too: it may be a collective.
 """
 
 import re
@@ -52,7 +51,7 @@ _CALLS = (
 _WORD = re.compile(r"[\w.\-]+")
 _CHOOSES = "allow_spmd_sharding_propagation_to_output"
 _ELEMENT = re.compile(r"%([\w.\-]++)#(\d{1,9})(?!\d)")
-# A damaged line: the beginning of an instruction, or a trace of a collective.
+# Signs of a damaged line: the beginning of an instruction, or a trace of a collective.
 _TRACES = ("replica_groups=", "source_target_pairs=", "custom_call_target=")
 _LOOKS_DAMAGED = re.compile("|".join((*KINDS, *_TRACES, r"^\s*(?:ROOT\s+)?%")))
 _LONE_NAME = re.compile(r"\s*(?:ROOT\s+)?[A-Za-z_][\w.\-]*\s*(?:=|$)")
@@ -67,7 +66,7 @@ _METADATA = re.compile(rf"(?<![\w])(\w++)=({QUOTED}|[^\s\"{{}}]*+)")
 class Instruction:
     """One line: `%name = type opcode(operands), attributes`; `rest` starts at the operands' "(".
 
-    What is asked for more than once is read once: of lines that many others refer to as well.
+    Everything is parsed on first use and kept: many lines may refer to one.
     """
 
     name: str
@@ -119,7 +118,7 @@ class Instruction:
 
     @cached_property
     def metadata(self) -> dict[str, str]:
-        """Return where jax says that it comes from: op_name, source_file, stack_frame_id, ..."""
+        """Return jax's record of its origin: op_name, source_file, stack_frame_id, ..."""
         found: dict[str, str] = {}
         for name, value in _METADATA.findall(strip_ends(self.attributes.get("metadata", ""))):
             found.setdefault(name, strip_quotes(value))
@@ -149,11 +148,15 @@ class Computation:
 
 @dataclass(frozen=True, slots=True)
 class Module:
-    """One HLO module; `frames` are the source lines that its header numbers.
+    """One HLO module.
 
-    num_partitions, replica_count: as the header says; None where it says neither. XLA prints
-      what is not 1, so that it says nothing for one device, but nor does text written by hand.
-    chooses_output_shardings: the compiler was free to choose the shardings of the results.
+    Attributes:
+      name: its name.
+      num_partitions, replica_count: the header's counts; None where it has neither. XLA omits a
+        count of 1, and text written by hand may omit both.
+      computations: by name.
+      frames: the source lines that its header numbers.
+      chooses_output_shardings: the compiler was free to choose the shardings of the results.
     """
 
     name: str
@@ -165,7 +168,7 @@ class Module:
 
     @property
     def devices(self) -> int | None:
-        """Return how many devices the header says that the module is for; None where nothing."""
+        """Return the number of devices in the header, or None where it has none."""
         if self.num_partitions is None or self.replica_count is None:
             return None
         return self.num_partitions * self.replica_count
@@ -291,7 +294,7 @@ def _close_computation(draft: _Draft) -> None:
 
 
 def _list_short_elements(instructions: Sequence[Instruction]) -> Iterator[Instruction]:
-    """Yield an instruction for each tuple's element that is named short, %tuple#1, as operand."""
+    """Yield a get-tuple-element for each operand in the short form %tuple#1."""
     used: set[tuple[str, str]] = set()
     for instruction in instructions:
         if "#" in instruction.rest:

@@ -1,4 +1,4 @@
-"""How often each computation of a module runs in one call of the program."""
+"""Count how often each computation of a module runs in one call of the program."""
 
 from collections import defaultdict
 from dataclasses import dataclass
@@ -11,9 +11,11 @@ from txcore.profiling.hlo.types import MOST
 
 @dataclass(frozen=True, slots=True)
 class Trips:
-    """`count` runs; where not `known`, a loop runs at least once and nobody knows how often.
+    """How often something runs.
 
-    More than `MOST` runs are `MOST` + 1.
+    Attributes:
+      count: executions; `MOST` + 1 stands for any larger number.
+      known: False where a loop of unknown length is involved: then `count` is a lower bound.
     """
 
     count: int
@@ -59,7 +61,7 @@ def _bound_count(count: int) -> int:
 
 
 def trips_of(call: Call, graph: Graph) -> Trips:
-    """Return how often one call runs what it calls: once, but for a loop."""
+    """Return how often one call runs its callee: once, except for a loop."""
     if call.instruction.opcode != "while":
         return ONCE
     count = attributes.trip_count(call.instruction)

@@ -13,7 +13,7 @@ class HloError(TxcoreError, ValueError):
     """A line of HLO text that looks like a collective and cannot be read."""
 
 
-MOST = 10**18  # XLA counts in int64; what is more is not counted on, but said to be more
+MOST = 10**18  # XLA counts in int64; larger numbers are reported as "over 10^18"
 _DIGITS = 18
 
 # HLO's name of each element type: (jax's name, bits of one element).
@@ -53,7 +53,7 @@ class Shape:
 
 
 def to_int(digits: str) -> int:
-    """Read a number, of which a text may have any number of digits; `MOST` + 1 for any above."""
+    """Read a number of any length; every number above `MOST` reads as `MOST` + 1."""
     digits = digits.lstrip("0") if len(digits) > _DIGITS else digits
     return int(digits or "0") if len(digits) <= _DIGITS else MOST + 1
 
