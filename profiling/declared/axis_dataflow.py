@@ -1,8 +1,8 @@
 """Follow each value of a shard_map along one mesh axis: is it the same on all its devices?
 
-jax's types answer that only where it tracks them, and roughly: what was gathered, or cast to
-varying, is typed as varying though it is equal; what argsort or a callback makes of local data is
-typed as equal though it differs. The walk follows the data itself.
+jax's types answer that only where it tracks them, and roughly: they call a gathered value, or one
+cast to varying, varying though it is equal, and the result of argsort or a callback on local data
+equal though it differs. The walk follows the data itself.
 """
 
 from collections.abc import Callable, Sequence
@@ -37,7 +37,7 @@ from txcore.profiling.declared.forward import Forward, Frame, find_shard_maps
 from txcore.profiling.declared.relation import DEPENDS, DIFFERS, UNKNOWN, Relation, may_differ
 from txcore.profiling.declared.seen import Seen, counts_of, is_divided, sums_cotangents
 
-# A loop's trips that are followed one by one, for the facts that its later trips have.
+# The number of a loop's trips that are followed one by one, for facts that only later trips have.
 _FOLLOWED_TRIPS = 8
 
 
@@ -52,21 +52,21 @@ def search_equations(
     only_with: Sequence[str] | None = None,
     every: bool = False,
 ) -> list[Found]:
-    """Show what matters inside shard_maps to `look`, for each axis of more than one device.
+    """Collect what `look` finds inside shard_maps, for each axis of more than one device.
 
-    That is each equation that names mesh axes (collectives do), holds others (cond, while...) or
-    claims something of a value (`varying.claim`).
+    It sees each equation that names mesh axes (collectives do), holds other equations (cond,
+    while...) or claims something about a value (`varying.claim`).
 
     Args:
       jaxpr: a Jaxpr or ClosedJaxpr.
-      look: returns what it finds in an equation, or None. An equation of a loop may be shown
-        several times; what is found the last time counts.
-      only_with: a program without any of these primitives has nothing to find: most have none,
-        and following every value takes a while. None if any program may.
+      look: returns its finding in an equation, or None. It may see an equation of a loop several
+        times; the last finding counts.
+      only_with: the primitives without which a program has nothing to find. Most programs have
+        none of them, and following every value takes a while. None searches every program.
       every: show all equations.
 
     Returns:
-      What was found, each once, in the order of the equations.
+      The findings, each once, in the order of the equations.
     """
     jaxpr = open_jaxpr(jaxpr)
     found: list[Found] = []
@@ -91,12 +91,12 @@ def _relation_of_spec(spec: Any, axis: str) -> Relation:
 
 
 class Uniformity(Forward[Relation]):
-    """How each value relates to one mesh axis; `findings` by the id of the equation they are of."""
+    """The relation of each value to one mesh axis; `findings` are keyed by their equation's id."""
 
     def __init__(
         self, axis: str, sizes: dict[str, int], look: Look, *, every: bool = False
     ) -> None:
-        """Follow `axis` of a mesh with these sizes, and show `look` what matters, or `every`."""
+        """Follow `axis` of a mesh with these sizes, and show `look` equations, or `every` one."""
         self.axis, self.sizes = axis, sizes
         self.findings: dict[int, Any] = {}
         self._look, self._every = look, every
@@ -106,11 +106,11 @@ class Uniformity(Forward[Relation]):
         return relation.of_literal(var.val)
 
     def of_constant(self) -> Relation:
-        """Take an array that the program holds as not zero."""
+        """Take an array that the program holds for nonzero."""
         return relation.CONSTANT
 
     def join_facts(self, a: Relation, b: Relation) -> Relation:
-        """Return what a value may be that is either of two."""
+        """Return the relation of a value that may be either of two."""
         return relation.join_relations(a, b)
 
     def splits_devices(self, predicate: Relation) -> bool:
@@ -122,18 +122,18 @@ class Uniformity(Forward[Relation]):
         return relation.after_choice(value, predicate)
 
     def enter_loop(self, fact: Relation) -> Relation:
-        """Mark what a loop carries or goes over as sliced."""
+        """Mark a loop's carry, or a slice of what it goes over, as sliced."""
         return relation.inside_loop(fact)
 
     def leave_equation(
         self, eqn: Eqn, outputs: list[Relation], inputs: Sequence[Relation]
     ) -> list[Relation]:
-        """Drop what holds only inside of a loop or call."""
+        """Drop the bits that hold only inside of a loop or call."""
         is_loop = eqn.primitive.name in ("scan", "while")
         return [relation.after_leaving(value, inputs if is_loop else None) for value in outputs]
 
     def mix_inputs(self, eqn: Eqn, inputs: Sequence[Relation]) -> Relation:
-        """Return the relation of whatever is made of some values."""
+        """Return the relation of anything that is computed from some values."""
         return relation.after_operation(eqn.primitive.name, list(inputs))
 
     def see_equation(
@@ -145,7 +145,7 @@ class Uniformity(Forward[Relation]):
         frame: Frame,
         splits: bool = False,
     ) -> None:
-        """Show the equation, if it matters, and keep what is found in it."""
+        """Show the equation to `look`, unless it is plain, and keep the finding."""
         name = name_of(eqn)
         if not self._every and (name in PLAIN or name in OPAQUE):
             return
@@ -161,8 +161,9 @@ class Uniformity(Forward[Relation]):
     ) -> list[Relation]:
         """Repeat a loop's body until its carry settles; then look at its later trips alone.
 
-        What may differ in any trip is found in the carry of all trips together, and what is equal
-        in each trip but the first (a carry that is reduced in every one) in theirs alone.
+        The carry of all trips together shows what may differ in any trip. The carry of the later
+        trips alone shows what is equal in each trip but the first, as a carry that every trip
+        reduces.
         """
         before, start, first = dict(self.findings), carry, None
         while True:
@@ -186,7 +187,7 @@ class Uniformity(Forward[Relation]):
         carry: list[Relation],
         trips: int | None,
     ) -> list[Relation] | None:
-        """Go through the trips after the first until two are alike; what that one has is found.
+        """Follow the trips after the first until two are alike, and keep that one's findings.
 
         Returns:
           The carry after the last trip, or None where it is not known.
@@ -284,10 +285,10 @@ class Uniformity(Forward[Relation]):
     def _after_opaque(
         self, eqn: Eqn, name: str, inputs: list[Relation], frame: Frame
     ) -> list[Relation]:
-        """Follow what is not looked into: its results differ where its inputs do.
+        """Let the results of an opaque operation differ where its inputs do.
 
-        A kernel may ask which device it runs on, and what a mutable array holds may have been
-        written to it before: there jax's types decide, where it tracks them.
+        A kernel may ask which device it runs on, and a mutable array may hold what was written
+        before: there jax's types decide, where it tracks them.
         """
         value = relation.after_operation(name, inputs)
         # Each process has its own result of an io_callback.
@@ -308,9 +309,9 @@ class Uniformity(Forward[Relation]):
 
 
 def _keeps_term(eqn: Eqn, name: str, inputs: Sequence[Relation]) -> bool:
-    """Tell whether a sum over the axis that an operand holds is a term of the result, as it is.
+    """Tell whether a sum over the axis in an operand is still a term of the result.
 
-    One that is broadcast over a dim may be met by each example: a sum over those is no mistake.
+    A sum that is broadcast over a dim may meet each example: to sum those is no mistake.
     """
     if name not in relation.TERM_KEEPING:
         return False

@@ -48,12 +48,14 @@ class Declared:
       tag: txcore's tag, or None.
       source: "file.py:12", the innermost line outside jax and txcore.
       autodiff: made by jax's transposition, without a tag.
-      elements: as payload_bytes, in elements. Not `size_known`: under a shard_map that leaves axes
-        to the partitioner, which may shard the operand further, so that this is an upper bound.
-      foldable: the compiler may do without it (its operand does not depend on the program's
-        inputs, or it runs among one device).
+      elements: S in elements, as `payload_bytes`.
+      trips_known: False in a while loop.
+      size_known: False under a shard_map that leaves axes to the partitioner, which may shard the
+        operand further: then `elements` and `payload_bytes` are upper bounds.
+      foldable: the compiler may eliminate it (its operand does not depend on the program's
+        inputs, or its group is one device).
       live: something uses its result.
-      operand: the number of its operand's value: equal ones have equal numbers.
+      operand: the number of its operand's value: equal values have equal numbers.
       groups, pairs: the devices that talk to each other, by place in the mesh.
     """
 
@@ -79,9 +81,15 @@ class Declared:
 
 @dataclass(frozen=True)
 class _Surroundings:
-    """What surrounds an equation: the mesh, which axes are manual, how often it runs, its path.
+    """The surroundings of an equation.
 
-    foldable: the compiler may find that it never runs.
+    Attributes:
+      sizes: the mesh.
+      manual: the axes that shard_maps have made manual.
+      trips: executions in one call of the program.
+      trips_known: False in a while loop: then `trips` is a lower bound.
+      foldable: the compiler may find that the equation never runs.
+      path: the jax transformations that made what is around it.
     """
 
     sizes: meshes.Sizes = ()
@@ -99,8 +107,8 @@ class _Surroundings:
 def list_declared(jaxpr: Jaxpr) -> tuple[Declared, ...]:
     """List the collectives of a traced program, in the order in which it traced them.
 
-    Goes through shard_map, jit, scan (times its length), while, every branch of cond, remat,
-    custom derivatives and whatever else holds a jaxpr.
+    The walk enters shard_map, jit, scan (times its length), while, every branch of cond, remat,
+    custom derivatives and any other equation that holds a jaxpr.
 
     Args:
       jaxpr: a Jaxpr or ClosedJaxpr, as `jax.jit(f).trace(*args).jaxpr`.
@@ -131,7 +139,7 @@ def list_declared(jaxpr: Jaxpr) -> tuple[Declared, ...]:
 
 
 def _count_declared(jaxpr: Jaxpr) -> int:
-    """Return how many equations of collectives and reshards a jaxpr has."""
+    """Count the equations of collectives and reshards in a jaxpr."""
     return sum(
         (name_of(eqn) in KIND_OF or eqn.primitive.name == RESHARD)
         + sum(map(_count_declared, sub_jaxprs(eqn)))
@@ -147,7 +155,7 @@ def _walk_program(jaxpr: Jaxpr) -> Iterator[Declared]:
 
 
 def _key_of_declared(declared: Declared) -> tuple[object, ...]:
-    """Return what two declarations share that no reader could tell apart."""
+    """Return the fields by which a reader tells two declarations apart."""
     # Groups and pairs come from a cache: the same ones are the same object.
     d = declared
     who = d.kind, d.primitive, d.axes, d.tag, d.source, id(d.groups), id(d.pairs)
@@ -217,7 +225,7 @@ def _values_of_inputs(
 
 
 def _loop_constants(eqn: Eqn, inner: Jaxpr, inputs: Sequence[Value]) -> Sequence[Value]:
-    """Return the inputs that are the same in every trip of a loop, which come first in its body."""
+    """Return a loop's constants, which come first among its body's inputs."""
     if eqn.primitive.name == "scan":
         return inputs[: _compat.scan_counts(eqn)[0]]
     if eqn.primitive.name == "while":

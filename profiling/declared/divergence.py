@@ -1,7 +1,7 @@
-"""Find what hangs or lies under a cond or while whose predicate differs between devices.
+"""Find the hangs and false types under a cond or while whose predicate differs between devices.
 
 A collective waits for all devices of its group. Where the predicate of a cond or while differs
-along an axis, some of them take another branch, or leave the loop earlier, and never come.
+along an axis, some devices take another branch or leave the loop earlier, and never join it.
 """
 
 from dataclasses import dataclass
@@ -62,10 +62,10 @@ class Divergence:
 def find_divergences(jaxpr: Jaxpr) -> tuple[Divergence, ...]:
     """Find the collectives that not all their devices reach, and the outputs with false types.
 
-    Where a predicate differs along an axis, a reduction, gather or exchange along it is found,
-    and a permute along any axis: XLA's collective-permute has no groups, so that all devices of
-    the program have to join it. Collectives along other axes are right: all devices of their
-    groups agree on the predicate. Code whose results nothing uses is left out.
+    Where a predicate differs along an axis, reductions, gathers and exchanges along that axis
+    hang, and so do permutes along any axis: XLA's collective-permute has no groups, so all devices
+    of the program have to join it. Collectives along other axes are right: all devices of their
+    groups agree on the predicate. Dead code is left out.
 
     Args:
       jaxpr: a Jaxpr or ClosedJaxpr with shard_maps in it, as `jax.jit(f).trace(*args).jaxpr`.

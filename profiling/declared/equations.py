@@ -1,6 +1,6 @@
-"""What the equations of a traced program are: their names, axes, paths and inner programs.
+"""Describe the equations of a traced program: their names, axes, paths and inner programs.
 
-The one place that knows jax's primitives by name. A walk asks it what an operation does.
+This is the one module that knows jax's primitives by name; the walks ask it what one does.
 """
 
 from collections.abc import Mapping, Sequence
@@ -36,7 +36,7 @@ ALL_REDUCED_SUMS = ("psum", "psum_invariant", "unreduced_psum")
 GATHERS = _KINDS["all-gather"]
 # Their results are equal on all devices of the axis.
 EQUALIZERS = (*_KINDS["all-reduce"], "pbroadcast")
-# They change along which axes a value is typed as varying, and no value.
+# They change the axes along which a value is typed as varying, and leave the value as it is.
 VARYING_CASTS = ("pvary", "pcast")
 CASTS = (
     *VARYING_CASTS,
@@ -53,14 +53,14 @@ MOVES = frozenset(
 )
 # Linear in all operands together: each term of a sum goes through by itself.
 ADDITIVE = frozenset(("add", "add_any", "sub", "neg", "reduce_sum", "concatenate", "pad")) | MOVES
-# Not linear: of a part of a sum they make what is no part of it any more.
+# Not linear: their result of a term is not a term of their result of the sum.
 NOT_LINEAR = frozenset(
     ("integer_pow", "pow", "square", "abs", "sign", "sqrt", "rsqrt", "exp", "log", "max", "min")
     + ("eq", "ne", "lt", "le", "gt", "ge", "reduce_max", "reduce_min", "argmax", "argmin")
     + ("tanh", "logistic", "erf", "sin", "cos", "clamp", "round", "floor", "ceil", "is_finite")
 )
 PRODUCTS = ("mul", "div", "dot_general")
-# Most equations: they name no mesh axis and hold no jaxpr, so that nobody has to look.
+# Most equations are these: they name no mesh axis and hold no jaxpr.
 PLAIN = frozenset(
     ("add", "sub", "mul", "div", "neg", "max", "min", "exp", "log", "tanh", "logistic", "erf")
     + ("integer_pow", "pow", "sqrt", "rsqrt", "square", "sign", "abs", "sin", "cos", "add_any")
@@ -93,7 +93,7 @@ def sub_jaxprs(eqn: Eqn) -> list[Jaxpr]:
         return []
     found: list[Jaxpr] = []
     for parameter in eqn.params.values():
-        # Most are of the types that hold none, and asking each for an attribute would take long.
+        # Most parameters are of types that hold none: testing the type is faster than hasattr.
         if type(parameter) not in _NO_JAXPRS:
             ones = parameter if isinstance(parameter, tuple | list) else (parameter,)
             found += [inner for inner in map(open_jaxpr, ones) if hasattr(inner, "eqns")]

@@ -1,7 +1,7 @@
-"""What operations without communication make of numbers and gradients.
+"""Follow numbers and gradients through the operations that do not communicate.
 
-Numbers become monomials. Gradients come from a backward pass: inside of it autodiff keeps each
-example's weight, and after it the step scales and adds what it has got.
+Numbers are monomials. Gradients come from a backward pass: inside of it autodiff keeps each
+example's weight, and after it the step scales and adds them.
 """
 
 import math
@@ -82,9 +82,9 @@ def value_after(eqn: Eqn, name: str, inputs: list[Value], frame: Frame, devices:
 
 
 def _starts_gradient(eqn: Eqn, name: str, inputs: list[Value], frame: Frame) -> bool:
-    """Tell whether a number for each element meets something here that is none.
+    """Tell whether a gradient starts here: a number for each element meets a value.
 
-    A backward function that is written by hand has constants too: they meet values otherwise.
+    A backward function written by hand has constants too, but they meet values in other ways.
     """
     if name not in _MEETINGS or not any(_is_started(*pair) for pair in _pair_inputs(eqn, inputs)):
         return False
@@ -127,7 +127,7 @@ def _named_devices(number: Monomial, devices: int) -> Monomial:
 def _gradient_passed_back(
     name: str, inputs: list[Value], gradients: list[Value], devices: int
 ) -> Gradient | None:
-    """Return what autodiff makes of gradients: it keeps all weights, for each example's own."""
+    """Return the gradient after a step of a backward pass: autodiff keeps each example's weight."""
     if name in NOT_LINEAR:
         return None
     first, *others = [value.gradient for value in gradients if value.gradient is not None]
@@ -146,7 +146,7 @@ def _gradient_passed_back(
 
 
 def _may_be_a_mean(number: Monomial, devices: int) -> bool:
-    """Tell whether a number inside of a model is N or 1/N: someone may have divided there."""
+    """Tell whether a number inside of a model is N or 1/N: the model may divide by N there."""
     return not number.powers and (
         math.isclose(abs(number.constant), devices)
         or math.isclose(abs(number.constant) * devices, 1)
@@ -154,7 +154,7 @@ def _may_be_a_mean(number: Monomial, devices: int) -> bool:
 
 
 def _value_of_gradients(name: str, inputs: list[Value], gradients: list[Value]) -> Value:
-    """Return what a step makes of gradients that it has got."""
+    """Return the facts about gradients after an operation of the step itself."""
     if not gradients:
         return Value()
     first = gradients[0]
@@ -189,13 +189,13 @@ def is_numeric(aval: object) -> bool:
 
 
 def new_symbol(kind: str, eqn: Eqn, frame: Frame) -> Monomial:
-    """Return a new name for a scalar of which nothing else is known."""
+    """Return a monomial that names an unknown scalar."""
     # One jaxpr may stand in several calls: what it computes has another name in each.
     return Monomial(1.0, frozenset({((kind, tuple(map(id, frame.calls)), id(eqn)), 1)}))
 
 
 def _cases_of_select(inputs: list[Value]) -> list[Value]:
-    """Return what a select may choose, but zeros: those are left out of a sum."""
+    """Return the distinct cases of a select without zeros, which add nothing to a sum."""
     cases = list(dict.fromkeys(value for value in inputs[1:] if not value.is_zero))
     return cases or inputs[1:2]
 

@@ -1,4 +1,4 @@
-"""What is known of a value while the factor of gradients is read, and what becomes of it."""
+"""Facts about values while the factor of gradients is read, and their arithmetic."""
 
 import math
 from dataclasses import dataclass, replace
@@ -11,9 +11,9 @@ class Gradient:
     """A value that is linear in what a backward pass starts from.
 
     Attributes:
-      weight: what the examples' own weights add up to; where it is `counted`, the weight of each
-        example, over the global count; None where it is not read.
-      counted: see weight.
+      weight: the sum of the examples' weights; if `counted`, the weight of each example over the
+        global count; None where it is not read.
+      counted: whether `weight` is of one example.
       local: it has terms of this device's data.
       shared: it has terms that are the same on every device.
     """
@@ -26,7 +26,7 @@ class Gradient:
 
 @dataclass(frozen=True)
 class Value:
-    """What is known of a value.
+    """The facts about a value.
 
     Attributes:
       differs: it is made of data that differ along a data axis.
@@ -51,7 +51,7 @@ class Value:
 
 
 def sum_cotangents(value: Value, name: str, size: int) -> Value:
-    """Return what autodiff makes of a value that it sums over `size` devices."""
+    """Return the facts about a value after autodiff sums it over `size` devices."""
     differs = name == "reduce_scatter"
     if value.number is not None:
         return Value(differs, number=value.number.times(Monomial(float(size))))
@@ -59,7 +59,7 @@ def sum_cotangents(value: Value, name: str, size: int) -> Value:
 
 
 def join_ways(a: Gradient, b: Gradient) -> Gradient:
-    """Return the sum of two ways of one backward pass: each example keeps its weight."""
+    """Return the sum of two branches of one backward pass: each example keeps its weight."""
     shared = a.shared or b.shared
     if a.local != b.local:
         return replace(a if a.local else b, shared=shared)
@@ -97,7 +97,7 @@ def add_gradients(a: Value, b: Value) -> Value:
 
 
 def scale_gradient(gradient: Gradient, number: Monomial | None) -> Gradient:
-    """Return a gradient times a number, or times what is not known."""
+    """Return a gradient times a number, None being an unknown one."""
     weight = gradient.weight
     return replace(gradient, weight=weight.times(number) if weight and number else None)
 
@@ -115,7 +115,7 @@ def _is_close(a: Monomial | None, b: Monomial | None) -> bool:
 
 
 def follow_trips(start: Value, first: Value, second: Value, trips: int | None) -> Value:
-    """Return a carry after all trips, from what it is before them, after one and after two."""
+    """Return a carry after all trips, from its facts before them, after one and after two."""
     if second == first:
         return first
     before, after, later = start.gradient, first.gradient, second.gradient

@@ -21,10 +21,10 @@ Fact = TypeVar("Fact")
 
 @dataclass(frozen=True)
 class Frame:
-    """What stands around an equation.
+    """The surroundings of an equation.
 
     Attributes:
-      calls: the equations (calls, loops, branches) inside of which it stands, outermost first.
+      calls: the equations (calls, loops, branches) around it, outermost first.
       path: the jax transformations that made those.
       tracked: whether jax's types say along which axes values vary here.
       under: the innermost cond or while around whose predicate splits the devices, or None.
@@ -47,9 +47,9 @@ class Frame:
 class Forward(Generic[Fact]):
     """Give each value of a jaxpr a fact, from the facts of the inputs.
 
-    A subclass says what operations, literals and meetings of two values make of facts; this class
-    knows the ways through a program. Facts are hashable, and `join` is at least each of the two:
-    a loop's carry settles.
+    A subclass defines the facts of literals, of operations' results and of two values joined; this
+    class follows calls, branches and loops. Facts are hashable, and a join is an upper bound of
+    both, so that a loop's carry settles.
     """
 
     def of_literal(self, var: Var) -> Fact:
@@ -71,7 +71,7 @@ class Forward(Generic[Fact]):
         raise NotImplementedError
 
     def mix_inputs(self, eqn: Eqn, inputs: Sequence[Fact]) -> Fact:
-        """Return a fact of whatever may be made of the inputs of a call that is not followed."""
+        """Return a fact of anything that a call which is not followed may compute."""
         return self._join_all(inputs) if inputs else self.of_constant()
 
     def splits_devices(self, predicate: Fact) -> bool:
@@ -87,7 +87,7 @@ class Forward(Generic[Fact]):
         return fact
 
     def leave_equation(self, eqn: Eqn, outputs: list[Fact], inputs: Sequence[Fact]) -> list[Fact]:
-        """Return the facts of the outputs of an equation that holds jaxprs, once it is left."""
+        """Return the facts of the outputs of an equation that holds jaxprs, as seen outside."""
         return outputs
 
     def see_equation(
@@ -99,7 +99,7 @@ class Forward(Generic[Fact]):
         frame: Frame,
         splits: bool = False,
     ) -> None:
-        """Look at an equation with its facts; one in a loop comes by several times."""
+        """Look at an equation with its facts; an equation in a loop is seen several times."""
 
     def run_jaxpr(self, jaxpr: Jaxpr, inputs: Sequence[Fact], frame: Frame) -> list[Fact]:
         """Return the facts of a jaxpr's outputs."""
@@ -146,7 +146,7 @@ class Forward(Generic[Fact]):
         fits = len(body.invars) == len(facts) and len(body.outvars) == len(eqn.outvars)
         if len(inner) == 1 and fits:
             return self.run_jaxpr(body, facts, frame)
-        # A scatter's combiner, a linear solve's functions: what reaches them is not known here.
+        # The inputs of a scatter's combiner or a linear solve's functions are not known here.
         mixed = self.mix_inputs(eqn, facts)
         for body in inner:
             mixed = self._join_all(
@@ -197,7 +197,7 @@ class Forward(Generic[Fact]):
     def _choose_all(
         self, outputs: list[Fact], handed_on: Sequence[bool], predicate: Fact
     ) -> list[Fact]:
-        """Let the predicate choose the outputs, but those that each way hands on unchanged."""
+        """Let the predicate choose the outputs, except those that every branch passes unchanged."""
         pairs = zip(outputs, handed_on, strict=True)
         return [fact if same else self.choose_by(fact, predicate) for fact, same in pairs]
 

@@ -1,8 +1,8 @@
-"""Find what is wrong though jax's types allow it: doubled sums, means of parts, false claims.
+"""Find the errors that jax's types allow: doubled sums, means of parts, false claims.
 
-jax types the result of an all_gather as varying, though it is equal on all devices along the
-axis, and so it does what was cast; a psum of it is legal and silently n times too large. The
-result of an argsort it types as equal though it differs. Types cannot tell; the walk can.
+jax types the result of an all_gather, or of a cast, as varying though it is equal on all devices
+along the axis: a psum of it is legal and silently n times too large. It types the result of an
+argsort as equal though it differs. Types cannot tell; the walk can.
 """
 
 from dataclasses import dataclass
@@ -54,7 +54,7 @@ def find_wrong_reductions(jaxpr: Jaxpr) -> list[Finding]:
     """Find the reductions and the claims that are wrong along an axis, which types cannot tell.
 
     The reductions that autodiff makes (the transpose of a gather is one) are left out. What the
-    walk does not know counts as right: no false alarm.
+    walk does not know counts as right, so that nothing is a false alarm.
 
     Args:
       jaxpr: a Jaxpr or ClosedJaxpr with shard_maps in it.

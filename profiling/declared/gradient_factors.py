@@ -1,15 +1,14 @@
 """Read from a traced step with which factor its gradients reach the parameters: mean or sum.
 
-Types know axes and no factors: a psum of gradients in place of a pmean is legal, and N times too
-large on N devices. The factor stands in the program, though. A backward pass starts from a number,
-1 or a loss scale, which is multiplied by what the loss is scaled with until it is broadcast to one
-number for each local example: n examples with 1/n each are a local mean. From there on everything
-is linear, and what is multiplied afterwards (a loss scale's inverse, the number of microbatches)
-are numbers again.
+Types hold axes but no factors: a psum of gradients in place of a pmean is legal, and N times too
+large on N devices. The program holds the factor, though. A backward pass starts from a number, 1 or
+a loss scale. The loss's own factors multiply it until it is broadcast to one number for each local
+example: n examples with 1/n each are a local mean. From there on everything is linear, and the
+later factors (a loss scale's inverse, the number of microbatches) are numbers again.
 
-What is said is proven as far as the loss is a mean of a value for each example, or a sum divided
-by the global count. All else is "not read": a factor that is computed, a constant that may be the
-inverse of N, a division by N inside of the model.
+The answer is proven where the loss is a mean of one value an example, or a sum divided by the
+global count. It is "not read" elsewhere: for a computed factor, a constant that may be the inverse
+of N, a division by N inside of the model.
 """
 
 import math
@@ -61,15 +60,15 @@ Factor = Literal["mean", "sum", "not read"]
 
 @dataclass(frozen=True)
 class GradientFactor:
-    """How the gradient of one parameter comes to be one for all devices.
+    """How the devices' gradients of one parameter become one.
 
     Attributes:
       what: the parameter, "params['w']".
-      factor: "mean": of what the devices have, as a plan predicts it, or a sum of shares of the
+      factor: "mean": the mean over the devices, as a plan predicts it, or a sum of shares of the
         global mean; "sum": the sum of gradients of local means, N times the mean; "not read".
-      times: how often too large a "sum" is.
-      shared_term: a sum holds a term that is the same on every device (weight decay in a loss),
-        once for each of them.
+      times: by which factor a "sum" is too large.
+      shared_term: whether a sum counts a term that is the same on every device (weight decay in a
+        loss) once for each of them.
       source: "file.py:12" of the reduction, "" where there is none.
     """
 
@@ -138,7 +137,7 @@ class _Factors(Forward[Value]):
         return [self._name_scalar(eqn, value, var, frame) for var in eqn.outvars]
 
     def _name_scalar(self, eqn: Eqn, value: Value, var: Var, frame: Frame) -> Value:
-        """Name a scalar of which nothing is known, so that its inverse cancels it."""
+        """Name an unknown scalar, so that its inverse cancels it."""
         aval = var.aval
         named = value.number is not None or value.gradient is not None
         if named or getattr(aval, "shape", None) != () or not is_numeric(aval):
@@ -189,7 +188,7 @@ class _Factors(Forward[Value]):
     def run_loop(
         self, step: Callable[[list[Value]], list[Value]], carry: list[Value], trips: int | None
     ) -> list[Value]:
-        """Go through two trips of a loop, and add what each adds to the weight of a gradient."""
+        """Follow two trips of a loop, and extend what each adds to a gradient's weight to all."""
         first = step(carry)
         if trips == 1 or first[: len(carry)] == carry:
             return first
@@ -214,7 +213,7 @@ class _Factors(Forward[Value]):
         self.found[name] = found if found == before else GradientFactor(name, "not read")
 
     def _read_factor(self, value: Value, size: int) -> tuple[Factor, int]:
-        """Return the factor of a gradient, and how often it is too large."""
+        """Return the factor of a gradient, and by which number it is too large."""
         if value.reduced and value.is_mean:
             return "mean", 1
         gradient = value.gradient

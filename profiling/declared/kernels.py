@@ -1,4 +1,4 @@
-"""Which of txcore's kernels a program calls, by the names that they leave in it."""
+"""List the kernels of txcore that a program calls, by the names that they leave in it."""
 
 import re
 from collections import Counter
@@ -20,9 +20,9 @@ class KernelUse:
     Attributes:
       name: the op and its implementation: "conv2d.xla".
       calls: how often the traced program computes its forward pass, a loop's body taken once, and
-        what `jax.checkpoint` computes again for a gradient taken again; the backward pass is
-        part of the call. None where only the compiled program is known: its operations do not
-        tell how many calls they are of.
+        the recomputation of `jax.checkpoint` counted again; the backward pass is part of the
+        call. None where only the compiled program is known: its operations do not tell how many
+        calls they belong to.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Numbers of which a part is known: a constant times powers of unknown scalars."""
+"""Numbers that are known in part: a constant times powers of unknown scalars."""
 
 from collections.abc import Hashable
 from dataclasses import dataclass
@@ -37,7 +37,7 @@ class Monomial:
         return any(_kind_of(name) == kind for name, _ in self.powers)
 
     def without_kind(self, kind: str, power: int) -> "Monomial | None":
-        """Return it without its one scalar of a kind, or None if that has not this power."""
+        """Return it without its only scalar of a kind, or None unless that has this power."""
         found = [(name, p) for name, p in self.powers if _kind_of(name) == kind]
         if len(found) != 1 or found[0][1] != power:
             return None

@@ -1,7 +1,7 @@
-"""How a value relates to one mesh axis: bits that a walk joins with `|` where values meet.
+"""Relate a value to one mesh axis: bits that a walk joins with `|` where values meet.
 
-A value without a bit but SLICED is zero on every device. One without `DIFFERS` and `UNKNOWN` is
-equal on all devices along the axis, whatever jax's type says of it.
+A value with no bit other than SLICED is zero on every device. A value without `DIFFERS` and
+`UNKNOWN` is equal on all devices along the axis, whatever its jax type is.
 """
 
 from collections.abc import Sequence
@@ -48,7 +48,7 @@ def is_zero(value: Relation) -> bool:
 def join_relations(a: Relation, b: Relation) -> Relation:
     """Return the relation of a value that may be either of two.
 
-    It holds a sum where both do: two conds may have one predicate, and add up in only one branch.
+    It holds a sum only where both do: two conds with one predicate may add up in one branch alone.
     """
     both = a | b
     certain = all(value & HOLDS_SUM or is_zero(value) for value in (a, b))
@@ -63,17 +63,18 @@ def after_choice(value: Relation, predicate: Relation) -> Relation:
 def inside_loop(value: Relation) -> Relation:
     """Return the relation of a loop's carry, or of one slice of what it goes over.
 
-    A carry keeps its type: to cast it is no wish to sum what is equal.
+    A carry keeps its type, so a cast of it does not ask for a sum of equal values.
     """
     return (value | SLICED) & ~ASKED
 
 
 def after_leaving(value: Relation, loop_inputs: Sequence[Relation] | None) -> Relation:
-    """Return the relation of what a call or a loop returns, once it is left.
+    """Return the relation of a call's or loop's result, as seen outside.
 
     Args:
-      value: that inside.
-      loop_inputs: what a loop was given: its results are as much sliced as that. None for a call.
+      value: its relation inside.
+      loop_inputs: the relations of a loop's inputs: its results are sliced where they are. None
+        for a call.
     """
     value &= ~ASKED
     if loop_inputs is None:
@@ -90,7 +91,7 @@ def of_literal(value: Any) -> Relation:
 
 
 def after_operation(name: str, inputs: list[Relation]) -> Relation:
-    """Return the relation of what an operation without communication makes of its inputs."""
+    """Return the relation of the result of an operation that does not communicate."""
     value = 0
     for one in inputs:
         value |= one
@@ -102,11 +103,11 @@ def after_operation(name: str, inputs: list[Relation]) -> Relation:
 
 
 def after_use(name: str, inputs: list[Relation], value: Relation) -> Relation:
-    """Return the relation of what an operation that autodiff did not make makes of gradients.
+    """Return the relation of the result when the user's own operation takes gradients.
 
     Args:
       name: the operation.
-      inputs: what it takes, some of it gradients.
+      inputs: the relations of its inputs, gradients among them.
       value: the relation of its result by `after`.
     """
     if (
@@ -170,5 +171,5 @@ def after_gather(value: Relation) -> Relation:
 
 
 def after_exchange(value: Relation) -> Relation:
-    """Return the relation of what each device got from another, or kept of a sum."""
+    """Return the relation of a value that each device received, or of its part of a sum."""
     return value & (CONSTANT | DEPENDS | SLICED | _OF_GRADIENTS) | DIFFERS

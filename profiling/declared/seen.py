@@ -1,4 +1,4 @@
-"""One equation as a walk along a mesh axis comes upon it, and what its reduction is."""
+"""One equation as a walk along a mesh axis sees it, and the meaning of its reduction."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,14 +20,17 @@ from txcore.profiling.declared.relation import Relation
 
 @dataclass(frozen=True)
 class Seen:
-    """An equation as a walk comes upon it.
+    """An equation as a walk sees it.
 
     Attributes:
-      eqn, jaxpr: the equation, and the jaxpr that it stands in; name: its primitive's.
-      axis: the mesh axis that the walk follows; sizes: all of the mesh's, with their sizes.
-      inputs, outputs: how its values relate to that axis.
-      splits: it is a cond or while whose predicate differs along the axis.
-      frame: what stands around it.
+      eqn: the equation.
+      jaxpr: the jaxpr that holds it.
+      name: the name of its primitive.
+      axis: the mesh axis that the walk follows.
+      sizes: the sizes of all the mesh's axes.
+      inputs, outputs: the relations of its values to that axis.
+      splits: whether it is a cond or while whose predicate differs along the axis.
+      frame: its surroundings.
     """
 
     eqn: Eqn

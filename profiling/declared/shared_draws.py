@@ -1,14 +1,14 @@
-"""Find random numbers of which each example should have its own, and each device draws the same.
+"""Find random numbers that each example should have for itself, but every device draws alike.
 
-A key that is the same on every device gives every device the same numbers. That is right for what
-is the same there, as noise on the parameters is, and wrong for a mask over local examples: those of
-the second device lose what those of the first lose. Types do not tell: what is drawn from such a
-key is invariant, and cast to varying where it meets the batch.
+A key that is the same on every device gives every device the same numbers. That is right for noise
+on the parameters, which are the same everywhere, and wrong for a mask over local examples: the
+second device's examples lose what the first device's lose. Types do not tell: numbers drawn from
+such a key are invariant, and cast to varying where they meet the batch.
 
-So this follows whose rows the first dim of each value holds. Found is a draw with numbers of its
-own for each row that meets, row by row, a value with a row for each local example. What has lost
-its rows before (by a sum, a contraction, a broadcast), or met parameters first, is left out: no
-false alarm, though what comes to the examples in another way is not seen.
+So the walk tracks whose rows the first dim of each value holds. It reports a draw with a number for
+each row that meets, row by row, a value with a row for each local example. It leaves out draws that
+lost their rows before (by a sum, a contraction, a broadcast) or met parameters first: nothing is a
+false alarm, though draws that reach the examples in other ways are missed.
 """
 
 from collections.abc import Sequence
@@ -56,7 +56,7 @@ class Draw:
 
 
 class _Rows(IntEnum):
-    """What the rows of a value are; the larger wins where values meet."""
+    """The owner of a value's rows; the larger wins where values meet."""
 
     NOTHING = 0  # constants, scalars, what is broadcast along the first dim
     DRAWN = 1  # random numbers, for each row its own, the same on every device
@@ -115,7 +115,7 @@ def _fact_of_spec(spec: Any, axis: str, shape: tuple[int, ...]) -> _Fact:
 
 
 class _SharedDraws(Forward[_Fact]):
-    """Whose rows each value holds along one axis; what meets wrongly goes into `found`."""
+    """The owner of each value's rows along one axis; draws that meet examples go into `found`."""
 
     def __init__(self, axis: str, found: dict[Draw, None]) -> None:
         self._axis, self._found = axis, found

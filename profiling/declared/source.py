@@ -1,4 +1,4 @@
-"""The line of the user's own code that an op comes from."""
+"""Find the line of the user's own code that an op comes from."""
 
 import functools
 import os

@@ -1,10 +1,10 @@
-"""Find the gradients that autodiff has summed over devices already, where they leave a program.
+"""Find the gradients that leave a program after autodiff has summed them over devices.
 
-The transpose of a cast to varying is a psum. Where it ends is what tells right from wrong:
-after the statistics of batch normalisation it goes on to the transpose of their own reduction,
-which casts it to varying again, and is a part of each device's local gradient, as it must be. A
-cotangent that is not cast again is the gradient of something stored: a sum over the devices of
-what the step takes for one device's, or for their mean.
+The transpose of a cast to varying is a psum, right or wrong by where its result goes. After the
+statistics of batch normalisation it goes on to the transpose of their own reduction, which casts
+it to varying again: it is a part of each device's local gradient, as it must be. A cotangent that
+is not cast again is the gradient of something stored: the step takes that sum for one device's
+gradient, or for the devices' mean.
 """
 
 from collections.abc import Iterable
@@ -50,8 +50,8 @@ _Sums = frozenset[Sum]
 def find_summed_gradients(jaxpr: Jaxpr, axes: Iterable[str]) -> list[Sum]:
     """Find the psums along `axes` of a backward pass that reach an output as sums.
 
-    Those that autodiff makes by itself, and those of `tx.vary`. A reduction of a batch's
-    statistics inside of a loss has such psums too, and none of them is found.
+    These are the psums that autodiff makes by itself, and those of `tx.vary`. A reduction of a
+    batch's statistics inside of a loss has such psums too; they are left out.
 
     Args:
       jaxpr: a Jaxpr or ClosedJaxpr of a program whose shard_maps track what varies.
@@ -79,7 +79,7 @@ def find_summed_gradients(jaxpr: Jaxpr, axes: Iterable[str]) -> list[Sum]:
 
 
 class _SummedGradients(Forward[_Sums]):
-    """Which sums of autodiff's each value is made of, that nothing has cast to varying again."""
+    """The autodiff sums in each value that nothing has cast to varying again."""
 
     def __init__(self, wanted: frozenset[str]) -> None:
         self._wanted = wanted

@@ -1,7 +1,7 @@
 """Number the values of a traced program, so that equal ones have equal numbers.
 
-Two collectives of equal operands are one after the compiler's common subexpression elimination;
-this tells which those are. Source: Briggs, Cooper, Simpson, "Value Numbering", 1997.
+The compiler's common subexpression elimination merges two collectives of equal operands; equal
+numbers tell which. Source: Briggs, Cooper, Simpson, "Value Numbering", 1997.
 """
 
 import itertools

@@ -1,4 +1,4 @@
-"""Compare what a plan predicts of a program's communication with what an audit found."""
+"""Compare a plan's prediction of a program's communication with an audit of it."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,7 +15,7 @@ GRADIENTS = "gradients"  # so a plan calls those whose mean it predicts
 
 
 class Prediction(Protocol):
-    """What a plan predicts of one step: arrays that a kind of collective sends over some axes."""
+    """A plan's prediction of one step: arrays that a kind of collective sends over some axes."""
 
     @property
     def what(self) -> str:
@@ -46,8 +46,8 @@ def against_plan(
     """Return a report that says, line by line, whether the program does what a plan predicts.
 
     A predicted array is found where the program declares a collective of its kind, dtype and
-    size over its axes, together or one after the other, and maybe over more; whatever the
-    compiler made of it. Arrays that are left are found in buckets, by their total.
+    size over its axes, together or one after the other, and maybe over more, whatever became of it
+    in the compiled program. The remaining arrays are found in buckets, by their total.
 
     Args:
       report: an audit that was compared with the traced program.
@@ -82,7 +82,7 @@ def against_plan(
 def _cover_along_axes(
     predicted: Prediction, left: Mapping[int, Declared]
 ) -> tuple[dict[int, int], set[int]]:
-    """Return the elements that each declaration covers along the worst axis, and who does any."""
+    """Return the elements covered by each declaration on the worst axis, and all that cover any."""
     alike = {
         i: d for i, d in left.items() if (d.kind, d.dtype) == (predicted.kind, predicted.dtype)
     }
@@ -95,7 +95,7 @@ def _cover_along_axes(
 
 
 def _cover_sizes(sizes: Iterable[int], declared: Mapping[int, Declared]) -> dict[int, int]:
-    """Return how many elements, of arrays of these sizes, each declaration stands for."""
+    """Return how many elements of arrays of these sizes each declaration covers."""
     wanted = Counter(sizes)
     covered: dict[int, int] = {}
     sent = {i: d.elements * d.trips for i, d in declared.items()}
@@ -133,7 +133,7 @@ def _plan_line(predicted: Prediction, covered: Mapping[int, int], gone: set[int]
 
 
 def _read_factors(lines: Sequence[PlanLine], factors: Sequence[GradientFactor]) -> list[PlanLine]:
-    """Return the lines with the factor of the gradients, the worst of any; one says what it is."""
+    """Return the lines with the worst factor of the gradients; the first carries the note."""
     if not factors:
         return list(lines)
     read: list[PlanLine] = []

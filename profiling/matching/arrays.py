@@ -1,4 +1,4 @@
-"""The arrays of compiled collectives: what is matched with the declared ones."""
+"""Describe the arrays of compiled collectives, which are matched with the declared ones."""
 
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -23,17 +23,16 @@ class Unit:
       shape: of the array as sent.
       elements: S as in nccl-tests (times n for an all-gather).
       trips: how often its op runs in one call of the program.
-      claims: the tags that it may have, None for no tag. An array that was merged with others,
-        and of which nothing else is left, may have any of theirs.
+      claims: the tags that it may have, None for no tag. A merged array without words of its own
+        may have any tag of its op.
       tag: those tags, joined by commas.
       op_name: its path of scopes.
-      source, wanted_source: "file.py:12" of itself, and of what uses it.
-      origin, note: where its line says that it comes from.
-      has_own_line: whether the line describes this array alone, or all that its op merged.
-      doubtful: whether its op was merged with something of the partitioner's, and nothing tells
-        which of its arrays that is.
-      pieces: what it was concatenated from; the program may have done it itself.
-      added: "file.py:12" of an undeclared one that was merged into this one, else "".
+      source, wanted_source: "file.py:12" of itself, and of its consumer.
+      origin, note: its origin by its line, and what the line leaves open.
+      has_own_line: whether the line describes this array alone, not all that its op merged.
+      doubtful: whether its op contains an array of the partitioner's, and nothing tells which.
+      pieces: the arrays that it was concatenated from, perhaps by the program itself.
+      added: "file.py:12" of an undeclared array that was merged into this one, else "".
     """
 
     op: int
@@ -55,7 +54,7 @@ class Unit:
 
     @property
     def size(self) -> int:
-        """Return the real numbers that it holds: a compiler may send a complex one's apart."""
+        """Return its count of real numbers: a compiler may send the parts of complex ones apart."""
         return count_reals(self.elements, self.shape.dtype)
 
 
@@ -70,9 +69,9 @@ def size_of(declared: Declared) -> int:
 
 
 def units_of(ops: Sequence[Op]) -> Iterator[Unit]:
-    """Yield the arrays of compiled collectives, in order; an op without arrays is one, empty."""
+    """Yield the arrays of compiled collectives, in order; an op without any has an empty one."""
     for place, op in enumerate(ops):
-        like: dict[Hashable, Unit] = {}  # of many arrays that say the same, one that says it
+        like: dict[Hashable, Unit] = {}  # one unit for all arrays with the same words
         for one in _inputs_as_sent(op):
             yield _make_unit(place, op, one, like)
 
@@ -103,7 +102,7 @@ def _make_unit(
 
 
 def _describe_unit(place: int, op: Op, one: Input, *, is_piece: bool) -> Unit:
-    """Return an array, but for its pieces: where it comes from, as far as it is said."""
+    """Return the unit of an array without its pieces."""
     # Of a merged array that says nothing itself, the op's line tells what it may be.
     is_merged = is_piece or len(op.inputs) > 1
     has_own = bool(one.tag or one.op_name or one.marked)
@@ -138,14 +137,14 @@ def _count_elements(op: Op, one: Input) -> int:
 
 
 def _join_tags(tags: Sequence[str]) -> str:
-    """Name what an array may be, in a text that each of many thousand arrays can hold."""
+    """Join the tags that an array may have; short, since many thousand arrays hold it."""
     named = list(dict.fromkeys(tags))
     more = len(named) - _MOST_NAMED
     return ",".join(named[:_MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 def _find_source(op: Op, origin: str) -> str:
-    """Return the line of an op, or of what it was inserted for."""
+    """Return the source line of an op, or of its consumer where it was inserted."""
     own, wanted = source.user_source_line(op.frames), source.user_source_line(op.wanted_frames)
     if origin == "reshard" and not op.op_name.endswith("/reshard"):
         return wanted

@@ -1,4 +1,4 @@
-"""What became of each declared collective in the compiled program."""
+"""Tell what became of each declared collective in the compiled program."""
 
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Mapping, Sequence
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from txcore.profiling.declared.collectives import RESHARD, Declared
 from txcore.profiling.matching.arrays import Unit, size_of
 
-# One of a + b may stand for one of a and one of b.
+# Linear: one collective of a + b may replace one of a and one of b.
 LINEAR = ("all-reduce", "reduce-scatter", "all-gather")
 
 

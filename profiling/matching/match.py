@@ -12,8 +12,8 @@ elements (not bytes: compilers promote dtypes). `rules.py` tries the plain forms
 6. without its tag, where the compiler marks what it adds itself and did not mark this
 7. under a tag that this trace does not have: jax's cache on disk ignores names
 
-What is left of the compiled program is unexplained, whatever its tag says. What is left of the
-traced one is missing, unless nothing uses it, an equal one does its work, or it has none to do.
+A unit without a match is unexplained, whatever its tag says. A declaration without a match is
+missing, unless nothing uses it, an equal one does its work, or it has no work.
 """
 
 from collections import defaultdict
@@ -34,12 +34,12 @@ _MOVES = ("all-gather", "all-to-all", "collective-permute")
 
 @dataclass(frozen=True)
 class Matched:
-    """What was found.
+    """The result of a match.
 
     Attributes:
       units: the arrays of the compiled ops.
-      links: of each unit, the places of the declarations that it carries out.
-      fates: of each declaration, in their order; see `txcore.profiling.Fate`.
+      links: for each unit, the places of the declarations that it carries out.
+      fates: for each declaration, in order, what became of it; see `txcore.profiling.Fate`.
     """
 
     units: tuple[Unit, ...]
@@ -77,7 +77,7 @@ def match_collectives(ops: Sequence[Op], declared: Sequence[Declared], *, marks:
 
 
 class _Match:
-    """The work in progress: which units and declarations are still open, and who does what."""
+    """A match in progress: the open units and declarations, and the links so far."""
 
     def __init__(self, ops: Sequence[Op], declared: Sequence[Declared]):
         self.declared = declared
@@ -126,7 +126,7 @@ class _Match:
         return [i for i, of in tags.items() if of and not known.intersection(of)]
 
     def join_by_rule(self, rule: rules.Rule, units: Sequence[int] | None = None) -> None:
-        """Match one to one what a rule finds equal, among all open units or the given ones."""
+        """Match one to one by a rule, among all open units or the given ones."""
         waiting: dict[Hashable, list[int]] = defaultdict(list)
         for i in reversed(self.open_declared()):
             waiting[self.devices[i], rule.of_declared(self.declared[i])].append(i)
@@ -150,7 +150,7 @@ class _Match:
         return next((i for i in still if rule.fits(unit, self.declared[i])), None)
 
     def take_apart(self) -> None:
-        """Put a flat array's pieces in its place, where it is not declared and one of them is."""
+        """Replace an undeclared flat array by its pieces, where one of them is declared."""
         flat = {i: self.units[i] for i in self.open_units() if self.units[i].pieces}
         pieces: dict[int, range] = {}
         for i, unit in flat.items():
@@ -204,7 +204,7 @@ class _Match:
         return units, declared
 
     def explain_reshards(self) -> None:
-        """Explain what is at the line of an explicit reshard; the compiler chooses the ways."""
+        """Explain collectives at an explicit reshard's line; the compiler chooses their kind."""
         live = (i for i, d in enumerate(self.declared) if d.primitive == RESHARD and d.live)
         asked = {self.declared[i].source: i for i in live}
         for unit in self.open_units((RESHARD,)):
@@ -218,10 +218,10 @@ class _Match:
         self._explain_sums()
 
     def _explain_sums(self) -> None:
-        """Explain one sum by each reshard of one that is left.
+        """Explain one sum by each open reshard of a sum.
 
-        XLA gives it the name and line of what made the parts, so that its devices and size decide;
-        those come first that are named a reshard all the same.
+        XLA gives the sum the name and line of the op that made the parts, so devices and size
+        decide; sums that are named a reshard come first.
         """
         used = {i for of in self.links.values() for i in of}
         left = [
@@ -238,14 +238,14 @@ class _Match:
                 left.remove(chosen)
 
     def _is_sum_of(self, unit: int, declared: int) -> bool:
-        """Tell whether a unit sums what a reshard has to, or a part of it that is wanted."""
+        """Tell whether a unit may be the sum of a reshard, or a part of it."""
         u, d = self.units[unit], self.declared[declared]
         same_devices = self.op_devices[u.op] == self.devices[declared]
         is_part = u.size > 0 and size_of(d) % u.size == 0
         return u.kind in _SUMS and same_devices and is_part and u.trips.count <= d.trips
 
     def settle_loops(self) -> None:
-        """Keep several units of one declaration only where they run as often as it, together."""
+        """Keep several units of one declaration only where their trips add up to its trips."""
         of_declared = self.units_of_declared()
         for i, units in of_declared.items():
             same = [u for u in units if self.units[u].size == size_of(self.declared[i])]
@@ -254,7 +254,7 @@ class _Match:
                     del self.links[unit]
 
     def settle_doubts(self) -> None:
-        """Believe the mark of an op of which every array has a match: one of them is too much."""
+        """Unlink a marked op whose arrays all have a match: one of them is the partitioner's."""
         doubtful: dict[int, list[int]] = defaultdict(list)
         for i, u in self.units.items():
             if u.doubtful:

@@ -1,12 +1,12 @@
-"""Reconcile what two modules of one program show.
+"""Reconcile two modules of one program.
 
-Right after partitioning each collective stands alone, whether the user or the partitioner asked for
-it: that early module decides who did. The optimized module, after merging, moving and rewriting,
-shows what is sent. Where the optimized module alone leaves a doubt:
+Right after partitioning, each collective stands alone with its own origin: that early module tells
+who asked for it. The optimized module, after merging, moving and rewriting, shows what is sent.
+Where the optimized module alone leaves a doubt:
 
 - an undeclared collective takes its origin and line from the early module
-- one that is undeclared early and gone later was merged into one that looks declared
-- one that matches nothing later, where all was declared early, is a declared one, rewritten
+- a collective that is undeclared early and gone later was merged into one that looks declared
+- a later collective without a match, where all early ones are declared, is a rewritten declared one
 """
 
 from collections import defaultdict
@@ -22,7 +22,7 @@ from txcore.profiling.matching.origin import UNEXPLAINED
 
 _LOST = (("missing",), ("reassociated",))
 _Way = Callable[[Unit, Hashable], Hashable]
-# What an array of the optimized module has in common with the early one that it was.
+# The properties by which an array of the optimized module is paired with its early one.
 _WAYS: tuple[_Way, ...] = (
     lambda unit, devices: (unit.kind, devices, unit.size, unit.op_name),
     lambda unit, devices: (unit.kind, devices, unit.size, unit.origin),
@@ -77,7 +77,7 @@ class _State:
         self.added = {i for i in self.left if not early.links[i] and not _is_opaque(early.units[i])}
 
     def name_what_is_open(self) -> None:
-        """Take origin and line of what nothing explains from the early module."""
+        """Give unexplained arrays their origin and line from the early module."""
         for place, i in self._pair_arrays([p for p, link in enumerate(self.links) if not link]):
             self.links[place] = self.early.links[i]
             for d in self.links[place]:
@@ -87,7 +87,7 @@ class _State:
             self.units[place] = _with_early_origin(self.units[place], self.early.units[i])
 
     def find_what_is_hidden(self) -> None:
-        """Blame the declared ones that something added was merged into."""
+        """Blame the declared arrays that contain an added one."""
         self.left &= self.added
         for place, i in self._pair_arrays([p for p, link in enumerate(self.links) if link]):
             unit, renamed = (
@@ -97,7 +97,7 @@ class _State:
             self.units[place] = replace(unit, origin=renamed.origin, added=renamed.source)
 
     def _pair_arrays(self, places: Sequence[int]) -> Iterator[tuple[int, int]]:
-        """Yield (array, early array) for what is the same in both modules, the surest first."""
+        """Yield (array, early array) for arrays that both modules have, the surest pairs first."""
         open_places = list(places)
         for way in _WAYS:
             waiting: dict[Hashable, list[int]] = defaultdict(list)
@@ -113,7 +113,7 @@ class _State:
                     yield place, i
 
     def explain_rewritten(self) -> None:
-        """Explain what is open by what is lost, where nothing was added among those devices."""
+        """Explain open arrays by lost declarations, where nothing was added among those devices."""
         unseen = self.added & self.left
         added_on = {_devices_of(self.early_ops[self.early.units[i].op]) for i in unseen}
         lost: dict[Hashable, dict[int, int]] = defaultdict(dict)  # what is not sent yet, by place
@@ -131,7 +131,7 @@ class _State:
         self._settle_sums(lost)
 
     def _settle_sums(self, lost: dict[Hashable, dict[int, int]]) -> None:
-        """Say of what is still lost whether one like it that is sent does its work."""
+        """Find for each declaration that is still lost an equal one that does its work."""
         carried = [self.declared[i] for i in {i for link in self.links for i in link}]
         equal = {(d.kind, _devices_of(d), d.operand) for d in carried}
         as_large = {(d.kind, _devices_of(d), d.elements) for d in carried if d.kind in LINEAR}
@@ -143,7 +143,7 @@ class _State:
                 self.fates[i] = ("reassociated",)
 
     def _choose_lost(self, unit: Unit, lost: dict[int, int]) -> list[int]:
-        """Take the declarations that a rewritten unit stands for: by size, else the next."""
+        """Take the declarations that a rewritten unit replaces: by size, else the nearest."""
         sent = unit.size * unit.trips.count
         nearest = sorted(lost, key=lambda i: self.declared[i].source != unit.source)
         whole = [i for i in nearest if lost[i] == sent]

@@ -41,7 +41,7 @@ def rows_of(
     Args:
       ops: the compiled program's.
       matched: their arrays, and what each carries out.
-      declared: what they were compared with; None where there was nothing.
+      declared: the declarations that they were compared with; None without a traced program.
       sizes: the meshes whose axes may name an op's groups; the first that fits does.
 
     Returns:
@@ -61,7 +61,7 @@ def rows_of(
     fates = (
         Fate(d, matched.fates[i], tuple(rows_of_declared.get(i, ())))
         for i, d in enumerate(declared or ())
-        if d.primitive != RESHARD  # of which only the rows tell what became
+        if d.primitive != RESHARD  # only the rows tell what became of a reshard
     )
     return tuple(rows), tuple(fates)
 
@@ -157,7 +157,7 @@ def _make_row(
 def _parts_of(array: _Array, group_size: int) -> Iterator[Part]:
     unit, wire = array.unit, array.unit.shape.dtype
     if len(array.declared) > 1 and sum(d.elements for d in array.declared) == unit.elements:
-        for d in array.declared:  # joined into one flat array, of which nothing shows the parts
+        for d in array.declared:  # joined into one flat array: the text does not show the parts
             yield Part(
                 d.tag or "", d.dtype, wire, d.elements, d.payload_bytes, d.source, array.fates
             )
@@ -185,7 +185,7 @@ def _parts_of(array: _Array, group_size: int) -> Iterator[Part]:
 
 
 def _trips_of(op: Op, arrays: Sequence[_Array]) -> Trips:
-    """Return how often an op runs: a loop whose length only the traced program has is known."""
+    """Return how often an op runs; the traced program may know a loop's length."""
     declared = [d for array in arrays for d in array.declared]
     traced = {d.trips for d in declared if d.trips_known}
     if op.trips.known or len(traced) != 1 or not all(d.trips_known for d in declared):
@@ -194,7 +194,7 @@ def _trips_of(op: Op, arrays: Sequence[_Array]) -> Trips:
 
 
 def _sort_meshes(sizes: Sequence[meshes.Sizes], arrays: Sequence[_Array]) -> list[meshes.Sizes]:
-    """Put the meshes first that have the axes that were declared."""
+    """Sort meshes that have all the declared axes to the front."""
     declared = (d for array in arrays for d in array.declared)
     wanted = {axis for d in declared for axis in d.axes}
     return sorted(sizes, key=lambda mesh: not wanted <= {name for name, _ in mesh})

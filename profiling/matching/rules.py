@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from txcore.profiling.declared.collectives import Declared
 from txcore.profiling.matching.arrays import Unit, size_of
 
-# The kinds that compilers put in the place of another, with the same S: a sum of which a part is
-# used, a sum and its slice, a sum of parts that are zero elsewhere.
+# The kinds with which compilers replace another of the same S: a reduce-scatter for a sum that is
+# used in part, a sum and its slice, a sum of parts that are zero elsewhere.
 _REWRITTEN = {
     "all-reduce": ("reduce-scatter",),
     "reduce-scatter": ("all-reduce",),
@@ -18,7 +18,7 @@ _REWRITTEN = {
 
 @dataclass(frozen=True)
 class Rule:
-    """What a unit (with one of its claims) and a declaration must have in common, to be joined.
+    """What a unit (with one of its claims) and a declaration must share to match.
 
     Attributes:
       of_unit, of_declared: keys that must be equal.
