@@ -1,4 +1,4 @@
-"""Account for every collective of a compiled program: `audit`, `audit_text` and what they share."""
+"""Account for every collective of a compiled program: `audit`, `audit_text` and their helpers."""
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -31,7 +31,7 @@ MOST_BYTES = 1 << 28  # of a text from elsewhere
 
 
 class AutoShardingError(TxcoreError, AssertionError):
-    """A program has collectives that nobody asked for, or lacks some that were; holds `report`."""
+    """A program has collectives that nobody asked for, or lacks declared ones; holds `report`."""
 
     def __init__(self, report: Report):
         super().__init__(
@@ -53,16 +53,16 @@ def audit(
 
     Args:
       fn: any jax function, jitted or not, or an already compiled one (`jax.stages.Compiled`),
-        which cannot be compared with its traced program any more (`report.checked` is False).
-        With `target` a function `build(mesh) -> (fn, args)`.
+        whose traced program is gone (`report.checked` is False). With `target` a function
+        `build(mesh) -> (fn, args)`.
       *args: its arguments; arrays or `jax.ShapeDtypeStruct`s, with shardings where they have one.
         None with a compiled function or a target.
-      target: a machine to compile for, which need not be here: "tpu:v5p:16x16x16",
+      target: a machine to compile for, which may be absent: "tpu:v5p:16x16x16",
         "cuda:h100:64x8" (hosts x GPUs), "cpu:8"; see `txcore.profiling.targets`.
       mesh: the target's axes and their sizes, `{"data": 512, "model": 8}`; needed with `target`,
         unless `build` takes no argument and makes its own mesh.
-      after_spmd: account for the module as it is right after SPMD partitioning, where each
-        collective is still by itself, instead of the optimized one.
+      after_spmd: account for the module right after SPMD partitioning, where each collective
+        still stands alone, instead of the optimized one.
 
     Returns:
       The report. Nothing is executed.
@@ -171,13 +171,14 @@ def audit_compiled(
     *,
     partition: Callable[[], str] | None = None,
 ) -> Report:
-    """Account for every collective of a compiled program that was traced before.
+    """Account for every collective of a compiled program.
 
     Args:
       compiled: the program.
-      jaxpr: what was traced, `jax.jit(f).trace(*args).jaxpr`; without it nothing can be compared.
-      mesh: the mesh whose axes to name; by default those of the program's shard_maps, or of its
-        arguments' and results' shardings.
+      jaxpr: the traced program, `jax.jit(f).trace(*args).jaxpr`; without it there is nothing to
+        compare with.
+      mesh: the mesh whose axes the rows name; by default the meshes of the program's shard_maps,
+        or of its arguments' and results' shardings.
       partition: returns the text of the module right after SPMD partitioning. It is called where
         the optimized module alone leaves a doubt; without it the doubt counts against the program.
 
@@ -209,12 +210,12 @@ def audit_compiled(
 def audit_text(
     hlo: str, *, mesh: meshes.MeshLike | None = None, max_bytes: int | None = None
 ) -> Report:
-    """List every collective in the text of compiled HLO, with what its own lines say of it.
+    """List every collective in the text of compiled HLO, by the words of its own lines.
 
     Args:
-      hlo: optimized HLO of any platform, one or more modules; indented, or with what a log puts
-        before each line, too.
-      mesh: the mesh whose axes to name (a Mesh or AbstractMesh); without it rows have no axes.
+      hlo: optimized HLO of any platform, one or more modules; it may be indented or have the
+        prefixes of a log before each line.
+      mesh: the mesh whose axes the rows name (a Mesh or AbstractMesh); without it they have none.
       max_bytes: the longest text to read, 256 MiB by default; time and memory grow with it.
 
     Returns:
@@ -258,7 +259,7 @@ def audit_text(
 
 
 def _check_devices(modules: Sequence[Module], given: int | None) -> None:
-    """Refuse a mesh of another number of devices than the text's headers say."""
+    """Check that a mesh has the number of devices in the text's headers."""
     counts = {module.devices for module in modules if module.devices is not None}
     if given is not None and counts and given not in counts:
         said = " or ".join(map(str, sorted(counts)))
@@ -308,7 +309,7 @@ def _find_mesh_sizes(
 
 
 def _count_devices(sizes: Sequence[meshes.Sizes]) -> int | None:
-    """Return the devices of the largest mesh, None where there is no mesh."""
+    """Count the devices of the largest mesh; None where there is no mesh."""
     return max((meshes.count_devices(s, tuple(name for name, _ in s)) for s in sizes), default=None)
 
 
@@ -321,7 +322,7 @@ def _match_declared(ops: Sequence[Op], declared: Sequence[Declared]) -> Matched:
 
 
 def _match_nothing(ops: Sequence[Op]) -> Matched:
-    """Return the arrays of ops that there is nothing to match with."""
+    """Return the arrays of ops, all without a match."""
     units = tuple(units_of(ops))
     return Matched(units, ((),) * len(units), ())
 

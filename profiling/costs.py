@@ -1,4 +1,4 @@
-"""What a compiled program costs on its machine, which need not be here: bytes, memory, time."""
+"""Count what a program costs on its machine, which may be absent: bytes, memory, time."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -38,16 +38,16 @@ def costs(
     mesh: Mapping[str, int] | None = None,
     at_least: int = 1 << 20,
 ) -> Costs:
-    """Compile a function and count what one call of it sends, stores and computes.
+    """Compile a function and count the bytes, memory and FLOPs of one call of it.
 
     Args:
       fn: any jax function, jitted or not; with `target` a function `build(mesh) -> (fn, args)`.
       *args: its arguments, as for `audit`; none with a target.
-      target: a machine to compile for, which need not be here, as for `audit`. Times are
-        predicted for a TPU or GPU target alone.
+      target: a machine to compile for, which may be absent, as for `audit`. Only TPU and GPU
+        targets have predicted times.
       mesh: the target's axes and their sizes.
-      at_least: bytes on each device; arrays that would save less if they were sharded are left
-        out.
+      at_least: bytes on each device; `replicated` leaves out arrays that would save less by
+        sharding.
 
     Returns:
       The costs. Nothing is executed.
@@ -83,7 +83,7 @@ def costs(
 
 
 def costs_of(program: Program, *, at_least: int = 1 << 20) -> Costs:
-    """Count what one call of a compiled program sends, stores and computes.
+    """Count the bytes, memory and FLOPs of one call of a compiled program.
 
     Args:
       program: from `compile_program` or `compile_for_target`.
@@ -110,7 +110,7 @@ def costs_of(program: Program, *, at_least: int = 1 << 20) -> Costs:
 def _machine_of(program: Program) -> Machine | None:
     try:
         target = parse_target(program.target)
-    except ValueError:  # compiled for this machine's devices, whose peaks nobody named
+    except ValueError:  # compiled for this machine's devices, whose peaks are not known
         return None
     if target.chip is None:
         return None

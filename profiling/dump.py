@@ -17,8 +17,8 @@ def compile_with_partitioned(
 ) -> tuple[jax.stages.Compiled, str]:
     """Compile once, and return the program with its module right after SPMD partitioning.
 
-    That module shows every collective as somebody asked for it, the user or the partitioner,
-    before the compiler merges, moves or rewrites any.
+    That module shows every collective as the user or the partitioner asked for it, before the
+    compiler merges, moves or rewrites any.
 
     Args:
       lowered: `jax.jit(f).lower(*args)`.
@@ -44,7 +44,7 @@ def compile_with_partitioned(
 def compile_and_dump(
     compile_: Callable[[dict[str, Any]], C], options: Mapping[str, Any] | None = None
 ) -> tuple[C, str]:
-    """Call what compiles with options that dump; return its result and the partitioned module."""
+    """Call a compiler with options that dump; return its result and the partitioned module."""
     with tempfile.TemporaryDirectory(prefix="txcore-") as folder:
         dump = {
             "xla_dump_to": folder,

@@ -1,4 +1,4 @@
-"""Mesh axes and the groups of devices that they mean."""
+"""Translate between mesh axes and groups of devices."""
 
 import functools
 import itertools
@@ -14,7 +14,7 @@ Sizes = tuple[tuple[str, int], ...]  # the axes of a mesh and their sizes, in th
 
 
 class MeshLike(Protocol):
-    """A jax Mesh or AbstractMesh: all that is asked of it is its axes' sizes."""
+    """A jax Mesh or AbstractMesh, of which only the axes' sizes are used."""
 
     @property
     def shape(self) -> Mapping[str, int]:
@@ -35,7 +35,7 @@ def count_devices(sizes: Sizes, axes: tuple[str, ...]) -> int:
 def device_groups(
     sizes: Sizes, axes: tuple[str, ...], index_groups: tuple[tuple[int, ...], ...] | None = None
 ) -> Groups:
-    """Return the groups of devices that a collective along `axes` makes, by place in the mesh.
+    """Return the groups of devices of a collective along `axes`, by place in the mesh.
 
     Args:
       sizes: the mesh.
@@ -73,9 +73,9 @@ def device_pairs(
 
 
 def axes_of_groups(groups: Groups, sizes: Sizes) -> tuple[str, ...] | None:
-    """Name the mesh axes whose groups these are, or return None where no axes give them.
+    """Return the mesh axes that form these groups, or None where no axes do.
 
-    Axes of size 1 are never named: no group tells them apart.
+    Axes of size 1 are left out: groups do not depend on them.
     """
     if not groups or groups.devices != math.prod(size for _, size in sizes):
         return None
@@ -88,7 +88,7 @@ def axes_of_groups(groups: Groups, sizes: Sizes) -> tuple[str, ...] | None:
 
 
 def axes_of_pairs(pairs: tuple[tuple[int, int], ...], sizes: Sizes) -> tuple[str, ...] | None:
-    """Name the mesh axes along which a permute moves data; None where a device is not in it."""
+    """Return the mesh axes along which a permute moves data; None for devices out of the mesh."""
     total = math.prod(size for _, size in sizes)
     if any(device >= total for pair in pairs for device in pair):
         return None

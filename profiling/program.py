@@ -18,12 +18,12 @@ class Program:
     """One function on its way to a machine.
 
     Attributes:
-      jaxpr: what was traced.
-      lowered: what was given to the compiler.
-      compiled: what came out.
-      partitioned: the module right after SPMD partitioning; "" where it was not to be kept, or
-        nothing was partitioned.
-      target: what it was compiled for: "cpu:8", "tpu:v5p:16x16x16".
+      jaxpr: the traced program.
+      lowered: the compiler's input.
+      compiled: the compiler's result.
+      partitioned: the module right after SPMD partitioning; "" where it was not kept, or nothing
+        was partitioned.
+      target: the machine that it was compiled for: "cpu:8", "tpu:v5p:16x16x16".
       options: the compiler options that it was compiled with.
     """
 
@@ -47,8 +47,8 @@ def compile_program(
     Args:
       fn: any jax function, jitted or not.
       args: its arguments; arrays or `jax.ShapeDtypeStruct`s.
-      keep_partitioned: whether to keep the module right after SPMD partitioning in any case; it
-        is kept where the partitioner had anything to decide.
+      keep_partitioned: whether to keep the module right after SPMD partitioning in any case; else
+        it is kept only where the partitioner had anything to decide.
 
     Returns:
       The program. Nothing is executed.
@@ -67,7 +67,7 @@ def compile_for_target(
     *,
     keep_partitioned: bool = False,
 ) -> Program:
-    """Trace and compile what `build` returns for a machine that need not be here.
+    """Trace and compile the function that `build` returns for a machine that may be absent.
 
     Args:
       build: `build(mesh) -> (fn, args)` with the target's mesh, args with shardings on it; or
@@ -130,7 +130,7 @@ def compile_traced(
     Args:
       traced: `jax.jit(f).trace(*args)`.
       options: XLA's compiler options.
-      target: what its devices are, "cpu:8"; by default what they say of themselves.
+      target: the machine's name, "cpu:8"; by default it is made from the devices.
       keep_partitioned: as for `compile_program`.
 
     Returns:
@@ -148,7 +148,7 @@ def compile_lowered(
     *,
     keep_partitioned: bool = False,
 ) -> Program:
-    """Compile what was traced and lowered already; else as `compile_traced`."""
+    """Compile a program that is lowered already; else as `compile_traced`."""
     if keep_partitioned or not is_one_shard_map(jaxpr):
         compiled, partitioned = compile_with_partitioned(lowered, options)
     else:
@@ -158,7 +158,7 @@ def compile_lowered(
 
 
 def _replace_absent_arrays(args: Sequence[Any], target: Target) -> Any:
-    """Return the arguments as shapes where they lie on other devices than the target's."""
+    """Replace arrays on other devices than the target's by their shapes."""
     there = set(target.devices)
 
     def shape_if_absent(leaf: Any) -> Any:
@@ -176,6 +176,6 @@ def devices_of(compiled: jax.stages.Compiled) -> set[jax.Device]:
 
 
 def machine_of(compiled: jax.stages.Compiled) -> str:
-    """Name what a program was compiled for by its devices: "cpu:8"; "" where it names none."""
+    """Name a program's machine by its devices: "cpu:8"; "" where it has none."""
     devices = devices_of(compiled)
     return f"{next(iter(devices)).platform}:{len(devices)}" if devices else ""

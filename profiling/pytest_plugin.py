@@ -1,4 +1,4 @@
-"""The pytest fixture `collectives_lock`: what a program sends, as a snapshot beside its test.
+"""The pytest fixture `collectives_lock`: a snapshot of a program's communication.
 
 Write in the conftest.py at the root of the tests, for pytest imports no jax in other projects:
 
@@ -32,15 +32,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture
 def collectives_lock(request: pytest.FixtureRequest) -> Callable[..., Report]:
-    """Return a function that holds a program to its lock file.
+    """Return a function that compares a program with its lock file.
 
-    It is called as `collectives_lock(report)`, or as `collectives_lock(fn, *args, target=...,
-    mesh=...)`, whose arguments are `audit`'s. Keywords of its own are `name`, which is needed where
-    a test locks several programs for one target, and `exact`, which fails where less is sent, too.
-    It returns the report.
+    Call it as `collectives_lock(report)`, or as `collectives_lock(fn, *args, target=...,
+    mesh=...)` with `audit`'s arguments. Its own keywords are `name`, for tests that lock several
+    programs for one target, and `exact`, which fails on less communication, too. It returns the
+    report.
 
-    The test fails where the program's communication grew or is not proved, and where there is no
-    lock file yet: only `pytest --update-collectives` writes one.
+    The test fails where the program's communication grew or its audit failed, and where there is
+    no lock file yet: only `pytest --update-collectives` writes one.
     """
     used: set[tuple[Path, str]] = set()
 
@@ -95,7 +95,7 @@ def _path_of_lock(node: pytest.Item, name: str) -> Path:
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Show what was written, and what shrank."""
+    """Show the written locks, and the entries that shrank."""
     # User properties reach the main process of pytest-xdist, too.
     passed = terminalreporter.stats.get("passed", [])
     properties = [pair for report in passed for pair in report.user_properties]

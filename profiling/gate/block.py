@@ -1,10 +1,9 @@
 """The gate: a block of code in which nothing may be compiled that communicates unasked.
 
-While a block is active, jax's own lowering, compiling and placing of arrays are watched
-(`_compat.compilation_seams`). Each program that this thread compiles is audited against what was
-traced for it, with the verdict of `audit`, before anyone gets it to run. What the block refuses is
-part of jax's key for compiled programs, so that one compiled outside, or under a laxer gate, is
-compiled anew.
+While a block is active, the gate watches jax's lowering, compiling and placing of arrays
+(`_compat.compilation_seams`). It audits each program that this thread compiles against its traced
+program, as `audit` does, before the program runs. The refused origins are part of jax's key for
+compiled programs, so that a program compiled outside, or under a laxer gate, is compiled anew.
 
 | jax   | what the gate cannot tell                                                            |
 |-------|--------------------------------------------------------------------------------------|
@@ -34,14 +33,15 @@ R = TypeVar("R")
 def no_auto_collectives(*, allow: Iterable[str] = ()) -> "Gate":
     """Refuse, within a block or a function, every program that communicates unasked.
 
-    Holds for all that the calling thread compiles in the block: jitted functions, single
-    operations on arrays, `lower(...).compile()`, also for targets. What was compiled before is
-    traced and compiled anew, once for each set of refused origins. jax's compilation cache on
-    disk is neither read nor written, which is logged where it would have been used.
-    `jax.device_put` is refused where it sends a committed array's data between devices.
+    The gate checks all that the calling thread compiles in the block: jitted functions, single
+    operations on arrays, `lower(...).compile()`, also for targets. Programs compiled before are
+    traced and compiled anew, once for each set of refused origins. The gate bypasses jax's
+    compilation cache on disk, and logs where it would have been used. It refuses a
+    `jax.device_put` that sends a committed array's data between devices.
 
-    Blocks nest: what any of them refuses is refused. As a decorator it guards each call. It belongs
-    to one thread from beginning to end, as jax's own contexts do: do not `await` or `yield` in it.
+    Blocks nest: an origin is refused where any of them refuses it. As a decorator the gate guards
+    each call. It belongs to one thread from beginning to end, as jax's own contexts do: do not
+    `await` or `yield` in it.
 
     Args:
       allow: origins of `Collective.origin` to let through, of "partitioner", "boundary" (a reshard

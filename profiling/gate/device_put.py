@@ -1,4 +1,4 @@
-"""What `jax.device_put` sends between devices: a reshard that no compiled module shows."""
+"""Describe what `jax.device_put` sends between devices: a reshard that no module shows."""
 
 import math
 from typing import Any
@@ -12,15 +12,15 @@ _Spans = tuple[tuple[int, int], ...]  # (start, stop) along each dim
 
 
 def row_of_move(x: Any, target: Any, source: str) -> Collective | None:
-    """Describe what placing `x` as `target` sends between devices, or return None for nothing.
+    """Return a row for the bytes that placing `x` as `target` sends between devices, or None.
 
-    Only arrays that are committed to devices count: what the host or jax's default device holds is
-    placed for the first time.
+    Only arrays that are committed to devices count: others, on the host or jax's default device,
+    are placed for the first time.
 
     Args:
-      x: what is placed; anything but a jax array is on the host.
+      x: the value to place; anything but a jax array is on the host.
       target: a sharding, a layout with one, or a device; anything else moves nothing.
-      source: "file.py:12", who asks for it.
+      source: "file.py:12" of the call.
 
     Returns:
       A row of kind "device_put" and origin "reshard": the payload is the whole array, the wire
@@ -59,7 +59,7 @@ def _sharding_of_target(target: Any) -> Sharding | None:
 
 
 def _count_arriving(x: jax.Array, target: Sharding) -> list[int]:
-    """Return how many elements each device of `target` has to be sent."""
+    """Return how many elements each device of `target` receives."""
     held = x.sharding.devices_indices_map(x.shape)
     here = {device: _spans_of_index(index, x.shape) for device, index in held.items()}
     arriving = []

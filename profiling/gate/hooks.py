@@ -1,4 +1,4 @@
-"""jax's lowering, compiling and placing of arrays, watched while there is a block.
+"""Watch jax's lowering, compiling and placing of arrays while there is a block.
 
 jax is patched when the first block of any thread begins, and restored when the last one ends.
 """
@@ -33,7 +33,7 @@ _log = logging.getLogger("txcore.profiling.gate")
 
 @contextlib.contextmanager
 def refuse_in_block(origins: frozenset[str]) -> Iterator[None]:
-    """Refuse these origins in this thread, beside those that it refuses already."""
+    """Refuse these origins in this thread, in addition to those that it refuses already."""
     with _lock:
         entered = gate_context()
     together = tuple(sorted(origins | set(refused_origins())))
@@ -41,10 +41,10 @@ def refuse_in_block(origins: frozenset[str]) -> Iterator[None]:
         yield
 
 
-# What the blocks of all threads share: jax is patched while there is any.
+# The state that the blocks of all threads share: jax is patched while there is any block.
 _lock = threading.Lock()
 _blocks = 0
-_said = False  # that the disk cache is not used: once while there are blocks
+_said = False  # whether the warning of the disk cache was logged: once while there are blocks
 _originals: dict[str, Any] = {}
 _traced: "weakref.WeakKeyDictionary[Any, Jaxpr]" = weakref.WeakKeyDictionary()
 
@@ -140,7 +140,7 @@ def _compile_with_partitioned(
 
 @dataclass(frozen=True)
 class _Compiled:
-    """What an audit reads of a `jax.stages.Compiled`, which jax makes only after compiling."""
+    """The part of a `jax.stages.Compiled` that an audit reads; jax makes those only later."""
 
     text: str
     input_shardings: Any

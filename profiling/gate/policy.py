@@ -1,4 +1,4 @@
-"""What a gate refuses of a program, and what it says of it."""
+"""Decide which rows of a program a gate refuses, and write the error."""
 
 import functools
 from typing import Any
@@ -15,8 +15,8 @@ _MOST_ROWS = 10
 
 @functools.cache
 def gate_context() -> Any:
-    """Return jax's context that holds what this thread's blocks refuse: part of all jax's keys."""
-    # Made by the first gate, not by the import: it makes jax trace everything once more.
+    """Return jax's context that holds this thread's refused origins: part of all jax's keys."""
+    # The first gate makes it, not the import: a new context makes jax trace everything once more.
     return jax.make_user_context(())
 
 
@@ -33,7 +33,7 @@ def raise_if_refused(report: Report, doing: str) -> None:
 
 
 def raise_if_untraced(report: Report, name: str) -> None:
-    """Raise where nothing can tell the author's collectives from the partitioner's."""
+    """Raise where the author's collectives cannot be told from the partitioner's."""
     if report.checked or not report.collectives or _compat.marks_partitioner():
         return
     if "partitioner" in refused_origins():
@@ -52,7 +52,7 @@ def _make_error(report: Report, text: str) -> AutoShardingError:
 
 
 def _origin_of_row(row: Collective) -> str:
-    """Return a row's origin; what nothing declares is the partitioner's, whatever its line says."""
+    """Return a row's origin; an unexplained row is the partitioner's, whatever its line says."""
     return row.origin if row.explained or row.origin in REFUSED else "partitioner"
 
 

@@ -1,4 +1,4 @@
-"""The lock file: what a program sends, reviewed like a snapshot, checked against growth.
+"""The lock file: a program's communication, reviewed like a snapshot, checked against growth.
 
     report = audit(fn, *args)
     lock.update("collectives.lock.json", report)        # once, and after each wanted change

@@ -13,7 +13,13 @@ from txcore.profiling.report import Report
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a check or an update came to: `text` says why; `changed` if the lock differs."""
+    """The result of a check or an update.
+
+    Attributes:
+      ok: whether the program may send what it sends.
+      changed: whether the lock differs.
+      text: the reason, for people.
+    """
 
     ok: bool
     changed: bool
@@ -33,12 +39,12 @@ def check(path: str | os.PathLike[str], report: Report, *, exact: bool = False) 
 
     Args:
       path: the lock file.
-      report: of `audit`, on the target that is to be checked.
-      exact: fail on what shrank or is gone, too.
+      report: of `audit`, on the target to check.
+      exact: fail on entries that shrank or are gone, too.
 
     Returns:
-      Not ok where the report is not, where anything grew (an entry that the lock lacks, more
-      bytes, more executions), or where an axis is over its budget.
+      The outcome. It is not ok where the report is not, where anything grew (an entry that the lock
+      lacks, more bytes, more executions), or where an axis is over its budget.
 
     Raises:
       LockError: the file cannot be read, or has nothing for the report's target; a budget's axis
@@ -72,21 +78,20 @@ def check(path: str | os.PathLike[str], report: Report, *, exact: bool = False) 
 def update(
     path: str | os.PathLike[str], report: Report, *, budgets: Mapping[str, int | None] | None = None
 ) -> Outcome:
-    """Write what a program sends into its lock file, which need not exist yet.
+    """Write a program's communication into its lock file, and make the file where there is none.
 
     Other targets' sections stay as they are, and so do the budgets that are not given.
 
     Args:
       path: the lock file.
-      report: of `audit`, on the target that is to be locked.
-      budgets: bytes on the wire that each device may send in one call, by mesh axis; None takes
-        an axis's budget away. What is sent over several axes counts for each of them, and what is
-        sent over groups that are none of the mesh's axes counts for all. Opaque calls count
-        nothing, since nobody knows what they send; they are in the lock, so that a new one is
-        growth.
+      report: of `audit`, on the target to lock.
+      budgets: bytes on the wire that each device may send in one call, by mesh axis; None removes
+        an axis's budget. A collective over several axes counts for each of them, and one over
+        groups that no mesh axes form counts for all. Opaque calls count nothing, since nobody
+        knows what they send; they are in the lock, so that a new one is growth.
 
     Returns:
-      Not ok, and nothing is written, where the report is not ok or over a budget.
+      The outcome. Where the report is not ok or over a budget it is not ok, and nothing is written.
 
     Raises:
       LockError: the file cannot be read or written; a budget's axis is not in the mesh; the report
@@ -110,7 +115,7 @@ def update(
 
 
 def list_over_budget(report: Report, budgets: Mapping[str, int]) -> list[str]:
-    """Say for which axes a program is over its budget, or cannot be proved to be within it."""
+    """List the axes on which a program is over its budget, or not proved to be within it."""
     axes = [name for name, _ in report.mesh]
     found = []
     for axis, most in sorted(budgets.items()):

@@ -1,4 +1,4 @@
-"""What differs between two locks, and how to print it."""
+"""Compare two locks, and print the differences."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ class Change:
 
     @property
     def grew(self) -> bool:
-        """Tell whether it is new, sends more bytes or more often, or no longer known how often."""
+        """Tell whether it is new, sends more bytes or more often, or lost its known trips."""
         if self.old is None or self.new is None:
             return self.old is None
         return (
@@ -31,7 +31,7 @@ class Change:
 
     @property
     def entry(self) -> Entry:
-        """Return what it is now, or what it was."""
+        """Return the new entry, or the old one where it is gone."""
         entry = self.new or self.old
         assert entry is not None, "a change has an old or a new entry"
         return entry
@@ -46,8 +46,8 @@ def compare(old: Lock, new: Lock) -> tuple[Change, ...]:
     """List the entries in which two locks differ.
 
     Args:
-      old: what is locked.
-      new: what the program sends now.
+      old: the locked entries.
+      new: the entries of the program now.
 
     Returns:
       The changes in the order of the file; empty where both send the same.

@@ -1,9 +1,9 @@
-"""What a lock holds of a program: its declared collectives, by what they are for.
+"""The content of a lock: a program's declared collectives, by their purpose.
 
-The entries come from the traced program, not from the compiled ops: how a compiler combines,
-splits, promotes, hoists, folds or deduplicates differs between versions of jax, what the program
-asks for does not. A report that is ok proves that the compiled program sends no more than that.
-The budgets bound the compiled ops themselves, in bytes on the wire.
+The entries come from the traced program, not from the compiled ops: versions of jax combine,
+split, promote, hoist, fold and deduplicate in different ways, but agree on what the program asks
+for. A report that is ok proves that the compiled program sends no more than that. The budgets bound
+the compiled ops themselves, in bytes on the wire.
 """
 
 from collections import defaultdict
@@ -33,7 +33,7 @@ class Entry:
       payload_bytes: S (nccl-tests') times executions, in the declared dtype.
       trips: executions of the array that is sent most often.
       trips_known: False in a loop of unknown length: then both numbers are the least.
-      places: "file.py:12" of each, to show; not in the file.
+      places: "file.py:12" of each, for printing; not in the file.
     """
 
     tag: str
@@ -69,14 +69,14 @@ class Lock:
 
 
 def lock_of(report: Report) -> Lock:
-    """Say what a program sends, in terms that every version of jax agrees on.
+    """Return a program's communication in terms that every version of jax agrees on.
 
     Args:
       report: of `audit`; it has to be ok.
 
     Returns:
-      Its lock, without budgets. Left out is what sends nothing: groups of one device, and
-      collectives whose result nothing uses.
+      Its lock, without budgets and without collectives that send nothing: those in groups of one
+      device, and those whose result nothing uses.
 
     Raises:
       LockError: the report is not ok, or was not compared with a traced program.
@@ -108,7 +108,7 @@ def lock_of(report: Report) -> Lock:
 
 
 def target_of(report: Report) -> str:
-    """Name what a report is of: its target and mesh."""
+    """Name a report's target and mesh."""
     mesh = ",".join(f"{name}={size}" for name, size in report.mesh)
     return " ".join(part for part in (report.target, mesh) if part)
 
@@ -141,7 +141,7 @@ def _origin_of_declared(declared: Declared) -> str:
 
 
 def _entry_of_row(row: Collective) -> Entry:
-    """Describe what is explained without a declaration, as an opaque call."""
+    """Return the entry of a row that is explained without a declaration, as opaque calls are."""
     tag = ",".join(row.tags)
     return Entry(
         tag=tag,

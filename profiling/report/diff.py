@@ -1,4 +1,4 @@
-"""What changed between two reports."""
+"""Compare two reports."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -19,7 +19,7 @@ _Key = tuple[str, str, tuple[str, ...], str, str, bool]
 
 @dataclass(frozen=True)
 class Amount:
-    """What the rows under one key come to in one call of the program.
+    """The sum of the rows under one key in one call of the program.
 
     Attributes:
       rows: how many there are.
@@ -61,7 +61,7 @@ class Change:
 
     @property
     def wire_growth(self) -> int:
-        """Return by how many bytes what each device sends has grown."""
+        """Return the growth of each device's wire bytes."""
         return self.after.wire_bytes - self.before.wire_bytes
 
 
@@ -74,7 +74,7 @@ def diff(before: Findings, after: Findings) -> tuple[Change, ...]:
 
     Returns:
       One change for each key of either report: largest change of the wire bytes first, then by
-      key; what stayed the same comes last.
+      key; unchanged keys come last.
 
     Example:
       >>> row = Collective("all-reduce", "txcore", ("grads",), ("data",), 2, "float32", "float32",
@@ -219,7 +219,7 @@ def _format_wire(amount: Amount) -> str:
 
 
 def _label_change(change: Change) -> str:
-    """Name a change; one without a tag by where it is, as far as one place can say it."""
+    """Name a change by its tags, or by its first place where it has none."""
     first, *more = change.places or (change.name,)
     if not first.startswith(f"{change.name}:"):
         return change.name

@@ -1,4 +1,4 @@
-"""What an audit found, as data, and the answer that follows from it."""
+"""An audit's findings as data, and the answer that follows from them."""
 
 import dataclasses
 import json
@@ -19,7 +19,7 @@ _HIDDEN = {"autodiff": "left to autodiff", "opaque": "hidden in opaque calls"}
 
 @dataclass(frozen=True)
 class Findings:
-    """What an audit found, as data.
+    """An audit's findings, as data.
 
     `status` is the answer: "failed" unless it is `ok`, "proved" where it is `exact`, and "not
     proved" in between. `ok`, `exact` and `checked` are what it is made of.
@@ -31,9 +31,9 @@ class Findings:
       fates: what became of each collective that the traced program declares, in its order.
       mesh: the axes of the program's (first) mesh and their sizes.
       target: what it was compiled for: "cpu:8", "tpu:v5p:16x16x16"; "" where unknown.
-      divergent: what hangs or lies under a cond or while whose predicate differs.
-      plan: what an engine's plan predicts, line by line, and then what is beyond it.
-      kernels: which of txcore's kernels it calls, and how often.
+      divergent: hangs and false types under a cond or while whose predicate differs.
+      plan: an engine's plan, line by line, and then the collectives beyond it.
+      kernels: the kernels of txcore that it calls, and how often.
     """
 
     collectives: tuple[Collective, ...]
@@ -51,11 +51,11 @@ class Findings:
         """Return the answer of the audit.
 
         "failed": something is unexplained, missing, divergent, or short of the plan (not `ok`).
-        "not proved": nothing is wrong, but something could not be looked at: there is no traced
+        "not proved": nothing is wrong, but the audit could not see everything: there is no traced
         program to compare with (not `checked`), or a collective is left to autodiff or hidden in
         an opaque call.
-        "proved": every collective is one that was asked for by name, as the plan predicts if
-        there is one (`exact`).
+        "proved": every collective was asked for by name, as the plan predicts if there is one
+        (`exact`).
         """
         if not self.ok:
             return "failed"
@@ -89,7 +89,7 @@ class Findings:
 
     @property
     def at_least(self) -> bool:
-        """Tell whether the bytes of a call are the least, since not all of them are known."""
+        """Tell whether the bytes of a call are lower bounds, since not all of them are known."""
         return not all(c.trips_known and c.wire_known for c in self.collectives)
 
     def to_dict(self) -> dict[str, Any]:
@@ -121,7 +121,7 @@ class Findings:
 
 
 def list_doubts(rows: Sequence[Collective]) -> list[str]:
-    """Say what keeps an audit that is ok from being exact."""
+    """List the reasons why an audit that is ok is not exact."""
     counts = Counter(c.origin for c in rows)
     said = []
     for origin, text in _HIDDEN.items():

@@ -1,8 +1,8 @@
-"""Figures as text: bytes, counts, and those that are too large to be of any use."""
+"""Write figures as text: bytes, counts, and numbers that are too large to be of use."""
 
 from typing import Any
 
-MOST = 10**18  # bytes and executions; what is more is said to be more, and by how much is not
+MOST = 10**18  # bytes and executions; larger numbers are written as "over 10^18"
 _OVER = "over 10^18"
 
 
@@ -12,7 +12,7 @@ def format_count(number: int) -> str:
 
 
 def cap_figure(value: Any) -> Any:
-    """Return what a report says of a number: itself, or that it is over 10^18."""
+    """Return a number as a report shows it: itself, or "over 10^18"."""
     return _OVER if type(value) is int and value > MOST else value
 
 

@@ -1,4 +1,4 @@
-"""The result of an audit: what it found, and its faces for people."""
+"""The result of an audit: its findings, and their text and HTML for people."""
 
 import os
 

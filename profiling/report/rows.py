@@ -1,4 +1,4 @@
-"""What a report consists of, as data: rows, their parts, fates, and the plan's lines."""
+"""The data of a report: rows, their parts, fates, and the plan's lines."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -7,13 +7,13 @@ from typing import Any
 from txcore.profiling.declared.collectives import Declared
 from txcore.profiling.report.numbers import cap_figure
 
-# What each device sends of these does not depend on how many there are.
+# Each device sends the whole of these, whatever the size of its group.
 _SENT_WHOLE = ("collective-permute", "collective-broadcast", "send")
 
 
 @dataclass(frozen=True)
 class Part:
-    """One array of a compiled collective, as far as it can be told apart from the others.
+    """One array of a compiled collective, where it can be told apart from the others.
 
     Attributes:
       tag: txcore's tag of it, or "".
@@ -36,7 +36,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Collective:
-    """One collective of a compiled program; of a merged one, what has one origin.
+    """One collective of a compiled program, or the arrays of one origin in a merged one.
 
     With S as in nccl-tests: the operands' bytes on one device, times n for an all-gather.
 
@@ -48,7 +48,7 @@ class Collective:
       tags: txcore's tags; several where the compiler combined collectives.
       axes: the mesh axes whose groups it talks in; empty where they are none of the mesh's.
       group_size: devices in a group (n); of a permute, devices along `axes`; 0 where the program
-        does not say it: then the bytes that depend on it are not known either, and 0.
+        does not have it: then the bytes that depend on it are not known either, and 0.
       dtype: as declared ("bfloat16"); the compiled one where no declaration matches.
       wire_dtype: as compiled; "float32" for a bfloat16 sum that the compiler promoted.
       payload_bytes: S of one execution in the declared dtype.
@@ -84,18 +84,18 @@ class Collective:
 
     @property
     def payload_known(self) -> bool:
-        """Tell whether `payload_bytes` says it; nothing does of what cannot be read."""
+        """Tell whether `payload_bytes` is known; it is not for rows that cannot be read."""
         if self.kind in ("unknown", "custom-call"):
             return False
         return self.kind != "all-gather" or self.group_size > 0
 
     @property
     def wire_known(self) -> bool:
-        """Tell whether `wire_bytes` says it."""
+        """Tell whether `wire_bytes` is known."""
         return self.payload_known and (self.group_size > 0 or self.kind in _SENT_WHOLE)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the row as plain lists, numbers and strings; None is what is not known."""
+        """Return the row as plain lists, numbers and strings; unknown values are None."""
         row = {name: cap_figure(value) for name, value in dataclasses.asdict(self).items()}
         row["parts"] = [
             {name: cap_figure(value) for name, value in dataclasses.asdict(part).items()}
@@ -119,8 +119,8 @@ class Fate:
         a loop into several), "hoisted" (out of a loop), "rewritten" (as another kind or form),
         "promoted" (to a wider dtype), "narrowed" (to a smaller one), "deduplicated" (an equal one
         does its work), "reassociated" (one of a sum does the work of several), "eliminated"
-        (nothing used it, or it had no work) or "missing"; several where several things were done.
-      rows: places in `Report.collectives` of what it became; empty where it is gone.
+        (nothing used it, or it had no work) or "missing"; several where the compiler did several.
+      rows: its places in `Report.collectives`; empty where it is gone.
     """
 
     declared: Declared
@@ -130,7 +130,7 @@ class Fate:
 
 @dataclass(frozen=True)
 class PlanLine:
-    """What a plan predicts of a program, and what was found of it.
+    """One line of a plan's prediction, and the bytes of it that were found.
 
     Attributes:
       what: "gradients"; beyond the plan the collective's tag, or else its jax primitive.
@@ -138,12 +138,12 @@ class PlanLine:
       axes: the mesh axes.
       dtype: as declared ("float32").
       payload_bytes: S of one step, as in nccl-tests, as predicted; 0 beyond the plan.
-      found_bytes: as much of it as the program has; beyond the plan, all of it.
-      eliminated_bytes: as much of it as was declared, and the compiler could do without (the
-        gradient of a parameter that the loss does not use is a constant).
-      factor: of the gradients, whose mean a plan predicts: "mean" where they are that, "sum" where
-        they are known to be N times it, "not read" where the program does not tell; "" of others.
-      factor_note: which gradients, where, and what of them, unless all are the mean.
+      found_bytes: the part of it that the program sends; beyond the plan, all of it.
+      eliminated_bytes: the part that was declared and that the compiler eliminated (the gradient
+        of a parameter that the loss does not use is a constant).
+      factor: for gradients, whose mean a plan predicts: "mean" where they are the mean, "sum" where
+        they are known to be N times it, "not read" where the program does not tell; else "".
+      factor_note: which gradients are not known to be the mean, where, and why; else "".
     """
 
     what: str
@@ -158,10 +158,10 @@ class PlanLine:
 
     @property
     def ok(self) -> bool:
-        """Tell whether all that the plan predicts is there, and no mean is known to be a sum."""
+        """Tell whether the program sends all that the plan predicts, and no sum for a mean."""
         return self.factor != "sum" and self.is_there
 
     @property
     def is_there(self) -> bool:
-        """Tell whether all that the plan predicts is sent."""
+        """Tell whether the program sends all that the plan predicts."""
         return self.found_bytes + self.eliminated_bytes >= self.payload_bytes

@@ -20,7 +20,7 @@ _SHORT_KIND = {
 def table_lines(rows: tuple[Collective, ...]) -> list[str]:
     """Return the lines of a table of at most 100 columns; none where there is no row.
 
-    Of more than 5,000 rows the last line counts what is left out.
+    It shows 5,000 rows; the last line counts the others.
     """
     if not rows:
         return []

@@ -1,4 +1,4 @@
-"""The last line of a report: the status, and why."""
+"""Write the last line of a report: the status, and the reason."""
 
 from collections import Counter
 
@@ -18,7 +18,7 @@ def write_verdict(report: Findings) -> str:
 
 
 def _describe_found(report: Findings) -> str:
-    """Say what a program without a fault sends, and what keeps it from being proved."""
+    """Describe what a program without a fault sends, and why it is not proved if it is not."""
     rows = report.collectives
     doubts = [] if report.checked else ["there is no traced program to compare with"]
     doubts += list_doubts(rows)

@@ -1,4 +1,4 @@
-"""Machines to compile for, whether or not they are here.
+"""Machines to compile for, present or not.
 
 Imports `_compat`.
 """

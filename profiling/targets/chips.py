@@ -1,4 +1,4 @@
-"""What the public data sheets say of the chips that programs can be compiled for."""
+"""The peaks of the chips that programs can be compiled for, from public data sheets."""
 
 from dataclasses import dataclass
 

@@ -19,7 +19,7 @@ _FORMS = "'tpu:v5p:16x16x16', 'cuda:h100:64x8' (hosts x GPUs) or 'cpu:8'"
 
 @dataclass(frozen=True)
 class Target:
-    """A machine to compile for, which need not be here; `parse_target` makes it.
+    """A machine to compile for, which may be absent; `parse_target` makes it.
 
     Attributes:
       name: as given, "tpu:v5p:16x16x16".

@@ -1,4 +1,4 @@
-"""What changed since an earlier report."""
+"""Show the changes since an earlier report."""
 
 from collections.abc import Sequence
 
@@ -20,15 +20,15 @@ _BADGES = {
 
 
 def changes_section(before: Findings, after: Findings, changes: Sequence[Change]) -> Html:
-    """Show what changed between two reports.
+    """Show the changes between two reports.
 
     Args:
       before: the earlier report.
-      after: the one that the page shows.
-      changes: what `diff` says of them.
+      after: the report of the page.
+      changes: from `diff`.
 
     Returns:
-      The section; what stayed the same is folded away.
+      The section; unchanged rows are folded away.
     """
     changed = [c for c in changes if c.change != "same"]
     same = [c for c in changes if c.change == "same"]
@@ -84,7 +84,7 @@ def _change_row(change: Change) -> Html:
 
 
 def _name_cell(change: Change) -> Html:
-    """Write the tags, or the file, and where it is now; of many places the first."""
+    """Write the tags, or the file, and the first places."""
     places = ", ".join(change.places[:_PLACES])
     more = len(change.places) - _PLACES
     where = f"{places} and {more} more" if more > 0 else places

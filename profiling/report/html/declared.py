@@ -1,4 +1,4 @@
-"""What the traced program declares: what is missing, and what became of each."""
+"""Show the declared collectives: the missing ones, and the fates of all."""
 
 from collections import Counter
 
@@ -13,7 +13,7 @@ _OPEN = 20  # fates up to which they are shown at once
 
 
 def missing_section(report: Findings) -> Html:
-    """Show what is declared but not compiled; "" where nothing is.
+    """Show the collectives that are declared but not compiled; "" where there is none.
 
     Args:
       report: any report.
@@ -35,7 +35,7 @@ def missing_section(report: Findings) -> Html:
 
 
 def fates_section(report: Findings) -> Html:
-    """Show what became of each declared operand; "" where the report does not know.
+    """Show the fate of each declared operand; "" where the report has none.
 
     Args:
       report: any report.
@@ -83,7 +83,7 @@ def _fate_row(fate: Fate) -> Html:
 
 
 def _fate_badge(fate: str, declared: Declared) -> Html:
-    """Mark a fate that somebody should look at."""
+    """Write a fate, with a mark where it needs a look."""
     if fate == "missing":
         return make_badge("✕ missing", "bad")
     surprising = fate == "eliminated" and declared.live and not declared.foldable

@@ -1,4 +1,4 @@
-"""Figures and short names as every section of the page writes them."""
+"""Write figures and short names for all sections of the page."""
 
 from collections.abc import Sequence
 

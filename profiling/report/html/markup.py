@@ -15,7 +15,7 @@ class Html(str):
 
 
 def escape_text(value: object) -> Html:
-    r"""Escape a value, and write out what cannot be seen or would reorder the text around it.
+    r"""Escape a value, also invisible characters and those that would reorder the text.
 
     Example:
       >>> escape_text('<b title="\u202e">')

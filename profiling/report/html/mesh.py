@@ -1,4 +1,4 @@
-"""The mesh drawn: a row, a sheet or a block of devices, with one group of each set of axes."""
+"""Draw the mesh: a row, a sheet or a block of devices, with one group of each set of axes."""
 
 import math
 from collections import Counter
@@ -82,7 +82,7 @@ def mesh_section(report: Findings) -> Html:
 
 
 def _axis_as_drawn(name: str, size: int) -> _Axis:
-    """Choose how many devices a square holds: a divisor of the size where one will do."""
+    """Choose how many devices a square holds: a divisor of the size where possible."""
     least = -(-size // _MOST_SQUARES)
     squares = next((n for n in range(_MOST_SQUARES, 7, -1) if size % n == 0), None)
     step = least if size <= _MOST_SQUARES or squares is None else size // squares
@@ -129,7 +129,7 @@ def _draw_faces(drawing: _Drawing) -> list[Html]:
 
 
 def _outline_visible(drawing: _Drawing, box: Box) -> list[str]:
-    """Outline what can be seen of the squares from the front upper left corner to `box`."""
+    """Outline the visible faces of the squares from the front upper left corner to `box`."""
     x, y, z = box
     corners = [[(0, 0, 0), (x, 0, 0), (x, y, 0), (0, y, 0)]]
     if not drawing.flat:
@@ -155,7 +155,7 @@ def _polyline_path(points: Sequence[Point]) -> str:
 
 
 def _draw_highlights(drawing: _Drawing, sets: _Sets, first: int) -> Html:
-    """Draw, hidden but for one, the group of the first device along each set of axes."""
+    """Draw the group of the first device along each set of axes; only one is visible."""
     shapes = []
     for number, axes in sets.items():
         x, y, z = (axis.squares if axis and axis.name in axes else 1 for axis in drawing.axes)
@@ -242,9 +242,9 @@ def _groups_list(mesh: Sequence[tuple[str, int]], sets: _Sets, first: int) -> Ht
 
 
 def _name_members(mesh: Sequence[tuple[str, int]], axes: Sequence[str]) -> str:
-    """Name the places in the mesh, in row-major order, of the first group along some axes.
+    """Name the members of the first group along some axes, by place in the mesh.
 
-    The few are computed, and the others never listed: there may be a billion.
+    Only the named few are computed: there may be a billion.
     """
     stride, along = 1, []  # size and stride of each of the axes, the minor one first
     for name, size in reversed(mesh):

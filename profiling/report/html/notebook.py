@@ -1,4 +1,4 @@
-"""What a notebook shows of a report: markup that fetches nothing and runs nothing."""
+"""Show a report in a notebook, with markup that fetches nothing and runs nothing."""
 
 import html
 
@@ -12,7 +12,7 @@ def frame_page(page: str, title: str) -> str:
 
     Args:
       page: an HTML document.
-      title: what it is, for those who do not see it.
+      title: its description for screen readers.
 
     Returns:
       An iframe element.

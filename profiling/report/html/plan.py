@@ -1,4 +1,4 @@
-"""What hangs or lies, and what an engine's plan predicts."""
+"""Show hangs and false types, and an engine's plan."""
 
 from txcore.profiling.report.findings import Findings
 from txcore.profiling.report.html.figures import format_size, make_badge, name_axes
@@ -10,7 +10,7 @@ _HEAD = ("What", "Kind", "Axes", "Dtype", "Predicted", "Found", "Eliminated", ""
 
 
 def divergent_section(report: Findings) -> Html:
-    """Show what not all devices reach, and what has a false type; "" where nothing does.
+    """Show collectives that not all devices reach and outputs of a false type; "" without any.
 
     Args:
       report: any report.
@@ -28,7 +28,7 @@ def divergent_section(report: Findings) -> Html:
 
 
 def plan_section(report: Findings) -> Html:
-    """Compare what the plan predicts with what was found; "" without a plan.
+    """Compare the plan with the program; "" without a plan.
 
     Args:
       report: any report.

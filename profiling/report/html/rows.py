@@ -1,4 +1,4 @@
-"""The table of the compiled collectives, with their arrays to unfold."""
+"""Show the compiled collectives in a table, with their arrays to unfold."""
 
 from collections import Counter
 from collections.abc import Sequence

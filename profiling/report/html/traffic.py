@@ -1,4 +1,4 @@
-"""Bytes per set of axes and kind of collective, as bars."""
+"""Draw the bytes per set of axes and kind of collective as bars."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from txcore.profiling.report.rows import Collective
 
 
 def traffic_section(report: Findings) -> Html:
-    """Show what one call sends over each set of axes by each kind of collective.
+    """Show the bytes of one call over each set of axes by each kind of collective.
 
     Args:
       report: any report.
@@ -80,7 +80,7 @@ def _axes_body(axes: AxisSet, kinds: dict[str, list[Collective]], longest: int) 
 
 
 def _draw_bars(payload: int, wire: int, unexplained: int, longest: int) -> Html:
-    """Draw the payload above the wire bytes, of which the unexplained are the last part."""
+    """Draw the payload above the wire bytes; unexplained bytes are the end of that bar."""
     explained = wire - unexplained
     bars = [
         _draw_bar("payload", 0, payload / longest, 0),
@@ -93,7 +93,7 @@ def _draw_bars(payload: int, wire: int, unexplained: int, longest: int) -> Html:
 def _draw_bar(name: str, start: float, length: float, top: int) -> Html | None:
     if not length:
         return None
-    # What is there stays visible beside what is a million times larger.
+    # A bar stays visible beside one that is a million times longer.
     width = f"{max(100 * length, 0.5):.2f}%"
     return el("rect", class_=name, x=f"{100 * start:.2f}%", width=width, y=top, height=7)
 
