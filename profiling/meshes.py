@@ -14,7 +14,7 @@ Sizes = tuple[tuple[str, int], ...]  # the axes of a mesh and their sizes, in th
 
 
 class MeshLike(Protocol):
-    """A jax Mesh or AbstractMesh, of which only the axes' sizes are used."""
+    """A jax Mesh or AbstractMesh, used only for the sizes of its axes."""
 
     @property
     def shape(self) -> Mapping[str, int]:

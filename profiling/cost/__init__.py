@@ -1,4 +1,4 @@
-"""What a compiled program costs on its machine: FLOPs, bytes, memory, time.
+"""Count what a compiled program costs on its machine: FLOPs, bytes, memory, time.
 
 Imports `profiling.bandwidth`, `profiling.hlo`, `profiling.report`, `profiling.targets`.
 """

@@ -157,6 +157,10 @@ def _count_positions(inputs: int, filters: int, outputs: int, window: _Window) -
     steps = np.arange(long[0], dtype=np.int64) * long[1] - window.pad
     total = 0
     for place in range(short[0]):
-        at = steps + place * short[1]
-        total += int(((at >= 0) & (at <= last) & (at % window.input_dilation == 0)).sum())
+        positions = steps + place * short[1]
+        total += int(
+            (
+                (positions >= 0) & (positions <= last) & (positions % window.input_dilation == 0)
+            ).sum()
+        )
     return total

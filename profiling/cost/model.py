@@ -1,4 +1,4 @@
-"""What a program costs, as data: totals by kind and axes, memory, schedule."""
+"""The costs of a program as data: totals by kind and axes, memory, schedule."""
 
 import dataclasses
 import json

@@ -2,7 +2,7 @@
 
 The instructions of a scheduled module run in the printed order. A walk through it keeps a clock:
 compute takes the roofline's time; an asynchronous collective begins when its links are free, and
-its done waits for what is left of it. So no compute is counted as hiding two collectives on one
+its done waits for the rest of it. So no compute is counted as hiding two collectives on one
 link. Loops are walked once and multiplied; of a conditional the slowest branch counts.
 
 The prediction is for a machine at its peaks. It ignores contention for memory, the launch of

@@ -1,4 +1,4 @@
-"""What a program costs, as text for the terminal."""
+"""Write the costs of a program for the terminal."""
 
 from collections.abc import Iterator, Sequence
 

@@ -60,7 +60,7 @@ class Seen:
 
     @property
     def by_autodiff(self) -> bool:
-        """Whether it is the transpose of a cast or of a gather, and nobody's own reduction."""
+        """Whether it is the transpose of a cast or of a gather, not a reduction of the user's."""
         return sums_cotangents(self.name, self.path)
 
     def is_divided(self, result: Var) -> bool:

@@ -1,4 +1,4 @@
-"""Which devices a printed collective means: XLA's group modes.
+"""Translate a printed collective's numbers into devices: XLA's group modes.
 
 Device (replica, partition) of a program has the number replica x partitions + partition. What the
 numbers in a collective's groups or pairs stand for, and who is together:
@@ -103,8 +103,8 @@ def pairs_of_devices(printed: Pairs, mode: str, module: Module, allow: Allow) ->
         return printed
     if mode == "cross_partition":
         check_listing(len(printed) * replicas, allow)
-        each = (r * partitions for r in range(replicas))
-        return tuple(sorted((at + a, at + b) for at in each for a, b in printed))
+        firsts = (replica * partitions for replica in range(replicas))
+        return tuple(sorted((first + a, first + b) for first in firsts for a, b in printed))
     check_listing(len(printed) * partitions, allow)
     return tuple(
         sorted(

@@ -1,4 +1,4 @@
-"""Which compiled collective is which declared one, and what became of each.
+"""Match compiled collectives with declared ones, and tell what became of each.
 
 Imports `profiling.bandwidth`, `profiling.declared`, `profiling.hlo`, `profiling.meshes`,
 `profiling.report`.

@@ -1,4 +1,4 @@
-"""Where a compiled collective comes from, by its own line of HLO.
+"""Tell the origin of a compiled collective by its own line of HLO.
 
 Three witnesses: txcore's tag, the partitioner's mark, and the op_name, whose last part is the jax
 primitive. The first row that fits decides; a mark beats a tag, and so does an op_name that ends

@@ -172,8 +172,8 @@ def _draw_numbers(drawing: _Drawing) -> list[Html]:
         return []
     places = [(i, j, drawing.place_at(i + 0.5, j + 0.5)) for j in range(y) for i in range(x)]
     return [
-        el("text", j * x + i, x=f"{at[0]:.1f}", y=f"{at[1] + 4:.1f}", text_anchor="middle")
-        for i, j, at in places
+        el("text", j * x + i, x=f"{point[0]:.1f}", y=f"{point[1] + 4:.1f}", text_anchor="middle")
+        for i, j, point in places
     ]
 
 
@@ -186,17 +186,17 @@ def _draw_labels(drawing: _Drawing) -> list[Html]:
     right, down, back = drawing.axes
     labels = []
     if right:
-        at = drawing.place_at(x / 2, y)
-        centre = max(at[0], _CHAR * len(_label_text(right)) / 2)
-        labels.append(_draw_label(right, centre, at[1] + 15, text_anchor="middle"))
+        point = drawing.place_at(x / 2, y)
+        centre = max(point[0], _CHAR * len(_label_text(right)) / 2)
+        labels.append(_draw_label(right, centre, point[1] + 15, text_anchor="middle"))
     if down:
-        at = drawing.place_at(0, y / 2)
-        centre = max(at[1], _CHAR * len(_label_text(down)) / 2)
+        point = drawing.place_at(0, y / 2)
+        centre = max(point[1], _CHAR * len(_label_text(down)) / 2)
         turned = {"text_anchor": "middle", "transform": f"rotate(-90 -7 {centre:.1f})"}
         labels.append(_draw_label(down, -7, centre, **turned))
     if back:
-        at = drawing.place_at(x, y, z / 2)
-        labels.append(_draw_label(back, at[0] + 8, at[1] + 8))
+        point = drawing.place_at(x, y, z / 2)
+        labels.append(_draw_label(back, point[0] + 8, point[1] + 8))
     return labels
 
 
