@@ -17,7 +17,9 @@ from txcore.profiling.declared.equations import (
     path_of,
 )
 from txcore.profiling.declared.factor_values import (
+    ONE,
     Gradient,
+    Monomial,
     Value,
     add_gradients,
     join_values,
@@ -25,7 +27,6 @@ from txcore.profiling.declared.factor_values import (
     scale_gradient,
 )
 from txcore.profiling.declared.forward import Frame
-from txcore.profiling.declared.monomials import ONE, Monomial
 
 DEVICES = "devices"  # the number of devices, where example_mean multiplies by it
 COUNT = "count"  # a sum over the devices: of a mask

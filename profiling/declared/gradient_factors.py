@@ -44,13 +44,13 @@ from txcore.profiling.declared.factor_operations import (
     value_after,
 )
 from txcore.profiling.declared.factor_values import (
+    Monomial,
     Value,
     follow_trips,
     join_values,
     sum_cotangents,
 )
 from txcore.profiling.declared.forward import Forward, Frame, find_shard_maps
-from txcore.profiling.declared.monomials import Monomial
 from txcore.profiling.declared.seen import counts_of, is_divided, sums_cotangents
 
 GRADIENT = "the gradient of "  # so apply_gradients calls what it is given
