@@ -139,9 +139,10 @@ BAD = {
     "no lock": (["check", *STEP], f"cannot read {FILE}: No such file or directory; txcore lock "
                 "update writes what the program sends now"),
     "another target": (["check", "lock_factories:step", "--mesh", "data=2", "--file", "good"],
-                       "good has no section 'cpu:2 data=2' (it has: cpu:8 data=4,model=2)"),
+                       "good needs a section 'cpu:2 data=2', but has cpu:8 data=4,model=2"),
     "no JSON": (["check", *STEP, "--file", "rows2"], "rows2 needs JSON, got other text ("),
-    "no lock file": (["update", *STEP, "--file", "rows"], "rows needs an object with \"format\": \"txcore-lock\", got 8"),
+    "no lock file": (["update", *STEP, "--file", "rows"],
+                     'rows needs an object with "format": "txcore-lock", got 8'),
     "a folder": (["update", *STEP, "--file", "."], "cannot read .: Is a directory"),
     "no folder": (["update", *STEP, "--file", "rows/x"], "cannot write rows/x: "),
     "no such axis": (["update", *STEP, "--budget", "pipe=1"],
