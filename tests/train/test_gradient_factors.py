@@ -237,7 +237,7 @@ def test_the_audit_says_that_a_factor_is_not_read():
 def plant(monkeypatch):
     """Sum where the plan's own reduction averages."""
     monkeypatch.setattr(
-        "txcore.train.state.sync_gradients",
+        "txcore.train.state.state.sync_gradients",
         lambda grads, axes, name: (tx.psum(grads, axes, name=name), None),
     )
 
