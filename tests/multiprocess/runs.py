@@ -84,6 +84,12 @@ def uninterrupted(folder, world, *args):
         stop(ranks)
 
 
+def has_saved_its_last_step(folder):
+    """Tell whether a run has made all its steps; some of its ranks may not have left yet."""
+    first = json.loads((folder / "losses.jsonl").read_text().partition("\n")[0])
+    return (folder / "saved" / f"step_{first['total_steps']:08d}").exists()
+
+
 def wait_for_checkpoint(folder, ranks, pattern="step_????????"):
     """Wait until there is a folder of that name among the checkpoints."""
     end = time.monotonic() + START_S
@@ -136,8 +142,8 @@ def hit(folder, world, victim, number, after, *args):
         seconds = time.monotonic() - began
     finally:
         stop(ranks)
-    if set(codes.values()) == {0}:
-        return None  # it had made its last step before
+    if set(codes.values()) == {0} or (0 in codes.values() and has_saved_its_last_step(folder)):
+        return None  # the victim had made its last step before, and was about to leave
     return {
         "survivors": codes,
         "seconds": round(seconds, 1),
