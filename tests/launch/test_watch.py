@@ -15,7 +15,7 @@ from watch_fakes import Clock, Coordinator
 from txcore import _compat
 from txcore.launch.preflight import MismatchError
 from txcore.launch.watch import shutdown, watch
-from txcore.launch.watch.coordinator import Lifeline
+from txcore.launch.watch.coordinator import CoordinatorWatch
 from txcore.launch.watch.status import FAILED, FOLDER, VERDICT, Phase, Verdict
 from txcore.launch.watch.watcher import Watcher
 
@@ -44,7 +44,7 @@ def go(ranks, clock, seconds, but=()):
         clock.now += 1
         for rank in ranks:
             if rank.rank not in but:
-                rank.exchange()
+                rank.exchange_entries()
 
 
 def test_ranks_that_live_are_left_alone(ranks, clock):
@@ -70,8 +70,8 @@ def test_a_rank_that_dies_is_named_alike_by_all(ranks, clock, coordinator):
 def test_the_first_verdict_holds(ranks, clock, coordinator):
     go(ranks, clock, 1)
     first = Verdict("rank 2 failed at step 5 (data): ValueError: no", FAILED)
-    ranks[1].tell(failed="KeyError: 1")
-    ranks[1].exchange()
+    ranks[1].tell_others(failed="KeyError: 1")
+    ranks[1].exchange_entries()
     coordinator.rows[VERDICT] = first.to_json()  # between what rank 0 reads and what it writes
     ranks[0].table = {1: ranks[1].sent}
     assert ranks[0]._judge() == first
@@ -94,7 +94,7 @@ def test_a_coordinator_that_stood_still_makes_nobody_silent(ranks, clock):
 def test_a_rank_that_stood_still_blames_nobody_at_once(ranks, clock):
     go(ranks, clock, 5)
     clock.now += 3600
-    ranks[0].exchange()  # the first one to go on
+    ranks[0].exchange_entries()  # the first one to go on
     assert ranks[0].verdict is None
 
 
@@ -105,8 +105,8 @@ def test_the_wall_clock_does_not_matter(coordinator, monkeypatch):
     monkeypatch.setattr(time, "time", asked)
     rank = Watcher(coordinator, 0, 2)
     for _ in range(3):
-        rank.exchange()
-    assert rank.due(0.0, False) is None
+        rank.exchange_entries()
+    assert rank.find_verdict(0.0, False) is None
 
 
 def test_a_step_that_takes_too_long(coordinator, clock):
@@ -152,7 +152,7 @@ def test_short_timeouts_ask_more_often():
 def test_rows_that_strangers_wrote_are_passed_over(ranks, clock, coordinator):
     go(ranks, clock, 2)
     coordinator.rows |= {f"{FOLDER}9": "{}", f"{FOLDER}x": "?", VERDICT: "?", f"{FOLDER}1": "?"}
-    ranks[0].exchange()
+    ranks[0].exchange_entries()
     assert ranks[0].verdict is None
     assert ranks[0].table[1].beat == 1
 
@@ -177,23 +177,25 @@ def test_rows_that_strangers_wrote_are_passed_over(ranks, clock, coordinator):
 )
 def test_the_coordinator_is_judged_without_it(ranks, clock, waited, hung_up, text):
     go(ranks, clock, 1)
-    verdict = ranks[1].due(waited, hung_up)
+    verdict = ranks[1].find_verdict(waited, hung_up)
     assert verdict == (Verdict(text) if text else None)
     assert ranks[1].coordinator_lost is (text is not None)
 
 
 def test_a_rank_that_fails_ends_by_its_own_error(ranks, clock):
-    ranks[2].tell(failed="ValueError: no")
+    ranks[2].tell_others(failed="ValueError: no")
     go(ranks, clock, 2)
-    assert ranks[0].due(0, False).text == "rank 2 failed at step 0 (start): ValueError: no"
+    assert ranks[0].find_verdict(0, False).text == "rank 2 failed at step 0 (start): ValueError: no"
     assert ranks[2].verdict is not None
-    assert ranks[2].due(0, False) is None
-    assert ranks[2].due(11.0, False) is not None  # but it does not wait for a dead coordinator
+    assert ranks[2].find_verdict(0, False) is None
+    assert (
+        ranks[2].find_verdict(11.0, False) is not None
+    )  # but it does not wait for a dead coordinator
 
 
 def test_a_rank_that_leaves_takes_closed_connections_for_its_own(ranks):
     ranks[1].leaving = True
-    assert ranks[1].due(0, True) is None
+    assert ranks[1].find_verdict(0, True) is None
 
 
 def test_the_guard_counts_only_time_that_it_lives_through(coordinator, monkeypatch):
@@ -212,7 +214,7 @@ def test_the_guard_counts_only_time_that_it_lives_through(coordinator, monkeypat
         watcher.closed = True
 
     monkeypatch.setattr(_compat, "coordination_client", lambda: coordinator)
-    rank.guard(NoLifeline(), end)
+    rank.guard_process(NoLifeline(), end)
     assert [text for _, text in ended] == [
         "rank 0 has not been heard of for 10 s: killed, stopped, or cut off from the network"
     ]
@@ -226,27 +228,27 @@ def test_the_guard_counts_only_time_that_it_lives_through(coordinator, monkeypat
 @pytest.mark.parametrize("others", ["ended", "one goes on"])
 def test_the_last_rank_says_once_what_it_does(others, ranks, clock, coordinator, monkeypatch):
     for rank in ranks[:2] if others == "ended" else ranks[:1]:
-        rank.tell(ended=True)
+        rank.tell_others(ended=True)
     go(ranks, clock, 1)
-    ranks[2].exchange()
+    ranks[2].exchange_entries()
     said = []
 
     class NoLifeline:
         def wait(self, seconds):
             clock.now += seconds
-            ranks[2].exchange()
+            ranks[2].exchange_entries()
             ranks[2].closed = clock.now > 1200
             return False
 
     monkeypatch.setattr(_compat, "coordination_client", lambda: coordinator)
     monkeypatch.setattr(ranks[2], "peer_timeout_s", 1e6)
-    ranks[2].guard(NoLifeline(), print, lambda watcher, seconds: said.append(seconds))
+    ranks[2].guard_process(NoLifeline(), print, lambda watcher, seconds: said.append(seconds))
     assert [round(seconds) for seconds in said] == ([30] if others == "ended" else [])
 
 
 def test_the_words_of_the_last_rank(ranks, capfd):
     ranks[2].position = (Phase.AFTER_FIT, 120, "")
-    shutdown.say_last(ranks[2], 30.2)
+    shutdown.write_last_rank(ranks[2], 30.2)
     said = capfd.readouterr().err
     assert said.startswith(
         "txcore: rank 2 is the last of 3: the others finished 30 s ago, and it is at step 120 "
@@ -273,7 +275,7 @@ def test_a_rank_of_whose_end_the_launcher_tells_is_named_at_once(code, text, ver
 
 @pytest.mark.parametrize("told", [{"ended": True}, {"ended": True, "failed": "ValueError: no"}])
 def test_a_rank_that_said_that_it_ends_is_judged_by_that(told, ranks, clock):
-    ranks[1].tell(**told)
+    ranks[1].tell_others(**told)
     go(ranks, clock, 2)
     ranks[0].hear_of_end(1, 1)
     go(ranks, clock, 2, but=[1])
@@ -317,7 +319,7 @@ def test_a_boundary_waits_for_the_agreement(ranks, clock):
 
 def test_nobody_waits_for_an_agreement_once_the_watch_has_ended(ranks):
     ranks[0].request_stop("SIGTERM")
-    ranks[0].exchange()
+    ranks[0].exchange_entries()
     ranks[0].closed = True
     assert ranks[0].reach(0) is True
 
@@ -327,7 +329,7 @@ def run_exchanges(ranks, until=lambda: False):
 
     def run(rank):
         while not rank.closed and not until():
-            rank.exchange()
+            rank.exchange_entries()
             time.sleep(0.01)
 
     threads = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in ranks]
@@ -351,7 +353,7 @@ def real(coordinator, monkeypatch):
 
 def test_a_rank_tells_its_error_and_disconnects(real):
     run_exchanges(real)
-    shutdown.fail(real[1], ValueError("batch 7\nis damaged"))
+    shutdown.report_failure(real[1], ValueError("batch 7\nis damaged"))
     entry = real[1].sent
     assert (entry.failed, entry.ended) == ("ValueError: batch 7 is damaged", True)
     assert real[0].shut == [1]
@@ -359,7 +361,7 @@ def test_a_rank_tells_its_error_and_disconnects(real):
 
 
 @pytest.mark.parametrize(
-    "leave", [shutdown.close, lambda rank: shutdown.fail(rank, ValueError("no"))]
+    "leave", [shutdown.leave_run, lambda rank: shutdown.report_failure(rank, ValueError("no"))]
 )
 def test_nothing_is_asked_of_the_coordinator_once_a_rank_disconnects(
     leave, real, coordinator, monkeypatch
@@ -390,9 +392,9 @@ def test_nothing_is_asked_of_the_coordinator_once_a_rank_disconnects(
 def test_the_coordinator_fails_last(real, monkeypatch):
     run_exchanges(real)
     monkeypatch.setattr(shutdown, "GRACE_S", 60)
-    gone = threading.Timer(0.3, lambda: [rank.tell(ended=True) for rank in real[1:]])
+    gone = threading.Timer(0.3, lambda: [rank.tell_others(ended=True) for rank in real[1:]])
     gone.start()
-    shutdown.fail(real[0], ValueError("no"))
+    shutdown.report_failure(real[0], ValueError("no"))
     assert real[1].sent.ended
     assert real[2].sent.ended
     assert real[0].shut == []
@@ -409,10 +411,10 @@ def test_the_coordinator_does_not_wait_for_a_rank_that_was_killed_after_its_end(
     monkeypatch.setattr(jax.distributed, "shutdown", down.set)
     run_exchanges(real[1:])
     for rank in real[1:]:
-        rank.tell(ended=True)
+        rank.tell_others(ended=True)
     real[0].peer_timeout_s = 0.5
     real[0].start_threads(lambda watcher, verdict: None)
-    shutdown.close(real[0])
+    shutdown.leave_run(real[0])
     assert down.is_set()
     assert not any(thread.is_alive() for thread in real[0]._threads)
 
@@ -420,23 +422,23 @@ def test_the_coordinator_does_not_wait_for_a_rank_that_was_killed_after_its_end(
 @pytest.mark.parametrize("code", [70, 75])
 def test_a_rank_that_ended_keeps_its_own_exit_code_where_others_failed(ranks, code):
     ranks[0].verdict = Verdict("rank 2 is the cause", code)
-    assert ranks[0].due(0.0, False) == ranks[0].verdict
-    ranks[0].tell(ended=True)
-    assert ranks[0].due(0.0, False) == (None if code == 70 else ranks[0].verdict)
+    assert ranks[0].find_verdict(0.0, False) == ranks[0].verdict
+    ranks[0].tell_others(ended=True)
+    assert ranks[0].find_verdict(0.0, False) == (None if code == 70 else ranks[0].verdict)
 
 
 def test_a_rank_that_ended_stays_until_a_verdict_has_ended_the_others(real):
     run_exchanges(real[:2])
     real[0].verdict = Verdict("rank 2 failed", 70)
-    threading.Timer(0.3, lambda: real[1].tell(ended=True)).start()
-    shutdown.close(real[0])  # rank 2 is silent
+    threading.Timer(0.3, lambda: real[1].tell_others(ended=True)).start()
+    shutdown.leave_run(real[0])  # rank 2 is silent
     assert real[1].sent.ended
     assert real[0].shut == []
 
 
 def test_the_table_is_not_changed_while_others_read_it(ranks):
     before = ranks[0].table
-    ranks[0].exchange()
+    ranks[0].exchange_entries()
     assert before == {}
     assert ranks[0].table.keys() == {0}
 
@@ -446,30 +448,30 @@ def test_many_ranks_do_not_hurry():
 
 
 def test_an_error_that_all_ranks_raise_is_not_told(real):
-    shutdown.fail(real[1], MismatchError("different"))
-    assert real[1].told.failed == ""
+    shutdown.report_failure(real[1], MismatchError("different"))
+    assert real[1].to_tell.failed == ""
 
 
 def test_only_the_first_error_is_told(real):
     run_exchanges(real)
-    shutdown.fail(real[1], ValueError("first"))
-    shutdown.fail(real[1], ValueError("second"))
-    assert real[1].told.failed == "ValueError: first"
+    shutdown.report_failure(real[1], ValueError("first"))
+    shutdown.report_failure(real[1], ValueError("second"))
+    assert real[1].to_tell.failed == "ValueError: first"
 
 
 def test_nobody_is_told_in_a_fork_or_alone(real):
     real[1]._pid += 1
-    shutdown.fail(real[1], ValueError("no"))
-    shutdown.close(real[1])
-    assert real[1].told.failed == ""
-    shutdown.fail(Watcher(), ValueError("no"))
-    shutdown.close(Watcher())
+    shutdown.report_failure(real[1], ValueError("no"))
+    shutdown.leave_run(real[1])
+    assert real[1].to_tell.failed == ""
+    shutdown.report_failure(Watcher(), ValueError("no"))
+    shutdown.leave_run(Watcher())
 
 
 def test_a_coordinator_that_does_not_answer_does_not_hold_an_error_back(coordinator):
     rank = Watcher(coordinator, 1, 2, peer_timeout_s=0.5)
     started = time.monotonic()
-    shutdown.fail(rank, ValueError("no"))
+    shutdown.report_failure(rank, ValueError("no"))
     assert time.monotonic() - started < 30
 
 
@@ -479,14 +481,14 @@ def test_a_lost_connection_is_told_as_such_and_then_as_a_failure(coordinator, mo
     seen = []
 
     def closed():
-        seen.append(rank.told.lost)
+        seen.append(rank.to_tell.lost)
         return rank.closed
 
     run_exchanges([rank], until=closed)
-    shutdown.fail(rank, ValueError(GLOO))
+    shutdown.report_failure(rank, ValueError(GLOO))
     rank.closed = True
     assert f"ValueError: {GLOO}" in seen
-    assert rank.told.failed == f"ValueError: {GLOO}"
+    assert rank.to_tell.failed == f"ValueError: {GLOO}"
 
 
 @pytest.mark.parametrize(
@@ -510,7 +512,7 @@ def test_errors_that_speak_of_a_lost_peer(error, lost):
 
 
 def test_long_errors_are_cut():
-    text = shutdown.describe(ValueError("x" * 5000))
+    text = shutdown.describe_error(ValueError("x" * 5000))
     assert text == f"ValueError: {'x' * (shutdown.LONGEST_ERROR - 15)}..."
 
 
@@ -524,7 +526,7 @@ def test_last_words(real, capfd, monkeypatch):
         real[1].error = error
     real[1]._stood_still = (25.0, time.monotonic())
     codes = []
-    shutdown.end(real[1], Verdict("rank 2 is lost"), codes.append)
+    shutdown.end_process(real[1], Verdict("rank 2 is lost"), codes.append)
     assert codes == [75]
     assert real[1].sent.ended
     text = capfd.readouterr().err
@@ -546,11 +548,11 @@ def test_the_coordinator_ends_after_those_that_live(real, clock, monkeypatch):
     while 2 not in real[0].silent_ranks():
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    threading.Timer(0.4, lambda: real[1].tell(ended=True)).start()
+    threading.Timer(0.4, lambda: real[1].tell_others(ended=True)).start()
     monkeypatch.setattr(shutdown, "GRACE_S", 60)
     monkeypatch.setattr(shutdown.time, "sleep", lambda seconds, sleep=time.sleep: sleep(0.01))
     codes = []
-    shutdown.end(real[0], Verdict("rank 2 is lost"), codes.append)
+    shutdown.end_process(real[0], Verdict("rank 2 is lost"), codes.append)
     assert codes == [75]
     assert real[1].sent.ended
 
@@ -562,9 +564,9 @@ def test_nobody_waits_for_a_dead_coordinator(real, monkeypatch):
     def left(code):
         raise SystemExit(code)
 
-    monkeypatch.setattr(shutdown, "wait", lambda *_: pytest.fail("it waits"))
+    monkeypatch.setattr(shutdown, "wait_until", lambda *_: pytest.fail("it waits"))
     with pytest.raises(SystemExit):
-        shutdown.end(real[1], Verdict("rank 0 is gone"), left)
+        shutdown.end_process(real[1], Verdict("rank 0 is gone"), left)
 
 
 def test_a_blocked_stderr_does_not_keep_a_rank(tmp_path):
@@ -594,7 +596,7 @@ def test_the_lifeline_breaks_with_the_last_connection():
         address = f"127.0.0.1:{server.getsockname()[1]}"
         pairs = [(socket.create_connection(server.getsockname()), server.accept()[0])]
         pairs.append((socket.create_connection(server.getsockname()), server.accept()[0]))
-        lifeline = Lifeline(address)
+        lifeline = CoordinatorWatch(address)
         assert not lifeline.wait(0.01)
         pairs[0][1].close()
         assert not lifeline.wait(0.5), "one is left"
@@ -609,7 +611,7 @@ def test_the_lifeline_breaks_with_the_last_connection():
 
 
 def test_the_guard_is_woken():
-    lifeline = Lifeline(None)
+    lifeline = CoordinatorWatch(None)
     threading.Timer(0.1, lifeline.wake).start()
     started = time.monotonic()
     assert not lifeline.wait(30)
@@ -620,7 +622,7 @@ def test_the_guard_is_woken():
 
 @pytest.mark.parametrize("address", [None, "127.0.0.1:1", "no port"])
 def test_without_connections_nothing_breaks(address):
-    lifeline = Lifeline(address)
+    lifeline = CoordinatorWatch(address)
     assert not lifeline.wait(0.01)
     lifeline.close()
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import jax
 
 from txcore.kernels.common.checks import whole_number
-from txcore.launch.key_value import agree, share
+from txcore.launch.key_value import agree_on_problem, share
 from txcore.printing import format_call
 from txcore.train.checkpoints import best, folder, manifest, saved_leaves
 from txcore.train.checkpoints.manifest import CheckpointError, Leaf, Metric, Position
@@ -350,7 +350,7 @@ class Checkpoints:
             result = function()
         except Exception as error:  # the others must not wait for this process
             failed, problem = error, _words(error)
-        problem = agree(f"{self._name}/{next(self._turns)}", problem)
+        problem = agree_on_problem(f"{self._name}/{next(self._turns)}", problem)
         if problem is None:
             return result
         raise CheckpointError(problem, every_rank=True) from failed

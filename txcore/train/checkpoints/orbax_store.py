@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from txcore.launch.key_value import agree
+from txcore.launch.key_value import agree_on_problem
 from txcore.train.checkpoints import folder, manifest, saved_leaves
 from txcore.train.checkpoints.manifest import CheckpointError, Leaf, Metric, Position
 from txcore.train.state.state import TrainState
@@ -57,7 +57,7 @@ class Store:
         """
         turn = f"{self._name}/{next(self._turns)}"
         facts, problem = attempt(partial(_prepare, writing, state))
-        problem = agree(f"{turn}/prepare", problem)
+        problem = agree_on_problem(f"{turn}/prepare", problem)
         if problem is not None:
             return problem
         self.writing, self._ended = writing, Future()
@@ -69,7 +69,7 @@ class Store:
             threading.Thread(target=_resolve, args=(self._ended, run), name="txcore save").start()
             copied.wait()
         except RuntimeError as error:  # no thread can be started
-            _resolve(self._ended, partial(agree, turn, str(error), timeout_s=WRITE_S))
+            _resolve(self._ended, partial(agree_on_problem, turn, str(error), timeout_s=WRITE_S))
         return None
 
     def finish(self) -> str | None:
@@ -94,7 +94,7 @@ class Store:
     def _end(self, turn: str, write: Callable[[], None], commit: Callable[[], None]) -> str | None:
         """Write this process's part, and agree with the others on how it went."""
         _, problem = attempt(write)
-        return agree(turn, problem, lambda: attempt(commit)[1], timeout_s=WRITE_S)
+        return agree_on_problem(turn, problem, lambda: attempt(commit)[1], timeout_s=WRITE_S)
 
     def _write(self, writing: Writing, state: TrainState, copied: threading.Event) -> None:
         try:

@@ -10,7 +10,7 @@ import jax
 from jax.sharding import Mesh
 
 from txcore.launch import preflight
-from txcore.launch.key_value import agree
+from txcore.launch.key_value import agree_on_problem
 from txcore.launch.watch.status import MismatchError
 from txcore.train.options import Options
 from txcore.train.replicas import digests
@@ -75,7 +75,7 @@ def check_fit(
         settings = ("every", "keep", "keep_best", "resume")
         lines += [f"checkpoints.{name}={getattr(checkpoints, name)}" for name in settings]
         lines.append(f"checkpoints.directory={os.path.realpath(checkpoints.directory)}")
-    preflight.check("fit", preflight.surroundings())
+    preflight.check("fit", preflight.read_surroundings())
     preflight.check(
         "fit",
         {"arguments of fit": lines, "engine": describe_engine(options)},
@@ -187,7 +187,7 @@ def fails_alike(error: BaseException, steps: int) -> bool:
     """
     kind = f"{type(error).__name__} after {steps} steps"
     try:
-        return agree(f"failures/{next(_failures)}", kind, timeout_s=ALIKE_S) == kind
+        return agree_on_problem(f"failures/{next(_failures)}", kind, timeout_s=ALIKE_S) == kind
     except RuntimeError:  # rank 0 has not failed
         return False
 
