@@ -100,8 +100,8 @@ def check_length(checkpoints: Checkpoints, position: Position, total: int | None
     if total is not None and position.steps > total:
         raise CheckpointError(
             f"{checkpoints.directory / folder.checkpoint_name(position.steps)} is after "
-            f"{position.steps} steps, but the run is to make {total}: give steps= (or epochs=) at least as large, "
-            "or another folder",
+            f"{position.steps} steps, but the run is to make {total}: give steps= (or "
+            "epochs=) at least as large, or another folder",
             every_rank=True,
         )
 
