@@ -158,8 +158,8 @@ def test_a_stranger_that_speaks_while_it_is_dropped():
     with host._listener, other_end, selectors.DefaultSelector() as selector:
         selector.register(stranger, selectors.EVENT_READ)
         other_end.sendall(b"?")
-        host._drop(stranger, selector)
-        host._hear(stranger, selector)
+        host._drop_connection(stranger, selector)
+        host._read_connection(stranger, selector)
     assert host.missing_ranks() == [1]
 
 

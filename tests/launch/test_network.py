@@ -23,7 +23,9 @@ def test_address(text, host, port):
     ["", "host", ":1", "host:", "host:http", "host:0", "host:65536", "::1:80", "[::1]", "h:1\n"],
 )
 def test_no_address(text):
-    text_of_error = f"an address is needed as 'host:port', got {text!r}"
+    text_of_error = (
+        f"split_address needs 'host:port', got {text!r}: write an IPv6 host as '[::1]:12345'"
+    )
     with pytest.raises(ValueError, match=f"^{re.escape(text_of_error)}$"):
         addresses.split_address(text)
 
