@@ -145,7 +145,9 @@ def test_a_damaged_lock_fails_and_is_not_overwritten(project, pytester):
     for options in ([], ["--update-collectives"]):
         result = project(TESTS, *options, "-k", "test_two")
         result.assert_outcomes(failed=1, deselected=3)
-        result.stdout.fnmatch_lines([f"*{FILES[-1]} needs JSON, got other text (*: restore it, or delete and*"])
+        result.stdout.fnmatch_lines(
+            [f"*{FILES[-1]} needs JSON, got other text (*: restore it, or delete and*"]
+        )
     assert path.read_text() == "{"
 
 

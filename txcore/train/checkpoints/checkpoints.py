@@ -129,7 +129,7 @@ class Checkpoints:
                 if not nonfinite.holds_nonfinite(restored):
                     self._log_info(f"resuming from {saved}, after {found['steps']} steps")
                     return restored, Position(**found)
-                bad = self._together(partial(nonfinite.bad_parameters, restored))
+                bad = self._turns.run_on_first(partial(nonfinite.bad_parameters, restored))
                 where = bad[0] if bad else "parameters of which rank 0 has no part"
                 problem = f"{saved} holds values that are not finite, in {where}"
             refused.append(problem)
