@@ -20,7 +20,7 @@ def create_state(w, key, mean):
     """Return a state like that of the old checkpoint: an array without elements, keys, `extra`."""
     engine = tx.Engine(
         mesh=tx.MeshSpec(jax.devices()[:2]),
-        plan=tx.Plan(tx.DP("data")),
+        plan=tx.Plan(data_parallel=tx.DP("data")),
         optimizer=tx.optim.adamw(0.1),
     )
     extra = {"key": jax.random.key(key), "mean": np.full(2, mean, np.float32)}
