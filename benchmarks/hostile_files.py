@@ -101,11 +101,11 @@ def tuned(text, folder):
 
 
 def manifest(text, folder):
-    from txcore.train.checkpoints.manifest import NAME, read
+    from txcore.train.checkpoints.manifest import NAME, read_manifest
 
     digest = hashlib.sha256(text.encode()).hexdigest()
     (folder / NAME).write_text(f"{digest}\n{text}\n")
-    return read(folder)
+    return read_manifest(folder)
 
 
 WHOLE = {

@@ -1,8 +1,8 @@
-"""Read JSON that somebody else may have written: within bounds, and held to a schema.
+"""Read JSON from outside, within bounds and by a schema.
 
-Time and memory grow with the text's length. What is refused: a value more, or deeper, than the
-bounds; a name twice; a number of many digits, NaN and what is infinite; and whatever the schema,
-which is data, does not have:
+Time and memory grow linearly with the text's length. Refused are more or deeper values than the
+bounds allow, duplicate names, numbers of many digits, NaN, infinities, and whatever does not fit
+the schema, which is made of:
 
     str, bool, None         a value of exactly this type (True is no int)
     int, float              any such number; a whole one is a float, too
@@ -40,7 +40,7 @@ Path = tuple[str | int, ...]
 
 
 class JsonError(TxcoreError, ValueError):
-    """A text is no JSON of the schema; says "needs A, got B" of what, in one line."""
+    """A text is not JSON of the schema; the message is one line, "needs A as PLACE, got B"."""
 
 
 def loads(
@@ -82,8 +82,8 @@ def loads(
         found = json.loads(
             text,
             object_pairs_hook=_each_once,
-            parse_int=_int,
-            parse_float=_float,
+            parse_int=_parse_int,
+            parse_float=_parse_float,
             parse_constant=_no_number,
         )
     except json.JSONDecodeError as error:
@@ -104,7 +104,7 @@ def _kind_of(found: Any) -> str:
 
 
 def _check_size(text: str, most_values: int, deepest: int) -> None:
-    """Count values and depth before any is made: three bytes of text may be 64 of memory."""
+    """Count values and depth before parsing: three bytes of text may take 64 bytes of memory."""
     outside = _STRING.sub("", text).translate(_NO_BRACKETS)
     if len(outside) > most_values:
         raise JsonError(f"needs at most {most_values} commas and brackets, got {len(outside)}")
@@ -124,13 +124,13 @@ def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _int(digits: str) -> int:
+def _parse_int(digits: str) -> int:
     if len(digits) > _MOST_DIGITS:
         raise JsonError(f"needs numbers of at most {_MOST_DIGITS} digits, got one of {len(digits)}")
     return int(digits)
 
 
-def _float(text: str) -> float:
+def _parse_float(text: str) -> float:
     if len(text) > _LONGEST_FLOAT or not math.isfinite(number := float(text)):
         raise JsonError(f"needs finite numbers, got {brief(text, 40)[1:-1]}")
     return number
@@ -147,36 +147,40 @@ def check(value: Any, spec: Any, at: Path = ()) -> None:
       JsonError: it is none of it; says where.
     """
     if isinstance(spec, dict):
-        _typed(value, dict, at)
-        for name, inner, of in _members(value, spec, at):
+        _has_type(value, dict, at)
+        for name, inner, of in _check_members(value, spec, at):
             check(inner, of, (*at, name))
     elif isinstance(spec, list | tuple):
-        _typed(value, list, at)
+        _has_type(value, list, at)
         if isinstance(spec, tuple) and len(spec) != len(value):
-            raise JsonError(f"needs {len(spec)} values as {_place(at)}, got {len(value)}")
+            raise JsonError(f"needs {len(spec)} values as {_describe_place(at)}, got {len(value)}")
         each = spec if isinstance(spec, tuple) else spec * len(value)
         for i, (inner, of) in enumerate(zip(value, each, strict=True)):
             check(inner, of, (*at, i))
     elif not _is_one(value, spec):
-        raise JsonError(f"needs {_words(spec)} as {_place(at)}, got {brief(value)}")
+        raise JsonError(
+            f"needs {_describe_spec(spec)} as {_describe_place(at)}, got {brief(value)}"
+        )
 
 
-def _typed(value: Any, kind: type, at: Path) -> None:
+def _has_type(value: Any, kind: type, at: Path) -> None:
     if type(value) is not kind:
-        raise JsonError(f"needs {_NAMES[kind]} as {_place(at)}, got {brief(value)}")
+        raise JsonError(f"needs {_NAMES[kind]} as {_describe_place(at)}, got {brief(value)}")
 
 
-def _members(
+def _check_members(
     value: dict[str, Any], spec: dict[Any, Any], at: Path
 ) -> Iterator[tuple[str, Any, Any]]:
     if str in spec:
         return ((name, inner, spec[str]) for name, inner in value.items())
     known = {name.removesuffix("?"): of for name, of in spec.items()}
     if lacks := [name for name in spec if not name.endswith("?") and name not in value]:
-        raise JsonError(f"needs {lacks[0]!r} in {_place(at)}, got none")
+        raise JsonError(f"needs {lacks[0]!r} in {_describe_place(at)}, got none")
     if unknown := [name for name in value if name not in known]:
         names = ", ".join(known)
-        raise JsonError(f"needs no name but {names} in {_place(at)}, got {brief(unknown[0])}")
+        raise JsonError(
+            f"needs no name but {names} in {_describe_place(at)}, got {brief(unknown[0])}"
+        )
     return ((name, inner, known[name]) for name, inner in value.items())
 
 
@@ -195,18 +199,18 @@ def _is_one(value: Any, spec: Any) -> bool:
     return type(value) is type(spec) and value == spec
 
 
-def _words(spec: Any) -> str:
+def _describe_spec(spec: Any) -> str:
     if isinstance(spec, frozenset | types.UnionType):
         each = spec.__args__ if isinstance(spec, types.UnionType) else spec
-        return " or ".join(sorted(map(_words, each)))
+        return " or ".join(sorted(map(_describe_spec, each)))
     if isinstance(spec, tuple):
-        return f"a list of {', '.join(map(_words, spec))}"
+        return f"a list of {', '.join(map(_describe_spec, spec))}"
     if isinstance(spec, range):
         return f"a whole number of {spec.start} to {spec.stop - 1}"
     return _NAMES.get(types.NoneType if spec is None else spec, repr(spec))
 
 
-def _place(at: Path) -> str:
+def _describe_place(at: Path) -> str:
     if not at:
         return "the file"
     first, *rest = at

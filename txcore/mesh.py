@@ -16,19 +16,28 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 @dataclass(frozen=True)
 class DeviceGroup:
-    """The devices along one axis that share every other index, seen from one of them."""
+    """Describe the devices along one axis that share every other index, seen from one of them.
+
+    Attributes:
+      axis: the mesh axis.
+      size: the number of devices along it.
+      index: of this device along the axis.
+      members: their positions in the mesh, row-major: the axis's replica group.
+      previous: position of the left neighbour; the ring is closed.
+      next: position of the right neighbour.
+    """
 
     axis: str
     size: int
-    index: int  # of this device along the axis
-    members: tuple[int, ...]  # positions in the mesh, row-major; the axis's replica group
-    previous: int  # position of the left neighbour; the ring is closed
-    next: int  # position of the right neighbour
+    index: int
+    members: tuple[int, ...]
+    previous: int
+    next: int
 
     @property
     def rank(self) -> int:
         """The old name of `index`."""
-        _warn("DeviceGroup.rank", "DeviceGroup.index")
+        _warn_renamed("DeviceGroup.rank", "DeviceGroup.index")
         return self.index
 
 
@@ -119,7 +128,7 @@ class MeshSpec:
 
     def rank(self, device: jax.Device | None = None) -> int:
         """Return `position(device)`, by its old name."""
-        _warn("MeshSpec.rank", "MeshSpec.position")
+        _warn_renamed("MeshSpec.rank", "MeshSpec.position")
         return self.position(device)
 
     def coordinates(self, device: jax.Device | None = None) -> dict[str, int]:
@@ -160,12 +169,12 @@ class MeshSpec:
 
 def __getattr__(name: str) -> object:
     if name == "ProcessGroup":
-        _warn("ProcessGroup", "DeviceGroup")
+        _warn_renamed("ProcessGroup", "DeviceGroup")
         return DeviceGroup
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def _warn(old: str, new: str) -> None:
+def _warn_renamed(old: str, new: str) -> None:
     text = f"{old} is now {new}, since a rank is a process: use that; {old} goes in version 0.3"
     warnings.warn(text, DeprecationWarning, stacklevel=3)
 

@@ -1,4 +1,4 @@
-"""What comes from outside: files read within bounds, and texts made safe to show."""
+"""Read files from outside within bounds, and make texts from outside safe to show."""
 
 import errno
 import os
@@ -7,10 +7,10 @@ from typing import IO, Any
 
 
 def printable(text: str) -> str:
-    r"""Write out what cannot be seen, starts a new line, or reorders the text around it.
+    r"""Escape characters that are invisible, start a new line, or reorder the text around them.
 
     Args:
-      text: anything, as found in a file from anywhere.
+      text: any text, as found in a file from outside.
 
     Returns:
       The text with the escapes that `repr` has for such characters; the same where it has none.
@@ -40,10 +40,10 @@ def brief(value: Any, most: int = 80) -> str:
 
 
 def open_regular(path: str | os.PathLike[str]) -> IO[bytes]:
-    """Open a regular file to read; opening never waits, as for a pipe that nobody writes to.
+    """Open a regular file to read; never block, as opening a pipe without a writer would.
 
     Raises:
-      OSError: there is none, it may not be read, or it is a pipe, a socket or a device.
+      OSError: it does not exist, may not be read, or is a pipe, a socket or a device.
     """
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
     try:
@@ -51,7 +51,7 @@ def open_regular(path: str | os.PathLike[str]) -> IO[bytes]:
         if stat.S_ISDIR(mode):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
         if not stat.S_ISREG(mode):
-            text = f"it is {_kind(mode)}, and no regular file"
+            text = f"it is {_kind_error(mode)}, and no regular file"
             raise OSError(errno.EINVAL, text, path)
         return open(descriptor, "rb")
     except BaseException:
@@ -59,13 +59,13 @@ def open_regular(path: str | os.PathLike[str]) -> IO[bytes]:
         raise
 
 
-def _kind(mode: int) -> str:
+def _kind_error(mode: int) -> str:
     kinds = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
     return kinds.get(stat.S_IFMT(mode), "a device")
 
 
 def read_regular(path: str | os.PathLike[str], max_bytes: int) -> bytes | None:
-    """Return what is in a regular file, or None where that is more than `max_bytes`.
+    """Return the content of a regular file, or None if it is longer than `max_bytes`.
 
     Raises:
       OSError: as `open_regular`.

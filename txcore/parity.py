@@ -1,4 +1,4 @@
-"""Whether two trees of numbers agree up to rounding, and what to say where they do not."""
+"""Compare two trees of numbers up to rounding, and explain their differences."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -10,7 +10,7 @@ import numpy as np
 
 _LOG = logging.getLogger("txcore")
 
-# Says of a leaf, by its number, why it exceeds the tolerance by so much, or None.
+# Returns why a leaf, given by its number, exceeds the tolerance by so much; None if nothing does.
 Excuse = Callable[[int, np.ndarray], str | None]
 
 # What rounding changes is random: another rounding rarely changes a norm four times as much.
@@ -23,9 +23,11 @@ _OF_LEAF = 0.25
 class Agreement:
     """Compare trees of float64 arrays leaf by leaf.
 
-    when: what errors begin with.
-    sizes: the numbers of devices that may explain a ratio.
-    rtol, atol: tolerances relative to each element, and to the leaf's largest.
+    Attributes:
+      when: what errors begin with.
+      sizes: the numbers of devices that may explain a ratio.
+      rtol: tolerance relative to each element.
+      atol: tolerance relative to the leaf's largest element.
     """
 
     when: str
@@ -76,7 +78,7 @@ class Agreement:
             of_all = f"{count} of {left.size} elements"
             reason = excuse(i, beyond) if excuse is not None else None
             if reason is None:
-                text = _explain(left, right, beyond, self.sizes)
+                text = _explain_difference(left, right, beyond, self.sizes)
                 raise AssertionError(f"{where} differs between the plans: {of_all}, {text}")
             _LOG.info("txcore: %s: %s differ: %s", where, of_all, reason)
 
@@ -125,8 +127,10 @@ def norm_of(tree: Any) -> float:
     return float(np.sqrt(sum(float(np.sum(leaf**2)) for leaf in jax.tree.leaves(tree))))
 
 
-def _explain(left: np.ndarray, right: np.ndarray, beyond: np.ndarray, sizes: set[int]) -> str:
-    """Name the difference by its ratio where there is one: N and 1/N are the classics."""
+def _explain_difference(
+    left: np.ndarray, right: np.ndarray, beyond: np.ndarray, sizes: set[int]
+) -> str:
+    """Explain a difference by its ratio if it has one: N and 1/N are the usual mistakes."""
     worst = float(np.max(np.abs(left - right)))
     large = np.abs(left) > 1e-3 * np.max(np.abs(left), initial=0.0)
     ratios = right[large] / left[large] if large.any() else np.array([np.nan])

@@ -1,4 +1,4 @@
-"""How txcore's objects print themselves. Ground floor: it imports nothing of txcore."""
+"""Format txcore's objects for `repr`. Ground floor: imports nothing of txcore."""
 
 import inspect
 from typing import Any
@@ -7,7 +7,7 @@ import jax
 
 
 def format_call(name: str, *given: Any, **options: tuple[Any, Any]) -> str:
-    """Write the call that makes an object, with the options that are not the usual ones.
+    """Write the call that makes an object, without the options that have their defaults.
 
     Args:
       name: of the class or function.
@@ -21,15 +21,15 @@ def format_call(name: str, *given: Any, **options: tuple[Any, Any]) -> str:
       >>> format_call("sgd", 0.1, momentum=(0.9, 0.0), nesterov=(False, False))
       'sgd(0.1, momentum=0.9)'
     """
-    shown = [_format(value) for value in given]
+    shown = [_format_value(value) for value in given]
     for option, (value, usual) in options.items():
         if type(value) is not type(usual) or value != usual:
-            shown.append(f"{option}={_format(value)}")
+            shown.append(f"{option}={_format_value(value)}")
     return f"{name}({', '.join(shown)})"
 
 
 def describe_tree(tree: Any) -> str:
-    """Write how many leaves a tree of arrays has, and their bytes; nothing is read of them.
+    """Write how many leaves a tree of arrays has, and their bytes, without reading any.
 
     Example:
       >>> import numpy as np
@@ -40,7 +40,7 @@ def describe_tree(tree: Any) -> str:
     number = f"{len(leaves)} array" + ("" if len(leaves) == 1 else "s")
     try:
         return f"<{number}, {sum(leaf.size * leaf.dtype.itemsize for leaf in leaves):,} B>"
-    except AttributeError:  # jax prints trees of other things too: of shardings, of specs
+    except AttributeError:  # jax also prints trees of shardings and of specs
         return f"<{len(leaves)} leaves>"
 
 
@@ -56,12 +56,12 @@ def describe_scalar(x: Any) -> str:
         return repr(x)
 
 
-def _format(value: Any) -> str:
+def _format_value(value: Any) -> str:
     """Write a value in one line; a function by its name, where it has one of its own."""
     if inspect.isfunction(value):
         return "<function>" if "<" in value.__qualname__ else value.__name__
     if isinstance(value, list | tuple):
-        return f"[{', '.join(map(_format, value))}]"
+        return f"[{', '.join(map(_format_value, value))}]"
     if type(value).__repr__ is object.__repr__:
         return f"<{type(value).__name__}>"
     return " ".join(repr(value).split())

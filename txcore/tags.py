@@ -1,4 +1,4 @@
-"""Tags: names in a program's scopes by which compiled collectives are known again."""
+"""Tags: names in a program's scopes that identify its compiled collectives."""
 
 import contextlib
 import re
@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-# The frontend attribute that held the tags before: a dump that was kept may have it.
+# The frontend attribute that held the tags in earlier versions: old dumps have it.
 TAG_KEY = "txcore"
 _TAG = re.compile(r"txcore\[([A-Za-z0-9_./-]+)\]")
 

@@ -1,4 +1,4 @@
-"""For tests of models and steps: run something sharded, and compare two plans."""
+"""Test models and steps: run a function sharded, and compare two plans."""
 
 import functools
 from collections.abc import Callable, Iterable, Mapping
@@ -124,28 +124,35 @@ def assert_plans_agree(
         raise ValueError(
             f"assert_plans_agree needs engines with one seed, got {seeds[0]} and {seeds[1]}"
         )
-    sizes = {n for e in engines for n in (*e.mesh.shape.values(), e.mesh.size) if n > 1}
-    states = [_recording(engine).create_state(params, extra) for engine in engines]
-    begun = [_wide(state.arrays["loss_scaling"]) for state in states]
+    sizes: set[int] = set()  # that may explain the ratio of two results
+    for engine in engines:
+        sizes |= {n for n in (*engine.mesh.shape.values(), engine.mesh.size) if n > 1}
+    states = [_record_gradients(engine).create_state(params, extra) for engine in engines]
+    begun = [_to_float64(state.arrays["loss_scaling"]) for state in states]
     if None not in begun:  # float16 may be compared with another precision
         Agreement("step 0", sizes, rtol, atol).check("loss_scaling", *begun)
     number = -1
     for number, batch in enumerate(batches):
-        start = _host(states[0].arrays)
+        start = _to_host(states[0].arrays)
         states[1] = _starting_at(start, states[1])
         ends = []
         for i in (0, 1):
             states[i], metrics = step(states[i], batch)
-            ends.append(_End(_host(metrics), _host(states[i].arrays)))
+            ends.append(_End(_to_host(metrics), _to_host(states[i].arrays)))
         reference = _Reference(step, states[0], batch, start)
-        _compare(Agreement(f"step {number}", sizes, rtol, atol), reference, *ends)
+        _compare_steps(Agreement(f"step {number}", sizes, rtol, atol), reference, *ends)
     if number < 0:
         raise ValueError("assert_plans_agree needs at least one batch, got none")
 
 
 @dataclass(frozen=True)
 class _End:
-    """What a step returned, on the host."""
+    """Hold on the host what a step returned.
+
+    Attributes:
+      metrics: of the step.
+      arrays: of the state, by field.
+    """
 
     metrics: Any
     arrays: dict[str, Any]
@@ -162,7 +169,14 @@ class _End:
 
 @dataclass(frozen=True)
 class _Reference:
-    """A step of the first engine, to be tried again: `start` are the arrays that it began with."""
+    """Hold a step of the first engine, to repeat it.
+
+    Attributes:
+      step: the training step.
+      state: after it.
+      batch: its batch.
+      start: the arrays that it began with.
+    """
 
     step: StepFn
     state: TrainState
@@ -174,94 +188,101 @@ class _Reference:
         random = np.random.default_rng(seed)
         size = 8 * float(jnp.finfo(POLICIES[self.state.precision.compute]).eps)
 
-        def change(x: np.ndarray) -> np.ndarray:
+        def change_leaf(x: np.ndarray) -> np.ndarray:
             if not jnp.issubdtype(x.dtype, jnp.floating):
                 return x
             return np.asarray(x * (1 + size * random.uniform(-1, 1, x.shape)), x.dtype)
 
-        changed = {"stored_params": jax.tree.map(change, self.start["stored_params"])}
+        changed = {"stored_params": jax.tree.map(change_leaf, self.start["stored_params"])}
         state = _starting_at({**self.start, **changed}, self.state)
         state, metrics = self.step(state, self.batch)
-        return _End(_host(metrics), _host(state.arrays))
+        return _End(_to_host(metrics), _to_host(state.arrays))
 
     def updated(self, grads: Any) -> tuple[Any, Any]:
         """Return the parameters and optimizer state that its optimizer makes of `grads`."""
         state = _starting_at(self.start, self.state)
         update = jax.jit(state.engine.optimizer.update)
         params, opt_state = update(grads, state.opt_state, state.stored_params, step=state.step)
-        return _wide((params, opt_state["inner"]))
+        return _to_float64((params, opt_state["inner"]))
 
 
-def _compare(agreement: Agreement, reference: _Reference, first: _End, second: _End) -> None:
-    """Compare all that the two engines' steps returned."""
+def _compare_steps(agreement: Agreement, reference: _Reference, first: _End, second: _End) -> None:
+    """Compare everything that the two engines' steps returned."""
 
     @functools.cache
-    def probes() -> list[_End]:
+    def run_probes() -> list[_End]:
         return [reference.rounded_otherwise(seed) for seed in range(4)]
 
     @functools.cache
-    def explained() -> tuple[Any, Any]:
+    def find_explained() -> tuple[Any, Any]:
         ends = (reference.updated(end.grads) for end in (second, first))
         return jax.tree.map(np.subtract, *ends)
 
-    def check(what: str, get: Callable[[_End], Any], last_place: float = 0.0) -> None:
-        left, right = _wide(get(first)), _wide(get(second))
-        others = lambda: [_wide(get(probe)) for probe in probes()]  # noqa: E731
-        agreement.check(what, left, right, excuse=of_rounding(left, others, last_place))
+    def check_part(what: str, get: Callable[[_End], Any], last_place: float = 0.0) -> None:
+        left, right = _to_float64(get(first)), _to_float64(get(second))
 
-    check("metrics", lambda end: end.metrics)
+        def read_probes() -> list[Any]:
+            return [_to_float64(get(probe)) for probe in run_probes()]
+
+        agreement.check(what, left, right, excuse=of_rounding(left, read_probes, last_place))
+
+    check_part("metrics", lambda end: end.metrics)
     eps = float(np.finfo(np.float32).eps)
-    check("gradients of params", lambda end: end.grads, eps * norm_of(_wide(first.grads)))
-    before = _wide(reference.start["stored_params"])
-    updates = [jax.tree.map(np.subtract, _wide(e.updated[0]), before) for e in (first, second)]
+    check_part(
+        "gradients of params", lambda end: end.grads, eps * norm_of(_to_float64(first.grads))
+    )
+    before = _to_float64(reference.start["stored_params"])
+    updates = [
+        jax.tree.map(np.subtract, _to_float64(e.updated[0]), before) for e in (first, second)
+    ]
     last_places = [2 * np.spacing(np.abs(p)) for p in jax.tree.leaves(first.updated[0])]
-    excuse = of_inputs(lambda: explained()[0])
+    excuse = of_inputs(lambda: find_explained()[0])
     agreement.check("update of params", *updates, floor=last_places, excuse=excuse)
-    states = [_wide(end.updated[1]) for end in (first, second)]
+    states = [_to_float64(end.updated[1]) for end in (first, second)]
     if jax.tree.structure(states[0]) == jax.tree.structure(states[1]):  # type: ignore[operator]
-        excuse = of_inputs(lambda: explained()[1])
+        excuse = of_inputs(lambda: find_explained()[1])
         agreement.check("optimizer state", *states, excuse=excuse)
-    check("extra", lambda end: end.arrays["extra"])
+    check_part("extra", lambda end: end.arrays["extra"])
     if None not in [end.arrays["loss_scaling"] for end in (first, second)]:
-        check("loss_scaling", lambda end: end.arrays["loss_scaling"])
+        check_part("loss_scaling", lambda end: end.arrays["loss_scaling"])
 
 
-def _numbers(leaf: Any) -> Any:
+def _as_numbers(leaf: Any) -> Any:
     return jax.random.key_data(leaf) if _compat.is_key_array(leaf) else leaf
 
 
-def _host(tree: Any) -> Any:
-    return jax.tree.map(lambda leaf: np.array(_numbers(leaf)), tree)
+def _to_host(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: np.array(_as_numbers(leaf)), tree)
 
 
-def _wide(tree: Any) -> Any:
-    return jax.tree.map(lambda leaf: np.asarray(_numbers(leaf), np.float64), tree)
+def _to_float64(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: np.asarray(_as_numbers(leaf), np.float64), tree)
 
 
 def _starting_at(start: dict[str, Any], state: TrainState) -> TrainState:
     """Return `state` with the arrays of `start`: those fields that it has in the same form."""
 
-    def form(tree: Any) -> Any:
+    def form_of(tree: Any) -> Any:
         return jax.tree.structure(tree), [(x.shape, x.dtype) for x in jax.tree.leaves(tree)]
 
-    def place(host: np.ndarray, leaf: jax.Array) -> jax.Array:
+    def place_leaf(host: np.ndarray, leaf: jax.Array) -> jax.Array:
         # device_put may alias the host's array, and a step donates it.
         placed = jnp.array(jax.device_put(host, leaf.sharding), copy=True)
         if _compat.is_key_array(leaf):
             placed = jax.random.wrap_key_data(placed, impl=jax.random.key_impl(leaf))
         return placed
 
-    shapes = jax.eval_shape(lambda arrays: jax.tree.map(_numbers, arrays), state.arrays)
-    same = [name for name in start if form(start[name]) == form(shapes[name])]
-    places = {name: jax.tree.map(place, start[name], state.arrays[name]) for name in same}
+    shapes = jax.eval_shape(lambda arrays: jax.tree.map(_as_numbers, arrays), state.arrays)
+    same = [name for name in start if form_of(start[name]) == form_of(shapes[name])]
+    places = {name: jax.tree.map(place_leaf, start[name], state.arrays[name]) for name in same}
     return state.replace(**places)
 
 
-def _recording(engine: Engine) -> Engine:
+def _record_gradients(engine: Engine) -> Engine:
     """Return an engine like `engine` whose optimizer state keeps the gradients of the last step."""
     inner = engine.optimizer
 
-    def init(params: Any) -> Any:
+    def init_state(params: Any) -> Any:
         zeros = jax.tree.map(np.zeros_like, params)
         return {"inner": inner.init(params), "grads": zeros}
 
@@ -272,4 +293,4 @@ def _recording(engine: Engine) -> Engine:
         kept = jax.tree.map(lambda g, old: g.astype(old.dtype), grads, opt_state["grads"])
         return params, {"inner": state, "grads": kept}
 
-    return engine.with_optimizer(replace(inner, init=init, update=update))
+    return engine.with_optimizer(replace(inner, init=init_state, update=update))

@@ -1,4 +1,4 @@
-"""Values that vary along mesh axes: made to agree, run untracked, and claimed to be equal."""
+"""Handle values that vary along mesh axes: cast them alike, run them untracked, claim facts."""
 
 import functools
 from collections.abc import Callable, Iterable
@@ -29,7 +29,7 @@ def _union_of_axes(arrays: tuple[jax.Array, ...]) -> frozenset[str]:
 
 
 def run_untracked(function: Callable[..., Any], *arrays: jax.Array) -> Any:
-    """Call a function whose inside does not say what varies; its results vary as the arrays do.
+    """Call a function inside which jax does not track what varies; its results vary as the arrays.
 
     An interpreted Pallas kernel is such a function: jax traces it without varying axes, and then
     refuses to run that on operands that have some (its loops' carries and literals have none).
@@ -62,9 +62,9 @@ def claim(
     add: Iterable[str] = (),
     drop: Iterable[str] = (),
 ) -> jax.Array:
-    """Return `x`, of which a traced program then says something that can be checked.
+    """Return `x` with a claim about it in the traced program, which can be checked there.
 
-    Nothing is left of it in the compiled program. Its transpose is itself, without the claim.
+    The compiled program contains nothing of it. Its transpose is the identity, without the claim.
 
     Args:
       x: an array.
@@ -77,7 +77,7 @@ def claim(
       add: axes along which the result is typed as varying.
       drop: axes along which the result is typed as invariant.
     """
-    return _claim().bind(
+    return _make_claim().bind(
         *(x,),
         **{"kind": kind, "mesh_axes": axes, "what": what, "error": error},
         **{"add": tuple(sorted(add)), "drop": tuple(sorted(drop))},
@@ -85,13 +85,13 @@ def claim(
 
 
 @functools.cache
-def _claim() -> Any:
+def _make_claim() -> Any:
     from jax.extend.core import Primitive
     from jax.interpreters import ad, batching, mlir
 
     claim = Primitive(CLAIM)
     claim.def_impl(lambda x, **_: x)
-    claim.def_abstract_eval(_retyped)
+    claim.def_abstract_eval(_retype_claim)
     mlir.register_lowering(claim, lambda ctx, x, **_: [x])
     batching.primitive_batchers[claim] = lambda args, dims, **params: (
         claim.bind(args[0], **params),
@@ -101,7 +101,7 @@ def _claim() -> Any:
     return claim
 
 
-def _retyped(aval: Any, *, add: tuple[str, ...], drop: tuple[str, ...], **_: Any) -> Any:
+def _retype_claim(aval: Any, *, add: tuple[str, ...], drop: tuple[str, ...], **_: Any) -> Any:
     if not add and not drop:
         return aval
     axis_type = aval.manual_axis_type
@@ -122,11 +122,11 @@ def _transposed_claim(cotangent: Any, _: Any, **params: Any) -> list[Any]:
 
 
 def inputs_needed_by(jaxpr: Any, outputs: list[bool]) -> tuple[bool, list[bool]]:
-    """Tell what the chosen outputs of a traced program are made of.
+    """Return which inputs the chosen outputs of a traced program depend on.
 
     Args:
       jaxpr: a Jaxpr or ClosedJaxpr.
-      outputs: for each output whether it is meant.
+      outputs: for each output whether it is chosen.
 
     Returns:
       Whether computing them takes any operation at all, and for each input whether they need it

@@ -83,7 +83,7 @@ def test_an_error_of_its_own_is_no_failed_proof(monkeypatch, capsys):
     def fails(options):
         raise ZeroDivisionError("ours")
 
-    monkeypatch.setattr(cli.env, "run", fails)
+    monkeypatch.setattr(cli.env, "print_environment", fails)
     assert cli.main(["env"]) == 2
     *shown, last = capsys.readouterr().err.splitlines()
     assert shown[0] == "Traceback (most recent call last):"

@@ -8,7 +8,7 @@ import pytest
 from watch_fakes import Coordinator
 
 from txcore import _compat
-from txcore.launch.key_value import agree
+from txcore.launch.key_value import agree_on_problem
 
 _rank = threading.local()
 
@@ -54,7 +54,7 @@ def ranks(monkeypatch):
 def test_all_get_the_same_answer(problems, answer, ranks):
     concluded = []
     answers, coordinator = ranks(
-        lambda rank: agree("save", problems.get(rank), lambda: concluded.append(rank))
+        lambda rank: agree_on_problem("save", problems.get(rank), lambda: concluded.append(rank))
     )
     assert answers == {0: answer, 1: answer, 2: answer}
     assert concluded == ([0] if answer is None else [])
@@ -62,22 +62,24 @@ def test_all_get_the_same_answer(problems, answer, ranks):
 
 
 def test_what_rank_0_finds_at_the_end(ranks):
-    answers, _ = ranks(lambda rank: agree("save", None, lambda: "no space for the manifest"))
+    answers, _ = ranks(
+        lambda rank: agree_on_problem("save", None, lambda: "no space for the manifest")
+    )
     assert set(answers.values()) == {"rank 0: no space for the manifest"}
 
 
 def test_who_is_late_is_named_and_waited_for_no_longer(ranks):
     started = time.monotonic()
-    answers, _ = ranks(lambda rank: agree("save", None, timeout_s=0.3), who=(0, 1))
+    answers, _ = ranks(lambda rank: agree_on_problem("save", None, timeout_s=0.3), who=(0, 1))
     assert answers == dict.fromkeys((0, 1), "rank 2: not heard of for 0.3 s")
     assert time.monotonic() - started < 3
 
 
 def test_where_rank_0_does_not_come_nobody_waits_for_ever(ranks):
-    answers, _ = ranks(lambda rank: agree("save", None, timeout_s=0.2), who=(1, 2))
+    answers, _ = ranks(lambda rank: agree_on_problem("save", None, timeout_s=0.2), who=(1, 2))
     assert set(answers.values()) == {"DEADLINE_EXCEEDED"}
 
 
 def test_a_long_text_is_cut(ranks):
-    answers, _ = ranks(lambda rank: agree("save", "x" * 10_000 if rank == 1 else None))
+    answers, _ = ranks(lambda rank: agree_on_problem("save", "x" * 10_000 if rank == 1 else None))
     assert answers[2] == f"rank 1: {'x' * 2000}"

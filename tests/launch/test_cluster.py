@@ -176,13 +176,16 @@ def test_torchruns_variables_beside_another_launcher(other):
     [
         ({"RANK": "4"}, "RANK=4 contradicts WORLD_SIZE=4, which needs it from 0 to 3"),
         ({"LOCAL_RANK": "2"}, "LOCAL_RANK=2 contradicts LOCAL_WORLD_SIZE=2, which needs it from"),
-        ({"RANK": "one"}, "RANK must be a number from 0 on, got 'one'"),
-        ({"RANK": "-1"}, "RANK must be a number from 0 on, got '-1'"),
-        ({"MASTER_PORT": "http"}, "MASTER_PORT must be a number from 0 on, got 'http'"),
+        ({"RANK": "one"}, "launch.cluster needs RANK= a number from 0 on, got 'one'"),
+        ({"RANK": "-1"}, "launch.cluster needs RANK= a number from 0 on, got '-1'"),
+        (
+            {"MASTER_PORT": "http"},
+            "launch.cluster needs MASTER_PORT= a number from 0 on, got 'http'",
+        ),
         ({"JAX_NUM_PROCESSES": "8"}, "JAX_NUM_PROCESSES=8 contradicts torchrun, by which it is 4"),
         (
             {"MASTER_PORT": "65536", "TORCHELASTIC_USE_AGENT_STORE": "False"},
-            "MASTER_PORT must be from 1 to 65535, got 65536",
+            "launch.cluster needs MASTER_PORT= a number from 1 to 65535, got 65536",
         ),
     ],
 )
@@ -307,7 +310,7 @@ def test_a_variable_that_contradicts_the_cluster(name, found):
     ],
 )
 def test_no_number(name, value, environ):
-    text = f"{name} must be a number from 0 on, got {value!r}"
+    text = f"launch.cluster needs {name}= a number from 0 on, got {value!r}"
     with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
         cluster(environ | {name: value})
 

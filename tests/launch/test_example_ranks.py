@@ -60,7 +60,7 @@ def compare(*facts):
 
     def run(rank):
         try:
-            preflight.compare(coordinator, rank, len(facts), "f/0/", "args", facts[rank], 5)
+            preflight.compare_facts(coordinator, rank, len(facts), "f/0/", "args", facts[rank], 5)
         except RuntimeError as error:
             raised[rank] = error
 

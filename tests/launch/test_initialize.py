@@ -298,8 +298,10 @@ def test_the_coordinator_of_another_run_is_not_shared():
 
 def test_an_address_to_listen_at_that_is_none(monkeypatch):
     monkeypatch.setenv("JAX_COORDINATOR_BIND_ADDRESS", "0.0.0.0")
-    with says(ValueError, "JAX_COORDINATOR_BIND_ADDRESS must be 'host:port', got '0.0.0.0'"):
-        joining_code._meet("127.0.0.1:12345", 2, 0, time.monotonic())
+    with says(
+        ValueError, "tx.initialize needs JAX_COORDINATOR_BIND_ADDRESS 'host:port', got '0.0.0.0'"
+    ):
+        joining_code._meet_others("127.0.0.1:12345", 2, 0, time.monotonic())
 
 
 def test_a_name_that_cannot_be_one():
@@ -307,10 +309,10 @@ def test_a_name_that_cannot_be_one():
     with pytest.raises(
         NotTogether, match=r"^process 0 cannot find its own address: a\.\.b is unknown \(.*label"
     ):
-        joining_code._meet("a..b:12345", 2, 0, time.monotonic() + 60)
+        joining_code._meet_others("a..b:12345", 2, 0, time.monotonic() + 60)
     assert time.monotonic() - started < 30
     with pytest.raises(NotTogether, match=r"^process 0 did not come: it does not answer at a\.\.b"):
-        joining_code._meet("a..b:12345", 2, 1, time.monotonic() + 0.2)
+        joining_code._meet_others("a..b:12345", 2, 1, time.monotonic() + 0.2)
 
 
 def test_process_0_that_fails_does_not_wait_for_the_others():

@@ -140,7 +140,7 @@ def test_a_port_that_is_taken_or_held_is_not_chosen(monkeypatch):
         ports = [s.getsockname()[1] for s in (taken, other)]
         taken.listen()
         other.close()
-        monkeypatch.setattr(placement, "_ports", lambda: ports)
+        monkeypatch.setattr(placement, "_candidate_ports", lambda: ports)
         assert placement.hold_port("127.0.0.1", held) == ports[1]
         with pytest.raises(
             BadInput, match=r"^no port of 127\.0\.0\.1 is free: give --coordinator$"
@@ -318,7 +318,7 @@ def test_siblings_of_a_core_go_to_one_rank(tmp_path, monkeypatch):
     ],
 )
 def test_ranks_are_spread_over_hosts(size, text, expected):
-    assert placement.place(size, text) == expected
+    assert placement.place_ranks(size, text) == expected
 
 
 def test_a_folder_that_is_deleted_meanwhile_hides_no_exit_code(tmp_path):
@@ -352,7 +352,7 @@ def test_the_installed_command():
 def test_help_names_every_option(capsys):
     assert cli.main(["launch", "--help"]) == 0
     text = capsys.readouterr().out
-    source = inspect.getsource(launch_command.add)
+    source = inspect.getsource(launch_command.add_command)
     options = re.findall(r'"(--?[a-z-]+)"', source)
     assert len(options) == 11
     assert all(re.search(rf"^  {name}\b", text, re.MULTILINE) for name in options)

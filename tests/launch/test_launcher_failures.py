@@ -147,7 +147,7 @@ def test_of_those_that_end_at_once_the_one_that_was_killed_counts(monkeypatch, l
         hosts.Task(0, ["sh", "-c", "exit 1"]),
         hosts.Task(1, ["sh", "-c", f"sleep 0.3; {later}"]),
     ]
-    assert supervise.launch(tasks).rank == first
+    assert supervise.launch_ranks(tasks).rank == first
 
 
 IGNORES = "signal.signal(signal.SIGTERM, signal.SIG_IGN); tell(os.getpid(), 'ignores')\n"
@@ -291,7 +291,7 @@ def test_nothing_is_left_where_a_later_rank_cannot_start(tmp_path, monkeypatch, 
     environment = {"JAX_PROCESS_ID": "0"}
     before = {n: signal.getsignal(n) for n in (*hosts.STOPS, *hosts.PASSED, signal.SIGCHLD)}
     with pytest.raises(OSError, match="no more processes"):
-        supervise.launch([hosts.Task(rank, argv, environment) for rank in range(2)])
+        supervise.launch_ranks([hosts.Task(rank, argv, environment) for rank in range(2)])
     assert not runs(wait_for_pids(tmp_path, 1)[0])
     assert {n: signal.getsignal(n) for n in before} == before
 
@@ -307,5 +307,5 @@ def test_it_sleeps_while_it_waits_though_another_rank_fails_meanwhile(monkeypatc
     stays = "trap : TERM; sleep 1 & wait; sleep 1"
     commands = ["sleep 0.5; exit 3", "trap 'exit 5' TERM; sleep 30 & wait", stays]
     tasks = [hosts.Task(rank, ["sh", "-c", text]) for rank, text in enumerate(commands)]
-    assert supervise.launch(tasks).exit_code == 3
+    assert supervise.launch_ranks(tasks).exit_code == 3
     assert len(waits) < 30

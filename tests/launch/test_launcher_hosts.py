@@ -221,7 +221,7 @@ def test_a_connection_that_does_not_end_is_given_up(tmp_path, monkeypatch, capfd
     path.write_text(f"#!/bin/sh\ntrap '' TERM\necho $$ > {tmp_path}/pid-0\nsleep 60\n")
     path.chmod(0o755)
     stuck, fails = hosts.Task(0, ["true"], host="a"), hosts.Task(1, ["sh", "-c", "sleep 1; exit 3"])
-    failure = supervise.launch([stuck, fails], remote_shell=[str(path)], grace_s=0.1)
+    failure = supervise.launch_ranks([stuck, fails], remote_shell=[str(path)], grace_s=0.1)
     assert (failure.rank, failure.exit_code) == (1, 3)
     assert capfd.readouterr().err == "txcore: rank 0 (on a) outlives SIGKILL by 0.4 s\n"
     wait_for_end(wait_for_pids(tmp_path, 1))

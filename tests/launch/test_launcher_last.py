@@ -17,7 +17,7 @@ SAYS_SO = f"echo 'txcore: rank 0 ends at step 5 (step): {SILENT}' >&2"
 
 def ranks(*commands, **options):
     tasks = [hosts.Task(rank, ["sh", "-c", text]) for rank, text in enumerate(commands)]
-    return supervise.launch(tasks, **options)
+    return supervise.launch_ranks(tasks, **options)
 
 
 def text_of(failure):
@@ -114,12 +114,12 @@ def test_all_that_work_together_are_waited_for_in_silence(monkeypatch, capfd):
 
 
 def test_what_a_rank_has_started_counts_as_its_work():
-    rank = hosts.start(hosts.Task(0, ["sh", "-c", f"sh -c '{BUSY}' & wait"]))
+    rank = hosts.start_task(hosts.Task(0, ["sh", "-c", f"sh -c '{BUSY}' & wait"]))
     try:
         before = hosts.busy_s(rank.pid)
         for _ in itertools.takewhile(lambda _: hosts.busy_s(rank.pid) <= before, range(200)):
             time.sleep(0.05)
         assert hosts.busy_s(rank.pid) > before
     finally:
-        hosts.deliver(rank.pid, 9)
+        hosts.deliver_signal(rank.pid, 9)
         rank.wait()

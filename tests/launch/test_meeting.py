@@ -17,7 +17,13 @@ from processes import free_port
 from txcore.launch.join import gathering as gathering_code
 from txcore.launch.join import rendezvous
 from txcore.launch.join.gathering import Host
-from txcore.launch.join.rendezvous import NotTogether, attend, introduce, listen, tell_of_end
+from txcore.launch.join.rendezvous import (
+    NotTogether,
+    join_meeting,
+    listen_alone,
+    make_greeting,
+    tell_of_end,
+)
 
 
 def says(text):
@@ -29,16 +35,16 @@ def gathering(size, seconds=20.0, run=None):
     """A process 0 that gathers; yields its address and its future."""
     deadline = time.monotonic() + seconds
     address = f"127.0.0.1:{free_port()}"
-    host = Host(listen(address, deadline), size, "first", run)
+    host = Host(listen_alone(address, deadline), size, "first", run)
     with concurrent.futures.ThreadPoolExecutor() as pool, contextlib.closing(host):
-        yield address, pool.submit(host.gather, deadline), pool
+        yield address, pool.submit(host.gather_all, deadline), pool
 
 
 def join(pool, address, rank, size, seconds=20.0, run=None):
     """Attend in a thread; the future's result is None where all have met, and is let go of."""
 
     def attend_once():
-        attend(address, rank, size, time.monotonic() + seconds, run).connection.close()
+        join_meeting(address, rank, size, time.monotonic() + seconds, run).connection.close()
 
     return pool.submit(attend_once)
 
@@ -73,13 +79,13 @@ def test_jaxs_server_gets_the_port_when_they_have_met_and_no_other_run_does(monk
         other.result()
         if sys.platform == "linux":
             with says(cannot(address, os.strerror(errno.EADDRINUSE))):
-                listen(address, time.monotonic())
+                listen_alone(address, time.monotonic())
         with socket.socket() as shares:  # as gRPC's does
             for option in (socket.SO_REUSEADDR, socket.SO_REUSEPORT):
                 shares.setsockopt(socket.SOL_SOCKET, option, 1)
             shares.bind(("127.0.0.1", int(address.split(":")[1])))
             shares.listen()
-    listen(address, time.monotonic()).close()
+    listen_alone(address, time.monotonic()).close()
 
 
 def test_one_process_meets_nobody():
@@ -93,8 +99,8 @@ def test_process_0_may_come_last():
         other = join(pool, address, 1, 2)
         time.sleep(0.5)
         deadline = time.monotonic() + 20
-        with contextlib.closing(Host(listen(address, deadline), 2, "first")) as host:
-            host.gather(deadline)
+        with contextlib.closing(Host(listen_alone(address, deadline), 2, "first")) as host:
+            host.gather_all(deadline)
             other.result()
 
 
@@ -147,14 +153,14 @@ def test_many_strangers_do_not_use_up_all_connections(monkeypatch):
 
 def test_a_stranger_that_speaks_while_it_is_dropped():
     """One select may say that there is a newcomer, and that the one dropped for it has spoken."""
-    host = Host(listen(f"127.0.0.1:{free_port()}", 0.0), 2, "first")
+    host = Host(listen_alone(f"127.0.0.1:{free_port()}", 0.0), 2, "first")
     stranger, other_end = socket.socketpair()
     with host._listener, other_end, selectors.DefaultSelector() as selector:
         selector.register(stranger, selectors.EVENT_READ)
         other_end.sendall(b"?")
-        host._drop(stranger, selector)
-        host._hear(stranger, selector)
-    assert host.missing() == [1]
+        host._drop_connection(stranger, selector)
+        host._read_connection(stranger, selector)
+    assert host.missing_ranks() == [1]
 
 
 def test_what_a_stranger_says_does_nothing_to_a_terminal():
@@ -191,7 +197,7 @@ def test_another_run_at_the_port_is_refused_in_seconds(ours, theirs, size, monke
         monkeypatch.setattr(rendezvous, "ATTEMPTS", 1)
         taken = f"{os.strerror(errno.EADDRINUSE)}; {reason.format(0)}"
         with says(cannot(address, taken)):
-            listen(address, time.monotonic() + 20, introduce(0, size, theirs))
+            listen_alone(address, time.monotonic() + 20, make_greeting(0, size, theirs))
         assert time.monotonic() - begun < 10
         assert not first.done()
         others = [join(pool, address, rank, size, run=ours) for rank in range(1, size)]
@@ -201,16 +207,16 @@ def test_another_run_at_the_port_is_refused_in_seconds(ours, theirs, size, monke
 def test_who_is_refused_by_a_run_that_then_ends_is_waited_for():
     address = f"127.0.0.1:{free_port()}"
     with (
-        contextlib.closing(Host(listen(address, 0.0), 2, "first", "a")) as ends,
+        contextlib.closing(Host(listen_alone(address, 0.0), 2, "first", "a")) as ends,
         concurrent.futures.ThreadPoolExecutor() as pool,
     ):
-        gathered = pool.submit(ends.gather, time.monotonic() + 0.7)
+        gathered = pool.submit(ends.gather_all, time.monotonic() + 0.7)
         other = join(pool, address, 1, 2, run="b")
         with pytest.raises(NotTogether):
             gathered.result()
         deadline = time.monotonic() + 20
-        with contextlib.closing(Host(listen(address, deadline), 2, "next", "b")) as host:
-            host.gather(deadline)
+        with contextlib.closing(Host(listen_alone(address, deadline), 2, "next", "b")) as host:
+            host.gather_all(deadline)
             other.result()
 
 
@@ -271,7 +277,7 @@ def test_where_a_run_has_no_id_a_contradiction_bounds_the_wait(kind, monkeypatch
 
 def test_a_rank_whose_connection_broke_takes_its_own_place():
     with gathering(3, run="a") as (address, first, pool):
-        greeting = introduce(1, 3, "a")
+        greeting = make_greeting(1, 3, "a")
         with greet(address, **greeting), greet(address, **greeting) as again:
             time.sleep(0.2)
             join(pool, address, 2, 3, run="a").result()
@@ -310,14 +316,14 @@ def test_process_0_that_ends_when_all_have_met_is_not_waited_for():
     address = f"127.0.0.1:{free_port()}"
     deadline = time.monotonic() + 20
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        host = Host(listen(address, deadline), 2, "first")
-        seat = pool.submit(attend, address, 1, 2, deadline)
-        host.gather(deadline)
+        host = Host(listen_alone(address, deadline), 2, "first")
+        seat = pool.submit(join_meeting, address, 1, 2, deadline)
+        host.gather_all(deadline)
         host.close()
         with seat.result().connection, socket.create_server(("127.0.0.1", 0)) as another:
             there = f"127.0.0.1:{another.getsockname()[1]}"
             with says("process 0 ended after all had met: see what it says"):
-                rendezvous.until_served(there, deadline, seat.result())
+                rendezvous.wait_until_served(there, deadline, seat.result())
 
 
 def test_who_waits_hears_who_is_missing():
@@ -334,7 +340,7 @@ def test_who_waits_hears_who_is_missing():
 
 def test_process_0_that_ends_while_others_wait():
     address = f"127.0.0.1:{free_port()}"
-    listener = listen(address, time.monotonic())
+    listener = listen_alone(address, time.monotonic())
     with concurrent.futures.ThreadPoolExecutor() as pool:
         other = join(pool, address, 1, 3, seconds=2)
         connection, _ = listener.accept()
@@ -352,7 +358,7 @@ def test_process_0_that_ends_while_others_wait():
 def test_another_server_is_not_taken_for_process_0(word):
     address = f"127.0.0.1:{free_port()}"
     with (
-        listen(address, time.monotonic()) as listener,
+        listen_alone(address, time.monotonic()) as listener,
         concurrent.futures.ThreadPoolExecutor() as pool,
     ):
         listener.settimeout(30)
@@ -368,7 +374,7 @@ def test_another_server_is_not_taken_for_process_0(word):
 
 def cannot(address, reason):
     return (
-        f"process 0 must listen on {address}, but cannot ({reason}): end what listens there (a "
+        f"process 0 needs to listen on {address}, but cannot ({reason}): end what listens there (a "
         "second process 0? another run?), or take another port (JAX_COORDINATOR_PORT, "
         "coordinator=, or --coordinator of txcore launch); if it is not an address of this host, "
         "start process 0 on the coordinator's host, or set JAX_COORDINATOR_BIND_ADDRESS"
@@ -377,9 +383,9 @@ def cannot(address, reason):
 
 def test_a_port_that_becomes_free_in_time():
     address = f"127.0.0.1:{free_port()}"
-    taken = listen(address, time.monotonic())
+    taken = listen_alone(address, time.monotonic())
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        listener = pool.submit(listen, address, time.monotonic() + 20)
+        listener = pool.submit(listen_alone, address, time.monotonic() + 20)
         time.sleep(0.3)
         taken.close()
         listener.result().close()
@@ -389,25 +395,25 @@ def test_there_are_three_attempts_to_listen(monkeypatch):
     pauses = []
     monkeypatch.setattr(rendezvous.time, "sleep", pauses.append)
     address = f"127.0.0.1:{free_port()}"
-    with listen(address, 0.0), says(cannot(address, os.strerror(errno.EADDRINUSE))):
-        listen(address, time.monotonic() + 60)
+    with listen_alone(address, 0.0), says(cannot(address, os.strerror(errno.EADDRINUSE))):
+        listen_alone(address, time.monotonic() + 60)
     assert pauses == [1, 2]
 
 
 def test_an_address_of_another_host():
     text = cannot("203.0.113.1:12345", os.strerror(errno.EADDRNOTAVAIL))
     with says(text):
-        listen("203.0.113.1:12345", 0.0)
+        listen_alone("203.0.113.1:12345", 0.0)
 
 
 def test_ipv6():
     try:
-        listener = listen(f"[::1]:{free_port()}", 0.0)
+        listener = listen_alone(f"[::1]:{free_port()}", 0.0)
     except NotTogether:
         pytest.skip("this host has no IPv6")
     address = f"[::1]:{listener.getsockname()[1]}"
     with concurrent.futures.ThreadPoolExecutor() as pool:
         other = join(pool, address, 1, 2)
         with contextlib.closing(Host(listener, 2, "first")) as host:
-            host.gather(time.monotonic() + 20)
+            host.gather_all(time.monotonic() + 20)
             other.result()

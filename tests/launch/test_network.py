@@ -6,7 +6,7 @@ import socket
 import pytest
 
 from txcore.launch.join import addresses
-from txcore.launch.join.seal_port import close_door
+from txcore.launch.join.seal_port import seal_listeners
 
 
 @pytest.mark.parametrize(
@@ -23,14 +23,16 @@ def test_address(text, host, port):
     ["", "host", ":1", "host:", "host:http", "host:0", "host:65536", "::1:80", "[::1]", "h:1\n"],
 )
 def test_no_address(text):
-    text_of_error = f"an address is needed as 'host:port', got {text!r}"
+    text_of_error = (
+        f"split_address needs 'host:port', got {text!r}: write an IPv6 host as '[::1]:12345'"
+    )
     with pytest.raises(ValueError, match=f"^{re.escape(text_of_error)}$"):
         addresses.split_address(text)
 
 
 def test_the_way_to_loopback_is_loopback():
     assert addresses.address_towards("127.0.0.1", 1) == "127.0.0.1"
-    assert addresses.resolve("localhost", 1) == "127.0.0.1"
+    assert addresses.resolve_host("localhost", 1) == "127.0.0.1"
     assert addresses.is_loopback("127.0.1.1")
     assert addresses.is_loopback("::1")
     assert not addresses.is_loopback("10.127.0.1")
@@ -81,7 +83,7 @@ def test_a_closed_door_keeps_those_who_are_in():
     with socket.create_server(("127.0.0.1", 0)) as listener:
         address = listener.getsockname()
         with socket.create_connection(address) as inside, listener.accept()[0] as served:
-            if not close_door(address[1]):
+            if not seal_listeners(address[1]):
                 pytest.skip("this system has no /proc/net, or no filters for sockets")
             with pytest.raises(TimeoutError):
                 socket.create_connection(address, timeout=0.5)
@@ -96,7 +98,7 @@ def test_only_the_door_of_this_port_closes():
         socket.create_server(("127.0.0.1", 0)) as listener,
         socket.create_server(("127.0.0.1", 0)) as other,
     ):
-        if not close_door(other.getsockname()[1]):
+        if not seal_listeners(other.getsockname()[1]):
             pytest.skip("this system has no /proc/net, or no filters for sockets")
         socket.create_connection(listener.getsockname(), timeout=5).close()
-    assert not close_door(1)
+    assert not seal_listeners(1)

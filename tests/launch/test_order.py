@@ -10,8 +10,8 @@ from txcore import _compat
 from txcore.launch import barrier, preflight
 from txcore.launch.watch import watch
 from txcore.launch.watch.order import KEPT, SAID, Order
-from txcore.launch.watch.status import FAILED, Entry, read_entry
-from txcore.launch.watch.verdict import judge
+from txcore.launch.watch.status import FAILED, RankEntry, read_entry
+from txcore.launch.watch.verdict import judge_run
 from txcore.launch.watch.watcher import Watcher
 
 REMEDY = (
@@ -23,12 +23,12 @@ REMEDY = (
 def came_to(*events):
     order = Order()
     for event in events:
-        order.add(event)
+        order.add_event(event)
     return order
 
 
 def entry(order, **more):
-    return Entry(**order.said(), **more)
+    return RankEntry(**order.entry_fields(), **more)
 
 
 def verdicts(*orders):
@@ -110,13 +110,13 @@ LIMITS = {"peer_timeout_s": 10, "suspect_s": 3, "step_timeout_s": 60}
 
 
 def ended(count, **more):
-    return Entry(ended=True, count=count, **more)
+    return RankEntry(ended=True, count=count, **more)
 
 
 @pytest.mark.parametrize("waits", [9.9, 10.0])
 def test_a_rank_that_ended_while_another_came_to_more(waits):
-    table = {0: ended(4), 1: Entry(count=5, events="step 4\nthe barrier 'b'", waits=waits)}
-    verdict = judge(table, {0: 99, 1: 0}, **LIMITS)
+    table = {0: ended(4), 1: RankEntry(count=5, events="step 4\nthe barrier 'b'", waits=waits)}
+    verdict = judge_run(table, {0: 99, 1: 0}, **LIMITS)
     if waits < 10:
         assert verdict is None
         return
@@ -128,8 +128,8 @@ def test_a_rank_that_ended_while_another_came_to_more(waits):
 
 
 def test_a_rank_that_ended_where_all_came_to_the_same():
-    table = {0: ended(5), 1: Entry(count=5, waits=1e6), 2: Entry(count=4, waits=1e6)}
-    assert judge(table, dict.fromkeys(table, 0), **LIMITS) is None
+    table = {0: ended(5), 1: RankEntry(count=5, waits=1e6), 2: RankEntry(count=4, waits=1e6)}
+    assert judge_run(table, dict.fromkeys(table, 0), **LIMITS) is None
 
 
 @pytest.fixture
@@ -147,13 +147,13 @@ def test_the_watch_compares_and_all_hear_the_same(two):
     for _ in range(1000):  # one rank is as slow as it likes
         clock.now += 1
         for rank in ranks:
-            rank.exchange()
+            rank.exchange_entries()
     assert [rank.verdict for rank in ranks] == [None, None]
     ranks[1].meet("an evaluation")
     clock.now += 1
     for rank in reversed(ranks):
-        rank.exchange()
-    ranks[1].exchange()
+        rank.exchange_entries()
+    ranks[1].exchange_entries()
     text = "rank 1 came to an evaluation, where rank 0 came to step 3" + REMEDY
     assert [rank.verdict.text for rank in ranks] == [text, text]
 
@@ -163,11 +163,11 @@ def test_seconds_since_the_last_event(two):
     rank.meet("step 0")
     for _ in range(4):
         clock.now += 1
-        rank.exchange()
+        rank.exchange_entries()
     assert rank.sent.waits == 2  # listened for from the first reading on
     rank.meet("step 1")
     clock.now += 1
-    rank.exchange()
+    rank.exchange_entries()
     assert rank.sent.waits == 0
 
 
@@ -187,10 +187,13 @@ def test_barriers_and_comparisons_note_themselves(two, monkeypatch):
     monkeypatch.setattr(watch, "_watcher", rank)
     monkeypatch.setattr(_compat, "coordination_client", lambda: coordinator)
     monkeypatch.setattr(_compat, "coordination_size", lambda: 2)
-    monkeypatch.setattr(preflight, "compare", lambda *_: None)
+    monkeypatch.setattr(preflight, "compare_facts", lambda *_: None)
     barrier("data")
     preflight.check("step", {})
-    assert rank.order.said()["events"] == "the start\nthe barrier 'data'\na comparison of the ranks"
+    assert (
+        rank.order.entry_fields()["events"]
+        == "the start\nthe barrier 'data'\na comparison of the ranks"
+    )
 
 
 def test_alone_nothing_is_noted():

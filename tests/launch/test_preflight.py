@@ -28,7 +28,7 @@ def compare(facts, coordinator=None, timeout_s=5, name="step"):
     def run(rank):
         names = name if isinstance(name, list) else [name] * len(facts)
         try:
-            preflight.compare(
+            preflight.compare_facts(
                 coordinator, rank, coordinator.world, "f/0/", names[rank], facts[rank], timeout_s
             )
         except RuntimeError as error:
@@ -165,7 +165,7 @@ def test_a_rank_that_does_not_come_is_named():
         "it did meanwhile, or raise timeout_s= if it takes longer to load or compile"
     }
     with pytest.raises(RuntimeError) as late:
-        preflight.compare(coordinator, 2, 3, "f/0/", "step", {}, 0.2)
+        preflight.compare_facts(coordinator, 2, 3, "f/0/", "step", {}, 0.2)
     assert str(late.value) == (
         "the pre-flight of 'step' needs every rank, but this one came after the others had waited "
         "for 0.2 s: see what it did meanwhile, or raise timeout_s= if it takes longer to load or "

@@ -17,7 +17,7 @@ from joining import (
 )
 from processes import finish, free_port, killed_at_the_end
 
-from txcore.launch.join.seal_port import close_door
+from txcore.launch.join.seal_port import seal_listeners
 
 # A stranger that uses jax's own client, and says that it is process 1.
 CLAIMS_TO_BE_1 = """
@@ -32,7 +32,7 @@ print("it is in")
 def run(tmp_path):
     """Two processes that have joined, and go on when the file is there."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        if not close_door(listener.getsockname()[1]):
+        if not seal_listeners(listener.getsockname()[1]):
             pytest.skip("this system has no /proc/net, or no filters for sockets")
     port, go_on = free_port(), tmp_path / "go-on"
     ranks = [start(place(port, 2, rank, stay_until=str(go_on))) for rank in range(2)]
@@ -76,7 +76,9 @@ def test_another_process_with_an_id_of_the_run(run, rank):
         "give each its own, from 0 to 1, and each run a port of its own"
     )
     if rank == 0:
-        cannot = f"process 0 must listen on 127.0.0.1:{port}, but cannot (Address already in use"
+        cannot = (
+            f"process 0 needs to listen on 127.0.0.1:{port}, but cannot (Address already in use"
+        )
         why = f"{cannot}; {why}): "
     begins = f"RuntimeError: tx.initialize of process {rank} of 2 at 127.0.0.1:{port}: {why}"
     assert refused(ended).startswith(begins)

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from txcore.launch.watch.status import Entry
+from txcore.launch.watch.status import RankEntry
 from txcore.launch.watch.stop import Stop
 
 
@@ -17,7 +17,7 @@ class Rank:
         self.boundary = 0  # of the step that comes next
         self.at_boundary = False
         self.stopped = self.finished = self.ended = False
-        self.entry = Entry()
+        self.entry = RankEntry()
 
     def main(self):
         """Do the main thread's next thing; return whether there was any."""
@@ -31,10 +31,10 @@ class Rank:
             # A step waits for all ranks, and the host runs ahead of it by a few.
             if self.boundary - self.run.ahead > slowest:
                 return False
-            self.stop.reach()
+            self.stop.reach_boundary()
             self.at_boundary = True
         else:
-            decided = self.stop.decide()
+            decided = self.stop.decide_stop()
             if decided is None:
                 return False
             self.stopped = decided
@@ -45,8 +45,8 @@ class Rank:
     def choose(self):
         """Make the entry, which is not written yet."""
         if not self.ended:
-            self.entry = Entry(
-                stop=self.stop.propose(),
+            self.entry = RankEntry(
+                stop=self.stop.own_proposal(),
                 reason=self.stop.reason or "",
                 ended=self.finished and self.run.programs_end,
             )
@@ -58,7 +58,7 @@ class Rank:
 
     def read(self):
         if not self.ended:
-            self.stop.hear(dict(self.run.table), len(self.run.ranks))
+            self.stop.take_in(dict(self.run.table), len(self.run.ranks))
 
     def ask(self):
         self.stop.reason = self.stop.reason or f"SIGTERM on rank {self.number}"
@@ -136,47 +136,47 @@ def test_a_run_that_is_asked_early_does_stop(asked, passed):
 
 def test_nobody_asked():
     stop = Stop()
-    stop.reach()
-    assert (stop.propose(), stop.decide(), stop.reason) == (None, False, None)
-    stop.hear({0: Entry(), 1: Entry()}, 2)
-    assert (stop.propose(), stop.target) == (None, None)
+    stop.reach_boundary()
+    assert (stop.own_proposal(), stop.decide_stop(), stop.reason) == (None, False, None)
+    stop.take_in({0: RankEntry(), 1: RankEntry()}, 2)
+    assert (stop.own_proposal(), stop.target) == (None, None)
 
 
 def test_after_stopping_every_boundary_stops():
     stop = Stop()
     stop.reason = "SIGTERM"
-    stop.reach()
-    stop.hear({0: Entry(stop=stop.propose())}, 1)
-    assert stop.decide() is False
+    stop.reach_boundary()
+    stop.take_in({0: RankEntry(stop=stop.own_proposal())}, 1)
+    assert stop.decide_stop() is False
     for _ in range(3):
-        stop.reach()
-        assert stop.decide() is True
+        stop.reach_boundary()
+        assert stop.decide_stop() is True
 
 
-@pytest.mark.parametrize("late", [{}, {1: Entry()}])
+@pytest.mark.parametrize("late", [{}, {1: RankEntry()}])
 def test_a_rank_that_has_not_answered_is_waited_for(late):
     stop = Stop()
     stop.reason = "SIGTERM on rank 0"
-    mine = {0: Entry(stop=stop.propose(), reason=stop.reason)}
-    stop.reach()
-    stop.hear(mine | late, 2)
-    assert stop.decide() is None
-    stop.hear(mine | {1: Entry(stop=4)}, 2)
-    assert (stop.decide(), stop.target) == (False, 4)
+    mine = {0: RankEntry(stop=stop.own_proposal(), reason=stop.reason)}
+    stop.reach_boundary()
+    stop.take_in(mine | late, 2)
+    assert stop.decide_stop() is None
+    stop.take_in(mine | {1: RankEntry(stop=4)}, 2)
+    assert (stop.decide_stop(), stop.target) == (False, 4)
 
 
 def test_the_reason_is_that_of_the_rank_that_was_asked():
     stop = Stop()
-    stop.hear({0: Entry(), 1: Entry(stop=3, reason="SIGTERM on rank 1")}, 2)
+    stop.take_in({0: RankEntry(), 1: RankEntry(stop=3, reason="SIGTERM on rank 1")}, 2)
     assert stop.reason == "SIGTERM on rank 1"
-    assert stop.propose() == 1
+    assert stop.own_proposal() == 1
 
 
 def test_a_rank_that_has_ended_is_not_waited_for_but_what_it_proposed_counts():
     stop = Stop()
     stop.reason = "SIGTERM on rank 0"
-    mine = {0: Entry(stop=stop.propose(), reason=stop.reason)}
-    stop.hear(mine | {1: Entry(ended=True)}, 2)
+    mine = {0: RankEntry(stop=stop.own_proposal(), reason=stop.reason)}
+    stop.take_in(mine | {1: RankEntry(ended=True)}, 2)
     assert stop.target == 1
-    stop.hear(mine | {1: Entry(ended=True, stop=7)}, 2)
+    stop.take_in(mine | {1: RankEntry(ended=True, stop=7)}, 2)
     assert stop.target == 7

@@ -4,9 +4,21 @@ import json
 
 import pytest
 
-from txcore.launch.watch.silence import Hearing
-from txcore.launch.watch.status import FAILED, TRY_AGAIN, Entry, Verdict, read_entry, read_verdict
-from txcore.launch.watch.verdict import coordinator_gone, judge, rank_names, silence
+from txcore.launch.watch.silence import SilenceCounter
+from txcore.launch.watch.status import (
+    FAILED,
+    TRY_AGAIN,
+    RankEntry,
+    Verdict,
+    read_entry,
+    read_verdict,
+)
+from txcore.launch.watch.verdict import (
+    describe_lost_coordinator,
+    describe_silence,
+    judge_run,
+    rank_names,
+)
 
 LIMITS = {"peer_timeout_s": 10, "suspect_s": 3, "step_timeout_s": 60}
 GLOO = "JaxRuntimeError: Gloo all-reduce failed: Connection closed by peer"
@@ -18,26 +30,26 @@ def table(*entries):
 
 def ask(*entries, silent=(), **limits):
     seconds = dict.fromkeys(range(len(entries)), 0.5) | dict(silent)
-    return judge(table(*entries), seconds, **LIMITS | limits)
+    return judge_run(table(*entries), seconds, **LIMITS | limits)
 
 
 def step(number=5, seconds=1.0, **more):
-    return Entry(step=number, phase="step", seconds=seconds, **more)
+    return RankEntry(step=number, phase="step", seconds=seconds, **more)
 
 
 def data(number=5, seconds=1.0, **more):
-    return Entry(step=number, phase="data", seconds=seconds, **more)
+    return RankEntry(step=number, phase="data", seconds=seconds, **more)
 
 
 @pytest.mark.parametrize(
     "entries",
     [
         [step(), step()],
-        [step(5), data(6), Entry()],
+        [step(5), data(6), RankEntry()],
         [step(seconds=59.9), data(seconds=1e6)],
-        [data(seconds=1e6), Entry(phase="compile", seconds=1e6)],
-        [Entry(ended=True, step=9), step(8, seconds=50)],  # it was ahead: it made step 8
-        [Entry(ended=True, step=5), step(5, seconds=9.9)],
+        [data(seconds=1e6), RankEntry(phase="compile", seconds=1e6)],
+        [RankEntry(ended=True, step=9), step(8, seconds=50)],  # it was ahead: it made step 8
+        [RankEntry(ended=True, step=5), step(5, seconds=9.9)],
         [step(), step(stop=6, reason="SIGTERM on rank 1")],
         [step(lost=GLOO, seconds=9.9), step()],
     ],
@@ -78,7 +90,7 @@ def test_a_silent_rank():
 
 def test_several_silent_ranks_one_of_which_never_spoke():
     seconds = {0: 0.1, 1: 12.0, 2: 11.0, 3: 14.0}
-    verdict = judge({0: step(), 1: step(), 2: data()}, seconds, **LIMITS)
+    verdict = judge_run({0: step(), 1: step(), 2: data()}, seconds, **LIMITS)
     assert verdict.text == (
         "ranks 1, 2 and 3 have not been heard of for 11 s: killed, stopped, or cut off from the "
         "network; last seen at step 5 (step), at step 5 (data)"
@@ -92,12 +104,12 @@ def test_after_a_lost_connection_a_rank_is_suspected_sooner():
 
 
 def test_a_rank_that_has_ended_is_not_silent():
-    assert ask(step(), Entry(ended=True, step=9), silent={1: 500}) is None
+    assert ask(step(), RankEntry(ended=True, step=9), silent={1: 500}) is None
 
 
 @pytest.mark.parametrize("waiting", [step(8, seconds=10.0), step(8, lost=GLOO)])
 def test_a_rank_that_ends_early(waiting):
-    ended = Entry(phase="after fit", step=5, ended=True)
+    ended = RankEntry(phase="after fit", step=5, ended=True)
     assert ask(waiting, ended, step(8), data(8)) == Verdict(
         "rank 1 ended the program at step 5 (after fit), but ranks 0 and 2 wait for it in step "
         "8: every rank has to make the same steps (is there less data on one, or a sys.exit()?)",
@@ -116,14 +128,14 @@ def test_a_rank_that_stalls():
         "step 6 takes more than 60 s: rank 0 is at step 5 (step) for 60 s; rank 1 is at step 5 "
         "(data) for 61 s; rank 3 is at step 6 (data) for 1 s"
     )
-    assert ask(step(seconds=60.0), Entry(step=5, phase="start")).text == (
+    assert ask(step(seconds=60.0), RankEntry(step=5, phase="start")).text == (
         "step 5 takes more than 60 s: rank 1 is at step 5 (start) for 0 s"
     )
 
 
 @pytest.mark.parametrize("phase", ["step", "eval step"])
 def test_a_step_that_hangs_on_every_rank(phase):
-    verdict = ask(*2 * [Entry(step=5, phase=phase, seconds=60.0)])
+    verdict = ask(*2 * [RankEntry(step=5, phase=phase, seconds=60.0)])
     assert verdict == Verdict("step 5 takes more than 60 s: every rank waits in it")
 
 
@@ -134,10 +146,10 @@ def test_many_ranks_that_stall_are_cut():
 
 
 def test_the_coordinator():
-    assert coordinator_gone(table(step(7))) == (
+    assert describe_lost_coordinator(table(step(7))) == (
         "rank 0 is gone, and with it the coordinator: killed or crashed; last seen at step 7 (step)"
     )
-    assert silence([0], 10.2, {}) == (
+    assert describe_silence([0], 10.2, {}) == (
         "rank 0 has not been heard of for 10 s: killed, stopped, or cut off from the network"
     )
 
@@ -159,9 +171,9 @@ def test_names_of_ranks(ranks, text):
 @pytest.mark.parametrize(
     "entry",
     [
-        Entry(),
-        Entry(3, 120, "step", 1.5, 121, "SIGTERM", "E: f", "E: l", True),
-        Entry(seconds=2, ended=True),
+        RankEntry(),
+        RankEntry(3, 120, "step", 1.5, 121, "SIGTERM", "E: f", "E: l", True),
+        RankEntry(seconds=2, ended=True),
     ],
 )
 def test_entries_are_read_as_they_were_written(entry):
@@ -169,7 +181,7 @@ def test_entries_are_read_as_they_were_written(entry):
 
 
 def test_an_entry_is_short():
-    assert Entry(beat=7, step=120, phase="step").to_json() == (
+    assert RankEntry(beat=7, step=120, phase="step").to_json() == (
         '{"beat": 7, "step": 120, "phase": "step"}'
     )
 
@@ -210,18 +222,18 @@ def test_what_strangers_write_is_no_verdict(value):
 
 
 def test_silence_is_counted_while_listening():
-    hearing = Hearing(3, longest_gap_s=2.0)
-    hearing.hear({0: 1, 1: 1}, 100.0)
-    hearing.hear({0: 2, 1: 1}, 101.0)
-    assert hearing.silent() == {0: 0.0, 1: 1.0, 2: 1.0}
-    hearing.hear({0: 3, 1: 1, 2: 1}, 102.5)
-    assert hearing.silent() == {0: 0.0, 1: 2.5, 2: 0.0}
+    hearing = SilenceCounter(3, longest_gap_s=2.0)
+    hearing.take_in({0: 1, 1: 1}, 100.0)
+    hearing.take_in({0: 2, 1: 1}, 101.0)
+    assert hearing.silent_seconds() == {0: 0.0, 1: 1.0, 2: 1.0}
+    hearing.take_in({0: 3, 1: 1, 2: 1}, 102.5)
+    assert hearing.silent_seconds() == {0: 0.0, 1: 2.5, 2: 0.0}
 
 
 def test_a_gap_in_listening_is_nobodys_silence():
-    hearing = Hearing(2, longest_gap_s=2.0)
-    hearing.hear({0: 1, 1: 1}, 100.0)
-    hearing.hear({0: 2, 1: 1}, 500.0)  # this process was stopped for 400 s
-    assert hearing.silent() == {0: 0.0, 1: 2.0}
-    hearing.hear({0: 3, 1: 2}, 501.0)
-    assert hearing.silent() == {0: 0.0, 1: 0.0}
+    hearing = SilenceCounter(2, longest_gap_s=2.0)
+    hearing.take_in({0: 1, 1: 1}, 100.0)
+    hearing.take_in({0: 2, 1: 1}, 500.0)  # this process was stopped for 400 s
+    assert hearing.silent_seconds() == {0: 0.0, 1: 2.0}
+    hearing.take_in({0: 3, 1: 2}, 501.0)
+    assert hearing.silent_seconds() == {0: 0.0, 1: 0.0}

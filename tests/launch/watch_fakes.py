@@ -67,3 +67,12 @@ class Clock:
 
     def __call__(self):
         return self.now
+
+
+def go(ranks, clock, seconds, but=()):
+    """Let the ranks exchange once a second, all but those that are dead."""
+    for _ in range(round(seconds)):
+        clock.now += 1
+        for rank in ranks:
+            if rank.rank not in but:
+                rank.exchange_entries()

@@ -93,12 +93,12 @@ def faults():
     from orbax.checkpoint import StandardCheckpointHandler as Handler
 
     return {
-        "disk full at the manifest": (manifest, "_write", full),
+        "disk full at the manifest": (manifest, "_write_file", full),
         "no more open files": (Handler, "async_save", no_files),
         "file too large": (Handler, "async_save", too_large(Handler.async_save)),
-        "no memory": (saved_leaves, "to_save", no_memory),
+        "no memory": (saved_leaves, "arrays_to_save", no_memory),
         "no thread": (threading.Thread, "start", no_thread(threading.Thread.start)),
-        "no room": (checkpoint_folder, "no_room", lambda directory, need: "it is full"),
+        "no room": (checkpoint_folder, "describe_shortage", lambda directory, need: "it is full"),
         "cannot merge": (Handler, "finalize", full),
     }
 

@@ -205,7 +205,9 @@ def test_damaged_ones_do_not_displace_whole_ones(tmp_path, whole, caplog):
 def test_the_newest_is_one_that_can_be_used(tmp_path, monkeypatch, caplog):
     train(tmp_path, steps=6)
     change(data_files(tmp_path / "step_00000006")[0])
-    monkeypatch.setattr(checkpoint_folder, "no_room", lambda directory, need: "it is full")
+    monkeypatch.setattr(
+        checkpoint_folder, "describe_shortage", lambda directory, need: "it is full"
+    )
     text = (
         f"{tmp_path / 'step_00000005'} was not saved: it is full. The newest checkpoint is "
         f"{tmp_path / 'step_00000003'}"
@@ -291,7 +293,7 @@ def test_a_full_disk(told_before, tmp_path, request, monkeypatch, caplog, whole)
     """The run goes on; the older checkpoint stays; the end says that the last was not saved."""
     disk = mount(tmp_path / "disk", "size=3m", request)
     if not told_before:
-        monkeypatch.setattr(checkpoint_folder, "no_room", lambda directory, need: None)
+        monkeypatch.setattr(checkpoint_folder, "describe_shortage", lambda directory, need: None)
 
     def fill(epoch):
         for i, batch in enumerate(cases.batches(epoch)):
@@ -320,7 +322,9 @@ def test_a_full_disk(told_before, tmp_path, request, monkeypatch, caplog, whole)
 
 def test_a_disk_that_is_full_for_a_while(tmp_path, request, monkeypatch, whole, caplog):
     answers = iter([None, "it is full", None, None, None])
-    monkeypatch.setattr(checkpoint_folder, "no_room", lambda directory, need: next(answers))
+    monkeypatch.setattr(
+        checkpoint_folder, "describe_shortage", lambda directory, need: next(answers)
+    )
     with caplog.at_level(logging.WARNING, "txcore"):
         _, state = train(tmp_path)
     cases.equal(state, whole[1])

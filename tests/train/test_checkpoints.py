@@ -180,7 +180,9 @@ def test_a_signal_saves_and_ends_as_it_would(tmp_path, whole):
         assert getattr(ended.value, "code", None) == code
         assert signal.getsignal(number) is handler
         assert saved(folder)[-1] == "step_00000005"
-        manifest.verify(folder / "step_00000005", manifest.read(folder / "step_00000005"))
+        manifest.verify_files(
+            folder / "step_00000005", manifest.read_manifest(folder / "step_00000005")
+        )
 
 
 def test_resumed_after_a_signal_it_is_the_uninterrupted_run(tmp_path, whole):

@@ -143,7 +143,7 @@ class TestCheckpoints:
         pytest.importorskip("orbax.checkpoint")
 
     def test_that_cannot_be_written(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(folder, "no_room", lambda directory, need: "it is full")
+        monkeypatch.setattr(folder, "describe_shortage", lambda directory, need: "it is full")
         error = fails(tx.CheckpointError, directory=tmp_path)
         assert str(error).endswith("was not saved: it is full. There is no checkpoint yet")
         holds(error, 8)

@@ -153,7 +153,7 @@ class TestKeepBest:
         found = keep_best(tmp_path, values, mode=mode)
         assert cases.saved(tmp_path) == ["step_00000006", "step_00000012"]
         assert found.best == tmp_path / "step_00000006"
-        assert manifest.read(found.best).metric == ("accuracy", mode, sign * 0.9)
+        assert manifest.read_manifest(found.best).metric == ("accuracy", mode, sign * 0.9)
         best = tx.load_params(tmp_path, toys.params(), best=True)
         _, state = cases.train(None, n=1, steps=6)
         np.testing.assert_array_equal(best["w1"], state.stored_params["w1"])
@@ -179,7 +179,7 @@ class TestKeepBest:
         """It is saved because it is due, and evaluated afterwards."""
         found = keep_best(tmp_path, {4: 0.5, 8: 0.9}, eval_every=None, keep=3)
         assert found.best == tmp_path / "step_00000008"
-        manifest.verify(found.best, manifest.read(found.best))
+        manifest.verify_files(found.best, manifest.read_manifest(found.best))
         tx.load_params(tmp_path, toys.params(), best=True)
 
     def test_of_equal_ones_the_first(self, tmp_path):
@@ -284,7 +284,7 @@ class TestEveryKindOfLeaf:
         self.equal(resumed, whole)
         assert resumed.stored_params["none"].shape == (0, 2)
         assert resumed.extra["fast"].dtype == EXTRA["fast"].dtype
-        kinds = dict(manifest.read(tmp_path / "step_00000006").leaves)
+        kinds = dict(manifest.read_manifest(tmp_path / "step_00000006").leaves)
         assert kinds["stored_params['none']"] == "float32[0, 2]"
         assert kinds["extra['keys']"] == "key<fry>[2]"
 

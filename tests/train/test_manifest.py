@@ -13,9 +13,9 @@ from txcore.train.checkpoints.manifest import (
     Leaf,
     Position,
     _sha256,
-    difference,
-    read,
-    verify,
+    describe_difference,
+    read_manifest,
+    verify_files,
 )
 
 WHOLE: dict[str, Any] = {
@@ -43,7 +43,7 @@ def at(**changes):
 
 def test_a_whole_one_is_read(tmp_path):
     save(tmp_path, json.dumps(WHOLE))
-    found = read(tmp_path)
+    found = read_manifest(tmp_path)
     assert found.position == Position(3, 0, 3, 48, 48, 0.5)
     assert found.leaves == (Leaf("stored_params['w']", "float32[3]"),)
     assert found.files == {"a/b": (3, "ab" * 32)}
@@ -111,7 +111,7 @@ def test_a_wrong_one_is_refused(name, tmp_path):
     text, reason = BAD[name]
     save(tmp_path, text)
     with pytest.raises(CheckpointError) as refused:
-        read(tmp_path)
+        read_manifest(tmp_path)
     said = str(refused.value)
     assert said.startswith(f"{tmp_path / NAME} needs ")
     assert reason in said
@@ -123,27 +123,27 @@ def test_it_has_the_steps_of_its_folder(tmp_path):
     for name in ("step_00000003", "step_3_kept", "best"):
         (tmp_path / name).mkdir()
         save(tmp_path / name, json.dumps(WHOLE))
-        assert read(tmp_path / name).position.steps == 3
+        assert read_manifest(tmp_path / name).position.steps == 3
     for name in ("step_00000004", "step_3"):
         (tmp_path / name).mkdir()
         save(tmp_path / name, json.dumps(WHOLE))
         with pytest.raises(CheckpointError, match=rf"needs the steps of its folder, {name}, got 3"):
-            read(tmp_path / name)
+            read_manifest(tmp_path / name)
 
 
 def test_what_is_no_regular_file_is_refused_at_once(tmp_path):
     os.mkfifo(tmp_path / NAME)
     with pytest.raises(CheckpointError, match=f"{NAME} cannot be read: it is a pipe, and no reg"):
-        read(tmp_path)
+        read_manifest(tmp_path)
     (tmp_path / NAME).unlink()
     save(tmp_path, changed(files={}))
-    verify(tmp_path, read(tmp_path))
+    verify_files(tmp_path, read_manifest(tmp_path))
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(CheckpointError, match="pipe was not there when it was saved"):
-        verify(tmp_path, read(tmp_path))
+        verify_files(tmp_path, read_manifest(tmp_path))
     save(tmp_path, changed(files={"pipe": [0, "ab" * 32]}))
     with pytest.raises(CheckpointError, match="it is a pipe, and no regular file"):
-        verify(tmp_path, read(tmp_path))
+        verify_files(tmp_path, read_manifest(tmp_path))
 
 
 def test_a_file_of_another_size_is_not_read(tmp_path):
@@ -152,12 +152,12 @@ def test_a_file_of_another_size_is_not_read(tmp_path):
     with open(tmp_path / "a", "wb") as file:
         file.truncate(1 << 40)
     with pytest.raises(CheckpointError, match="a has 1099511627776 bytes, and had 3 when it was"):
-        verify(tmp_path, read(tmp_path))
+        verify_files(tmp_path, read_manifest(tmp_path))
 
 
 def test_what_a_file_says_reaches_no_terminal_as_it_is():
     saved = (Leaf("a\x1b[31m", "float32[]"), Leaf("b\u202e", "float32[]"))
-    said = difference(saved, (Leaf("b\u202e", "float32[2]"),))
+    said = describe_difference(saved, (Leaf("b\u202e", "float32[2]"),))
     assert said == (
         "a\\x1b[31m (float32[]) is not in this state; "
         "b\\u202e is float32[] in it and float32[2] in this state"
@@ -168,20 +168,20 @@ def test_a_stranger_named_with_an_escape_is_shown(tmp_path):
     save(tmp_path, changed(files={}))
     (tmp_path / "\x1b[2J").touch()
     with pytest.raises(CheckpointError, match=r"damaged: \\x1b\[2J was not there"):
-        verify(tmp_path, read(tmp_path))
+        verify_files(tmp_path, read_manifest(tmp_path))
 
 
 def test_a_long_one_is_refused_and_the_limit_is_an_option(tmp_path):
     save(tmp_path, json.dumps(WHOLE))
     size = (tmp_path / NAME).stat().st_size
-    assert read(tmp_path, max_bytes=size).precision == "float32"
+    assert read_manifest(tmp_path, max_bytes=size).precision == "float32"
     with pytest.raises(CheckpointError, match="longer than 100 bytes: that is no manifest"):
-        read(tmp_path, max_bytes=100)
+        read_manifest(tmp_path, max_bytes=100)
 
 
 def test_many_names_of_which_one_is_there_twice_take_linear_time(tmp_path):
     save(tmp_path, "{" + ",".join(f'"{i}":1' for i in range(200_000)) + ',"0":1}')
     start = time.process_time()
     with pytest.raises(CheckpointError, match="'0' twice"):
-        read(tmp_path)
+        read_manifest(tmp_path)
     assert time.process_time() - start < 10  # what grows with the square takes minutes

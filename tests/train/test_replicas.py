@@ -91,7 +91,7 @@ def test_each_bit_of_a_small_leaf():
 
 def test_200_random_bits_of_a_large_leaf():
     host = numbers(np.float32, (300, 301))
-    fold = jax.jit(digests.fold)
+    fold = jax.jit(digests.fold_leaf)
     plain = np.asarray(fold(host))
     rng = np.random.default_rng(1)
     for bit in rng.integers(0, 8 * host.nbytes, 200):
@@ -102,7 +102,7 @@ def test_elements_that_change_places_in_a_large_leaf():
     """A plain sum would miss these; floats of few digits have many zeros at their ends."""
     rng = np.random.default_rng(2)
     host = rng.integers(-2, 3, 100_000).astype(np.float32)
-    fold = jax.jit(digests.fold)
+    fold = jax.jit(digests.fold_leaf)
     plain = np.asarray(fold(host))
     for _ in range(200):
         i, j = rng.integers(0, host.size, 2)

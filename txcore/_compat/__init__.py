@@ -1,6 +1,6 @@
-"""Every difference between the supported jax versions (0.10 to 0.12), and nothing else.
+"""All differences between the supported jax versions (0.10 to 0.12).
 
-Imports only jax. Callers write `_compat.name`, so that one sees where versions differ.
+Imports only jax. Callers write `_compat.name`, which shows where versions differ.
 
 Imports nothing of txcore.
 """

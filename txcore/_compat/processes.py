@@ -79,11 +79,11 @@ def listen_with_gloo_at(hostname: str | None, interface: str | None) -> bool:
     if connect is None or register is None or make_client is None:
         return False
 
-    def make() -> Any:
+    def make_with_gloo() -> Any:
         client = distributed.global_state.client
-        if client is None:  # alone again
+        if client is None:  # a single process after a shutdown
             return make_client()
         return make_client(connect(client, hostname=hostname, interface=interface))
 
-    register("cpu", make, priority=0, fail_quietly=False)
+    register("cpu", make_with_gloo, priority=0, fail_quietly=False)
     return True

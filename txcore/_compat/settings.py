@@ -1,4 +1,4 @@
-"""jax's settings and what it tells of its own state."""
+"""jax's settings and its own state, as each version shows them."""
 
 import functools
 from collections.abc import Callable
@@ -13,7 +13,7 @@ def setting(name: str) -> Any:
     return getattr(jax.config, name)
 
 
-# Beside what jax traces by, what it compiles and checks by.
+# Settings that change how jax compiles and checks, beside those that change how it traces.
 _COMPILED_BY = (
     "jax_debug_infs",
     "jax_debug_nans",
@@ -25,14 +25,14 @@ _COMPILED_BY = (
     "jax_memory_fitting_level",
     "jax_optimization_level",
 )
-# Where jax does not say what it traces by.
+# Settings that change how jax traces, for versions that do not list them.
 _TRACED_BY = (
     "jax_default_matmul_precision",
     "jax_enable_x64",
     "jax_numpy_dtype_promotion",
     "jax_threefry_partitionable",
 )
-# What it traces by, and what changes no result: a device of this process, how sources are named.
+# Settings that jax traces by but that change no result.
 _NO_RESULT = frozenset(
     [
         "jax_debug_key_reuse",
@@ -53,13 +53,15 @@ def program_settings() -> dict[str, Any]:
     found = {}
     for name in sorted(names - _NO_RESULT):
         try:
-            found[name] = getattr(jax.config, name) if hasattr(jax.config, name) else _flag(name)
+            found[name] = (
+                getattr(jax.config, name) if hasattr(jax.config, name) else _read_flag(name)
+            )
         except AttributeError:  # not in this jax
             continue
     return found
 
 
-def _flag(name: str) -> Any:
+def _read_flag(name: str) -> Any:
     return jax.config.read(name)  # some settings are no attributes
 
 

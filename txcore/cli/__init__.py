@@ -1,4 +1,4 @@
-"""The command line: each command is a module here, with `add(commands)` and its function.
+"""The command line: each command is a module here, with `add_command` and its function.
 
 Imports `_compat`, `errors`, `kernels.dispatch`, `kernels.tuning`, `launch.join`,
 `launch.launcher`, `outside`, `profiling`, `profiling.audit`, `profiling.cost`, `profiling.costs`,
@@ -55,11 +55,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = sys.argv[1:] if argv is None else [*argv]
     options = argparse.Namespace()
     try:
-        code = _run(given, options)
+        code = _run_command(given, options)
         show(end="")  # what argparse has printed, too
         return code
     except BadInput as error:
-        _explain(error, given, options)
+        _explain_error(error, given, options)
         return 2
     except KeyboardInterrupt:
         complain("txcore: interrupted")
@@ -69,16 +69,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
-def _run(given: Sequence[str], options: argparse.Namespace) -> int:
+def _run_command(given: Sequence[str], options: argparse.Namespace) -> int:
     try:
-        _parser().parse_args(given, options)
+        _make_parser().parse_args(given, options)
     except SystemExit:  # after --help and --version
         return 0
     command: Callable[[argparse.Namespace], int] = options.command
     return command(options)
 
 
-def _explain(error: BadInput, given: Sequence[str], options: argparse.Namespace) -> None:
+def _explain_error(error: BadInput, given: Sequence[str], options: argparse.Namespace) -> None:
     """Say in a line what was wrong; where nothing was given, what there is to give."""
     from txcore.outside import printable
 
@@ -95,10 +95,10 @@ def _explain(error: BadInput, given: Sequence[str], options: argparse.Namespace)
     complain(f"txcore: error: {printable(str(error))}{see}")
 
 
-def _parser() -> argparse.ArgumentParser:
+def _make_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="txcore", description="Explicit collectives for JAX, and their proof.")
     parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for command in _COMMANDS:
-        command.add(commands)
+        command.add_command(commands)
     return parser

@@ -1,32 +1,32 @@
-"""`txcore costs`: what a program sends, stores and computes, and the time that is predicted."""
+"""`txcore costs`: show what a program sends, stores and computes, and its predicted time."""
 
 import argparse
 from typing import Any
 
 from txcore.cli.errors import BadInput, first_line
-from txcore.cli.load import add_program, compile_factory, positive
+from txcore.cli.load import add_program, compile_factory, parse_positive
 from txcore.cli.output import show
 
 _AT_LEAST = 1 << 20
 
 
-def add(commands: Any) -> None:
+def add_command(commands: Any) -> None:
     """Add the command to the parser's subparsers."""
     parser = commands.add_parser("costs", help="show a program's bytes, memory and predicted time")
     add_program(parser)
     parser.add_argument("--json", action="store_true", help="print the costs as JSON")
     parser.add_argument(
         "--at-least",
-        type=positive,
+        type=parse_positive,
         metavar="BYTES",
         default=_AT_LEAST,
         help=f"leave out replicated arrays that would save less (default {_AT_LEAST})",
     )
-    parser.set_defaults(command=run)
+    parser.set_defaults(command=print_costs)
 
 
-def run(options: argparse.Namespace) -> int:
-    """Print the costs; return 1 where the report of its collectives is not ok."""
+def print_costs(options: argparse.Namespace) -> int:
+    """Print the costs; return 1 if the report of its collectives is not ok."""
     from txcore.profiling.costs import costs_of
 
     program = compile_factory(options)

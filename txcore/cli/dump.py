@@ -1,4 +1,4 @@
-"""`txcore dump`: a program at every stage of its compilation, in files."""
+"""`txcore dump`: write a program's stages of compilation into files."""
 
 import argparse
 import dataclasses
@@ -7,7 +7,7 @@ import pathlib
 from typing import TYPE_CHECKING, Any
 
 from txcore.cli.errors import BadInput
-from txcore.cli.load import add_program, compile_factory, path
+from txcore.cli.load import add_program, compile_factory, parse_path
 from txcore.cli.output import show
 
 if TYPE_CHECKING:
@@ -23,38 +23,38 @@ _FILES = (
 )
 
 
-def add(commands: Any) -> None:
+def add_command(commands: Any) -> None:
     """Add the command to the parser's subparsers."""
     parser = commands.add_parser("dump", help="write a program's stages into a folder")
     add_program(parser)
     parser.add_argument(
         "folder",
-        type=path,
+        type=parse_path,
         metavar="DIR",
         help="new, empty, or with files of an earlier dump: replaced",
     )
-    parser.set_defaults(command=run)
+    parser.set_defaults(command=dump_program)
 
 
-def run(options: argparse.Namespace) -> int:
+def dump_program(options: argparse.Namespace) -> int:
     """Write the files, and print their names and sizes; return 0."""
     folder = pathlib.Path(options.folder)
-    _check(folder)
-    texts = _texts(compile_factory(options, keep_partitioned=True))
+    _check_folder(folder)
+    texts = _make_texts(compile_factory(options, keep_partitioned=True))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name in _FILES:
             (folder / name).unlink(missing_ok=True)
         for name, text in texts.items():
-            _write(folder / name, text)
+            _write_whole(folder / name, text)
             show(f"{folder / name}: {len(text.encode())} bytes")
     except OSError as error:
         raise BadInput(f"cannot write {folder}: {error.strerror or error}") from None
     return 0
 
 
-def _write(file: pathlib.Path, text: str) -> None:
-    """Write a file, or none: half of one would pass for the whole."""
+def _write_whole(file: pathlib.Path, text: str) -> None:
+    """Write a file or none: a half-written one would be taken for the whole."""
     try:
         file.write_text(text, encoding="utf-8")
     except OSError:
@@ -62,8 +62,8 @@ def _write(file: pathlib.Path, text: str) -> None:
         raise
 
 
-def _check(folder: pathlib.Path) -> None:
-    """Refuse a folder that holds anything else, before compiling for it."""
+def _check_folder(folder: pathlib.Path) -> None:
+    """Refuse a folder that holds other files, before anything is compiled."""
     try:
         others = {each.name for each in folder.iterdir()} - set(_FILES) if folder.exists() else ()
     except OSError as error:
@@ -75,8 +75,8 @@ def _check(folder: pathlib.Path) -> None:
         )
 
 
-def _texts(program: "Program") -> dict[str, str]:
-    """Return the files' texts; those that the program lacks are left out."""
+def _make_texts(program: "Program") -> dict[str, str]:
+    """Return the texts by file, without those that the program lacks."""
     from txcore.profiling.audit import audit_program
     from txcore.profiling.cost.memory import memory_of
 

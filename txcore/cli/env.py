@@ -1,4 +1,4 @@
-"""`txcore env`: versions, platform and devices, and which kernels run on them."""
+"""`txcore env`: show versions, platform and devices, and which kernels run on them."""
 
 import argparse
 from typing import Any
@@ -12,29 +12,31 @@ _OPTIONAL = (
 )
 
 
-def add(commands: Any) -> None:
+def add_command(commands: Any) -> None:
     """Add the command to the parser's subparsers."""
     parser = commands.add_parser("env", help="show versions, devices and kernels")
-    parser.set_defaults(command=run)
+    parser.set_defaults(command=print_environment)
 
 
-def run(options: argparse.Namespace) -> int:
+def print_environment(options: argparse.Namespace) -> int:
     """Print versions, platform, devices and the choice of kernels; return 0."""
     import platform
 
     from tabulate import tabulate
 
     rows = [("python", platform.python_version()), ("platform", platform.platform())]
-    rows += [(name, _version(name)) for name in ("txcore", "jax", "jaxlib", "numpy", *_OPTIONAL)]
-    devices = _devices()
+    rows += [
+        (name, _find_version(name)) for name in ("txcore", "jax", "jaxlib", "numpy", *_OPTIONAL)
+    ]
+    devices = _list_devices()
     show(tabulate([*rows, *devices], tablefmt="plain"))
     if any(name == "backend" for name, _ in devices):
-        show(f"\nkernels for float32, and why\n{tabulate(_kernels(), tablefmt='plain')}")
+        show(f"\nkernels for float32, and why\n{tabulate(_list_kernels(), tablefmt='plain')}")
     return 0
 
 
-def _kernels() -> list[tuple[str, ...]]:
-    """Return what would run on the default device for the main named shapes."""
+def _list_kernels() -> list[tuple[str, ...]]:
+    """Return which kernels would run on the default device for the main named shapes."""
     from txcore.kernels.dispatch import registry
     from txcore.kernels.dispatch.tuned import cache_path, fields_of
     from txcore.kernels.dispatch.tuning_file import TuningError, label
@@ -53,7 +55,7 @@ def _kernels() -> list[tuple[str, ...]]:
     return rows
 
 
-def _version(package: str) -> str:
+def _find_version(package: str) -> str:
     from importlib import metadata
 
     try:
@@ -62,7 +64,7 @@ def _version(package: str) -> str:
         return "-"
 
 
-def _devices() -> list[tuple[str, str]]:
+def _list_devices() -> list[tuple[str, str]]:
     from collections import Counter
 
     import jax

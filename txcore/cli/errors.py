@@ -1,4 +1,4 @@
-"""Errors of the command line: one line each, with the user's own line where there is one."""
+"""Errors of the command line: one line each, with the line of the user's code if there is one."""
 
 import argparse
 import os
@@ -12,14 +12,14 @@ from txcore.errors import TxcoreError
 
 
 class BadInput(TxcoreError):
-    """What was given cannot be used; its text is the one line that the user sees."""
+    """The input cannot be used; the text is the one line that the user sees."""
 
 
 class BadUsage(BadInput):
     """The arguments do not fit together; the line names the command's --help, too.
 
     Attributes:
-      parser: of the command; None where main knows it.
+      parser: of the command; None if the options name it.
     """
 
     parser: argparse.ArgumentParser | None = None
@@ -31,12 +31,12 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
-def blame(error: BaseException) -> str:
-    """Return the first line of an error out of the user's code, and where that raised it.
+def blame_user_line(error: BaseException) -> str:
+    """Return the first line of an error in the user's code, and where it was raised.
 
     Example:
-      >>> from txcore.cli.errors import blame
-      >>> blame(KeyError("lr"))
+      >>> from txcore.cli.errors import blame_user_line
+      >>> blame_user_line(KeyError("lr"))
       "KeyError: 'lr' (--traceback shows all)"
     """
     place = user_line(error)
@@ -47,20 +47,20 @@ def blame(error: BaseException) -> str:
 def user_line(error: BaseException) -> str | None:
     """Return "file.py:12", the user's innermost line in an error's traceback, if there is one.
 
-    What is installed counts where no other line does: a user's package may be.
+    Lines of installed packages count if there is no other: a user's package may be installed.
     """
     own = _own_folders()
-    places = [place for place in _places(error) if not place[0].startswith(own)]
+    places = [place for place in _walk_places(error) if not place[0].startswith(own)]
     places = [place for place in places if not _is_pythons(place[0])]
     theirs = [place for place in places if not _is_installed(place[0])]
     if not places:
         return None
     path, line = (theirs or places)[-1]
-    return f"{_short(path)}:{line}"
+    return f"{_shorten_path(path)}:{line}"
 
 
-def _places(error: BaseException) -> Iterator[tuple[str, int]]:
-    """Yield file and line of each frame, outermost first; of a syntax error its own, too."""
+def _walk_places(error: BaseException) -> Iterator[tuple[str, int]]:
+    """Yield file and line of each frame, outermost first, and those of a syntax error."""
     for frame, line in traceback.walk_tb(error.__traceback__):
         if not frame.f_code.co_filename.startswith("<"):
             yield os.path.realpath(frame.f_code.co_filename), line
@@ -81,12 +81,12 @@ def _is_installed(path: str) -> bool:
 
 
 def _is_pythons(path: str) -> bool:
-    """Tell whether a file is of Python's own library."""
+    """Tell whether a file belongs to Python's own library."""
     library = os.path.realpath(sysconfig.get_paths()["stdlib"])
     return path.startswith(f"{library}{os.sep}") and not _is_installed(path)
 
 
-def _short(path: str) -> str:
-    """Return a path as it is from here, where it is below."""
+def _shorten_path(path: str) -> str:
+    """Return a path relative to the current folder if it lies below it."""
     here = os.path.realpath(os.getcwd()) + os.sep
     return path.removeprefix(here)

@@ -1,4 +1,4 @@
-"""`txcore inspect`: the collectives of a compiled program."""
+"""`txcore inspect`: list the collectives of a compiled program."""
 
 import argparse
 import errno
@@ -7,7 +7,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from txcore.cli.errors import BadInput, BadUsage, first_line
-from txcore.cli.load import add_program, compile_factory, path, positive
+from txcore.cli.load import add_program, compile_factory, parse_path, parse_positive
 from txcore.cli.output import show
 from txcore.outside import read_regular
 
@@ -17,12 +17,15 @@ if TYPE_CHECKING:
 _MOST_BYTES = 1 << 28
 
 
-def add(commands: Any) -> None:
+def add_command(commands: Any) -> None:
     """Add the command to the parser's subparsers."""
     parser = commands.add_parser("inspect", help="list the collectives of a compiled program")
     add_program(parser, optional=True)
     parser.add_argument(
-        "--hlo", type=path, metavar="FILE", help="read this text of compiled HLO (- for stdin)"
+        "--hlo",
+        type=parse_path,
+        metavar="FILE",
+        help="read this text of compiled HLO (- for stdin)",
     )
     parser.add_argument(
         "--after-spmd",
@@ -31,41 +34,43 @@ def add(commands: Any) -> None:
     )
     parser.add_argument(
         "--against",
-        type=path,
+        type=parse_path,
         metavar="FILE",
         help="show what changed since this text of compiled HLO (- for stdin)",
     )
-    parser.add_argument("--html", type=path, metavar="FILE", help="write the report as a page, too")
+    parser.add_argument(
+        "--html", type=parse_path, metavar="FILE", help="write the report as a page, too"
+    )
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.add_argument(
         "--max-bytes",
-        type=positive,
+        type=parse_positive,
         metavar="N",
         help=f"refuse a longer file (default {_MOST_BYTES})",
     )
-    parser.set_defaults(command=run)
+    parser.set_defaults(command=inspect_program)
 
 
-def run(options: argparse.Namespace) -> int:
+def inspect_program(options: argparse.Namespace) -> int:
     """Print the report; return 1 where it is not ok."""
-    _check(options)
-    report = _of_factory(options) if options.hlo is None else _of_file(options, options.hlo)
-    earlier = None if options.against is None else _of_file(options, options.against)
+    _check_options(options)
+    report = _audit_factory(options) if options.hlo is None else _audit_file(options, options.hlo)
+    earlier = None if options.against is None else _audit_file(options, options.against)
     if options.html is not None:
         _write_page(report, earlier, options.html)
     if earlier is not None:
-        show(_changes(earlier, report))
+        show(_describe_changes(earlier, report))
     show(report.to_json() if options.json else str(report))
     return 0 if report.ok else 1
 
 
-def _changes(earlier: "Report", report: "Report") -> str:
+def _describe_changes(earlier: "Report", report: "Report") -> str:
     from txcore.profiling.report.diff import diff, diff_text
 
     return f"since the earlier program:\n{diff_text(diff(earlier, report))}\n"
 
 
-def _check(options: argparse.Namespace) -> None:
+def _check_options(options: argparse.Namespace) -> None:
     if (options.factory is None) == (options.hlo is None):
         raise BadUsage("inspect needs either MODULE:FACTORY or --hlo FILE")
     for name in ("devices", "target") if options.hlo is not None else ():
@@ -90,7 +95,7 @@ def _write_page(report: "Report", earlier: "Report | None", file: str) -> None:
         raise BadInput(f"cannot write {file}: {error.strerror or error}") from None
 
 
-def _of_file(options: argparse.Namespace, file: str) -> "Report":
+def _audit_file(options: argparse.Namespace, file: str) -> "Report":
     import jax
 
     from txcore.profiling import audit_text
@@ -106,7 +111,7 @@ def _of_file(options: argparse.Namespace, file: str) -> "Report":
 
 def _read_text(name: str, most_bytes: int) -> str:
     try:
-        data = _stdin(most_bytes) if name == "-" else read_regular(name, most_bytes)
+        data = _read_stdin(most_bytes) if name == "-" else read_regular(name, most_bytes)
     except OSError as error:
         do = ": give a file, or - for stdin" if error.errno == errno.EINVAL else ""
         raise BadInput(f"cannot read {name}: {error.strerror or error}{do}") from None
@@ -118,14 +123,14 @@ def _read_text(name: str, most_bytes: int) -> str:
         raise BadInput(f"{name} is not text: give it HLO as text (xla_dump_hlo_as_text)") from None
 
 
-def _stdin(most_bytes: int) -> bytes | None:
-    if sys.stdin is None:  # closed by who started us
+def _read_stdin(most_bytes: int) -> bytes | None:
+    if sys.stdin is None:  # closed by the parent process
         raise OSError(errno.EBADF, os.strerror(errno.EBADF))
     data = sys.stdin.buffer.read(most_bytes + 1)
     return data if len(data) <= most_bytes else None
 
 
-def _of_factory(options: argparse.Namespace) -> "Report":
+def _audit_factory(options: argparse.Namespace) -> "Report":
     from txcore.profiling.audit import audit_program
 
     program = compile_factory(options, keep_partitioned=options.after_spmd)

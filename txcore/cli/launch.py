@@ -13,19 +13,19 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from txcore.cli.errors import BadInput, BadUsage
-from txcore.cli.load import path, positive
+from txcore.cli.load import parse_path, parse_positive
 from txcore.cli.output import complain
-from txcore.launch.launcher.placement import coordinator, place, resolve
+from txcore.launch.launcher.placement import coordinator_variables, place_ranks, resolve_reachable
 
 if TYPE_CHECKING:
     from txcore.launch.launcher.hosts import Task
 
-# What a rank on another host is given of our environment; its own host has the rest.
+# Prefixes of the variables that ranks on other hosts get; the rest are those of their hosts.
 _PASSED_ON = ("JAX_", "XLA_", "TXCORE_", "NCCL_", "GLOO_", "OMP_", "PYTHON", "LD_LIBRARY_PATH")
-_SSH = "ssh -o BatchMode=yes"  # a rank has no terminal on which to ask for a password
+_SSH = "ssh -o BatchMode=yes"  # a rank has no terminal to ask for a password on
 
 
-def add(commands: Any) -> None:
+def add_command(commands: Any) -> None:
     """Add the command to the parser's subparsers."""
     parser = commands.add_parser(
         "launch",
@@ -33,13 +33,15 @@ def add(commands: Any) -> None:
         usage="txcore launch -n N [options] [--] SCRIPT.py ARGS... | -m MODULE ARGS... | "
         "COMMAND ARGS...",
     )
-    parser.add_argument("-n", type=positive, required=True, dest="size", metavar="N", help="ranks")
+    parser.add_argument(
+        "-n", type=parse_positive, required=True, dest="size", metavar="N", help="ranks"
+    )
     parser.add_argument(
         "-m", dest="module", action="store_true", help="run a module, as python -m does"
     )
     parser.add_argument(
         "--devices-per-process",
-        type=positive,
+        type=parse_positive,
         metavar="D",
         help="GPUs of each rank, or devices that it simulates on the CPU",
     )
@@ -50,7 +52,7 @@ def add(commands: Any) -> None:
         help="where rank 0 listens (default: a port of 127.0.0.1, or of the first host)",
     )
     parser.add_argument(
-        "--output-dir", metavar="DIR", type=path, help="one file a rank: rank-0.out, .err"
+        "--output-dir", metavar="DIR", type=parse_path, help="one file a rank: rank-0.out, .err"
     )
     parser.add_argument(
         "--remote-shell", metavar="CMD", default=_SSH, help=f"how to reach hosts (default {_SSH})"
@@ -65,14 +67,14 @@ def add(commands: Any) -> None:
     )
     parser.add_argument(
         "--grace",
-        type=_seconds,
+        type=_parse_seconds,
         default=30.0,
         metavar="SECONDS",
         help="from asking ranks to end to killing them (default 30)",
     )
     parser.add_argument(
         "--idle",
-        type=_seconds,
+        type=_parse_seconds,
         default=1800.0,
         metavar="SECONDS",
         help="after some ranks have ended well, from when the others do nothing to ending them "
@@ -82,10 +84,10 @@ def add(commands: Any) -> None:
         "--no-pin", dest="pin", action="store_false", help="let every rank use all cores"
     )
     parser.add_argument("program", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
-    parser.set_defaults(command=run)
+    parser.set_defaults(command=run_ranks)
 
 
-def _seconds(text: str) -> float:
+def _parse_seconds(text: str) -> float:
     try:
         seconds = float(text)
     except ValueError:
@@ -95,18 +97,18 @@ def _seconds(text: str) -> float:
     return seconds
 
 
-def run(options: argparse.Namespace) -> int:
+def run_ranks(options: argparse.Namespace) -> int:
     """Run the ranks; return 0, or the exit code of the one that failed first."""
     from txcore.launch.launcher import supervise as local
 
     folder = None if options.output_dir is None else pathlib.Path(options.output_dir)
     with contextlib.ExitStack() as held:
         tasks = make_tasks(options, held)
-        shell = _remote_shell(options) if any(task.host for task in tasks) else []
+        shell = _split_remote_shell(options) if any(task.host for task in tasks) else []
         try:
             if folder is not None:
                 folder.mkdir(parents=True, exist_ok=True)
-            failure = local.launch(
+            failure = local.launch_ranks(
                 tasks,
                 remote_shell=shell,
                 output_dir=folder,
@@ -127,28 +129,28 @@ def make_tasks(options: argparse.Namespace, held: contextlib.ExitStack) -> "list
 
     Args:
       options: of the command.
-      held: until its end no other launcher of this host takes the coordinator's port.
+      held: keeps the coordinator's port from other launchers of this host until it is closed.
 
     Raises:
-      BadInput: something cannot be had.
+      BadInput: a host, a port, a GPU or the program is not available.
     """
     from txcore.launch.join.rendezvous import RUN_VARIABLE
     from txcore.launch.launcher.hosts import Task, gpus_of
 
-    argv = _argv(options)
-    hosts = place(options.size, options.hosts)
-    if options.remote_shell == _SSH:  # other ones may call hosts by names of their own
+    argv = _make_command(options)
+    hosts = place_ranks(options.size, options.hosts)
+    if options.remote_shell == _SSH:  # other shells may have their own names for hosts
         for host in filter(None, dict.fromkeys(hosts)):
-            resolve(host)
-    environment = coordinator(options.coordinator, hosts, held)
+            resolve_reachable(host)
+    environment = coordinator_variables(options.coordinator, hosts, held)
     environment["JAX_NUM_PROCESSES"] = str(options.size)
-    # What is printed before a rank is killed must not stay in its buffer.
+    # Unbuffered, so that output is not lost when a rank is killed.
     environment["PYTHONUNBUFFERED"] = os.environ.get("PYTHONUNBUFFERED", "1")
     if options.devices_per_process:
         environment["JAX_NUM_CPU_DEVICES"] = str(options.devices_per_process)
-    if options.size > 1:  # one alone may be part of another run
+    if options.size > 1:  # a single process may belong to another run
         environment[RUN_VARIABLE] = secrets.token_hex(8)
-    passed_on, cwd = _passed_on(options.export), os.getcwd()
+    passed_on, cwd = _select_variables(options.export), os.getcwd()
     tasks = []
     for rank, host in enumerate(hosts):
         local, size = hosts[:rank].count(host), hosts.count(host)
@@ -165,8 +167,8 @@ def make_tasks(options: argparse.Namespace, held: contextlib.ExitStack) -> "list
     return tasks
 
 
-def _argv(options: argparse.Namespace) -> list[str]:
-    """Return the command: a script or a module by this interpreter, anything else as it is."""
+def _make_command(options: argparse.Namespace) -> list[str]:
+    """Return the command: this interpreter with a script or module, or any other as it is."""
     program = options.program[1:] if options.program[:1] == ["--"] else options.program
     if not program:
         raise BadUsage("launch needs SCRIPT.py, -m MODULE or a command")
@@ -181,15 +183,15 @@ def _argv(options: argparse.Namespace) -> list[str]:
     return [*program]
 
 
-def _passed_on(export: Sequence[str]) -> dict[str, str]:
+def _select_variables(export: Sequence[str]) -> dict[str, str]:
     for name in export:
         if name not in os.environ:
             raise BadInput(f"-x needs a variable that is set, but {name} is not")
     return {k: v for k, v in os.environ.items() if k.startswith(_PASSED_ON) or k in export}
 
 
-def _remote_shell(options: argparse.Namespace) -> list[str]:
-    """Return the words of --remote-shell; they go through a shell on the way, or not."""
+def _split_remote_shell(options: argparse.Namespace) -> list[str]:
+    """Return the words of --remote-shell; refuse paths that a remote shell would split."""
     from txcore.launch.launcher import hosts
 
     try:

@@ -1,4 +1,4 @@
-"""What commands read: axes, MODULE:FACTORY, devices; and how they refuse bad input."""
+"""Read what commands are given: axes, devices, MODULE:FACTORY; refuse bad input."""
 
 import argparse
 import contextlib
@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from txcore.cli.errors import BadInput as BadInput
-from txcore.cli.errors import BadUsage, blame, first_line
+from txcore.cli.errors import BadUsage, blame_user_line, first_line
 
 if TYPE_CHECKING:  # the real imports are in the functions: `txcore --help` must not wait for jax
     import jax
@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # the real imports are in the functions: `txcore --help` must
 _DIGITS = 18
 
 
-def axes(text: str) -> dict[str, int]:
+def parse_axes(text: str) -> dict[str, int]:
     """Read "data=2,model=2", as the type of an option."""
     found: dict[str, int] = {}
     for part in text.split(","):
@@ -39,7 +39,7 @@ def axes(text: str) -> dict[str, int]:
     return found
 
 
-def positive(text: str) -> int:
+def parse_positive(text: str) -> int:
     """Read a number of at least 1, as the type of an option."""
     if text.isdecimal() and len(text) > _DIGITS:
         raise argparse.ArgumentTypeError(f"needs at most {_DIGITS} digits, but got {len(text)}")
@@ -48,16 +48,16 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def devices(text: str) -> int:
+def parse_devices(text: str) -> int:
     """Read a number of simulated devices, as the type of an option."""
     from txcore.profiling.targets.target import MOST_DEVICES
 
-    if (number := positive(text)) > MOST_DEVICES:
+    if (number := parse_positive(text)) > MOST_DEVICES:
         raise argparse.ArgumentTypeError(f"needs at most {MOST_DEVICES} devices, but got {number}")
     return number
 
 
-def path(text: str) -> str:
+def parse_path(text: str) -> str:
     """Read a path, ~ expanded, as the type of an option: shells leave `--file=~/x` as it is."""
     expanded = os.path.expanduser(text)
     if expanded.startswith("~"):
@@ -79,9 +79,9 @@ def add_program(parser: argparse.ArgumentParser, *, optional: bool = False) -> N
     parser.add_argument(
         "--traceback", action="store_true", help="where that code fails, show all of its error"
     )
-    parser.add_argument("--mesh", type=axes, metavar="data=2,model=2", help="the mesh's axes")
+    parser.add_argument("--mesh", type=parse_axes, metavar="data=2,model=2", help="the mesh's axes")
     where = parser.add_mutually_exclusive_group()
-    where.add_argument("--devices", type=devices, metavar="N", help="simulate N CPU devices")
+    where.add_argument("--devices", type=parse_devices, metavar="N", help="simulate N CPU devices")
     where.add_argument(
         "--target",
         metavar="T",
@@ -91,23 +91,23 @@ def add_program(parser: argparse.ArgumentParser, *, optional: bool = False) -> N
 
 
 def compile_factory(options: argparse.Namespace, *, keep_partitioned: bool = False) -> "Program":
-    """Build and compile what `add_program` read.
+    """Build and compile the program of the options that `add_program` adds.
 
     Raises:
-      BadInput: something of it cannot be used, or the function does not compile.
+      BadInput: an option cannot be used, or the function does not compile.
     """
     from txcore.profiling.program import compile_for_target, compile_program
 
     # Before the module is imported: it may make arrays, after which the devices are fixed.
     simulate_devices(options.devices)
     target = None if options.target is None else _parse_target(options.target)
-    with _importable(options.factory):
-        factory = load(options.factory)
+    with _add_to_import_path(options.factory):
+        factory = load_factory(options.factory)
         if target is not None:
             mesh = _target_mesh(target, options.mesh) if options.mesh else None
         else:
             mesh = mesh_of(options.mesh) if options.mesh else None
-        fn, args = build(factory, options.factory, mesh)
+        fn, args = build_program(factory, options.factory, mesh)
         try:
             if options.target is None:
                 return compile_program(fn, args, keep_partitioned=keep_partitioned)
@@ -116,12 +116,12 @@ def compile_factory(options: argparse.Namespace, *, keep_partitioned: bool = Fal
             )
         except (Exception, SystemExit) as error:
             raise BadInput(
-                f"{options.factory}: the function does not compile: {blame(error)}"
+                f"{options.factory}: the function does not compile: {blame_user_line(error)}"
             ) from error
 
 
 def _parse_target(target: str) -> "Target":
-    """Read `--target`, and simulate its devices where they are CPUs."""
+    """Read `--target`, and simulate its devices if they are CPUs."""
     from txcore import _compat
     from txcore.profiling.targets import parse_target
 
@@ -158,10 +158,10 @@ def simulate_devices(count: int | None) -> None:
 
 
 def split_factory(text: str) -> tuple[str, str]:
-    """Return what is before and after the colon of MODULE:FACTORY or FILE.py:FACTORY.
+    """Return the parts before and after the colon of MODULE:FACTORY or FILE.py:FACTORY.
 
     Raises:
-      BadUsage: it is neither.
+      BadUsage: the text is neither.
 
     Example:
       >>> from txcore.cli.load import split_factory
@@ -172,11 +172,11 @@ def split_factory(text: str) -> tuple[str, str]:
     is_file = module.endswith(".py")
     if not (module and name) or (not is_file and os.sep in module):
         raise BadUsage(f"needs MODULE:FACTORY or FILE.py:FACTORY, but got {text!r}")
-    return path(module) if is_file else module, name
+    return parse_path(module) if is_file else module, name
 
 
 @contextlib.contextmanager
-def _importable(factory: str) -> Iterator[None]:
+def _add_to_import_path(factory: str) -> Iterator[None]:
     """Have the user's modules imported from the file's folder, or the working folder.
 
     As `python FILE.py` and `python -m MODULE` do; a console script does not. While the function is
@@ -188,11 +188,11 @@ def _importable(factory: str) -> Iterator[None]:
     try:
         yield
     finally:
-        with contextlib.suppress(ValueError):  # the user's code has removed it
+        with contextlib.suppress(ValueError):  # the user's code may have removed it
             sys.path.remove(folder)
 
 
-def load(factory: str) -> Callable[..., Any]:
+def load_factory(factory: str) -> Callable[..., Any]:
     """Import MODULE:FACTORY or FILE.py:FACTORY."""
     module, name = split_factory(factory)
     try:
@@ -202,24 +202,26 @@ def load(factory: str) -> Callable[..., Any]:
     except BadInput:
         raise
     except (Exception, SystemExit) as error:
-        raise BadInput(f"cannot import {module}: {blame(error)}") from error
+        raise BadInput(f"cannot import {module}: {blame_user_line(error)}") from error
     found: Any = imported
     for part in name.split("."):
         try:
             found = getattr(found, part)
         except AttributeError:
-            raise BadInput(f"{_what(module)} has no {name}") from None
+            raise BadInput(f"{_name_source(module)} has no {name}") from None
     if not callable(found):
-        raise BadInput(f"{factory} must be a function that returns (fn, args), and is none")
+        raise BadInput(
+            f"{factory} needs to be a function that returns (fn, args), got {_describe_kind(found)}"
+        )
     return found
 
 
-def _what(module: str) -> str:
+def _name_source(module: str) -> str:
     return f"file {module}" if module.endswith(".py") else f"module {module}"
 
 
 def _import_file(file: str) -> ModuleType:
-    """Import a file under its own name, or another where a module has that already."""
+    """Import a file under its own name, or another one if a module already has that."""
     if not os.path.isfile(file):
         raise BadInput(f"there is no file {file}")
     full, name = os.path.realpath(file), os.path.splitext(os.path.basename(file))[0]
@@ -230,9 +232,9 @@ def _import_file(file: str) -> ModuleType:
         name = f"{name} of {full}"
     spec = importlib.util.spec_from_file_location(name, full)
     assert spec is not None
-    assert spec.loader is not None  # of a name that ends in .py there is one
+    assert spec.loader is not None  # a name that ends in .py always has a loader
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # where dataclasses, and the file's own imports, look for it
+    sys.modules[name] = module  # dataclasses and the file's own imports look it up there
     try:
         spec.loader.exec_module(module)
     except BaseException:
@@ -258,10 +260,10 @@ def mesh_of(sizes: dict[str, int]) -> "jax.sharding.Mesh":
     return jax.sharding.Mesh(grid, tuple(sizes), axis_types=types)
 
 
-def build(
+def build_program(
     factory: Callable[..., Any], name: str, mesh: "jax.sharding.Mesh | None"
 ) -> tuple[Callable[..., Any], Sequence[Any]]:
-    """Call the factory that the user calls `name`; return its (fn, args)."""
+    """Call the factory, named `name` in errors; return its (fn, args)."""
     given = () if mesh is None else (mesh,)
     try:
         inspect.signature(factory).bind(*given)
@@ -271,14 +273,16 @@ def build(
     try:
         built = factory(*given)
     except (Exception, SystemExit) as error:
-        raise BadInput(f"{name} failed: {blame(error)}") from error
+        raise BadInput(f"{name} failed: {blame_user_line(error)}") from error
     is_pair = isinstance(built, tuple) and len(built) == 2
     if not (is_pair and callable(built[0]) and isinstance(built[1], tuple | list)):
-        raise BadInput(f"{name} must return (fn, args), args a tuple, but got {_kind(built)}")
+        raise BadInput(
+            f"{name} needs to return (fn, args), args a tuple, got {_describe_kind(built)}"
+        )
     return built[0], built[1]
 
 
-def _kind(value: Any) -> str:
+def _describe_kind(value: Any) -> str:
     if isinstance(value, tuple):
         return f"({', '.join(type(part).__name__ for part in value)})"
     return type(value).__name__

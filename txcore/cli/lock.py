@@ -1,4 +1,4 @@
-"""`txcore lock`: hold a program to the communication that its lock file has."""
+"""`txcore lock`: compare a program's communication with its lock file."""
 
 import argparse
 import os
@@ -6,7 +6,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from txcore.cli.errors import BadInput, BadUsage
-from txcore.cli.load import add_program, compile_factory, path, split_factory
+from txcore.cli.load import add_program, compile_factory, parse_path, split_factory
 from txcore.cli.output import show
 
 if TYPE_CHECKING:
@@ -16,35 +16,35 @@ _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 _UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
-def add(commands: Any) -> None:
+def add_command(commands: Any) -> None:
     """Add the command to the parser's subparsers."""
     parser = commands.add_parser("lock", help="check a program's communication, or write it down")
     actions = parser.add_subparsers(required=True, metavar="update|check")
     update = actions.add_parser("update", help="write what the program sends into its lock file")
     update.add_argument(
         "--budget",
-        type=_budget,
+        type=_parse_budget,
         action="append",
         default=[],
         metavar="AXIS=SIZE",
         help="bytes on the wire that each device may send in one call, as data=2MB or data=none; "
         "kept by later updates",
     )
-    update.set_defaults(command=_update)
+    update.set_defaults(command=_update_lock)
     check = actions.add_parser("check", help="exit 1 if the program sends more than its lock has")
     check.add_argument("--exact", action="store_true", help="exit 1 if it sends less, too")
-    check.set_defaults(command=_check)
+    check.set_defaults(command=_check_lock)
     for action in (update, check):
         add_program(action)
         action.add_argument(
             "--file",
-            type=path,
+            type=parse_path,
             metavar="FILE",
             help="the lock file (default __collectives__/MODULE.FACTORY.lock.json)",
         )
 
 
-def _budget(text: str) -> tuple[str, int | None]:
+def _parse_budget(text: str) -> tuple[str, int | None]:
     axis, _, size = text.partition("=")
     number = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,15})?) ?([A-Za-z]*)", size)
     unit = number and _UNITS.get(number[2].lower())
@@ -55,13 +55,13 @@ def _budget(text: str) -> tuple[str, int | None]:
     return axis, round(float(number[1]) * unit) if number and unit else None
 
 
-def _update(options: argparse.Namespace) -> int:
+def _update_lock(options: argparse.Namespace) -> int:
     from txcore.profiling import lock
 
-    file, budgets = _file(options), dict(options.budget)
+    file, budgets = _lock_file(options), dict(options.budget)
     if len(budgets) < len(options.budget):
         raise BadUsage("--budget needs each axis once, but got one twice")
-    report = _report(options)
+    report = _audit_factory(options)
     try:
         outcome = lock.update(file, report, budgets=budgets)
     except lock.LockError as error:
@@ -70,10 +70,10 @@ def _update(options: argparse.Namespace) -> int:
     return 0 if outcome.ok else 1
 
 
-def _check(options: argparse.Namespace) -> int:
+def _check_lock(options: argparse.Namespace) -> int:
     from txcore.profiling import lock
 
-    file, report = _file(options), _report(options)
+    file, report = _lock_file(options), _audit_factory(options)
     try:
         outcome = lock.check(file, report, exact=options.exact)
     except lock.LockError as error:
@@ -82,8 +82,8 @@ def _check(options: argparse.Namespace) -> int:
     return 0 if outcome.ok else 1
 
 
-def _file(options: argparse.Namespace) -> str:
-    """Return the lock file's path; FILE.py:FACTORY has that of the same module."""
+def _lock_file(options: argparse.Namespace) -> str:
+    """Return the lock file's path, the same for FILE.py:FACTORY and its module."""
     if options.file is not None:
         return options.file
     module, name = split_factory(options.factory)
@@ -95,7 +95,7 @@ def _file(options: argparse.Namespace) -> str:
     return f"__collectives__/{module}.{name}.lock.json"
 
 
-def _report(options: argparse.Namespace) -> "Report":
+def _audit_factory(options: argparse.Namespace) -> "Report":
     from txcore.profiling.audit import audit_program
 
     return audit_program(compile_factory(options))

@@ -1,4 +1,4 @@
-"""What commands print: quiet where nobody reads it, one line where it cannot be written."""
+"""Print what commands show: without an error if nobody reads it, with one on a full disk."""
 
 import contextlib
 import os
@@ -9,10 +9,9 @@ from txcore.cli.errors import BadInput
 
 
 def show(text: str = "", end: str = "\n") -> None:
-    """Print on stdout, and see that it arrives.
+    """Print on stdout, and check that it was written.
 
-    A reader that has gone (`| head`) is no error: the command goes on, and its exit code stays
-    what it found.
+    A reader that has gone (`| head`) is no error: the command goes on, and keeps its exit code.
 
     Args:
       text: what to print.
@@ -22,32 +21,32 @@ def show(text: str = "", end: str = "\n") -> None:
       BadInput: it cannot be written, as on a full disk.
     """
     try:
-        _write(sys.stdout, text + end)
+        _write_text(sys.stdout, text + end)
     except BrokenPipeError:
-        _discard(sys.stdout)
+        _discard_rest(sys.stdout)
     except OSError as error:
-        _discard(sys.stdout)
+        _discard_rest(sys.stdout)
         raise BadInput(f"cannot write the output: {error.strerror or error}") from None
 
 
 def complain(text: str) -> None:
-    """Print a line on stderr; where that fails the exit code alone says it."""
+    """Print a line on stderr; if that fails, only the exit code reports the error."""
     try:
-        _write(sys.stderr, f"{text}\n")
+        _write_text(sys.stderr, f"{text}\n")
     except OSError:
-        _discard(sys.stderr)
+        _discard_rest(sys.stderr)
 
 
-def _write(stream: TextIO | None, text: str) -> None:
-    if stream is None:  # closed by who started us
+def _write_text(stream: TextIO | None, text: str) -> None:
+    if stream is None:  # closed by the parent process
         return
     encoding = stream.encoding or "utf-8"
     stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
     stream.flush()
 
 
-def _discard(stream: TextIO) -> None:
-    """Send the rest nowhere: Python itself writes what is left at its end, and complains."""
+def _discard_rest(stream: TextIO) -> None:
+    """Discard what is left in a stream, which Python would write at its end and fail."""
     with contextlib.suppress(OSError, ValueError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())

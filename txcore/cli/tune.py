@@ -1,4 +1,4 @@
-"""`txcore tune`: measure the kernels on this machine, and write down which are the fastest."""
+"""`txcore tune`: measure the kernels on this machine, and store which are the fastest."""
 
 import argparse
 import textwrap
@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from txcore.cli.errors import BadInput, BadUsage
-from txcore.cli.load import path, positive
+from txcore.cli.load import parse_path, parse_positive
 from txcore.cli.output import show
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ _DTYPES = ("float32", "bfloat16", "float16")
 _ROUNDS = 7
 
 
-def add(commands: Any) -> None:
+def add_command(commands: Any) -> None:
     """Add the command to the parser's subparsers."""
     parser = commands.add_parser("tune", help="measure kernels, and write down the fastest")
     parser.add_argument("ops", nargs="*", metavar="OP", help="conv2d, dense, ... (default all)")
@@ -33,7 +33,7 @@ def add(commands: Any) -> None:
         help="time these alone, interpreted ones too, which are never written down",
     )
     parser.add_argument(
-        "--rounds", type=positive, default=_ROUNDS, metavar="N", help=f"default {_ROUNDS}"
+        "--rounds", type=parse_positive, default=_ROUNDS, metavar="N", help=f"default {_ROUNDS}"
     )
     passes = parser.add_mutually_exclusive_group()
     passes.add_argument(
@@ -48,21 +48,21 @@ def add(commands: Any) -> None:
     )
     parser.add_argument(
         "--cache",
-        type=path,
+        type=parse_path,
         metavar="FILE",
         help="the file to write (default $TXCORE_TUNING, or txcore/tuning.json in the user's "
         "cache folder)",
     )
     parser.add_argument("--dry-run", action="store_true", help="measure, and write nothing")
-    parser.set_defaults(command=run)
+    parser.set_defaults(command=tune_kernels)
 
 
-def run(options: argparse.Namespace) -> int:
+def tune_kernels(options: argparse.Namespace) -> int:
     """Print the candidates' times, and write the fastest; return 0."""
     from txcore.kernels.dispatch.tuned import cache_path
     from txcore.kernels.tuning.measure import measure
 
-    shapes = _shapes(options)
+    shapes = _select_shapes(options)
     file = None if options.dry_run else options.cache or cache_path()
     if file is not None:
         _add_to(file)  # refused before anything is measured
@@ -76,7 +76,7 @@ def run(options: argparse.Namespace) -> int:
             rounds=options.rounds,
             named=options.implementation,
         )
-        show(f"{shape.op} {shape.name} {options.dtype}\n{_table(measured)}")
+        show(f"{shape.op} {shape.name} {options.dtype}\n{_format_table(measured)}")
         if file is not None and measured.entry is not None:
             _add_to(file, {measured.key: measured.entry})
     if file is not None:
@@ -84,11 +84,11 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _shapes(options: argparse.Namespace) -> "list[Shape]":
+def _select_shapes(options: argparse.Namespace) -> "list[Shape]":
     from txcore.kernels.tuning.shapes import OPS, SHAPES
 
-    _check("ops", options.ops, OPS)
-    _check("--shapes", options.shapes or (), SHAPES)
+    _check_names("ops", options.ops, OPS)
+    _check_names("--shapes", options.shapes or (), SHAPES)
     ops = options.ops or OPS
     found = [SHAPES[name] for name in options.shapes or SHAPES if SHAPES[name].op in ops]
     if options.shapes and len(found) < len(options.shapes):
@@ -100,13 +100,13 @@ def _shapes(options: argparse.Namespace) -> "list[Shape]":
     return found
 
 
-def _check(what: str, given: Iterable[str], known: Iterable[str]) -> None:
+def _check_names(what: str, given: Iterable[str], known: Iterable[str]) -> None:
     for name in given:
         if name not in known:
             raise BadUsage(f"tune needs {what} among {', '.join(known)}, but got {name!r}")
 
 
-def _table(measured: "Measured") -> str:
+def _format_table(measured: "Measured") -> str:
     from tabulate import tabulate
 
     from txcore.kernels.dispatch.tuning_file import label
@@ -132,7 +132,7 @@ def _table(measured: "Measured") -> str:
 
 
 def _add_to(file: str, entries: "Mapping[str, Entry] | None" = None) -> None:
-    """Add entries to a tuning file, shape by shape: what was measured outlives Ctrl-C."""
+    """Add entries to a tuning file, after each shape, so that Ctrl-C loses none."""
     from txcore.kernels.dispatch.tuning_file import TuningError, read, write
 
     try:

@@ -34,20 +34,22 @@ def explain_calls(collective: Callable[P, R]) -> Callable[P, R]:
     signature = inspect.signature(collective)
 
     @functools.wraps(collective)
-    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+    def call_checked(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
             given = signature.bind(*args, **kwargs).arguments
         except TypeError as error:
-            raise TypeError(_explain(collective.__name__, signature, args, kwargs, error)) from None
+            raise TypeError(
+                _explain_call(collective.__name__, signature, args, kwargs, error)
+            ) from None
         has_dim_for_axis = type(given["axis"]) is int and "dim" in signature.parameters
         if isinstance(given.get("x"), str) or has_dim_for_axis:
-            raise TypeError(_explain(collective.__name__, signature, args, kwargs, None))
+            raise TypeError(_explain_call(collective.__name__, signature, args, kwargs, None))
         return collective(*args, **kwargs)
 
-    return call
+    return call_checked
 
 
-def _explain(
+def _explain_call(
     op: str,
     signature: inspect.Signature,
     args: tuple[Any, ...],
@@ -55,18 +57,21 @@ def _explain(
     error: TypeError | None,
 ) -> str:
     names = list(signature.parameters)
-    meant, unknown = _translate(names, args, kwargs)
+    meant, unknown = _translate_call(names, args, kwargs)
     takes = ", ".join([*names[:2], *(f"{name}=" for name in names[2:])])
-    got = [*map(_show, args), *(f"{name}={_show(value)}" for name, value in kwargs.items())]
+    got = [
+        *map(_show_argument, args),
+        *(f"{name}={_show_argument(value)}" for name, value in kwargs.items()),
+    ]
     reason = f" ({error})" if error else ""
-    notes = _notes(op, {**kwargs, **unknown}, error)
+    notes = _make_notes(op, {**kwargs, **unknown}, error)
     return (
         f"tx.{op} takes ({takes}), got tx.{op}({', '.join(got)}){reason}: write "
-        f"{_write(op, signature, meant)}{notes}"
+        f"{_write_call(op, signature, meant)}{notes}"
     )
 
 
-def _translate(
+def _translate_call(
     names: list[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return what a call means, by our names, and what there is no name for."""
@@ -92,28 +97,28 @@ def _translate(
     return meant, unknown
 
 
-def _write(op: str, signature: inspect.Signature, meant: Mapping[str, Any]) -> str:
+def _write_call(op: str, signature: inspect.Signature, meant: Mapping[str, Any]) -> str:
     """Write a call out; what it needs and was not given stands by its name."""
     parts = []
     for name, parameter in signature.parameters.items():
         is_needed = parameter.default is inspect.Parameter.empty
         if name in ("x", "axis"):
-            parts.append(name if name == "x" or name not in meant else _show(meant[name]))
+            parts.append(name if name == "x" or name not in meant else _show_argument(meant[name]))
         elif name in meant and meant[name] != parameter.default:
-            parts.append(f"{name}={_show(meant[name])}")
+            parts.append(f"{name}={_show_argument(meant[name])}")
         elif is_needed:
-            parts.append(f"{name}={'...' if name not in meant else _show(meant[name])}")
+            parts.append(f"{name}={'...' if name not in meant else _show_argument(meant[name])}")
     return f"tx.{op}({', '.join(parts)})"
 
 
-def _show(value: Any) -> str:
+def _show_argument(value: Any) -> str:
     """Write an argument as in a call: names and numbers as they are, arrays as x."""
     if isinstance(value, (str, bool, int, float, type(None))):
         return repr(value)
     return repr(value) if isinstance(value, (tuple, list)) and len(repr(value)) < 60 else "x"
 
 
-def _notes(op: str, given: Mapping[str, Any], error: TypeError | None) -> str:
+def _make_notes(op: str, given: Mapping[str, Any], error: TypeError | None) -> str:
     notes = []
     of_lax = any(name in given for name in (*_OURS, "tiled", "to"))
     if op in _STACKING and error and of_lax and given.get("tiled") is not True:

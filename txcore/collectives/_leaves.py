@@ -40,7 +40,7 @@ def check_axes(op: str, axis: Any) -> tuple[str, ...]:
         raise ValueError(f"tx.{op} needs each mesh axis once, got axis={axis!r}")
     for name in axes:
         if _compat.axis_size(name) is None:
-            raise NameError(_unbound(op, name))
+            raise NameError(_describe_unbound(op, name))
         _refuse_vmap_axis(op, name)
     return axes
 
@@ -63,7 +63,7 @@ def _refuse_vmap_axis(op: str, axis: str) -> None:
     )
 
 
-def _unbound(op: str, axis: str) -> str:
+def _describe_unbound(op: str, axis: str) -> str:
     bound = _compat.bound_axes()
     if not bound:
         return (
@@ -80,7 +80,7 @@ def axes_size(axes: Iterable[str]) -> int:
     return int(np.prod([s for s in sizes if s is not None], dtype=np.int64))
 
 
-def varies(x: jax.Array, axis: str) -> bool | None:
+def varies_along(x: jax.Array, axis: str) -> bool | None:
     """Tell whether `x` varies along `axis`; None where jax does not track it."""
     if axis in _compat.varying_axes(x):
         return True
@@ -97,7 +97,7 @@ def map_leaves(
     for path, value in leaves:
         where = (name or "x") + jax.tree_util.keystr(path)
         leaf = Leaf(_check_leaf(op, value, where, verb), where)
-        with tags.tag_scope(_tag(op, label, path)):
+        with tags.tag_scope(_make_tag(op, label, path)):
             out.append(fn(leaf))
     return jax.tree_util.tree_unflatten(treedef, out)
 
@@ -113,7 +113,7 @@ def _check_name(op: str, name: str | None) -> str:
     return name
 
 
-def _tag(op: str, label: str, path: Any) -> str:
+def _make_tag(op: str, label: str, path: Any) -> str:
     parts = [label] if label else []
     keys = jax.tree_util.keystr(path, simple=True, separator=".")
     parts += [re.sub(r"[^A-Za-z0-9_./-]", "_", keys)] if keys else []
@@ -151,8 +151,8 @@ def claim_differing(op: str, leaf: Leaf, axes: tuple[str, ...], *, mean: bool) -
     value, parts = leaf.value, _compat.unreduced_axes(leaf.value)
     for axis in axes:
         size = _compat.axis_size(axis)
-        if size != 1 and axis not in parts and varies(value, axis) is False:
-            error = _reduced_already(op, leaf.where, axis, mean=mean)
+        if size != 1 and axis not in parts and varies_along(value, axis) is False:
+            error = _describe_reduced(op, leaf.where, axis, mean=mean)
             value = claim_differs(value, axis, what=leaf.where, error=error)
     return leaf._replace(value=value)
 
@@ -171,16 +171,16 @@ def reduced_axes(op: str, leaf: Leaf, axes: tuple[str, ...], *, mean: bool) -> t
         if axis in unreduced:
             kept.append(axis)
             continue
-        size, varying = _compat.axis_size(axis), varies(leaf.value, axis)
+        size, varying = _compat.axis_size(axis), varies_along(leaf.value, axis)
         if size == 1 and not varying:
             continue
         if varying is False:
-            raise ValueError(_reduced_already(op, leaf.where, axis, mean=mean, source=""))
+            raise ValueError(_describe_reduced(op, leaf.where, axis, mean=mean, source=""))
         kept.append(axis)
     return tuple(kept)
 
 
-def _reduced_already(
+def _describe_reduced(
     op: str, where: str, axis: str, *, mean: bool, source: str = " ({source})"
 ) -> str:
     effect = "change nothing" if mean else f"multiply it by {_compat.axis_size(axis)}"
@@ -228,11 +228,11 @@ def differing_axes(op: str, leaf: Leaf, axes: tuple[str, ...]) -> tuple[str, ...
     """Return those of `axes` along which the devices may hold different values of `leaf`."""
     refuse_unreduced(op, leaf, axes)
 
-    def same(axis: str) -> bool:
-        varying = varies(leaf.value, axis)
+    def is_equal_along(axis: str) -> bool:
+        varying = varies_along(leaf.value, axis)
         return varying is False or (varying is None and _compat.axis_size(axis) == 1)
 
-    return tuple(a for a in axes if not same(a))
+    return tuple(a for a in axes if not is_equal_along(a))
 
 
 def moved_axes(op: str, leaf: Leaf, axes: tuple[str, ...]) -> tuple[jax.Array, tuple[str, ...]]:
@@ -247,7 +247,7 @@ def moved_axes(op: str, leaf: Leaf, axes: tuple[str, ...]) -> tuple[jax.Array, t
 
 def vary_leaf(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     """Cast `x` to vary along those of `axes` that it does not vary along yet."""
-    missing = tuple(a for a in axes if varies(x, a) is False)
+    missing = tuple(a for a in axes if varies_along(x, a) is False)
     return _compat.cast_to_varying(x, missing) if missing else x
 
 

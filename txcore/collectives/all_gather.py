@@ -53,7 +53,7 @@ def all_gather(
     """
     axes = _leaves.check_axes("all_gather", axis)
 
-    def one(leaf: Leaf) -> jax.Array:
+    def gather_leaf(leaf: Leaf) -> jax.Array:
         at = _leaves.check_dim("all_gather", "dim", dim, leaf)
         _leaves.refuse_unreduced("all_gather", leaf, axes)
         if invariant:
@@ -61,12 +61,12 @@ def all_gather(
         value, kept = _leaves.moved_axes("all_gather", leaf, axes)
         return lax.all_gather(value, kept, axis=at, tiled=True) if kept else value
 
-    return _leaves.map_leaves("all_gather", x, one, name=name, verb="gather")
+    return _leaves.map_leaves("all_gather", x, gather_leaf, name=name, verb="gather")
 
 
 def _gather_invariant(x: jax.Array, axes: tuple[str, ...], dim: int) -> jax.Array:
     # An axis of size 1 along which x varies stays in: only a gather makes it invariant.
-    kept = tuple(a for a in axes if _compat.axis_size(a) != 1 or _leaves.varies(x, a))
+    kept = tuple(a for a in axes if _compat.axis_size(a) != 1 or _leaves.varies_along(x, a))
     if not kept:
         return x
     x = _leaves.vary_leaf(x, kept)

@@ -51,11 +51,11 @@ def all_to_all(
     """
     axes = _leaves.check_axes("all_to_all", axis)
 
-    def one(leaf: Leaf) -> jax.Array:
+    def exchange_leaf(leaf: Leaf) -> jax.Array:
         split = _leaves.check_dim("all_to_all", "split_dim", split_dim, leaf)
         concat = _leaves.check_dim("all_to_all", "concat_dim", concat_dim, leaf)
         _leaves.check_divisible("all_to_all", "split_dim", split, leaf, axes)
         value, kept = _leaves.moved_axes("all_to_all", leaf, axes)
         return lax.all_to_all(value, kept, split, concat, tiled=True) if kept else value
 
-    return _leaves.map_leaves("all_to_all", x, one, name=name, verb="exchange")
+    return _leaves.map_leaves("all_to_all", x, exchange_leaf, name=name, verb="exchange")

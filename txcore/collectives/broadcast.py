@@ -51,11 +51,11 @@ def broadcast(
     axes = _leaves.check_axes("broadcast", axis)
     coordinates = _root_coordinates(root, axes)
 
-    def one(leaf: Leaf) -> jax.Array:
+    def broadcast_leaf(leaf: Leaf) -> jax.Array:
         at = {a: coordinates[a] for a in _leaves.differing_axes("broadcast", leaf, axes)}
         return _masked_psum(leaf.value, at) if at else leaf.value
 
-    return _leaves.map_leaves("broadcast", x, one, name=name, verb="broadcast")
+    return _leaves.map_leaves("broadcast", x, broadcast_leaf, name=name, verb="broadcast")
 
 
 def _root_coordinates(root: int, axes: tuple[str, ...]) -> dict[str, int]:

@@ -47,7 +47,7 @@ def pmax(x: Any, axis: str | tuple[str, ...], *, name: str | None = None) -> Any
       >>> tx.testing.run_sharded(gradient, np.arange(2.0), axes={"data": 2}).round(4)
       array([0.2689, 0.7311], dtype=float32)
     """
-    return _extreme("pmax", x, axis, name, lax.pmax)
+    return _reduce_to_extreme("pmax", x, axis, name, lax.pmax)
 
 
 @explain_calls
@@ -76,13 +76,15 @@ def pmin(x: Any, axis: str | tuple[str, ...], *, name: str | None = None) -> Any
       >>> tx.testing.run_sharded(f, np.arange(4.0), axes={"data": 4}, out_specs=P())
       array([0.], dtype=float32)
     """
-    return _extreme("pmin", x, axis, name, lax.pmin)
+    return _reduce_to_extreme("pmin", x, axis, name, lax.pmin)
 
 
-def _extreme(op: str, x: Any, axis: Any, name: str | None, extreme: Callable[..., Any]) -> Any:
+def _reduce_to_extreme(
+    op: str, x: Any, axis: Any, name: str | None, extreme: Callable[..., Any]
+) -> Any:
     axes = _leaves.check_axes(op, axis)
 
-    def one(leaf: Leaf) -> jax.Array:
+    def reduce_leaf(leaf: Leaf) -> jax.Array:
         if op == f"p{_compat.unreduced_kind(leaf.value)}":
             parts = _compat.unreduced_axes(leaf.value)
             if over := tuple(a for a in axes if a in parts):
@@ -90,4 +92,4 @@ def _extreme(op: str, x: Any, axis: Any, name: str | None, extreme: Callable[...
         kept = _leaves.differing_axes(op, leaf, axes)
         return extreme(leaf.value, kept) if kept else leaf.value
 
-    return _leaves.map_leaves(op, x, one, name=name, verb="compare")
+    return _leaves.map_leaves(op, x, reduce_leaf, name=name, verb="compare")

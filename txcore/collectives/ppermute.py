@@ -52,7 +52,7 @@ def ppermute(
       array([0., 1., 2.], dtype=float32)
     """
     axes = _leaves.check_axes("ppermute", axis)
-    return _permute("ppermute", x, axes, _check_perm(perm, axes), name)
+    return _permute_leaves("ppermute", x, axes, _check_perm(perm, axes), name)
 
 
 @explain_calls
@@ -98,23 +98,23 @@ def shift(
         raise TypeError(f"tx.shift needs by= an int, got {by!r}") from None
     moves = ((i, i + by) for i in range(size))
     perm = tuple((i, j % size) for i, j in moves if wrap or 0 <= j < size)
-    return _permute("shift", x, axes, perm, name)
+    return _permute_leaves("shift", x, axes, perm, name)
 
 
-def _permute(op: str, x: Any, axes: tuple[str, ...], perm: Pairs, name: str | None) -> Any:
+def _permute_leaves(op: str, x: Any, axes: tuple[str, ...], perm: Pairs, name: str | None) -> Any:
     axes, perm = _in_mesh_order(axes, perm)
 
-    def one(leaf: Leaf) -> jax.Array:
+    def permute_leaf(leaf: Leaf) -> jax.Array:
         value, kept = _leaves.moved_axes(op, leaf, axes)
         if kept:
-            return _send(value, kept, perm)
+            return _send_leaf(value, kept, perm)
         # A group of one: what it sends itself, or zeros of the same type.
         return value if perm else varying.match_varying(jnp.zeros_like(value), value)[0]
 
-    return _leaves.map_leaves(op, x, one, name=name, verb="send")
+    return _leaves.map_leaves(op, x, permute_leaf, name=name, verb="send")
 
 
-def _send(x: jax.Array, axes: tuple[str, ...], perm: Pairs) -> jax.Array:
+def _send_leaf(x: jax.Array, axes: tuple[str, ...], perm: Pairs) -> jax.Array:
     if len(perm) == _leaves.axes_size(axes) or set(axes) <= set(_compat.bound_axes()):
         return lax.ppermute(x, axes, perm)
     # Over an axis of vmap jax needs a whole permutation: complete it, then zero what came.

@@ -47,7 +47,7 @@ def psum(x: Any, axis: str | tuple[str, ...], *, name: str | None = None) -> Any
     References:
       Shoeybi et al., Megatron-LM, 2019, section 3 (the conjugate f and g).
     """
-    return _reduce("psum", x, axis, name, mean=False)
+    return _reduce_leaves("psum", x, axis, name, mean=False)
 
 
 @explain_calls
@@ -80,23 +80,25 @@ def pmean(x: Any, axis: str | tuple[str, ...], *, name: str | None = None) -> An
       >>> tx.testing.run_sharded(f, np.arange(4.0), axes={"data": 4}, out_specs=P())
       array([1.5], dtype=float32)
     """
-    return _reduce("pmean", x, axis, name, mean=True)
+    return _reduce_leaves("pmean", x, axis, name, mean=True)
 
 
-def _reduce(op: str, x: Any, axis: str | tuple[str, ...], name: str | None, *, mean: bool) -> Any:
+def _reduce_leaves(
+    op: str, x: Any, axis: str | tuple[str, ...], name: str | None, *, mean: bool
+) -> Any:
     axes = _leaves.check_axes(op, axis)
 
-    def one(leaf: Leaf) -> jax.Array:
+    def reduce_leaf(leaf: Leaf) -> jax.Array:
         leaf = _leaves.claim_differing(op, leaf, axes, mean=mean)
         kept = _leaves.reduced_axes(op, leaf, axes, mean=mean)
         if mean:
-            return _leaves.mean_of(leaf.value, kept, lambda value: _psum(value, kept))
-        return _psum(leaf.value, kept)
+            return _leaves.mean_of(leaf.value, kept, lambda value: _psum_leaf(value, kept))
+        return _psum_leaf(leaf.value, kept)
 
-    return _leaves.map_leaves(op, x, one, name=name, verb="reduce")
+    return _leaves.map_leaves(op, x, reduce_leaf, name=name, verb="reduce")
 
 
-def _psum(value: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+def _psum_leaf(value: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     if value.dtype == jnp.bool_:
         value = value.astype(jnp.int32)
     return lax.psum(_leaves.in_one_state(value, axes), axes) if axes else value

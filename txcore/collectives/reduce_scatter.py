@@ -53,7 +53,7 @@ def reduce_scatter(
     """
     axes = _leaves.check_axes("reduce_scatter", axis)
 
-    def one(leaf: Leaf) -> jax.Array:
+    def scatter_leaf(leaf: Leaf) -> jax.Array:
         at = _leaves.check_dim("reduce_scatter", "dim", dim, leaf)
         _leaves.check_divisible("reduce_scatter", "dim", at, leaf, axes)
         leaf = _leaves.claim_differing("reduce_scatter", leaf, axes, mean=mean)
@@ -62,16 +62,16 @@ def reduce_scatter(
         kept = tuple(a for a in kept if _compat.axis_size(a) != 1 or a in parts)
         value = _leaves.in_one_state(leaf.value, kept)
 
-        def add(value: jax.Array) -> jax.Array:
+        def add_over_devices(value: jax.Array) -> jax.Array:
             if value.dtype == jnp.bool_:
                 value = value.astype(jnp.int32)
             if not kept:
                 return value
             return lax.psum_scatter(value, kept, scatter_dimension=at, tiled=True)
 
-        return _leaves.mean_of(value, kept, add) if mean else add(value)
+        return _leaves.mean_of(value, kept, add_over_devices) if mean else add_over_devices(value)
 
-    return _leaves.map_leaves("reduce_scatter", x, one, name=name, verb="reduce")
+    return _leaves.map_leaves("reduce_scatter", x, scatter_leaf, name=name, verb="reduce")
 
 
 psum_scatter = reduce_scatter

@@ -44,11 +44,11 @@ def vary(x: Any, axis: str | tuple[str, ...], *, name: str | None = None) -> Any
     """
     axes = tuple(a for a in _leaves.check_axes("vary", axis) if a not in left_out_axes())
 
-    def one(leaf: Leaf) -> jax.Array:
+    def vary_one_leaf(leaf: Leaf) -> jax.Array:
         _leaves.refuse_unreduced("vary", leaf, axes)
         return _leaves.vary_leaf(leaf.value, axes)
 
-    return _leaves.map_leaves("vary", x, one, name=name, verb="vary")
+    return _leaves.map_leaves("vary", x, vary_one_leaf, name=name, verb="vary")
 
 
 pvary = vary

@@ -1,4 +1,4 @@
-"""Starting several processes, and what they tell each other before any computation.
+"""Start several processes, join them, and compare what they are about to run.
 
 Imports `_compat`, `launch.join`, `launch.watch`, `version`.
 """

@@ -1,4 +1,4 @@
-"""Words between processes, through the coordinator: no backend, no collective."""
+"""Exchange text between processes through the coordinator, without a backend or a collective."""
 
 import json
 from collections.abc import Callable
@@ -8,8 +8,8 @@ from txcore import _compat
 from txcore.launch import watch
 from txcore.launch.watch.verdict import rank_names
 
-MEET_S = 1800.0  # until all processes have come, who may have something to do before
-LONGEST = 2000  # characters of one process's words
+MEET_S = 1800.0  # for all processes to arrive, which may have other work to finish
+LONGEST = 2000  # characters of one process's problem
 
 
 def world_size() -> int:
@@ -70,7 +70,7 @@ def share(name: str, value: str, *, timeout_s: float = MEET_S) -> str:
     return client.blocking_key_value_get(f"txcore/{name}", int(timeout_s * 1000))
 
 
-def agree(
+def agree_on_problem(
     name: str,
     problem: str | None,
     conclude: Callable[[], str | None] = lambda: None,
@@ -79,26 +79,27 @@ def agree(
 ) -> str | None:
     """Return what any process has found wrong, on every process alike; None where all are well.
 
-    Every process says how its part went, process 0 hears all and says what came of it: two words a
-    process. A process that failed has to come as well; it does not keep the others waiting.
+    Every process reports how its part went, process 0 collects the reports and returns the outcome:
+    two messages a process. A process that failed has to call it as well, so that the others do not
+    wait for it.
 
     Args:
       name: what is agreed on; each name is used once, and is the same on every process.
-      problem: what is wrong on this process, if anything is.
-      conclude: what process 0 does before the others go on, where all are well; returns what went
-        wrong. The others do not call it.
+      problem: what is wrong on this process; None if nothing is.
+      conclude: called on process 0 alone, before the others go on, if all are well; returns what
+        went wrong.
       timeout_s: seconds that process 0 waits for each of the others.
 
     Returns:
       The problem, with the ranks that have it where not all do.
 
     Raises:
-      RuntimeError: process 0 was not heard of in time.
+      RuntimeError: process 0 did not answer in time.
 
     Example:
       >>> from txcore.launch import key_value
-      >>> key_value.agree("folder", None), key_value.agree("folder", "it is full")  # alone: its own
-      (None, 'it is full')
+      >>> key_value.agree_on_problem("folder", "it is full")  # alone: its own
+      'it is full'
     """
     client, world = _compat.coordination_client(), _compat.coordination_size()
     if client is None or world == 1:
@@ -109,18 +110,20 @@ def agree(
         client.key_value_set(f"{folder}said/{rank}", word)
         wait_ms = int(2 * timeout_s * 1000)  # process 0 names who is late before
         return json.loads(client.blocking_key_value_get(f"{folder}all", wait_ms))
-    words = {0: json.loads(word), **_hear(client, f"{folder}said/", world, timeout_s)}
-    verdict = _sum_up({r: said for r, said in words.items() if said is not None}, world)
+    words = {0: json.loads(word), **_collect_problems(client, f"{folder}said/", world, timeout_s)}
+    verdict = _join_problems({r: said for r, said in words.items() if said is not None}, world)
     if verdict is None:
         said = conclude()
-        verdict = None if said is None else _sum_up({0: said}, world)
+        verdict = None if said is None else _join_problems({0: said}, world)
     client.key_value_set(f"{folder}all", json.dumps(verdict))
     client.key_value_delete(f"{folder}said/")
     return verdict
 
 
-def _hear(client: Any, folder: str, world: int, timeout_s: float) -> dict[int, str | None]:
-    """Return what each of the other processes says; of one that is late, that it is."""
+def _collect_problems(
+    client: Any, folder: str, world: int, timeout_s: float
+) -> dict[int, str | None]:
+    """Return the problem of each of the other processes; of a late one, that it is late."""
     heard: dict[int, str | None] = {}
     for rank in range(1, world):
         try:
@@ -134,8 +137,8 @@ def _hear(client: Any, folder: str, world: int, timeout_s: float) -> dict[int, s
     return heard
 
 
-def _sum_up(problems: dict[int, str], world: int) -> str | None:
-    """Return the problems of all processes as one text, the same one of several once."""
+def _join_problems(problems: dict[int, str], world: int) -> str | None:
+    """Return the problems of all processes as one text, equal ones once."""
     ranks: dict[str, list[int]] = {}
     for rank in sorted(problems):
         ranks.setdefault(problems[rank], []).append(rank)

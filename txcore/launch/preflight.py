@@ -1,4 +1,4 @@
-"""Before a program's first run: do all ranks run the same one? Otherwise they would hang in it."""
+"""Check before a program's first run that all ranks run the same one, or they would hang in it."""
 
 import contextlib
 import difflib
@@ -20,9 +20,9 @@ Facts = Mapping[str, str | Sequence[str]]
 
 FOLDER = "txcore/preflight/"
 READ_S = 10.0  # how long a rank waits until all have read the difference
-MOST_GROUPS = 3  # of ranks that differ, in a message
+MOST_GROUPS = 3  # of differing ranks in a message
 MOST_LINES = 24  # of the difference in one fact
-MOST_COMPARED = 200  # lines, from the first that differs
+MOST_COMPARED = 200  # lines from the first that differs
 LONGEST_LINE = 300
 
 _calls = itertools.count()
@@ -42,20 +42,20 @@ def check(
     problem: str = PROBLEM,
     remedy: str = REMEDY,
 ) -> None:
-    """Compare what all ranks are about to run; every rank has to come here.
+    """Compare what all ranks are about to run; every rank has to call it.
 
-    A digest of the facts goes through the coordinator, and the facts where they differ.
+    A digest of the facts goes through the coordinator, and the facts themselves if they differ.
 
     Args:
       name: what is about to run ("train_step").
-      facts: what has to be the same on every rank; each a text, or its lines (`facts_of`).
+      facts: what has to be the same on every rank: texts, or lists of lines, by title (`facts_of`).
       timeout_s: seconds to wait for the others, which may still be compiling.
-      problem: what is wrong where they differ, for the message.
+      problem: what is wrong if they differ, for the message.
       remedy: what to do about it.
 
     Raises:
       MismatchError: the facts differ, on every rank with the same text.
-      RuntimeError: a rank did not come in time.
+      RuntimeError: a rank did not call it in time.
 
     Example:
       >>> from txcore.launch import preflight
@@ -63,13 +63,16 @@ def check(
     """
     client, world = _compat.coordination_client(), _compat.coordination_size()
     if client is not None and world > 1:
-        folder = f"{FOLDER}{next(_calls)}/"  # the first programs of all ranks are compared, ...
-        watch.meet("a comparison of the ranks")  # which finds other names itself
+        # Numbered, not named: the comparison itself finds that ranks run programs of other names.
+        folder = f"{FOLDER}{next(_calls)}/"
+        watch.meet("a comparison of the ranks")
         texts = problem, remedy
-        compare(client, _compat.coordination_rank(), world, folder, name, facts, timeout_s, texts)
+        compare_facts(
+            client, _compat.coordination_rank(), world, folder, name, facts, timeout_s, texts
+        )
 
 
-def compare(
+def compare_facts(
     client: Any,
     rank: int,
     world: int,
@@ -79,36 +82,40 @@ def compare(
     timeout_s: float,
     texts: tuple[str, str] = (PROBLEM, REMEDY),
 ) -> None:
-    """Do what `check` does, in a folder of the coordinator's that is used once."""
-    told = {title: _lines(fact) for title, fact in facts.items()} | {"program": [name]}
-    text = json.dumps(told, sort_keys=True)
+    """Do what `check` does, in a folder of the coordinator that is used once."""
+    own = {title: _split_lines(fact) for title, fact in facts.items()} | {"program": [name]}
+    text = json.dumps(own, sort_keys=True)
     client.key_value_set(f"{folder}digest/{rank}", hashlib.sha256(text.encode()).hexdigest())
-    digests = _collect(client, name, folder, world, timeout_s)
+    digests = _collect_digests(client, name, folder, world, timeout_s)
     if len(set(digests.values())) == 1:
         return
-    groups = _groups(digests)
+    groups = _group_by_digest(digests)
     if rank in (group[0] for group in groups):
         client.key_value_set(f"{folder}facts/{rank}", text)
-    theirs = [_read(client, f"{folder}facts/{group[0]}") for group in groups[: MOST_GROUPS + 1]]
-    with contextlib.suppress(RuntimeError):  # the coordinator must not go before all have read
+    theirs = [
+        _read_facts(client, f"{folder}facts/{group[0]}") for group in groups[: MOST_GROUPS + 1]
+    ]
+    with contextlib.suppress(RuntimeError):  # the coordinator must not end before all have read
         client.wait_at_barrier(f"{folder}read", int(READ_S * 1000))
     if any(their.get("program", [name]) != [name] for their in theirs):
         texts = PROBLEM, REMEDY
-    raise MismatchError(difference(groups, theirs, *texts))
+    raise MismatchError(describe_difference(groups, theirs, *texts))
 
 
-def _read(client: Any, key: str) -> dict[str, list[str]]:
+def _read_facts(client: Any, key: str) -> dict[str, list[str]]:
     try:
         return json.loads(client.blocking_key_value_get(key, int(READ_S * 1000)))
-    except RuntimeError:  # it has died meanwhile
+    except RuntimeError:  # that rank has died
         return {}
 
 
-def _lines(fact: str | Sequence[str]) -> list[str]:
+def _split_lines(fact: str | Sequence[str]) -> list[str]:
     return fact.splitlines() if isinstance(fact, str) else [str(line) for line in fact]
 
 
-def _collect(client: Any, name: str, folder: str, world: int, timeout_s: float) -> dict[int, str]:
+def _collect_digests(
+    client: Any, name: str, folder: str, world: int, timeout_s: float
+) -> dict[int, str]:
     """Wait for all ranks, and return the digest of each."""
     late: RuntimeError | None = None
     try:
@@ -129,34 +136,34 @@ def _collect(client: Any, name: str, folder: str, world: int, timeout_s: float) 
     ) from late
 
 
-def _groups(digests: Mapping[int, str]) -> list[list[int]]:
-    """Return the ranks by digest: first the largest group, or of two such the one of rank 0."""
+def _group_by_digest(digests: Mapping[int, str]) -> list[list[int]]:
+    """Return the ranks by digest, the largest group (that of the lowest rank) first."""
     groups: dict[str, list[int]] = {}
     for rank in sorted(digests):
         groups.setdefault(digests[rank], []).append(rank)
     return sorted(groups.values(), key=lambda group: (-len(group), group[0]))
 
 
-def difference(
+def describe_difference(
     groups: Sequence[Sequence[int]],
     facts: Sequence[Mapping[str, list[str]]],
     problem: str = PROBLEM,
     remedy: str = REMEDY,
 ) -> str:
-    """Return what to say of groups of ranks whose facts differ.
+    """Return the message about groups of ranks whose facts differ.
 
     Args:
-      groups: the ranks of each group; the others are compared with the first.
-      facts: each group's facts; may be cut to the first groups.
+      groups: the ranks of each group; all are compared with the first.
+      facts: each group's facts; may hold those of the first groups only.
       problem, remedy: what is wrong, and what to do about it.
 
     Returns:
       A text of bounded length.
 
     Example:
-      >>> from txcore.launch.preflight import difference
-      >>> print(difference([[0, 2], [1]],
-      ...                  [{"batch": ["float32[8,4]"]}, {"batch": ["float32[4,4]"]}]))
+      >>> from txcore.launch.preflight import describe_difference
+      >>> print(describe_difference([[0, 2], [1]],
+      ...                           [{"batch": ["float32[8,4]"]}, {"batch": ["float32[4,4]"]}]))
       the ranks would run different programs: rank 1 differs from ranks 0 and 2
       batch:
         --- ranks 0 and 2
@@ -172,30 +179,30 @@ def difference(
     for group, theirs in zip(others, facts[1:], strict=False):
         if len(others) > 1:
             rows.append(f"{rank_names(group)} against {rank_names(reference)}:")
-        for title in _titles(facts[0], theirs):
+        for title in _titles_to_compare(facts[0], theirs):
             before, after = facts[0].get(title, []), theirs.get(title, [])
             if before != after:
-                rows += [f"{title}:", *_changes(before, after, reference, group)]
+                rows += [f"{title}:", *_diff_lines(before, after, reference, group)]
     if len(groups) > len(facts):
         rows.append(f"({len(groups) - len(facts)} more groups of ranks differ from all these)")
     rows.append(remedy)
     return "\n".join(rows)
 
 
-def _titles(ours: Mapping[str, list[str]], theirs: Mapping[str, list[str]]) -> list[str]:
-    """Return which facts to compare; of two programs that are of another kind only the name."""
+def _titles_to_compare(ours: Mapping[str, list[str]], theirs: Mapping[str, list[str]]) -> list[str]:
+    """Return which facts to compare; only the name of two programs that have other facts."""
     other_program = theirs and ours.get("program") != theirs.get("program")
     if other_program and ours.keys() != theirs.keys():
         return ["program"]
     return sorted(ours.keys() | theirs.keys())
 
 
-def _changes(
+def _diff_lines(
     before: Sequence[str], after: Sequence[str], reference: Sequence[int], group: Sequence[int]
 ) -> list[str]:
     """Return the lines that differ, with two of context, as `diff -u` writes them."""
-    first = max(0, _same(before, after) - 2)
-    ends = _same(before[first:][::-1], after[first:][::-1]) - 2
+    first = max(0, _count_same_lines(before, after) - 2)
+    ends = _count_same_lines(before[first:][::-1], after[first:][::-1]) - 2
     old, new = (lines[first : len(lines) - max(0, ends)] for lines in (before, after))
     cut = slice(MOST_COMPARED)  # difflib takes time by the square of the lines
     changes = list(difflib.unified_diff(old[cut], new[cut], n=2, lineterm=""))[3:]
@@ -208,7 +215,7 @@ def _changes(
     return [f"  {row[:LONGEST_LINE]}" for row in rows]
 
 
-def _same(before: Sequence[str], after: Sequence[str]) -> int:
+def _count_same_lines(before: Sequence[str], after: Sequence[str]) -> int:
     """Return how many lines two texts have in common at their beginning."""
     pairs = enumerate(zip(before, after, strict=False))
     return next((i for i, (a, b) in pairs if a != b), min(len(before), len(after)))
@@ -221,7 +228,7 @@ def facts_of(
 
     Args:
       mesh: the devices that it runs on.
-      shapes: pytree of its arguments (arrays or shapes), as they are over all processes.
+      shapes: pytree of its arguments (arrays or shapes) with their global shapes.
       collectives: a line for each collective of the compiled program, in its order.
 
     Returns:
@@ -237,37 +244,39 @@ def facts_of(
     leaves = jax.tree_util.tree_flatten_with_path(shapes)[0]
     axes = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
     return {
-        **surroundings(),
-        "mesh": [axes, *(_device(device) for device in mesh.devices.flat)],
-        "shapes": [f"{jax.tree_util.keystr(path)} {_shape(leaf)}" for path, leaf in leaves],
+        **read_surroundings(),
+        "mesh": [axes, *(_describe_device(device) for device in mesh.devices.flat)],
+        "shapes": [
+            f"{jax.tree_util.keystr(path)} {_describe_shape(leaf)}" for path, leaf in leaves
+        ],
         "collectives": list(collectives),
     }
 
 
-def surroundings() -> dict[str, list[str]]:
-    """Return what changes a program's results beside the program: has to be the same on all ranks.
+def read_surroundings() -> dict[str, list[str]]:
+    """Return what changes a program's results beside its code, and has to be equal on all ranks.
 
     Returns:
       Versions, jax's settings and compiler flags: lines by title, for `check`.
 
     Example:
       >>> from txcore.launch import preflight
-      >>> list(preflight.surroundings())
+      >>> list(preflight.read_surroundings())
       ['versions', 'jax settings', 'compiler flags']
     """
     return {
-        "versions": versions(),
+        "versions": read_versions(),
         "jax settings": settings.program_settings(),
         "compiler flags": settings.compiler_flags(),
     }
 
 
-def versions() -> list[str]:
+def read_versions() -> list[str]:
     """Return the versions of Python and of the packages that make a program.
 
     Example:
       >>> from txcore.launch import preflight
-      >>> [line.split()[0] for line in preflight.versions()]
+      >>> [line.split()[0] for line in preflight.read_versions()]
       ['python', 'jax', 'jaxlib', 'numpy', 'txcore']
     """
     import jaxlib
@@ -278,10 +287,10 @@ def versions() -> list[str]:
     return [f"python {platform.python_version()}", *rows, f"txcore {version.VERSION}"]
 
 
-def _device(device: Any) -> str:
+def _describe_device(device: Any) -> str:
     return f"device {device.id} {device.device_kind} of rank {device.process_index}"
 
 
-def _shape(leaf: Any) -> str:
+def _describe_shape(leaf: Any) -> str:
     kind = getattr(leaf, "dtype", type(leaf).__name__)
     return f"{kind}[{','.join(map(str, getattr(leaf, 'shape', ())))}]"

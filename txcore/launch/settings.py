@@ -1,16 +1,16 @@
-"""What changes a program's results beside its code: jax's settings and compiler flags."""
+"""Read what changes a program's results beside its code: jax's settings and compiler flags."""
 
 import os
 from pathlib import Path
 
 from txcore import _compat
 
-# Variables with flags for a compiler, and those that a library of the GPU reads by itself.
+# Variables that hold compiler flags, and those that the GPU's libraries read themselves.
 FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
 VARIABLES = ("NVIDIA_TF32_OVERRIDE", "CUBLAS_WORKSPACE_CONFIG")
 MOST_BYTES = 1 << 20  # of a file with flags
 
-# Flags that change no result. jax leaves the same ones out of the key of its compilation cache
+# Flags that change no result; jax leaves the same ones out of its compilation cache's key
 # (jax/_src/cache_key.py).
 HARMLESS_FLAGS = frozenset(
     [
@@ -43,7 +43,7 @@ def program_settings() -> list[str]:
 def compiler_flags() -> list[str]:
     """Return the compiler flags in the environment that may change results, a line for each.
 
-    Of a flag that is given twice the last counts; one without a value is true.
+    The last of several values of a flag counts; a flag without a value is true.
 
     Example:
       >>> import os
@@ -72,7 +72,7 @@ def _read_flags(text: str) -> dict[str, str]:
 
 
 def _text_of(text: str) -> str:
-    """Return the flags themselves: XLA takes what does not begin with a dash as a file's path."""
+    """Return the flags, out of a file where the text names one (does not begin with a dash)."""
     text = text.strip()
     if not text or text.startswith("-"):
         return text

@@ -141,7 +141,7 @@ def _same_everywhere(count: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     if current_scope() is not None:
         error = error.replace("{source}", " ({source})")
         return varying.claim(count, "equal", axes, what="count", error=error)
-    if local := [a for a in axes if _leaves.varies(count, a)]:
+    if local := [a for a in axes if _leaves.varies_along(count, a)]:
         raise ValueError(error.replace("{source}", "").replace("{axis}", _leaves.names_of(local)))
     return count
 

@@ -154,7 +154,7 @@ def _local(loss: Any, axes: tuple[str, ...]) -> jax.Array:
     """Return a loss that is local along the data axes; refuse one that is equal there."""
     loss = jnp.asarray(loss)
     for a in axes:
-        if _leaves.varies(loss, a) is False:
+        if _leaves.varies_along(loss, a) is False:
             error = (
                 f"tx.value_and_grad needs a loss that is local along data axis {a!r}, but the loss "
                 f"does not vary along it ({{source}}): it is reduced or gathered already, and "

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from txcore.kernels.common.checks import whole_number
-from txcore.train.checkpoints.folder import absolute
+from txcore.train.checkpoints.folder import absolute_path
 
 Metrics = dict[str, Any]
 
@@ -149,7 +149,7 @@ class JSONL:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self._path = absolute(path)
+        self._path = absolute_path(path)
 
     def __call__(self, record: Record) -> None:
         """Append the record."""

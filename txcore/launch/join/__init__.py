@@ -1,4 +1,4 @@
-"""Joining the processes of one run: who they are, where they meet.
+"""Join the processes of one run: detect the cluster, meet, connect to the coordinator.
 
 Imports `_compat`, `errors`, `launch.watch`.
 """

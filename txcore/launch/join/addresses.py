@@ -1,4 +1,4 @@
-"""Which addresses and interfaces the processes of a run use, and that no proxy stands between."""
+"""Resolve the addresses and check the interfaces of a run's processes; bypass proxies."""
 
 import os
 import re
@@ -12,7 +12,7 @@ def split_address(text: str) -> tuple[str, int]:
     """Return host and port of "host:port"; an IPv6 address stands in brackets.
 
     Raises:
-      ValueError: it is not of that form.
+      ValueError: the text does not have that form.
 
     Example:
       >>> from txcore.launch.join.addresses import split_address
@@ -21,7 +21,9 @@ def split_address(text: str) -> tuple[str, int]:
     """
     found = re.fullmatch(r"(\[[^]]+\]|[^:\[\]]+):(\d{1,5})", text)
     if found is None or not 0 < int(found[2]) < 2**16:
-        raise ValueError(f"an address is needed as 'host:port', got {text!r}")
+        raise ValueError(
+            f"split_address needs 'host:port', got {text!r}: write an IPv6 host as '[::1]:12345'"
+        )
     return found[1].strip("[]"), int(found[2])
 
 
@@ -30,11 +32,11 @@ def join_address(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def resolve(host: str, port: int) -> str:
+def resolve_host(host: str, port: int) -> str:
     """Return the IP address of a host, an IPv4 one where it has any.
 
     Raises:
-      OSError: nobody knows the host.
+      OSError: the host is unknown.
     """
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     found.sort(key=lambda row: row[0] != socket.AF_INET)
@@ -48,7 +50,7 @@ def is_loopback(address: str) -> bool:
 
 def address_towards(host: str, port: int) -> str:
     """Return this host's address on the way to another; nothing is sent."""
-    where = resolve(host, port)
+    where = resolve_host(host, port)
     family = socket.AF_INET6 if ":" in where else socket.AF_INET
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
         probe.connect((where, port))
@@ -56,9 +58,9 @@ def address_towards(host: str, port: int) -> str:
 
 
 def bypass_proxies(host: str, environ: MutableMapping[str, str]) -> None:
-    """Keep gRPC from asking a proxy for the coordinator, which makes jax's join hang.
+    """Exclude the coordinator from gRPC's proxies: through one, jax's join hangs.
 
-    Only gRPC reads no_grpc_proxy; it is like no_proxy, which it replaces.
+    Only gRPC reads no_grpc_proxy, which takes precedence over no_proxy.
     """
     if any(environ.get(name) for name in _PROXIES):
         before = environ.get("no_grpc_proxy") or environ.get("no_proxy")
@@ -66,26 +68,31 @@ def bypass_proxies(host: str, environ: MutableMapping[str, str]) -> None:
 
 
 def check_interfaces(
-    environ: Mapping[str, str] | None = None, there: Iterable[str] | None = None
+    environ: Mapping[str, str] | None = None, interfaces: Iterable[str] | None = None
 ) -> None:
-    """Refuse an NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME that names nothing on this host.
+    """Refuse an NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME that matches no interface of this host.
 
-    NCCL would end with "no socket interface found" only when the first collective starts.
+    NCCL itself reports "no socket interface found" only when the first collective starts.
 
     Args:
       environ: the environment variables; this process's by default.
-      there: the names of this host's interfaces; asked for by default.
+      interfaces: the names of this host's interfaces; by default, as the system lists them.
 
     Raises:
-      ValueError: there is no such interface.
+      ValueError: no interface matches.
 
     Example:
       >>> from txcore.launch.join.addresses import check_interfaces
       >>> check_interfaces({"NCCL_SOCKET_IFNAME": "eth"}, ["lo", "eth0"])
     """
     environ = os.environ if environ is None else environ
-    names = sorted(there if there is not None else (name for _, name in socket.if_nameindex()))
-    for variable, chosen in (("NCCL_SOCKET_IFNAME", _nccl), ("GLOO_SOCKET_IFNAME", _exactly)):
+    if interfaces is None:
+        interfaces = (name for _, name in socket.if_nameindex())
+    names = sorted(interfaces)
+    for variable, chosen in (
+        ("NCCL_SOCKET_IFNAME", _matches_as_nccl),
+        ("GLOO_SOCKET_IFNAME", _matches_exactly),
+    ):
         wanted = environ.get(variable)
         if wanted and not any(chosen(wanted, name) for name in names):
             raise ValueError(
@@ -95,12 +102,13 @@ def check_interfaces(
             )
 
 
-def _nccl(wanted: str, name: str) -> bool:
+def _matches_as_nccl(wanted: str, name: str) -> bool:
     """Tell whether NCCL would take an interface: prefixes, "=exact names", or "^all but"."""
-    but, exact = wanted.startswith("^"), "=" in wanted[:2]
-    words = wanted.lstrip("^=").split(",")
-    return but != any(name == word if exact else name.startswith(word) for word in words if word)
+    excludes, is_exact = wanted.startswith("^"), "=" in wanted[:2]
+    words = [word for word in wanted.lstrip("^=").split(",") if word]
+    is_listed = name in words if is_exact else name.startswith(tuple(words))
+    return is_listed != excludes
 
 
-def _exactly(wanted: str, name: str) -> bool:
+def _matches_exactly(wanted: str, name: str) -> bool:
     return wanted == name

@@ -1,4 +1,4 @@
-"""Which cluster this process was started in, read from its environment: nothing is started."""
+"""Detect from the environment which cluster started this process; start nothing."""
 
 import itertools
 import os
@@ -11,20 +11,20 @@ from txcore import _compat
 from txcore.launch.join import addresses
 from txcore.launch.join.rendezvous import RUN_VARIABLE
 
-# What says where a process belongs: `txcore launch` sets all three, jax reads the first.
+# The variables that place a process in a run: `txcore launch` sets all three, jax reads the first.
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-# The same in torchrun's words, which many launchers and people take over.
+# The same by torchrun's names, which many launchers set as well.
 TORCH_VARIABLES = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE")
 _TORCHRUN = "TORCHELASTIC_RUN_ID"  # it alone sets this one
-# Jobs that are given no port take one of the last 4096: Linux gives these to nobody by itself.
+# Jobs without a given port take one of the last 4096, which Linux does not hand out by itself.
 _FIRST_PORT, _PORTS = 2**16 - 2**12, 2**12
-# SLURM's "steps" that are no srun: the batch script, an salloc shell, a container's pause.
+# The step numbers of what SLURM starts without srun: the batch script, an salloc shell, a pause.
 _FIRST_SPECIAL_STEP = 2**32 - 2**8
 _VISIBLE_GPUS = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
 
 
 class Cluster(NamedTuple):
-    """What a process knows of its run before it starts.
+    """Describe the run that a process was started for.
 
     Attributes:
       name: what started it: "environment", "torchrun", "Open MPI", "SLURM", "Kubernetes" or
@@ -33,7 +33,7 @@ class Cluster(NamedTuple):
       num_processes: how many processes there are; None where only jax can find out.
       process_id: which one this is, from 0; None where only jax can find out.
       local_device_ids: which of the GPUs it sees are this process's own; None for all of them.
-      run: what all processes of this run say and those of others do not; None where nothing does.
+      run: an id that all processes of this run share and no other run has; None without one.
     """
 
     name: str
@@ -47,8 +47,8 @@ class Cluster(NamedTuple):
 def run_of(environ: Mapping[str, str], coordinator: str | None) -> str | None:
     """Return what TXCORE_RUN says of a run.
 
-    Where `txcore launch` has set it, it is the run at the launcher's coordinator, no other one that
-    its ranks start or join by hand.
+    Where `txcore launch` has set it, it names the run at the launcher's coordinator, and no other
+    run that its ranks start or join by hand.
 
     Example:
       >>> from txcore.launch.join.cluster import run_of
@@ -63,19 +63,19 @@ def run_of(environ: Mapping[str, str], coordinator: str | None) -> str | None:
 def cluster(environ: Mapping[str, str] | None = None) -> Cluster | None:
     """Return what `tx.initialize()` without arguments would use, without starting anything.
 
-    The first that is there: JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID (set by
-    `txcore launch`), torchrun, Open MPI's mpirun, SLURM's srun, a TPU pod, an indexed Kubernetes
-    job, and torchrun's variables MASTER_ADDR, MASTER_PORT, RANK and WORLD_SIZE set by anything
-    else. A shell within a SLURM job (salloc, or the batch script itself) is no process of a run.
+    Takes the first that is present: JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID
+    (set by `txcore launch`), torchrun, Open MPI's mpirun, SLURM's srun, a TPU pod, an indexed
+    Kubernetes job, and torchrun's variables MASTER_ADDR, MASTER_PORT, RANK and WORLD_SIZE set by
+    anything else. A shell within a SLURM job (salloc, or the batch script itself) does not count.
 
     Args:
       environ: the environment variables; this process's by default.
 
     Returns:
-      What was found, or None: this process is alone.
+      The cluster, or None where this process is alone.
 
     Raises:
-      ValueError: the variables contradict each other, are no numbers, or some are missing.
+      ValueError: the variables contradict each other, are not numbers, or some are missing.
 
     Example:
       >>> from txcore import launch
@@ -91,10 +91,10 @@ def cluster(environ: Mapping[str, str] | None = None) -> Cluster | None:
     """
     environ = os.environ if environ is None else environ
     if all(environ.get(name) for name in VARIABLES):
-        count, rank = (_number(environ, name) for name in VARIABLES[1:])
+        count, rank = (_read_number(environ, name) for name in VARIABLES[1:])
         address = environ[VARIABLES[0]]
         return Cluster("environment", address, count, rank, run=run_of(environ, address))
-    found = _found(environ)
+    found = _find_launcher(environ)
     own = environ.get(VARIABLES[0])
     if found is not None:
         _check_agrees(environ, found)
@@ -105,14 +105,14 @@ def cluster(environ: Mapping[str, str] | None = None) -> Cluster | None:
     return None
 
 
-def _found(environ: Mapping[str, str]) -> Cluster | None:
-    """Return what a launcher other than `txcore launch` says."""
+def _find_launcher(environ: Mapping[str, str]) -> Cluster | None:
+    """Return what the variables of launchers other than `txcore launch` say."""
     if environ.get(_TORCHRUN):  # it started this process, whatever started it (srun, mpirun)
-        return _torch(environ)
-    found = _open_mpi(environ) or _slurm(environ) or _found_by_jax(environ)
+        return _read_torchrun(environ)
+    found = _read_open_mpi(environ) or _read_slurm(environ) or _leave_to_jax(environ)
     if found is None:
-        return _torch(environ)
-    theirs = _torch(environ) if all(environ.get(name) for name in TORCH_VARIABLES) else None
+        return _read_torchrun(environ)
+    theirs = _read_torchrun(environ) if all(environ.get(name) for name in TORCH_VARIABLES) else None
     if theirs is None or found[2:4] == theirs[2:4]:
         return found
     if found.num_processes is None:  # only jax could find it out, and here it stands
@@ -136,15 +136,15 @@ def _half_set(environ: Mapping[str, str], names: tuple[str, ...], who: str) -> V
 
 def _check_agrees(environ: Mapping[str, str], found: Cluster) -> None:
     for name, value in zip(VARIABLES[1:], (found.num_processes, found.process_id), strict=True):
-        if environ.get(name) and value not in (None, _number(environ, name)):
+        if environ.get(name) and value not in (None, _read_number(environ, name)):
             raise ValueError(
                 f"{name}={environ[name]} contradicts {found.name}, by which it is {value}: unset "
                 f"it, or set all of {', '.join(VARIABLES)}"
             )
 
 
-def _torch(environ: Mapping[str, str]) -> Cluster | None:
-    """Read torchrun's variables (docs.pytorch.org/docs/stable/elastic/run.html), by whomever set.
+def _read_torchrun(environ: Mapping[str, str]) -> Cluster | None:
+    """Read torchrun's variables (docs.pytorch.org/docs/stable/elastic/run.html), whoever set them.
 
     MASTER_ADDR and MASTER_PORT alone, which many shells export, say nothing of this process, and
     a world of one needs no address.
@@ -155,19 +155,23 @@ def _torch(environ: Mapping[str, str]) -> Cluster | None:
         if environ.get("WORLD_SIZE") == "1" and environ.get("RANK") in (None, "", "0"):
             return None
         raise _half_set(environ, TORCH_VARIABLES, "torchrun sets all four")
-    rank, size, port = (_number(environ, name) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
+    rank, size, port = (
+        _read_number(environ, name) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT")
+    )
     _check_below(environ, "RANK", "WORLD_SIZE")
     _check_below(environ, "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     host = environ["MASTER_ADDR"].strip("[]")
     if environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        # torchrun itself listens at MASTER_PORT: all ranks take another, each start its own.
+        # torchrun itself listens at MASTER_PORT: all ranks take another port, new at each start.
         names = (_TORCHRUN, "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT")
         start = " ".join(environ.get(name, "") for name in names)
-        port = _port(environ, zlib.crc32(start.encode()))
+        port = _choose_port(environ, zlib.crc32(start.encode()))
         if environ.get("LOCAL_WORLD_SIZE") == environ["WORLD_SIZE"]:
             host = "127.0.0.1"
     elif not 0 < port < 2**16:
-        raise ValueError(f"MASTER_PORT must be from 1 to {2**16 - 1}, got {port}")
+        raise ValueError(
+            f"launch.cluster needs MASTER_PORT= a number from 1 to {2**16 - 1}, got {port}"
+        )
     devices = _torch_devices(environ, size)
     run = None
     if environ.get(_TORCHRUN):  # "none" by default; but each run's store has a port of its own
@@ -179,9 +183,9 @@ def _torch_devices(environ: Mapping[str, str], size: int) -> tuple[int, ...] | N
     """Return which GPUs torchrun's variables give to a process: the usual one is LOCAL_RANK's."""
     if not environ.get("LOCAL_RANK") or size == 1:
         return None
-    local_rank = _number(environ, "LOCAL_RANK")
+    local_rank = _read_number(environ, "LOCAL_RANK")
     if environ.get("LOCAL_WORLD_SIZE"):
-        return local_devices(environ, local_rank, _number(environ, "LOCAL_WORLD_SIZE"))
+        return local_devices(environ, local_rank, _read_number(environ, "LOCAL_WORLD_SIZE"))
     return local_devices(environ, local_rank, local_rank + 1) and (local_rank,)
 
 
@@ -189,7 +193,7 @@ def _check_below(environ: Mapping[str, str], name: str, of: str) -> None:
     """Refuse a rank that is not below its count, where both are set."""
     if not (environ.get(name) and environ.get(of)):
         return
-    rank, count = _number(environ, name), _number(environ, of)
+    rank, count = _read_number(environ, name), _read_number(environ, of)
     if rank >= count:
         raise ValueError(
             f"{name}={rank} contradicts {of}={count}, which needs it from 0 to {count - 1}: set "
@@ -197,10 +201,10 @@ def _check_below(environ: Mapping[str, str], name: str, of: str) -> None:
         )
 
 
-def _open_mpi(environ: Mapping[str, str]) -> Cluster | None:
+def _read_open_mpi(environ: Mapping[str, str]) -> Cluster | None:
     if "OMPI_COMM_WORLD_RANK" not in environ or "OMPI_COMM_WORLD_SIZE" not in environ:
         return None
-    size, rank = (_number(environ, f"OMPI_COMM_WORLD_{name}") for name in ("SIZE", "RANK"))
+    size, rank = (_read_number(environ, f"OMPI_COMM_WORLD_{name}") for name in ("SIZE", "RANK"))
     local_size = int(environ.get("OMPI_COMM_WORLD_LOCAL_SIZE", size))
     local_rank = int(environ.get("OMPI_COMM_WORLD_LOCAL_RANK", rank))
     host: str | None = "127.0.0.1"
@@ -210,17 +214,17 @@ def _open_mpi(environ: Mapping[str, str]) -> Cluster | None:
         found = re.search(r"tcp://([^,:]+)|tcp6://(\[[^],]+)", uri)
         host = (found[1] or found[2] + "]") if found else None
     job = environ.get("PMIX_NAMESPACE", "")
-    port = _port(environ, zlib.crc32(job.encode()))
+    port = _choose_port(environ, zlib.crc32(job.encode()))
     devices = local_devices(environ, local_rank, local_size)
     address = f"{host}:{port}" if host else None
     return Cluster("Open MPI", address, size, rank, devices, f"mpirun {job}" if job else None)
 
 
-def _slurm(environ: Mapping[str, str]) -> Cluster | None:
+def _read_slurm(environ: Mapping[str, str]) -> Cluster | None:
     needed = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID")
     if any(name not in environ for name in (*needed, "SLURM_STEP_NUM_TASKS")):
         return None
-    job, step = (_number(environ, name) for name in needed[:2])
+    job, step = (_read_number(environ, name) for name in needed[:2])
     if step >= _FIRST_SPECIAL_STEP:
         return None
     tasks = tasks_per_node(environ.get("SLURM_STEP_TASKS_PER_NODE", "1"))
@@ -229,16 +233,17 @@ def _slurm(environ: Mapping[str, str]) -> Cluster | None:
     here = tasks[node] if node < len(tasks) else 1
     return Cluster(
         "SLURM",
-        f"{host}:{_port(environ, job + 1009 * step)}",  # steps of one job may run side by side
-        _number(environ, "SLURM_STEP_NUM_TASKS"),
-        _number(environ, "SLURM_PROCID"),
+        # Steps of one job may run side by side.
+        f"{host}:{_choose_port(environ, job + 1009 * step)}",
+        _read_number(environ, "SLURM_STEP_NUM_TASKS"),
+        _read_number(environ, "SLURM_PROCID"),
         local_devices(environ, int(environ.get("SLURM_LOCALID", "0")), here),
         f"SLURM {job}.{step} {environ.get('SLURM_RESTART_COUNT', '0')}",
     )
 
 
-def _found_by_jax(environ: Mapping[str, str]) -> Cluster | None:
-    """Tell where jax is to find out the rest, which takes questions over the network."""
+def _leave_to_jax(environ: Mapping[str, str]) -> Cluster | None:
+    """Return the cluster whose details jax has to ask for over the network."""
     if _compat.on_tpu_vm() and "TPU_SKIP_MDS_QUERY" not in environ:
         return Cluster("TPU pod")
     if "KUBERNETES_SERVICE_HOST" in environ and "JOB_COMPLETION_INDEX" in environ:
@@ -249,10 +254,11 @@ def _found_by_jax(environ: Mapping[str, str]) -> Cluster | None:
 def local_devices(
     environ: Mapping[str, str], local_rank: int, local_size: int
 ) -> tuple[int, ...] | None:
-    """Return which of the GPUs that a process sees it takes; None for all.
+    """Return which of its visible GPUs a process takes; None for all.
 
-    All if it is the only process of its host, or if it was given its own (`--gpus-per-task`).
-    Where every process of the host sees the same N, an equal share; where N is not known, one.
+    It takes all if it is the only process of its host or has GPUs of its own (`--gpus-per-task`).
+    Where every process of the host sees the same N it takes an equal share; where N is not known,
+    one.
 
     Args:
       environ: the environment variables.
@@ -303,14 +309,14 @@ def tasks_per_node(text: str) -> list[int]:
     return list(itertools.chain(*([int(tasks)] * int(times or 1) for tasks, times in pairs)))
 
 
-def _port(environ: Mapping[str, str], job: int) -> int:
+def _choose_port(environ: Mapping[str, str], job: int) -> int:
     """Return the coordinator's port: the one that was asked for, or one of this job's number."""
     if environ.get("JAX_COORDINATOR_PORT"):
-        return _number(environ, "JAX_COORDINATOR_PORT")
+        return _read_number(environ, "JAX_COORDINATOR_PORT")
     return _FIRST_PORT + job % _PORTS
 
 
-def _number(environ: Mapping[str, str], name: str) -> int:
+def _read_number(environ: Mapping[str, str], name: str) -> int:
     if not re.fullmatch(r"\d+", environ[name]):
-        raise ValueError(f"{name} must be a number from 0 on, got {environ[name]!r}")
+        raise ValueError(f"launch.cluster needs {name}= a number from 0 on, got {environ[name]!r}")
     return int(environ[name])

@@ -1,4 +1,4 @@
-"""Joining the processes of one run."""
+"""Join the processes of one run."""
 
 import contextlib
 import logging
@@ -19,12 +19,20 @@ from txcore.launch.join.cluster import VARIABLES, cluster, run_of
 
 _LOG = logging.getLogger("txcore")
 
-JOINED = "txcore/joined/"  # the keys under which each process shows the start's token
-JOIN_S = 30.0  # for the processes that have met to join jax's service, from the first on
+JOINED = "txcore/joined/"  # the keys under which each process stores the start's token
+JOIN_S = 30.0  # for all processes that have met to join jax's service
 
 
 class Place(NamedTuple):
-    """Where this process belongs: the coordinator's address, how many, which one, its GPUs, run."""
+    """Place this process in its run.
+
+    Attributes:
+      address: "host:port" of the coordinator.
+      size: the number of processes.
+      rank: which one this is, from 0.
+      devices: its GPUs among those that it sees; None for all.
+      run: the run's id; None without one.
+    """
 
     address: str
     size: int
@@ -78,16 +86,16 @@ def initialize(
       ...
       ValueError: tx.initialize needs process_id= from 0 to 1 for num_processes=2, got 2
     """
-    place = _given(coordinator, num_processes, process_id)
+    place = _read_arguments(coordinator, num_processes, process_id)
     _check_timeouts(
         timeout_s=timeout_s,
         heartbeat_timeout_s=heartbeat_timeout_s,
         peer_timeout_s=peer_timeout_s,
         step_timeout_s=step_timeout_s,
     )
-    place = place or _found(round(timeout_s))
+    place = place or _detect_place(round(timeout_s))
     if place is None:
-        _be_alone(local_device_ids)
+        _run_alone(local_device_ids)
         return
     _refuse_late()
     address, size, rank, ours, run = place
@@ -95,13 +103,13 @@ def initialize(
     addresses.bypass_proxies(addresses.split_address(address)[0], os.environ)
     started = time.monotonic()
     try:
-        met = _meet(address, size, rank, started + timeout_s, run)
+        met = _meet_others(address, size, rank, started + timeout_s, run)
     except rendezvous.NotTogether as error:
         raise RuntimeError(
             f"tx.initialize of process {rank} of {size} at {address}: {error}; waited "
             f"{time.monotonic() - started:.0f} s of timeout_s={timeout_s:g}"
         ) from None
-    _prepare(address)
+    _configure_jax(address)
     jax.distributed.initialize(
         address,
         size,
@@ -115,17 +123,17 @@ def initialize(
     _check_all_have_met(rank, size, met.token, min(timeout_s, JOIN_S))
     watch.start(peer_timeout_s=peer_timeout_s, step_timeout_s=step_timeout_s)
     if met.host is not None and met.bind is not None:
-        closed = met.host.stay(addresses.split_address(met.bind)[1], watch.hear_of_end)
+        closed = met.host.answer_newcomers(addresses.split_address(met.bind)[1], watch.hear_of_end)
         if not closed and sys.platform == "linux":
             _LOG.warning("txcore: the coordinator's port %s stays open to strangers", met.bind)
     if met.seat is not None:
         met.seat.connection.close()
 
 
-def _given(
+def _read_arguments(
     coordinator: str | None, num_processes: int | None, process_id: int | None
 ) -> Place | None:
-    """Return what the arguments say, or None where there are none."""
+    """Return the place that the arguments give, or None without any."""
     given = {
         "coordinator": coordinator,
         "num_processes": num_processes,
@@ -139,13 +147,13 @@ def _given(
             f"tx.initialize needs coordinator=, num_processes= and process_id= together (or none "
             f"of them, to detect the cluster), but {', '.join(missing)} is missing"
         )
-    return _check(coordinator, num_processes, process_id)
+    return _check_place(coordinator, num_processes, process_id)
 
 
-def _check(
+def _check_place(
     coordinator: Any, size: Any, rank: Any, devices: Any = None, run: str | None = None
 ) -> Place:
-    """Return the values, which fit together."""
+    """Return the place; refuse values that do not fit together."""
     try:
         addresses.split_address(coordinator)
     except ValueError:
@@ -183,8 +191,8 @@ def _refuse_late() -> None:
         )
 
 
-def _be_alone(local_device_ids: int | Sequence[int] | None) -> None:
-    """Do what is left to do for a run of one process: nothing, but to take the GPUs named."""
+def _run_alone(local_device_ids: int | Sequence[int] | None) -> None:
+    """Prepare a run of one process: restrict jax to the GPUs that are named."""
     if local_device_ids is None and _compat.coordination_client() is None:
         return
     _refuse_late()
@@ -193,8 +201,8 @@ def _be_alone(local_device_ids: int | Sequence[int] | None) -> None:
         _compat.set_if_there(f"jax_{platform}_visible_devices", ",".join(map(str, ids)))
 
 
-def _found(timeout_s: int) -> Place | None:
-    """Return what the environment says, or None where this process is alone."""
+def _detect_place(timeout_s: int) -> Place | None:
+    """Return the place that the environment gives, or None where this process is alone."""
     found = cluster()
     if found is None:
         return None
@@ -210,29 +218,38 @@ def _found(timeout_s: int) -> Place | None:
             f"{values}: set {', '.join(VARIABLES)}"
         )
     address, size, rank = values
-    return _check(address, size, rank, found.local_device_ids, found.run)
+    return _check_place(address, size, rank, found.local_device_ids, found.run)
 
 
 class Met(NamedTuple):
-    """What a process has once all have met, until jax has joined them."""
+    """Hold what a process needs from the meeting until jax has joined all.
+
+    Attributes:
+      token: names this start.
+      bind: where the coordinator listens; on process 0.
+      host: on process 0.
+      seat: on the others.
+    """
 
     token: str
-    bind: str | None = None  # where process 0's coordinator is to listen
-    host: gathering.Host | None = None  # on process 0
-    seat: rendezvous.Seat | None = None  # on the others
+    bind: str | None = None
+    host: gathering.Host | None = None
+    seat: rendezvous.Seat | None = None
 
 
-def _meet(address: str, size: int, rank: int, deadline: float, run: str | None = None) -> Met:
-    """Wait until all have met."""
+def _meet_others(
+    address: str, size: int, rank: int, deadline: float, run: str | None = None
+) -> Met:
+    """Wait until all processes have met."""
     if rank:
-        seat = rendezvous.attend(address, rank, size, deadline, run)
-        rendezvous.until_served(address, deadline, seat)
+        seat = rendezvous.join_meeting(address, rank, size, deadline, run)
+        rendezvous.wait_until_served(address, deadline, seat)
         return Met(seat.token, seat=seat)
-    bind = _asked_bind() or _own_address(address, deadline)
-    listener = rendezvous.listen(bind, deadline, rendezvous.introduce(rank, size, run))
+    bind = _requested_bind() or _own_address(address, deadline)
+    listener = rendezvous.listen_alone(bind, deadline, rendezvous.make_greeting(rank, size, run))
     host = gathering.Host(listener, size, socket.gethostname(), run)
     try:
-        host.gather(deadline)
+        host.gather_all(deadline)
         return Met(host.token, bind, host)
     except rendezvous.NotTogether as error:
         given, found = (addresses.split_address(a)[0] for a in (address, bind))
@@ -245,39 +262,40 @@ def _meet(address: str, size: int, rank: int, deadline: float, run: str | None =
 
 
 def _check_all_have_met(rank: int, size: int, token: str, timeout_s: float) -> None:
-    """Refuse a run into which jax's service has let one that was not at the meeting."""
+    """Refuse a run if jax's service has admitted a process that was not at the meeting."""
     client = _compat.coordination_client()
     if client is None or size == 1:
         return
     client.key_value_set(f"{JOINED}{rank}", token)
-    with contextlib.suppress(RuntimeError):  # who was not at the meeting does not come
+    with contextlib.suppress(RuntimeError):  # a stranger does not come to the barrier
         client.wait_at_barrier(f"{JOINED}all", int(timeout_s * 1000))
     shown = dict(client.key_value_dir_get(JOINED))
     strange = [r for r in range(size) if shown.get(f"{JOINED}{r}") != token]
     if strange:
         raise RuntimeError(
             f"tx.initialize of process {rank} of {size} needs every process of jax's coordination "
-            f"service to be of this run, but {rendezvous.named(strange)} joined without having met "
-            "process 0: end what else connects to this port, or take another port"
+            f"service to be of this run, but {rendezvous.name_processes(strange)} joined "
+            "without having met process 0: end what else connects to this port, or take another "
+            "port"
         )
 
 
-def _asked_bind() -> str | None:
+def _requested_bind() -> str | None:
     given = os.environ.get("JAX_COORDINATOR_BIND_ADDRESS") or None
     try:
         return given and addresses.join_address(*addresses.split_address(given))
     except ValueError:
         raise ValueError(
-            f"JAX_COORDINATOR_BIND_ADDRESS must be 'host:port', got {given!r}"
+            f"tx.initialize needs JAX_COORDINATOR_BIND_ADDRESS 'host:port', got {given!r}"
         ) from None
 
 
 def _own_address(address: str, deadline: float) -> str:
-    """Return the coordinator's address in numbers; a name may be known a little later only."""
+    """Return the coordinator's numeric address; wait for a name that does not resolve yet."""
     host, port = addresses.split_address(address)
     while True:
         try:
-            return addresses.join_address(addresses.resolve(host, port), port)
+            return addresses.join_address(addresses.resolve_host(host, port), port)
         except (OSError, UnicodeError) as error:
             if time.monotonic() + 1 > deadline or isinstance(error, UnicodeError):
                 reason = getattr(error, "strerror", None) or error
@@ -287,14 +305,15 @@ def _own_address(address: str, deadline: float) -> str:
         time.sleep(1)
 
 
-def _prepare(address: str) -> None:
+def _configure_jax(address: str) -> None:
     """Set up jax for several processes."""
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    _compat.set_if_there("jax_check_proxy_envs", False)  # they are out of the way
-    # It would replace handlers of SIGTERM and swallow the signal.
+    # jax would warn of proxies, from which `bypass_proxies` has excluded the coordinator.
+    _compat.set_if_there("jax_check_proxy_envs", False)
+    # jax's preemption service would replace handlers of SIGTERM and swallow the signal.
     _compat.set_if_there("jax_enable_preemption_service", False)
     interface = os.environ.get("GLOO_SOCKET_IFNAME") or None
     own = None if interface else addresses.address_towards(*addresses.split_address(address))
     _compat.listen_with_gloo_at(own, interface)
-    # A rank's death is then an error in the others, which can name it and end with their own code.
+    # A rank's death then raises an error in the others, which name it and choose their exit code.
     _compat.set_if_there("jax_enable_recoverability", True)

@@ -1,9 +1,9 @@
-"""jax's coordinator takes no more connections once every rank is in; who comes is told so.
+"""Close the port of jax's coordinator once every rank has joined, and answer newcomers there.
 
-Whoever reaches the port of jax's coordinator may say that it is one of the ranks, and is believed:
-the real one then aborts, at once or at its end. jax needs no second connection of a rank: it aborts
-when the first one breaks. So Linux drops what comes for jax, and leads newcomers to a second
-listener of the port, where this process answers them.
+jax's coordinator trusts any process that claims to be one of the ranks: the real one then aborts,
+at once or at its end. A rank never needs a second connection, since jax aborts when the first one
+breaks. So Linux drops new connections to jax, and leads newcomers to a second listener of the
+port, where this process answers them.
 """
 
 import ctypes
@@ -16,15 +16,15 @@ import sys
 _PROC = pathlib.Path("/proc/self")
 _LISTEN = "0A"  # TCP_LISTEN in Linux's include/net/tcp_states.h
 _SO_ATTACH_FILTER = 26  # Linux's include/uapi/asm-generic/socket.h
-_SO_ATTACH_REUSEPORT_CBPF = 51  # the same file: which of a port's listeners a newcomer gets
-_TRIED_S = 1.0  # for a connection to this process itself
+_SO_ATTACH_REUSEPORT_CBPF = 51  # the same file: chooses which of a port's listeners gets a newcomer
+_TRIED_S = 1.0  # for a trial connection to this process itself
 
 
-def hold(listener: socket.socket) -> None:
-    """Stop listening but keep the port, which only who shares ports of this user may then take.
+def hold_port(listener: socket.socket) -> None:
+    """Stop listening but keep the port, so that only a sharing listener of this user can take it.
 
-    jax's server does share; the meeting of another run does not, and stays out. On other systems
-    than Linux the port is let go.
+    jax's server shares its port; the meeting of another run does not, and stays out. Outside Linux
+    the port is released.
     """
     if sys.platform != "linux":
         listener.close()
@@ -34,42 +34,42 @@ def hold(listener: socket.socket) -> None:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
 
 
-def take(port: int) -> tuple[bool, socket.socket | None]:
-    """Close a port on which this process listens, and listen there in the other's place.
+def take_over_port(port: int) -> tuple[bool, socket.socket | None]:
+    """Close a port on which this process listens, and listen there instead.
 
     Returns:
-      Whether it is closed, and who listens now; None where the system does not lead newcomers
-      there.
+      Whether the port is closed, and the new listener; None where the system does not lead
+      newcomers to it.
     """
-    listener = _stand_in_for(port)
-    closed = close_door(port, but=listener)
+    listener = _listen_instead(port)
+    closed = seal_listeners(port, but=listener)
     return closed, listener
 
 
-def close_door(port: int, but: socket.socket | None = None) -> bool:
-    """Have Linux drop what comes for a port on which this process listens; connections stay.
+def seal_listeners(port: int, but: socket.socket | None = None) -> bool:
+    """Have Linux drop new connections to a port on which this process listens; keep the old ones.
 
     Args:
       port: of the listeners.
-      but: one that stays open.
+      but: a listener that stays open.
 
     Returns:
-      Whether it was done; not on other systems than Linux.
+      Whether it was done; False outside Linux.
     """
     try:
-        listeners = [one for one in _listeners(port) if but is None or one != but.fileno()]
+        listeners = [one for one in _find_listeners(port) if but is None or one != but.fileno()]
         for descriptor in listeners:
             with socket.socket(fileno=os.dup(descriptor)) as listener:
-                _attach(listener, _SO_ATTACH_FILTER, 0)  # keep 0 bytes
+                _attach_filter(listener, _SO_ATTACH_FILTER, 0)  # keep 0 bytes
         return bool(listeners)
     except OSError:
         return False
 
 
-def _stand_in_for(port: int) -> socket.socket | None:
-    """Return a listener that gets all newcomers of a port on which this process listens."""
+def _listen_instead(port: int) -> socket.socket | None:
+    """Return a new listener that gets all newcomers of a port on which this process listens."""
     try:
-        listeners = _listeners(port)
+        listeners = _find_listeners(port)
         if not listeners:
             return None
         with socket.socket(fileno=os.dup(listeners[0])) as first:
@@ -84,7 +84,7 @@ def _stand_in_for(port: int) -> socket.socket | None:
     try:
         own.bind(address)
         own.listen(1024)
-        _attach(own, _SO_ATTACH_REUSEPORT_CBPF, len(listeners))  # the last of them: this one
+        _attach_filter(own, _SO_ATTACH_REUSEPORT_CBPF, len(listeners))  # the last of them: this one
         if _gets_newcomers(own):
             return own
     except OSError:
@@ -94,7 +94,7 @@ def _stand_in_for(port: int) -> socket.socket | None:
 
 
 def _gets_newcomers(own: socket.socket) -> bool:
-    """Tell whether connections come here, by making one."""
+    """Tell whether new connections arrive at a listener, by making one."""
     host, port = own.getsockname()[:2]
     loopback = "::1" if own.family == socket.AF_INET6 else "127.0.0.1"
     own.settimeout(_TRIED_S)
@@ -103,22 +103,22 @@ def _gets_newcomers(own: socket.socket) -> bool:
         return True
 
 
-def _attach(listener: socket.socket, option: int, value: int) -> None:
+def _attach_filter(listener: socket.socket, option: int, value: int) -> None:
     """Attach a filter that returns a number: one instruction, BPF_RET | BPF_K."""
     program = ctypes.create_string_buffer(struct.pack("HBBI", 0x06, 0, 0, value))
     pointer = struct.pack("HP", 1, ctypes.addressof(program))  # struct sock_fprog
     listener.setsockopt(socket.SOL_SOCKET, option, pointer)
 
 
-def _listeners(port: int) -> list[int]:
+def _find_listeners(port: int) -> list[int]:
     """Return this process's file descriptors that listen on a port."""
-    tables = [_PROC / "net" / name for name in ("tcp", "tcp6")]
-    rows = [row.split() for t in tables if t.exists() for row in t.read_text().splitlines()[1:]]
-    sockets = {
-        f"socket:[{row[9]}]"
-        for row in rows
-        if row[3] == _LISTEN and int(row[1].rpartition(":")[2], 16) == port
-    }
+    sockets = set()
+    for table in (_PROC / "net" / "tcp", _PROC / "net" / "tcp6"):
+        lines = table.read_text().splitlines()[1:] if table.exists() else []
+        for row in map(str.split, lines):
+            address, state, inode = row[1], row[3], row[9]
+            if state == _LISTEN and int(address.rpartition(":")[2], 16) == port:
+                sockets.add(f"socket:[{inode}]")
     found = []
     for entry in (_PROC / "fd").iterdir():
         try:

@@ -1,4 +1,4 @@
-"""`txcore launch`: ranks placed on hosts, started, watched and ended.
+"""`txcore launch`: place ranks on hosts, start, watch and end them.
 
 Imports `cli`, `launch.join`, `launch.watch`.
 """

@@ -1,6 +1,6 @@
 """A rank of `txcore launch` on its host: its environment, cores and GPUs, start and signals.
 
-Run as a script this file is the far end of a remote shell: it starts one rank there. It needs
+Run as a script, this file is the far end of a remote shell: it starts one rank there. It imports
 nothing but Python's own library.
 """
 
@@ -23,23 +23,23 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import IO, Any
 
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # end a run
-PASSED = (signal.SIGUSR1, signal.SIGUSR2)  # say something to the ranks
-# Kills the process groups of the last line that it has read when the other end is gone.
+PASSED = (signal.SIGUSR1, signal.SIGUSR2)  # passed on to the ranks
+# Kills the process groups of the last line that it has read, once the other end is gone.
 _WATCHMAN = 'while read -r line; do last=$line; done; [ -z "$last" ] || kill -s KILL -- $last'
 _TAIL_LINES, _TAIL_BYTES = 20, 2**16
-OWN_WORDS, _KEPT_WORDS = b"txcore: ", 20  # what txcore's own lines begin with, and how many count
+OWN_WORDS, _KEPT_WORDS = b"txcore: ", 20  # begins txcore's own lines; how many of them are kept
 _CPU = pathlib.Path("/sys/devices/system/cpu")
 _PR_SET_PDEATHSIG = 1  # Linux's include/uapi/linux/prctl.h
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What one rank runs, and where.
+    """Describe what one rank runs, and where.
 
     Attributes:
       rank: from 0.
       argv: the command.
-      environment: what it gets beside its host's own environment.
+      environment: variables beside those of its host.
       cwd: its working folder.
       host: its host's name for the remote shell; "" for this host.
       local_rank: which of its host's ranks it is.
@@ -61,26 +61,37 @@ class Task:
 
 @dataclasses.dataclass
 class Rank:
-    """A rank that was started; `code` as in Popen.returncode, None while it runs."""
+    """Hold a rank that was started.
+
+    Attributes:
+      task: what it runs.
+      process: the rank, or the remote shell that runs it.
+      stderr: its file, which may have had content before.
+      stderr_start: the length of that content in bytes.
+      sent: the signals sent to end it.
+      code: as Popen.returncode; None while it runs.
+      ended: when its end was seen, by a steady clock.
+      words: the last lines of txcore's own that it has written.
+    """
 
     task: Task
     process: subprocess.Popen[bytes]
-    stderr: pathlib.Path | None  # its file, which may have had content before
+    stderr: pathlib.Path | None
     stderr_start: int
-    sent: set[int] = dataclasses.field(default_factory=set)  # signals that are to end it
+    sent: set[int] = dataclasses.field(default_factory=set)
     code: int | None = None
-    ended: float = math.inf  # when that was seen, by a steady clock
-    words: list[str] = dataclasses.field(default_factory=list)  # txcore's, of what it has written
+    ended: float = math.inf
+    words: list[str] = dataclasses.field(default_factory=list)
 
     def ended_by_us(self) -> bool:
-        """Tell whether it ended by a signal that was to end it."""
+        """Tell whether it ended by a signal that was sent to end it."""
         return self.code in {code for number in self.sent for code in (-number, 128 + number)}
 
-    def tail(self) -> list[str]:
+    def last_lines(self) -> list[str]:
         """Return the last lines of its file of stderr."""
-        return [line.decode(errors="replace") for line in self._written()[-_TAIL_LINES:]]
+        return [line.decode(errors="replace") for line in self._read_stderr_end()[-_TAIL_LINES:]]
 
-    def _written(self) -> list[bytes]:
+    def _read_stderr_end(self) -> list[bytes]:
         """Return the end of its file of stderr by lines."""
         if self.stderr is None:
             return []
@@ -92,13 +103,13 @@ class Rank:
             return []
 
     def own_words(self) -> list[str]:
-        """Return the last of txcore's own words that it has written, without a line's end."""
+        """Return the last lines of txcore's own that it has written, without line ends."""
         if self.stderr is not None:
-            self.hear(self._written())
+            self.keep_words(self._read_stderr_end())
         return self.words
 
-    def hear(self, lines: Sequence[bytes]) -> None:
-        """Keep txcore's own words among lines that it writes."""
+    def keep_words(self, lines: Sequence[bytes]) -> None:
+        """Keep those of its lines that txcore itself has written."""
         for line in lines:
             if line.startswith(OWN_WORDS):
                 self.words = [*self.words[1 - _KEPT_WORDS :], line.decode(errors="replace").strip()]
@@ -111,8 +122,8 @@ class Rank:
 def cores_of(local_rank: int, local_size: int) -> set[int]:
     """Return one rank's equal share of the cores that this process may use.
 
-    Cores that share a socket or a physical core go to the same rank. Where there are fewer cores
-    than ranks, all share all.
+    Cores that share a socket or a physical core go to the same rank. With fewer cores than ranks,
+    every rank gets all of them.
 
     Args:
       local_rank: which of the host's ranks it is.
@@ -124,12 +135,12 @@ def cores_of(local_rank: int, local_size: int) -> set[int]:
       >>> hosts.cores_of(0, 1) == os.sched_getaffinity(0)
       True
     """
-    cores = sorted(os.sched_getaffinity(0), key=_topology)
+    cores = sorted(os.sched_getaffinity(0), key=_core_topology)
     each = len(cores) // local_size
     return set(cores[local_rank * each : (local_rank + 1) * each]) or set(cores)
 
 
-def _topology(core: int) -> tuple[int, int, int]:
+def _core_topology(core: int) -> tuple[int, int, int]:
     """Return a core's (socket, physical core, number)."""
     try:
         names = ("physical_package_id", "core_id")
@@ -140,14 +151,14 @@ def _topology(core: int) -> tuple[int, int, int]:
 
 
 def gpus_of(task: Task, environment: Mapping[str, str]) -> list[str]:
-    """Return a rank's GPUs: consecutive ones, its own; none where it does not run on GPUs.
+    """Return a rank's own, consecutive GPUs; none where it does not run on GPUs.
 
     Args:
       task: the rank; without `devices` it gets an equal share of its host's.
-      environment: its host's; CUDA_VISIBLE_DEVICES says which GPUs there are to share.
+      environment: its host's; CUDA_VISIBLE_DEVICES lists the GPUs to share.
 
     Raises:
-      ValueError: there are fewer GPUs than the ranks of its host need.
+      ValueError: the host has fewer GPUs than its ranks need.
 
     Example:
       >>> from txcore.launch.launcher import hosts
@@ -173,7 +184,7 @@ def gpus_of(task: Task, environment: Mapping[str, str]) -> list[str]:
     return found[task.local_rank * each : (task.local_rank + 1) * each]
 
 
-def start(task: Task, **options: Any) -> subprocess.Popen[bytes]:
+def start_task(task: Task, **options: Any) -> subprocess.Popen[bytes]:
     """Start a rank on this host, in a session of its own, on its cores and GPUs.
 
     Args:
@@ -186,21 +197,21 @@ def start(task: Task, **options: Any) -> subprocess.Popen[bytes]:
 
     Example:
       >>> from txcore.launch.launcher import hosts
-      >>> hosts.start(hosts.Task(0, ["true"])).wait()
+      >>> hosts.start_task(hosts.Task(0, ["true"])).wait()
       0
     """
     environment = os.environ | task.environment
     if gpus := gpus_of(task, environment):
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
-    with _pinned(task):
+    with _pin_thread(task):
         return subprocess.Popen(
             task.argv, cwd=task.cwd, env=environment, start_new_session=True, **options
         )
 
 
 @contextlib.contextmanager
-def _pinned(task: Task) -> Any:
-    """Run this thread on a rank's cores: a child that starts meanwhile stays there."""
+def _pin_thread(task: Task) -> Any:
+    """Pin this thread to a rank's cores, which a child process inherits."""
     if not task.pin or not hasattr(os, "sched_setaffinity"):
         yield
         return
@@ -212,7 +223,7 @@ def _pinned(task: Task) -> Any:
         os.sched_setaffinity(0, before)
 
 
-def deliver(pid: int, number: int) -> None:
+def deliver_signal(pid: int, number: int) -> None:
     """Send a signal to a rank and to what it has started.
 
     SIGUSR1 and SIGUSR2 go to the rank alone: they end a process that does not expect them.
@@ -224,8 +235,8 @@ def deliver(pid: int, number: int) -> None:
     Example:
       >>> import signal
       >>> from txcore.launch.launcher import hosts
-      >>> rank = hosts.start(hosts.Task(0, ["sleep", "60"]))
-      >>> hosts.deliver(rank.pid, signal.SIGTERM)
+      >>> rank = hosts.start_task(hosts.Task(0, ["sleep", "60"]))
+      >>> hosts.deliver_signal(rank.pid, signal.SIGTERM)
       >>> rank.wait()
       -15
     """
@@ -256,7 +267,7 @@ def busy_s(pid: int) -> float:
 def open_rank(
     task: Task, remote_shell: Sequence[str], output_dir: pathlib.Path | None, *, alone: bool
 ) -> Rank:
-    """Start a rank; alone it has our own streams, and else rank 0 our stdin."""
+    """Start a rank. It gets our own streams if `alone`; otherwise only rank 0 gets our stdin."""
     stdin = None if task.rank == 0 else subprocess.DEVNULL
     path, at = None, 0
     with contextlib.ExitStack() as files:
@@ -268,7 +279,7 @@ def open_rank(
             err = files.enter_context(path.open("ab"))
             at = err.tell()
         if not task.host:
-            process = start(task, stdin=stdin, stdout=out, stderr=err, bufsize=0)
+            process = start_task(task, stdin=stdin, stdout=out, stderr=err, bufsize=0)
             return Rank(task, process, path, at)
         process = subprocess.Popen(
             [*remote_shell, task.host, sys.executable, "-I", "-S", __file__],
@@ -278,20 +289,20 @@ def open_rank(
             bufsize=0,
             start_new_session=True,
         )
-    tell(process, json.dumps(dataclasses.asdict(task)))
+    write_line(process, json.dumps(dataclasses.asdict(task)))
     return Rank(task, process, path, at)
 
 
-def send(rank: Rank, number: int) -> None:
+def send_signal(rank: Rank, number: int) -> None:
     """Send a signal to a rank, wherever it is."""
     if rank.task.host:
-        tell(rank.process, signal.Signals(number).name)
+        write_line(rank.process, signal.Signals(number).name)
     else:
-        deliver(rank.process.pid, number)
+        deliver_signal(rank.process.pid, number)
 
 
-def tell(process: subprocess.Popen[bytes], line: str) -> None:
-    """Write a line to a process that reads them from an unbuffered pipe; it may have ended."""
+def write_line(process: subprocess.Popen[bytes], line: str) -> None:
+    """Write a line to a process's unbuffered stdin; ignore a process that has ended."""
     text = line.encode() + b"\n"
     with contextlib.suppress(BrokenPipeError):
         while text and process.stdin is not None:
@@ -299,11 +310,11 @@ def tell(process: subprocess.Popen[bytes], line: str) -> None:
 
 
 @contextlib.contextmanager
-def signals() -> Iterator[int]:
+def collect_signals() -> Iterator[int]:
     """Collect signals instead of obeying them; yield the pipe from which to read their numbers."""
     arrived, wakeup = os.pipe()
     os.set_blocking(wakeup, False)
-    # An ignored one stays so: under nohup a hangup ends neither us nor the ranks.
+    # Ignored signals stay ignored: under nohup a hangup ends neither us nor the ranks.
     taken = [n for n in (*STOPS, *PASSED) if signal.getsignal(n) is not signal.SIG_IGN]
     before = {n: signal.signal(n, lambda *_: None) for n in (*taken, signal.SIGCHLD)}
     previous = signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
@@ -324,8 +335,8 @@ def read_signals(arrived: int, until: float) -> bytes:
 
 
 @contextlib.contextmanager
-def watchman() -> Iterator[Callable[[Sequence[int]], None]]:
-    """Start a process that kills ranks should we be killed; yield what tells it which there are."""
+def start_watchman() -> Iterator[Callable[[Sequence[int]], None]]:
+    """Start a process that kills the ranks if we are killed; yield what tells it their pids."""
     null = subprocess.DEVNULL
     command = ["/bin/sh", "-c", _WATCHMAN]
     process = subprocess.Popen(
@@ -333,13 +344,13 @@ def watchman() -> Iterator[Callable[[Sequence[int]], None]]:
     )
     with process:
         try:
-            yield lambda pids: tell(process, " ".join(f"-{pid}" for pid in pids))
+            yield lambda pids: write_line(process, " ".join(f"-{pid}" for pid in pids))
         finally:
-            tell(process, "")
+            write_line(process, "")
 
 
-def _far_end() -> int:
-    """Start the rank that the first line of stdin tells; obey the signals that the others name.
+def _run_far_end() -> int:
+    """Start the rank that stdin's first line describes; send it the signals that the others name.
 
     The end of stdin (the launcher or the connection is gone) kills the rank.
     """
@@ -348,21 +359,21 @@ def _far_end() -> int:
         return 1
     task = Task(**json.loads(line))
     try:
-        process = start(task, stdin=subprocess.DEVNULL, preexec_fn=_die_with_parent)
+        process = start_task(task, stdin=subprocess.DEVNULL, preexec_fn=_die_with_parent)
     except (OSError, ValueError, subprocess.SubprocessError) as error:
         where = socket.gethostname()
         print(f"txcore: rank {task.rank} cannot start on {where}: {error}", file=sys.stderr)
         return 127
-    threading.Thread(target=_obey, args=(process.pid,), daemon=True).start()
+    threading.Thread(target=_obey_signals, args=(process.pid,), daemon=True).start()
     code = process.wait()
-    deliver(process.pid, signal.SIGKILL)  # what it has left running
+    deliver_signal(process.pid, signal.SIGKILL)  # what it has left running
     return code if code >= 0 else 128 - code
 
 
-def _obey(pid: int) -> None:
+def _obey_signals(pid: int) -> None:
     for line in sys.stdin.buffer:
-        deliver(pid, signal.Signals[line.decode().strip()])
-    deliver(pid, signal.SIGKILL)
+        deliver_signal(pid, signal.Signals[line.decode().strip()])
+    deliver_signal(pid, signal.SIGKILL)
 
 
 def _die_with_parent() -> None:
@@ -371,6 +382,6 @@ def _die_with_parent() -> None:
 
 
 if __name__ == "__main__":
-    ending = _far_end()
+    ending = _run_far_end()
     sys.stderr.flush()
     os._exit(ending)  # a thread still waits for stdin

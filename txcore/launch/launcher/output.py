@@ -1,4 +1,4 @@
-"""Copying what the ranks of `txcore launch` write to our own streams, line by line."""
+"""Copy what the ranks of `txcore launch` write to our own streams, line by line."""
 
 import contextlib
 import os
@@ -18,11 +18,11 @@ _LINE = re.compile(rb"[^\r\n]*(?:\r?\n|\r)")
 
 
 @contextlib.contextmanager
-def copied(ranks: Sequence[Rank], arrived: int) -> Iterator[Callable[[str], None]]:
-    """Copy the ranks' lines to our own streams meanwhile; at the end, wait for the last ones.
+def copy_output(ranks: Sequence[Rank], arrived: int) -> Iterator[Callable[[str], None]]:
+    """Copy the ranks' lines to our own streams inside this context; at its end, wait for the last.
 
-    Yields what writes a line of our own to stderr. There is a thread for each stream, so that one
-    that nobody reads holds up neither the other nor us.
+    Yields a function that writes a line of our own to stderr. Each stream has a thread, so that a
+    stream that nobody reads blocks neither the other nor us.
     """
     out = _Writer(1)
     err = out if os.path.sameopenfile(1, 2) else _Writer(2)
@@ -30,23 +30,23 @@ def copied(ranks: Sequence[Rank], arrived: int) -> Iterator[Callable[[str], None
     outs = {rank.process.stdout: rank for rank in ranks if rank.process.stdout}
     errs = {rank.process.stderr: rank for rank in ranks if rank.process.stderr}
     threads = [
-        threading.Thread(target=_copy, args=(pipes, writer, ended), daemon=True)
+        threading.Thread(target=_copy_pipes, args=(pipes, writer, ended), daemon=True)
         for pipes, writer in ((outs, out), (errs, err))
     ]
     for thread in threads:
         thread.start()
     try:
-        yield err.say
+        yield err.write_own_line
     finally:
         os.close(end)
-        if _join(threads, arrived):
+        if _join_threads(threads, arrived):
             os.close(ended)
-            out.end()
-            err.end()
+            out.end_line()
+            err.end_line()
 
 
-def _join(threads: Sequence[threading.Thread], arrived: int) -> bool:
-    """Wait for threads, or until we are not to: who reads our output may have stopped reading."""
+def _join_threads(threads: Sequence[threading.Thread], arrived: int) -> bool:
+    """Wait for threads, or for a signal: the reader of our output may have stopped reading."""
     while any(thread.is_alive() for thread in threads):
         for thread in threads:
             thread.join(0.1)
@@ -56,48 +56,48 @@ def _join(threads: Sequence[threading.Thread], arrived: int) -> bool:
 
 
 class _Writer:
-    """One of our own streams, into which each rank's lines go whole."""
+    """Write whole lines of the ranks to one of our own streams."""
 
     def __init__(self, fd: int) -> None:
         self._fd, self._lock = fd, threading.Lock()
-        self._returned: int | None = None  # whose line was ended by a carriage return
+        self._returned: int | None = None  # the rank whose line ended with a carriage return
 
-    def write(self, of: Rank, lines: Sequence[bytes]) -> None:
+    def write_lines(self, of: Rank, lines: Sequence[bytes]) -> None:
         if not lines:
             return
-        of.hear(lines)
+        of.keep_words(lines)
         rank = of.task.rank
         text = b"".join(b"[%d] %b" % (rank, line) for line in lines)
         with self._lock:
             if self._returned not in (None, rank):
-                text = b"\n" + text  # another rank's progress stays to be seen
+                text = b"\n" + text  # keeps another rank's progress visible
             self._returned = rank if text.endswith(b"\r") else None
             rest = memoryview(text)
             while rest:
                 try:
                     rest = rest[os.write(self._fd, rest) :]
-                except BlockingIOError:  # others may have made our terminal so
+                except BlockingIOError:  # another program may have made our terminal non-blocking
                     select.select([], [self._fd], [])
 
-    def say(self, line: str) -> None:
-        """Write a line of our own, unless nobody reads: who supervises must not wait."""
+    def write_own_line(self, line: str) -> None:
+        """Write a line of our own, unless nobody reads: the supervisor must not block."""
         if self._lock.acquire(timeout=1.0):
-            self.end()
+            self.end_line()
             with contextlib.suppress(OSError):
                 if select.select([], [self._fd], [], 0)[1]:
                     os.write(self._fd, f"{line}\n".encode())
             self._lock.release()
 
-    def end(self) -> None:
-        """Begin a new line after a carriage return, on which progress would be overwritten."""
+    def end_line(self) -> None:
+        """Begin a new line after a carriage return, so that progress is not overwritten."""
         if self._returned is not None:
             with contextlib.suppress(OSError):
                 os.write(self._fd, b"\n")
         self._returned = None
 
 
-def _copy(pipes: dict[IO[bytes], Rank], writer: _Writer, ended: int) -> None:
-    """Copy lines from pipes of ranks until all are closed, or `ended` is and they are empty."""
+def _copy_pipes(pipes: dict[IO[bytes], Rank], writer: _Writer, ended: int) -> None:
+    """Copy lines from the ranks' pipes until all are closed, or `ended` is and they are empty."""
     rests = {pipe: bytearray() for pipe in pipes}
     try:
         with selectors.DefaultSelector() as selector:
@@ -110,24 +110,24 @@ def _copy(pipes: dict[IO[bytes], Rank], writer: _Writer, ended: int) -> None:
                 running = ended not in ready
                 for pipe in rests.keys() & ready:
                     chunk = os.read(pipe.fileno(), 2**16)
-                    writer.write(pipes[pipe], lines(rests[pipe], chunk))
+                    writer.write_lines(pipes[pipe], lines(rests[pipe], chunk))
                     if not chunk:
                         selector.unregister(pipe)
                         del rests[pipe]
         for pipe, rest in rests.items():
-            # Someone who has left the rank's process group holds it open still.
+            # A process that has left the rank's process group may still hold it open.
             os.set_blocking(pipe.fileno(), False)
-            writer.write(pipes[pipe], lines(rest, pipe.read(_PIPE_BYTES) or b""))
-            writer.write(pipes[pipe], lines(rest, b""))
+            writer.write_lines(pipes[pipe], lines(rest, pipe.read(_PIPE_BYTES) or b""))
+            writer.write_lines(pipes[pipe], lines(rest, b""))
     except OSError:
-        pass  # nobody reads our output: the ranks are told so as we are, by closed pipes
+        pass  # nobody reads our output: closing the pipes tells the ranks so
     finally:
         for pipe in pipes:
             pipe.close()
 
 
 def lines(rest: bytearray, chunk: bytes) -> list[bytes]:
-    """Add a chunk to what is left of the one before, and take the whole lines; all at the end."""
+    """Add a chunk to the rest of the one before, and take its whole lines; b"" ends the last."""
     was_returned = rest.endswith(b"\r")
     rest += chunk
     found: list[bytes] = []

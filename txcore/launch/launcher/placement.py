@@ -1,4 +1,4 @@
-"""Where the ranks of `txcore launch` run, and where their coordinator listens."""
+"""Choose where the ranks of `txcore launch` run, and where their coordinator listens."""
 
 import contextlib
 import os
@@ -11,28 +11,28 @@ from collections.abc import Sequence
 
 from txcore.cli.errors import BadInput
 
-_HOST = r"(?:\w[\w.-]*@)?(?:\w[\w.-]*|\[[\da-fA-F:.]+\])"  # nothing that ssh takes for an option
+_HOST = r"(?:\w[\w.-]*@)?(?:\w[\w.-]*|\[[\da-fA-F:.]+\])"  # excludes what ssh takes for an option
 _EPHEMERAL = pathlib.Path("/proc/sys/net/ipv4/ip_local_port_range")
-_FIRST_PORT = 20000  # below lie the ports of known services
+_FIRST_PORT = 20000  # known services have the ports below
 
 
-def place(size: int, hosts: str | None) -> list[str]:
+def place_ranks(size: int, hosts: str | None) -> list[str]:
     """Return the host of each rank, in order; "" for this one.
 
     Args:
       size: how many ranks there are.
-      hosts: "A,B:4", each with the number of ranks that it takes at most (1 where only others
-        say); where none says the ranks are spread evenly. None: all are here.
+      hosts: "A,B:4", each with its slots, the most ranks that it takes (1 by default if another
+        host has slots); without any slots the ranks are spread evenly. None: all are here.
 
     Raises:
-      BadInput: the text is no such list, or has too few slots.
+      BadInput: the text is not such a list, or has too few slots.
 
     Example:
-      >>> from txcore.launch.launcher.placement import place
-      >>> place(3, "a,b"), place(3, "a:1,localhost:4")
+      >>> from txcore.launch.launcher.placement import place_ranks
+      >>> place_ranks(3, "a,b"), place_ranks(3, "a:1,localhost:4")
       (['a', 'a', 'b'], ['a', '', ''])
     """
-    found = _hosts(hosts or "localhost")
+    found = _parse_hosts(hosts or "localhost")
     limited = any(slots for _, slots in found)
     total = sum(slots or 1 for _, slots in found)
     if limited and total < size:
@@ -44,8 +44,8 @@ def place(size: int, hosts: str | None) -> list[str]:
     return ranks[:size]
 
 
-def _hosts(text: str) -> list[tuple[str, int | None]]:
-    """Return each host's name, "" for this one, and its slots if it says."""
+def _parse_hosts(text: str) -> list[tuple[str, int | None]]:
+    """Return each host's name, "" for this one, and its slots if given."""
     own = socket.gethostname()
     here = ("localhost", "127.0.0.1", "[::1]", own, own.partition(".")[0])
     found: list[tuple[str, int | None]] = []
@@ -60,21 +60,21 @@ def _hosts(text: str) -> list[tuple[str, int | None]]:
     return found
 
 
-def coordinator(
+def coordinator_variables(
     given: str | None, hosts: Sequence[str], held: contextlib.ExitStack
 ) -> dict[str, str]:
-    """Say where rank 0 listens, and there alone: by itself jax listens on all interfaces.
+    """Return the variables that make rank 0 listen at one address; jax would listen on all.
 
     Args:
       given: --coordinator.
-      hosts: of each rank, as `place` returns them.
-      held: until its end no other launcher of this host takes the port.
+      hosts: of each rank, as `place_ranks` returns them.
+      held: keeps the port from other launchers of this host until it is closed.
 
     Returns:
-      The variables that say so.
+      The coordinator's address, and the address to bind.
 
     Raises:
-      BadInput: it cannot listen there.
+      BadInput: rank 0 cannot listen there.
     """
     from txcore.launch.join import addresses
 
@@ -85,12 +85,12 @@ def coordinator(
             name, port = addresses.split_address(given)
         except ValueError:
             raise BadInput(f"--coordinator needs HOST:PORT, but got {given!r}") from None
-        address = resolve(name, hosts)
+        address = resolve_reachable(name, hosts)
         bind = os.environ.get("JAX_COORDINATOR_BIND_ADDRESS")
         if not hosts[0] and not bind:
             _check_port(given, address, port)
     elif hosts[0]:
-        address, port = resolve(hosts[0], hosts), random.choice(_ports())
+        address, port = resolve_reachable(hosts[0], hosts), random.choice(_candidate_ports())
     else:
         address = _own_address(others[0]) if others else "127.0.0.1"
         port = hold_port(address, held)
@@ -101,13 +101,13 @@ def coordinator(
     }
 
 
-def resolve(host: str, hosts: Sequence[str] = ()) -> str:
-    """Return a host's address, which all of `hosts` are to reach."""
+def resolve_reachable(host: str, hosts: Sequence[str] = ()) -> str:
+    """Return a host's address; refuse one that not all of `hosts` can reach."""
     from txcore.launch.join import addresses
 
     name = host.rpartition("@")[2].strip("[]")
     try:
-        address = addresses.resolve(name, 0)
+        address = addresses.resolve_host(name, 0)
     except (OSError, UnicodeError) as error:
         raise BadInput(
             f"host {name} does not resolve ({error}): name one that does, or give --coordinator "
@@ -122,18 +122,18 @@ def resolve(host: str, hosts: Sequence[str] = ()) -> str:
 
 
 def _own_address(host: str) -> str:
-    """Return the address of this host that another sees."""
+    """Return the address of this host towards another."""
     from txcore.launch.join import addresses
 
-    address = resolve(host)
+    address = resolve_reachable(host)
     try:
         return addresses.address_towards(address, 9)
     except OSError as error:
         raise BadInput(f"there is no way to {host} ({error}): give --coordinator") from error
 
 
-def _ports() -> list[int]:
-    """Return the ports that the system does not itself hand out to connections."""
+def _candidate_ports() -> list[int]:
+    """Return the ports that the system does not hand out to connections by itself."""
     try:
         low, high = map(int, _EPHEMERAL.read_text().split())
     except (OSError, ValueError):
@@ -142,14 +142,14 @@ def _ports() -> list[int]:
 
 
 def hold_port(address: str, held: contextlib.ExitStack) -> int:
-    """Return a port at which nobody listens; where the system can, hold it against others.
+    """Return a port at which nobody listens; on Linux, hold it against other launchers.
 
-    Rank 0 can listen there still: a bound socket that does not listen is in the way only of those
-    who do not share. (jax shares its port with every other coordinator of the same user.)
+    Rank 0 can still listen there: a bound socket that does not listen blocks only sockets that do
+    not share the port. (jax shares its port with every other coordinator of the same user.)
     """
-    ports = _ports()
+    ports = _candidate_ports()
     for port in random.sample(ports, min(len(ports), 100)):
-        holder = held.enter_context(_socket(address))
+        holder = held.enter_context(_make_socket(address))
         try:
             holder.bind((address, port))
         except OSError:
@@ -165,7 +165,7 @@ def hold_port(address: str, held: contextlib.ExitStack) -> int:
 
 
 def _check_port(given: str, address: str, port: int) -> None:
-    with _socket(address) as probe:
+    with _make_socket(address) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((address, port))
@@ -175,5 +175,5 @@ def _check_port(given: str, address: str, port: int) -> None:
             ) from error
 
 
-def _socket(address: str) -> socket.socket:
+def _make_socket(address: str) -> socket.socket:
     return socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)

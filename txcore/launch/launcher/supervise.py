@@ -1,4 +1,4 @@
-"""Running the ranks of `txcore launch`: signals to them, the first that fails, the last to end."""
+"""Run the ranks of `txcore launch`: pass signals on, end all after the first failure."""
 
 import contextlib
 import dataclasses
@@ -11,82 +11,99 @@ from collections.abc import Callable, Mapping, Sequence
 
 from txcore.launch.join.rendezvous import RUN_VARIABLE, tell_of_end
 from txcore.launch.launcher import hosts
+from txcore.launch.launcher.failure import (
+    ENDED_BY_THE_WATCH,
+    LOST_A_PEER,
+    Failure,
+    find_failure,
+    find_reason,
+)
 from txcore.launch.launcher.hosts import Rank, Task
-from txcore.launch.launcher.output import copied
-from txcore.launch.watch.status import FAILED, TRY_AGAIN, how_ended, name_of, why_ended
+from txcore.launch.launcher.output import copy_output
 
-# How ranks end that have lost another: by the watch, which ends all others too, or by jax.
-_ENDED_BY_THE_WATCH = (TRY_AGAIN, FAILED)
-_LOST_A_PEER = (*_ENDED_BY_THE_WATCH, -signal.SIGABRT, 128 + signal.SIGABRT)
-_WATCH_S = 5.0  # for the watch to end them, and for the rank behind it to say why
-_AFTER_WORDS_S = 5.0  # the grace where ranks have said why all have to end: nothing is saved then
-_SAY_AFTER_S = (10.0, 60.0, 600.0)  # since the first rank ended well, for whom it waits
+_WATCH_S = 5.0  # for the watch to end them, and for the guilty rank to write why
+_AFTER_WORDS_S = 5.0  # the grace once ranks have written why all end: nothing is saved then
+_SAY_AFTER_S = (10.0, 60.0, 600.0)  # after the first rank ended well: name the ones waited for
 _TELL_AGAIN_S = 1.0  # between two tries to tell process 0 of a rank's end
-_TELL_S = 600.0  # for so long; a program that is no run of txcore has nobody to be told
+_TELL_S = 600.0  # for so long; a program without txcore has nobody to tell
 _IDLE_SHARE = 0.03  # of a core: the watch takes less than 1%
 _LOOK_AGAIN_S = 10.0  # between two looks at what the last ranks do
-_SETTLE_S = 0.1  # a lost connection may be noticed before its cause, above all over ssh
-_PATIENCE_S = 2.0  # before it says for whom it waits
-_DEAD_S = 10.0  # after SIGKILL; a process that hangs in the kernel, or a lost connection
+_SETTLE_S = 0.1  # a lost connection may be seen before its cause, above all over ssh
+_PATIENCE_S = 2.0  # before naming the ranks that it waits for
+_DEAD_S = 10.0  # after SIGKILL, for a process that hangs in the kernel or a lost connection
 
 
 @dataclasses.dataclass
-class _Last:
-    """The ranks that go on after others have ended well: since when, and what is told of them."""
+class _LastRanks:
+    """Follow the ranks that go on after others have ended well; times are of a steady clock.
+
+    Attributes:
+      since: when the first rank ended well.
+      times_said: how many of _SAY_AFTER_S have passed.
+      reported: the ended ranks that process 0 knows of.
+      report_at: when to report to process 0 next.
+      look_at: when to look at the live ranks next.
+      busy: CPU seconds of the live ranks.
+      idle_since: when the live ranks were first seen to do nothing.
+      given_up: why they were ended; "" if they were not.
+    """
 
     since: float = math.inf
-    said: int = 0  # of _SAY_AFTER_S
-    told: set[int] = dataclasses.field(default_factory=set)  # the ended ones, to process 0
-    tell_at: float = math.inf
+    times_said: int = 0
+    reported: set[int] = dataclasses.field(default_factory=set)
+    report_at: float = math.inf
     look_at: float = math.inf
-    busy: dict[int, float] = dataclasses.field(default_factory=dict)  # CPU seconds of the live ones
+    busy: dict[int, float] = dataclasses.field(default_factory=dict)
     idle_since: float = math.inf
     given_up: str = ""
 
 
 @dataclasses.dataclass
-class _Run:
-    """All ranks, those that failed in the order in which that was seen, and what comes when."""
+class _Launch:
+    """Hold the state of a launch; the times at which to act are of a steady clock.
+
+    Attributes:
+      grace_s: seconds from asking ranks to end to killing them.
+      idle_s: seconds after which idle ranks are ended.
+      last: follows the ranks that go on after others.
+      ranks: all of them.
+      failed: those that failed, in the order in which that was seen.
+      asked: the signal from outside that ends the run.
+      interrupted: whether SIGINT has come.
+      write_line: writes a line of our own.
+      stop_at, say_at, kill_at, give_up_at: when to ask the ranks to end, to name those that are
+        left, to kill them, and to leave them behind.
+    """
 
     grace_s: float
     idle_s: float = math.inf
-    last: _Last = dataclasses.field(default_factory=_Last)
+    last: _LastRanks = dataclasses.field(default_factory=_LastRanks)
     ranks: list[Rank] = dataclasses.field(default_factory=list)
     failed: list[Rank] = dataclasses.field(default_factory=list)
-    asked: int | None = None  # the signal from outside that ends the run
+    asked: int | None = None
     interrupted: bool = False
-    say: Callable[[str], None] = print
+    write_line: Callable[[str], None] = print
     stop_at: float = math.inf
     say_at: float = math.inf
     kill_at: float = math.inf
     give_up_at: float = math.inf
 
-    def live(self) -> list[Rank]:
+    def live_ranks(self) -> list[Rank]:
         return [rank for rank in self.ranks if rank.code is None]
 
     def pids_here(self) -> list[int]:
-        return [rank.process.pid for rank in self.live() if not rank.task.host]
+        return [rank.process.pid for rank in self.live_ranks() if not rank.task.host]
 
-    def until(self) -> float:
-        """Return when there is something to do, should nothing happen."""
+    def next_time(self) -> float:
+        """Return the next time at which to act if no signal comes before."""
         own = (self.stop_at, self.say_at, self.kill_at, self.give_up_at)
-        return min(*own, self.last.tell_at, self.last.look_at)
+        return min(*own, self.last.report_at, self.last.look_at)
 
-    def stopping(self) -> bool:
+    def is_stopping(self) -> bool:
         return min(self.kill_at, self.give_up_at) < math.inf
 
 
-@dataclasses.dataclass(frozen=True)
-class Failure:
-    """The rank that failed first: how it ended, and the last lines of its stderr if in a file."""
-
-    rank: int
-    exit_code: int  # 128 + n for signal n
-    text: str
-    tail: list[str]
-
-
-def launch(
+def launch_ranks(
     tasks: Sequence[Task],
     *,
     remote_shell: Sequence[str] = ("ssh",),
@@ -100,154 +117,155 @@ def launch(
 
     Args:
       tasks: the ranks.
-      remote_shell: the command that, with a host's name and a command after it, runs that there.
+      remote_shell: the command that runs another one on a host, as in `ssh HOST COMMAND`.
       output_dir: an existing folder for a file per rank and stream; None: our own stdout and
         stderr, where each line of several ranks begins with "[rank] ".
       grace_s: seconds from asking ranks to end to killing them.
-      idle_s: seconds after which ranks of this host are asked to end that do nothing though all
-        others have ended well.
+      idle_s: seconds without CPU time after which the last ranks are asked to end, if they are all
+        on this host and the others have ended well.
 
     Returns:
       How the rank ended that failed first, or None.
 
     Raises:
-      OSError: a rank cannot be started; none is left.
+      OSError: a rank cannot be started; the others are ended first.
 
     Example:
       >>> from txcore.launch.launcher import hosts, supervise
-      >>> supervise.launch([hosts.Task(0, ["sh", "-c", "exit 3"])]).exit_code
+      >>> supervise.launch_ranks([hosts.Task(0, ["sh", "-c", "exit 3"])]).exit_code
       3
     """
-    run, alone = _Run(grace_s, idle_s), len(tasks) == 1
-    with hosts.signals() as arrived, hosts.watchman() as watch:
+    run, alone = _Launch(grace_s, idle_s), len(tasks) == 1
+    with hosts.collect_signals() as arrived, hosts.start_watchman() as watch:
         try:
             for task in tasks:
                 run.ranks.append(hosts.open_rank(task, remote_shell, output_dir, alone=alone))
                 watch(run.pids_here())
-            with copied(run.ranks, arrived) as run.say:
-                while run.live():
-                    _supervise(run, arrived, watch)
+            with copy_output(run.ranks, arrived) as run.write_line:
+                while run.live_ranks():
+                    _await_and_react(run, arrived, watch)
         finally:
             _clean_up(run)
-    first = _first_failure(run.failed)
-    return None if first is None else _failure(run, first)
+    return find_failure(run.ranks, run.failed, asked=run.asked, given_up=run.last.given_up)
 
 
-def _supervise(run: _Run, arrived: int, watch: Callable[[list[int]], None]) -> None:
-    """Wait until something happens, and do what follows from it."""
-    numbers = hosts.read_signals(arrived, run.until())
-    failed = _collect(run)
-    if failed and not run.stopping():
+def _await_and_react(run: _Launch, arrived: int, watch: Callable[[list[int]], None]) -> None:
+    """Wait for a signal, an ended rank or the next time to act, and react to it."""
+    numbers = hosts.read_signals(arrived, run.next_time())
+    failed = _collect_ended(run)
+    if failed and not run.is_stopping():
         time.sleep(_SETTLE_S)
-        failed += _collect(run)
-        # Of those that end at once, the one that was killed is not the one that noticed it.
+        failed += _collect_ended(run)
+        # Of several that end at once, a killed one comes first: the others ended because of it.
         failed.sort(key=lambda rank: (rank.code or 0) > 0)
     run.failed += failed
     watch(run.pids_here())
     unasked = [rank for rank in failed if not rank.ended_by_us()]
-    if unasked and not run.stopping():
-        watched = all(rank.code in _ENDED_BY_THE_WATCH for rank in unasked) or _tell(run, unasked)
-        run.stop_at = min(run.stop_at, time.monotonic() + _WATCH_S * watched)
+    if unasked and not run.is_stopping():
+        # The watch ends the others: give it time to write why before we end them ourselves.
+        watched = all(rank.code in ENDED_BY_THE_WATCH for rank in unasked)
+        wait_s = _WATCH_S if watched or _report_ends(run, unasked) else 0.0
+        run.stop_at = min(run.stop_at, time.monotonic() + wait_s)
     for number in numbers:
-        _obey(run, number)
-    _keep_time(run, time.monotonic())
+        _obey_signal(run, number)
+    _act_on_time(run, time.monotonic())
 
 
-def _collect(run: _Run) -> list[Rank]:
-    """Take note of the ranks that have ended; return those that failed."""
-    ended = [rank for rank in run.live() if rank.process.poll() is not None]
+def _collect_ended(run: _Launch) -> list[Rank]:
+    """Note which ranks have ended; return those that failed."""
+    ended = [rank for rank in run.live_ranks() if rank.process.poll() is not None]
     for rank in ended:
-        hosts.deliver(rank.process.pid, signal.SIGKILL)  # what it has left running
-        rank.code, rank.ended = _code(rank), time.monotonic()
+        hosts.deliver_signal(rank.process.pid, signal.SIGKILL)  # what it has left running
+        rank.code, rank.ended = _exit_code(rank), time.monotonic()
         if rank.code == 0 and run.last.since == math.inf:
             now = run.last.since = run.last.look_at = time.monotonic()
-            run.last.tell_at = now + 2 * _TELL_AGAIN_S  # most end at about the same time
+            run.last.report_at = now + 2 * _TELL_AGAIN_S  # most ranks end at about the same time
     return [rank for rank in ended if rank.code]
 
 
-def _code(rank: Rank) -> int:
-    """Return how a rank ended; the far end of a remote shell says 128 + n for signal n."""
+def _exit_code(rank: Rank) -> int:
+    """Return how a rank ended; the far end of a remote shell returns 128 + n for signal n."""
     code = rank.process.returncode
     return 128 - code if rank.task.host and 128 < code <= 128 + 64 else code
 
 
-def _obey(run: _Run, number: int) -> None:
-    """Do what a signal from outside asks for."""
+def _obey_signal(run: _Launch, number: int) -> None:
+    """Pass on or obey a signal from outside."""
     if number in hosts.PASSED:
-        for rank in run.live():
-            hosts.send(rank, number)
+        for rank in run.live_ranks():
+            hosts.send_signal(rank, number)
     if number not in hosts.STOPS:
         return
     if not run.failed:
         run.asked = run.asked or number
-    _stop(run, number)
+    _ask_to_end(run, number)
     if number == signal.SIGINT:
         if run.interrupted and run.give_up_at == math.inf:
             run.kill_at = 0.0
         run.interrupted = True
 
 
-def _stop(run: _Run, number: int) -> None:
-    """Ask the ranks to end, by each signal once."""
+def _ask_to_end(run: _Launch, number: int) -> None:
+    """Ask the ranks to end, sending each signal once."""
     now, run.stop_at = time.monotonic(), math.inf
-    if not run.stopping():
-        grace_s = min(run.grace_s, _AFTER_WORDS_S) if _why(run.ranks) else run.grace_s
+    if not run.is_stopping():
+        grace_s = min(run.grace_s, _AFTER_WORDS_S) if find_reason(run.ranks) else run.grace_s
         run.say_at, run.kill_at = now + _PATIENCE_S, now + grace_s
-    for rank in run.live():
+    for rank in run.live_ranks():
         if number not in rank.sent:
             rank.sent.add(number)
-            hosts.send(rank, number)
-            hosts.send(rank, signal.SIGCONT)  # one that is stopped would not see it
+            hosts.send_signal(rank, number)
+            hosts.send_signal(rank, signal.SIGCONT)  # a stopped process would not receive it
 
 
-def _tell(run: _Run, ended: Sequence[Rank]) -> bool:
-    """Tell process 0 which ranks have ended: it ends the others; say whether it has heard.
+def _report_ends(run: _Launch, ended: Sequence[Rank]) -> bool:
+    """Report ended ranks to process 0, which ends the others; tell whether it has received it.
 
-    In the meeting it refuses to wait for them, and later it has the watch name them.
+    During the meeting process 0 stops waiting for them; later it has the watch name them.
     """
     variables = run.ranks[0].task.environment
     address, own = variables.get("JAX_COORDINATOR_ADDRESS"), variables.get(RUN_VARIABLE)
-    if not address or not own or not run.live():
+    if not address or not own or not run.live_ranks():
         return False
-    causes = [rank for rank in ended if rank.code not in _LOST_A_PEER and rank.task.rank]
+    causes = [rank for rank in ended if rank.code not in LOST_A_PEER and rank.task.rank]
     heard = [rank for rank in causes if tell_of_end(address, own, rank.task.rank, rank.code or 0)]
-    run.last.told |= {rank.task.rank for rank in heard}
+    run.last.reported |= {rank.task.rank for rank in heard}
     return bool(heard)
 
 
-def _see_the_last(run: _Run, now: float) -> None:
-    """Say who goes on after others have ended well; tell process 0; end those that do nothing."""
+def _watch_last_ranks(run: _Launch, now: float) -> None:
+    """Name the ranks that go on after others have ended well; end them if they do nothing."""
     last = run.last
-    if run.stopping() or not run.live():
-        last.tell_at = last.look_at = math.inf
+    if run.is_stopping() or not run.live_ranks():
+        last.report_at = last.look_at = math.inf
         return
-    if now >= last.tell_at:
-        ended = [r for r in run.ranks if r.code == 0 and r.task.rank not in last.told]
-        _tell(run, ended)
-        last.tell_at = now + _TELL_AGAIN_S if now - last.since < _TELL_S else math.inf
+    if now >= last.report_at:
+        ended = [r for r in run.ranks if r.code == 0 and r.task.rank not in last.reported]
+        _report_ends(run, ended)
+        last.report_at = now + _TELL_AGAIN_S if now - last.since < _TELL_S else math.inf
     if now < last.look_at:
         return
     last.look_at = now + _LOOK_AGAIN_S
-    before, local = last.busy, [rank for rank in run.live() if not rank.task.host]
+    before, local = last.busy, [rank for rank in run.live_ranks() if not rank.task.host]
     last.busy = {rank.task.rank: hosts.busy_s(rank.process.pid) for rank in local}
     shares = {r: (s - before[r]) / _LOOK_AGAIN_S for r, s in last.busy.items() if r in before}
-    if last.said < len(_SAY_AFTER_S) and now - last.since >= _SAY_AFTER_S[last.said]:
-        last.said += 1
-        run.say(f"txcore: {_whom(run, now, shares)}")
-    idle = len(shares) == len(run.live()) and sum(shares.values()) < _IDLE_SHARE
+    if last.times_said < len(_SAY_AFTER_S) and now - last.since >= _SAY_AFTER_S[last.times_said]:
+        last.times_said += 1
+        run.write_line(f"txcore: {_describe_waiting(run, now, shares)}")
+    idle = len(shares) == len(run.live_ranks()) and sum(shares.values()) < _IDLE_SHARE
     last.idle_since = min(last.idle_since, now - _LOOK_AGAIN_S) if idle else math.inf
     if now - last.idle_since >= run.idle_s:
-        names = ", ".join(map(str, run.live()))
+        names = ", ".join(map(str, run.live_ranks()))
         last.given_up = f"{names} did nothing for {run.idle_s:g} s after others had ended (--idle)"
-        _stop(run, signal.SIGTERM)
+        _ask_to_end(run, signal.SIGTERM)
 
 
-def _whom(run: _Run, now: float, shares: Mapping[int, float]) -> str:
-    """Return for whom the launcher waits, and what those do."""
+def _describe_waiting(run: _Launch, now: float, shares: Mapping[int, float]) -> str:
+    """Return which ranks the launcher waits for, and what they do."""
     ended = [str(rank.task.rank) for rank in run.ranks if rank.code == 0]
     names = f"rank {ended[0]}" if len(ended) == 1 else f"{len(ended)} ranks"
     rows = []
-    for rank in run.live():
+    for rank in run.live_ranks():
         share = shares.get(rank.task.rank)
         does = f", which uses {share:.2g} of a core" if share is not None else ""
         idle = share is not None and share < _IDLE_SHARE
@@ -255,42 +273,42 @@ def _whom(run: _Run, now: float, shares: Mapping[int, float]) -> str:
     return f"{names} ended {now - run.last.since:.0f} s ago; waiting for {'; '.join(rows)}"
 
 
-def _keep_time(run: _Run, now: float) -> None:
-    """Ask the ranks to end, and kill them, when the time has come."""
-    _see_the_last(run, now)
+def _act_on_time(run: _Launch, now: float) -> None:
+    """Ask the ranks to end, and kill them, when it is time."""
+    _watch_last_ranks(run, now)
     if now >= run.stop_at:
-        _stop(run, signal.SIGTERM)
+        _ask_to_end(run, signal.SIGTERM)
     if now >= run.say_at:
         run.say_at = math.inf
-        names = ", ".join(str(rank.task.rank) for rank in run.live())
+        names = ", ".join(str(rank.task.rank) for rank in run.live_ranks())
         left = max(0.0, run.kill_at - now)
         if names and left < math.inf:
-            run.say(f"txcore: waiting {left:.0f} s for rank {names} to end")
+            run.write_line(f"txcore: waiting {left:.0f} s for rank {names} to end")
     if now >= run.kill_at:
         run.kill_at, run.give_up_at = math.inf, now + _DEAD_S
-        for rank in run.live():
+        for rank in run.live_ranks():
             rank.sent.add(signal.SIGKILL)
-            hosts.send(rank, signal.SIGKILL)
+            hosts.send_signal(rank, signal.SIGKILL)
     if now >= run.give_up_at:
         _give_up(run)
 
 
-def _give_up(run: _Run) -> None:
-    """Leave those behind that SIGKILL does not end."""
-    for rank in run.live():
-        run.say(f"txcore: {rank} outlives SIGKILL by {_DEAD_S:.3g} s")
-        hosts.deliver(rank.process.pid, signal.SIGKILL)  # a remote shell without connection
+def _give_up(run: _Launch) -> None:
+    """Leave the ranks behind that SIGKILL does not end."""
+    for rank in run.live_ranks():
+        run.write_line(f"txcore: {rank} outlives SIGKILL by {_DEAD_S:.3g} s")
+        hosts.deliver_signal(rank.process.pid, signal.SIGKILL)  # a remote shell without connection
         with contextlib.suppress(subprocess.TimeoutExpired):
             rank.process.wait(1.0)
         rank.code = -signal.SIGKILL
         run.failed.append(rank)
 
 
-def _clean_up(run: _Run) -> None:
-    """Close what is open, after killing what runs still because something went wrong here."""
-    left = run.live()
+def _clean_up(run: _Launch) -> None:
+    """Kill the ranks that still run because of an error here, and close all pipes."""
+    left = run.live_ranks()
     for rank in left:
-        hosts.send(rank, signal.SIGKILL)
+        hosts.send_signal(rank, signal.SIGKILL)
     for rank in left:
         with contextlib.suppress(subprocess.TimeoutExpired):
             rank.process.wait(_DEAD_S)
@@ -298,44 +316,3 @@ def _clean_up(run: _Run) -> None:
     for pipe in (*pipes, *(rank.process.stdin for rank in run.ranks)):
         if pipe is not None:
             pipe.close()
-
-
-def _first_failure(failed: Sequence[Rank]) -> Rank | None:
-    """Return the rank that failed by itself; else one that lost another; else one that we ended."""
-    unasked = [rank for rank in failed if not rank.ended_by_us()]
-    causes = [rank for rank in unasked if rank.code not in _LOST_A_PEER]
-    told = [rank for rank in unasked if rank.code in _ENDED_BY_THE_WATCH]  # by their words, not jax
-    return next(iter([*causes, *told, *unasked, *failed]), None)
-
-
-def _failure(run: _Run, first: Rank) -> Failure:
-    code = first.code or 0
-    text = f"{first} {how_ended(code)}"
-    if run.asked:
-        text = f"after {name_of(run.asked)} from outside {text}"
-    elif run.last.given_up:
-        text = f"{run.last.given_up}: {text}"
-    elif _is_a_cause(first):
-        early = [
-            str(rank.task.rank) for rank in run.ranks if rank.code == 0 and rank.ended < first.ended
-        ]
-        if early:
-            text += f"; rank {', '.join(early)} had ended with exit code 0 before"
-    elif why := _why([first, *run.ranks]):
-        text = f"{why}; so {text}"
-    exit_code = code if code > 0 else 128 - code
-    return Failure(first.task.rank, exit_code, text, first.tail())
-
-
-def _is_a_cause(rank: Rank) -> bool:
-    """Tell whether a rank failed by itself, neither by us nor by another one or a signal's stop."""
-    stopped = {128 + signal.SIGTERM, 128 + signal.SIGINT}
-    if rank.task.host:  # there both look alike
-        stopped |= {-signal.SIGTERM, -signal.SIGINT}
-    return not rank.ended_by_us() and rank.code not in {*_LOST_A_PEER, *stopped}
-
-
-def _why(ranks: Sequence[Rank]) -> str | None:
-    """Return why all had to end, by what the first of these ranks says that says it."""
-    found = (why_ended(line) for rank in ranks for line in rank.own_words())
-    return next((why for why in found if why is not None), None)

@@ -1,4 +1,4 @@
-"""The watch: a rank that dies or stalls is named, and all others end.
+"""The watch: name a rank that dies or stalls, and end all others.
 
 Imports `_compat`, `errors`.
 """

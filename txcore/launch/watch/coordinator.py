@@ -1,4 +1,4 @@
-"""Whether the coordinator's process lives, by the connections to it that jax keeps open."""
+"""Watch the coordinator's process through the connections to it that jax keeps open."""
 
 import os
 import pathlib
@@ -6,15 +6,15 @@ import select
 import socket
 
 _OPEN_FILES = pathlib.Path("/proc/self/fd")
-# Linux only: the other side has closed. Without waiting for it to be read.
+# Linux only: the other side has closed, even if data is still unread.
 _CLOSED = getattr(select, "POLLRDHUP", 0)
 
 
-class Lifeline:
+class CoordinatorWatch:
     """Notice at once that the coordinator's process has ended.
 
-    Its kernel closes its connections then. jax notices too, and aborts this process 0.1 to 0.3 s
-    later; that is the time to say which rank was lost. On another system than Linux nothing is
+    The kernel closes its connections then. jax notices that too, and aborts this process 0.1 to
+    0.3 s later, which leaves the time to write which rank was lost. Outside Linux nothing is
     noticed, and jax aborts.
 
     Args:
@@ -24,11 +24,11 @@ class Lifeline:
     def __init__(self, address: str | None) -> None:
         port = (address or "").rpartition(":")[2]
         self._port = int(port) if port.isdigit() and _CLOSED else None
-        self._sockets = _connections(self._port)
+        self._sockets = _duplicate_connections(self._port)
         self._bell, self._button = socket.socketpair()
 
     def wait(self, seconds: float) -> bool:
-        """Wait until no connection is left, and tell so; or for so long, or until `wake`."""
+        """Wait until no connection is left or `wake`, or for so long; tell whether none is left."""
         poll = select.poll()
         poll.register(self._bell, select.POLLIN)
         for connection in self._sockets:
@@ -38,9 +38,9 @@ class Lifeline:
             self._bell.recv(4096)
         if not events:
             return False
-        # gRPC closes connections that it does not need: only the last one counts.
+        # gRPC closes connections that it does not need: only the loss of all counts.
         self._let_go()
-        self._sockets = _connections(self._port)
+        self._sockets = _duplicate_connections(self._port)
         return not self._sockets
 
     def wake(self) -> None:
@@ -48,7 +48,7 @@ class Lifeline:
         self._button.send(b"!")
 
     def close(self) -> None:
-        """Let go of everything; jax's own connections stay open."""
+        """Close the duplicates; jax's own connections stay open."""
         self._let_go()
         self._bell.close()
         self._button.close()
@@ -59,7 +59,7 @@ class Lifeline:
         self._sockets = []
 
 
-def _connections(port: int | None) -> list[socket.socket]:
+def _duplicate_connections(port: int | None) -> list[socket.socket]:
     """Return duplicates of this process's open connections to `port`."""
     found: list[socket.socket] = []
     if port is None or not _OPEN_FILES.exists():
@@ -81,7 +81,7 @@ def _connections(port: int | None) -> list[socket.socket]:
 def _leads_to(port: int, connection: socket.socket) -> bool:
     try:
         peer = connection.getpeername()
-    except OSError:  # it listens, or is no more
+    except OSError:  # it listens, or has been closed
         return False
     poll = select.poll()
     poll.register(connection, _CLOSED)

@@ -1,35 +1,35 @@
-"""For how long each rank has been silent, in time that was spent listening."""
+"""Count for how long each rank has been silent, in time that was spent listening."""
 
 from collections.abc import Mapping
 
 
-class Hearing:
+class SilenceCounter:
     """Count the seconds since each rank was last heard of.
 
-    They are counted from one reading of the table to the next, and a long gap between two readings
-    counts as a short one: while this process or the coordinator stood still, nobody could be heard.
-    So neither that nor a change of the wall clock makes a rank look dead.
+    The time from one reading of the table to the next counts, and a long gap counts as a short one:
+    while this process or the coordinator stood still, no rank could be heard. So neither that nor a
+    change of the wall clock makes a rank look dead.
 
     Args:
       world: the number of ranks.
-      longest_gap_s: what a gap between two readings counts as at most, in seconds.
+      longest_gap_s: seconds that a gap between two readings counts as at most.
     """
 
     def __init__(self, world: int, longest_gap_s: float) -> None:
-        self.listened = 0.0
+        self.listened_s = 0.0
         self._longest_gap_s = longest_gap_s
         self._read_at: float | None = None
         self._last = dict.fromkeys(range(world), (-1, 0.0))  # counter, when it changed
 
-    def hear(self, beats: Mapping[int, int], now: float) -> None:
-        """Take in what was read of the ranks' counters at `now` (seconds of a steady clock)."""
+    def take_in(self, beats: Mapping[int, int], now: float) -> None:
+        """Take in the ranks' counters as read at `now` (seconds of a steady clock)."""
         if self._read_at is not None:
-            self.listened += min(now - self._read_at, self._longest_gap_s)
+            self.listened_s += min(now - self._read_at, self._longest_gap_s)
         self._read_at = now
         for rank, beat in beats.items():
             if self._last.get(rank, (beat, 0.0))[0] != beat:
-                self._last[rank] = (beat, self.listened)
+                self._last[rank] = (beat, self.listened_s)
 
-    def silent(self) -> dict[int, float]:
+    def silent_seconds(self) -> dict[int, float]:
         """Return the seconds for which each rank has been silent."""
-        return {rank: self.listened - since for rank, (_, since) in self._last.items()}
+        return {rank: self.listened_s - since for rank, (_, since) in self._last.items()}

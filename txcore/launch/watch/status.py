@@ -1,4 +1,4 @@
-"""What the ranks of a run tell each other: one entry each, and at the end one verdict."""
+"""The messages between the ranks of a run: an entry each, and at the end one verdict."""
 
 import json
 import re
@@ -11,16 +11,17 @@ from txcore.errors import TxcoreError
 FOLDER = "txcore/watch/"  # the entries' keys: this and the rank
 VERDICT = FOLDER + "verdict"
 TRY_AGAIN = 75  # EX_TEMPFAIL of BSD's sysexits.h: another attempt may succeed
-FAILED = 70  # EX_SOFTWARE: a rank failed by an error of its own, and will again
+FAILED = 70  # EX_SOFTWARE: a rank failed by its own error, and would fail again
 
-# How a rank says why it ends where that is not its own error (shutdown.say, fit's end by a signal).
+# How a rank writes why it ends if not by its own error (shutdown.write_verdict, fit's end by a
+# signal).
 _LAST_WORDS = re.compile(
     r"txcore: (?:rank \d+ ends at step \d+ \([\w ]+\): (.+)|(SIG\w+ on rank \d+: stopped .+))"
 )
 
 
 class Phase(StrEnum):
-    """What a rank does; the text is what the others read."""
+    """What a rank is doing; the others read the text."""
 
     START = "start"
     DATA = "data"
@@ -36,11 +37,11 @@ class Phase(StrEnum):
     def _missing_(cls, value: object) -> "Phase":
         raise ValueError(
             f"watch.at needs phase= one of {', '.join(repr(p.value) for p in cls)}, got {value!r}: "
-            "a phase that is none has no timeout"
+            "an unknown phase would have no timeout"
         )
 
 
-# A rank waits for the others there, and so they have to end in time.
+# The phases in which a rank waits for the others, so they have to end in time.
 TIMED = frozenset({Phase.STEP, Phase.EVAL_STEP, Phase.COMPARISON})
 
 
@@ -51,46 +52,62 @@ class MismatchError(TxcoreError, RuntimeError):
 
 
 @dataclass(frozen=True)
-class Entry:
-    """What one rank tells: a counter that shows that it lives, and what it does."""
+class RankEntry:
+    """Hold what one rank tells the others.
+
+    Attributes:
+      beat: a counter that shows that the rank lives.
+      step: the step that it is at.
+      phase: what it is doing; may be unknown, from a rank with another version.
+      seconds: how long it has been in this phase of this step.
+      stop: the boundary before which it could stop; None until it is asked to.
+      reason: why it was asked to stop.
+      failed: its own error.
+      lost: its error about a lost peer.
+      ended: whether it has ended its program.
+      count: the number of its events that need all ranks (order.py).
+      order: the digest of all these events.
+      events: the last few of them, a line each.
+      waits: seconds since the last one.
+    """
 
     beat: int = 0
     step: int = 0
-    phase: str = Phase.START.value  # read from outside: maybe one of another version
-    seconds: float = 0.0  # in this phase of this step
-    stop: int | None = None  # the boundary before which it could stop, once asked to
-    reason: str = ""  # why it was asked to
-    failed: str = ""  # its own error
-    lost: str = ""  # its error that speaks of a lost peer
+    phase: str = Phase.START.value
+    seconds: float = 0.0
+    stop: int | None = None
+    reason: str = ""
+    failed: str = ""
+    lost: str = ""
     ended: bool = False
-    count: int = 0  # of what all ranks have to come to (order.py)
-    order: int = 0  # the digest of all of it
-    events: str = "the start"  # the last few of it, a line each
-    waits: float = 0.0  # seconds since then
+    count: int = 0
+    order: int = 0
+    events: str = "the start"
+    waits: float = 0.0
 
     def to_json(self) -> str:
         """Return the entry as short text."""
         return json.dumps({k: v for k, v in asdict(self).items() if v != _DEFAULTS[k]})
 
 
-_DEFAULTS = asdict(Entry())
+_DEFAULTS = asdict(RankEntry())
 
 
-def read_entry(text: str) -> Entry | None:
-    """Read an entry, or return None where it is none (strangers may write too)."""
+def read_entry(text: str) -> RankEntry | None:
+    """Read an entry; return None for other text, which strangers may have written."""
     try:
         values = json.loads(text)
-        known = {f.name for f in fields(Entry)}
+        known = {f.name for f in fields(RankEntry)}
         if not isinstance(values, dict) or not values.keys() <= known:
             return None
         for name, value in values.items():
-            _check(value, _DEFAULTS[name])
-        return Entry(**values)
+            _check_type(value, _DEFAULTS[name])
+        return RankEntry(**values)
     except (TypeError, ValueError):
         return None
 
 
-def _check(value: object, default: object) -> None:
+def _check_type(value: object, default: object) -> None:
     kinds = (
         (int, float) if isinstance(default, float) else (int if default is None else type(default),)
     )
@@ -100,7 +117,7 @@ def _check(value: object, default: object) -> None:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Why the run has to end, and the exit code that says so."""
+    """Hold why the run has to end, and the exit code."""
 
     text: str
     code: int = TRY_AGAIN
@@ -111,7 +128,7 @@ class Verdict:
 
 
 def read_verdict(text: str) -> Verdict | None:
-    """Read a verdict, or return None where it is none."""
+    """Read a verdict; return None for other text."""
     try:
         values = json.loads(text)
         verdict = Verdict(**values)
@@ -122,13 +139,13 @@ def read_verdict(text: str) -> Verdict | None:
 
 
 def name_of(number: int) -> str:
-    """Return a signal's name; real-time ones have none but their number."""
+    """Return a signal's name, or "signal 35" for a real-time one."""
     named = {*map(int, signal.Signals)}
     return signal.Signals(number).name if number in named else f"signal {number}"
 
 
 def how_ended(code: int) -> str:
-    """Return in words how a process ended, by its exit code, -n by signal n.
+    """Return in words how a process ended, from its exit code (-n for signal n).
 
     Example:
       >>> from txcore.launch.watch.status import how_ended
@@ -139,7 +156,7 @@ def how_ended(code: int) -> str:
 
 
 def why_ended(line: str) -> str | None:
-    """Return the reason in a line with which a rank says why it ends; None where it is none.
+    """Return the reason in a rank's line about why it ends; None for another line.
 
     Example:
       >>> from txcore.launch.watch.status import why_ended

@@ -1,8 +1,8 @@
-"""Whether a run has to end, and why: what the ranks' entries say."""
+"""Judge from the ranks' entries whether a run has to end, and why."""
 
 from collections.abc import Callable, Iterable, Mapping
 
-from txcore.launch.watch.status import FAILED, TIMED, TRY_AGAIN, Entry, Verdict, how_ended
+from txcore.launch.watch.status import FAILED, TIMED, TRY_AGAIN, RankEntry, Verdict, how_ended
 
 MOST_NAMED = 8  # ranks in a message
 
@@ -20,81 +20,86 @@ def rank_names(ranks: Iterable[int]) -> str:
 
 def name_each(what: str, numbers: Iterable[int]) -> str:
     """Return "device 1", or "devices 0, 2 and 5"; many are cut."""
-    names = _cut([str(number) for number in sorted(numbers)], MOST_NAMED)
+    names = _cut_names([str(number) for number in sorted(numbers)], MOST_NAMED)
     if len(names) == 1:
         return f"{what} {names[0]}"
     return f"{what}s {', '.join(names[:-1])} and {names[-1]}"
 
 
-def _cut(names: list[str], most: int) -> list[str]:
+def _cut_names(names: list[str], most: int) -> list[str]:
     few = len(names) <= most + 1  # no "and 1 others"
     return names if few else [*names[:most], f"{len(names) - most} others"]
 
 
-def judge(
-    table: Mapping[int, Entry],
+def judge_run(
+    table: Mapping[int, RankEntry],
     silent: Mapping[int, float],
     *,
     peer_timeout_s: float,
     suspect_s: float,
     step_timeout_s: float,
-    order: Callable[[Mapping[int, Entry]], Verdict | None] = lambda table: None,
+    order: Callable[[Mapping[int, RankEntry]], Verdict | None] = lambda table: None,
     ends: Mapping[int, int] | None = None,
 ) -> Verdict | None:
-    """Say whether the run has to end, and why.
+    """Return a verdict if the run has to end.
 
     Args:
-      table: the last entry of each rank; a rank that has not written any is absent.
+      table: the last entry of each rank; a rank without an entry is absent.
       silent: for every rank, the seconds since its counter last changed.
-      peer_timeout_s: after how long a silent rank counts as dead.
-      suspect_s: the same where some rank has lost a connection already.
-      step_timeout_s: how long a step may take.
-      order: says who came to something else than others (`Order.judge`).
-      ends: the exit codes of ranks of which the launcher says that they have ended.
+      peer_timeout_s: seconds after which a silent rank counts as dead.
+      suspect_s: the same if some rank has already lost a connection.
+      step_timeout_s: seconds that a step may take.
+      order: finds ranks whose events differ from others' (`Order.judge`).
+      ends: the exit codes of ranks that the launcher reports as ended.
 
     Returns:
       The verdict; None where the run goes well.
     """
     return (
-        _failed(table)
-        or _gone(table, ends or {})
-        or _silent(table, silent, peer_timeout_s, suspect_s)
+        _judge_failed(table)
+        or _judge_gone(table, ends or {})
+        or _judge_silent(table, silent, peer_timeout_s, suspect_s)
         or order(table)
-        or _ended(table, peer_timeout_s)
-        or _cut_off(table, silent, peer_timeout_s)
-        or _too_long(table, step_timeout_s)
+        or _judge_ended(table, peer_timeout_s)
+        or _judge_cut_off(table, silent, peer_timeout_s)
+        or _judge_overdue(table, step_timeout_s)
     )
 
 
-def _failed(table: Mapping[int, Entry]) -> Verdict | None:
+def _judge_failed(table: Mapping[int, RankEntry]) -> Verdict | None:
     rows = [
-        f"rank {rank} failed {_where(entry)}: {entry.failed}"
+        f"rank {rank} failed {_describe_place(entry)}: {entry.failed}"
         for rank, entry in sorted(table.items())
         if entry.failed
     ]
-    return Verdict("; ".join(_cut(rows, 3)), FAILED) if rows else None
+    return Verdict("; ".join(_cut_names(rows, 3)), FAILED) if rows else None
 
 
-def _gone(table: Mapping[int, Entry], ends: Mapping[int, int]) -> Verdict | None:
-    """Name those that have ended without having said so; those that did are judged by `_ended`."""
+def _judge_gone(table: Mapping[int, RankEntry], ends: Mapping[int, int]) -> Verdict | None:
+    """Name ranks that ended without announcing it; `_judge_ended` handles those that did."""
     gone = {r: c for r, c in sorted(ends.items()) if not (r in table and table[r].ended)}
     rows = [f"rank {r} {how_ended(code)}{last_seen([r], table)}" for r, code in gone.items()]
     killed = all(code < 0 for code in gone.values())
-    return Verdict("; ".join(_cut(rows, 3)), TRY_AGAIN if killed else FAILED) if gone else None
+    return (
+        Verdict("; ".join(_cut_names(rows, 3)), TRY_AGAIN if killed else FAILED) if gone else None
+    )
 
 
-def _silent(
-    table: Mapping[int, Entry], silent: Mapping[int, float], peer_timeout_s: float, suspect_s: float
+def _judge_silent(
+    table: Mapping[int, RankEntry],
+    silent: Mapping[int, float],
+    peer_timeout_s: float,
+    suspect_s: float,
 ) -> Verdict | None:
     limit = suspect_s if any(entry.lost for entry in table.values()) else peer_timeout_s
     lost = [r for r, s in silent.items() if s >= limit and not (r in table and table[r].ended)]
     if not lost:
         return None
-    return Verdict(silence(lost, min(silent[rank] for rank in lost), table))
+    return Verdict(describe_silence(lost, min(silent[rank] for rank in lost), table))
 
 
-def silence(lost: list[int], seconds: float, table: Mapping[int, Entry]) -> str:
-    """Return the text about ranks that have not been heard of for so long."""
+def describe_silence(lost: list[int], seconds: float, table: Mapping[int, RankEntry]) -> str:
+    """Return the text about ranks that have been silent for so long."""
     have = "has" if len(lost) == 1 else "have"
     return (
         f"{rank_names(lost)} {have} not been heard of for {seconds:.0f} s: killed, stopped, or cut "
@@ -102,28 +107,30 @@ def silence(lost: list[int], seconds: float, table: Mapping[int, Entry]) -> str:
     )
 
 
-def coordinator_gone(table: Mapping[int, Entry]) -> str:
-    """Return the text about rank 0 where its connections are closed."""
+def describe_lost_coordinator(table: Mapping[int, RankEntry]) -> str:
+    """Return the text about rank 0 when its connections are closed."""
     return f"rank 0 is gone, and with it the coordinator: killed or crashed{last_seen([0], table)}"
 
 
-def last_seen(ranks: Iterable[int], table: Mapping[int, Entry]) -> str:
-    """Return "; last seen" and where these ranks were, "" where none has told."""
-    places = list(dict.fromkeys(_where(table[rank]) for rank in sorted(ranks) if rank in table))
-    return f"; last seen {', '.join(_cut(places, 3))}" if places else ""
+def last_seen(ranks: Iterable[int], table: Mapping[int, RankEntry]) -> str:
+    """Return "; last seen" and the places of these ranks, "" if none is known."""
+    places = list(
+        dict.fromkeys(_describe_place(table[rank]) for rank in sorted(ranks) if rank in table)
+    )
+    return f"; last seen {', '.join(_cut_names(places, 3))}" if places else ""
 
 
-def _ended(table: Mapping[int, Entry], peer_timeout_s: float) -> Verdict | None:
-    """Blame those that ended their program while others wait for them."""
+def _judge_ended(table: Mapping[int, RankEntry], peer_timeout_s: float) -> Verdict | None:
+    """Blame the ranks that ended their program while others wait for them."""
     ended = [rank for rank, entry in table.items() if entry.ended]
     left = {rank: entry for rank, entry in table.items() if not entry.ended}
-    hangs = [r for r, e in left.items() if e.lost or (_timed(e) and e.seconds >= peer_timeout_s)]
+    hangs = [r for r, e in left.items() if e.lost or (_is_timed(e) and e.seconds >= peer_timeout_s)]
     early = [r for r in ended if any(table[r].step <= table[h].step for h in hangs)]
     if not early:
-        return _never_comes(table, peer_timeout_s)
-    waits = [rank for rank, entry in left.items() if entry.lost or _timed(entry)]
+        return _judge_never_coming(table, peer_timeout_s)
+    waits = [rank for rank, entry in left.items() if entry.lost or _is_timed(entry)]
     step = max(table[rank].step for rank in waits)
-    places = ", ".join(dict.fromkeys(_where(table[rank]) for rank in sorted(early)))
+    places = ", ".join(dict.fromkeys(_describe_place(table[rank]) for rank in sorted(early)))
     return Verdict(
         f"{rank_names(early)} ended the program {places}, but {rank_names(waits)} "
         f"{'waits' if len(waits) == 1 else 'wait'} for it in step {step}: every rank has to make "
@@ -132,8 +139,8 @@ def _ended(table: Mapping[int, Entry], peer_timeout_s: float) -> Verdict | None:
     )
 
 
-def _never_comes(table: Mapping[int, Entry], peer_timeout_s: float) -> Verdict | None:
-    """Blame those that ended though others came to what needs them."""
+def _judge_never_coming(table: Mapping[int, RankEntry], peer_timeout_s: float) -> Verdict | None:
+    """Blame the ranks that ended before an event that others have come to."""
     ended = {rank: entry.count for rank, entry in table.items() if entry.ended}
     ahead = {
         rank: entry
@@ -152,10 +159,10 @@ def _never_comes(table: Mapping[int, Entry], peer_timeout_s: float) -> Verdict |
     )
 
 
-def _cut_off(
-    table: Mapping[int, Entry], silent: Mapping[int, float], peer_timeout_s: float
+def _judge_cut_off(
+    table: Mapping[int, RankEntry], silent: Mapping[int, float], peer_timeout_s: float
 ) -> Verdict | None:
-    """Say that a connection broke though every rank lives."""
+    """Report a connection that broke though every rank lives."""
     rows = [r for r, e in table.items() if e.lost and e.seconds >= peer_timeout_s and not e.ended]
     if not rows:
         return None
@@ -164,20 +171,22 @@ def _cut_off(
     )
 
 
-def _too_long(table: Mapping[int, Entry], step_timeout_s: float) -> Verdict | None:
-    waits = [r for r, e in table.items() if _timed(e) and not e.ended]
+def _judge_overdue(table: Mapping[int, RankEntry], step_timeout_s: float) -> Verdict | None:
+    waits = [r for r, e in table.items() if _is_timed(e) and not e.ended]
     if not any(table[rank].seconds >= step_timeout_s for rank in waits):
         return None
     front = max((table[rank].step, True) for rank in waits)
-    behind = [r for r, e in table.items() if (e.step, _timed(e) and not e.ended) < front]
-    places = [f"rank {r} is {_where(table[r])} for {table[r].seconds:.0f} s" for r in behind]
-    who = "; ".join(_cut(places, MOST_NAMED)) or "every rank waits in it"
+    behind = [r for r, e in table.items() if (e.step, _is_timed(e) and not e.ended) < front]
+    places = [
+        f"rank {r} is {_describe_place(table[r])} for {table[r].seconds:.0f} s" for r in behind
+    ]
+    who = "; ".join(_cut_names(places, MOST_NAMED)) or "every rank waits in it"
     return Verdict(f"step {front[0]} takes more than {step_timeout_s:g} s: {who}")
 
 
-def _timed(entry: Entry) -> bool:
+def _is_timed(entry: RankEntry) -> bool:
     return entry.phase in TIMED
 
 
-def _where(entry: Entry) -> str:
+def _describe_place(entry: RankEntry) -> str:
     return f"at step {entry.step} ({entry.phase})"

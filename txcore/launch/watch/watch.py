@@ -1,7 +1,7 @@
-"""Watching the ranks of a run: where one dies or stalls, all others end and say which it was.
+"""Watch the ranks of a run: if one dies or stalls, all others end and name it.
 
-Every rank tells the others about once a second where it is. The loop says so with `at` and `reach`,
-which cost well under a microsecond; in a single process nothing is watched.
+Every rank tells the others about once a second where it is. The loop calls `at` and `reach`, which
+cost well under a microsecond; in a single process nothing is watched.
 """
 
 import atexit
@@ -24,16 +24,16 @@ def start(*, peer_timeout_s: float = 10.0, step_timeout_s: float = 600.0) -> Non
     """Watch the ranks of this run from now on; in a single process there is nothing to watch.
 
     A rank that ends because of another one writes why to stderr, with the Python stacks of its
-    threads, and exits with code 75 (EX_TEMPFAIL) where another attempt may succeed, with 70
-    (EX_SOFTWARE) where a rank failed by an error of its own.
+    threads. It exits with code 75 (EX_TEMPFAIL) if another attempt may succeed, and with 70
+    (EX_SOFTWARE) if a rank failed by its own error.
 
     Args:
-      peer_timeout_s: seconds after which a rank that is not heard of counts as lost. It has to be
-        longer than Python may stand still on a healthy rank (in a call into C that keeps the GIL).
+      peer_timeout_s: seconds after which a silent rank counts as lost. It has to be longer than
+        Python may stand still on a healthy rank (in a call into C that keeps the GIL).
       step_timeout_s: seconds that a step may take, waiting for the others included.
 
     Raises:
-      ValueError: a timeout that is not positive.
+      ValueError: a timeout is not positive.
 
     Example:
       >>> from txcore.launch import watch
@@ -46,7 +46,7 @@ def start(*, peer_timeout_s: float = 10.0, step_timeout_s: float = 600.0) -> Non
             f"{peer_timeout_s} and {step_timeout_s}"
         )
     client, world = _compat.coordination_client(), _compat.coordination_size()
-    if client is None or world == 1 or _watcher.watches():
+    if client is None or world == 1 or _watcher.is_watching():
         return
     _watcher = Watcher(
         client,
@@ -56,13 +56,14 @@ def start(*, peer_timeout_s: float = 10.0, step_timeout_s: float = 600.0) -> Non
         step_timeout_s=step_timeout_s,
     )
     _show_stacks_of_aborts()
-    sys.excepthook = _telling(sys.excepthook)
-    atexit.register(shutdown.close, _watcher)  # jax's own came first, so that this runs before it
-    _watcher.start_threads(shutdown.end, shutdown.say_last)
+    sys.excepthook = _make_hook(sys.excepthook)
+    # jax has registered its own exit function before, so that this one runs before it.
+    atexit.register(shutdown.leave_run, _watcher)
+    _watcher.start_threads(shutdown.end_process, shutdown.write_last_rank)
 
 
 def _show_stacks_of_aborts() -> None:
-    """Have Python's stacks printed where jax aborts the process itself."""
+    """Print Python's stacks if jax aborts the process."""
     try:
         if not faulthandler.is_enabled():
             faulthandler.enable()
@@ -70,14 +71,18 @@ def _show_stacks_of_aborts() -> None:
         pass
 
 
-def _telling(before: Hook) -> Hook:
-    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        if shutdown.speaks_of_a_lost_peer(error):  # it ends there, and prints the error last
-            shutdown.fail(_watcher, error)
-        before(kind, error, trace)  # before the others end, and a launcher this one
-        shutdown.fail(_watcher, error)
+def _make_hook(before: Hook) -> Hook:
+    def tell_error(
+        kind: type[BaseException], error: BaseException, trace: TracebackType | None
+    ) -> None:
+        if shutdown.speaks_of_a_lost_peer(
+            error
+        ):  # this ends the process, and prints the error last
+            shutdown.report_failure(_watcher, error)
+        before(kind, error, trace)  # printed before the others end and a launcher ends this one
+        shutdown.report_failure(_watcher, error)
 
-    return hook
+    return tell_error
 
 
 def at(phase: Phase | str, step: int | None = None, label: str = "") -> None:
@@ -85,11 +90,11 @@ def at(phase: Phase | str, step: int | None = None, label: str = "") -> None:
 
     Args:
       phase: what it does, a `Phase` or its text: "data", "compile", "save". In "step", "eval step"
-        and "comparison" it waits for the other ranks, and these have to end within
-        `step_timeout_s`: name them only for programs that span several processes.
+        and "comparison" it waits for the other ranks, and has to finish within `step_timeout_s`:
+        give these only for programs that span several processes.
       step: the step that it is at; None for the one that was noted last.
-      label: what is running, for the last words of a rank that waits ("train_step, whose last
-        collective is all-reduce grads (train.py:120)").
+      label: what is running, for the message of a rank that ends while waiting ("train_step, whose
+        last collective is all-reduce grads (train.py:120)").
 
     Raises:
       ValueError: there is no such phase.
@@ -104,14 +109,14 @@ def at(phase: Phase | str, step: int | None = None, label: str = "") -> None:
 
 
 def meet(event: str) -> None:
-    """Note that this rank comes to what every rank has to come to, in the same order; about 1 us.
+    """Note an event that every rank has, in the same order; about 1 us.
 
-    Ranks that come to something else are named within seconds: an evaluation or a barrier of one
-    rank alone, another number of batches. A slow one never is. Steps, evaluations and checkpoints
-    of an engine and `tx.barrier` note themselves; only the main thread's are compared.
+    Ranks whose events differ are named within seconds: an evaluation or a barrier of one rank
+    alone, another number of batches. A slow rank never is. Steps, evaluations and checkpoints of an
+    engine and `tx.barrier` note themselves; only events of the main thread are compared.
 
     Args:
-      event: what it comes to, the same text on every rank: "batch 3 of epoch 1".
+      event: the same text on every rank: "batch 3 of epoch 1".
 
     Example:
       >>> from txcore.launch import watch
@@ -121,16 +126,16 @@ def meet(event: str) -> None:
 
 
 def reach(step: int) -> bool:
-    """Come to the boundary before a step, and tell whether all ranks stop here.
+    """Reach the boundary before a step, and tell whether all ranks stop here.
 
     Every rank passes the same boundaries, in every loop whose steps span several processes. Once
-    one is asked to stop, all stop before the same step, and at every boundary after that one.
+    one is asked to stop, all stop before the same step, and at every later boundary.
 
     Args:
       step: the step that comes next, for messages; boundaries are counted by themselves.
 
     Returns:
-      True before the step at which all ranks stop; it is not to be made.
+      True if all ranks stop here: the step must not run.
 
     Example:
       >>> from txcore.launch import watch
@@ -150,11 +155,11 @@ def request_stop(reason: str) -> None:
 
 
 def hear_of_end(rank: int, code: int) -> None:
-    """Take in, on rank 0, that a rank has ended: the launcher says so.
+    """Note on rank 0 that a rank has ended, as the launcher reports.
 
     Args:
       rank: which one.
-      code: its exit code, -n by signal n.
+      code: its exit code, -n for signal n.
     """
     _watcher.hear_of_end(rank, code)
 
@@ -167,9 +172,9 @@ def stop_reason() -> str | None:
 def failed(error: BaseException) -> None:
     """Tell the other ranks of an error that ends this one, so that they end too and name it.
 
-    Where the error comes of another rank's end (a closed connection), this process ends here, as
-    the others do, with the words about that rank; its own error is printed with them. Otherwise it
-    returns in a moment, and the error is to be raised on. Uncaught errors are told by themselves.
+    If another rank's end caused the error (a closed connection), this process ends here, as the
+    others do, with the message about that rank and its own error. Otherwise it returns in a moment,
+    and the caller raises the error again. Uncaught errors are reported without a call.
 
     Args:
       error: the exception.
@@ -181,4 +186,4 @@ def failed(error: BaseException) -> None:
       ... except ValueError as error:
       ...     watch.failed(error)  # alone: nobody to tell
     """
-    shutdown.fail(_watcher, error)
+    shutdown.report_failure(_watcher, error)

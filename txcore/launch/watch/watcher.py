@@ -1,4 +1,4 @@
-"""One rank's part of the watch: what it tells the others, what it hears, and when it judges."""
+"""Watch the other ranks from one of them: write its entry, read theirs, judge the run."""
 
 import contextlib
 import functools
@@ -12,38 +12,38 @@ from dataclasses import replace
 from typing import Any
 
 from txcore import _compat
-from txcore.launch.watch.coordinator import Lifeline
+from txcore.launch.watch.coordinator import CoordinatorWatch
 from txcore.launch.watch.order import Order
-from txcore.launch.watch.silence import Hearing
+from txcore.launch.watch.silence import SilenceCounter
 from txcore.launch.watch.status import (
     FAILED,
     FOLDER,
     VERDICT,
-    Entry,
     Phase,
+    RankEntry,
     Verdict,
     read_entry,
     read_verdict,
 )
 from txcore.launch.watch.stop import Stop
-from txcore.launch.watch.verdict import coordinator_gone, judge, silence
+from txcore.launch.watch.verdict import describe_lost_coordinator, describe_silence, judge_run
 
 RANKS_PER_S = 250  # the coordinator serves so many ranks a second, with two calls for each
-HURRY_S = 0.05  # between two readings while somebody waits for what the table says
+HURRY_S = 0.05  # between two readings while a thread waits for news in the table
 OWN_THREADS = "txcore-"  # what the names of the watch's threads start with
 TICK_S = 0.5  # between two looks at the clock
-LAST_S = 30.0  # after which the last rank of a run says what it does
+LAST_S = 30.0  # after which the last rank of a run writes what it is doing
 JOIN_S = 2.0  # for a thread to end, on a busy machine
-# Other threads come to things in no order: what they do is not compared.
+# Only the main thread's events are compared: those of other threads have no fixed order.
 _MAIN = threading.main_thread().ident
 
 
 class Watcher:
     """Watch the ranks of a run from one of them; nothing is watched without a `client`.
 
-    About once a second one thread (`exchange`) writes this rank's entry and reads all. It may be
-    kept waiting by a coordinator that stands still. So a second thread (`guard`) looks at the
-    clock, and ends the process where there is a verdict. The main thread only stores where it is.
+    About once a second one thread (`exchange_entries`) writes this rank's entry and reads all. A
+    coordinator that stands still may block it. So a second thread (`guard_process`) looks at the
+    clock, and ends the process once there is a verdict. The main thread only stores its position.
     """
 
     def __init__(
@@ -65,42 +65,42 @@ class Watcher:
         self.stop = Stop()
         self.order = Order()
         self.error: BaseException | None = None  # what this rank fails by
-        self.told = Entry()  # failed, lost and ended, as they are to be told
-        self.sent = Entry()  # the last entry that the coordinator took
-        self.table: dict[int, Entry] = {}
+        self.to_tell = RankEntry()  # failed, lost and ended, to be sent
+        self.sent = RankEntry()  # the last entry that the coordinator took
+        self.table: dict[int, RankEntry] = {}
         self.verdict: Verdict | None = None
         self.ends: dict[int, int] = {}  # the exit codes of ranks, told by the launcher
         self.answers = 0  # of the coordinator
         self.leaving = self.closed = self.coordinator_lost = self._quiet = False
-        self._hearing = Hearing(world, 2 * self.interval_s)
+        self._silences = SilenceCounter(world, 2 * self.interval_s)
         self._stood_still = (0.0, 0.0)  # this process: seconds, and when it went on
         self._since: tuple[Any, str, float] = (None, "", 0.0)  # position, loss, when first seen
         self._met: tuple[int, float] = (0, 0.0)  # the last event's count, when first seen
         self._wake: queue.SimpleQueue[None] = queue.SimpleQueue()  # a signal handler may put
-        self._lifeline: Lifeline | None = None
+        self._coordinator: CoordinatorWatch | None = None
         self._threads: list[threading.Thread] = []
         self._pid = os.getpid()
 
-    def watches(self) -> bool:
-        """Tell whether others are watched, and from this process (a fork does not)."""
+    def is_watching(self) -> bool:
+        """Tell whether this process watches others; a fork of it does not."""
         return self.client is not None and not self.closed and os.getpid() == self._pid
 
     # What the main thread calls.
 
     def reach(self, step: int) -> bool:
-        """Come to the boundary before `step`; tell whether to stop there."""
+        """Reach the boundary before `step`; tell whether to stop there."""
         self.position = (Phase.BETWEEN_STEPS, step, "")
-        self.stop.reach()
+        self.stop.reach_boundary()
         if self.client is None:
             return self.stop.reason is not None
-        while (decided := self.stop.decide()) is None and not self.closed:
+        while (decided := self.stop.decide_stop()) is None and not self.closed:
             time.sleep(0.002)
         return decided is not False
 
     def meet(self, event: str) -> None:
-        """Come to what every rank has to come to, in the same order."""
+        """Note an event that every rank has, in the same order."""
         if self.client is not None and threading.get_ident() == _MAIN:
-            self.order.add(event.replace("\n", " "))
+            self.order.add_event(event.replace("\n", " "))
 
     def request_stop(self, reason: str) -> None:
         """Ask all ranks to stop; a signal handler may call it."""
@@ -108,60 +108,60 @@ class Watcher:
             self.stop.reason = reason if self.client is None else f"{reason} on rank {self.rank}"
             self._wake.put(None)
 
-    def tell(self, **changes: Any) -> None:
+    def tell_others(self, **changes: Any) -> None:
         """Tell the others at once that this rank has `failed`, `lost` a connection or `ended`."""
-        self.told = replace(self.told, **changes)
+        self.to_tell = replace(self.to_tell, **changes)
         self._wake.put(None)
 
     def hear_of_end(self, rank: int, code: int) -> None:
-        """Take in that a rank has ended; what answers at the coordinator's port calls it."""
+        """Note that a rank has ended; the thread at the coordinator's port calls it."""
         self.ends = self.ends | {rank: code}
         self._wake.put(None)
 
-    def others(self) -> set[int]:
-        """Return the other ranks that have not ended, as far as is known."""
+    def others_left(self) -> set[int]:
+        """Return the other ranks that are not known to have ended."""
         ended = {rank for rank, entry in self.table.items() if entry.ended}
         return set(range(self.world)) - ended - {self.rank}
 
     def silent_ranks(self) -> set[int]:
         """Return the ranks that have been silent for a while."""
-        silent = self._hearing.silent()
+        silent = self._silences.silent_seconds()
         return {rank for rank, seconds in silent.items() if seconds > 2 * self.interval_s}
 
     def stood_still_s(self) -> float:
-        """Return the seconds for which this process stood still, if that was just now."""
+        """Return for how many seconds this process just stood still, 0 if it did not."""
         seconds, when = self._stood_still
         return seconds if self.clock() - when < 2 * self.peer_timeout_s else 0.0
 
     # What the first thread does.
 
-    def exchange(self) -> None:
-        """Tell what this rank does, and take in what the others do.
+    def exchange_entries(self) -> None:
+        """Write this rank's entry, and read those of the others.
 
         Raises:
           RuntimeError: the coordinator refuses.
         """
-        entry = self._entry()
+        entry = self._make_entry()
         self.client.key_value_set(f"{FOLDER}{self.rank}", entry.to_json(), True)
         self.sent = entry
         rows = dict(self.client.key_value_dir_get(FOLDER))
         self.answers += 1
         read = {r: read_entry(rows.get(f"{FOLDER}{r}", "")) for r in range(self.world)}
-        # A new one, since other threads may be going through the old one.
+        # A new dict, since other threads may be iterating over the old one.
         self.table = self.table | {rank: e for rank, e in read.items() if e is not None}
-        self._hearing.hear({r: e.beat for r, e in self.table.items()}, self.clock())
-        self.stop.hear(self.table, self.world)
+        self._silences.take_in({r: e.beat for r, e in self.table.items()}, self.clock())
+        self.stop.take_in(self.table, self.world)
         if self.verdict is None:
-            self.verdict = read_verdict(rows.get(VERDICT, "")) or self._judge()
+            self.verdict = read_verdict(rows.get(VERDICT, "")) or self._judge_run()
 
-    def _entry(self) -> Entry:
-        position, told, listened = self.position, self.told, self._hearing.listened
+    def _make_entry(self) -> RankEntry:
+        position, told, listened = self.position, self.to_tell, self._silences.listened_s
         if position is not self._since[0] or told.lost != self._since[1]:
             self._since = (position, told.lost, listened)
         phase, step, _ = position
         seconds = round(listened - self._since[2], 1)
-        stop, reason = self.stop.propose(), self.stop.reason or ""
-        met = self.order.said()
+        stop, reason = self.stop.own_proposal(), self.stop.reason or ""
+        met = self.order.entry_fields()
         if met["count"] != self._met[0]:
             self._met = (met["count"], listened)
         return replace(
@@ -176,11 +176,11 @@ class Watcher:
             waits=round(listened - self._met[1], 1),
         )
 
-    def _judge(self) -> Verdict | None:
-        """Judge, and let all hear the same verdict: that of the rank that was first."""
-        verdict = judge(
+    def _judge_run(self) -> Verdict | None:
+        """Judge the run, and give all ranks the same verdict: that of the first to judge."""
+        verdict = judge_run(
             self.table,
-            self._hearing.silent(),
+            self._silences.silent_seconds(),
             peer_timeout_s=self.peer_timeout_s,
             suspect_s=max(3 * self.interval_s, self.peer_timeout_s / 3),
             step_timeout_s=self.step_timeout_s,
@@ -191,67 +191,71 @@ class Watcher:
             return None
         try:
             self.client.key_value_set(VERDICT, verdict.to_json(), False)
-        except RuntimeError:  # somebody was faster
+        except RuntimeError:  # another rank was faster
             rows = dict(self.client.key_value_dir_get(FOLDER))
             return read_verdict(rows.get(VERDICT, "")) or verdict
         return verdict
 
-    def pause(self) -> None:
+    def wait_for_turn(self) -> None:
         """Wait until the next exchange is due."""
         asked = self.stop.reason is not None and self.stop.target is None
-        waited_for = self.told != Entry() or asked
+        waited_for = self.to_tell != RankEntry() or asked
         with contextlib.suppress(queue.Empty):
             self._wake.get(timeout=self._hurry_s if waited_for else self.interval_s)
 
     # What the second thread does.
 
-    def guard(
+    def guard_process(
         self,
-        lifeline: Lifeline,
+        lifeline: CoordinatorWatch,
         end: Callable[["Watcher", Verdict], object],
         say_last: Callable[["Watcher", float], object] = lambda watcher, seconds: None,
     ) -> None:
-        """Call `end` with the verdict where there is one; `say_last` where all others have ended.
+        """Call `end` with the verdict once there is one; `say_last` once all others have ended.
 
-        The latter once, with the seconds since then.
+        `say_last` is called once, with the seconds since the others ended.
         """
         waited, answers, before = 0.0, self.answers, self.clock()
         alone_since = math.inf
         while not self.closed:
             hung_up = lifeline.wait(min(TICK_S, self.interval_s / 2))
             now = self.clock()
-            # As in Hearing: a process that stood still has not waited.
+            # As in SilenceCounter: time in which this process stood still does not count.
             waited = waited + min(now - before, 2 * TICK_S) if answers == self.answers else 0.0
             if now - before > self.peer_timeout_s / 2:
                 self._stood_still = (now - before, now)
             answers, before = self.answers, now
-            if not self.table or self.others() or self.told.ended or self.told.failed:
+            if not self.table or self.others_left() or self.to_tell.ended or self.to_tell.failed:
                 alone_since = math.inf
             elif alone_since == math.inf:
                 alone_since = now
             elif now - alone_since >= LAST_S:
                 say_last(self, now - alone_since)
-                alone_since = math.nan  # it is said once
-            verdict = self.due(waited, hung_up)
+                alone_since = math.nan  # call it only once
+            verdict = self.find_verdict(waited, hung_up)
             if verdict is not None and not self.closed and self.is_connected():
                 end(self, verdict)
 
-    def due(self, waited_s: float, hung_up: bool) -> Verdict | None:
-        """Return the verdict by which to end now.
+    def find_verdict(self, waited_s: float, hung_up: bool) -> Verdict | None:
+        """Return the verdict to end by now, None to go on.
 
         Args:
-          waited_s: seconds without an answer of the coordinator.
-          hung_up: its connections are closed.
+          waited_s: seconds without an answer from the coordinator.
+          hung_up: whether its connections are closed.
         """
-        # Who failed, or came to the end of its program, keeps its own exit code.
-        own = self.told.failed or self.told.ended
+        # A rank that failed, or reached the end of its program, keeps its own exit code.
+        own = self.to_tell.failed or self.to_tell.ended
         if self.verdict is not None and not (own and self.verdict.code == FAILED):
             return self.verdict
         unheard = waited_s >= self.peer_timeout_s
         self.coordinator_lost = unheard or (hung_up and not self.leaving)
         if not self.coordinator_lost:
             return None
-        text = silence([0], waited_s, self.table) if unheard else coordinator_gone(self.table)
+        text = (
+            describe_silence([0], waited_s, self.table)
+            if unheard
+            else describe_lost_coordinator(self.table)
+        )
         return Verdict(text)
 
     # The threads.
@@ -268,20 +272,22 @@ class Watcher:
         end: Callable[["Watcher", Verdict], object],
         say_last: Callable[["Watcher", float], object] = lambda watcher, seconds: None,
     ) -> None:
-        """Start watching; the callables are those of `guard`."""
-        self._lifeline = Lifeline(None if self.rank == 0 else _compat.coordinator_address())
-        guard = functools.partial(self.guard, self._lifeline, end, say_last)
-        for name, run in (("exchange", self._exchanges), ("guard", guard)):
+        """Start watching; the callables are those of `guard_process`."""
+        self._coordinator = CoordinatorWatch(
+            None if self.rank == 0 else _compat.coordinator_address()
+        )
+        guard = functools.partial(self.guard_process, self._coordinator, end, say_last)
+        for name, run in (("exchange", self._keep_exchanging), ("guard", guard)):
             thread = threading.Thread(
-                target=self._run, args=(run,), daemon=True, name=OWN_THREADS + name
+                target=self._run_watch, args=(run,), daemon=True, name=OWN_THREADS + name
             )
             self._threads.append(thread)
             thread.start()
 
     def stop_exchanges(self) -> bool:
-        """Have the first thread end, on rank 0 once all others have disconnected; tell if it did.
+        """Have the first thread end, on rank 0 after all others have disconnected; tell if it did.
 
-        On other ranks the second thread ends the process where the coordinator keeps the first.
+        On other ranks the second thread ends the process if the coordinator blocks the first.
         """
         self._quiet = True
         self._wake.put(None)
@@ -293,34 +299,34 @@ class Watcher:
         """End both threads."""
         self.closed = True
         self._wake.put(None)
-        if self._lifeline is not None:
-            self._lifeline.wake()
+        if self._coordinator is not None:
+            self._coordinator.wake()
         for thread in self._threads:
             thread.join(JOIN_S)
-        if self._lifeline is not None and not any(t.is_alive() for t in self._threads):
-            self._lifeline.close()
+        if self._coordinator is not None and not any(t.is_alive() for t in self._threads):
+            self._coordinator.close()
 
-    def _run(self, watch: Callable[[], object]) -> None:
+    def _run_watch(self, watch: Callable[[], object]) -> None:
         try:
             watch()
-        except BaseException:  # a fault of the watch is to end the watch alone
+        except BaseException:  # a fault of the watch must end the watch alone
             self.closed = True
             raise
 
-    def _exchanges(self) -> None:
+    def _keep_exchanging(self) -> None:
         while not (self.closed or self._quiet):
             try:
-                self.exchange()
+                self.exchange_entries()
             except RuntimeError:
                 self.closed = self.closed or not self.is_connected()
-            if self.verdict is not None and self._lifeline is not None:
-                self._lifeline.wake()
-            self.pause()
+            if self.verdict is not None and self._coordinator is not None:
+                self._coordinator.wake()
+            self.wait_for_turn()
         if self._quiet and self.rank == 0:
             self._await_disconnects()
 
     def _await_disconnects(self) -> None:
-        try:  # returns once all ranks that are connected have called it, which no other one does
+        try:  # returns once every connected rank has called it: only rank 0 does
             self.client.get_live_nodes(list(range(self.world)))
         except (AttributeError, RuntimeError):
             time.sleep(TICK_S)

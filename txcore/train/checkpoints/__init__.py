@@ -1,4 +1,4 @@
-"""Checkpoints: saved while a run goes on, checked before they are used.
+"""Checkpoints: write them while a run goes on, check them before use.
 
 Imports `_compat`, `bounded_json`, `errors`, `kernels.common`, `launch.key_value`, `outside`,
 `printing`, `train.loggers`, `train.numerics`, `train.state`.

@@ -1,4 +1,4 @@
-"""Which checkpoint is the best by a metric of `evaluate`."""
+"""Choose the best checkpoint by a metric of `evaluate`."""
 
 import math
 import numbers
@@ -12,8 +12,8 @@ from txcore.train.checkpoints.manifest import CheckpointError, Metric
 KeepBest = tuple[str, str]  # a metric's name, and "max" or "min"
 
 
-def check(keep_best: Any) -> KeepBest | None:
-    """Return what `Checkpoints(keep_best=)` was given, or refuse it."""
+def check_keep_best(keep_best: Any) -> KeepBest | None:
+    """Return the value of `Checkpoints(keep_best=)`; refuse what is not one."""
     if keep_best is None:
         return None
     if isinstance(keep_best, (tuple, list)) and len(keep_best) == 2:
@@ -26,11 +26,11 @@ def check(keep_best: Any) -> KeepBest | None:
     )
 
 
-def measure(keep_best: KeepBest, metrics: Mapping[str, Any]) -> Metric | None:
-    """Return the metric by which the best is kept; None where it is not finite.
+def find_metric(keep_best: KeepBest, metrics: Mapping[str, Any]) -> Metric | None:
+    """Return the metric by which the best is kept; None if it is not finite.
 
     Raises:
-      CheckpointError: the evaluation did not return it, or it is no number.
+      CheckpointError: the evaluation did not return it, or it is not a number.
     """
     name, mode = keep_best
     given = f"Checkpoints(keep_best={keep_best}) needs evaluate= to return the metric {name!r}"
@@ -53,7 +53,7 @@ def best_of(found: Iterable[tuple[str, Metric]], name: str, mode: str) -> tuple[
 
     Args:
       found: names of checkpoints with their metrics, the oldest first.
-      name: the metric that counts; those with another one do not.
+      name: the metric that counts; checkpoints with another one are left out.
       mode: "max" or "min".
     """
     best = None
@@ -70,8 +70,8 @@ def metrics_in(directory: Path, names: Iterable[str]) -> list[tuple[str, Metric]
     found = []
     for name in names:
         try:
-            metric = manifest.read(directory / name).metric
-        except CheckpointError:  # damaged: whoever resumes says so
+            metric = manifest.read_manifest(directory / name).metric
+        except CheckpointError:  # damaged: reported on resume
             continue
         if metric is not None:
             found.append((name, metric))

@@ -1,12 +1,9 @@
-"""Checkpoints of a run: everything that it is a function of, in a folder, by orbax."""
+"""Save and restore a run: its whole state and its position in the data, in a folder, by orbax."""
 
 import itertools
-import json
 import logging
 import os
 import shutil
-from collections.abc import Callable
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -14,11 +11,11 @@ from typing import Any, Literal
 import jax
 
 from txcore.kernels.common.checks import whole_number
-from txcore.launch.key_value import agree, share
 from txcore.printing import format_call
 from txcore.train.checkpoints import best, folder, manifest, saved_leaves
-from txcore.train.checkpoints.manifest import CheckpointError, Leaf, Metric, Position
-from txcore.train.checkpoints.orbax_store import Store, Writing, orbax
+from txcore.train.checkpoints.manifest import CheckpointError, Metric, Position
+from txcore.train.checkpoints.orbax_store import Store, Writing, import_orbax
+from txcore.train.checkpoints.turns import Turns
 from txcore.train.loggers import Metrics
 from txcore.train.numerics import nonfinite
 from txcore.train.state.state import TrainState
@@ -26,7 +23,7 @@ from txcore.train.state.state import TrainState
 Resume = Literal["auto", "never", "must"]
 
 _LOG = logging.getLogger("txcore")
-_NUMBERS = itertools.count()  # of the Checkpoints of this process, the same on every process
+_NUMBERS = itertools.count()  # numbers the `Checkpoints` of a process, alike on every process
 
 
 class Checkpoints:
@@ -34,18 +31,18 @@ class Checkpoints:
 
     A checkpoint holds the whole state (parameters, optimizer, loss scale, `extra`, step, seed) and
     the position in the data. It is one folder, "step_00000100", that appears whole or not at all;
-    its manifest has the SHA-256 of every file. It fits any number of devices and processes that
-    makes the same state and the same global batches.
+    its manifest has the SHA-256 of every file. It restores on any number of devices and processes
+    that makes the same state and the same global batches.
 
     Args:
       directory: the folder, "~" for the home; several processes have to share it.
       every: steps from one checkpoint to the next.
       keep: how many of the newest to keep.
       keep_best: a metric that `evaluate` returns, and whether more or less of it is better, as in
-        ("accuracy", "max"). The run is then saved also where an evaluation is the best so far, and
-        the best checkpoint is kept beside the newest: `best` is where it lies.
-      resume: "auto" goes on from the newest that is whole, if there is one; "must" insists on
-        one; "never" insists on none.
+        ("accuracy", "max"). The run is then also saved when an evaluation is the best so far, and
+        the best checkpoint is kept beside the newest: `best` is its path.
+      resume: "auto" resumes from the newest whole checkpoint, if there is one; "must" requires
+        one; "never" requires that there is none.
 
     Raises:
       ValueError: an argument is out of its range.
@@ -73,8 +70,8 @@ class Checkpoints:
         keep_best: best.KeepBest | None = None,
         resume: Resume = "auto",
     ) -> None:
-        self.every, self.keep = _count("every", every), _count("keep", keep)
-        self.keep_best = best.check(keep_best)
+        self.every, self.keep = _check_count("every", every), _check_count("keep", keep)
+        self.keep_best = best.check_keep_best(keep_best)
         if resume not in ("auto", "never", "must"):
             raise ValueError(f"Checkpoints needs resume= 'auto', 'never' or 'must', got {resume!r}")
         if "://" in os.fspath(directory):
@@ -82,13 +79,13 @@ class Checkpoints:
                 f"Checkpoints needs a folder of a file system, got {os.fspath(directory)!r}: mount "
                 "the bucket and give the path where it lies"
             )
-        self.directory = folder.absolute(directory)
+        self.directory = folder.absolute_path(directory)
         self.resume = resume
-        self._name = f"checkpoints/{next(_NUMBERS)}"
-        self._turns = itertools.count()
-        self._store = Store(f"{self._name}/saves")
-        self._refused: set[str] = set()  # the names of those that cannot be used
-        self._failed: str | None = None  # why the last save did not succeed
+        name = f"checkpoints/{next(_NUMBERS)}"
+        self._turns = Turns(name)
+        self._store = Store(f"{name}/saves")
+        self._refused: set[str] = set()  # names of the checkpoints that cannot be used
+        self._failed: str | None = None  # why the last save failed
         self._lock: int | None = None
 
     def __repr__(self) -> str:
@@ -102,14 +99,14 @@ class Checkpoints:
         )
 
     def restore(self, state: TrainState) -> tuple[TrainState, Position]:
-        """Return the newest checkpoint that is whole, in the layout of `state`.
+        """Return the newest whole checkpoint, in the layout of `state`.
 
         Args:
-          state: what `engine.create_state` returned; its arrays say where the restored ones lie.
+          state: of `engine.create_state`; the restored arrays get the shardings of its arrays.
 
         Returns:
-          The state and the position of the checkpoint; `state` and the beginning, where there is
-          none and none is asked for.
+          The state and the position of the checkpoint; without a checkpoint, `state` and the
+          beginning, unless `resume` requires one.
 
         Raises:
           CheckpointError: there is none that can be used, it is of another model, precision or
@@ -117,62 +114,66 @@ class Checkpoints:
             using it, orbax-checkpoint is missing, or an array is of a dtype that it does not store.
         """
         self.close()
-        self._each(partial(_check_kinds, state))
-        self._take()
-        own = saved_leaves.facts(saved_leaves.leaves_of(state), state.precision.compute)
+        self._turns.run_on_all(partial(_check_can_save, state))
+        self._take_folder()
+        own = saved_leaves.leaves_to_compare(saved_leaves.leaves_of(state), state.precision.compute)
         refused: list[str] = []
         self._refused = set()
-        for name in self._together(lambda: folder.names(self.directory)):
+        for name in self._turns.run_on_first(lambda: folder.names(self.directory)):
             saved = self.directory / name
-            problem, found = self._together(partial(_examine, saved, own))
+            problem, found = self._turns.run_on_first(
+                partial(saved_leaves.examine_checkpoint, saved, own)
+            )
             if found is not None:
-                restored = self._each(partial(self._read, saved, state))
+                restored = self._turns.run_on_all(partial(self._read_state, saved, state))
                 if not nonfinite.holds_nonfinite(restored):
-                    self._say(f"resuming from {saved}, after {found['steps']} steps")
+                    self._log_info(f"resuming from {saved}, after {found['steps']} steps")
                     return restored, Position(**found)
-                bad = self._together(partial(nonfinite.bad_parameters, restored))
+                bad = self._turns.run_on_first(partial(nonfinite.bad_parameters, restored))
                 where = bad[0] if bad else "parameters of which rank 0 has no part"
                 problem = f"{saved} holds values that are not finite, in {where}"
             refused.append(problem)
             self._refused.add(name)
-            self._warn(f"{problem}; trying the one before")
+            self._log_warning(f"{problem}; trying the one before")
         if refused or self.resume == "must":
-            raise CheckpointError(self._nothing_to_resume(refused), every_rank=True)
+            raise CheckpointError(self._describe_refused(refused), every_rank=True)
         return state, Position()
 
     @property
     def best(self) -> Path | None:
         """The best checkpoint by the metric of `keep_best`; None where there is none yet."""
-        found = self._best()
+        found = self._find_best()
         return self.directory / found[0] if found else None
 
     def improved_by(self, metrics: Metrics) -> bool:
         """Tell whether an evaluation is the best so far, alike on every process.
 
-        True too where it lacks the metric: `save` says so, once the state is safe.
+        Also true if it lacks the metric: `save` raises that error, once the state is safe.
         """
-        return self.keep_best is not None and self._together(partial(self._is_best, metrics))
+        return self.keep_best is not None and self._turns.run_on_first(
+            partial(self._is_best, metrics)
+        )
 
     def save(self, state: TrainState, position: Position, metrics: Metrics | None = None) -> None:
-        """Start to write a checkpoint, and return when the arrays have been copied.
+        """Start to write a checkpoint, and return once its arrays have been copied.
 
-        Waits for the one before to be whole. One that cannot be written is logged, and the run
-        goes on: the next one, or `close`, may do better.
+        Waits for the previous one to be whole. A checkpoint that cannot be written is logged, and
+        the run goes on: the next one may succeed.
 
         Args:
           state: the state, not yet donated.
           position: where `fit` stands.
-          metrics: of an evaluation of this state, if there was one; `keep_best` needs its metric.
+          metrics: of an evaluation of this state, if there was one, with the metric of `keep_best`.
 
         Raises:
           CheckpointError: the metric of `keep_best` is not among them; the state is saved.
         """
-        self._finish()
-        metric, lacks = self._measure(metrics)
-        to = self.directory / folder.name(position.steps)
+        self._finish_save()
+        metric, lacks = self._find_metric(metrics)
+        to = self.directory / folder.checkpoint_name(position.steps)
         problem = self._store.start(Writing(to, position, metric), state)
         if problem is not None:
-            self._fail(to, problem)
+            self._note_failure(to, problem)
         if lacks is not None:
             raise lacks
 
@@ -188,37 +189,39 @@ class Checkpoints:
         """
         if self.keep_best is None:
             return
-        self._finish()
-        metric, lacks = self._measure(metrics)
-        saved = self.directory / folder.name(position.steps)
+        self._finish_save()
+        metric, lacks = self._find_metric(metrics)
+        saved = self.directory / folder.checkpoint_name(position.steps)
         if metric is not None and jax.process_index() == 0 and saved.exists():
             try:
                 manifest.add_metric(saved, metric)
             except (CheckpointError, OSError) as error:
-                self._warn(f"the {metric.name} of {saved} was not noted: {folder.reason(error)}")
-            self._prune(saved.name)
+                self._log_warning(
+                    f"the {metric.name} of {saved} was not noted: {folder.describe_error(error)}"
+                )
+            self._delete_old(saved.name)
         if lacks is not None:
             raise lacks
 
-    def _measure(self, metrics: Metrics | None) -> tuple[Metric | None, CheckpointError | None]:
+    def _find_metric(self, metrics: Metrics | None) -> tuple[Metric | None, CheckpointError | None]:
         if self.keep_best is None or metrics is None:
             return None, None
         try:
-            return best.measure(self.keep_best, metrics), None
+            return best.find_metric(self.keep_best, metrics), None
         except CheckpointError as lacks:
             return None, lacks
 
     def _is_best(self, metrics: Metrics) -> bool:
-        metric, lacks = self._measure(metrics)
-        found = self._best()
+        metric, lacks = self._find_metric(metrics)
+        found = self._find_best()
         return lacks is not None or (
             metric is not None and (found is None or best.is_better(metric, found[1]))
         )
 
-    def _best(self) -> tuple[str, Metric] | None:
+    def _find_best(self) -> tuple[str, Metric] | None:
         if self.keep_best is None:
             return None
-        found = best.metrics_in(self.directory, reversed(self._usable()))
+        found = best.metrics_in(self.directory, reversed(self._usable_names()))
         under_way = self._store.writing
         if under_way is not None and under_way.metric is not None:
             found.append((under_way.to.name, under_way.metric))
@@ -231,7 +234,7 @@ class Checkpoints:
           CheckpointError: it could not be written.
         """
         try:
-            self._finish()
+            self._finish_save()
         finally:
             if self._lock is not None:
                 os.close(self._lock)
@@ -249,78 +252,78 @@ class Checkpoints:
         except CheckpointError as failed:
             if error is None:
                 raise
-            self._warn(str(failed))  # the error under way says more
+            self._log_warning(str(failed))  # the error under way is raised instead
 
-    def _take(self) -> None:
-        """Take the folder for this run, and see that all processes have the same one."""
+    def _take_folder(self) -> None:
+        """Lock the folder for this run, and check that all processes share it."""
 
-        def take() -> str | None:
+        def take_and_mark() -> str | None:
             if self._lock is None:
-                self._lock = folder.take(self.directory, fresh=self.resume == "never")
-            return folder.mark(self.directory) if jax.process_count() > 1 else None
+                self._lock = folder.take_folder(self.directory, fresh=self.resume == "never")
+            return folder.make_mark(self.directory) if jax.process_count() > 1 else None
 
-        marked = self._together(take)
+        marked = self._turns.run_on_first(take_and_mark)
         if marked is None:
             return
         try:
-            self._each(partial(folder.check_shared, self.directory, marked))
+            self._turns.run_on_all(partial(folder.check_shared, self.directory, marked))
         finally:
             if jax.process_index() == 0:
-                folder.unmark(self.directory)
+                folder.delete_marks(self.directory)
 
-    def _finish(self) -> None:
-        """Wait for the checkpoint that is under way, and delete those beyond `keep`."""
+    def _finish_save(self) -> None:
+        """Wait for the checkpoint under way, and delete those beyond `keep`."""
         if self._store.writing is None:
             return
         to = self._store.writing.to
         try:
             problem = self._store.finish()
-        except Exception as error:  # process 0 was not heard of
-            problem = folder.reason(error)
+        except Exception as error:  # process 0 did not answer
+            problem = folder.describe_error(error)
         if problem is not None:
-            self._fail(to, problem)
+            self._note_failure(to, problem)
             return
         self._failed = None
         self._refused.discard(to.name)
-        self._prune(to.name)
+        self._delete_old(to.name)
 
-    def _prune(self, newest: str) -> None:
+    def _delete_old(self, newest: str) -> None:
         if jax.process_index() == 0:
-            best_one = self._best()
-            older = [name for name in self._usable() if name != newest]
+            best_one = self._find_best()
+            older = [name for name in self._usable_names() if name != newest]
             for name in older[self.keep - 1 :]:
                 if best_one is not None and name == best_one[0]:
                     continue
                 shutil.rmtree(self.directory / name, ignore_errors=True)
 
-    def _fail(self, to: Path, reason: str) -> None:
-        """Note why a save did not succeed; every process says so, in the same words."""
+    def _note_failure(self, to: Path, reason: str) -> None:
+        """Note and log why a save failed, with the same text on every process."""
         if jax.process_index() == 0:
-            folder.clear(self.directory, to.name)
+            folder.delete_unfinished(self.directory, to.name)
         self._failed = f"{to} was not saved: {reason}"
         _LOG.warning("txcore: %s; the run goes on. %s", self._failed, self.newest())
 
-    def _usable(self) -> list[str]:
+    def _usable_names(self) -> list[str]:
         names = folder.names(self.directory)
         return [name for name in names if name not in self._refused]
 
     def newest(self) -> str:
-        """Say which checkpoint is the newest, in a sentence without its full stop."""
-        names = self._usable()
+        """Return a sentence, without its full stop, about the newest checkpoint."""
+        names = self._usable_names()
         if not names:
             return "There is no checkpoint yet"
         return f"The newest checkpoint is {self.directory / names[0]}"
 
-    def _read(self, saved: Path, state: TrainState) -> TrainState:
+    def _read_state(self, saved: Path, state: TrainState) -> TrainState:
         try:
             return self._store.read(saved, state)
         except Exception as error:
             raise CheckpointError(
-                f"{saved} cannot be read: {folder.reason(error)}. All processes need the folder "
-                "on a file system that they share"
+                f"{saved} cannot be read: {folder.describe_error(error)}. All processes need the "
+                "folder on a file system that they share"
             ) from error
 
-    def _nothing_to_resume(self, refused: list[str]) -> str:
+    def _describe_refused(self, refused: list[str]) -> str:
         if not refused:
             return f"resume='must' needs a checkpoint, and {self.directory} has none"
         return (
@@ -328,75 +331,22 @@ class Checkpoints:
             f"because {refused[-1]}. Nothing was deleted; to start anew, give another folder"
         )
 
-    def _together(self, function: Callable[[], Any]) -> Any:
-        """Return what process 0's call returns, on every process; or raise what it raises."""
-        answer: dict[str, Any] = {}
-        failed: Exception | None = None
-        if jax.process_index() == 0:
-            try:
-                answer = {"result": function()}
-            except Exception as error:  # the others must not wait for it
-                failed, answer = error, {"error": _words(error)}
-        text = share(f"{self._name}/{next(self._turns)}", json.dumps(answer))
-        answer = json.loads(text)
-        if "error" in answer:
-            raise CheckpointError(answer["error"], every_rank=True) from failed
-        return answer["result"]
-
-    def _each(self, function: Callable[[], Any]) -> Any:
-        """Return what this process's call returns; raise on every process where one's fails."""
-        result, failed, problem = None, None, None
-        try:
-            result = function()
-        except Exception as error:  # the others must not wait for this process
-            failed, problem = error, _words(error)
-        problem = agree(f"{self._name}/{next(self._turns)}", problem)
-        if problem is None:
-            return result
-        raise CheckpointError(problem, every_rank=True) from failed
-
-    def _say(self, text: str) -> None:
+    def _log_info(self, text: str) -> None:
         if jax.process_index() == 0:
             _LOG.info("txcore: %s", text)
 
-    def _warn(self, text: str) -> None:
+    def _log_warning(self, text: str) -> None:
         if jax.process_index() == 0:
             _LOG.warning("txcore: %s", text)
 
 
-def _check_kinds(state: TrainState) -> None:
-    """Refuse what cannot be saved here."""
-    orbax()
+def _check_can_save(state: TrainState) -> None:
+    """Refuse a state that cannot be saved here."""
+    import_orbax()
     saved_leaves.check_kinds(state)
 
 
-def _words(error: Exception) -> str:
-    """Return what the other processes are told of an error."""
-    if isinstance(error, CheckpointError):
-        return str(error)
-    return f"{type(error).__name__}: {folder.reason(error)}"
-
-
-def _examine(saved: Path, own: tuple[Leaf, ...]) -> tuple[str | None, dict[str, Any] | None]:
-    """Return (why a checkpoint cannot be used, None), or (None, its position).
-
-    Raises:
-      CheckpointError: it is whole, but of another model.
-    """
-    try:
-        found = manifest.read(saved)
-        manifest.verify(saved, found)
-    except CheckpointError as error:
-        return str(error), None
-    if differs := manifest.difference(saved_leaves.facts(found.leaves, found.precision), own):
-        raise CheckpointError(
-            f"{saved} is of another model, optimizer, precision or seed: {differs}. Make the state "
-            "that it was saved from, or give another folder"
-        )
-    return None, asdict(found.position)
-
-
-def _count(name: str, value: Any) -> int:
+def _check_count(name: str, value: Any) -> int:
     number = whole_number(value)
     if number is None or number < 1:
         raise ValueError(f"Checkpoints needs {name}= a count from 1 on, got {value!r}")

@@ -1,4 +1,4 @@
-"""The folder of a run's checkpoints: their names, who may use it, and whether there is room."""
+"""Manage the folder of a run's checkpoints: names, the lock, sharing, and free space."""
 
 import errno
 import os
@@ -10,15 +10,15 @@ from pathlib import Path
 
 from txcore.train.checkpoints.manifest import PREFIX, CheckpointError
 
-UNFINISHED = ".orbax-checkpoint-tmp"  # what follows a name until all is written
-_NAME = re.compile(rf"{PREFIX}([0-9]{{8}}|[1-9][0-9]{{8,}})")  # those that `name` makes
+UNFINISHED = ".orbax-checkpoint-tmp"  # suffix of a name until the checkpoint is whole
+_NAME = re.compile(rf"{PREFIX}([0-9]{{8}}|[1-9][0-9]{{8,}})")  # as `checkpoint_name` makes them
 _SPARE = 1 << 20  # bytes that a checkpoint takes beside its arrays
-_MARK = ".shared-"  # begins the name of the file by which processes see that they share the folder
-_SEEN_S = 10.0  # until a file of one process is seen by all: a network file system may be late
-_LOOK_S = 0.05
+_MARK = ".shared-"  # prefix of the file that shows all processes that they share the folder
+_SEEN_S = 10.0  # until all processes see a file of one: a network file system may be late
+_LOOK_S = 0.05  # between two looks
 
 
-def absolute(directory: str | os.PathLike[str]) -> Path:
+def absolute_path(directory: str | os.PathLike[str]) -> Path:
     """Return the absolute path of a folder; a leading "~" is the user's home, as in a shell.
 
     Raises:
@@ -33,27 +33,30 @@ def absolute(directory: str | os.PathLike[str]) -> Path:
     return Path(path).absolute()
 
 
-def name(steps: int) -> str:
+def checkpoint_name(steps: int) -> str:
     """Return the name of the checkpoint after so many steps."""
     return f"{PREFIX}{steps:08d}"
 
 
 def is_name(text: str) -> bool:
-    """Tell whether a folder's name is one that `name` makes."""
+    """Tell whether a folder's name is that of a checkpoint."""
     return _NAME.fullmatch(text) is not None
 
 
 def names(directory: Path) -> list[str]:
     """Return the checkpoints in a folder, the newest first."""
     found = (_NAME.fullmatch(path.name) for path in directory.glob(f"{PREFIX}*"))
-    return [name(n) for n in sorted((int(match[1]) for match in found if match), reverse=True)]
+    return [
+        checkpoint_name(n)
+        for n in sorted((int(match[1]) for match in found if match), reverse=True)
+    ]
 
 
-def take(directory: Path, *, fresh: bool) -> int:
-    """Make a folder ours: writable (tried), used by no other run, without unfinished leftovers.
+def take_folder(directory: Path, *, fresh: bool) -> int:
+    """Lock a folder for this run, check that it is writable, and delete unfinished checkpoints.
 
     Args:
-      directory: the folder; made where it is missing.
+      directory: the folder; made if it is missing.
       fresh: whether it must have no checkpoint yet.
 
     Returns:
@@ -64,10 +67,10 @@ def take(directory: Path, *, fresh: bool) -> int:
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        lock = _lock(directory)
+        lock = _lock_folder(directory)
         _try_to_write(directory, lock)
     except OSError as error:
-        raise CheckpointError(_unusable(directory, error)) from None
+        raise CheckpointError(_describe_unusable(directory, error)) from None
     found = names(directory)
     if found and fresh:
         os.close(lock)
@@ -75,7 +78,7 @@ def take(directory: Path, *, fresh: bool) -> int:
             f"{directory} has checkpoints already, the newest {found[0]}: resume from it "
             "(resume='auto'), or give another folder"
         )
-    clear(directory, f"{PREFIX}*")
+    delete_unfinished(directory, f"{PREFIX}*")
     return lock
 
 
@@ -87,8 +90,8 @@ def _try_to_write(directory: Path, lock: int) -> None:
         raise
 
 
-def mark(directory: Path) -> str:
-    """Put a file of a new name into a folder, and return its name: by it others know the folder."""
+def make_mark(directory: Path) -> str:
+    """Make a file with a new name in a folder, by which others recognize it; return the name."""
     number, path = tempfile.mkstemp(prefix=_MARK, dir=directory)
     os.close(number)
     return Path(path).name
@@ -104,7 +107,7 @@ def check_shared(directory: Path, marked: str) -> None:
     Raises:
       CheckpointError: the file is not there, or no other can be made.
     """
-    if not _comes(directory / marked):
+    if not _wait_for_path(directory / marked):
         raise CheckpointError(
             f"the checkpoint folder {directory} is not shared: a file that rank 0 made in it is "
             "not there. Give a folder on a file system that all processes share"
@@ -112,11 +115,11 @@ def check_shared(directory: Path, marked: str) -> None:
     try:
         os.rmdir(tempfile.mkdtemp(prefix=".writable", dir=directory))
     except OSError as error:
-        raise CheckpointError(_unusable(directory, error)) from None
+        raise CheckpointError(_describe_unusable(directory, error)) from None
 
 
-def _comes(path: Path) -> bool:
-    """Tell whether what another process has made is seen by this one; waits for it."""
+def _wait_for_path(path: Path) -> bool:
+    """Wait until this process sees a path that another one has made; tell whether it does."""
     end = time.monotonic() + _SEEN_S
     while not path.exists():
         if time.monotonic() > end:
@@ -125,59 +128,59 @@ def _comes(path: Path) -> bool:
     return True
 
 
-def unmark(directory: Path) -> None:
-    """Delete the files of `mark`, also those of a run that was killed."""
+def delete_marks(directory: Path) -> None:
+    """Delete the files of `make_mark`, also those of a run that was killed."""
     for path in directory.glob(f"{_MARK}*"):
         path.unlink(missing_ok=True)
 
 
-def _unusable(directory: Path, error: OSError) -> str:
+def _describe_unusable(directory: Path, error: OSError) -> str:
     return (
-        f"the checkpoint folder {directory} cannot be used: {reason(error)}. Give one that this "
-        "user may write"
+        f"the checkpoint folder {directory} cannot be used: {describe_error(error)}. Give one that "
+        "this user may write"
     )
 
 
-def unfinished(to: Path) -> Path:
-    """Return where a checkpoint lies until all of it is written."""
+def unfinished_path(to: Path) -> Path:
+    """Return the path of a checkpoint until it is whole."""
     return to.with_name(f"{to.name}{UNFINISHED}")
 
 
-def make(to: Path) -> None:
-    """Make the folder in which a checkpoint is written, anew."""
-    shutil.rmtree(unfinished(to), ignore_errors=True)
-    unfinished(to).mkdir()
+def make_unfinished(to: Path) -> None:
+    """Make an empty folder to write a checkpoint into."""
+    shutil.rmtree(unfinished_path(to), ignore_errors=True)
+    unfinished_path(to).mkdir()
 
 
 def check_made(to: Path) -> None:
-    """Refuse to write where process 0's folder is not.
+    """Refuse to write if the folder that process 0 has made is missing.
 
     Raises:
-      CheckpointError: it is not there.
+      CheckpointError: it is missing.
     """
-    if not _comes(unfinished(to)):
+    if not _wait_for_path(unfinished_path(to)):
         raise CheckpointError(
-            f"{unfinished(to)}, which rank 0 has made, is not there: {to.parent} is not shared"
+            f"{unfinished_path(to)}, which rank 0 has made, is not there: {to.parent} is not shared"
         )
 
 
-def commit(to: Path) -> None:
-    """Give a checkpoint that is whole its name, in place of another of that name."""
+def commit_finished(to: Path) -> None:
+    """Rename a whole checkpoint to its final name, replacing another one."""
     if to.is_dir() and not to.is_symlink():
         shutil.rmtree(to)
     else:
         to.unlink(missing_ok=True)
-    os.rename(unfinished(to), to)
+    os.rename(unfinished_path(to), to)
 
 
-def clear(directory: Path, names: str) -> None:
-    """Delete what is left of checkpoints that were not finished."""
+def delete_unfinished(directory: Path, names: str) -> None:
+    """Delete unfinished checkpoints."""
     for leftover in directory.glob(f"{names}{UNFINISHED}*"):
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-def _lock(directory: Path) -> int:
-    import fcntl  # not on Windows, where jax has several processes as little
+def _lock_folder(directory: Path) -> int:
+    import fcntl  # missing on Windows, where jax does not run in several processes either
 
     lock = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
     try:
@@ -188,11 +191,11 @@ def _lock(directory: Path) -> int:
             raise CheckpointError(
                 f"{directory} is in use by another run: end that one, or give another folder"
             ) from None
-    return lock  # a file system without locks has none to give
+    return lock  # unlocked on a file system without locks
 
 
-def no_room(directory: Path, need: int) -> str | None:
-    """Return why so many bytes cannot be written, as far as that can be told before."""
+def describe_shortage(directory: Path, need: int) -> str | None:
+    """Return why so many bytes cannot be written, None if nothing speaks against it."""
     if not os.access(directory, os.W_OK | os.X_OK):
         return f"{directory} may not be written"
     need, free = need + _SPARE, shutil.disk_usage(directory).free
@@ -201,7 +204,7 @@ def no_room(directory: Path, need: int) -> str | None:
     return None
 
 
-def reason(error: BaseException) -> str:
-    """Return an error's words on one line."""
+def describe_error(error: BaseException) -> str:
+    """Return an error's text on one line."""
     text = (isinstance(error, OSError) and error.strerror) or str(error) or repr(error)
     return " ".join(text.split())[:400]

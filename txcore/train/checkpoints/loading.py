@@ -1,4 +1,4 @@
-"""Parameters alone out of a checkpoint: to infer with, or to begin another run from."""
+"""Load parameters from a checkpoint, for inference or as the start of another run."""
 
 import logging
 import os
@@ -21,21 +21,21 @@ _LOG = logging.getLogger("txcore")
 def load_params(path: str | os.PathLike[str], params: Any, *, best: bool = False) -> Any:
     """Read the parameters of a checkpoint, whatever mesh, optimizer and precision it was made with.
 
-    Every process reads by itself, and a run may be writing meanwhile. Files are compared with
-    their digests first; of a damaged checkpoint that is said, and the one before is taken.
+    Every process reads by itself, even while a run writes. Files are compared with their digests
+    first; a damaged checkpoint is logged, and the previous one is taken.
 
     Args:
       path: the folder of a run, or one checkpoint in it ("runs/a/step_00000100").
-      params: pytree of arrays, or of shapes, as `create_state` takes it; says what to read and in
-        which floating-point dtypes. It may lack leaves of the checkpoint.
-      best: the best by the metric of `Checkpoints(keep_best=)`, instead of the newest.
+      params: pytree of arrays or shapes, as for `create_state`: the leaves to read, with their
+        floating-point dtypes. It may lack leaves of the checkpoint.
+      best: take the best by the metric of `Checkpoints(keep_best=)` instead of the newest.
 
     Returns:
       The pytree with NumPy arrays, for `engine.create_state` or `jax.device_put`.
 
     Raises:
-      CheckpointError: there is no checkpoint that can be used, or it lacks a leaf, or has it in
-        another shape or in a dtype that does not convert; the leaves are named.
+      CheckpointError: there is no usable checkpoint, or a leaf is missing, or has another shape or
+        a dtype that does not convert; the leaves are named.
 
     Example:
       >>> import tempfile
@@ -47,7 +47,7 @@ def load_params(path: str | os.PathLike[str], params: Any, *, best: bool = False
       >>> tx.load_params(checkpoints.directory, {"w": np.zeros(3, np.float16)})
       {'w': array([1., 1., 1.], dtype=float16)}
     """
-    return _load(path, "stored_params", "params", params, best)
+    return _load_field(path, "stored_params", "params", params, best)
 
 
 def load_extra(path: str | os.PathLike[str], extra: Any, *, best: bool = False) -> Any:
@@ -55,7 +55,7 @@ def load_extra(path: str | os.PathLike[str], extra: Any, *, best: bool = False) 
 
     Args:
       path: as for `load_params`.
-      extra: pytree of arrays of the shapes and dtypes to return; a part of what was saved will do.
+      extra: pytree of arrays of the shapes and dtypes to return; may be a part of what was saved.
       best: as for `load_params`.
 
     Returns:
@@ -75,18 +75,18 @@ def load_extra(path: str | os.PathLike[str], extra: Any, *, best: bool = False) 
       >>> tx.load_extra(checkpoints.directory, {"mean": np.zeros(2, np.float32)})
       {'mean': array([1., 1.], dtype=float32)}
     """
-    return _load(path, "extra", "extra", extra, best)
+    return _load_field(path, "extra", "extra", extra, best)
 
 
-def _load(path: str | os.PathLike[str], field: str, what: str, like: Any, best: bool) -> Any:
-    place = folder.absolute(path)
+def _load_field(path: str | os.PathLike[str], field: str, what: str, like: Any, best: bool) -> Any:
+    place = folder.absolute_path(path)
     single = (place / manifest.NAME).exists() or folder.is_name(place.name)
     problem = f"{place} has no checkpoint to load"
-    for saved in [place] if single else _candidates(place, best):
+    for saved in [place] if single else _list_candidates(place, best):
         try:
-            found = manifest.read(saved)
-            manifest.verify(saved, found)
-            return _read(saved, found, field, what, like)
+            found = manifest.read_manifest(saved)
+            manifest.verify_files(saved, found)
+            return _read_leaves(saved, found, field, what, like)
         except _Unusable as error:
             raise CheckpointError(str(error)) from None
         except CheckpointError as error:
@@ -97,10 +97,10 @@ def _load(path: str | os.PathLike[str], field: str, what: str, like: Any, best: 
 
 
 class _Unusable(CheckpointError):
-    """What was asked for is not what is saved: no other checkpoint of the run will do."""
+    """The request does not match what is saved, which no other checkpoint of the run changes."""
 
 
-def _candidates(directory: Path, best: bool) -> list[Path]:
+def _list_candidates(directory: Path, best: bool) -> list[Path]:
     names = folder.names(directory)
     if not best:
         return [directory / name for name in names]
@@ -118,31 +118,35 @@ def _candidates(directory: Path, best: bool) -> list[Path]:
     return order
 
 
-def _read(saved: Path, found: Manifest, field: str, what: str, like: Any) -> Any:
+def _read_leaves(saved: Path, found: Manifest, field: str, what: str, like: Any) -> Any:
     leaves, structure = jax.tree_util.tree_flatten_with_path(like)
-    wanted = [(jax.tree_util.keystr(path), _shaped(leaf)) for path, leaf in leaves]
+    wanted = [(jax.tree_util.keystr(path), _with_shape(leaf)) for path, leaf in leaves]
     places = {leaf.path: i for i, leaf in enumerate(found.leaves)}
-    problems = [_problem(found.leaves, places, field, what, name, x) for name, x in wanted]
+    problems = [_describe_problem(found.leaves, places, field, what, name, x) for name, x in wanted]
     if texts := [text for text in problems if text is not None]:
         more = [f"and {len(texts) - 3} more"] if len(texts) > 4 else []
         raise _Unusable(
             f"{saved} does not hold these {what}: {'; '.join(texts[: 3 if more else 4] + more)}. "
             f"Give {what} like those that it was saved from, or a part of them"
         )
-    numbers = {name: saved_leaves.number(places[field + name]) for name, x in wanted if x.size}
+    numbers = {
+        name: saved_leaves.array_number(places[field + name]) for name, x in wanted if x.size
+    }
     arrays = read_arrays(saved, list(numbers.values())) if numbers else {}
     read = {name: np.asarray(arrays[number]) for name, number in numbers.items()}
     for name, values in read.items():
-        if not _finite(values):
+        if not _is_finite(values):
             raise CheckpointError(f"{saved} holds values that are not finite, in {what}{name}")
-    return jax.tree.unflatten(structure, [_as(x, read.get(n), what + n) for n, x in wanted])
+    return jax.tree.unflatten(
+        structure, [_convert_leaf(x, read.get(n), what + n) for n, x in wanted]
+    )
 
 
-def _shaped(leaf: Any) -> Any:
+def _with_shape(leaf: Any) -> Any:
     return leaf if hasattr(leaf, "shape") and hasattr(leaf, "dtype") else np.asarray(leaf)
 
 
-def _problem(
+def _describe_problem(
     leaves: tuple[Leaf, ...], places: Mapping[str, int], field: str, what: str, name: str, x: Any
 ) -> str | None:
     if field + name not in places:
@@ -162,18 +166,18 @@ def _is_float(dtype: Any) -> bool:
         return False
 
 
-def _finite(values: np.ndarray) -> bool:
+def _is_finite(values: np.ndarray) -> bool:
     return not _is_float(values.dtype) or bool(np.isfinite(values).all())
 
 
-def _as(like: Any, read: np.ndarray | None, where: str) -> Any:
-    """Return an array that was read in the dtype of `like`; None for one without elements."""
+def _convert_leaf(like: Any, read: np.ndarray | None, where: str) -> Any:
+    """Return an array in the dtype of `like`; `read` is None for one without elements."""
     if read is None:
         return np.zeros(like.shape, like.dtype)
     if jnp.issubdtype(like.dtype, jax.dtypes.prng_key):
         return saved_leaves.with_keys(read, like)
     with np.errstate(over="ignore"):
         cast = read.astype(like.dtype)
-    if not _finite(cast):
+    if not _is_finite(cast):
         raise _Unusable(f"{where} holds values that {like.dtype} cannot: give a wider dtype")
     return cast

@@ -1,4 +1,4 @@
-"""What one checkpoint's folder holds: a file of our own beside orbax's, checked before use."""
+"""The manifest of a checkpoint: a file beside orbax's that describes and verifies them."""
 
 import functools
 import hashlib
@@ -21,7 +21,7 @@ PREFIX = "step_"  # of a checkpoint's folder, before its steps
 FORMAT = "txcore-checkpoint"
 VERSION = 1
 MOST_BYTES = 1 << 26  # of the manifest
-# Those that orbax writes after the last moment at which the manifest can be made.
+# The files that orbax itself writes after the manifest is made.
 _LATE = ("_CHECKPOINT_METADATA", "commit_success.txt")
 _CHUNK = 1 << 20
 _COUNT = range(10**18)
@@ -55,7 +55,7 @@ class CheckpointError(TxcoreError, RuntimeError):
 
 @dataclass(frozen=True)
 class Position:
-    """Hold how far `fit` has come; with the state and the data it is the whole run.
+    """Hold how far `fit` has come; with the state and the data it determines the rest of the run.
 
     Attributes:
       steps: batches done, those that a loss scale skipped too.
@@ -82,9 +82,12 @@ class Leaf(NamedTuple):
 
 
 class Metric(NamedTuple):
-    """Hold what an evaluation says of one checkpoint: ("accuracy", "max", 0.93).
+    """Hold a checkpoint's metric: ("accuracy", "max", 0.93).
 
-    `mode` says whether more ("max") or less ("min") of it is better.
+    Attributes:
+      name: as `evaluate` returns it.
+      mode: whether more ("max") or less ("min") is better.
+      value: of this checkpoint.
     """
 
     name: str
@@ -94,7 +97,7 @@ class Metric(NamedTuple):
 
 @dataclass(frozen=True)
 class Manifest:
-    """Hold what a checkpoint is of.
+    """Describe a checkpoint.
 
     Attributes:
       position: where the run stood.
@@ -102,7 +105,7 @@ class Manifest:
       precision: in which dtype the steps compute.
       files: size in bytes and SHA-256 of every file beside the manifest, by its path.
       versions: of txcore, jax and orbax.
-      metric: by which the best checkpoint is kept, None where it was not evaluated.
+      metric: by which the best checkpoint is kept; None without an evaluation.
     """
 
     position: Position
@@ -113,7 +116,7 @@ class Manifest:
     metric: Metric | None = None
 
 
-def write(
+def write_manifest(
     folder: Path,
     position: Position,
     leaves: tuple[Leaf, ...],
@@ -121,18 +124,20 @@ def write(
     versions: dict[str, str],
     metric: Metric | None = None,
 ) -> None:
-    """Write the manifest of a folder whose files are all there."""
-    _write(folder / NAME, Manifest(position, leaves, precision, digests(folder), versions, metric))
+    """Write the manifest of a folder whose other files are complete."""
+    _write_file(
+        folder / NAME, Manifest(position, leaves, precision, file_digests(folder), versions, metric)
+    )
 
 
 def add_metric(folder: Path, metric: Metric) -> None:
-    """Add to a manifest what an evaluation says of its checkpoint, at once or not at all."""
+    """Add a metric to a checkpoint's manifest, atomically."""
     beside = folder.parent / f".{folder.name}.{NAME}"
-    _write(beside, replace(read(folder), metric=metric))
+    _write_file(beside, replace(read_manifest(folder), metric=metric))
     os.replace(beside, folder / NAME)
 
 
-def _write(path: Path, manifest: Manifest) -> None:
+def _write_file(path: Path, manifest: Manifest) -> None:
     body = asdict(manifest)
     text = json.dumps({"format": FORMAT, "version": VERSION, **body}, indent=1)
     with open(path, "w", encoding="utf-8") as file:
@@ -141,7 +146,7 @@ def _write(path: Path, manifest: Manifest) -> None:
         os.fsync(file.fileno())
 
 
-def read(folder: Path, *, max_bytes: int = MOST_BYTES) -> Manifest:
+def read_manifest(folder: Path, *, max_bytes: int = MOST_BYTES) -> Manifest:
     """Read a checkpoint's manifest.
 
     Args:
@@ -167,14 +172,16 @@ def read(folder: Path, *, max_bytes: int = MOST_BYTES) -> Manifest:
     if digest.decode("ascii", "replace") != _sha256(text):
         raise CheckpointError(f"{path} is damaged: its first line is not its SHA-256")
     try:
-        manifest = _parse(bounded_json.loads(text, _SCHEMA, format=FORMAT, version=VERSION))
+        manifest = _parse_manifest(
+            bounded_json.loads(text, _SCHEMA, format=FORMAT, version=VERSION)
+        )
         _check_name(folder.name, manifest.position.steps)
         return manifest
     except ValueError as error:
         raise CheckpointError(f"{path} {error}: use another checkpoint") from None
 
 
-def _parse(data: dict[str, Any]) -> Manifest:
+def _parse_manifest(data: dict[str, Any]) -> Manifest:
     leaves = tuple(Leaf(*leaf) for leaf in data["leaves"])
     for path, kind in leaves:
         _check_kind(path, kind)
@@ -184,7 +191,7 @@ def _parse(data: dict[str, Any]) -> Manifest:
         raise ValueError(f"needs a dtype as precision, got {brief(data['precision'])}")
     metric = data.get("metric")
     return Manifest(
-        position=_position(data["position"]),
+        position=_parse_position(data["position"]),
         leaves=leaves,
         precision=data["precision"],
         files={name: (size, digest) for name, (size, digest) in data["files"].items()},
@@ -193,7 +200,7 @@ def _parse(data: dict[str, Any]) -> Manifest:
     )
 
 
-def _position(data: dict[str, Any]) -> Position:
+def _parse_position(data: dict[str, Any]) -> Position:
     at = Position(**{**data, "seconds": float(data["seconds"])})
     if at.seconds < 0:
         raise ValueError(f"needs seconds of at least 0, got {at.seconds}")
@@ -222,57 +229,57 @@ def _is_dtype(name: str) -> bool:
 
 
 def _check_name(name: str, steps: int) -> None:
-    """Refuse a checkpoint whose folder is named after other steps than it says."""
+    """Refuse a checkpoint whose folder's name and position differ in their steps."""
     digits = name.removeprefix(PREFIX)
     if digits != name and digits.isdecimal() and name != f"{PREFIX}{steps:08d}":
         raise ValueError(f"needs the steps of its folder, {name}, got {steps}")
 
 
-def verify(folder: Path, manifest: Manifest) -> None:
-    """Compare every file with its digest; reads them all.
+def verify_files(folder: Path, manifest: Manifest) -> None:
+    """Compare every file with its digest.
 
     Raises:
-      CheckpointError: one is missing, has been added, or holds other bytes; it is named.
+      CheckpointError: a file is missing, has been added, or holds other bytes; it is named.
     """
     try:
-        sizes = {name: path.stat().st_size for name, path in _files(folder)}
+        sizes = {name: path.stat().st_size for name, path in _walk_files(folder)}
         for name in sorted({*manifest.files, *sizes}):
-            _compare(folder, name, manifest.files.get(name), sizes.get(name))
+            _compare_file(folder, name, manifest.files.get(name), sizes.get(name))
         for name, (_, digest) in manifest.files.items():  # as long as was saved, and no longer
             if _file_sha256(folder / name) != digest:
-                raise _damaged(folder, name, "has other bytes than were saved")
+                raise _damage_error(folder, name, "has other bytes than were saved")
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be read: {error}") from None
 
 
-def _compare(folder: Path, name: str, want: tuple[int, str] | None, size: int | None) -> None:
+def _compare_file(folder: Path, name: str, want: tuple[int, str] | None, size: int | None) -> None:
     if want is None or size is None:
-        raise _damaged(
+        raise _damage_error(
             folder, name, "is missing" if size is None else "was not there when it was saved"
         )
     if size != want[0]:
-        raise _damaged(folder, name, f"has {size} bytes, and had {want[0]} when it was saved")
+        raise _damage_error(folder, name, f"has {size} bytes, and had {want[0]} when it was saved")
 
 
-def _damaged(folder: Path, name: str, problem: str) -> CheckpointError:
+def _damage_error(folder: Path, name: str, problem: str) -> CheckpointError:
     return CheckpointError(f"{folder} is damaged: {printable(name)} {problem}")
 
 
-def digests(folder: Path) -> dict[str, tuple[int, str]]:
-    """Return size and SHA-256 of each file under `folder`, but for those that come late."""
-    return {name: (path.stat().st_size, _file_sha256(path)) for name, path in _files(folder)}
+def file_digests(folder: Path) -> dict[str, tuple[int, str]]:
+    """Return size and SHA-256 of each file under `folder`, except those that orbax writes later."""
+    return {name: (path.stat().st_size, _file_sha256(path)) for name, path in _walk_files(folder)}
 
 
-def _files(folder: Path) -> Iterator[tuple[str, Path]]:
-    """Yield the files of a checkpoint but its manifest; a pipe among them fails to open."""
+def _walk_files(folder: Path) -> Iterator[tuple[str, Path]]:
+    """Yield the files of a checkpoint except its manifest."""
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if not path.is_dir() and name not in (*_LATE, NAME):
             yield name, path
 
 
-def difference(saved: tuple[Leaf, ...], own: tuple[Leaf, ...]) -> str | None:
-    """Return how a state differs from the saved one, in words; None where it does not."""
+def describe_difference(saved: tuple[Leaf, ...], own: tuple[Leaf, ...]) -> str | None:
+    """Return in words how a state differs from the saved one; None if it does not."""
     before, now = dict(saved), dict(own)
     texts = [f"{path} ({kind}) is not in this state" for path, kind in saved if path not in now]
     texts += [f"{path} ({kind}) is not in it" for path, kind in own if path not in before]

@@ -1,10 +1,12 @@
-"""A state's arrays as a checkpoint holds them: numbered in its files, named in its manifest.
+"""Map a state's arrays to a checkpoint's: numbered in its files, named in its manifest.
 
-They are found again by name: an OrderedDict may have been filled in another order. Arrays without
-elements are in the manifest alone, and PRNG keys are saved as the numbers that they are made of.
+Restoring finds them by name, since an OrderedDict may have been filled in another order. Arrays
+without elements are in the manifest alone, and PRNG keys are saved as their key data.
 """
 
 from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from txcore import _compat
+from txcore.train.checkpoints import manifest
 from txcore.train.checkpoints.manifest import CheckpointError, Leaf
 from txcore.train.state.state import TrainState
 
@@ -19,10 +22,13 @@ from txcore.train.state.state import TrainState
 def leaves_of(state: TrainState) -> tuple[Leaf, ...]:
     """Return the name and type of every array of a state, in the order in which it is saved."""
     found = jax.tree_util.tree_flatten_with_path(state.arrays)[0]
-    seed = int(np.asarray(state.seed))
-    return tuple(
-        Leaf(_path(path), kind_of(x) + f" {seed}" * (_path(path) == "seed")) for path, x in found
-    )
+    leaves = []
+    for path, x in found:
+        name, kind = _path_of(path), kind_of(x)
+        if name == "seed":  # its value counts too: a run with another seed is another run
+            kind += f" {int(np.asarray(state.seed))}"
+        leaves.append(Leaf(name, kind))
+    return tuple(leaves)
 
 
 def kind_of(x: Any) -> str:
@@ -30,13 +36,39 @@ def kind_of(x: Any) -> str:
     return f"{x.dtype}{list(x.shape)}"
 
 
-def facts(leaves: tuple[Leaf, ...], precision: str) -> tuple[Leaf, ...]:
-    """Return what a checkpoint and a state have to have in common.
+def leaves_to_compare(leaves: tuple[Leaf, ...], precision: str) -> tuple[Leaf, ...]:
+    """Return the leaves that have to be equal in a checkpoint and a state, and the precision.
 
-    Not `loss_scaling`: in float16 it is always there, otherwise it counts what "skip" left out.
+    Leaves out `loss_scaling`, which float16 always has, and other precisions only under "skip".
     """
     kept = [leaf for leaf in leaves if not leaf.path.startswith("loss_scaling.")]
     return (Leaf("precision", precision), *kept)
+
+
+def examine_checkpoint(
+    saved: Path, own: tuple[Leaf, ...]
+) -> tuple[str | None, dict[str, Any] | None]:
+    """Return (why a checkpoint cannot be used, None), or (None, its position).
+
+    Args:
+      saved: the checkpoint's folder.
+      own: the leaves of the state that it is for (`leaves_to_compare`).
+
+    Raises:
+      CheckpointError: it is whole, but of another model.
+    """
+    try:
+        found = manifest.read_manifest(saved)
+        manifest.verify_files(saved, found)
+    except CheckpointError as error:
+        return str(error), None
+    theirs = leaves_to_compare(found.leaves, found.precision)
+    if differs := manifest.describe_difference(theirs, own):
+        raise CheckpointError(
+            f"{saved} is of another model, optimizer, precision or seed: {differs}. Make the state "
+            "that it was saved from, or give another folder"
+        )
+    return None, asdict(found.position)
 
 
 def check_kinds(state: TrainState) -> None:
@@ -48,7 +80,7 @@ def check_kinds(state: TrainState) -> None:
     import tensorstore  # orbax's own storage
 
     for name, x in _by_name(state).items():
-        dtype = _numbers(x).dtype
+        dtype = _as_numbers(x).dtype
         try:
             tensorstore.dtype(dtype.name)
         except (TypeError, ValueError):
@@ -58,62 +90,62 @@ def check_kinds(state: TrainState) -> None:
             ) from None
 
 
-def to_save(state: TrainState) -> dict[str, jax.Array]:
+def arrays_to_save(state: TrainState) -> dict[str, jax.Array]:
     """Return the arrays by their numbers."""
     arrays = enumerate(jax.tree.leaves(state.arrays))
-    return {number(i): _numbers(x) for i, x in arrays if x.size}
+    return {array_number(i): _as_numbers(x) for i, x in arrays if x.size}
 
 
-def to_read(saved: tuple[Leaf, ...], state: TrainState) -> dict[str, jax.ShapeDtypeStruct]:
-    """Return which arrays to read, by their numbers, and where on the devices they belong."""
+def shapes_to_read(saved: tuple[Leaf, ...], state: TrainState) -> dict[str, jax.ShapeDtypeStruct]:
+    """Return the arrays to read, by their numbers, with their shardings."""
     own = _by_name(state)
 
-    def shape(leaf: Leaf) -> jax.ShapeDtypeStruct:
+    def shape_to_read(leaf: Leaf) -> jax.ShapeDtypeStruct:
         if leaf.path in own:
-            x = _numbers(own[leaf.path])
+            x = _as_numbers(own[leaf.path])
             return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
         # A scalar of `loss_scaling` (see `facts`): read, since orbax reads all, and left out.
         dtype = leaf.kind.removesuffix("[]")
         return jax.ShapeDtypeStruct((), dtype, sharding=state.step.sharding)
 
-    shapes = {number(i): shape(leaf) for i, leaf in enumerate(saved)}
+    shapes = {array_number(i): shape_to_read(leaf) for i, leaf in enumerate(saved)}
     return {at: x for at, x in shapes.items() if x.size}
 
 
-def filled(state: TrainState, saved: tuple[Leaf, ...], found: Mapping[str, Any]) -> TrainState:
-    """Return the state with the arrays that were read; its own ones where there are none."""
-    by_name = {leaf.path: found.get(number(i)) for i, leaf in enumerate(saved)}
+def fill_state(state: TrainState, saved: tuple[Leaf, ...], found: Mapping[str, Any]) -> TrainState:
+    """Return the state with the arrays that were read, and its own for the rest."""
+    by_name = {leaf.path: found.get(array_number(i)) for i, leaf in enumerate(saved)}
 
-    def fill(path: str, own: jax.Array) -> jax.Array:
+    def fill_leaf(path: str, own: jax.Array) -> jax.Array:
         read = by_name.get(path)
         if read is None:
             return own
         return with_keys(read, own)
 
-    values = [fill(path, own) for path, own in _by_name(state).items()]
+    values = [fill_leaf(path, own) for path, own in _by_name(state).items()]
     return state.replace(**jax.tree.unflatten(jax.tree.structure(state.arrays), values))
 
 
 def with_keys(numbers: Any, like: Any) -> Any:
-    """Return saved numbers as the array that they are of: PRNG keys where `like` has them."""
+    """Return saved numbers as PRNG keys if `like` holds keys, else as they are."""
     if jnp.issubdtype(like.dtype, jax.dtypes.prng_key):
         return jax.random.wrap_key_data(numbers, impl=_compat.key_impl(like))
     return numbers
 
 
-def _numbers(x: jax.Array) -> jax.Array:
+def _as_numbers(x: jax.Array) -> jax.Array:
     return jax.random.key_data(x) if _compat.is_key_array(x) else x
 
 
 def _by_name(state: TrainState) -> dict[str, jax.Array]:
-    return {_path(path): x for path, x in jax.tree_util.tree_flatten_with_path(state.arrays)[0]}
+    return {_path_of(path): x for path, x in jax.tree_util.tree_flatten_with_path(state.arrays)[0]}
 
 
-def _path(path: Any) -> str:
+def _path_of(path: Any) -> str:
     field, *rest = path
     return f"{field.key}{jax.tree_util.keystr(tuple(rest))}"
 
 
-def number(i: int) -> str:
+def array_number(i: int) -> str:
     """Return the name of array `i` in orbax's files."""
     return f"{i:06d}"

@@ -99,9 +99,9 @@ def check_length(checkpoints: Checkpoints, position: Position, total: int | None
     """Refuse to resume a run that is longer already than it is to be."""
     if total is not None and position.steps > total:
         raise CheckpointError(
-            f"{checkpoints.directory / folder.name(position.steps)} is after {position.steps} "
-            f"steps, but the run is to make {total}: give steps= (or epochs=) at least as large, "
-            "or another folder",
+            f"{checkpoints.directory / folder.checkpoint_name(position.steps)} is after "
+            f"{position.steps} steps, but the run is to make {total}: give steps= (or "
+            "epochs=) at least as large, or another folder",
             every_rank=True,
         )
 

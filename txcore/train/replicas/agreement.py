@@ -1,4 +1,4 @@
-"""What all ranks of a run have to agree on before it starts: its loop, and its first state."""
+"""Check that all ranks of a run agree on its loop and on its first state."""
 
 import itertools
 import operator
@@ -10,7 +10,7 @@ import jax
 from jax.sharding import Mesh
 
 from txcore.launch import preflight
-from txcore.launch.key_value import agree
+from txcore.launch.key_value import agree_on_problem
 from txcore.launch.watch.status import MismatchError
 from txcore.train.options import Options
 from txcore.train.replicas import digests
@@ -52,12 +52,12 @@ def check_fit(
     checkpoints: "Checkpoints | None",
     **counts: int | None,
 ) -> None:
-    """Refuse to start a loop that is another one on some rank; every process has to come.
+    """Refuse to start a loop that differs on some rank; every process has to call it.
 
     Args:
       options: those of the engine that runs the steps.
       data: the batches; their number is compared where it is known.
-      evaluate: whether there is one is compared, not what it does.
+      evaluate: only whether it is given is compared.
       checkpoints: where and how often the run is saved.
       **counts: the other arguments of `fit`.
 
@@ -75,7 +75,7 @@ def check_fit(
         settings = ("every", "keep", "keep_best", "resume")
         lines += [f"checkpoints.{name}={getattr(checkpoints, name)}" for name in settings]
         lines.append(f"checkpoints.directory={os.path.realpath(checkpoints.directory)}")
-    preflight.check("fit", preflight.surroundings())
+    preflight.check("fit", preflight.read_surroundings())
     preflight.check(
         "fit",
         {"arguments of fit": lines, "engine": describe_engine(options)},
@@ -85,7 +85,7 @@ def check_fit(
 
 
 def count_batches(data: Any) -> int | None:
-    """Return how many batches an epoch has, None where the data does not say."""
+    """Return how many batches an epoch has, None if the data has no length."""
     if not isinstance(data, Sized):
         return None
     try:
@@ -95,7 +95,7 @@ def count_batches(data: Any) -> int | None:
 
 
 def check_end(position: "Position") -> None:
-    """Refuse a loop that was another one on some rank; every process has to come.
+    """Refuse a loop that has differed on some rank; every process has to call it.
 
     Args:
       position: where it ended.
@@ -130,7 +130,7 @@ def describe_engine(options: Options) -> list[str]:
 
 
 def check_beginning(options: Options, state: TrainState, name: str, batch: Any = None) -> None:
-    """Refuse a state that is not the same on every rank; every process has to come.
+    """Refuse a state that is not the same on every rank; every process has to call it.
 
     Args:
       options: those of the engine that made the state.
@@ -144,19 +144,19 @@ def check_beginning(options: Options, state: TrainState, name: str, batch: Any =
     """
     preflight.check(
         f"the state for {name}",
-        {"state": digests.describe(state.arrays), "engine": describe_engine(options)},
+        {"state": digests.describe_leaves(state.arrays), "engine": describe_engine(options)},
         timeout_s=COMPILED_S,
         problem="the ranks would begin with different states",
         remedy=_SAME_STATE,
     )
     if found := digests.find_differences(state.arrays, options.mesh.mesh):
         head = f"the ranks would begin {name} with different states (compared bit for bit):"
-        raise MismatchError(_text(head, found, _SAME_STATE))
+        raise MismatchError(_format_differences(head, found, _SAME_STATE))
     check_batch(batch, options.mesh.mesh, name)
 
 
 def check_batch(batch: Any, mesh: Mesh, name: str) -> None:
-    """Refuse a batch whose parts that several ranks have differ; every process has to come.
+    """Refuse a batch whose copies on several ranks differ; every process has to call it.
 
     Args:
       batch: pytree of arrays on the mesh. Leaves that no two ranks have a part of (examples) are
@@ -175,11 +175,11 @@ def check_batch(batch: Any, mesh: Mesh, name: str) -> None:
     }
     if shared and (found := digests.find_differences(shared, mesh)):
         head = f"the ranks would run {name} on different data (compared bit for bit):"
-        raise MismatchError(_text(head, found, _SAME_DATA))
+        raise MismatchError(_format_differences(head, found, _SAME_DATA))
 
 
 def fails_alike(error: BaseException, steps: int) -> bool:
-    """Tell whether every rank fails by the same kind of error; those that do all come here.
+    """Tell whether every rank fails by the same kind of error; each that fails has to call it.
 
     Args:
       error: of an evaluation, on this rank.
@@ -187,7 +187,7 @@ def fails_alike(error: BaseException, steps: int) -> bool:
     """
     kind = f"{type(error).__name__} after {steps} steps"
     try:
-        return agree(f"failures/{next(_failures)}", kind, timeout_s=ALIKE_S) == kind
+        return agree_on_problem(f"failures/{next(_failures)}", kind, timeout_s=ALIKE_S) == kind
     except RuntimeError:  # rank 0 has not failed
         return False
 
@@ -208,10 +208,10 @@ def check_copies(state: TrainState, mesh: Mesh, after: int | None, since: int | 
         when = "" if after is None else f" after step {after}"
         before = "" if since is None else f"; after step {since} they were equal"
         head = f"copies of the state that have to be equal bit for bit differ{when}{before}:"
-        raise MismatchError(_text(head, found, _CAUSES))
+        raise MismatchError(_format_differences(head, found, _CAUSES))
 
 
-def _text(head: str, found: Sequence[digests.Difference], remedy: str) -> str:
+def _format_differences(head: str, found: Sequence[digests.Difference], remedy: str) -> str:
     rows = [f"  {difference}" for difference in found]
     if len(found) == digests.MOST_LEAVES:
         rows.append("  (and maybe more)")
@@ -219,10 +219,10 @@ def _text(head: str, found: Sequence[digests.Difference], remedy: str) -> str:
 
 
 def check_broadcast(root: int, arrays: Any) -> None:
-    """Refuse to send a state to ranks whose leaves differ; every process has to come."""
+    """Refuse to send a state to ranks whose leaves differ; every process has to call it."""
     preflight.check(
         "create_state",
-        {"state": digests.describe(arrays), "create_state": f"broadcast_from={root}"},
+        {"state": digests.describe_leaves(arrays), "create_state": f"broadcast_from={root}"},
         problem="one rank's state does not fit the others",
         remedy=(
             "Nothing was sent. create_state(broadcast_from=) needs the same leaves on every rank, "
@@ -232,7 +232,7 @@ def check_broadcast(root: int, arrays: Any) -> None:
 
 
 def check_rank(op: str, option: str, rank: Any) -> int:
-    """Return a rank of this run, or refuse what is none."""
+    """Return a rank of this run; refuse any other value."""
     size = jax.process_count()
     try:
         number = operator.index(rank)

@@ -1,4 +1,4 @@
-"""What a user gives as parameters, copied to the host; models with more than arrays refused."""
+"""Copy a user's parameters to the host; refuse models that hold more than arrays."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -25,37 +25,37 @@ _LINEN = (
 )
 
 
-def copies(tree: Any, what: str, *, user: str = "create_state", trained: bool = False) -> Any:
+def copy_to_host(tree: Any, what: str, *, user: str = "create_state", trained: bool = False) -> Any:
     """Return a pytree with every array copied to the host; typed PRNG keys stay as they are.
 
     Args:
       tree: pytree of arrays and numbers.
       what: what errors call it ("params").
       user: what was called with it.
-      trained: whether gradients are taken of it, so that it may hold no keys.
+      trained: whether it is differentiated, so that it may hold no keys.
 
     Raises:
-      TypeError: a leaf is no array; or it lies in a model that has to be split first.
+      TypeError: a leaf is not an array, or lies in a model that has to be split first.
     """
-    modules = list(_modules(tree, what))
+    modules = list(_find_models(tree, what))
     if trained:
         _check_variables(tree, what, user)
 
-    def copy(path: Any, leaf: Any) -> Any:
+    def copy_leaf(path: Any, leaf: Any) -> Any:
         where = f"{what}{jax.tree_util.keystr(path)}"
         inside = [remedy for start, remedy in modules if where.startswith(start)]
-        if problem := _problem(leaf, bool(inside), trained):
-            raise TypeError(f"{user} needs {problem} at {where}: {_remedy(leaf, inside)}")
+        if problem := _describe_problem(leaf, bool(inside), trained):
+            raise TypeError(f"{user} needs {problem} at {where}: {_choose_remedy(leaf, inside)}")
         if _compat.is_key_array(leaf):
             return leaf
         given = in_native_order(np.asarray(leaf))
         return np.array(given, dtype=jax.dtypes.canonicalize_dtype(given.dtype))
 
-    return jax.tree_util.tree_map_with_path(copy, tree)
+    return jax.tree_util.tree_map_with_path(copy_leaf, tree)
 
 
-def _problem(leaf: Any, in_module: bool, trained: bool) -> str | None:
-    """Return what is needed and what was given, None where that is an array."""
+def _describe_problem(leaf: Any, in_module: bool, trained: bool) -> str | None:
+    """Return what is needed and what was given; None for an array."""
     if isinstance(leaf, jax.core.Tracer):
         return f"arrays, got {type(leaf).__name__}, which stands for one while jax traces,"
     if _compat.is_key_array(leaf):
@@ -79,7 +79,7 @@ def _is_numeric(dtype: np.dtype) -> bool:
     return jnp.issubdtype(dtype, np.number) or jnp.issubdtype(dtype, np.bool_)
 
 
-def _remedy(leaf: Any, inside: list[str]) -> str:
+def _choose_remedy(leaf: Any, inside: list[str]) -> str:
     if isinstance(leaf, jax.core.Tracer):
         return "call it outside of jax.jit, vmap, grad and scan"
     if own := _remedy_of(leaf):
@@ -93,8 +93,8 @@ def _remedy(leaf: Any, inside: list[str]) -> str:
     return "convert it with numpy.asarray"
 
 
-def _modules(tree: Any, what: str) -> Iterator[tuple[str, str]]:
-    """Yield where a model lies in a pytree, and what to do if it holds more than arrays."""
+def _find_models(tree: Any, what: str) -> Iterator[tuple[str, str]]:
+    """Yield the path of each model in a pytree, and what to do if it holds more than arrays."""
     nodes = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: _remedy_of(x) is not None)
     for path, node in nodes[0]:
         if remedy := _remedy_of(node):
@@ -102,7 +102,7 @@ def _modules(tree: Any, what: str) -> Iterator[tuple[str, str]]:
 
 
 def _check_variables(tree: Any, what: str, user: str) -> None:
-    """Refuse to train what an nnx model does not call a Param: weight decay would change it."""
+    """Refuse to train nnx variables that are not Params: weight decay would change them."""
     nodes = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: bool(_variable_of(x)))
     for path, node in nodes[0]:
         kinds = _variable_of(node)
@@ -114,7 +114,7 @@ def _check_variables(tree: Any, what: str, user: str) -> None:
 
 
 def _variable_of(x: Any) -> list[str]:
-    """Return the names of an nnx Variable's classes, the own one first; none for anything else."""
+    """Return the names of an nnx Variable's classes, its own first; none for other values."""
     names = [base.__name__ for base in type(x).__mro__]
     nnx = any(base.__module__.startswith("flax.nnx.") for base in type(x).__mro__)
     return names if nnx and "Variable" in names else []

@@ -1,4 +1,4 @@
-"""Copies of a state that have to be equal bit for bit: compared by digests, or made equal.
+"""Compare the copies of a state by digests, or make them equal, bit for bit.
 
 Each copy has a digest of 64 bits (BLAKE2b); one of a large leaf is made of the few words that its
 device folds it to. Two small leaves that differ have the same digest with a probability of 2**-64.
@@ -59,7 +59,7 @@ class Difference:
 
 
 def find_differences(tree: Any, mesh: Mesh) -> list[Difference]:
-    """Compare the copies of each leaf over the devices of a mesh; every process has to come.
+    """Compare the copies of each leaf over the devices of a mesh; every process has to call it.
 
     Args:
       tree: pytree of arrays that lie on the mesh.
@@ -73,13 +73,16 @@ def find_differences(tree: Any, mesh: Mesh) -> list[Difference]:
     ]
     if not found:
         return []
-    specs = tuple(_spec(leaf) for _, leaf in found)
-    digests = _digests([leaf for _, leaf in found], mesh)
+    specs = tuple(_spec_of(leaf) for _, leaf in found)
+    digests = _make_digests([leaf for _, leaf in found], mesh)
     bad = np.flatnonzero(np.asarray(_compare_on(mesh, specs)(digests)))[:MOST_LEAVES]
     if not bad.size:
         return []
     rows = np.asarray(_gather_on(mesh)(digests))
-    return [Difference(_line(*found[i]), _groups(found[i][1], mesh, rows[:, i])) for i in bad]
+    return [
+        Difference(_describe_leaf(*found[i]), _group_devices(found[i][1], mesh, rows[:, i]))
+        for i in bad
+    ]
 
 
 def lies_on_several_ranks(leaf: jax.Array) -> bool:
@@ -95,18 +98,20 @@ def _has_copies(sharding: Any, shape: tuple[int, ...]) -> bool:
     return any(len(having) > 1 for having in ranks.values())
 
 
-def describe(tree: Any) -> list[str]:
+def describe_leaves(tree: Any) -> list[str]:
     """Return a line for each leaf: its path, dtype and shape."""
-    return [_line(path, leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]]
+    return [
+        _describe_leaf(path, leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
+    ]
 
 
-def _line(path: Any, leaf: Any) -> str:
+def _describe_leaf(path: Any, leaf: Any) -> str:
     field, *rest = path
     name = f"{getattr(field, 'key', field)}{jax.tree_util.keystr(tuple(rest))}"
     return f"{name} {jnp.result_type(leaf)}[{','.join(map(str, np.shape(leaf)))}]"
 
 
-def _spec(leaf: jax.Array) -> P:
+def _spec_of(leaf: jax.Array) -> P:
     assert isinstance(leaf.sharding, NamedSharding)
     return leaf.sharding.spec
 
@@ -117,7 +122,7 @@ def _same_mesh(one: Any, other: Mesh) -> bool:
 
 
 def _on_mesh(leaf: Any, mesh: Mesh) -> jax.Array:
-    """Return a leaf as it lies on the mesh; a host's own one copied to all of its devices."""
+    """Return a leaf on the mesh; copy one that lies elsewhere to all of its devices."""
     sharding = getattr(leaf, "sharding", None)
     if isinstance(sharding, NamedSharding) and _same_mesh(sharding.mesh, mesh):
         return leaf
@@ -125,8 +130,10 @@ def _on_mesh(leaf: Any, mesh: Mesh) -> jax.Array:
     return jax.make_array_from_callback(host.shape, NamedSharding(mesh, P()), lambda at: host[at])
 
 
-def _groups(leaf: jax.Array, mesh: Mesh, digests: np.ndarray) -> tuple[tuple[jax.Device, ...], ...]:
-    """Return the devices by what they hold; of parts of a leaf, those of the first that differs."""
+def _group_devices(
+    leaf: jax.Array, mesh: Mesh, digests: np.ndarray
+) -> tuple[tuple[jax.Device, ...], ...]:
+    """Group the devices by their digests; of a split leaf, those of the first part that differs."""
     parts: dict[str, dict[bytes, list[jax.Device]]] = {}
     places = leaf.sharding.devices_indices_map(leaf.shape)
     for device, digest in zip(mesh.devices.flat, digests, strict=True):
@@ -136,10 +143,10 @@ def _groups(leaf: jax.Array, mesh: Mesh, digests: np.ndarray) -> tuple[tuple[jax
     return tuple(tuple(g) for g in sorted(first.values(), key=lambda group: -len(group)))
 
 
-def _digests(leaves: Sequence[jax.Array], mesh: Mesh) -> jax.Array:
+def _make_digests(leaves: Sequence[jax.Array], mesh: Mesh) -> jax.Array:
     """Return each device's digests of what it holds: uint32[devices, leaves, 2]."""
     plain = [jax.random.key_data(x) if _compat.is_key_array(x) else x for x in leaves]
-    folded = [x if x.size <= SMALL else _fold_on(mesh, _spec(x))(x) for x in plain]
+    folded = [x if x.size <= SMALL else _fold_on(mesh, _spec_of(x))(x) for x in plain]
     rows: dict[jax.Device, list[np.ndarray]] = {device: [] for device in mesh.local_devices}
     for leaf in folded:
         for shard in leaf.addressable_shards:
@@ -162,7 +169,7 @@ _hash = functools.partial(hashlib.blake2b, digest_size=8)
 @functools.lru_cache(maxsize=256)
 def _fold_on(mesh: Mesh, spec: P) -> Callable[[jax.Array], jax.Array]:
     def fold_own(leaf: jax.Array) -> jax.Array:
-        return vary(fold(leaf)[None], mesh.axis_names)
+        return vary(fold_leaf(leaf)[None], mesh.axis_names)
 
     mapped = jax.shard_map(fold_own, mesh=mesh, in_specs=spec, out_specs=P(mesh.axis_names))
     return jax.jit(mapped)
@@ -174,7 +181,7 @@ def _compare_on(mesh: Mesh, specs: tuple[P, ...]) -> Callable[[jax.Array], jax.A
     names = mesh.axis_names
     split = [frozenset(jax.tree.leaves(tuple(spec))) for spec in specs]
 
-    def compare(digests: jax.Array) -> jax.Array:
+    def compare_copies(digests: jax.Array) -> jax.Array:
         flags = [jnp.int32(0)] * len(specs)
         for axes in sorted(set(split), key=sorted):
             places = [i for i, own in enumerate(split) if own == axes]
@@ -191,7 +198,7 @@ def _compare_on(mesh: Mesh, specs: tuple[P, ...]) -> Callable[[jax.Array], jax.A
                 flags[i] = differ[k]
         return jnp.stack(flags)
 
-    mapped = jax.shard_map(compare, mesh=mesh, in_specs=P(names), out_specs=P())
+    mapped = jax.shard_map(compare_copies, mesh=mesh, in_specs=P(names), out_specs=P())
     return jax.jit(mapped)
 
 
@@ -199,13 +206,13 @@ def _compare_on(mesh: Mesh, specs: tuple[P, ...]) -> Callable[[jax.Array], jax.A
 def _gather_on(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
     names = mesh.axis_names
 
-    def gather(digests: jax.Array) -> jax.Array:
+    def gather_digests(digests: jax.Array) -> jax.Array:
         return all_gather(digests, names, invariant=True, name="replicas")
 
-    return jax.jit(jax.shard_map(gather, mesh=mesh, in_specs=P(names), out_specs=P()))
+    return jax.jit(jax.shard_map(gather_digests, mesh=mesh, in_specs=P(names), out_specs=P()))
 
 
-def fold(leaf: jax.Array) -> jax.Array:
+def fold_leaf(leaf: jax.Array) -> jax.Array:
     """Return a few 32-bit words that depend on every bit of an array and on where it stands.
 
     Slices of the array are folded into one, so many at a time, by a bijection of each word: what
@@ -219,15 +226,15 @@ def fold(leaf: jax.Array) -> jax.Array:
       uint32 array of at most `FOLDED` elements' words.
 
     Example:
-      >>> from txcore.train.replicas.digests import fold
+      >>> from txcore.train.replicas.digests import fold_leaf
       >>> zeros = jax.numpy.zeros(10_000)
-      >>> fold(zeros).shape, bool((fold(zeros) == fold(-zeros)).all())
+      >>> fold_leaf(zeros).shape, bool((fold_leaf(zeros) == fold_leaf(-zeros)).all())
       ((313,), False)
     """
     folded = leaf.reshape(-1)
     while folded.size > FOLDED:
         folded = _fold_once(folded)
-    return jnp.concatenate(_words(folded))
+    return jnp.concatenate(_split_words(folded))
 
 
 def _fold_once(flat: jax.Array) -> jax.Array:
@@ -236,16 +243,16 @@ def _fold_once(flat: jax.Array) -> jax.Array:
     for start in range(0, flat.size, size):
         part = lax.slice(flat, (start,), (min(start + size, flat.size),))
         part = lax.pad(part, jnp.zeros((), part.dtype), [(0, size - part.size, 0)])
-        for words in _words(part):
+        for words in _split_words(part):
             folded = (folded ^ words) * _ODD
             folded = folded ^ (folded >> np.uint32(15))
     return folded
 
 
-def _words(x: jax.Array) -> list[jax.Array]:
+def _split_words(x: jax.Array) -> list[jax.Array]:
     """Return the bits of each element in 32-bit words: a list of arrays of its shape."""
     if jnp.issubdtype(x.dtype, jnp.complexfloating):
-        return [*_words(lax.real(x)), *_words(lax.imag(x))]
+        return [*_split_words(lax.real(x)), *_split_words(lax.imag(x))]
     if x.dtype.itemsize == 8:
         pairs = lax.bitcast_convert_type(x, jnp.uint32)
         return [pairs[..., 0], pairs[..., 1]]
@@ -256,12 +263,12 @@ def _words(x: jax.Array) -> list[jax.Array]:
     return [lax.convert_element_type(x, jnp.uint32)]
 
 
-def _of_words(words: Sequence[jax.Array], dtype: Any) -> jax.Array:
-    """Return the elements that `_words` made the words of."""
+def _join_words(words: Sequence[jax.Array], dtype: Any) -> jax.Array:
+    """Return the elements that `_split_words` has split."""
     if jnp.issubdtype(dtype, jnp.complexfloating):
         half = len(words) // 2
         part = jnp.dtype("float32" if half == 1 else "float64")
-        return lax.complex(_of_words(words[:half], part), _of_words(words[half:], part))
+        return lax.complex(_join_words(words[:half], part), _join_words(words[half:], part))
     if dtype.itemsize == 8:
         return lax.bitcast_convert_type(jnp.stack(words, axis=-1), dtype)
     if dtype.itemsize == 4:
@@ -272,11 +279,11 @@ def _of_words(words: Sequence[jax.Array], dtype: Any) -> jax.Array:
     return lax.convert_element_type(words[0], dtype)
 
 
-# One rank's values for all. Their bits are sent: a sum would make 0.0 of -0.0, and a NaN another.
+# One rank's values for all. Bits are sent, since a sum would turn -0.0 into 0.0 and change NaNs.
 
 
 def send_from(tree: Any, mesh: Mesh, root: int) -> Any:
-    """Return the values of one process's tree on every device of a mesh; every process has to come.
+    """Send one process's tree to every device of a mesh; every process has to call it.
 
     Args:
       tree: pytree of host arrays of the same shapes and dtypes on every process, or typed keys.
@@ -310,13 +317,13 @@ def send_from(tree: Any, mesh: Mesh, root: int) -> Any:
 def sending_program(mesh: Mesh, root: int) -> Callable[[Any], Any]:
     """Return the program of `send_from`, given a row for each device in each leaf."""
 
-    def send(tree: Any) -> Any:
-        rows = jax.tree.map(lambda x: _words(x[0]), tree)
+    def send_words(tree: Any) -> Any:
+        rows = jax.tree.map(lambda x: _split_words(x[0]), tree)
         sent = broadcast(rows, mesh.axis_names, root, name="state")
-        return jax.tree.map(lambda x, words: _of_words(words, x.dtype), tree, sent)
+        return jax.tree.map(lambda x, words: _join_words(words, x.dtype), tree, sent)
 
     rows, whole = P(mesh.axis_names), P()
-    return jax.jit(jax.shard_map(send, mesh=mesh, in_specs=rows, out_specs=whole))
+    return jax.jit(jax.shard_map(send_words, mesh=mesh, in_specs=rows, out_specs=whole))
 
 
 def sending_shapes(tree: Any, mesh: Mesh) -> Any:

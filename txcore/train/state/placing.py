@@ -11,7 +11,7 @@ from txcore.mesh import MeshSpec
 from txcore.train.numerics import loss_scale
 from txcore.train.options import Options
 from txcore.train.replicas import agreement, digests
-from txcore.train.replicas.copies import copies
+from txcore.train.replicas.copies import copy_to_host
 from txcore.train.state.layout import check_optimizer, place_leaf, split_as, state_specs
 
 
@@ -34,14 +34,14 @@ def create_arrays(
     """
     if broadcast_from is not None:
         agreement.check_rank("create_state", "broadcast_from", broadcast_from)
-    params, extra = copies(params, "params", trained=True), copies(extra, "extra")
+    params, extra = copy_to_host(params, "params", trained=True), copy_to_host(extra, "extra")
     scaling = options.precision.scaling
     if scaling is None and options.on_nonfinite == "skip":
         scaling = 1.0
     arrays = {
         "step": np.zeros((), np.int32),
         "stored_params": params,
-        "opt_state": copies(options.optimizer.init(params), "optimizer state"),
+        "opt_state": copy_to_host(options.optimizer.init(params), "optimizer state"),
         "seed": np.asarray(options.seed, np.uint32),
         "extra": extra,
         "loss_scaling": loss_scale.start(scaling),
@@ -87,7 +87,7 @@ def _place_tree(what: str, tree: Any, specs: Any, mesh: MeshSpec) -> Any:
         if isinstance(leaf, jax.Array) and leaf.sharding.is_equivalent_to(there, leaf.ndim):
             return leaf
         where = f"{what}{jax.tree_util.keystr(path)}"
-        return place_leaf(copies(leaf, where, user="state.replace"), mesh, spec)
+        return place_leaf(copy_to_host(leaf, where, user="state.replace"), mesh, spec)
 
     placed = jax.tree_util.tree_map_with_path(one, tree, specs)
     pairs = zip(jax.tree.leaves(placed), jax.tree.leaves(tree), strict=True)
