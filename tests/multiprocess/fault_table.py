@@ -48,6 +48,7 @@ FAULTS = {
     "data": ([], {}, ("--odd", "batch")),
     "seed": ([], {}, ("--odd", "seed")),
     "version": ([], {}, ("--odd", "version")),
+    "clock": ([], {}, ("--odd", "clock")),
 }
 
 

@@ -72,6 +72,9 @@ def main():
     if launch.cluster():
         tx.initialize()
     odd = args.odd if jax.process_index() == 1 else None
+    if odd == "clock":  # a day ahead
+        now = time.time
+        time.time = lambda: now() + 86_400
     if odd == "version":
         tx.version.VERSION = "0.0.1"
     engine = tx.Engine(
