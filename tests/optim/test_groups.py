@@ -280,28 +280,32 @@ def test_groups_are_saved_and_resumed(tmp_path):
 
 
 REFUSED = {
-    "no dict": (lambda: tx.optim.groups([tx.optim.sgd(1)]), "groups: the rules must be a dict"),
-    "none": (lambda: tx.optim.groups({}), "groups: there must be at least one rule; got {}."),
-    "no path": (lambda: tx.optim.groups({0: tx.optim.sgd(1)}), "groups: a rule must be a path"),
+    "no dict": (
+        lambda: tx.optim.groups([tx.optim.sgd(1)]),
+        "groups needs a dict of optimizers by path, got list",
+    ),
+    "none": (lambda: tx.optim.groups({}), "groups needs at least one rule, got {}"),
+    "no path": (lambda: tx.optim.groups({0: tx.optim.sgd(1)}), "groups needs paths as rules"),
     "no optimizer": (lambda: tx.optim.groups({"*": 0.1}), "optimizer must be a tx.optim optimizer"),
     "norm": (lambda: tx.optim.groups({"*": tx.optim.sgd(1)}, clip_norm=0), "clip_norm must be"),
     "unmatched rule": (
         lambda: tx.optim.groups({"dens/*": tx.optim.sgd(1), "*": tx.optim.sgd(1)}).init(tree(0)),
-        f"groups: the rule 'dens/*' must match a parameter; they are {str(NAMES)[1:-1]}. Write",
+        "groups: the rule 'dens/*' needs a parameter that it matches, but they are "
+        f"{str(NAMES)[1:-1]}: write",
     ),
     "hidden rule": (
         lambda: tx.optim.groups({"*": tx.optim.sgd(1), "*/b": tx.optim.sgd(1)}).init(tree(0)),
-        "the first rule that matches counts, and 'conv/b' goes to '*' before it. Put the narrower",
+        "the first rule that matches counts, and 'conv/b' goes to '*' before it: put the narrower",
     ),
     "left out": (
         lambda: tx.optim.groups({"*/w": tx.optim.sgd(1)}).init(tree(0)),
-        "none of '*/w' matches 'conv/b', 'scale'. End with '*' for the rest.",
+        "none of '*/w' matches 'conv/b', 'scale': end with '*' for the rest",
     ),
     "examples": (
         lambda: tx.optim.groups(
             {"*/b": tx.optim.from_optax(optax.sgd(1), per_example=True), "*": tx.optim.sgd(1)}
         ),
-        "that of '*/b' takes one for each example, others do not",
+        "that of '*/b' takes one for each example and others do not",
     ),
     "gradients": (
         lambda: tx.optim.groups({"*": tx.optim.sgd(1)}).update(
@@ -315,7 +319,7 @@ REFUSED = {
     ),
     "mask's rule": (
         lambda: tx.optim.adamw(1, decay_mask=["*/w", "*/kernel"]).init(tree(0)),
-        "adamw: the rule '*/kernel' must match a parameter; they are 'conv/b'",
+        "adamw: the rule '*/kernel' needs a parameter that it matches, but they are 'conv/b'",
     ),
     "mask's structure": (
         lambda: tx.optim.adamw(1, decay_mask={"w": True}).init(tree(0)),

@@ -6,9 +6,10 @@ from typing import Any
 import jax
 from jax.typing import ArrayLike
 
-from txcore.optim import clipping, rules
+from txcore.optim import clipping
 from txcore.optim.from_optax import as_optimizer
 from txcore.optim.optimizer import Optimizer, check_like_params
+from txcore.path_rules import leaf_names, match_rules, shorten_names
 
 
 def groups(by_rule: Mapping[str, Any], *, clip_norm: float | None = None) -> Optimizer:
@@ -88,16 +89,16 @@ def groups(by_rule: Mapping[str, Any], *, clip_norm: float | None = None) -> Opt
 def _check_rules(by_rule: Any) -> None:
     if not isinstance(by_rule, Mapping):
         raise TypeError(
-            f"groups: the rules must be a dict of optimizers; got {type(by_rule).__name__}. Write "
-            "tx.optim.groups({'*/b': tx.optim.sgd(0.1), '*': tx.optim.adamw(0.001)})."
+            f"groups needs a dict of optimizers by path, got {type(by_rule).__name__}: write "
+            "tx.optim.groups({'*/b': tx.optim.sgd(0.1), '*': tx.optim.adamw(0.001)})"
         )
     if not by_rule:
-        raise ValueError("groups: there must be at least one rule; got {}. '*' takes all.")
+        raise ValueError("groups needs at least one rule, got {}: '*' takes all")
     for rule in by_rule:
         if not isinstance(rule, str) or not rule:
             raise TypeError(
-                f"groups: a rule must be a path such as 'dense/*'; got {rule!r}. Write the keys "
-                "with slashes between them, and * for any characters."
+                f"groups needs paths as rules, such as 'dense/*', got {rule!r}: write the keys "
+                "with slashes between them, and * for any characters"
             )
 
 
@@ -107,22 +108,23 @@ def _take_examples(optimizers: Mapping[str, Optimizer]) -> bool:
     if len(kinds) > 1:
         rule = next(rule for rule, optimizer in optimizers.items() if optimizer.per_example)
         raise ValueError(
-            "groups: all optimizers must take one gradient a parameter, or all one for each "
-            f"example; that of {rule!r} takes one for each example, others do not. Give all "
-            "groups such an optimizer."
+            "groups needs optimizers that all take one gradient a parameter, or all one for each "
+            f"example, but that of {rule!r} takes one for each example and others do not: give all "
+            "groups such an optimizer"
         )
     return kinds.pop()
 
 
 def _choose(optimizers: Mapping[str, Optimizer], params: Any) -> list[str]:
     """Return the rule of each parameter, in jax's order of leaves."""
-    names = rules.leaf_names(params)
-    chosen = rules.match_rules("groups", tuple(optimizers), names)
+    names = leaf_names(params)
+    chosen = match_rules(tuple(optimizers), names, lambda rule: f"groups: the rule {rule!r}")
     without = [name for name, rule in zip(names, chosen, strict=True) if rule is None]
     if without:
         raise ValueError(
-            f"groups: every parameter must match a rule; none of {rules.shown(list(optimizers))} "
-            f"matches {rules.shown(without)}. End with '*' for the rest."
+            f"groups needs a rule for every parameter, but none of "
+            f"{shorten_names(list(optimizers))} matches {shorten_names(without)}: end with '*' for "
+            "the rest"
         )
     return [rule for rule in chosen if rule is not None]
 

@@ -1,16 +1,16 @@
 """Which parameters an option or an optimizer is for: by path rules, a tree or a function."""
 
-import fnmatch
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
+from txcore.path_rules import leaf_names, match_rules
+
 # "*/w", ["*/w", "embed"], a tree of bools like the parameters (or a prefix of it), or a function
 # of the parameters that returns one.
 Mask = str | Sequence[str] | Callable[[Any], Any] | Any
-_SHOWN = 8  # parameters in an error
 
 
 def mask_leaves(op: str, option: str, mask: Mask | None, params: Any) -> list[bool]:
@@ -33,7 +33,10 @@ def mask_leaves(op: str, option: str, mask: Mask | None, params: Any) -> list[bo
     if mask is None:
         return [True] * len(names)
     if wanted := _as_rules(mask):
-        return [rule is not None for rule in match_rules(op, wanted, names)]
+        return [
+            rule is not None
+            for rule in match_rules(wanted, names, lambda rule: f"{op}: the rule {rule!r}")
+        ]
     tree = mask(params) if callable(mask) else mask
     try:
         whole = jax.tree.map(lambda one, part: jax.tree.map(lambda _: one, part), tree, params)
@@ -61,43 +64,6 @@ def check_decay(op: str, mask: Mask | None, weight_decay: float) -> None:
             f"{op}: decay_mask must come with a weight_decay above 0; got {weight_decay}. Pass "
             "weight_decay=0.01, or leave decay_mask out."
         )
-
-
-def match_rules(op: str, rules: Sequence[str], names: Sequence[str]) -> list[str | None]:
-    """Return for each path the first rule that it matches, None where it matches none.
-
-    Raises:
-      ValueError: a rule matches nothing, or only what rules before it took.
-    """
-    first = [next((r for r in rules if fnmatch.fnmatchcase(name, r)), None) for name in names]
-    for rule in rules:
-        if rule in first:
-            continue
-        taken = [name for name in names if fnmatch.fnmatchcase(name, rule)]
-        if taken:
-            before = first[names.index(taken[0])]
-            raise ValueError(
-                f"{op}: the rule {rule!r} must have a parameter of its own, but the first rule "
-                f"that matches counts, and {taken[0]!r} goes to {before!r} before it. Put the "
-                "narrower rule first, or remove one."
-            )
-        raise ValueError(
-            f"{op}: the rule {rule!r} must match a parameter; they are {shown(names)}. Write the "
-            "whole path, with * for any characters, or remove the rule."
-        )
-    return first
-
-
-def leaf_names(tree: Any) -> list[str]:
-    """Return the paths of a tree's leaves as rules name them: "mlp/w1", "layers/0/w"."""
-    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
-    return [jax.tree_util.keystr(path, simple=True, separator="/") for path in paths]
-
-
-def shown(names: Sequence[str]) -> str:
-    """Return some paths for an error."""
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(map(repr, names[:_SHOWN])) + more
 
 
 def _as_rules(mask: Any) -> tuple[str, ...]:

@@ -1,6 +1,6 @@
 """Plans: what is parallel over which mesh axis.
 
-Imports `collectives`, `kernels.common`, `layout`, `mesh`, `printing`.
+Imports `collectives`, `kernels.common`, `layout`, `mesh`, `path_rules`, `printing`.
 """
 
 from txcore.plan.plan import DP as DP

@@ -1,6 +1,5 @@
 """Path rules: which parameters are stored in parts, and over which axes."""
 
-import fnmatch
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -11,8 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from txcore.layout import axes_of, entry_axes
 from txcore.mesh import MeshSpec
-
-_SHOWN = 8  # parameters in an error
+from txcore.path_rules import leaf_names, match_rules
 
 
 def check_rules(rules: Any, data_axes: tuple[str, ...]) -> None:
@@ -77,11 +75,7 @@ def stored_specs(rules: Mapping[str, P], params: Any, mesh: MeshSpec) -> Any:
         a parameter, or devices that do not divide one.
     """
     found = jax.tree_util.tree_flatten_with_path(params)[0]
-    names = [path_name(path) for path, _ in found]
-    first = [next((p for p in rules if _matches(p, name)), None) for name in names]
-    for pattern in rules:
-        if pattern not in first:
-            raise ValueError(_unused(pattern, rules, names, first))
+    first = match_rules([*rules], leaf_names(params), lambda rule: _rule(rule, rules[rule]))
     specs = []
     for (path, leaf), match in zip(found, first, strict=True):
         spec = P() if match is None else rules[match]
@@ -92,35 +86,9 @@ def stored_specs(rules: Mapping[str, P], params: Any, mesh: MeshSpec) -> Any:
     return jax.tree.unflatten(jax.tree.structure(params), specs)
 
 
-def path_name(path: Any) -> str:
-    """Return a leaf's path as rules name it: "mlp/w1", "layers/0/w"."""
-    return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
-def _matches(pattern: str, name: str) -> bool:
-    return fnmatch.fnmatchcase(name, pattern)
-
-
 def _rule(pattern: str, spec: P) -> str:
     entries = ", ".join(map(repr, spec))
     return f"Plan(params={{{pattern!r}: P({entries})}})"
-
-
-def _unused(pattern: str, rules: Mapping[str, P], names: list[str], first: list[str | None]) -> str:
-    rule = _rule(pattern, rules[pattern])
-    taken = {name: by for name, by in zip(names, first, strict=True) if _matches(pattern, name)}
-    if taken:
-        name, by = next(iter(taken.items()))
-        return (
-            f"{rule} needs a parameter of its own, but the first rule that matches counts, and "
-            f"{name!r} goes to {by!r} before it: put the narrower rule first, or remove one"
-        )
-    shown = ", ".join(map(repr, names[:_SHOWN]))
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return (
-        f"{rule} needs a parameter that it matches, but they are {shown}{more}: write the whole "
-        "path, with * for any characters, or remove the rule"
-    )
 
 
 def _check_fits(rule: str, spec: P, where: str, shape: tuple[int, ...], mesh: MeshSpec) -> None:
