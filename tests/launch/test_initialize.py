@@ -290,9 +290,9 @@ def test_the_coordinator_of_another_run_is_not_shared():
         other.stdout.readline()
         (ended,) = finish(start(place(port, 1, 0, timeout_s=1)))
     assert refused(ended).startswith(
-        f"RuntimeError: tx.initialize of process 0 of 1 at 127.0.0.1:{port}: process 0 must listen "
-        f"on 127.0.0.1:{port}, but cannot (Address already in use; process_id=0 is taken by a "
-        f"process on {socket.gethostname()}, and "
+        f"RuntimeError: tx.initialize of process 0 of 1 at 127.0.0.1:{port}: process 0 needs to "
+        f"listen on 127.0.0.1:{port}, but cannot (Address already in use; process_id=0 is taken by "
+        f"a process on {socket.gethostname()}, and "
     )
 
 
