@@ -7,7 +7,6 @@ of comparisons, as deep as the logarithm of the number of arrays, leads to the a
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -16,11 +15,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from txcore.kernels.bucket import xla
+from txcore.kernels.bucket.derivatives import Dtypes, Shapes, differentiate_buckets
 from txcore.kernels.common import pallas_masked as masked
 from txcore.kernels.dispatch.problem import Problem
-
-Shapes = tuple[tuple[int, ...], ...]
-Dtypes = tuple[str, ...]
 
 ARRAYS = 16  # of one kernel: 200 take Triton's compiler two minutes
 
@@ -53,14 +50,14 @@ def refuse_unpack(problem: Problem) -> str | None:
 def pack(*operands: jax.Array, config: Config, dtype: str, scaled: bool) -> jax.Array:
     """Compute the op of `txcore.kernels.pack` on checked leaves, and the scale behind them."""
     leaves, scale = (operands[:-1], operands[-1:]) if scaled else (operands, ())
-    return _pack(leaves, scale, dtype, config)
+    return _differentiable_pack(leaves, scale, dtype, config)
 
 
 def unpack(
     flat: jax.Array, *scale: jax.Array, config: Config, shapes: Shapes, dtypes: Dtypes
 ) -> list[jax.Array]:
     """Compute the op of `txcore.kernels.unpack` on a checked buffer."""
-    return _unpack(flat, scale, shapes, dtypes, config)
+    return _differentiable_unpack(flat, scale, shapes, dtypes, config)
 
 
 class _Part(NamedTuple):
@@ -111,7 +108,6 @@ def _run_of(
     return place, masked.numbers(first + part.start, elements), inside
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _pack(
     leaves: tuple[jax.Array, ...], scale: tuple[jax.Array, ...], dtype: str, config: Config
 ) -> jax.Array:
@@ -146,7 +142,6 @@ def _pack(
     return buffer[0] if buffer else jnp.zeros(0, dtype)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def _unpack(
     flat: jax.Array, scale: tuple[jax.Array, ...], shapes: Shapes, dtypes: Dtypes, config: Config
 ) -> list[jax.Array]:
@@ -176,32 +171,4 @@ def _unpack(
     return arrays
 
 
-def _pack_forward(
-    leaves: tuple[jax.Array, ...], scale: tuple[jax.Array, ...], dtype: str, config: Config
-) -> tuple[jax.Array, Any]:
-    return _pack(leaves, scale, dtype, config), (leaves, scale)
-
-
-def _pack_backward(
-    dtype: str, config: Config, residuals: Any, g: jax.Array
-) -> tuple[tuple[jax.Array, ...], None]:
-    leaves, scale = residuals
-    shapes = tuple(leaf.shape for leaf in leaves)
-    return tuple(_unpack(g, scale, shapes, tuple(str(x.dtype) for x in leaves), config)), None
-
-
-def _unpack_forward(
-    flat: jax.Array, scale: tuple[jax.Array, ...], shapes: Shapes, dtypes: Dtypes, config: Config
-) -> tuple[list[jax.Array], Any]:
-    return _unpack(flat, scale, shapes, dtypes, config), (flat, scale)
-
-
-def _unpack_backward(
-    shapes: Shapes, dtypes: Dtypes, config: Config, residuals: Any, g: list[jax.Array]
-) -> tuple[jax.Array, None]:
-    flat, scale = residuals
-    return _pack(tuple(g), scale, str(flat.dtype), config), None
-
-
-_pack.defvjp(_pack_forward, _pack_backward)
-_unpack.defvjp(_unpack_forward, _unpack_backward)
+_differentiable_pack, _differentiable_unpack = differentiate_buckets(_pack, _unpack)
