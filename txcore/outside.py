@@ -2,6 +2,7 @@
 
 import errno
 import os
+import secrets
 import stat
 from typing import IO, Any
 
@@ -73,3 +74,21 @@ def read_regular(path: str | os.PathLike[str], max_bytes: int) -> bytes | None:
     with open_regular(path) as file:
         data = file.read(max_bytes + 1)
     return data if len(data) <= max_bytes else None
+
+
+def replace_text(path: str | os.PathLike[str], text: str) -> None:
+    """Replace a text file in one step, so that nobody ever reads half of it; make its folder.
+
+    Raises:
+      OSError: it cannot be written; then the old one stays as it is.
+    """
+    target = os.path.realpath(path)
+    draft = f"{target}.{secrets.token_hex(4)}.tmp"
+    try:
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        with open(draft, "x", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+        os.replace(draft, target)
+    finally:
+        if os.path.exists(draft):
+            os.remove(draft)

@@ -3,14 +3,13 @@
 import dataclasses
 import json
 import os
-import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from txcore import bounded_json
 from txcore.errors import TxcoreError
-from txcore.outside import brief, read_regular
+from txcore.outside import brief, read_regular, replace_text
 
 _FORMAT = "txcore-tuning"
 _VERSION = 1
@@ -112,21 +111,13 @@ def write(path: str | os.PathLike[str], entries: Mapping[str, Entry]) -> None:
     Raises:
       TuningError: it cannot be written.
     """
-    target = os.path.realpath(path)
-    draft = f"{target}.{secrets.token_hex(4)}.tmp"
     try:
-        os.makedirs(os.path.dirname(target), exist_ok=True)
-        with open(draft, "x", encoding="utf-8", newline="\n") as file:
-            file.write(_dumps(entries))
-        os.replace(draft, target)
+        replace_text(path, _dumps(entries))
     except OSError as error:
         raise TuningError(
             f"the tuning file {os.fspath(path)} cannot be written ({error.strerror or error}): "
             "name another"
         ) from None
-    finally:
-        if os.path.exists(draft):
-            os.remove(draft)
 
 
 def _dumps(entries: Mapping[str, Entry]) -> str:

@@ -2,12 +2,11 @@
 
 import json
 import os
-import secrets
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from txcore import bounded_json
-from txcore.outside import brief, read_regular
+from txcore.outside import brief, read_regular, replace_text
 from txcore.profiling.lock.model import Entry, Lock, LockError
 
 _FORMAT = "txcore-lock"
@@ -120,15 +119,7 @@ def write_file(path: str | os.PathLike[str], text: str) -> None:
     Raises:
       LockError: it cannot be written.
     """
-    target = os.path.realpath(path)
-    draft = f"{target}.{secrets.token_hex(4)}.tmp"
     try:
-        os.makedirs(os.path.dirname(target), exist_ok=True)
-        with open(draft, "x", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-        os.replace(draft, target)
+        replace_text(path, text)
     except OSError as error:
         raise LockError(f"cannot write {path}: {error.strerror or error}") from None
-    finally:
-        if os.path.exists(draft):
-            os.remove(draft)
