@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from txcore.profiling.report.diff import Amount, Change, format_signed, summary
 from txcore.profiling.report.findings import Findings
 from txcore.profiling.report.html.figures import format_size, make_badge, name_axes
-from txcore.profiling.report.html.markup import Html, el, join_html
+from txcore.profiling.report.html.markup import Html, el, join_html, make_head_row
 from txcore.profiling.report.html.rows import origin_badge
 from txcore.profiling.report.verdict import write_verdict
 
@@ -57,7 +57,7 @@ def _changes_table(changes: Sequence[Change]) -> Html:
         *("Change", "Kind", "Axes", "Dtype", "Origin", "Tags or source"),
         *("before", "now", "before", "now", "change"),
     )
-    heads = el("tr", *(el("th", name, scope="col") for name in names))
+    heads = make_head_row(names)
     return el(
         "table",
         el("thead", above, heads),

@@ -5,7 +5,7 @@ from collections import Counter
 from txcore.profiling.declared.collectives import Declared
 from txcore.profiling.report.findings import Findings
 from txcore.profiling.report.html.figures import format_number, format_size, make_badge, name_axes
-from txcore.profiling.report.html.markup import Html, el, escape_text, join_html
+from txcore.profiling.report.html.markup import Html, el, escape_text, join_html, make_head_row
 from txcore.profiling.report.rows import Fate
 
 _HEAD = ("Tag", "Primitive", "Axes", "n", "Dtype", "Payload", "Trips", "Source")
@@ -23,7 +23,7 @@ def missing_section(report: Findings) -> Html:
     """
     if not report.missing:
         return Html("")
-    heads = el("tr", *(el("th", name, scope="col") for name in _HEAD))
+    heads = make_head_row(_HEAD)
     lines = (el("tr", *(el("td", cell) for cell in _declared_cells(d))) for d in report.missing)
     return el(
         "section",
@@ -47,7 +47,7 @@ def fates_section(report: Findings) -> Html:
         return Html("")
     counts = Counter(", ".join(fate.fates) or "unknown" for fate in report.fates)
     summary = " · ".join(f"{number:,} {fates}" for fates, number in counts.most_common())
-    heads = el("tr", *(el("th", name, scope="col") for name in (*_HEAD, "Fates", "Row")))
+    heads = make_head_row((*_HEAD, "Fates", "Row"))
     table = el(
         "table",
         el("thead", heads),

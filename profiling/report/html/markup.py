@@ -52,6 +52,11 @@ def el(name: str, /, *children: object, **attributes: object) -> Html:
     return Html(f"<{name}{written}>{join_html(children)}{end}")
 
 
+def make_head_row(names: Iterable[str]) -> Html:
+    """Write the row of a table's column heads."""
+    return el("tr", *(el("th", name, scope="col") for name in names))
+
+
 def _write_attribute(key: str, value: object) -> str:
     if value is None or value is False:
         return ""

@@ -2,7 +2,7 @@
 
 from txcore.profiling.report.findings import Findings
 from txcore.profiling.report.html.figures import format_size, make_badge, name_axes
-from txcore.profiling.report.html.markup import Html, el
+from txcore.profiling.report.html.markup import Html, el, make_head_row
 from txcore.profiling.report.rows import PlanLine
 
 _PROBLEMS = {"hangs": "✕ hangs", "lies": "✕ false type"}
@@ -38,7 +38,7 @@ def plan_section(report: Findings) -> Html:
     """
     if not report.plan:
         return Html("")
-    heads = el("tr", *(el("th", name, scope="col") for name in _HEAD))
+    heads = make_head_row(_HEAD)
     return el(
         "section",
         el("h2", "What the plan predicts"),

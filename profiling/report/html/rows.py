@@ -13,7 +13,7 @@ from txcore.profiling.report.html.figures import (
     name_dtypes,
     tag_list,
 )
-from txcore.profiling.report.html.markup import Html, el, join_html
+from txcore.profiling.report.html.markup import Html, el, join_html, make_head_row
 from txcore.profiling.report.numbers import format_count
 from txcore.profiling.report.rows import Collective, Part
 
@@ -38,7 +38,7 @@ def rows_section(report: Findings) -> Html:
         return Html("")
     numbered = sorted(enumerate(report.collectives), key=lambda item: item[1].explained)
     sets = {axes: number for number, axes in enumerate(axis_sets(report))}
-    head = el("tr", *(el("th", name, scope="col") for name in _HEAD))
+    head = make_head_row(_HEAD)
     return el(
         "section",
         el("h2", "Collectives"),
