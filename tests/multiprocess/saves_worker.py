@@ -13,7 +13,6 @@ import json
 import logging
 import os
 import pathlib
-import sys
 import time
 from unittest import mock
 
@@ -273,11 +272,5 @@ def evaluations(odd):
     return found
 
 
-def main():
-    tx.initialize()
-    for name, options in json.loads(sys.argv[1]):
-        print(json.dumps([name, globals()[name](**options)]), flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    ranks.main(globals())

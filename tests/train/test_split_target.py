@@ -3,19 +3,10 @@
 import pytest
 import split_models as models
 from jax.sharding import PartitionSpec as P
+from target_cases import available
 
 import txcore as tx
 from txcore.profiling.report import PlanLine
-from txcore.profiling.targets import parse_target
-
-
-def available(name):
-    """Return the target's name, or skip where its compiler is not installed."""
-    try:
-        assert parse_target(name).devices
-    except ImportError as error:
-        pytest.skip(str(error))
-    return name
 
 
 @pytest.mark.parametrize("target", ["cpu:8", "cuda:h100:8", "tpu:v5e:2x4"])
