@@ -44,6 +44,14 @@ class Layout:
         """The axes over which its gradient is split, sorted: its squared norm sums over them."""
         return tuple(sorted(axes_of(self.gradient)))
 
+    @property
+    def scattered(self) -> tuple[int, tuple[str, ...]] | None:
+        """The dim of which each device keeps its part of the mean, with the axes; None for none."""
+        for dim, entry in enumerate(self.gradient):
+            if axes := tuple(axis for axis in entry_axes(entry) if axis in self.reduced):
+                return dim, axes
+        return None
+
 
 def entry_axes(entry: Any) -> tuple[str, ...]:
     """Return the axes that one entry of a PartitionSpec names: None, a name, or a tuple."""

@@ -11,7 +11,7 @@ import toys
 from jax import lax
 
 import txcore as tx
-from txcore.plan.plan import Predicted
+from txcore.parallel.predicted import Predicted
 from txcore.profiling import Declared, Report
 from txcore.profiling.matching.against_plan import against_plan
 from txcore.profiling.report import Fate, PlanLine

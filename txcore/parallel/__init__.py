@@ -4,7 +4,6 @@ Imports `collectives`, `kernels.common`, `step_scope`, `varying`.
 """
 
 from txcore.parallel.data import example_mean as example_mean
-from txcore.parallel.data import sync_gradients as sync_gradients
 from txcore.parallel.differentiate import grad as grad
 from txcore.parallel.differentiate import value_and_grad as value_and_grad
 from txcore.parallel.moments import batch_moments as batch_moments

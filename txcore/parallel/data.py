@@ -1,4 +1,4 @@
-"""Data parallelism: the mean over the global batch, and the reduction of gradients."""
+"""The mean over the examples of the global batch."""
 
 import math
 from typing import Any
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from txcore import varying
-from txcore.collectives import _leaves, axis_size, pmean, psum, vary
+from txcore.collectives import _leaves, axis_size, psum, vary
 from txcore.step_scope import current_scope
 
 
@@ -157,31 +157,3 @@ def _global_sum(local: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     if larger:
         local = vary(local, larger, name="example_count")
     return psum(local, axes, name="example_count")
-
-
-def sync_gradients(
-    grads: Any, axis: str | tuple[str, ...], *, comm_state: None = None, name: str = "grads"
-) -> tuple[Any, None]:
-    """Average gradients over the data axes: one all-reduce for each leaf, which XLA combines.
-
-    Equation: `pmean(grads, axis)`.
-
-    Args:
-      grads: pytree of gradients, local to each device.
-      axis: the data axes.
-      comm_state: state of the compression; this plain mean has none.
-      name: label of the operations' tags.
-
-    Returns:
-      The averaged gradients and the new `comm_state`.
-
-    Raises:
-      ValueError, TypeError, NameError: as `pmean`.
-
-    Example:
-      >>> def f(g):
-      ...     return tx.sync_gradients({"w": g}, "data")[0]["w"]
-      >>> tx.testing.run_sharded(f, np.arange(4.0), axes={"data": 4}, out_specs=P())
-      array([1.5], dtype=float32)
-    """
-    return pmean(grads, axis, name=name), comm_state

@@ -1,72 +1,21 @@
 """Plans: what is parallel over which mesh axis."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from txcore.collectives import _leaves
-from txcore.kernels.common import checks
 from txcore.layout import Layout, axes_of, drop_axes, split_axes
 from txcore.mesh import MeshSpec
+from txcore.parallel.predicted import Predicted
+from txcore.plan.data_parallel import DP
+from txcore.plan.predict import predict_gradients, predict_norms
 from txcore.plan.rules import check_rules, stored_specs
+from txcore.plan.shards import shard_spec
 from txcore.printing import format_call
-
-
-@dataclass(frozen=True)
-class DP:
-    """Data parallelism: the batch is sharded over `axis`, gradients are averaged over it.
-
-    Args:
-      axis: mesh axis name, or a tuple of names that shard the batch together.
-
-    Example:
-      >>> tx.DP(axis="data").axes
-      ('data',)
-    """
-
-    axis: str | tuple[str, ...]
-
-    def __post_init__(self) -> None:
-        axes = self.axes
-        if not axes or not all(isinstance(a, str) for a in axes) or len(set(axes)) != len(axes):
-            raise ValueError(
-                f"DP needs axis= a mesh axis name or a tuple of different names, got {self.axis!r}"
-            )
-
-    @property
-    def axes(self) -> tuple[str, ...]:
-        """The axes as a tuple."""
-        return self.axis if isinstance(self.axis, tuple) else (self.axis,)
-
-
-@dataclass(frozen=True)
-class Predicted:
-    """Communication that a plan brings with it, of one step.
-
-    Attributes:
-      what: what is sent: "gradients", "gradient norm" (the squares of parts, for clipping) or
-        "finite gradients" (whether the parts are, for the decision to skip a step).
-      kind: HLO's name of the collective ("all-reduce").
-      axes: the mesh axes, all of them of more than one device.
-      dtype: jax's name of the dtype ("float32").
-      elements: those of each array, as it enters into S.
-    """
-
-    what: str
-    kind: str
-    axes: tuple[str, ...]
-    dtype: str
-    elements: tuple[int, ...]
-
-    @property
-    def payload_bytes(self) -> int:
-        """S as in nccl-tests: of an all-reduce, the bytes of the arrays on one device."""
-        return sum(self.elements) * jnp.dtype(self.dtype).itemsize
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,11 +117,26 @@ class Plan:
         reduced = self.active_data_axes(mesh)
         alone = _axes_of_one_device(mesh)
 
-        def layout(stored: P) -> Layout:
+        def layout(stored: P, leaf: Any) -> Layout:
             active = drop_axes(stored, alone)
-            return Layout(stored=active, gradient=active, reduced=reduced)
+            parts = shard_spec(self.data_parallel, active, np.shape(leaf), mesh)
+            shards_all = self.data_parallel is not None and self.data_parallel.shard == "parameters"
+            return Layout(parts if shards_all else active, gradient=parts, reduced=reduced)
 
-        return jax.tree.map(layout, stored_specs(self.params, params, mesh))
+        return jax.tree.map(layout, stored_specs(self.params, params, mesh), params)
+
+    def kept(self, params: Any, mesh: MeshSpec) -> Any:
+        """Return what communication keeps from step to step, as `state.comm_state` does.
+
+        Args:
+          params: pytree of the parameters, arrays or shapes, each of them whole.
+          mesh: the devices and their axes.
+
+        Returns:
+          A pytree of `txcore.kept.Kept`; None where nothing is kept.
+        """
+        del params, mesh
+        return None
 
     def predict(
         self, params: Any, mesh: MeshSpec, *, clips: bool = False, skips: bool = False
@@ -209,9 +173,9 @@ class Plan:
         shapes = jax.eval_shape(lambda tree: tree, params)
         layouts = self.layouts(shapes, mesh)
         pairs = list(zip(jax.tree.leaves(shapes), jax.tree.leaves(layouts), strict=True))
-        predicted = _reduced_gradients(pairs, mesh)
+        predicted = predict_gradients(pairs, mesh)
         if clips:
-            predicted += _summed_norms(pairs)
+            predicted += predict_norms(pairs)
         if skips and (axes := split_axes(layouts)):
             predicted.append(Predicted("finite gradients", "all-reduce", axes, "int32", (1,)))
         return tuple(predicted)
@@ -232,29 +196,6 @@ class Plan:
                 f"{', '.join(sorted(map(repr, keys)))} at its top: name those"
             )
         return jax.tree_util.tree_map_with_path(spec, batch)
-
-
-def _reduced_gradients(pairs: list[tuple[Any, Layout]], mesh: MeshSpec) -> list[Predicted]:
-    """Predict one all-reduce for each dtype and axes, of parameters with their layouts."""
-    sizes: dict[tuple[tuple[str, ...], str], list[int]] = {}
-    for leaf, layout in pairs:
-        if not (layout.reduced and leaf.size and jnp.issubdtype(leaf.dtype, jnp.inexact)):
-            continue
-        parts = math.prod(mesh.shape[axis] for axis in layout.norm_axes)
-        key = layout.reduced, _leaves.mean_dtype(leaf.dtype).name
-        sizes.setdefault(key, []).append(leaf.size // parts)
-    return [
-        Predicted("gradients", "all-reduce", axes, dtype, tuple(elements))
-        for (axes, dtype), elements in sizes.items()
-    ]
-
-
-def _summed_norms(pairs: list[tuple[Any, Layout]]) -> list[Predicted]:
-    """Predict the sums of squared norms over parts: one scalar for each set of axes."""
-    wide = [checks.accumulator(leaf.dtype) for leaf, _ in pairs]
-    dtype = jnp.dtype(checks.common_dtype(jnp.float32, *wide)).name
-    of_parts = dict.fromkeys(layout.norm_axes for _, layout in pairs if layout.norm_axes)
-    return [Predicted("gradient norm", "all-reduce", axes, dtype, (1,)) for axes in of_parts]
 
 
 def _axes_of_one_device(mesh: MeshSpec) -> frozenset[str]:

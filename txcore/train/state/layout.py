@@ -8,21 +8,23 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from txcore import _compat
+from txcore.kept import specs_of
 from txcore.layout import axes_of, mirrored_specs, split_axes
 from txcore.mesh import MeshSpec
 from txcore.optim import Optimizer
 
 
-def state_specs(arrays: dict[str, Any], layouts: Any) -> dict[str, Any]:
+def state_specs(arrays: dict[str, Any], layouts: Any, kept: Any) -> dict[str, Any]:
     """Return the spec of each leaf of a state.
 
     Args:
       arrays: the state's fields by name, of whole arrays or shapes.
       layouts: pytree of `Layout` like its parameters.
+      kept: pytree of `Kept` like its communication's state.
 
     Returns:
-      Pytrees of PartitionSpecs by name: the parameters as stored; the optimizer's and the
-      communication's state like the gradients, where they mirror the parameters; the rest whole.
+      Pytrees of PartitionSpecs by name: the parameters as stored; the optimizer's state like the
+      gradients, where it mirrors the parameters; the communication's as kept; the rest whole.
 
     Raises:
       ValueError: as `mirrored_specs`.
@@ -30,8 +32,8 @@ def state_specs(arrays: dict[str, Any], layouts: Any) -> dict[str, Any]:
     params = arrays["stored_params"]
     specs = {name: jax.tree.map(lambda _: P(), tree) for name, tree in arrays.items()}
     specs["stored_params"] = jax.tree.map(lambda layout: layout.stored, layouts)
-    for name in ("opt_state", "comm_state"):
-        specs[name] = mirrored_specs(f"state.{name}", arrays[name], params, layouts)
+    specs["opt_state"] = mirrored_specs("state.opt_state", arrays["opt_state"], params, layouts)
+    specs["comm_state"] = specs_of(kept)
     return specs
 
 

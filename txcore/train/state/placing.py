@@ -7,6 +7,7 @@ import jax
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
+from txcore.kept import start_all
 from txcore.mesh import MeshSpec
 from txcore.train.numerics import loss_scale
 from txcore.train.options import Options
@@ -38,6 +39,7 @@ def create_arrays(
     scaling = options.precision.scaling
     if scaling is None and options.on_nonfinite == "skip":
         scaling = 1.0
+    kept = options.plan.kept(params, options.mesh)
     arrays = {
         "step": np.zeros((), np.int32),
         "stored_params": params,
@@ -45,11 +47,11 @@ def create_arrays(
         "seed": np.asarray(options.seed, np.uint32),
         "extra": extra,
         "loss_scaling": loss_scale.start(scaling),
-        "comm_state": None,
+        "comm_state": start_all(kept),
     }
     layouts = options.plan.layouts(params, options.mesh)
     check_optimizer(options.optimizer, layouts)
-    specs = state_specs(arrays, layouts)
+    specs = state_specs(arrays, layouts, kept)
     if broadcast_from is not None and options.spans_processes:
         agreement.check_broadcast(broadcast_from, arrays)
         root = first_device(options.mesh, broadcast_from)
@@ -71,8 +73,9 @@ def place(fields: dict[str, Any], options: Options, arrays: dict[str, Any]) -> d
       TypeError: a leaf is no array.
     """
     arrays = {**arrays, **fields}
-    layouts = options.plan.layouts(arrays["stored_params"], options.mesh)
-    specs = state_specs(arrays, layouts)
+    plan, params = options.plan, arrays["stored_params"]
+    kept = plan.kept(params, options.mesh)
+    specs = state_specs(arrays, plan.layouts(params, options.mesh), kept)
     return {
         name: _place_tree(f"state.{name}", tree, specs[name], options.mesh)
         for name, tree in fields.items()

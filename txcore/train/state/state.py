@@ -11,7 +11,7 @@ import numpy as np
 from txcore.collectives import vary
 from txcore.kernels.common.checks import whole_number
 from txcore.layout import map_by_axes, same_structure, split_axes
-from txcore.parallel import sync_gradients
+from txcore.parallel.gradients import sync_gradients
 from txcore.printing import describe_scalar, describe_tree
 from txcore.step_scope import StepScope, current_scope
 from txcore.train.numerics import loss_scale, prng
@@ -257,11 +257,13 @@ class TrainState:
           RuntimeError: called outside a step.
         """
         scope = _scope_of("sync_gradients")
-
-        def reduce(tree: Any, axes: tuple[str, ...]) -> Any:
-            return sync_gradients(tree, axes, name=name)[0]
-
-        return _map_by_reduced(reduce, grads, scope), self
+        if not scope.data_axes:
+            return grads, self
+        layouts = scope.layouts if same_structure(grads, scope.layouts) else None
+        grads, comm_state = sync_gradients(
+            grads, scope.data_axes, layouts=layouts, comm_state=self.comm_state, name=name
+        )
+        return grads, self.replace(comm_state=comm_state)
 
     def apply_gradients(self, *, grads: Any) -> "TrainState":
         """Update the parameters with reduced gradients.

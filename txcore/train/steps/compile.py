@@ -84,7 +84,7 @@ def compile_step(
     left_out = frozenset(a for a, n in mesh.shape.items() if n == 1)
     scales_loss = state.precision.scaling is not None
     layouts = plan.layouts(state.stored_params, mesh)
-    specs = state_specs(state.arrays, layouts)
+    specs = state_specs(state.arrays, layouts, plan.kept(state.stored_params, mesh))
 
     # jax's caches keep the structure of what a program is given for ever. So it is given the
     # state's arrays alone, and what it traces does not keep the engine alive.

@@ -36,8 +36,11 @@ def audit_there(
       batch: arrays or shapes of one data shard.
     """
     check_jit(name_of(step))
-    specs = state_specs(state.arrays, options.plan.layouts(state.stored_params, options.mesh))
-    state = TrainState(**place_shapes(state.arrays, options.mesh, specs), owner=owner)
+    plan, params = options.plan, state.stored_params
+    kept = plan.kept(params, options.mesh)  # of as many devices as the target has
+    arrays = {**state.arrays, "comm_state": kept}
+    specs = state_specs(arrays, plan.layouts(params, options.mesh), kept)
+    state = TrainState(**place_shapes(arrays, options.mesh, specs), owner=owner)
     compiled = compile_step(
         step.fn if isinstance(step, StepFn) else step,
         state,

@@ -1,0 +1,35 @@
+"""What a plan itself makes a training step communicate."""
+
+import math
+from typing import Any
+
+import jax.numpy as jnp
+
+from txcore.collectives import _leaves
+from txcore.kernels.common import checks
+from txcore.layout import Layout
+from txcore.mesh import MeshSpec
+from txcore.parallel.predicted import Predicted
+
+
+def predict_gradients(pairs: list[tuple[Any, Layout]], mesh: MeshSpec) -> list[Predicted]:
+    """Predict one all-reduce for each dtype and axes, of parameters with their layouts."""
+    sizes: dict[tuple[tuple[str, ...], str], list[int]] = {}
+    for leaf, layout in pairs:
+        if not (layout.reduced and leaf.size and jnp.issubdtype(leaf.dtype, jnp.inexact)):
+            continue
+        parts = math.prod(mesh.shape[axis] for axis in layout.norm_axes)
+        key = layout.reduced, _leaves.mean_dtype(leaf.dtype).name
+        sizes.setdefault(key, []).append(leaf.size // parts)
+    return [
+        Predicted("gradients", "all-reduce", axes, dtype, tuple(elements))
+        for (axes, dtype), elements in sizes.items()
+    ]
+
+
+def predict_norms(pairs: list[tuple[Any, Layout]]) -> list[Predicted]:
+    """Predict the sums of squared norms over parts: one scalar for each set of axes."""
+    wide = [checks.accumulator(leaf.dtype) for leaf, _ in pairs]
+    dtype = jnp.dtype(checks.common_dtype(jnp.float32, *wide)).name
+    of_parts = dict.fromkeys(layout.norm_axes for _, layout in pairs if layout.norm_axes)
+    return [Predicted("gradient norm", "all-reduce", axes, dtype, (1,)) for axes in of_parts]
