@@ -3,8 +3,6 @@
 from dataclasses import KW_ONLY, dataclass, fields
 from typing import Any, Literal, get_args
 
-from txcore.printing import format_call
-
 Shard = Literal["optimizer", "gradients", "parameters"]
 
 
@@ -31,8 +29,10 @@ class DP:
     shard_axis: str | tuple[str, ...] | None = None
 
     def __repr__(self) -> str:
-        values = {f.name: (getattr(self, f.name), f.default) for f in fields(self)}
-        return format_call("DP", **values)
+        given = {f.name: getattr(self, f.name) for f in fields(self)}
+        usual = {f.name: f.default for f in fields(self)}
+        shown = [f"{name}={value!r}" for name, value in given.items() if value != usual[name]]
+        return f"DP({', '.join(shown)})"
 
     def __post_init__(self) -> None:
         axes = self.axes
