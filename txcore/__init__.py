@@ -41,11 +41,14 @@ from txcore.train import CheckpointError as CheckpointError
 from txcore.train import Checkpoints as Checkpoints
 from txcore.train import Engine as Engine
 from txcore.train import LossScale as LossScale
+from txcore.train import Mean as Mean
 from txcore.train import Precision as Precision
 from txcore.train import TrainState as TrainState
+from txcore.train import even_batches as even_batches
 from txcore.train import load_extra as load_extra
 from txcore.train import load_params as load_params
 from txcore.train import loggers as loggers
+from txcore.train import pad_batch as pad_batch
 from txcore.train import step_fn as step_fn
 from txcore.version import VERSION
 

@@ -27,6 +27,7 @@ class StepScope:
       layouts: pytree of `Layout` like the parameters.
       shapes: of each parameter as this device stores it, in the order of the leaves.
       doubts: what looks wrong by its type, and cannot be judged before the whole step is traced.
+      weighed: what its means weigh by, each as an error says it ("tokens").
     """
 
     data_axes: tuple[str, ...]
@@ -36,6 +37,7 @@ class StepScope:
     layouts: Any
     shapes: tuple[tuple[int, ...], ...]
     doubts: list[str] = field(default_factory=list)
+    weighed: list[str] = field(default_factory=list)
 
 
 _scope: contextvars.ContextVar[StepScope | None] = contextvars.ContextVar(

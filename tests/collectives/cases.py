@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 import txcore as tx
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Case:
     op: str
     kwargs: dict[str, Any] = field(default_factory=dict)

@@ -25,7 +25,7 @@ def all_gather(x, dim=0):
 
 
 def reduce_scatter(x, dim=0, mean=False):
-    total = x.sum(0) / (len(x) if mean else 1)
+    total = x.mean(0) if mean else x.sum(0)
     return np.stack(np.split(total, len(x), axis=dim))
 
 

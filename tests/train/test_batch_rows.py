@@ -113,7 +113,8 @@ def test_a_mask_of_something_else_is_not_a_batchs_mask():
     batch = {"x": X, "y": Y, "mask": np.ones((8, 5), np.float32)}
     text = (
         "engine.evaluate weighs batches by the real examples in batch['mask'], 1 or 0 for each in "
-        "shape (batch,), got (4, 5): give a mask of something else (of tokens) another name"
+        "shape (batch,), got (4, 5): return every metric as tx.Mean(total, count), which are added "
+        "up over the batches, or give a mask of something else (of tokens) another name"
     )
     with pytest.raises(ValueError, match=re.escape(text)):
         evaluated(2, [batch])

@@ -351,7 +351,7 @@ table(
 table(
     {"tokens_of_microbatches_averaged": lambda s, b: b["t"].reshape(-1)},
     lambda f: mean_of_means(f, lambda b: b["tm"].reshape(-1)),
-    "counts the real examples of one part of the batch",
+    "counts what is real in one part of the batch",
 )
 
 

@@ -70,6 +70,45 @@ def share(name: str, value: str, *, timeout_s: float = MEET_S) -> str:
     return client.blocking_key_value_get(f"txcore/{name}", int(timeout_s * 1000))
 
 
+def gather(name: str, value: str, *, timeout_s: float = MEET_S) -> list[str]:
+    """Return the text of every process, by rank, on every process alike.
+
+    Process 0 collects the texts and sends all of them back: two messages a process.
+
+    Args:
+      name: what is gathered; each name is used once, and is the same on every process.
+      value: this process's text.
+      timeout_s: seconds to wait for each of the others.
+
+    Returns:
+      The texts, as many as there are processes.
+
+    Raises:
+      RuntimeError: a process did not come in time.
+
+    Example:
+      >>> from txcore.launch import key_value
+      >>> key_value.gather("batches", "12")  # alone: its own
+      ['12']
+    """
+    client, world = _compat.coordination_client(), _compat.coordination_size()
+    if client is None or world == 1:
+        return [value]
+    rank, folder = _compat.coordination_rank(), f"txcore/{name}/"
+    watch.meet(f"an exchange of {name!r}")
+    if rank != 0:
+        client.key_value_set(f"{folder}said/{rank}", value)
+        return json.loads(client.blocking_key_value_get(f"{folder}all", int(timeout_s * 1000)))
+    others = (
+        client.blocking_key_value_get(f"{folder}said/{r}", int(timeout_s * 1000))
+        for r in range(1, world)
+    )
+    values = [value, *others]
+    client.key_value_set(f"{folder}all", json.dumps(values))
+    client.key_value_delete(f"{folder}said/")
+    return values
+
+
 def agree_on_problem(
     name: str,
     problem: str | None,

@@ -20,25 +20,28 @@ def example_mean(
     weights: jax.Array | None = None,
     count: ArrayLike | None = None,
 ) -> jax.Array:
-    """Average per-example values so that `pmean` gives the mean over the global batch.
+    """Average values of examples, or of tokens, so that `pmean` gives the global batch's mean.
 
     Equation: `N * sum(values * mask * weights) / psum(sum(mask * weights))`, for N devices along
     `axis`: then `pmean` of it (and of its gradients) is the mean over all valid examples, however
-    they are distributed. A plain local mean is wrong as soon as the last batch is padded.
+    they are distributed. A plain local mean is wrong as soon as the last batch is padded, or
+    sequences have different lengths.
 
     A batch in parts (microbatches) has one count for all of them, or the mean would be one of
     means: take `count = tx.psum(jnp.sum(mask), axis)` of the whole batch before the loop, give it
     to each part, and add the parts up; they are not to be averaged.
 
     Args:
-      values: shape (batch,), one number for each example of this device; floating point.
-      mask: shape (batch,), 1 for real examples and 0 for padding; None if all are real. Other
-        numbers weigh. A NaN in the value of padding does not reach the mean, but one inside the
-        model still reaches its gradient (0 * NaN): pad inputs with finite numbers.
+      values: one number for each example of this device, shape (batch,), or for each token,
+        (batch, length); floating point.
+      mask: 1 for real examples or tokens and 0 for padding; None if all are real. Of the shape of
+        `values`, or of its first dims: a mask of shape (batch,) holds for all tokens of an example.
+        Other numbers weigh. A NaN in the value of padding does not reach the mean, but one inside
+        the model still reaches its gradient (0 * NaN): pad inputs with finite numbers.
       axis: the data axes.
-      weights: shape (batch,), by which the examples weigh; None if all weigh the same.
-      count: the sum of the mask (times the weights) over the whole global batch, the same on
-        every device; None to sum up those given.
+      weights: by which they weigh, of a shape as `mask`; None if all weigh the same.
+      count: the sum of the mask (times the weights, over all of `values`) of the whole global
+        batch, the same on every device; None to sum up those given.
 
     Returns:
       A scalar of at least float32 that varies along `axis`. With a mask or weights, and without
@@ -47,7 +50,7 @@ def example_mean(
       give it as `count`. An empty global batch gives 0.
 
     Raises:
-      ValueError: `values`, `mask` or `weights` is not of shape (batch,), or they differ; in a
+      ValueError: `values` is a scalar, `mask` or `weights` has not its shape or first dims; in a
         step, without a count, also: `axis` leaves out a data axis, or a mask of a part of the
         batch; `count` differs between devices.
       NameError: `axis` is not bound here.
@@ -58,19 +61,21 @@ def example_mean(
       >>> x, mask = np.array([1.0, 2.0, 6.0, 99.0]), np.array([1.0, 1.0, 1.0, 0.0])
       >>> float(tx.testing.run_sharded(f, x, mask, axes={"data": 2}, out_specs=P()))
       3.0
+      >>> tokens, mask = np.array([[1.0, 2.0], [6.0, 99.0]]), np.array([[1.0, 1.0], [1.0, 0.0]])
+      >>> float(tx.testing.run_sharded(f, tokens, mask, axes={"data": 2}, out_specs=P()))
+      3.0
     """
-    factors = [jnp.asarray(f) for f in (mask, weights) if f is not None]
-    shapes = [f.shape for f in factors]
-    if values.ndim != 1 or any(shape != values.shape for shape in shapes):
-        given = (values.shape, *shapes) if shapes else values.shape
+    factors = [_spread_over(values, f) for f in (mask, weights) if f is not None]
+    if values.ndim == 0:
         raise ValueError(
-            "tx.example_mean needs values (and mask, and weights) of shape (batch,), got "
-            f"{given}: reduce each example to one number first"
+            "tx.example_mean needs values of shape (batch,), or (batch, length), got a scalar: "
+            "give one number for each example, and leave the mean to it"
         )
     axes = _leaves.check_axes("example_mean", axis)
     values = values.astype(_wide(values.dtype))
     if not factors and count is None:
         return jnp.mean(values)
+    _note_weights(mask, weights)
     for factor in factors:
         # where too: 0 * NaN is NaN.
         kept = jnp.where(factor.astype(jnp.bool_), values, jnp.zeros_like(values))
@@ -85,6 +90,31 @@ def example_mean(
         none = total == jnp.zeros_like(total)
         mean = axis_size(axes) * jnp.sum(values) / jnp.where(none, jnp.ones_like(total), total)
         return jnp.where(none, jnp.zeros_like(mean), mean)
+
+
+def _spread_over(values: jax.Array, factor: ArrayLike) -> jax.Array:
+    """Return a mask or weights in the shape of `values`, of whose first dims they are."""
+    factor = jnp.asarray(factor)
+    if factor.ndim == 0 or factor.shape != values.shape[: factor.ndim]:
+        raise ValueError(
+            "tx.example_mean needs a mask (and weights) of the shape of values or of its first "
+            f"dims, got {factor.shape} for values of shape {values.shape}: (batch,) for examples, "
+            "(batch, length) for tokens"
+        )
+    inner = (1,) * (values.ndim - factor.ndim)
+    return jnp.broadcast_to(factor.reshape(factor.shape + inner), values.shape)
+
+
+def _note_weights(mask: ArrayLike | None, weights: ArrayLike | None) -> None:
+    """Note in the step's scope what a mean weighs by: `engine.evaluate` has to weigh by it too."""
+    scope = current_scope()
+    if scope is None:
+        return
+    if weights is not None:
+        scope.weighed.append("weights")
+    elif mask is not None:
+        is_of_examples = jnp.shape(mask) == (scope.examples,)
+        scope.weighed.append("examples" if is_of_examples else "tokens")
 
 
 def _count_of_batch(factors: list[jax.Array], axes: tuple[str, ...]) -> jax.Array:
@@ -109,9 +139,10 @@ def _count_of_batch(factors: list[jax.Array], axes: tuple[str, ...]) -> jax.Arra
             f"device, got {rows}: the mean over a part of it is {remedy}"
         )
     local = _sum(factors)
-    if scope is not None and rows != scope.examples:
+    # Of as many rows it may still be a part: of the tokens of each example.
+    if scope is not None and (rows != scope.examples or factors[0].ndim > 1):
         error = (
-            "tx.example_mean ({source}) counts the real examples of one part of the batch, inside "
+            "tx.example_mean ({source}) counts what is real in one part of the batch, inside "
             f"a loop over the parts: {remedy}"
         )
         local = varying.claim(local, "whole", axes, what="the count", error=error)

@@ -1,10 +1,12 @@
 """Training: the engine, the state, the step, and what they need.
 
 Imports `kernels`, `kernels.common`, `launch.gloo_threads`, `mesh`, `optim`, `plan`, `printing`,
-`profiling`, `profiling.audit`, `profiling.targets`, `train.checkpoints`, `train.loop`,
-`train.numerics`, `train.state`, `train.steps`.
+`profiling`, `profiling.audit`, `profiling.targets`, `train.batches`, `train.checkpoints`,
+`train.loop`, `train.numerics`, `train.state`, `train.steps`.
 """
 
+from txcore.train.batches.even import even_batches as even_batches
+from txcore.train.batches.even import pad_batch as pad_batch
 from txcore.train.checkpoints.checkpoints import Checkpoints as Checkpoints
 from txcore.train.checkpoints.loading import load_extra as load_extra
 from txcore.train.checkpoints.loading import load_params as load_params
@@ -14,5 +16,6 @@ from txcore.train.engine import Engine as Engine
 from txcore.train.numerics.loss_scale import LossScale as LossScale
 from txcore.train.numerics.precision import Precision as Precision
 from txcore.train.state.state import TrainState as TrainState
+from txcore.train.steps.means import Mean as Mean
 from txcore.train.steps.step_fn import StepFn as StepFn
 from txcore.train.steps.step_fn import step_fn as step_fn

@@ -219,7 +219,8 @@ class Engine(OptionsView):
 
         Args:
           step: `(state, batch) -> metrics`, plain or decorated by `tx.step_fn`; each metric is
-            a mean over the global batch (`tx.pmean` of `tx.example_mean`).
+            a mean over the examples of the global batch (`tx.pmean` of `tx.example_mean`), or a
+            `tx.Mean(total, count)` of anything else, tokens for one, which are added up.
           state: the state; it is not donated.
           data: batches as for `run`; a leaf "mask" says which examples are real.
 
@@ -227,7 +228,8 @@ class Engine(OptionsView):
           The metrics as Python floats.
 
         Raises:
-          ValueError: no batch, or a metric that still varies along an axis.
+          ValueError: no batch, a metric that still varies along an axis, or, of several batches,
+            one that is a mean over something else than examples.
           TypeError: the step returns something else than a dict.
         """
         return evaluation.evaluate(self._steps, step, state, data)

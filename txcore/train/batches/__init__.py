@@ -1,4 +1,4 @@
 """Batches: which leaves hold examples, and how they are placed on the mesh.
 
-Imports `layout`, `mesh`, `plan`, `train.replicas`.
+Imports `kernels.common`, `launch`, `launch.watch`, `layout`, `mesh`, `plan`, `train.replicas`.
 """

@@ -28,6 +28,7 @@ from txcore.train.state.layout import state_specs
 from txcore.train.state.owner import TracedOwner
 from txcore.train.state.state import TrainState
 from txcore.train.steps import refusals
+from txcore.train.steps.means import all_are_means, divide_means, find_other_weights
 
 if TYPE_CHECKING:
     from txcore.profiling.declared.collectives import Declared
@@ -44,6 +45,7 @@ class CompiledStep:
       name: the step's.
       last_words: what a rank that waits in it says: the step's name and its last collective.
       reduces: whether it has any collective, for which all ranks have to come.
+      weighed: what an evaluation's means weigh by, if that is not the real examples of a batch.
     """
 
     program: "Program"
@@ -51,6 +53,7 @@ class CompiledStep:
     name: str
     last_words: str
     reduces: bool
+    weighed: str | None = None
 
     @property
     def call(self) -> jax.stages.Compiled:
@@ -89,6 +92,7 @@ def compile_step(
     # jax's caches keep the structure of what a program is given for ever. So it is given the
     # state's arrays alone, and what it traces does not keep the engine alive.
     owner = TracedOwner(state.engine)
+    weighed: list[str | None] = []
 
     def sharded(arrays: dict[str, Any], batch: Any) -> Any:
         shapes = tuple(x.shape for x in jax.tree.leaves(arrays["stored_params"]))
@@ -99,7 +103,10 @@ def compile_step(
             out = fn(before, batch)
             if train:
                 return _check_train_output(fn, before, out, specs)
-            return _check_metrics_alone(fn, out), _count(batch, plan, data_axes)
+            metrics = _check_metrics_alone(fn, out)
+            mask = None if "mask" in plan.batch else mask_of(batch)
+            weighed.append(find_other_weights(metrics, scope.weighed, mask))
+            return metrics, _count(batch, plan, data_axes, metrics)
 
     sharded.__name__ = name_of(fn)  # the HLO module's name
     started = time.perf_counter()
@@ -125,7 +132,8 @@ def compile_step(
     program = compile_lowered(jaxpr, lowered, options)
     last = f", whose last collective is {collectives[-1]}" if collectives else ""
     seconds, name = time.perf_counter() - started, name_of(fn)
-    return CompiledStep(program, seconds, name, name + last, bool(collectives))
+    other = weighed[-1] if weighed else None
+    return CompiledStep(program, seconds, name, name + last, bool(collectives), other)
 
 
 def _lines(declared: Iterable["Declared"]) -> list[str]:
@@ -233,15 +241,18 @@ def _check_scaled(fn: Callable[..., Any], jaxpr: Any, given: Any, returned: Any)
         )
 
 
-def _count(batch: Any, plan: Plan, data_axes: tuple[str, ...]) -> jax.Array | None:
+def _count(
+    batch: Any, plan: Plan, data_axes: tuple[str, ...], metrics: dict[str, Any]
+) -> jax.Array | None:
     mask = mask_of(batch)
-    if mask is None or "mask" in plan.batch:
+    if mask is None or "mask" in plan.batch or all_are_means(metrics):
         return None
     if mask.ndim != 1:
         raise ValueError(
             "engine.evaluate weighs batches by the real examples in batch['mask'], 1 or 0 for each "
-            f"in shape (batch,), got {mask.shape}: give a mask of something else (of tokens) "
-            "another name. Every metric is a mean over examples"
+            f"in shape (batch,), got {mask.shape}: return every metric as tx.Mean(total, count), "
+            "which are added up over the batches, or give a mask of something else (of tokens) "
+            "another name"
         )
     return global_count(mask, data_axes) if data_axes else (mask != 0).sum()
 
@@ -253,7 +264,7 @@ def _check_train_output(
         state, metrics = out
         if isinstance(state, TrainState) and isinstance(metrics, dict):
             after = _unless_overflowed(before, _check_state(fn, before, state, specs))
-            return after.arrays, _check_metrics(metrics)
+            return after.arrays, divide_means(_check_metrics(metrics))
     raise TypeError(
         f"{name_of(fn)} needs to return (state, metrics), the state that apply_gradients "
         f"returned and a dict, got {_describe(out)}"
