@@ -23,6 +23,27 @@ class Case:
     def __str__(self):
         return self.op + "".join(f"-{k}{v}" for k, v in self.kwargs.items()).replace(" ", "")
 
+    @property
+    def averages(self):
+        return self.op == "pmean" or bool(self.kwargs.get("mean"))
+
+    @property
+    def sums(self):
+        return self.op in ("psum", "reduce_scatter", "psum_scatter")
+
+    @property
+    def invariant(self):
+        """Whether the result is equal on every device by its type."""
+        equal = ("psum", "pmean", "pmax", "pmin", "broadcast")
+        return self.op in equal or bool(self.kwargs.get("invariant"))
+
+    @property
+    def divides(self):
+        """The dim of the shard that is split, if one is."""
+        if self.op in ("reduce_scatter", "psum_scatter", "all_to_all"):
+            return self.kwargs.get("split_dim", self.kwargs.get("dim", 0))
+        return None
+
     def call(self, x, axis):
         return getattr(tx, self.op)(x, axis, *self.args, **self.kwargs)
 
@@ -59,15 +80,6 @@ CASES = [
 oracle.psum_scatter = oracle.reduce_scatter
 oracle.pvary = oracle.vary
 
-# (sizes of the mesh's axes, the axis argument)
-MESHES = [
-    ({"data": 4}, "data"),
-    ({"data": 2, "model": 2}, "model"),
-    ({"data": 2, "model": 2}, ("data", "model")),
-    ({"data": 2, "model": 4}, ("model", "data")),
-    ({"a": 2, "b": 2, "c": 2}, ("a", "c")),
-    ({"data": 2, "one": 1}, ("data", "one")),
-]
 LOCAL = (8, 8)
 
 

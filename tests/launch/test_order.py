@@ -16,7 +16,8 @@ from txcore.launch.watch.watcher import Watcher
 
 REMEDY = (
     ". Every rank has to make the same steps, evaluations, checkpoints and barriers in the same "
-    "order, and to have as many batches in an epoch: see what only one of them does"
+    "order, and to have as many batches in an epoch (tx.even_batches pads what is shorter): see "
+    "what only one of them does"
 )
 
 

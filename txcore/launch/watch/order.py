@@ -96,6 +96,7 @@ def _make_verdict(*groups: tuple[set[int], str]) -> Verdict:
         what = f"{rank_names(few)} came to {event} by another way than {rank_names(many)}"
     return Verdict(
         f"{what}. Every rank has to make the same steps, evaluations, checkpoints and barriers in "
-        "the same order, and to have as many batches in an epoch: see what only one of them does",
+        "the same order, and to have as many batches in an epoch (tx.even_batches pads what is "
+        "shorter): see what only one of them does",
         FAILED,
     )

@@ -173,7 +173,8 @@ class Run:
         self.progress.start_clock()
         watch.at(Phase.STEP, self.position.steps, runner.last_words)
         if runner.spans:
-            watch.meet(f"batch {after.batch} of epoch {after.epoch}, step {after.steps} of fit")
+            at = f"batch {after.batch} of epoch {after.epoch}, step {after.steps} of fit"
+            watch.meet(f"{at}, {batch.rows} rows")
         interrupt.hold()
         try:
             self.state, metrics = runner.run(self.step, self.state, batch)

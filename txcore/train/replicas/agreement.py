@@ -109,8 +109,9 @@ def check_end(position: "Position") -> None:
         {"position": [f"{name}={getattr(position, name)}" for name in names]},
         problem="the ranks have run different loops",
         remedy=(
-            "An epoch has to have as many batches on every rank: give all the same number, or data "
-            "that never end. What was trained was trained on other parts of the data than meant"
+            "An epoch has to have as many batches on every rank: give all the same number, by "
+            "tx.even_batches, or data that never end. What was trained was trained on other parts "
+            "of the data than meant"
         ),
     )
 

@@ -80,18 +80,19 @@ def add_batches(metrics: list[dict[str, Any]], weights: list[int]) -> dict[str, 
     """
 
     def add(path: Any, *parts: Any) -> Any:
-        if is_mean(parts[0]):
-            total, count = (sum(np.asarray(part[i], np.float64) for part in parts) for i in (0, 1))
-        else:
-            count = sum(weights)
-            total = sum(
-                w * np.asarray(part, np.float64) for w, part in zip(weights, parts, strict=True) if w
-            )
+        pairs = parts if is_mean(parts[0]) else map(_weigh, parts, weights)
+        total, count = np.sum([np.array([*pair], np.float64) for pair in pairs], axis=0)
         if not np.all(count):
             raise ValueError(
                 "engine.evaluate needs at least one real example, got none in data: there is "
                 f"nothing to average metrics{jax.tree_util.keystr(path)} over"
             )
-        return (total / count).tolist()
+        return np.asarray(total / count).tolist()
 
     return jax.tree_util.tree_map_with_path(add, *metrics, is_leaf=is_mean)
+
+
+def _weigh(mean: Any, weight: int) -> Mean:
+    """Return a mean over so many examples; of a batch of padding alone it may be NaN."""
+    total = weight * np.asarray(mean, np.float64) if weight else np.zeros(np.shape(mean))
+    return Mean(total, np.full(np.shape(mean), weight))
