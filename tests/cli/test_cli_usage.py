@@ -38,6 +38,7 @@ def test_help_where_nothing_is_given(given, capsys):
         (["lock", "check", "--exact"], "txcore lock check"),
         (["lock", "update", "a:b", "--budget", "data=2MB", "--budget", "data=1"],
          "txcore lock update"),
+        (["bench", "paint"], "txcore bench"),
         (["tune", "paint"], "txcore tune"),
         (["launch", "-n", "2"], "txcore launch"),
         (["env", "more"], "txcore"),

@@ -1,6 +1,6 @@
 """The command line: each command is a module here, with `add_command` and its function.
 
-Imports `_compat`, `errors`, `kernels.dispatch`, `kernels.tuning`, `launch.join`,
+Imports `_compat`, `bench`, `errors`, `kernels.dispatch`, `kernels.tuning`, `launch`, `launch.join`,
 `launch.launcher`, `outside`, `profiling`, `profiling.audit`, `profiling.cost`, `profiling.costs`,
 `profiling.lock`, `profiling.program`, `profiling.report`, `profiling.targets`, `version`.
 """
@@ -11,11 +11,11 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from txcore.cli import costs, dump, env, inspect, launch, lock, tune
+from txcore.cli import bench, costs, dump, env, inspect, launch, lock, tune
 from txcore.cli.errors import BadInput, BadUsage
 from txcore.cli.output import complain, show
 
-_COMMANDS = (inspect, costs, dump, lock, tune, launch, env)
+_COMMANDS = (inspect, costs, dump, lock, bench, tune, launch, env)
 
 
 class _Parser(argparse.ArgumentParser):

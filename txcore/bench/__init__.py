@@ -1,0 +1,10 @@
+"""Measure collectives: time and bandwidth by size, the results held to NumPy in the same run.
+
+Imports `collectives`, `launch.gloo_threads`, `outside`, `profiling.bandwidth`, `version`.
+"""
+
+from txcore.bench.measure import Row as Row
+from txcore.bench.measure import Setup as Setup
+from txcore.bench.measure import measure_size as measure_size
+from txcore.bench.operations import OPERATIONS as OPERATIONS
+from txcore.bench.operations import Operation as Operation

@@ -1,0 +1,118 @@
+"""The collectives that are measured, and what each has to give, said in NumPy's terms."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import jax
+
+from txcore import collectives
+
+Axes = tuple[str, ...]
+# A collective on one device: its flat operand and the axes -> its flat result.
+Run = Callable[[jax.Array, Axes], jax.Array]
+
+
+class Segment(NamedTuple):
+    """State a run of elements of a device's result.
+
+    Attributes:
+      members: the devices whose elements it is made of, by index in the group.
+      start: the first of those elements in each member's operand.
+      length: how many there are.
+      combine: what is made of the members' elements; of one member they are as they are.
+    """
+
+    members: Sequence[int]
+    start: int
+    length: int
+    combine: Literal["sum", "mean", "max"] = "sum"
+
+
+# What a device has: its index in the group, the group's size, elements of an operand -> segments.
+Expect = Callable[[int, int, int], list[Segment]]
+
+
+@dataclass(frozen=True)
+class Operation:
+    """Hold one collective, as nccl-tests counts it.
+
+    Attributes:
+      name: of the collective.
+      kind: its HLO name, by which `profiling.bandwidth` knows its bus factor.
+      run: the collective on one device.
+      expect: what its result is to be.
+      in_parts: whether S is made of a part for each device, so that its elements are a multiple of
+        the group's size and nccl-tests' count is the part's.
+      gathers: whether S is the result, and the operand a part of it; else S is the operand.
+    """
+
+    name: str
+    kind: str
+    run: Run
+    expect: Expect
+    in_parts: bool = False
+    gathers: bool = False
+
+    def count(self, size: int, itemsize: int, n: int) -> int:
+        """Return nccl-tests' count for S of at most `size` bytes in a group of n devices; or 0."""
+        elements = size // itemsize
+        return elements // n if self.in_parts else elements
+
+    def total(self, count: int, n: int) -> int:
+        """Return the elements of S."""
+        return count * n if self.in_parts else count
+
+    def operand(self, count: int, n: int) -> int:
+        """Return the elements of each device's operand."""
+        return count if self.gathers else self.total(count, n)
+
+
+def _expect_all(combine: Literal["sum", "mean", "max"]) -> Expect:
+    return lambda index, n, elements: [Segment(range(n), 0, elements, combine)]
+
+
+def _expect_gathered(index: int, n: int, elements: int) -> list[Segment]:
+    return [Segment((member,), 0, elements) for member in range(n)]
+
+
+def _expect_scattered(index: int, n: int, elements: int) -> list[Segment]:
+    part = elements // n
+    return [Segment(range(n), index * part, part)]
+
+
+def _expect_exchanged(index: int, n: int, elements: int) -> list[Segment]:
+    part = elements // n
+    return [Segment((member,), index * part, part) for member in range(n)]
+
+
+def _exchange(x: jax.Array, axes: Axes) -> jax.Array:
+    return collectives.all_to_all(x, axes, split_dim=0, concat_dim=0)
+
+
+OPERATIONS: Mapping[str, Operation] = {
+    operation.name: operation
+    for operation in (
+        Operation("psum", "all-reduce", collectives.psum, _expect_all("sum")),
+        Operation("pmean", "all-reduce", collectives.pmean, _expect_all("mean")),
+        Operation("pmax", "all-reduce", collectives.pmax, _expect_all("max")),
+        Operation(
+            *("all_gather", "all-gather", collectives.all_gather, _expect_gathered),
+            in_parts=True,
+            gathers=True,
+        ),
+        Operation(
+            *("reduce_scatter", "reduce-scatter", collectives.reduce_scatter, _expect_scattered),
+            in_parts=True,
+        ),
+        Operation("all_to_all", "all-to-all", _exchange, _expect_exchanged, in_parts=True),
+        Operation(
+            *("ppermute", "collective-permute", collectives.shift),
+            lambda index, n, elements: [Segment(((index - 1) % n,), 0, elements)],
+        ),
+        Operation(
+            *("broadcast", "collective-broadcast", collectives.broadcast),
+            lambda index, n, elements: [Segment((0,), 0, elements)],
+        ),
+    )
+}

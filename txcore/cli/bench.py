@@ -1,0 +1,291 @@
+"""`txcore bench`: measure collectives by size, and hold their results to NumPy."""
+
+import argparse
+import contextlib
+import importlib.util
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from txcore.cli.errors import BadInput, BadUsage, first_line
+from txcore.cli.load import (
+    mesh_of,
+    parse_axes,
+    parse_devices,
+    parse_path,
+    parse_positive,
+    simulate_devices,
+)
+from txcore.cli.output import show
+
+if TYPE_CHECKING:
+    from txcore.bench import Row, Setup
+
+_NAMES = (
+    *("psum", "pmean", "pmax", "all_gather", "reduce_scatter", "all_to_all", "ppermute"),
+    "broadcast",
+)
+_DTYPES = (
+    *("float32", "bfloat16", "float16", "float64"),
+    *("int8", "uint8", "int32", "uint32", "int64"),
+)
+_WIDE = ("float64", "int64")
+_UNITS = {"": 1, "B": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+_DEFAULT_SIZES = "4K", "256M"
+_WARMUP, _ITERATIONS, _FACTOR = 5, 20, 4
+
+
+def add_command(commands: Any) -> None:
+    """Add the command to the parser's subparsers."""
+    parser = commands.add_parser("bench", help="measure collectives by size, and check them")
+    add = parser.add_argument
+    add(
+        "operations",
+        nargs="*",
+        metavar="COLLECTIVE",
+        help=f"{', '.join(_NAMES)}, or all (default psum)",
+    )
+    add("--devices", type=parse_devices, metavar="N", help="simulate N CPU devices a process")
+    add(
+        "--mesh",
+        type=parse_axes,
+        metavar="data=2,model=2",
+        help="the mesh's axes (default data=all devices)",
+    )
+    add(
+        "--axis",
+        type=_parse_names,
+        metavar="NAME,...",
+        help="the axes to communicate over, where other axes make several groups at once "
+        "(default: the mesh's first)",
+    )
+    least, most = _DEFAULT_SIZES
+    add("--min-size", type=_parse_size, default=least, metavar="4K", help=f"default {least}")
+    add("--max-size", type=_parse_size, default=most, metavar="256M", help=f"default {most}")
+    add(
+        "--factor",
+        type=_parse_factor,
+        default=_FACTOR,
+        metavar="F",
+        help=f"from one size to the next (default {_FACTOR})",
+    )
+    add(
+        "--dtype",
+        type=_parse_names,
+        default="float32",
+        metavar="NAME,...",
+        help=f"of {', '.join(_DTYPES)} (default float32)",
+    )
+    add(
+        "--warmup",
+        type=_parse_count,
+        default=_WARMUP,
+        metavar="N",
+        help=f"calls before those that count (default {_WARMUP})",
+    )
+    add(
+        "--iterations",
+        type=parse_positive,
+        default=_ITERATIONS,
+        metavar="N",
+        help=f"calls that count (default {_ITERATIONS})",
+    )
+    add(
+        "--out-of-place",
+        action="store_true",
+        help="a new array for each result (default: in the operand's place, where it is as large)",
+    )
+    add("--json", type=parse_path, metavar="FILE", help="write all that was measured, too")
+    add("--csv", type=parse_path, metavar="FILE", help="write the table, too")
+    add("--plot", type=parse_path, metavar="FILE", help="draw bandwidth over size (.png, .svg)")
+    parser.set_defaults(command=measure_collectives)
+
+
+def _parse_names(text: str) -> tuple[str, ...]:
+    names = tuple(name.strip() for name in text.split(","))
+    if not all(names) or len(set(names)) < len(names):
+        raise argparse.ArgumentTypeError(f"needs names, each once, as a,b, but got {text[:80]!r}")
+    return names
+
+
+def _parse_size(text: str) -> int:
+    """Read a size in bytes as nccl-tests does: 4096, 4K, 256M, 1G."""
+    digits = text.upper().rstrip("BKMG")
+    unit = text.upper()[len(digits) :]
+    unit = unit.removesuffix("B") if len(unit) == 2 else unit
+    if not (digits.isdecimal() and len(digits) <= 18 and unit in _UNITS and int(digits)):
+        raise argparse.ArgumentTypeError(
+            f"needs a size of at least 1 byte, as 4096, 4K, 256M or 1G, but got {text[:80]!r}"
+        )
+    return int(digits) * _UNITS[unit]
+
+
+def _parse_factor(text: str) -> int:
+    if (factor := parse_positive(text)) < 2:
+        raise argparse.ArgumentTypeError(f"needs at least 2, but got {factor}")
+    return factor
+
+
+def _parse_count(text: str) -> int:
+    return 0 if text == "0" else parse_positive(text)
+
+
+def measure_collectives(options: argparse.Namespace) -> int:
+    """Print the tables and write the files; return 1 where an element was wrong."""
+    from txcore.bench import report
+    from txcore.kernels.tuning.measure import machine
+
+    operations = _select_operations(options)
+    _check_dtypes(options.dtype)
+    sizes = list(_walk_sizes(options))
+    if options.plot is not None and importlib.util.find_spec("matplotlib") is None:
+        raise BadInput("--plot needs matplotlib: pip install 'txcore[examples]'")
+    _join_run(options)
+    setup = _make_setup(options)
+    run = report.describe_run(setup, machine())
+    _show_once(report.format_run(run))
+    with _wide_dtypes(options.dtype):
+        rows = [
+            row
+            for name in operations
+            for row in _measure_operation(setup, name, options.dtype, sizes)
+        ]
+    _write_files(options, run, rows)
+    wrong = sum(row.wrong for row in rows)
+    if wrong:
+        _show_once(f"failed: {wrong} wrong elements")
+    return 1 if wrong else 0
+
+
+def _select_operations(options: argparse.Namespace) -> tuple[str, ...]:
+    named = tuple(dict.fromkeys(options.operations)) or ("psum",)
+    for name in named:
+        if name not in (*_NAMES, "all"):
+            raise BadUsage(f"bench needs collectives among {', '.join(_NAMES)}, all; got {name!r}")
+    return _NAMES if "all" in named else named
+
+
+def _check_dtypes(dtypes: tuple[str, ...]) -> None:
+    for name in dtypes:
+        if name not in _DTYPES:
+            raise BadUsage(f"--dtype needs names among {', '.join(_DTYPES)}, but got {name!r}")
+
+
+def _walk_sizes(options: argparse.Namespace) -> Iterator[int]:
+    """Yield --min-size, times --factor as often as it stays within --max-size."""
+    size = options.min_size
+    if size > options.max_size:
+        raise BadUsage(
+            f"--max-size needs at least --min-size, {size} bytes, but got {options.max_size}"
+        )
+    while size <= options.max_size:
+        yield size
+        size *= options.factor
+
+
+def _join_run(options: argparse.Namespace) -> None:
+    """Simulate the devices, and join the other ranks where there are some."""
+    from txcore import launch
+
+    simulate_devices(options.devices)
+    if launch.backend_started():
+        return  # called from a program that has joined already
+    try:
+        launch.initialize()
+    except (RuntimeError, ValueError) as error:
+        raise BadInput(first_line(error)) from error
+
+
+def _make_setup(options: argparse.Namespace) -> "Setup":
+    import jax
+
+    from txcore.bench import Setup
+
+    try:
+        count = jax.device_count()
+    except RuntimeError as error:
+        raise BadInput(first_line(error)) from error
+    sizes = options.mesh or {"data": count}
+    if jax.process_count() > 1 and math.prod(sizes.values()) != count:
+        raise BadInput(
+            f"--mesh needs sizes whose product is {count}, the devices of all "
+            f"{jax.process_count()} processes, but got {math.prod(sizes.values())}"
+        )
+    axes = options.axis or (next(iter(sizes)),)
+    for axis in axes:
+        if axis not in sizes:
+            raise BadUsage(f"--axis needs an axis of the mesh, {', '.join(sizes)}, got {axis!r}")
+    if math.prod(sizes[axis] for axis in axes) < 2:
+        raise BadInput(
+            f"bench needs at least 2 devices along {','.join(axes)}, but there is 1: give "
+            "--devices 2 to simulate them on the CPU, or run it by txcore launch -n 2 -m txcore "
+            "bench"
+        )
+    return Setup(
+        mesh_of(sizes),
+        axes,
+        warmup=options.warmup,
+        iterations=options.iterations,
+        in_place=not options.out_of_place,
+    )
+
+
+@contextlib.contextmanager
+def _wide_dtypes(dtypes: tuple[str, ...]) -> Iterator[None]:
+    """Let jax compute in 64 bits where a dtype has as many."""
+    import jax
+
+    before = jax.config.read("jax_enable_x64")
+    jax.config.update("jax_enable_x64", before or not set(dtypes).isdisjoint(_WIDE))
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_x64", before)
+
+
+def _measure_operation(
+    setup: "Setup", name: str, dtypes: tuple[str, ...], sizes: list[int]
+) -> Iterator["Row"]:
+    """Measure one collective, and print each row when it is there."""
+    from txcore.bench import OPERATIONS, measure_size, report
+
+    _show_once(f"{report.format_head(name, setup)}")
+    for dtype in dtypes:
+        for size in sizes:
+            try:
+                row = measure_size(setup, OPERATIONS[name], dtype, size)
+            except ValueError as error:
+                raise BadInput(str(error)) from error
+            except RuntimeError as error:  # of XLA or gloo
+                raise BadInput(f"{name} of {dtype}: {first_line(error)}") from error
+            _show_once(report.format_row(row))
+            yield row
+
+
+def _write_files(options: argparse.Namespace, run: dict[str, Any], rows: list["Row"]) -> None:
+    """Write the files that were asked for; rank 0 alone."""
+    import jax
+
+    from txcore.bench import report
+
+    if jax.process_index():
+        return
+    file = ""
+    try:
+        if file := options.json:
+            report.write_json(file, run, rows)
+        if file := options.csv:
+            report.write_csv(file, rows)
+        if file := options.plot:
+            report.plot_bandwidth(file, report.format_run(run).replace("# ", ""), rows)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise BadInput(f"cannot write {file}: {reason}") from None
+
+
+def _show_once(text: str) -> None:
+    """Print on rank 0 alone."""
+    import jax
+
+    if jax.process_index() == 0:
+        show(text)
