@@ -72,7 +72,8 @@ def against_plan(
     lines = []
     for predicted in predictions:
         covered, used = _cover_along_axes(predicted, left)
-        lines.append(_plan_line(predicted, covered, gone))
+        line = _plan_line(predicted, covered, gone)
+        lines.append(replace(line, times=_times_sent(covered, left)))
         left = {i: d for i, d in left.items() if i not in used}
     lines = _read_factors(lines, factors)
     beyond = [d for i, d in left.items() if i not in gone]
@@ -116,6 +117,12 @@ def _cover_sizes(sizes: Iterable[int], declared: Mapping[int, Declared]) -> dict
             covered[place] = min(elements, missing)
             missing -= covered[place]
     return covered
+
+
+def _times_sent(covered: Mapping[int, int], declared: Mapping[int, Declared]) -> int:
+    """Return in how many trips of a loop all of an array is sent, and not a slice in each."""
+    whole = [declared[i] for i, elements in covered.items() if declared[i].elements >= elements]
+    return max((d.trips for d in whole), default=1)
 
 
 def _plan_line(predicted: Prediction, covered: Mapping[int, int], gone: set[int]) -> PlanLine:

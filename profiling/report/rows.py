@@ -141,6 +141,8 @@ class PlanLine:
       found_bytes: the part of it that the program sends; beyond the plan, all of it.
       eliminated_bytes: the part that was declared and that the compiler eliminated (the gradient
         of a parameter that the loss does not use is a constant).
+      times: how often a loop sends it: once in each of so many trips, where the plan predicts it
+        once (gradients that are reduced for each microbatch).
       factor: for gradients, whose mean a plan predicts: "mean" where they are the mean, "sum" where
         they are known to be N times it, "not read" where the program does not tell; else "".
       factor_note: which gradients are not known to be the mean, where, and why; else "".
@@ -153,6 +155,7 @@ class PlanLine:
     payload_bytes: int
     found_bytes: int
     eliminated_bytes: int = 0
+    times: int = 1
     factor: str = ""
     factor_note: str = ""
 

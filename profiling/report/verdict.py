@@ -33,6 +33,12 @@ def _describe_found(report: Findings) -> str:
     if not report.checked:
         return f"{sent}, nothing looks added ({origins}){but}"
     planned = _as_planned(report.plan)
+    planned += "".join(
+        f", but {line.times} times the {line.what}, once in each trip of a loop: add up what it "
+        "computes, and reduce the sum after it"
+        for line in report.plan
+        if line.times > 1
+    )
     planned += "".join(f", {line.factor_note}" for line in report.plan if line.factor_note)
     return f"{sent}, all declared ({origins}){planned}; nothing was added{but}"
 

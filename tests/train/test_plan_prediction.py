@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -131,7 +132,8 @@ def several_times(grads):
 )
 def test_however_the_gradients_are_reduced(body):
     report = audited(body)
-    assert report.plan[0] == GRADIENTS
+    times = 4 if body is several_times else 1
+    assert report.plan[0] == replace(GRADIENTS, times=times)
     assert report.ok
 
 

@@ -1,6 +1,7 @@
 """The mean over the examples of the global batch."""
 
 import math
+from functools import partial
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ from jax.typing import ArrayLike
 
 from txcore import varying
 from txcore.collectives import _leaves, axis_size, psum, vary
+from txcore.parallel.microbatches import Asked, current_part, total_of
 from txcore.step_scope import current_scope
 
 
@@ -27,9 +29,10 @@ def example_mean(
     they are distributed. A plain local mean is wrong as soon as the last batch is padded, or
     sequences have different lengths.
 
-    A batch in parts (microbatches) has one count for all of them, or the mean would be one of
-    means: take `count = tx.psum(jnp.sum(mask), axis)` of the whole batch before the loop, give it
-    to each part, and add the parts up; they are not to be averaged.
+    A batch in parts has one count for all of them, or the mean would be one of means. In the
+    microbatches of `tx.value_and_grad(microbatches=)` it is taken before their loop. In a loop of
+    your own take `count = tx.psum(jnp.sum(mask), axis)` of the whole batch before it, give it to
+    each part, and add the parts up; they are not to be averaged.
 
     Args:
       values: one number for each example of this device, shape (batch,), or for each token,
@@ -89,7 +92,9 @@ def example_mean(
         total = total.astype(values.dtype)
         none = total == jnp.zeros_like(total)
         mean = axis_size(axes) * jnp.sum(values) / jnp.where(none, jnp.ones_like(total), total)
-        return jnp.where(none, jnp.zeros_like(mean), mean)
+        mean = jnp.where(none, jnp.zeros_like(mean), mean)
+    part = current_part()
+    return mean if part is None else mean * part.number  # then the mean over the parts is right
 
 
 def _spread_over(values: jax.Array, factor: ArrayLike) -> jax.Array:
@@ -119,7 +124,7 @@ def _note_weights(mask: ArrayLike | None, weights: ArrayLike | None) -> None:
 
 def _count_of_batch(factors: list[jax.Array], axes: tuple[str, ...]) -> jax.Array:
     """Sum mask and weights over the global batch; refuse to where it is not known to be whole."""
-    scope, rows = current_scope(), factors[0].shape[0]
+    scope, part, rows = current_scope(), current_part(), factors[0].shape[0]
     left_out = [a for a in scope.data_axes if a not in axes] if scope is not None else []
     if scope is not None and left_out:
         raise ValueError(
@@ -133,12 +138,15 @@ def _count_of_batch(factors: list[jax.Array], axes: tuple[str, ...]) -> jax.Arra
         f"tx.psum(jnp.sum(mask), {_leaves.names_of(axes)}) of the whole batch's mask before it is "
         "split, pass tx.example_mean(..., count=count), and add the results up"
     )
-    if scope is not None and rows < scope.examples:
+    examples = part.examples if part is not None else scope.examples if scope is not None else 0
+    if rows < examples:
         raise ValueError(
-            f"tx.example_mean needs the mask of the whole batch, {scope.examples} examples on this "
+            f"tx.example_mean needs the mask of the whole batch, {examples} examples on this "
             f"device, got {rows}: the mean over a part of it is {remedy}"
         )
     local = _sum(factors)
+    if part is not None:
+        return total_of(part, Asked(local, partial(_global_sum, axes=axes)))
     # Of as many rows it may still be a part: of the tokens of each example.
     if scope is not None and (rows != scope.examples or factors[0].ndim > 1):
         error = (

@@ -9,6 +9,7 @@ import numpy as np
 
 from txcore.collectives import _leaves, axis_size, vary
 from txcore.kernels.common import checks
+from txcore.parallel.microbatches import Loop, accumulate
 from txcore.step_scope import current_scope
 
 Axis = str | tuple[str, ...]
@@ -21,6 +22,8 @@ def value_and_grad(
     has_aux: bool = False,
     axis: Axis | None = None,
     loss_scale: jax.Array | float | None = None,
+    microbatches: int | None = None,
+    carry: int | None = None,
 ) -> Callable[..., Any]:
     """Differentiate a local loss; gradients come out local, for you to reduce once.
 
@@ -34,6 +37,13 @@ def value_and_grad(
     means the same in every precision to whoever clips, logs or accumulates it. A gradient that
     overflowed stays inf or nan.
 
+    With `microbatches` the batch is computed in so many parts, one after the other, for the
+    memory of one: all arguments that are not differentiated are split along their first dim. The
+    result is that of the whole batch, where the loss is a mean over examples: the parts' losses
+    and gradients are averaged, added up in float32 or wider, and `tx.example_mean` of a part has
+    the count of the whole batch, masked or not. Nothing is sent within the loop, and the
+    gradients are yours to reduce once, after it.
+
     Args:
       f: function that returns a scalar loss (or `(loss, aux)`) of this device's examples.
       argnums: which arguments to differentiate.
@@ -41,15 +51,20 @@ def value_and_grad(
       axis: the data axes; inside a step they are the plan's and need not be named.
       loss_scale: `state.loss_scale`, which a step in float16 needs and which is None in others;
         elsewhere any number above 0.
+      microbatches: how many parts the examples of this device are split into, a divisor of their
+        number; None computes all at once.
+      carry: which argument is not split, but is what the microbatch before returned as `aux`, to
+        begin with the one given (batch statistics); needs `microbatches` and `has_aux`. None: none.
 
     Returns:
       A function that returns `(loss, gradients)`, or `((loss, aux), gradients)`; both vary
-      along the data axes, and neither is scaled.
+      along the data axes, and neither is scaled. With `microbatches` the aux is that of the last
+      one where it is carried; else those of all, in a dim more in front.
 
     Raises:
       ValueError: the loss is already reduced along a data axis (averaging its gradients on
         top would give 1/N of the truth), no data axes are known, or a step in float16 passes no
-        loss_scale.
+        loss_scale; `microbatches` is no count, or does not divide what it splits.
       TypeError: loss_scale is no scalar; or, with one, the loss is not floating-point or the
         gradients would come out in float16.
 
@@ -66,18 +81,28 @@ def value_and_grad(
       Micikevicius et al., "Mixed precision training", 2018, section 3.2 (loss scaling).
     """
     _check_scale(loss_scale)
+    nums = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+    _check_microbatches(microbatches, carry, nums, has_aux)
+    # An example weighs more in the mean of a part: of the whole batch no gradient overflows more.
+    scale = loss_scale if loss_scale is None else loss_scale / (microbatches or 1)
 
     def checked(*args: Any, **kwargs: Any) -> Any:
         out = f(*args, **kwargs)
         loss, aux = out if has_aux else (out, None)
         loss = _local(loss, _data_axes(axis))
-        if loss_scale is not None:
-            return _scaled(loss, loss_scale), (loss, aux)
+        if scale is not None:
+            return _scaled(loss, scale), (loss, aux)
         return (loss, aux) if has_aux else loss
 
-    scaled = loss_scale is not None
+    scaled = scale is not None
     differentiated = jax.value_and_grad(checked, argnums, has_aux=has_aux or scaled)
-    nums = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+
+    def one(*args: Any, **kwargs: Any) -> Any:
+        value, gradients = differentiated(*args, **kwargs)
+        if not scaled:
+            return value, gradients
+        loss, aux = value[1]
+        return (loss, aux) if has_aux else loss, _unscaled(gradients, scale)
 
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         axes = _data_axes(axis)
@@ -87,14 +112,13 @@ def value_and_grad(
                 "tx.value_and_grad needs the arguments to differentiate by position, got keyword "
                 f"arguments only: {', '.join(kwargs) or 'none'}"
             )
+        at = frozenset(n % len(args) for n in nums)
         if axes:
-            at = {n % len(args) for n in nums}
             args = tuple(vary(a, axes, name="params") if i in at else a for i, a in enumerate(args))
-        value, gradients = differentiated(*args, **kwargs)
-        if loss_scale is None:
-            return value, gradients
-        loss, aux = value[1]
-        return (loss, aux) if has_aux else loss, _unscaled(gradients, loss_scale)
+        if microbatches is None:
+            return one(*args, **kwargs)
+        at_carry = _place_of_carry(carry, at, len(args))
+        return accumulate(one, f, Loop(microbatches, at, at_carry, has_aux, axes), args, kwargs)
 
     return wrapped
 
@@ -106,6 +130,8 @@ def grad(
     has_aux: bool = False,
     axis: Axis | None = None,
     loss_scale: jax.Array | float | None = None,
+    microbatches: int | None = None,
+    carry: int | None = None,
 ) -> Callable[..., Any]:
     """Differentiate a local loss like `value_and_grad`, without returning the loss.
 
@@ -115,6 +141,8 @@ def grad(
       has_aux: as for `value_and_grad`.
       axis: as for `value_and_grad`.
       loss_scale: as for `value_and_grad`.
+      microbatches: as for `value_and_grad`.
+      carry: as for `value_and_grad`.
 
     Returns:
       A function that returns the gradients, or `(gradients, aux)`.
@@ -128,7 +156,15 @@ def grad(
       >>> tx.testing.run_sharded(f, np.arange(4.0), axes={"data": 4})
       array([0., 2., 4., 6.], dtype=float32)
     """
-    both = value_and_grad(f, argnums, has_aux=has_aux, axis=axis, loss_scale=loss_scale)
+    both = value_and_grad(
+        f,
+        argnums,
+        has_aux=has_aux,
+        axis=axis,
+        loss_scale=loss_scale,
+        microbatches=microbatches,
+        carry=carry,
+    )
 
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         value, gradients = both(*args, **kwargs)
@@ -163,6 +199,39 @@ def _local(loss: Any, axes: tuple[str, ...]) -> jax.Array:
             )
             loss = _leaves.claim_differs(loss, a, what="the loss", error=error)
     return loss
+
+
+def _check_microbatches(
+    microbatches: Any, carry: Any, differentiated: Sequence[int], has_aux: bool
+) -> None:
+    if microbatches is not None and (checks.whole_number(microbatches) or 0) < 1:
+        raise ValueError(
+            f"tx.value_and_grad needs microbatches= a count from 1 on, got {microbatches!r}"
+        )
+    if carry is None:
+        return
+    if microbatches is None or not has_aux or checks.whole_number(carry) is None:
+        raise ValueError(
+            "tx.value_and_grad needs carry= the place of an argument, with microbatches= and "
+            f"has_aux=True, whose aux is the argument's next value, got carry={carry!r}, "
+            f"microbatches={microbatches!r} and has_aux={has_aux}"
+        )
+    if carry in differentiated:
+        raise ValueError(
+            f"tx.value_and_grad needs carry= an argument that is not differentiated, got {carry}"
+        )
+
+
+def _place_of_carry(carry: int | None, differentiated: frozenset[int], count: int) -> int | None:
+    if carry is None:
+        return None
+    place = carry + count if carry < 0 else carry
+    if place not in range(count) or place in differentiated:
+        raise ValueError(
+            f"tx.value_and_grad needs carry= one of the {count} arguments that is not "
+            f"differentiated, got {carry}"
+        )
+    return place
 
 
 def _check_scale(loss_scale: Any) -> None:

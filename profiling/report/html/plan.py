@@ -56,6 +56,8 @@ def plan_section(report: Findings) -> Html:
 def _plan_row(line: PlanLine) -> Html:
     if not line.ok:
         state = make_badge("✕ a sum" if line.is_there else "✕ short", "bad")
+    elif line.times > 1:
+        state = make_badge(f"{line.times} times, in a loop")
     elif line.factor == "not read":
         state = make_badge("factor not read")
     else:
