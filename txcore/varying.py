@@ -50,6 +50,10 @@ def run_untracked(function: Callable[..., Any], *arrays: jax.Array) -> Any:
 
 
 CLAIM = "claim"
+# What algorithms of several steps claim of their results: the mean over the devices, or of it the
+# shard of each. They are believed; tests compare the algorithms with float64 NumPy.
+MEAN = "mean"
+MEAN_SHARD = "mean shard"
 
 
 def claim(
@@ -69,7 +73,8 @@ def claim(
     Args:
       x: an array.
       kind: what is claimed along each of the axes: "equal" (all devices hold the same), "differs",
-        "whole" (it is not made of one slice of what a loop goes over), "" for nothing.
+        "whole" (it is not made of one slice of what a loop goes over), "" for nothing. `MEAN` and
+        `MEAN_SHARD` say that it is the mean over the devices along all of the axes, or a part.
       axes: mesh axes.
       what: what errors call the value.
       error: the text of the error where the claim is false; "{axis}" stands for the axes along

@@ -5,7 +5,7 @@ cast to varying, varying though it is equal, and the result of argsort or a call
 equal though it differs. The walk follows the data itself.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax.numpy as jnp
@@ -215,7 +215,7 @@ class Uniformity(Forward[Relation]):
         """Return how the results of one operation relate to the axis."""
         name = name_of(eqn)
         if name == varying.CLAIM:
-            return inputs
+            return [self._after_claim(eqn.params, value) for value in inputs]
         if name in OPAQUE:
             return self._after_opaque(eqn, name, inputs, frame)
         if name in PLAIN or not (axes := axes_of(eqn.params)):
@@ -228,6 +228,12 @@ class Uniformity(Forward[Relation]):
         if self.axis not in axes:
             return list(each)
         return self._after_collective(eqn, jaxpr, name, axes, each, path_of(eqn, frame.path))
+
+    def _after_claim(self, params: Mapping[str, Any], value: Relation) -> Relation:
+        kind = params["kind"]
+        if kind not in (varying.MEAN, varying.MEAN_SHARD) or self.axis not in params["mesh_axes"]:
+            return value
+        return relation.after_sum(value) | (DIFFERS if kind == varying.MEAN_SHARD else 0)
 
     def _after_plain(self, eqn: Eqn, name: str, inputs: list[Relation], frame: Frame) -> Relation:
         value = relation.after_operation(name, inputs)

@@ -119,6 +119,8 @@ def _find_false_claim(seen: Seen) -> Finding | None:
     params, axis, (value,) = seen.eqn.params, seen.axis, seen.inputs
     if axis not in params["mesh_axes"]:
         return None
+    if params["kind"] in (varying.MEAN, varying.MEAN_SHARD):
+        return _find_wrong_mean(seen, value)
     dropped = axis in params["drop"]
     wrong = {
         "equal": bool(value & relation.DIFFERS) or (dropped and may_differ(value)),
@@ -129,6 +131,15 @@ def _find_false_claim(seen: Seen) -> Finding | None:
         return None
     said = {"what": params["what"], "error": params["error"], "dropped": dropped}
     return _make_finding(seen, "claim" if wrong else "total", **said)
+
+
+def _find_wrong_mean(seen: Seen, value: Relation) -> Finding | None:
+    """Find what is wrong of a mean that an algorithm of several steps has made, as of a pmean."""
+    if value & relation.SUMMED and may_differ(value):
+        return _make_finding(seen, "typed", tag=seen.tag)
+    if value & relation.PART and may_differ(value):
+        return _make_finding(seen, "part", tag=seen.tag)
+    return None
 
 
 def _make_finding(seen: Seen, problem: str, *, tag: str | None = None, **said: Any) -> Finding:

@@ -127,7 +127,7 @@ class _Factors(Forward[Value]):
         name = name_of(eqn)
         if name == varying.CLAIM:
             self._note_factor(eqn, inputs[0])
-            return inputs
+            return [self._after_claim(eqn, value) for value in inputs]
         if name in CASTS:
             return inputs
         along = [axis for axis in axes_of(eqn.params) if axis in self._axes]
@@ -135,6 +135,15 @@ class _Factors(Forward[Value]):
             return self._after_collective(eqn, jaxpr, name, inputs, frame)
         value = value_after(eqn, name, inputs, frame, self._devices)
         return [self._name_scalar(eqn, value, var, frame) for var in eqn.outvars]
+
+    def _after_claim(self, eqn: Eqn, value: Value) -> Value:
+        along = frozenset(eqn.params["mesh_axes"]) & frozenset(self._axes)
+        kind = eqn.params["kind"]
+        if kind not in (varying.MEAN, varying.MEAN_SHARD) or not along:
+            return value
+        place = source.user_source_line(_compat.eqn_frames(eqn))
+        reduced = value.reduced | along
+        return Value(kind == varying.MEAN_SHARD, reduced=reduced, is_mean=True, source=place)
 
     def _name_scalar(self, eqn: Eqn, value: Value, var: Var, frame: Frame) -> Value:
         """Name an unknown scalar, so that its inverse cancels it."""

@@ -1,5 +1,6 @@
 """jax's settings and its own state, as each version shows them."""
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -115,3 +116,16 @@ def key_impl(x: Any) -> Any:
         return jax.random.key_impl(x)
     except TypeError:  # a ShapeDtypeStruct: only the dtype knows, privately
         return x.dtype._impl.name
+
+
+def combiner_key(key: str) -> contextlib.AbstractContextManager[Any]:
+    """Return a context in which collectives are combined with those of the same key alone.
+
+    XLA for GPU knows the key; XLA for TPU combines collectives of equal attributes. Where this jax
+    has no such context, nothing is kept apart.
+    """
+    try:
+        from jax.experimental.xla_metadata import set_xla_metadata
+    except ImportError:
+        return contextlib.nullcontext()
+    return set_xla_metadata(combiner_key=key)
