@@ -426,7 +426,7 @@ def test_as_optax_refuses_what_it_cannot_do():
     with pytest.raises(ValueError, match="as_optax needs the parameters to update, got none: call"):
         transformation.update(tree(1), transformation.init(tree(0)))
     examples = tx.optim.from_optax(optax.sgd(1), per_example=True)
-    with pytest.raises(ValueError, match="as_optax needs an optimizer that takes one gradient a"):
+    with pytest.raises(ValueError, match="as_optax needs an optimizer that takes one gradient for"):
         examples.as_optax()
 
 
