@@ -16,8 +16,8 @@ def float_arrays(op: str, **arrays: Any) -> tuple[jax.Array, ...]:
     for name, array in arrays.items():
         if not jnp.issubdtype(jnp.result_type(array), jnp.floating):
             raise TypeError(
-                f"{op}: {name} must have a floating-point dtype; got {jnp.result_type(array)}. "
-                f"Cast it, for example {name}.astype(jnp.float32)."
+                f"{op}: {name} needs a floating-point dtype, got {jnp.result_type(array)}: "
+                f"cast it, for example {name}.astype(jnp.float32)"
             )
     return tuple(jnp.asarray(array) for array in arrays.values())
 
@@ -27,8 +27,8 @@ def same_dtype(op: str, **arrays: jax.Array) -> None:
     if len({array.dtype for array in arrays.values()}) > 1:
         given = ", ".join(f"{name} {array.dtype}" for name, array in arrays.items())
         raise TypeError(
-            f"{op}: {', '.join(arrays)} must have one dtype; got {given}. "
-            f"Cast them to the one to compute in."
+            f"{op}: {', '.join(arrays)} need one dtype, got {given}: "
+            "cast them to the one to compute in"
         )
 
 
@@ -36,7 +36,7 @@ def one_of(op: str, option: str, value: Any, allowed: Sequence[Any]) -> None:
     """Refuse an option's value that is not among the allowed ones."""
     if value not in allowed:
         raise ValueError(
-            f"{op}: {option} must be one of {', '.join(map(repr, allowed))}; got {value!r}."
+            f"{op}: {option} needs one of {', '.join(map(repr, allowed))}, got {value!r}"
         )
 
 
@@ -54,8 +54,8 @@ def in_range(op: str, option: str, value: Any, low: float, high: float) -> None:
     """Refuse a number outside [low, high); one on a device, or traced, is not looked at."""
     known = isinstance(value, int | float | np.number | np.ndarray) and np.ndim(value) == 0
     if known and not low <= float(value) < high:
-        bounds = f"at least {low}" if high == float("inf") else f"in [{low}, {high})"
-        raise ValueError(f"{op}: {option} must be a finite number {bounds}; got {value!r}.")
+        bounds = f"of at least {low}" if high == float("inf") else f"in [{low}, {high})"
+        raise ValueError(f"{op}: {option} needs a finite number {bounds}, got {value!r}")
 
 
 def common_dtype(*dtypes: DTypeLike) -> jnp.dtype:

@@ -91,138 +91,145 @@ BAD = {
     "negative rate": (
         lambda: tx.optim.sgd(-0.1),
         ValueError,
-        "sgd: learning_rate must be a finite number of at least 0; got -0.1.",
+        "sgd: learning_rate needs a finite number of at least 0, got -0.1",
     ),
     "nan rate": (
         lambda: tx.optim.adamw(float("nan")),
         ValueError,
-        "adamw: learning_rate must be a finite number of at least 0; got nan.",
+        "adamw: learning_rate needs a finite number of at least 0, got nan",
     ),
     "rate as text": (
         lambda: tx.optim.sgd("0.1"),
         TypeError,
-        "sgd: learning_rate must be a number or a schedule (step -> float32 scalar); got str. "
-        "Pass a float, or a function such as tx.optim.cosine(...).",
+        "sgd: learning_rate needs a number or a schedule (step -> float32 scalar), got str: "
+        "pass a float, or a function such as tx.optim.cosine(...)",
     ),
     "momentum of one": (
         lambda: tx.optim.sgd(0.1, momentum=1.0),
         ValueError,
-        "sgd: momentum must be a finite number in [0, 1); got 1.0.",
+        "sgd: momentum needs a finite number in [0, 1), got 1.0",
     ),
     "nesterov alone": (
         lambda: tx.optim.sgd(0.1, nesterov=True),
         ValueError,
-        "sgd: nesterov=True needs a momentum above 0; got 0. Pass momentum=0.9.",
+        "sgd: nesterov=True needs a momentum above 0, got 0: pass momentum=0.9",
     ),
     "negative decay": (
         lambda: tx.optim.sgd(0.1, weight_decay=-1),
         ValueError,
-        "sgd: weight_decay must be a finite number at least 0; got -1.",
+        "sgd: weight_decay needs a finite number of at least 0, got -1",
     ),
     "clip at zero": (
         lambda: tx.optim.sgd(0.1, clip_norm=0),
         ValueError,
-        "sgd: clip_norm must be above 0; got 0. A usual value is 1.0; None does not clip.",
+        "sgd: clip_norm needs a number above 0, got 0: a usual value is 1.0, and None does not "
+        "clip",
     ),
     "clip at nan": (
         lambda: tx.optim.clip_by_global_norm(GRADS, float("nan")),
         ValueError,
-        "clip_by_global_norm: max_norm must be above 0; got nan. A usual value is 1.0.",
+        "clip_by_global_norm: max_norm needs a number above 0, got nan: a usual value is 1.0",
     ),
     "b1": (
         lambda: tx.optim.adamw(0.1, b1=1.5),
         ValueError,
-        "adamw: b1 must be a finite number in [0, 1); got 1.5.",
+        "adamw: b1 needs a finite number in [0, 1), got 1.5",
     ),
     "eps": (
         lambda: tx.optim.adamw(0.1, eps=-1e-8),
         ValueError,
-        "adamw: eps must be a finite number at least 0; got -1e-08.",
+        "adamw: eps needs a finite number of at least 0, got -1e-08",
     ),
     "adamw decay": (
         lambda: tx.optim.adamw(0.1, weight_decay=float("inf")),
         ValueError,
-        "adamw: weight_decay must be a finite number at least 0; got inf.",
+        "adamw: weight_decay needs a finite number of at least 0, got inf",
     ),
     "schedule of vectors": (
         lambda: tx.optim.sgd(lambda step: jnp.ones(2)).update(GRADS, {}, GRADS, step=jnp.int32(0)),
         ValueError,
-        "sgd: learning_rate(step) must be a scalar; got shape (2,). Return one number",
+        "sgd: learning_rate(step) needs to be a scalar, got shape (2,): return one number for "
+        "the step that is passed",
     ),
     "constant": (
         lambda: tx.optim.constant(-1.0),
         ValueError,
-        "constant: value must be a finite number of at least 0; got -1.0.",
+        "constant: value needs a finite number of at least 0, got -1.0",
     ),
     "warm-up of a half": (
         lambda: tx.optim.warmup(0.1, 0.5),
         ValueError,
-        "warmup: warmup_steps must be an int of at least 0; got 0.5.",
+        "warmup: warmup_steps needs an int of at least 0, got 0.5",
     ),
     "cosine shorter than its warm-up": (
         lambda: tx.optim.cosine(0.1, 10, warmup_steps=10),
         ValueError,
-        "cosine: total_steps must be an int of at least 11; got 10.",
+        "cosine: total_steps needs an int of at least 11, got 10",
     ),
     "cosine's end": (
         lambda: tx.optim.cosine(0.1, 10, end=-0.1),
         ValueError,
-        "cosine: end must be a finite number of at least 0; got -0.1.",
+        "cosine: end needs a finite number of at least 0, got -0.1",
     ),
     "batch of none": (
         lambda: tx.optim.linear_scaling(0.1, 0, 256),
         ValueError,
-        "linear_scaling: batch_size must be an int of at least 1; got 0.",
+        "linear_scaling: batch_size needs an int of at least 1, got 0",
     ),
     "integer parameter": (
         lambda: tx.optim.adamw(0.1).init({"w": GRADS["a"], "steps": jnp.int32(3)}),
         TypeError,
-        "adamw: every parameter must have a floating-point dtype; params['steps'] has int32. "
-        "Keep what is not trained out of the parameters (engine.create_state takes it as extra=).",
+        "adamw: every parameter needs a floating-point dtype, got int32 for params['steps']: "
+        "keep what is not trained out of the parameters (engine.create_state takes it as "
+        "extra=)",
     ),
     "gradient missing": (
         lambda: tx.optim.sgd(0.1).update({"a": GRADS["a"]}, {}, GRADS, step=0),
         ValueError,
-        "sgd: gradients must have the leaves of the parameters; leaf ['b']['c'] is in the "
-        "parameters and not in the gradients. Differentiate with respect to the whole of the "
-        "parameters that init was given.",
+        "sgd needs gradients with the leaves of the parameters, got leaf ['b']['c'] in the "
+        "parameters and not in the gradients: differentiate with respect to all the parameters "
+        "that init was given",
     ),
     "gradient of another shape": (
         lambda: tx.optim.sgd(0.1).update({**GRADS, "a": jnp.ones(3)}, {}, GRADS, step=0),
         ValueError,
-        "sgd: gradients must have the shapes of the parameters; leaf ['a'] has (3,), its "
-        "parameter (2,). Reduce gradients without changing their shape",
+        "sgd needs gradients with the shapes of the parameters, got leaf ['a'] with (3,) where "
+        "its parameter has (2,): reduce gradients without changing their shape, and call init "
+        "again when the parameters change",
     ),
     "state of other parameters": (
         lambda: tx.optim.sgd(0.1, momentum=0.9).update(
             GRADS, tx.optim.sgd(0.1, momentum=0.9).init({"z": jnp.ones(1)}), GRADS, step=0
         ),
         ValueError,
-        "sgd: optimizer state must have the leaves of the parameters; leaf ['a'] is in the "
-        "parameters and not in the optimizer state.",
+        "sgd needs optimizer state with the leaves of the parameters, got leaf ['a'] in the "
+        "parameters and not in the optimizer state: differentiate with respect to all the "
+        "parameters that init was given",
     ),
     "a number": (
         lambda: tx.optim.as_optimizer(0.1),
         TypeError,
-        "optimizer must be a tx.optim optimizer or an optax GradientTransformation (with init "
-        "and update); got float: 0.1. Pass tx.optim.sgd(0.01), for example.",
+        "optimizer needs to be a tx.optim optimizer or an optax GradientTransformation (with "
+        "init and update), got 0.1 (float): pass tx.optim.sgd(0.01), for example",
     ),
     "not called": (
         lambda: tx.optim.as_optimizer(tx.optim.sgd),
         TypeError,
-        "optimizer must be a tx.optim optimizer or an optax GradientTransformation; got the "
-        "function 'sgd'. Call it with its options, for example sgd(0.01).",
+        "optimizer needs to be a tx.optim optimizer or an optax GradientTransformation, got "
+        "the function 'sgd': call it with its options, for example sgd(0.01)",
     ),
     "from_optax of nothing": (
         lambda: tx.optim.from_optax(None),
         TypeError,
-        "from_optax: transformation must be an optax GradientTransformation (with init and "
-        "update); got NoneType: None.",
+        "from_optax: transformation needs to be an optax GradientTransformation (with init and "
+        "update), got None (NoneType): pass tx.optim.sgd(0.01), for example",
     ),
     "optax gradient missing": (
         lambda: tx.optim.from_optax(optax.sgd(0.1)).update({}, (), GRADS, step=0),
         ValueError,
-        "from_optax: gradients must have the leaves of the parameters; leaf ['a'] is in the",
+        "from_optax needs gradients with the leaves of the parameters, got leaf ['a'] in the "
+        "parameters and not in the gradients: differentiate with respect to all the parameters "
+        "that init was given",
     ),
 }
 

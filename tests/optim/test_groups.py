@@ -286,8 +286,14 @@ REFUSED = {
     ),
     "none": (lambda: tx.optim.groups({}), "groups needs at least one rule, got {}"),
     "no path": (lambda: tx.optim.groups({0: tx.optim.sgd(1)}), "groups needs paths as rules"),
-    "no optimizer": (lambda: tx.optim.groups({"*": 0.1}), "optimizer must be a tx.optim optimizer"),
-    "norm": (lambda: tx.optim.groups({"*": tx.optim.sgd(1)}, clip_norm=0), "clip_norm must be"),
+    "no optimizer": (
+        lambda: tx.optim.groups({"*": 0.1}),
+        "optimizer needs to be a tx.optim optimizer",
+    ),
+    "norm": (
+        lambda: tx.optim.groups({"*": tx.optim.sgd(1)}, clip_norm=0),
+        "groups: clip_norm needs a number above 0, got 0",
+    ),
     "unmatched rule": (
         lambda: tx.optim.groups({"dens/*": tx.optim.sgd(1), "*": tx.optim.sgd(1)}).init(tree(0)),
         "groups: the rule 'dens/*' needs a parameter that it matches, but they are "
@@ -299,23 +305,29 @@ REFUSED = {
     ),
     "left out": (
         lambda: tx.optim.groups({"*/w": tx.optim.sgd(1)}).init(tree(0)),
-        "none of '*/w' matches 'conv/b', 'scale': end with '*' for the rest",
+        "groups needs a rule for every parameter, got '*/w', of which none matches 'conv/b', "
+        "'scale': end with '*' for the rest",
     ),
     "examples": (
         lambda: tx.optim.groups(
             {"*/b": tx.optim.from_optax(optax.sgd(1), per_example=True), "*": tx.optim.sgd(1)}
         ),
-        "that of '*/b' takes one for each example and others do not",
+        "groups needs optimizers that all take one gradient for each parameter, or all one for "
+        "each example, got '*/b' with one for each example and others without: give all groups "
+        "such an optimizer",
     ),
     "gradients": (
         lambda: tx.optim.groups({"*": tx.optim.sgd(1)}).update(
             {"w": jnp.ones(3)}, {"*": {}}, {"w": jnp.ones(2)}, step=jnp.int32(0)
         ),
-        "groups: gradients must have the shapes of the parameters; leaf ['w'] has (3,)",
+        "groups needs gradients with the shapes of the parameters, got leaf ['w'] with (3,) "
+        "where its parameter has (2,): reduce gradients without changing their shape, and call "
+        "init again when the parameters change",
     ),
     "mask of nothing": (
         lambda: tx.optim.sgd(1, decay_mask="*"),
-        "sgd: decay_mask must come with a weight_decay above 0; got 0.0.",
+        "sgd: decay_mask needs a weight_decay above 0, got 0.0: pass weight_decay=0.01, or "
+        "leave decay_mask out",
     ),
     "mask's rule": (
         lambda: tx.optim.adamw(1, decay_mask=["*/w", "*/kernel"]).init(tree(0)),
@@ -323,11 +335,11 @@ REFUSED = {
     ),
     "mask's structure": (
         lambda: tx.optim.adamw(1, decay_mask={"w": True}).init(tree(0)),
-        "adamw: decay_mask must be path rules, or a tree of bools like the parameters; got one of",
+        "adamw: decay_mask needs path rules, or a tree of bools like the parameters, got one of",
     ),
     "mask's leaves": (
         lambda: tx.optim.adamw(1, decay_mask=lambda p: jax.tree.map(jnp.ndim, p)).init(tree(0)),
-        "adamw: decay_mask must have Python bools as its leaves, known before the step is compiled",
+        "adamw: decay_mask needs Python bools as its leaves, known before the step is compiled",
     ),
 }
 
@@ -401,9 +413,9 @@ def test_as_optax_refuses_parts():
         return transformation.update({"w": w}, transformation.init({"w": w}), {"w": w})[0]["w"]
 
     text = (
-        "as_optax needs gradients that are whole and equal on every device; leaf ['w'] varies "
-        "along model. Reduce it first (tx.pmean), or give the tx.optim optimizer itself to the "
-        "engine, which knows what is split."
+        "as_optax needs gradients that are whole and equal on every device, got leaf ['w'] "
+        "that varies along model: reduce it first (tx.pmean), or give the tx.optim optimizer "
+        "itself to the engine, which knows what is split"
     )
     with pytest.raises(ValueError, match=re.escape(text)):
         jax.shard_map(part, mesh=mesh, in_specs=P("model"), out_specs=P("model"))(jnp.ones(4))
@@ -411,10 +423,10 @@ def test_as_optax_refuses_parts():
 
 def test_as_optax_refuses_what_it_cannot_do():
     transformation = tx.optim.sgd(0.1).as_optax()
-    with pytest.raises(ValueError, match=r"as_optax needs the parameters to update, but got none"):
+    with pytest.raises(ValueError, match="as_optax needs the parameters to update, got none: call"):
         transformation.update(tree(1), transformation.init(tree(0)))
     examples = tx.optim.from_optax(optax.sgd(1), per_example=True)
-    with pytest.raises(ValueError, match="as_optax needs an optimizer that takes one gradient a"):
+    with pytest.raises(ValueError, match="as_optax needs an optimizer that takes one gradient for"):
         examples.as_optax()
 
 

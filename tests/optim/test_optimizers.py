@@ -342,8 +342,8 @@ class TestInsideShardMap:
             return optimizer.update(p, optimizer.init(p), p, step=jnp.int32(0))[0]
 
         text = (
-            rf"{who} needs gradients that are whole and equal on every device; leaf \['w'\] "
-            rf"varies along data. Reduce it first \(tx.pmean\), or .*{remedy}"
+            rf"{who} needs gradients that are whole and equal on every device, got leaf \['w'\] "
+            rf"that varies along data: reduce it first \(tx.pmean\), or .*{remedy}"
         )
         mapped = jax.shard_map(on_device, mesh=mesh, in_specs=P("data"), out_specs=P("data"))
         with pytest.raises(ValueError, match=text):

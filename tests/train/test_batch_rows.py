@@ -161,9 +161,9 @@ def test_clipping_outside_a_step_goes_by_types():
 
     x = np.arange(8.0)
     text = (
-        "clip_by_global_norm needs gradients that are whole and equal on every device; leaf itself "
-        "varies along data. Reduce it first (tx.pmean), or pass parts=True if each device's own "
-        "norm is meant."
+        "clip_by_global_norm needs gradients that are whole and equal on every device, got "
+        "leaf itself that varies along data: reduce it first (tx.pmean), or pass parts=True if "
+        "each device's own norm is meant"
     )
     with pytest.raises(ValueError, match=re.escape(text)):
         tx.testing.run_sharded(clipped, x, axes={"data": 2})

@@ -210,7 +210,7 @@ def test_whole_numbers_of_every_kind(engine, tmp_path):
             )
         with says(ValueError, "Checkpoints needs every= a count from 1 on, got "):
             tx.Checkpoints(tmp_path, every=wrong)
-        with says(ValueError, "cosine: total_steps must be an int of at least 1; got "):
+        with says(ValueError, "cosine: total_steps needs an int of at least 1, got "):
             tx.optim.cosine(0.1, wrong)
 
 
@@ -220,11 +220,9 @@ def test_rates_without_dims(engine):
         state, _ = step(toys.engine(2, optimizer=tx.optim.sgd(rate)).create_state(W), BATCH)
         np.testing.assert_array_equal(state.stored_params["w"], want.stored_params["w"])
         assert tx.optim.constant(rate)(0) == 0.125
-    with says(
-        TypeError, "sgd: learning_rate must be a number or a schedule (step -> float32 scalar"
-    ):
+    with says(TypeError, "sgd: learning_rate needs a number or a schedule (step -> float32 scalar"):
         tx.optim.sgd(np.ones(2))
-    with says(ValueError, "sgd: learning_rate must be a finite number of at least 0; got nan."):
+    with says(ValueError, "sgd: learning_rate needs a finite number of at least 0, got nan"):
         tx.optim.sgd(np.asarray(np.nan))
-    with says(ValueError, "sgd: momentum must be a finite number in [0, 1); got array(1.5)."):
+    with says(ValueError, "sgd: momentum needs a finite number in [0, 1), got array(1.5)"):
         tx.optim.sgd(0.1, momentum=np.asarray(1.5))

@@ -1,7 +1,7 @@
 """Optimizers, schedules and gradient clipping, on the fused kernels.
 
 Imports `_compat`, `collectives`, `kernels`, `kernels.common`, `layout`, `path_rules`, `printing`,
-`step_scope`, `varying`.
+`step_scope`, `trees`, `varying`.
 """
 
 from txcore.optim.adamw import adamw as adamw

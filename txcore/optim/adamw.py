@@ -1,7 +1,6 @@
 """Adam with decoupled weight decay."""
 
 from functools import partial
-from typing import Any
 
 import jax
 from jax.typing import ArrayLike
@@ -11,6 +10,7 @@ from txcore.kernels.common import checks
 from txcore.optim import clipping, optimizer, rules
 from txcore.optim.schedules import Schedule, as_schedule
 from txcore.printing import format_call
+from txcore.trees import Grads, OptState, Params
 
 
 def adamw(
@@ -62,14 +62,19 @@ def adamw(
 
     rules.check_decay("adamw", decay_mask, weight_decay)
 
-    def init(params: Any) -> Any:
+    def init(params: Params) -> OptState:
         rules.mask_leaves("adamw", "decay_mask", decay_mask, params)  # refused now, if at all
         # Twice, since a donated state may not hold one array under two names.
         return {name: optimizer.zero_moments("adamw", params) for name in ("m", "v")}
 
     def update(
-        grads: Any, opt_state: Any, params: Any, *, step: jax.Array, grad_scale: ArrayLike = 1.0
-    ) -> tuple[Any, Any]:
+        grads: Grads,
+        opt_state: OptState,
+        params: Params,
+        *,
+        step: jax.Array,
+        grad_scale: ArrayLike = 1.0,
+    ) -> tuple[Params, OptState]:
         leaf_update = partial(
             kernels.adamw,
             step=step,

@@ -15,6 +15,7 @@ from txcore.optim.optimizer import (
     refuse_parts,
     scale_gradients,
 )
+from txcore.trees import Grads, OptState, Params, PyTree
 
 
 def from_optax(
@@ -24,12 +25,13 @@ def from_optax(
 
     Args:
       transformation: an object with optax's `init(params)` and `update(grads, state, params)`.
-      elementwise: whether each element's update depends on that element alone. Say so to use
-        it on gradients of which each device holds a part: optax's global norm, for one, would
-        be that of each part by itself.
+      elementwise: whether each element's update depends on that element alone. Only such a
+        transformation may be used where each device holds a part of the gradients: optax's global
+        norm, for one, would be the norm of each part by itself.
       per_example: whether it needs one gradient for each example of the global batch, as
-        `optax.contrib.dpsgd` does: those of this device, `jax.vmap(jax.grad(loss_of_one),
-        (None, 0))(state.params, batch)`, gathered by `tx.all_gather(grads, axis, invariant=True)`.
+        `optax.contrib.dpsgd` does. A step makes them by `jax.vmap(jax.grad(loss_of_one),
+        (None, 0))(state.params, batch)` for the examples of a device, and gathers them by
+        `tx.all_gather(grads, axis, invariant=True)`.
 
     Returns:
       The optimizer. Gradients are cast to the parameters' dtypes first; the state keeps its
@@ -44,15 +46,21 @@ def from_optax(
       >>> optimizer = tx.optim.from_optax(optax.lion(1e-4), elementwise=True)
     """
     if not _is_transformation(transformation):
-        raise TypeError(_refusal("from_optax: transformation must be", transformation))
+        raise TypeError(_describe_refusal("from_optax: transformation needs to be", transformation))
 
-    def init(params: Any) -> Any:
+    def init(params: Params) -> OptState:
         with _standard_promotion():
-            return jax.tree.map(_strong, transformation.init(params))
+            return jax.tree.map(_strengthen_type, transformation.init(params))
 
     def update(
-        grads: Any, opt_state: Any, params: Any, *, step: jax.Array, grad_scale: ArrayLike = 1.0
-    ) -> tuple[Any, Any]:
+        grads: Grads,
+        opt_state: OptState,
+        params: Params,
+        *,
+        step: jax.Array,
+        grad_scale: ArrayLike = 1.0,
+    ) -> tuple[Params, OptState]:
+        # Per-example gradients have the examples in front: the first one's have a params' shape.
         one = jax.tree.map(lambda g: g[0], grads) if per_example else grads
         check_like_params("from_optax", "gradients", one, params)
         if not elementwise:
@@ -74,17 +82,18 @@ def from_optax(
     return Optimizer(init, update, per_example, handles_shards=parts, text=text)
 
 
-def _check_changes(changes: Any, params: Any) -> None:
+def _check_changes(changes: PyTree, params: Params) -> None:
     """Refuse an update that would change the parameters' shapes."""
     for (path, change), param in zip(
         jax.tree_util.tree_leaves_with_path(changes), jax.tree.leaves(params), strict=True
     ):
         if jnp.shape(change) != jnp.shape(param):
             raise ValueError(
-                f"from_optax: the transformation must return updates in the parameters' shapes; "
-                f"leaf {jax.tree_util.keystr(path) or 'itself'} came out as {jnp.shape(change)}, "
-                f"its parameter has {jnp.shape(param)}. per_example=True is for one that takes the "
-                "mean over the examples itself, such as optax.contrib.dpsgd."
+                f"from_optax: the transformation needs to return updates in the parameters' "
+                f"shapes, got {jnp.shape(change)} for leaf "
+                f"{jax.tree_util.keystr(path) or 'itself'}, whose parameter has "
+                f"{jnp.shape(param)}: leave per_example=True to a transformation that takes the "
+                "mean over the examples itself, such as optax.contrib.dpsgd"
             )
 
 
@@ -109,34 +118,34 @@ def as_optimizer(x: Any) -> Optimizer:
         return x
     if _is_transformation(x):
         return from_optax(x)
-    raise TypeError(_refusal("optimizer must be a tx.optim optimizer or", x))
+    raise TypeError(_describe_refusal("optimizer needs to be a tx.optim optimizer or", x))
 
 
 def _is_transformation(x: Any) -> bool:
     return callable(getattr(x, "init", None)) and callable(getattr(x, "update", None))
 
 
-def _refusal(required: str, given: Any) -> str:
+def _describe_refusal(required: str, given: Any) -> str:
     name = getattr(given, "__name__", None)
     if callable(given) and name is not None:
         return (
-            f"{required} an optax GradientTransformation; got the function {name!r}. "
-            f"Call it with its options, for example {name}(0.01)."
+            f"{required} an optax GradientTransformation, got the function {name!r}: "
+            f"call it with its options, for example {name}(0.01)"
         )
     return (
-        f"{required} an optax GradientTransformation (with init and update); got "
-        f"{type(given).__name__}: {given!r}. Pass tx.optim.sgd(0.01), for example."
+        f"{required} an optax GradientTransformation (with init and update), got "
+        f"{given!r} ({type(given).__name__}): pass tx.optim.sgd(0.01), for example"
     )
 
 
 @contextlib.contextmanager
 def _standard_promotion() -> Iterator[None]:
-    """Let code of others compute by the rules that it is written for: optax's own mixes dtypes."""
+    """Allow mixed dtypes and ranks, which optax's own code relies on, whatever jax is set to."""
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield
 
 
-def _strong(leaf: Any) -> jax.Array:
+def _strengthen_type(leaf: Any) -> jax.Array:
     # A weak type would become a strong one in the first update, and compile the step again.
     if _compat.is_key_array(leaf):
         return leaf

@@ -10,17 +10,18 @@ from txcore.optim import clipping
 from txcore.optim.from_optax import as_optimizer
 from txcore.optim.optimizer import Optimizer, check_like_params
 from txcore.path_rules import leaf_names, match_rules, shorten_names
+from txcore.trees import Grads, OptState, Params, PyTree
 
 
 def groups(by_rule: Mapping[str, Any], *, clip_norm: float | None = None) -> Optimizer:
-    """Give groups of parameters optimizers of their own, by path rules.
+    """Make an optimizer that updates each group of parameters by its own, chosen by path rules.
 
     A rule is a path with slashes between its keys and * for any characters: "embed", "*/b",
-    "layers/0/*". The first rule that a parameter matches counts, so that a last "*" takes the rest.
+    "layers/0/*". The first rule that matches a parameter counts, so a last "*" takes the rest.
 
     Args:
-      by_rule: rule -> `Optimizer` or optax transformation. Schedules of all groups follow the same
-        step; a `clip_norm` of one of them clips by the norm of its own group.
+      by_rule: rule -> `Optimizer` or optax transformation. The schedules of all groups follow the
+        same step. An optimizer's own `clip_norm` clips by the norm of its group.
       clip_norm: the largest global norm of the gradients of all groups together, above 0; None
         does not clip.
 
@@ -47,27 +48,32 @@ def groups(by_rule: Mapping[str, Any], *, clip_norm: float | None = None) -> Opt
     _check_rules(by_rule)
     clipping.check_max_norm("groups", "clip_norm", clip_norm)
     optimizers = {rule: as_optimizer(given) for rule, given in by_rule.items()}
-    per_example = _take_examples(optimizers)
+    per_example = _need_example_gradients(optimizers)
 
-    def init(params: Any) -> Any:
-        chosen = _choose(optimizers, params)
+    def init(params: Params) -> OptState:
+        chosen = _match_groups(optimizers, params)
         return {
-            rule: optimizer.init(_pick(params, chosen, rule))
+            rule: optimizer.init(_select_group(params, chosen, rule))
             for rule, optimizer in optimizers.items()
         }
 
     def update(
-        grads: Any, opt_state: Any, params: Any, *, step: jax.Array, grad_scale: ArrayLike = 1.0
-    ) -> tuple[Any, Any]:
+        grads: Grads,
+        opt_state: OptState,
+        params: Params,
+        *,
+        step: jax.Array,
+        grad_scale: ArrayLike = 1.0,
+    ) -> tuple[Params, OptState]:
         if not per_example:
             check_like_params("groups", "gradients", grads, params)
-        chosen = _choose(optimizers, params)
+        chosen = _match_groups(optimizers, params)
         scale = clipping.clipping_scale("groups", grads, clip_norm, grad_scale)
-        # An optimizer of a user's own may take no grad_scale.
+        # A user's own optimizer may have no grad_scale argument.
         options = {} if isinstance(scale, int | float) and scale == 1 else {"grad_scale": scale}
         new_state, taken = {}, {}
         for rule, optimizer in optimizers.items():
-            own = [_pick(tree, chosen, rule) for tree in (grads, params)]
+            own = [_select_group(tree, chosen, rule) for tree in (grads, params)]
             new, new_state[rule] = optimizer.update(
                 own[0], opt_state[rule], own[1], step=step, **options
             )
@@ -102,35 +108,34 @@ def _check_rules(by_rule: Any) -> None:
             )
 
 
-def _take_examples(optimizers: Mapping[str, Optimizer]) -> bool:
+def _need_example_gradients(optimizers: Mapping[str, Optimizer]) -> bool:
     """Tell whether the groups need one gradient for each example; refuse a mixture."""
     kinds = {optimizer.per_example for optimizer in optimizers.values()}
     if len(kinds) > 1:
         rule = next(rule for rule, optimizer in optimizers.items() if optimizer.per_example)
         raise ValueError(
-            "groups needs optimizers that all take one gradient a parameter, or all one for each "
-            f"example, but that of {rule!r} takes one for each example and others do not: give all "
+            "groups needs optimizers that all take one gradient for each parameter, or all one for "
+            f"each example, got {rule!r} with one for each example and others without: give all "
             "groups such an optimizer"
         )
     return kinds.pop()
 
 
-def _choose(optimizers: Mapping[str, Optimizer], params: Any) -> list[str]:
+def _match_groups(optimizers: Mapping[str, Optimizer], params: Params) -> list[str]:
     """Return the rule of each parameter, in jax's order of leaves."""
     names = leaf_names(params)
     chosen = match_rules(tuple(optimizers), names, lambda rule: f"groups: the rule {rule!r}")
     without = [name for name, rule in zip(names, chosen, strict=True) if rule is None]
     if without:
         raise ValueError(
-            f"groups needs a rule for every parameter, but none of "
-            f"{shorten_names(list(optimizers))} matches {shorten_names(without)}: end with '*' for "
-            "the rest"
+            f"groups needs a rule for every parameter, got {shorten_names(list(optimizers))}, of "
+            f"which none matches {shorten_names(without)}: end with '*' for the rest"
         )
     return [rule for rule in chosen if rule is not None]
 
 
-def _pick(tree: Any, chosen: list[str], rule: str) -> Any:
-    """Return a tree with None, which jax takes for no leaf, in place of other groups' leaves."""
+def _select_group(tree: PyTree, chosen: list[str], rule: str) -> PyTree:
+    """Return a tree with None, which is no leaf to jax, in place of the other groups' leaves."""
     leaves, structure = jax.tree.flatten(tree)
     own = [leaf if c == rule else None for leaf, c in zip(leaves, chosen, strict=True)]
     return jax.tree.unflatten(structure, own)

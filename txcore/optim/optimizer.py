@@ -14,6 +14,7 @@ from txcore.collectives._leaves import names_of
 from txcore.kernels.common import checks
 from txcore.layout import split_axes
 from txcore.step_scope import current_scope, layouts_like
+from txcore.trees import Grads, OptState, Params, PyTree
 
 LeafUpdates = Sequence[Callable[..., tuple[jax.Array, ...]]]
 
@@ -31,10 +32,11 @@ class Optimizer:
         `update` of your own may do without.
       per_example: whether `update` needs one gradient for each example of the global batch: each
         leaf with one dim more than its parameter, in front.
-      handles_shards: whether `update` is right where a device holds a part of a leaf alone: each
-        element's update depends on that element, or on `tx.optim.global_norm` of the gradients.
-      clips: whether it takes that norm, for which the parts' squares are summed over devices.
-      text: how it was made ("sgd(0.02, momentum=0.9)"), for people.
+      handles_shards: whether `update` is right where a device holds only a part of a leaf: each
+        element's update depends on that element alone, or on `tx.optim.global_norm` of the
+        gradients.
+      clips: whether it takes that norm, which sums the squares of the parts over devices.
+      text: the call that made it ("sgd(0.02, momentum=0.9)"), for people to read.
 
     Example:
       >>> import jax.numpy as jnp
@@ -46,8 +48,8 @@ class Optimizer:
       [0.5, 0.5]
     """
 
-    init: Callable[[Any], Any]
-    update: Callable[..., tuple[Any, Any]]
+    init: Callable[[Params], OptState]
+    update: Callable[..., tuple[Params, OptState]]
     per_example: bool = False
     handles_shards: bool = False
     clips: bool = False
@@ -86,8 +88,8 @@ class Optimizer:
             ) from None
         if self.per_example:
             raise ValueError(
-                "as_optax needs an optimizer that takes one gradient a parameter, but this one "
-                "takes one for each example: use the optax transformation that it was made of"
+                "as_optax needs an optimizer that takes one gradient for each parameter, got one "
+                "that takes one for each example: use the optax transformation that it was made of"
             )
         return optax.GradientTransformation(
             lambda params: StepAndState(jnp.zeros((), jnp.int32), self.init(params)),
@@ -99,18 +101,21 @@ class StepAndState(NamedTuple):
     """The state of `Optimizer.as_optax`: the updates done, and the optimizer's own state."""
 
     step: jax.Array
-    state: Any
+    state: OptState
 
 
 def _optax_update(
-    optimizer: Optimizer, grads: Any, state: StepAndState, params: Any = None, **extra: Any
-) -> tuple[Any, StepAndState]:
+    optimizer: Optimizer,
+    grads: Grads,
+    state: StepAndState,
+    params: Params | None = None,
+    **extra: Any,
+) -> tuple[PyTree, StepAndState]:
     """Return the changes of the parameters, as optax wants them."""
     del extra  # what other transformations of a chain are given
     if params is None:
         raise ValueError(
-            "as_optax needs the parameters to update, but got none: call update(grads, state, "
-            "params)"
+            "as_optax needs the parameters to update, got none: call update(grads, state, params)"
         )
     refuse_parts(
         "as_optax",
@@ -118,29 +123,29 @@ def _optax_update(
         "give the tx.optim optimizer itself to the engine, which knows what is split",
     )
     new, inner = optimizer.update(grads, state.state, params, step=state.step)
-    changes = jax.tree.map(lambda n, p: _widened(n) - _widened(p), new, params)
+    changes = jax.tree.map(lambda n, p: _widen(n) - _widen(p), new, params)
     return changes, StepAndState(state.step + 1, inner)
 
 
-def scale_gradients(grads: Any, grad_scale: ArrayLike) -> Any:
+def scale_gradients(grads: Grads, grad_scale: ArrayLike) -> Grads:
     """Return the gradients times a scalar, in float32 or wider; a Python 1 leaves them alone."""
     if isinstance(grad_scale, int | float) and grad_scale == 1:
         return grads
-    return jax.tree.map(lambda g: _widened(g) * jnp.asarray(grad_scale, _widened(g).dtype), grads)
+    return jax.tree.map(lambda g: _widen(g) * jnp.asarray(grad_scale, _widen(g).dtype), grads)
 
 
-def _widened(x: Any) -> jax.Array:
+def _widen(x: Any) -> jax.Array:
     return jnp.asarray(x, checks.accumulator(jnp.result_type(x)))
 
 
-def zero_moments(op: str, params: Any) -> Any:
+def zero_moments(op: str, params: Params) -> PyTree:
     """Return zeros like `params` in float32 or wider, or refuse what cannot be trained."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
             raise TypeError(
-                f"{op}: every parameter must have a floating-point dtype; params"
-                f"{jax.tree_util.keystr(path)} has {jnp.result_type(leaf)}. Keep what is not "
-                "trained out of the parameters (engine.create_state takes it as extra=)."
+                f"{op}: every parameter needs a floating-point dtype, got "
+                f"{jnp.result_type(leaf)} for params{jax.tree_util.keystr(path)}: keep what is "
+                "not trained out of the parameters (engine.create_state takes it as extra=)"
             )
     return jax.tree.map(_zero_moment, params)
 
@@ -152,13 +157,13 @@ def _zero_moment(param: Any) -> jax.Array:
 
 
 def update_leaves(
-    op: str, functions: LeafUpdates, params: Any, grads: Any, *moments: Any
-) -> tuple[Any, ...]:
-    """Return the trees that `function(param, grad, *moments)` gives, leaf by leaf.
+    op: str, functions: LeafUpdates, params: Params, grads: Grads, *moments: PyTree
+) -> tuple[PyTree, ...]:
+    """Update every leaf by its own function: `function(param, grad, *moments)`.
 
     Args:
       op: the optimizer's name, for the errors.
-      functions: for each leaf what returns its new param and its new moments.
+      functions: for each leaf, a function that returns its new param and its new moments.
       params: the parameters.
       grads: the gradients.
       *moments: the trees of the optimizer's state.
@@ -172,43 +177,43 @@ def update_leaves(
     for what, tree in (("gradients", grads), *(("optimizer state", m) for m in moments)):
         check_like_params(op, what, tree, params)
     columns = [jax.tree.leaves(tree) for tree in (params, grads, *moments)]
-    rows = [one(*row) for one, *row in zip(functions, *columns, strict=True)]
+    rows = [function(*row) for function, *row in zip(functions, *columns, strict=True)]
     structure = jax.tree.structure(params)
     return tuple(
         jax.tree.unflatten(structure, [row[i] for row in rows]) for i in range(1 + len(moments))
     )
 
 
-def check_like_params(op: str, what: str, tree: Any, params: Any) -> None:
+def check_like_params(op: str, what: str, tree: PyTree, params: Params) -> None:
     """Refuse a tree whose leaves' paths or shapes differ from those of the parameters."""
-    given, required = _shapes(tree), _shapes(params)
+    given, required = _shapes_by_path(tree), _shapes_by_path(params)
     if given == required:
         return
     for path in sorted(given.keys() ^ required.keys()):
         has, lacks = (what, "parameters") if path in given else ("parameters", what)
         raise ValueError(
-            f"{op}: {what} must have the leaves of the parameters; leaf {path or 'itself'} is "
-            f"in the {has} and not in the {lacks}. Differentiate with respect to the whole of "
-            "the parameters that init was given."
+            f"{op} needs {what} with the leaves of the parameters, got leaf {path or 'itself'} in "
+            f"the {has} and not in the {lacks}: differentiate with respect to all the parameters "
+            "that init was given"
         )
     path = next(path for path in given if given[path] != required[path])
     raise ValueError(
-        f"{op}: {what} must have the shapes of the parameters; leaf {path or 'itself'} has "
-        f"{given[path]}, its parameter {required[path]}. Reduce gradients without changing "
-        "their shape, and call init again when the parameters change."
+        f"{op} needs {what} with the shapes of the parameters, got leaf {path or 'itself'} with "
+        f"{given[path]} where its parameter has {required[path]}: reduce gradients without "
+        "changing their shape, and call init again when the parameters change"
     )
 
 
 _PARTS = (
-    "{op} needs gradients that are whole and equal on every device; leaf {leaf} varies along "
-    "{axis}{source}. Reduce it first (tx.pmean), or {remedy}."
+    "{op} needs gradients that are whole and equal on every device, got leaf {leaf} that varies "
+    "along {axis}{source}: reduce it first (tx.pmean), or {remedy}"
 )
 
 
-def split_axes_of(tree: Any) -> list[tuple[str, ...]]:
+def split_axes_of(tree: PyTree) -> list[tuple[str, ...]]:
     """Return for each leaf of a tree like the parameters the axes over which the plan splits it.
 
-    Of another tree it knows none.
+    The leaves of any other tree count as not split.
     """
     layouts = layouts_like(tree)
     if layouts is None:
@@ -217,14 +222,14 @@ def split_axes_of(tree: Any) -> list[tuple[str, ...]]:
 
 
 def refuse_parts(
-    op: str, grads: Any, remedy: str, *, known: Sequence[tuple[str, ...]] | None = None
+    op: str, grads: Grads, remedy: str, *, known: Sequence[tuple[str, ...]] | None = None
 ) -> None:
     """Refuse gradients of which each device holds a part: their norm here is not the norm.
 
     Args:
       op: the optimizer's name, for the error.
       grads: the gradients.
-      remedy: what to do in place of reducing them.
+      remedy: what to do instead of reducing them, for the error.
       known: for each leaf the axes over which it may be split.
     """
     leaves = jax.tree_util.tree_leaves_with_path(grads)
@@ -237,8 +242,8 @@ def refuse_parts(
             raise ValueError(_PARTS.format(**words))
 
 
-def refuse_unknown_parts(op: str, tree: Any) -> None:
-    """Refuse a tree that may be a part of one, in a step whose plan splits parameters."""
+def refuse_unknown_parts(op: str, tree: PyTree) -> None:
+    """Refuse a tree whose leaves may be parts, in a step whose plan splits parameters."""
     scope = current_scope()
     axes = split_axes(scope.layouts) if scope is not None else ()
     if not axes or layouts_like(tree) is not None:
@@ -254,11 +259,12 @@ def refuse_unknown_parts(op: str, tree: Any) -> None:
             )
 
 
-def claim_whole(op: str, grads: Any, remedy: str) -> Any:
-    """Return gradients as equal on every device; refuse parts, outside a step by their types.
+def claim_whole(op: str, grads: Grads, remedy: str) -> Grads:
+    """Claim that gradients are whole and equal on every device, and return them; refuse parts.
 
-    In a step the engine follows the data, and the plan says which leaves are split. The values of
-    one example under vmap are its own.
+    In a step the engine checks the claim by following the data, and the plan says which leaves
+    are split. Outside a step the arrays' types decide. Under `jax.vmap` nothing is claimed: the
+    gradients of one example are its own.
     """
     axes = _compat.bound_axes()
     if not axes or any(map(_compat.is_vmapped, jax.tree.leaves(grads))):
@@ -267,7 +273,7 @@ def claim_whole(op: str, grads: Any, remedy: str) -> Any:
         refuse_parts(op, grads, remedy)
         return grads
 
-    def one(path: Any, leaf: Any, known: tuple[str, ...]) -> jax.Array:
+    def claim_leaf(path: Any, leaf: Any, known: tuple[str, ...]) -> jax.Array:
         where = jax.tree_util.keystr(path) or "itself"
         words = {"axis": "{axis}", "source": " ({source})"}
         error = _PARTS.format(op=op, leaf=where, remedy=remedy, **words)
@@ -275,10 +281,13 @@ def claim_whole(op: str, grads: Any, remedy: str) -> Any:
         return varying.claim(jnp.asarray(leaf), "equal", equal, what=where, error=error)
 
     leaves = jax.tree_util.tree_leaves_with_path(grads)
-    claimed = [one(*pair, k) for pair, k in zip(leaves, split_axes_of(grads), strict=True)]
+    claimed = [
+        claim_leaf(path, leaf, known)
+        for (path, leaf), known in zip(leaves, split_axes_of(grads), strict=True)
+    ]
     return jax.tree.unflatten(jax.tree.structure(grads), claimed)
 
 
-def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+def _shapes_by_path(tree: PyTree) -> dict[str, tuple[int, ...]]:
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path): jnp.shape(leaf) for path, leaf in leaves}

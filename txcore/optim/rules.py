@@ -1,4 +1,4 @@
-"""Which parameters an option or an optimizer is for: by path rules, a tree or a function."""
+"""Masks that say which parameters an option is for: path rules, a tree of bools or a function."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -7,26 +7,27 @@ import jax
 import numpy as np
 
 from txcore.path_rules import leaf_names, match_rules
+from txcore.trees import Params, PyTree
 
 # "*/w", ["*/w", "embed"], a tree of bools like the parameters (or a prefix of it), or a function
 # of the parameters that returns one.
-Mask = str | Sequence[str] | Callable[[Any], Any] | Any
+Mask = str | Sequence[str] | Callable[[Params], PyTree] | PyTree
 
 
-def mask_leaves(op: str, option: str, mask: Mask | None, params: Any) -> list[bool]:
-    """Return for each leaf of the parameters whether a mask is for it.
+def mask_leaves(op: str, option: str, mask: Mask | None, params: Params) -> list[bool]:
+    """Return for each leaf of the parameters whether the mask includes it.
 
     Args:
       op: the optimizer's name, for the errors.
       option: the mask's name, for the errors.
-      mask: path rules, a tree of bools or a function; None is for every leaf.
+      mask: path rules, a tree of bools or a function; None includes every leaf.
       params: pytree of the parameters.
 
     Returns:
       A bool for each leaf, in jax's order.
 
     Raises:
-      TypeError: a leaf of the tree is no bool.
+      TypeError: a leaf of the mask is not a bool.
       ValueError: a rule matches no parameter, or the tree is not one of the parameters.
     """
     names = leaf_names(params)
@@ -42,32 +43,32 @@ def mask_leaves(op: str, option: str, mask: Mask | None, params: Any) -> list[bo
         whole = jax.tree.map(lambda one, part: jax.tree.map(lambda _: one, part), tree, params)
     except ValueError as error:
         raise ValueError(
-            f"{op}: {option} must be path rules, or a tree of bools like the parameters; got one "
-            f"of another structure ({error}). Write '*/w', or jax.tree.map(lambda p: p.ndim > 1, "
-            "params)."
+            f"{op}: {option} needs path rules, or a tree of bools like the parameters, got one of "
+            f"another structure ({error}): write '*/w', or jax.tree.map(lambda p: p.ndim > 1, "
+            "params)"
         ) from None
     leaves = jax.tree.leaves(whole)
     for leaf in leaves:
         if not isinstance(leaf, bool | np.bool_):
             raise TypeError(
-                f"{op}: {option} must have Python bools as its leaves, known before the step is "
-                f"compiled; got {type(leaf).__name__}: {leaf!r}. True takes a parameter, False "
-                "leaves it out."
+                f"{op}: {option} needs Python bools as its leaves, known before the step is "
+                f"compiled, got {leaf!r} ({type(leaf).__name__}): write True to take a parameter, "
+                "False to leave it out"
             )
     return [bool(leaf) for leaf in leaves]
 
 
 def check_decay(op: str, mask: Mask | None, weight_decay: float) -> None:
-    """Refuse a mask of a decay that there is none of."""
+    """Refuse a decay mask without a decay."""
     if mask is not None and weight_decay == 0:
         raise ValueError(
-            f"{op}: decay_mask must come with a weight_decay above 0; got {weight_decay}. Pass "
-            "weight_decay=0.01, or leave decay_mask out."
+            f"{op}: decay_mask needs a weight_decay above 0, got {weight_decay}: pass "
+            "weight_decay=0.01, or leave decay_mask out"
         )
 
 
 def _as_rules(mask: Any) -> tuple[str, ...]:
-    """Return the path rules that a mask is made of; none where it is something else."""
+    """Return a mask's path rules, or none where it is a tree or a function."""
     rules = (mask,) if isinstance(mask, str) else mask
     is_rules = isinstance(rules, list | tuple) and all(isinstance(rule, str) for rule in rules)
     return tuple(rules) if is_rules else ()

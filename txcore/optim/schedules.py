@@ -16,7 +16,7 @@ Schedule = Callable[[ArrayLike], ArrayLike]
 
 
 def constant(value: float) -> Schedule:
-    """Make a schedule that is the same at every step.
+    """Make a schedule that returns the same rate at every step.
 
     Args:
       value: at least 0.
@@ -32,12 +32,12 @@ def constant(value: float) -> Schedule:
       >>> float(tx.optim.constant(0.5)(7))
       0.5
     """
-    value = _rate("constant", "value", value)
+    value = _check_rate("constant", "value", value)
     return lambda step: jnp.asarray(value, jnp.float32)
 
 
 def warmup(schedule: float | Schedule, warmup_steps: int) -> Schedule:
-    """Scale a schedule up linearly over its first steps.
+    """Make a schedule that rises linearly to another one over its first steps.
 
     The factor of update number t (from 1) is min(1, t / warmup_steps), so that no update is
     lost on a rate of 0.
@@ -63,7 +63,7 @@ def warmup(schedule: float | Schedule, warmup_steps: int) -> Schedule:
       Goyal et al., "Accurate, large minibatch SGD: training ImageNet in 1 hour", 2017, 2.2.
     """
     rate = as_schedule("warmup", "schedule", schedule)
-    warmup_steps = _count("warmup", "warmup_steps", warmup_steps, 0)
+    warmup_steps = _check_count("warmup", "warmup_steps", warmup_steps, 0)
 
     def scaled(step: ArrayLike) -> jax.Array:
         done = jnp.asarray(step, jnp.float32) + 1
@@ -97,9 +97,9 @@ def cosine(peak: float, total_steps: int, warmup_steps: int = 0, end: float = 0.
     References:
       Loshchilov and Hutter, "SGDR: stochastic gradient descent with warm restarts", 2017.
     """
-    peak, end = _rate("cosine", "peak", peak), _rate("cosine", "end", end)
-    warmup_steps = _count("cosine", "warmup_steps", warmup_steps, 0)
-    total_steps = _count("cosine", "total_steps", total_steps, warmup_steps + 1)
+    peak, end = _check_rate("cosine", "peak", peak), _check_rate("cosine", "end", end)
+    warmup_steps = _check_count("cosine", "warmup_steps", warmup_steps, 0)
+    total_steps = _check_count("cosine", "total_steps", total_steps, warmup_steps + 1)
 
     def fall(step: ArrayLike) -> jax.Array:
         done = (jnp.asarray(step, jnp.float32) - warmup_steps) / (total_steps - warmup_steps)
@@ -113,7 +113,7 @@ def linear_scaling(base: float, batch_size: int, base_batch_size: int) -> float:
     """Scale a learning rate in proportion to the global batch.
 
     Args:
-      base: the rate that is good at `base_batch_size`, at least 0.
+      base: the rate tuned for `base_batch_size`, at least 0.
       batch_size: examples in a global batch, at least 1.
       base_batch_size: examples in a global batch, at least 1.
 
@@ -131,9 +131,9 @@ def linear_scaling(base: float, batch_size: int, base_batch_size: int) -> float:
     References:
       Goyal et al., "Accurate, large minibatch SGD: training ImageNet in 1 hour", 2017, 2.1.
     """
-    base = _rate("linear_scaling", "base", base)
-    batch_size = _count("linear_scaling", "batch_size", batch_size, 1)
-    base_batch_size = _count("linear_scaling", "base_batch_size", base_batch_size, 1)
+    base = _check_rate("linear_scaling", "base", base)
+    batch_size = _check_count("linear_scaling", "batch_size", batch_size, 1)
+    base_batch_size = _check_count("linear_scaling", "base_batch_size", base_batch_size, 1)
     return base * batch_size / base_batch_size
 
 
@@ -143,29 +143,29 @@ def as_schedule(op: str, option: str, rate: float | Schedule) -> Schedule:
     A number stays a Python number, so that float64 parameters get all its digits.
     """
     if not callable(rate):
-        number = _number(rate)
+        number = _read_number(rate)
         if number is None:
             raise TypeError(
-                f"{op}: {option} must be a number or a schedule (step -> float32 scalar); "
-                f"got {type(rate).__name__}. Pass a float, or a function such as "
-                "tx.optim.cosine(...)."
+                f"{op}: {option} needs a number or a schedule (step -> float32 scalar), "
+                f"got {type(rate).__name__}: pass a float, or a function such as "
+                "tx.optim.cosine(...)"
             )
-        value = _rate(op, option, number)
+        value = _check_rate(op, option, number)
         return lambda step: value
 
     def scalar(step: ArrayLike) -> ArrayLike:
         value = rate(step)
         if jnp.shape(value) != ():
             raise ValueError(
-                f"{op}: {option}(step) must be a scalar; got shape {jnp.shape(value)}. "
-                "Return one number for the step that is passed."
+                f"{op}: {option}(step) needs to be a scalar, got shape {jnp.shape(value)}: "
+                "return one number for the step that is passed"
             )
         return value
 
     return scalar
 
 
-def _number(value: Any) -> float | None:
+def _read_number(value: Any) -> float | None:
     """Return a number (Python's, NumPy's, an array without dims) as a float, else None."""
     if not isinstance(value, Real) and not (hasattr(value, "dtype") and np.ndim(value) == 0):
         return None
@@ -175,15 +175,15 @@ def _number(value: Any) -> float | None:
         return None
 
 
-def _rate(op: str, option: str, value: Any) -> float:
-    number = _number(value)
+def _check_rate(op: str, option: str, value: Any) -> float:
+    number = _read_number(value)
     if number is None or not (math.isfinite(number) and number >= 0):
-        raise ValueError(f"{op}: {option} must be a finite number of at least 0; got {value!r}.")
+        raise ValueError(f"{op}: {option} needs a finite number of at least 0, got {value!r}")
     return number
 
 
-def _count(op: str, option: str, value: Any, least: int) -> int:
+def _check_count(op: str, option: str, value: Any, least: int) -> int:
     number = whole_number(value)
     if number is None or number < least:
-        raise ValueError(f"{op}: {option} must be an int of at least {least}; got {value!r}.")
+        raise ValueError(f"{op}: {option} needs an int of at least {least}, got {value!r}")
     return number

@@ -1,7 +1,6 @@
 """Stochastic gradient descent."""
 
 from functools import partial
-from typing import Any
 
 import jax
 from jax.typing import ArrayLike
@@ -11,6 +10,7 @@ from txcore.kernels.common import checks
 from txcore.optim import clipping, optimizer, rules
 from txcore.optim.schedules import Schedule, as_schedule
 from txcore.printing import format_call
+from txcore.trees import Grads, OptState, Params
 
 
 def sgd(
@@ -56,18 +56,23 @@ def sgd(
     checks.in_range("sgd", "weight_decay", weight_decay, 0, float("inf"))
     clipping.check_max_norm("sgd", "clip_norm", clip_norm)
     if nesterov and not momentum:
-        raise ValueError("sgd: nesterov=True needs a momentum above 0; got 0. Pass momentum=0.9.")
+        raise ValueError("sgd: nesterov=True needs a momentum above 0, got 0: pass momentum=0.9")
 
     rules.check_decay("sgd", decay_mask, weight_decay)
 
-    def init(params: Any) -> Any:
+    def init(params: Params) -> OptState:
         rules.mask_leaves("sgd", "decay_mask", decay_mask, params)  # refused now, if at all
         velocity = optimizer.zero_moments("sgd", params)
         return {"velocity": velocity} if momentum else {}
 
     def update(
-        grads: Any, opt_state: Any, params: Any, *, step: jax.Array, grad_scale: ArrayLike = 1.0
-    ) -> tuple[Any, Any]:
+        grads: Grads,
+        opt_state: OptState,
+        params: Params,
+        *,
+        step: jax.Array,
+        grad_scale: ArrayLike = 1.0,
+    ) -> tuple[Params, OptState]:
         leaf_update = partial(
             kernels.sgd_momentum,
             learning_rate=rate(step),
