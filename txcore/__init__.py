@@ -31,6 +31,7 @@ from txcore.launch import initialize as initialize
 from txcore.mesh import DeviceGroup as DeviceGroup
 from txcore.mesh import MeshSpec as MeshSpec
 from txcore.parallel import batch_moments as batch_moments
+from txcore.parallel import context as context
 from txcore.parallel import example_mean as example_mean
 from txcore.parallel import grad as grad
 from txcore.parallel import tensor as tensor

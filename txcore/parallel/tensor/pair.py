@@ -9,8 +9,9 @@ from functools import partial
 import jax
 
 from txcore import _compat
-from txcore.collectives import _leaves, vary
+from txcore.collectives import _leaves
 from txcore.collectives.psum import psum
+from txcore.collectives.vary import vary
 from txcore.step_scope import left_out_axes
 
 
