@@ -31,8 +31,10 @@ from txcore.launch import initialize as initialize
 from txcore.mesh import DeviceGroup as DeviceGroup
 from txcore.mesh import MeshSpec as MeshSpec
 from txcore.parallel import batch_moments as batch_moments
+from txcore.parallel import context as context
 from txcore.parallel import example_mean as example_mean
 from txcore.parallel import grad as grad
+from txcore.parallel import tensor as tensor
 from txcore.parallel import value_and_grad as value_and_grad
 from txcore.parallel.gradients import sync_gradients as sync_gradients
 from txcore.plan.data_parallel import DP as DP

@@ -1,0 +1,309 @@
+"""Ring attention: keys and values go round the devices, and queries stay.
+
+A softmax over all keys is put together from those over each device's, by their maxima and sums
+(the online softmax). The backward pass goes round once more: it computes the scores anew from what
+arrives, so that no device ever holds another's keys, values or scores for longer than one exchange.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from txcore.collectives import axis_index, axis_size, shift
+from txcore.kernels.common.checks import accumulator
+from txcore.varying import match_varying
+
+
+def ring_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    axis: str,
+    causal: bool = True,
+    scale: float | None = None,
+    name: str = "ring_attention",
+) -> jax.Array:
+    """Compute attention over a sequence that is split over a mesh axis.
+
+    Equation: `softmax(scale * q k^T + mask) v` over the whole sequence. Each device has the tokens
+    of `split_chunks`, so that with `causal` all compute the same number of scores: half of those of
+    full attention. n - 1 exchanges carry keys and values forward; backward, n carry their
+    gradients too. Scores and sums are float32 or wider.
+
+    Transpose: the same ring, with the gradients of keys and values travelling along.
+
+    Args:
+      q: shape (batch, tokens, heads, features), this device's tokens; without `causal` any split
+        of the sequence.
+      k: shape (batch, tokens, groups, features); `groups` divides `heads` (grouped-query
+        attention).
+      v: shape (batch, tokens, groups, values).
+      axis: the sequence's mesh axis.
+      causal: whether a token sees itself and those before it alone.
+      scale: of the scores; None for 1 / sqrt(features).
+      name: label of the operations' tags.
+
+    Returns:
+      Shape (batch, tokens, heads, values), in the dtype of `q`.
+
+    Raises:
+      ValueError: the shapes do not fit each other, or `causal` with an odd number of tokens.
+      NameError: `axis` is not bound here.
+
+    Example:
+      >>> def f(x):
+      ...     return tx.context.ring_attention(x, x, x, axis="context")
+      >>> x = np.ones((1, 8, 2, 4), np.float32)
+      >>> y = tx.testing.run_sharded(f, x, axes={"context": 2}, in_specs=P(None, "context"),
+      ...                            out_specs=P(None, "context"))
+      >>> bool(np.allclose(y, 1))
+      True
+
+    References:
+      Liu et al., "Ring attention with blockwise transformers for near-infinite context", 2023;
+      Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018.
+    """
+    _check_shapes(q, k, v, causal)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    q, k, v = match_varying(q, k, v)
+    how = _How(axis, causal, float(scale), name)
+    return _attend(how, q, k, v)
+
+
+class _How(NamedTuple):
+    """What is known when the program is made."""
+
+    axis: str
+    causal: bool
+    scale: float
+    name: str
+
+
+class _Partial(NamedTuple):
+    """A softmax-weighted sum over some of the keys: not divided by its normaliser yet.
+
+    Attributes:
+      total: shape (batch, tokens, groups, heads in each, values), float32 or wider.
+      normaliser: the same without `values`: the sum of the exponentials.
+      highest: like it: the largest score so far.
+    """
+
+    total: jax.Array
+    normaliser: jax.Array
+    highest: jax.Array
+
+
+def _check_shapes(q: jax.Array, k: jax.Array, v: jax.Array, causal: bool) -> None:
+    shapes = f"{q.shape}, {k.shape} and {v.shape}"
+    if not q.ndim == k.ndim == v.ndim == 4:
+        raise ValueError(
+            "context.ring_attention needs q, k and v of shape (batch, tokens, heads, features), "
+            f"got {shapes}"
+        )
+    same = q.shape[:2] == k.shape[:2] == v.shape[:2] and k.shape[2] == v.shape[2]
+    if not same or q.shape[3] != k.shape[3]:
+        raise ValueError(
+            "context.ring_attention needs q, k and v of the same batch and tokens, k and v of the "
+            f"same heads, q and k of the same features, got {shapes}"
+        )
+    if q.shape[2] % k.shape[2]:
+        raise ValueError(
+            f"context.ring_attention needs heads of k and v that divide those of q, got {shapes}"
+        )
+    if causal and q.shape[1] % 2:
+        raise ValueError(
+            "context.ring_attention needs an even number of tokens on each device with "
+            f"causal=True, got {q.shape[1]}: each holds two chunks (context.split_chunks); pad the "
+            "sequence"
+        )
+
+
+def _split_heads(q: jax.Array, groups: int) -> jax.Array:
+    """Return (batch, tokens, heads, ...) as (batch, tokens, groups, heads in each, ...)."""
+    return q.reshape(*q.shape[:2], groups, q.shape[2] // groups, *q.shape[3:])
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(how: _How, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    return _attend_forward(how, q, k, v)[0]
+
+
+def _attend_forward(
+    how: _How, q: jax.Array, k: jax.Array, v: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    n, rank = axis_size(how.axis), axis_index(how.axis)
+    groups = k.shape[2]
+    mine = _split_heads(q, groups)
+    mask = _causal_mask(q.shape[1]) if how.causal else None
+    result = _attend_to(how, mine, k, v, mask)
+    there_k, there_v = k, v
+    for distance in range(1, n):
+        there_k, there_v = shift((there_k, there_v), how.axis, by=1, name=how.name)
+        if how.causal:
+            result = _add_half(how, result, mine, there_k, there_v, rank >= distance)
+        else:
+            result = _merge(result, _attend_to(how, mine, there_k, there_v, None))
+    out = result.total / result.normaliser[..., None]
+    log_sum = result.highest + jnp.log(result.normaliser)
+    out = out.reshape(*q.shape[:3], v.shape[3]).astype(q.dtype)
+    return out, (q, k, v, out, log_sum)
+
+
+def _attend_to(
+    how: _How, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None
+) -> _Partial:
+    """Attend to some keys; `mask` of shape (tokens, tokens of k) is true where they are seen."""
+    scores = _scores(how, q, k, mask)
+    highest = jnp.max(scores, axis=-1)
+    weights = jnp.exp(scores - highest[..., None])
+    total = jnp.einsum("bqghk,bkgv->bqghv", weights, v.astype(weights.dtype))
+    return _Partial(total, jnp.sum(weights, axis=-1), highest)
+
+
+def _scores(how: _How, q: jax.Array, k: jax.Array, mask: jax.Array | None) -> jax.Array:
+    wide = accumulator(q.dtype)
+    scores = how.scale * jnp.einsum("bqghf,bkgf->bqghk", q, k, preferred_element_type=wide)
+    if mask is None:
+        return scores
+    return jnp.where(mask[None, :, None, None, :], scores, -jnp.inf)
+
+
+def _causal_mask(tokens: int) -> jax.Array:
+    """Return which of its own tokens each token sees: the second chunk is behind the first."""
+    place = jnp.arange(tokens)
+    return place[:, None] >= place[None, :]
+
+
+def _merge(a: _Partial, b: _Partial) -> _Partial:
+    """Put two sums over different keys together."""
+    highest = jnp.maximum(a.highest, b.highest)
+    of_a, of_b = jnp.exp(a.highest - highest), jnp.exp(b.highest - highest)
+    return _Partial(
+        a.total * of_a[..., None] + b.total * of_b[..., None],
+        a.normaliser * of_a + b.normaliser * of_b,
+        highest,
+    )
+
+
+def _add_half(
+    how: _How,
+    result: _Partial,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    is_earlier: jax.Array,
+) -> _Partial:
+    """Add what causal attention sees of another device's two chunks.
+
+    Of a device before this one (`is_earlier`) both chunks of queries see its first chunk alone; of
+    one behind, only the second chunk of queries sees anything, and both of its chunks. So the
+    second queries see the first keys in any case, and one more product depends on who it is.
+    """
+    first, second = _halves(result)
+    (q1, q2), (k1, k2), (v1, v2) = _halves(q), _halves(k), _halves(v)
+    second = _merge(second, _attend_to(how, q2, k1, v1, None))
+    other = _attend_to(
+        how,
+        jnp.where(is_earlier, q1, q2),
+        jnp.where(is_earlier, k1, k2),
+        jnp.where(is_earlier, v1, v2),
+        None,
+    )
+    first = _select(is_earlier, _merge(first, other), first)
+    second = _select(is_earlier, second, _merge(second, other))
+    return jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), first, second)
+
+
+def _halves(tree):  # type: ignore[no-untyped-def]
+    """Return the first and the second chunk of each array."""
+    half = jax.tree.leaves(tree)[0].shape[1] // 2
+    return jax.tree.map(lambda x: x[:, :half], tree), jax.tree.map(lambda x: x[:, half:], tree)
+
+
+def _select(flag, then, otherwise):  # type: ignore[no-untyped-def]
+    return jax.tree.map(partial(jnp.where, flag), then, otherwise)
+
+
+class _Given(NamedTuple):
+    """What the backward pass of some queries needs, all with the tokens as their second dim."""
+
+    q: jax.Array
+    cotangent: jax.Array
+    log_sum: jax.Array
+    inner: jax.Array  # the sum of out * cotangent
+
+
+def _attend_backward(
+    how: _How, kept: tuple[jax.Array, ...], cotangent: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    # Without the barrier XLA takes these exchanges for those of the forward pass, and keeps what
+    # arrived there until now: the whole sequence's keys and values.
+    (q, k, v, out, log_sum), cotangent = lax.optimization_barrier((kept, cotangent))
+    n, rank, groups = axis_size(how.axis), axis_index(how.axis), k.shape[2]
+    wide = accumulator(q.dtype)
+    inner = jnp.sum(out.astype(wide) * cotangent.astype(wide), axis=-1)
+    given = _Given(
+        q=_split_heads(q, groups),
+        cotangent=_split_heads(cotangent.astype(wide), groups),
+        log_sum=log_sum,
+        inner=_split_heads(inner, groups),
+    )
+    mask = _causal_mask(q.shape[1]) if how.causal else None
+    of_q, of_k, of_v = _gradients(how, given, k, v, mask)
+    there = (k, v, of_k, of_v)
+    for distance in range(1, n):
+        there = shift(there, how.axis, by=1, name=f"{how.name}.backward")
+        there_k, there_v, there_of_k, there_of_v = there
+        if how.causal:
+            more = _half_gradients(how, given, there_k, there_v, rank >= distance)
+        else:
+            more = _gradients(how, given, there_k, there_v, None)
+        of_q = of_q + more[0]
+        there = (there_k, there_v, there_of_k + more[1], there_of_v + more[2])
+    of_k, of_v = shift(there[2:], how.axis, by=1, name=f"{how.name}.home") if n > 1 else there[2:]
+    return of_q.reshape(q.shape).astype(q.dtype), of_k.astype(k.dtype), of_v.astype(v.dtype)
+
+
+def _gradients(
+    how: _How, given: _Given, k: jax.Array, v: jax.Array, mask: jax.Array | None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return the gradients of some queries and of the keys and values that they see."""
+    weights = jnp.exp(_scores(how, given.q, k, mask) - given.log_sum[..., None])
+    wide = weights.dtype
+    of_v = jnp.einsum("bqghk,bqghv->bkgv", weights, given.cotangent)
+    of_weights = jnp.einsum("bqghv,bkgv->bqghk", given.cotangent, v.astype(wide))
+    of_scores = how.scale * weights * (of_weights - given.inner[..., None])
+    of_q = jnp.einsum("bqghk,bkgf->bqghf", of_scores, k.astype(wide))
+    of_k = jnp.einsum("bqghk,bqghf->bkgf", of_scores, given.q.astype(wide))
+    return of_q, of_k, of_v
+
+
+def _half_gradients(
+    how: _How, given: _Given, k: jax.Array, v: jax.Array, is_earlier: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return the gradients of what `_add_half` adds."""
+    (k1, k2), (v1, v2) = _halves(k), _halves(v)
+    first, second = _halves(given)
+    of_q2, of_k1, of_v1 = _gradients(how, second, k1, v1, None)
+    other = _gradients(
+        how,
+        _select(is_earlier, first, second),
+        jnp.where(is_earlier, k1, k2),
+        jnp.where(is_earlier, v1, v2),
+        None,
+    )
+    nothing = jax.tree.map(jnp.zeros_like, other)
+    if_earlier = _select(is_earlier, other, nothing)
+    if_later = _select(is_earlier, nothing, other)
+    return (
+        jnp.concatenate([if_earlier[0], of_q2 + if_later[0]], axis=1),
+        jnp.concatenate([of_k1 + if_earlier[1], if_later[1]], axis=1),
+        jnp.concatenate([of_v1 + if_earlier[2], if_later[2]], axis=1),
+    )
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
