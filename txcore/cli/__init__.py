@@ -1,8 +1,9 @@
 """The command line: each command is a module here, with `add_command` and its function.
 
-Imports `_compat`, `bench`, `errors`, `kernels.dispatch`, `kernels.tuning`, `launch`, `launch.join`,
-`launch.launcher`, `outside`, `profiling`, `profiling.audit`, `profiling.cost`, `profiling.costs`,
-`profiling.lock`, `profiling.program`, `profiling.report`, `profiling.targets`, `version`.
+Imports `_compat`, `bench`, `errors`, `kernels.dispatch`, `kernels.tuning`, `launch`,
+`launch.join`, `launch.launcher`, `outside`, `profiling`, `profiling.audit`, `profiling.cost`,
+`profiling.costs`, `profiling.lock`, `profiling.program`, `profiling.report`, `profiling.targets`,
+`version`.
 """
 
 import argparse

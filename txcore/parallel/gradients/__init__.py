@@ -1,6 +1,6 @@
 """The exchange of gradients over the data axes: in which pieces, by which algorithm and dtype.
 
-Imports `_compat`, `collectives`, `kernels.dispatch`, `layout`, `parallel.predicted`, `varying`.
+Imports `_compat`, `collectives`, `kernels.dispatch`, `layout`, `parallel`, `varying`.
 """
 
 from txcore.parallel.gradients.sync import sync_gradients as sync_gradients
