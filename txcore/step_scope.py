@@ -28,6 +28,7 @@ class StepScope:
       shapes: of each parameter as this device computes with it, in the order of the leaves.
       gradient_shapes: of each gradient as it arrives at the optimizer on this device.
       regathers: whether the backward pass gathers parameters again, and does not keep them.
+      shards_gradients: whether those of a microbatch are reduced as they come, and kept in parts.
       views: what `state.params` has gathered: by its id, each array and what it was made of.
       doubts: what looks wrong by its type, and cannot be judged before the whole step is traced.
       weighed: what its means weigh by, each as an error says it ("tokens").
@@ -41,6 +42,7 @@ class StepScope:
     shapes: tuple[tuple[int, ...], ...]
     gradient_shapes: tuple[tuple[int, ...], ...]
     regathers: bool = True
+    shards_gradients: bool = False
     views: dict[int, tuple[Any, Any]] = field(default_factory=dict)
     doubts: list[str] = field(default_factory=list)
     weighed: list[str] = field(default_factory=list)

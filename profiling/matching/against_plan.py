@@ -41,6 +41,10 @@ class Prediction(Protocol):
     def at_most(self) -> bool:
         """Tell whether a program may do without some of them."""
 
+    @property
+    def per_microbatch(self) -> bool:
+        """Tell whether a loop over microbatches is meant to send them in each trip."""
+
 
 def against_plan(
     report: Report,
@@ -81,7 +85,8 @@ def against_plan(
     for predicted in predictions:
         covered, used = _cover_along_axes(predicted, left)
         line = _plan_line(predicted, covered, gone)
-        lines.append(replace(line, times=_times_sent(covered, left)))
+        times = 1 if predicted.per_microbatch else _times_sent(covered, left)
+        lines.append(replace(line, times=times))
         left = {i: d for i, d in left.items() if i not in used}
     lines = _read_factors(lines, factors)
     beyond = [d for i, d in left.items() if i not in gone]

@@ -109,6 +109,10 @@ def value_and_grad(
         loss, aux = value[1]
         return (loss, aux) if has_aux else loss, _unscaled(gradients, scale)
 
+    def one_part(*args: Any, **kwargs: Any) -> Any:
+        value, gradients = one(*args, **kwargs)
+        return value, zero.scatter_early(gradients)
+
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         axes = _data_axes(axis)
         _check_needed_scale(loss_scale)
@@ -122,8 +126,8 @@ def value_and_grad(
             args = tuple(_varying(a, axes) if i in at else a for i, a in enumerate(args))
         if microbatches is None:
             return one(*args, **kwargs)
-        at_carry = _place_of_carry(carry, at, len(args))
-        return accumulate(one, loss_of, Loop(microbatches, at, at_carry, has_aux, axes), args, kwargs)
+        loop = Loop(microbatches, at, _place_of_carry(carry, at, len(args)), has_aux, axes)
+        return accumulate(one_part, loss_of, loop, args, kwargs)
 
     return wrapped
 

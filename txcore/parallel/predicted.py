@@ -17,6 +17,7 @@ class Predicted:
       dtype: jax's name of the dtype ("float32").
       elements: those of each array, as it enters into S.
       at_most: whether a step may send less, since its model decides how much.
+      per_microbatch: whether a step in microbatches sends them once for each.
     """
 
     what: str
@@ -25,6 +26,7 @@ class Predicted:
     dtype: str
     elements: tuple[int, ...]
     at_most: bool = False
+    per_microbatch: bool = False
 
     @property
     def payload_bytes(self) -> int:

@@ -175,8 +175,7 @@ class Plan:
         layouts = self.layouts(shapes, mesh)
         pairs = list(zip(jax.tree.leaves(shapes), jax.tree.leaves(layouts), strict=True))
         whole = [pair for pair in pairs if pair[1].scattered is None]
-        again = self.data_parallel is None or self.data_parallel.reshard_after_forward
-        predicted = predict_gradients(whole, mesh) + predict_shards(pairs, mesh, again=again)
+        predicted = predict_gradients(whole, mesh) + predict_shards(pairs, mesh, self.data_parallel)
         if clips:
             predicted += predict_norms(pairs)
         if skips and (axes := split_axes(layouts)):

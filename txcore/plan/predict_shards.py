@@ -9,13 +9,14 @@ from txcore.collectives import _leaves
 from txcore.layout import Layout, shape_of_part
 from txcore.mesh import MeshSpec
 from txcore.parallel.predicted import Predicted
+from txcore.plan.data_parallel import DP
 
 AGAIN = "parameters again"
 
 Pairs = list[tuple[Any, Layout]]
 
 
-def predict_shards(pairs: Pairs, mesh: MeshSpec, *, again: bool = True) -> list[Predicted]:
+def predict_shards(pairs: Pairs, mesh: MeshSpec, dp: DP | None) -> list[Predicted]:
     """Predict the exchange of the parameters whose state is sharded, the others left out.
 
     A gradient is reduce-scattered over the axes that split it, and its part averaged over the
@@ -26,8 +27,10 @@ def predict_shards(pairs: Pairs, mesh: MeshSpec, *, again: bool = True) -> list[
     Args:
       pairs: each parameter, or its shape, and its layout.
       mesh: the devices and their axes.
-      again: whether the backward pass gathers what the forward pass did.
+      dp: what is sharded.
     """
+    if dp is None or dp.shard is None:
+        return []
     sent: dict[tuple[str, str, tuple[str, ...], str], list[int]] = {}
     for leaf, layout in pairs:
         if layout.scattered is None or not jnp.issubdtype(leaf.dtype, jnp.inexact):
@@ -41,8 +44,14 @@ def predict_shards(pairs: Pairs, mesh: MeshSpec, *, again: bool = True) -> list[
         if rest:
             sent.setdefault(("gradients", "all-reduce", rest, of_mean), []).append(part)
         sent.setdefault(("parameters", "all-gather", axes, dtype), []).append(whole)
-        if layout.gathered and again:
+        if layout.gathered and dp.reshard_after_forward:
             sent.setdefault((AGAIN, "all-gather", axes, dtype), []).append(whole)
+
+    def in_loop(kind: str) -> bool:
+        gathers = kind == "all-gather" and dp.shard == "parameters"
+        return gathers or (kind == "reduce-scatter" and dp.shard != "optimizer")
+
     return [
-        Predicted(*key, tuple(elements), at_most=key[0] == AGAIN) for key, elements in sent.items()
+        Predicted(*key, tuple(elements), at_most=key[0] == AGAIN, per_microbatch=in_loop(key[1]))
+        for key, elements in sent.items()
     ]

@@ -15,4 +15,5 @@ from txcore.parallel.zero.shard import find_views as find_views
 from txcore.parallel.zero.shard import gather as gather
 from txcore.parallel.zero.shard import is_shard as is_shard
 from txcore.parallel.zero.shard import parts_of as parts_of
+from txcore.parallel.zero.shard import scatter_early as scatter_early
 from txcore.parallel.zero.shard import yet_to_reduce as yet_to_reduce

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from txcore.collectives.all_gather import all_gather
 from txcore.collectives.reduce_scatter import reduce_scatter
 from txcore.collectives.vary import vary
-from txcore.layout import Layout
+from txcore.layout import Layout, Split, map_alike, same_structure
 from txcore.step_scope import StepScope, current_scope
 
 _META = ("dim", "axes", "name", "view")
@@ -104,6 +104,26 @@ def find_views(tree: Any) -> Any:
     if scope is None or not scope.views:
         return tree
     return jax.tree.map(lambda x: scope.views.get(id(x), (x, x))[1], tree)
+
+
+def scatter_early(grads: Any) -> Any:
+    """Return of one microbatch's gradients the parts that are kept, where the plan shards them.
+
+    Gradients of another structure than the parameters are left alone.
+    """
+    scope = current_scope()
+    if scope is None or not scope.shards_gradients or not same_structure(grads, scope.layouts):
+        return grads
+
+    def scatter(tree: Any, split: Split) -> Any:
+        dim, axes = split
+        return reduce_scatter(tree, axes, dim=dim, mean=True, name="grads")
+
+    def split_of(layout: Layout) -> Split | None:
+        return layout.scattered
+
+    left = yet_to_reduce(grads, scope)
+    return map_alike(scatter, grads, left, split_of)
 
 
 def yet_to_reduce(grads: Any, scope: StepScope) -> Any:

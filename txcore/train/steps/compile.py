@@ -94,14 +94,18 @@ def compile_step(
     owner = TracedOwner(state.engine)
     weighed: list[str | None] = []
 
-    regathers = plan.data_parallel is None or plan.data_parallel.reshard_after_forward
+    dp = plan.data_parallel
     pairs = list(zip(jax.tree.leaves(state.stored_params), jax.tree.leaves(layouts), strict=True))
     shapes = tuple(shape_of_part(x.shape, layout.view, mesh.shape) for x, layout in pairs)
     parts = tuple(shape_of_part(x.shape, layout.gradient, mesh.shape) for x, layout in pairs)
 
     def sharded(arrays: dict[str, Any], batch: Any) -> Any:
         rows = examples(batch, plan)[0]
-        scope = StepScope(data_axes, left_out, rows, scales_loss, layouts, shapes, parts, regathers)
+        scope = StepScope(
+            *(data_axes, left_out, rows, scales_loss, layouts, shapes, parts),
+            regathers=dp is None or dp.reshard_after_forward,
+            shards_gradients=dp is not None and dp.shard in ("gradients", "parameters"),
+        )
         with tracing(scope):
             before = TrainState(**arrays, owner=owner)
             out = fn(before, batch)
