@@ -4,6 +4,7 @@ The plan makes one for each parameter (`Plan.layouts`). Whoever places, checks, 
 or saves a leaf asks it, and takes nothing for the same on every device.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,9 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import PartitionSpec as P
+
+# A dim that is split, and the axes of the mesh that split it.
+Split = tuple[int, tuple[str, ...]]
 
 
 @dataclass(frozen=True)
@@ -45,12 +49,39 @@ class Layout:
         return tuple(sorted(axes_of(self.gradient)))
 
     @property
-    def scattered(self) -> tuple[int, tuple[str, ...]] | None:
+    def scattered(self) -> Split | None:
         """The dim of which each device keeps its part of the mean, with the axes; None for none."""
-        for dim, entry in enumerate(self.gradient):
-            if axes := tuple(axis for axis in entry_axes(entry) if axis in self.reduced):
-                return dim, axes
-        return None
+        return _split_over(self.gradient, self.reduced)
+
+    @property
+    def gathered(self) -> Split | None:
+        """The same of the parameter itself: a step gathers it before it computes with it."""
+        return _split_over(self.stored, self.reduced)
+
+    @property
+    def view(self) -> P:
+        """How the parameter lies where a step computes with it: whole along the data axes."""
+        return drop_axes(self.stored, frozenset(self.reduced))
+
+
+def _split_over(spec: P, axes: tuple[str, ...]) -> Split | None:
+    for dim, entry in enumerate(spec):
+        if own := tuple(axis for axis in entry_axes(entry) if axis in axes):
+            return dim, own
+    return None
+
+
+def shape_of_part(shape: tuple[int, ...], spec: P, sizes: Mapping[str, int]) -> tuple[int, ...]:
+    """Return the shape of a device's part of an array.
+
+    Args:
+      shape: of the whole array.
+      spec: how it lies on the mesh.
+      sizes: the devices along each axis of the mesh.
+    """
+    entries = [*spec, *[None] * (len(shape) - len(spec))]
+    devices = [math.prod(sizes[axis] for axis in entry_axes(entry)) for entry in entries]
+    return tuple(size // own for size, own in zip(shape, devices, strict=True))
 
 
 def entry_axes(entry: Any) -> tuple[str, ...]:
@@ -86,27 +117,24 @@ def same_structure(tree: Any, other: Any) -> bool:
     return ours == jax.tree.structure(other)
 
 
-def map_by_axes(
-    function: Callable[[Any, tuple[str, ...]], Any],
-    tree: Any,
-    layouts: Any,
-    axes: Callable[[Layout], tuple[str, ...]],
+def map_alike(
+    function: Callable[[Any, Any], Any], tree: Any, layouts: Any, key_of: Callable[[Layout], Any]
 ) -> Any:
-    """Apply `function(tree, axes)` once to all leaves that have the same axes in their layouts.
+    """Apply `function(tree, key)` once to all leaves that are laid out alike.
 
     Args:
-      function: gets the tree with None for the leaves of other axes, and keeps its structure. It
-        is not called for leaves without axes, which stay as they are.
+      function: gets the tree with None for the leaves of other keys, and keeps its structure. It
+        is not called where the key is None or empty: those leaves stay as they are.
       tree: pytree with the structure of `layouts`.
       layouts: pytree of `Layout`.
-      axes: what of a layout counts.
+      key_of: what of a layout counts: its axes, or the dim that they split.
 
     Returns:
       The tree.
     """
     treedef: Any = jax.tree.structure(layouts)
     leaves = treedef.flatten_up_to(tree)
-    keys = [axes(layout) for layout in jax.tree.leaves(layouts)]
+    keys = [key_of(layout) for layout in jax.tree.leaves(layouts)]
     for key in dict.fromkeys(keys):
         if not key:
             continue

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from txcore.layout import Layout
+from txcore.layout import axes_of
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,11 @@ class StepScope:
       examples: of the batch, on this device.
       scales_loss: whether the step computes in float16, so that its loss needs a scale.
       layouts: pytree of `Layout` like the parameters.
-      shapes: of each parameter as this device stores it, in the order of the leaves.
+      shapes: of each parameter as this device computes with it, in the order of the leaves.
+      gradient_shapes: of each gradient as it arrives at the optimizer on this device.
+      regathers: whether the backward pass gathers parameters again, and does not keep them.
+      shards_gradients: whether those of a microbatch are reduced as they come, and kept in parts.
+      views: what `state.params` has gathered: by its id, each array and what it was made of.
       doubts: what looks wrong by its type, and cannot be judged before the whole step is traced.
       weighed: what its means weigh by, each as an error says it ("tokens").
     """
@@ -36,6 +40,10 @@ class StepScope:
     scales_loss: bool
     layouts: Any
     shapes: tuple[tuple[int, ...], ...]
+    gradient_shapes: tuple[tuple[int, ...], ...]
+    regathers: bool = True
+    shards_gradients: bool = False
+    views: dict[int, tuple[Any, Any]] = field(default_factory=dict)
     doubts: list[str] = field(default_factory=list)
     weighed: list[str] = field(default_factory=list)
 
@@ -56,27 +64,37 @@ def left_out_axes() -> frozenset[str]:
     return scope.left_out if scope is not None else frozenset()
 
 
-def layouts_like(tree: Any) -> list[Layout] | None:
-    """Return the layout of each leaf of a tree like the parameters, None for another tree.
+def split_axes_like(tree: Any) -> list[tuple[str, ...]] | None:
+    """Return the axes over which each leaf of a tree like the parameters is split; else None.
 
-    It is like them if its leaves have the paths and shapes of parameters as this device stores
-    them, with or without more dims in front (gradients of each example). It may lack some of them,
-    as that of a group of parameters does. Outside a step there are no layouts.
+    It is like them if its leaves have the paths and shapes of parameters as this device computes
+    with them, or of their gradients as they arrive at the optimizer, with or without more dims in
+    front (gradients of each example). It may lack some of them, as that of a group of parameters
+    does. Outside a step nothing is known.
     """
     scope = _scope.get()
     if scope is None:
         return None
     paths = jax.tree_util.tree_flatten_with_path(scope.layouts)[0]
-    rows = zip(paths, scope.shapes, strict=True)
-    known = {path: (layout, shape) for (path, layout), shape in rows}
+    rows = zip(paths, scope.shapes, scope.gradient_shapes, strict=True)
+    known = {path: (layout, *shapes) for (path, layout), *shapes in rows}
     found = []
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-        layout, stored = known.get(path, (None, ()))
-        shape = np.shape(leaf)
-        if layout is None or shape[len(shape) - len(stored) :] != stored:
+        if path not in known:
             return None
-        found.append(layout)
+        layout, whole, part = known[path]
+        shape = np.shape(leaf)
+        if _ends_in(shape, part):
+            found.append(layout.norm_axes)
+        elif _ends_in(shape, whole):
+            found.append(tuple(sorted(axes_of(layout.view))))
+        else:
+            return None
     return found
+
+
+def _ends_in(shape: tuple[int, ...], tail: tuple[int, ...]) -> bool:
+    return shape[len(shape) - len(tail) :] == tail
 
 
 @contextlib.contextmanager

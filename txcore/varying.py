@@ -73,8 +73,9 @@ def claim(
     Args:
       x: an array.
       kind: what is claimed along each of the axes: "equal" (all devices hold the same), "differs",
-        "whole" (it is not made of one slice of what a loop goes over), "" for nothing. `MEAN` and
-        `MEAN_SHARD` say that it is the mean over the devices along all of the axes, or a part.
+        "part" (it differs, or is zero), "whole" (it is not made of one slice of what a loop goes
+        over), "" for nothing. `MEAN` and `MEAN_SHARD` say that it is the mean over the devices
+        along all of the axes, or a part.
       axes: mesh axes.
       what: what errors call the value.
       error: the text of the error where the claim is false; "{axis}" stands for the axes along

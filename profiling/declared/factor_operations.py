@@ -70,7 +70,8 @@ def value_after(eqn: Eqn, name: str, inputs: list[Value], frame: Frame, devices:
         if number is not None or not _starts_gradient(eqn, name, inputs, frame):
             return replace(kept, number=number, differs=differs)
     path = path_of(eqn, frame.path)
-    if not made_by_autodiff(path):
+    # What is reduced is no cotangent any more, as after the backward pass of a gather of shards.
+    if not made_by_autodiff(path) or any(value.reduced for value in gradients):
         value = _value_of_gradients(name, inputs, gradients)
         if not gradients and name in ("div", "mul") and inputs[0].reduced:
             value = replace(inputs[0], number=None)

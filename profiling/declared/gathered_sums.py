@@ -125,6 +125,7 @@ def _find_false_claim(seen: Seen) -> Finding | None:
     wrong = {
         "equal": bool(value & relation.DIFFERS) or (dropped and may_differ(value)),
         "differs": not may_differ(value),
+        "part": not (may_differ(value) or relation.is_zero(value)),
         "whole": bool(value & relation.SLICED),
     }[params["kind"]]
     if not wrong and not (params["kind"] == "equal" and value & relation.TOTAL):

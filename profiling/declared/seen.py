@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from txcore import tags
 from txcore.profiling.declared.equations import (
+    CASTS,
     SUMS,
     Eqn,
     Jaxpr,
@@ -95,7 +96,18 @@ def is_divided(jaxpr: Jaxpr, var: Var, counts: tuple[int, ...]) -> bool:
     (use,) = uses
     if use.primitive.name in ("convert_element_type", "reshape", "neg"):
         return is_divided(jaxpr, use.outvars[0], counts)
-    numbers = [float(v.val) for v in use.invars if is_literal(v) and v.aval.size == 1]
+    found = (_literal_behind(jaxpr, v) for v in use.invars)
+    numbers = [float(v.val) for v in found if v is not None and v.aval.size == 1]
     if use.primitive.name == "div" and use.invars[0] is var:
         return any(n in counts for n in numbers)
     return use.primitive.name == "mul" and any(abs(n * counts[0] - 1) < 1e-6 for n in numbers)
+
+
+def _literal_behind(jaxpr: Jaxpr, var: Var) -> Var | None:
+    """Return the literal that a value is a cast of, or None; jax casts numbers to vary."""
+    while not is_literal(var):
+        made = [eqn for eqn in jaxpr.eqns if any(v is var for v in eqn.outvars)]
+        if len(made) != 1 or made[0].primitive.name not in (*CASTS, "convert_element_type"):
+            return None
+        (var,) = made[0].invars
+    return var

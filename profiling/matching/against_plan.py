@@ -37,6 +37,14 @@ class Prediction(Protocol):
     def elements(self) -> tuple[int, ...]:
         """Return the elements of S of each array."""
 
+    @property
+    def at_most(self) -> bool:
+        """Tell whether a program may do without some of them."""
+
+    @property
+    def per_microbatch(self) -> bool:
+        """Tell whether a loop over microbatches is meant to send them in each trip."""
+
 
 def against_plan(
     report: Report,
@@ -67,13 +75,18 @@ def against_plan(
             "against_plan needs a report of a program that was traced, but got one with "
             "checked=False: audit the function itself, not what it was compiled to"
         )
-    left = {i: f.declared for i, f in enumerate(report.fates) if "missing" not in f.fates}
+    left = {
+        i: f.declared
+        for i, f in enumerate(report.fates)
+        if "missing" not in f.fates and (f.declared.live or f.declared.kind != "all-gather")
+    }  # a gather whose result nobody uses is that of a view that is not looked at
     gone = {i for i in left if "eliminated" in report.fates[i].fates}
     lines = []
     for predicted in predictions:
         covered, used = _cover_along_axes(predicted, left)
         line = _plan_line(predicted, covered, gone)
-        lines.append(replace(line, times=_times_sent(covered, left)))
+        times = 1 if predicted.per_microbatch else _times_sent(covered, left)
+        lines.append(replace(line, times=times))
         left = {i: d for i, d in left.items() if i not in used}
     lines = _read_factors(lines, factors)
     beyond = [d for i, d in left.items() if i not in gone]
@@ -136,6 +149,7 @@ def _plan_line(predicted: Prediction, covered: Mapping[int, int], gone: set[int]
         payload_bytes=size * sum(predicted.elements),
         found_bytes=size * (sum(covered.values()) - eliminated),
         eliminated_bytes=size * eliminated,
+        at_most=predicted.at_most,
     )
 
 

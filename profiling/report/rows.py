@@ -143,6 +143,8 @@ class PlanLine:
         of a parameter that the loss does not use is a constant).
       times: how often a loop sends it: once in each of so many trips, where the plan predicts it
         once (gradients that are reduced for each microbatch).
+      at_most: whether a program may send less: what it gathers again for its backward pass is what
+        that needs.
       factor: for gradients, whose mean a plan predicts: "mean" where they are the mean, "sum" where
         they are known to be N times it, "not read" where the program does not tell; else "".
       factor_note: which gradients are not known to be the mean, where, and why; else "".
@@ -156,6 +158,7 @@ class PlanLine:
     found_bytes: int
     eliminated_bytes: int = 0
     times: int = 1
+    at_most: bool = False
     factor: str = ""
     factor_note: str = ""
 
@@ -167,4 +170,4 @@ class PlanLine:
     @property
     def is_there(self) -> bool:
         """Tell whether the program sends all that the plan predicts."""
-        return self.found_bytes + self.eliminated_bytes >= self.payload_bytes
+        return self.at_most or self.found_bytes + self.eliminated_bytes >= self.payload_bytes

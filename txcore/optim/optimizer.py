@@ -13,7 +13,7 @@ from txcore import _compat, varying
 from txcore.collectives._leaves import names_of
 from txcore.kernels.common import checks
 from txcore.layout import split_axes
-from txcore.step_scope import current_scope, layouts_like
+from txcore.step_scope import current_scope, split_axes_like
 from txcore.trees import Grads, OptState, Params, PyTree
 
 LeafUpdates = Sequence[Callable[..., tuple[jax.Array, ...]]]
@@ -215,10 +215,8 @@ def split_axes_of(tree: PyTree) -> list[tuple[str, ...]]:
 
     The leaves of any other tree count as not split.
     """
-    layouts = layouts_like(tree)
-    if layouts is None:
-        return [()] * len(jax.tree.leaves(tree))
-    return [layout.norm_axes for layout in layouts]
+    found = split_axes_like(tree)
+    return [()] * len(jax.tree.leaves(tree)) if found is None else found
 
 
 def refuse_parts(
@@ -246,7 +244,7 @@ def refuse_unknown_parts(op: str, tree: PyTree) -> None:
     """Refuse a tree whose leaves may be parts, in a step whose plan splits parameters."""
     scope = current_scope()
     axes = split_axes(scope.layouts) if scope is not None else ()
-    if not axes or layouts_like(tree) is not None:
+    if not axes or split_axes_like(tree) is not None:
         return
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         parts = [axis for axis in axes if axis in _compat.varying_axes(leaf)]

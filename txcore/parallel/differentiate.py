@@ -9,6 +9,7 @@ import numpy as np
 
 from txcore.collectives import _leaves, axis_size, vary
 from txcore.kernels.common import checks
+from txcore.parallel import zero
 from txcore.parallel.microbatches import Loop, accumulate
 from txcore.step_scope import current_scope
 
@@ -86,8 +87,11 @@ def value_and_grad(
     # An example weighs more in the mean of a part: of the whole batch no gradient overflows more.
     scale = loss_scale if loss_scale is None else loss_scale / (microbatches or 1)
 
+    def loss_of(*args: Any, **kwargs: Any) -> Any:
+        return zero.call_with_views(f, args, kwargs)
+
     def checked(*args: Any, **kwargs: Any) -> Any:
-        out = f(*args, **kwargs)
+        out = loss_of(*args, **kwargs)
         loss, aux = out if has_aux else (out, None)
         loss = _local(loss, _data_axes(axis))
         if scale is not None:
@@ -99,10 +103,15 @@ def value_and_grad(
 
     def one(*args: Any, **kwargs: Any) -> Any:
         value, gradients = differentiated(*args, **kwargs)
+        gradients = zero.parts_of(gradients)
         if not scaled:
             return value, gradients
         loss, aux = value[1]
         return (loss, aux) if has_aux else loss, _unscaled(gradients, scale)
+
+    def one_part(*args: Any, **kwargs: Any) -> Any:
+        value, gradients = one(*args, **kwargs)
+        return value, zero.scatter_early(gradients)
 
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         axes = _data_axes(axis)
@@ -114,11 +123,11 @@ def value_and_grad(
             )
         at = frozenset(n % len(args) for n in nums)
         if axes:
-            args = tuple(vary(a, axes, name="params") if i in at else a for i, a in enumerate(args))
+            args = tuple(_varying(a, axes) if i in at else a for i, a in enumerate(args))
         if microbatches is None:
             return one(*args, **kwargs)
-        at_carry = _place_of_carry(carry, at, len(args))
-        return accumulate(one, f, Loop(microbatches, at, at_carry, has_aux, axes), args, kwargs)
+        loop = Loop(microbatches, at, _place_of_carry(carry, at, len(args)), has_aux, axes)
+        return accumulate(one_part, loss_of, loop, args, kwargs)
 
     return wrapped
 
@@ -171,6 +180,18 @@ def grad(
         return (gradients, value[1]) if has_aux else gradients
 
     return wrapped
+
+
+def _varying(tree: Any, axes: tuple[str, ...]) -> Any:
+    """Return parameters cast to vary, with handles for those of which a device stores a part."""
+
+    def one(x: Any) -> Any:
+        return x if zero.is_shard(x) else vary(x, axes, name="params")
+
+    found = zero.find_views(tree)
+    if not any(map(zero.is_shard, jax.tree.leaves(found, is_leaf=zero.is_shard))):
+        return vary(tree, axes, name="params")
+    return jax.tree.map(one, found, is_leaf=zero.is_shard)
 
 
 def _data_axes(axis: Axis | None) -> tuple[str, ...]:

@@ -16,6 +16,8 @@ class Predicted:
       axes: the mesh axes, all of them of more than one device.
       dtype: jax's name of the dtype ("float32").
       elements: those of each array, as it enters into S.
+      at_most: whether a step may send less, since its model decides how much.
+      per_microbatch: whether a step in microbatches sends them once for each.
     """
 
     what: str
@@ -23,6 +25,8 @@ class Predicted:
     axes: tuple[str, ...]
     dtype: str
     elements: tuple[int, ...]
+    at_most: bool = False
+    per_microbatch: bool = False
 
     @property
     def payload_bytes(self) -> int:

@@ -17,6 +17,8 @@ class DP:
         the parameters, which a step gathers as it needs them. None: every device keeps all.
       shard_axis: the data axes over which `shard` splits, some of `axis`; over the others the parts
         are repeated (HSDP). None: all of them.
+      reshard_after_forward: of shard="parameters", whether what the forward pass gathers is let go
+        and gathered again for the backward pass: False keeps all of it, for fewer bytes sent.
 
     Example:
       >>> tx.DP(axis="data").axes
@@ -27,6 +29,7 @@ class DP:
     _: KW_ONLY
     shard: Shard | None = None
     shard_axis: str | tuple[str, ...] | None = None
+    reshard_after_forward: bool = True
 
     def __repr__(self) -> str:
         given = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -46,6 +49,11 @@ class DP:
                 f"{self.shard!r}"
             )
         self._check_shard_axis()
+        if not self.reshard_after_forward and self.shard != "parameters":
+            raise ValueError(
+                "DP needs shard='parameters' with reshard_after_forward=False, got "
+                f"shard={self.shard!r}: nothing else is gathered in the forward pass"
+            )
 
     def _check_shard_axis(self) -> None:
         if self.shard_axis is None:

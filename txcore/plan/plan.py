@@ -13,6 +13,7 @@ from txcore.mesh import MeshSpec
 from txcore.parallel.predicted import Predicted
 from txcore.plan.data_parallel import DP
 from txcore.plan.predict import predict_gradients, predict_norms
+from txcore.plan.predict_shards import predict_shards
 from txcore.plan.rules import check_rules, stored_specs
 from txcore.plan.shards import shard_spec
 from txcore.printing import format_call
@@ -173,7 +174,8 @@ class Plan:
         shapes = jax.eval_shape(lambda tree: tree, params)
         layouts = self.layouts(shapes, mesh)
         pairs = list(zip(jax.tree.leaves(shapes), jax.tree.leaves(layouts), strict=True))
-        predicted = predict_gradients(pairs, mesh)
+        whole = [pair for pair in pairs if pair[1].scattered is None]
+        predicted = predict_gradients(whole, mesh) + predict_shards(pairs, mesh, self.data_parallel)
         if clips:
             predicted += predict_norms(pairs)
         if skips and (axes := split_axes(layouts)):

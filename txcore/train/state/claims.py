@@ -11,6 +11,8 @@ from txcore.collectives._leaves import names_of
 from txcore.layout import Layout
 from txcore.step_scope import StepScope
 
+Shape = tuple[int, ...]
+
 
 def claim_equal(
     value: jax.Array, axes: Iterable[str], *, split: Iterable[str] = (), what: str, error: str
@@ -50,24 +52,26 @@ def check_gradients(grads: Any, params: Any, scope: StepScope, *, per_example: b
             f"got {given}: pass the gradients that value_and_grad(...)(state.params) returned"
         )
 
-    def check(path: Any, param: jax.Array, grad: Any, layout: Layout) -> jax.Array:
+    def check(path: Any, grad: Any, shape: Shape, layout: Layout) -> jax.Array:
         where = f"the gradient of params{jax.tree_util.keystr(path)}"
-        _check_shape(where, param.shape, jnp.shape(grad), layout, per_example)
+        _check_shape(where, shape, jnp.shape(grad), layout, per_example)
         return _claim_reduced(where, jnp.asarray(grad), layout, scope)
 
-    return jax.tree_util.tree_map_with_path(check, params, grads, scope.layouts)
+    shapes = wanted.unflatten(scope.gradient_shapes)
+    return jax.tree_util.tree_map_with_path(check, grads, shapes, scope.layouts)
 
 
 def _check_shape(
-    where: str, wanted: tuple[int, ...], given: tuple[int, ...], layout: Layout, per_example: bool
+    where: str, wanted: Shape, given: Shape, layout: Layout, per_example: bool
 ) -> None:
     if given[int(per_example) :] == wanted and len(given) == len(wanted) + per_example:
         return
     part = f" (this device's part along {names_of(layout.norm_axes)})" if layout.norm_axes else ""
     examples = ", after a dim of examples (tx.all_gather(..., invariant=True))"
+    remedy = ". Write grads, state = state.sync_gradients(grads) before apply_gradients"
     raise ValueError(
         f"apply_gradients needs {where} in its shape {wanted}{part}"
-        f"{examples if per_example else ''}, got {given}"
+        f"{examples if per_example else ''}, got {given}{remedy if layout.scattered else ''}"
     )
 
 
@@ -86,6 +90,8 @@ def _claim_reduced(where: str, grad: jax.Array, layout: Layout, scope: StepScope
         "gradient, add them up: tx.psum(grad, {axis}); where each holds its part of the parameter, "
         "say so: Plan(params={path: PartitionSpec(...)})"
     )
+    if layout.scattered is not None:
+        grad = _claim_part(where, grad, layout.scattered[1])
     axes = [axis for axis in _compat.bound_axes() if axis not in scope.left_out]
     reduced = [axis for axis in axes if axis in layout.reduced]
     others = [axis for axis in axes if axis not in layout.reduced]
@@ -94,3 +100,17 @@ def _claim_reduced(where: str, grad: jax.Array, layout: Layout, scope: StepScope
     if others:
         grad = claim_equal(grad, others, split=layout.norm_axes, what=where, error=of_others)
     return grad
+
+
+def _claim_part(where: str, grad: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """Claim that each device holds a part of its own of a gradient: what is reduced again doesn't.
+
+    Zeros are as good on every device.
+    """
+    error = (
+        f"apply_gradients needs this device's part of {where} along {{axis}}, got what is the same "
+        "on every device ({source}): it was reduced once more after its parts were made. Remove "
+        "that reduction: state.sync_gradients has done it"
+    )
+    missing = frozenset(axes) - _compat.varying_axes(grad)
+    return varying.claim(grad, "part", axes, what=where, error=error, add=missing)

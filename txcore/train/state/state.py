@@ -1,8 +1,6 @@
 """The train state: everything that a run is a function of, as one pytree."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import jax
@@ -10,7 +8,8 @@ import numpy as np
 
 from txcore.collectives import vary
 from txcore.kernels.common.checks import whole_number
-from txcore.layout import map_by_axes, same_structure, split_axes
+from txcore.layout import same_structure, split_axes
+from txcore.parallel import zero
 from txcore.parallel.gradients import sync_gradients
 from txcore.printing import describe_scalar, describe_tree
 from txcore.step_scope import StepScope, current_scope
@@ -106,12 +105,28 @@ class TrainState:
         """The parameters; inside a step, typed as varying where their gradients are reduced.
 
         That is along the data axes. So gradients with respect to them come out local, for the
-        step to reduce once. Of a parameter that the plan stores in parts it is this device's part.
+        step to reduce once. Of a parameter that `Plan(params=)` splits it is this device's part.
+        What `DP(shard="parameters")` splits is gathered here, wherever the step uses it; of what
+        `tx.value_and_grad` is given, it gathers the parts itself, inside of what it differentiates.
         """
         scope = current_scope()
         if scope is None:
             return self.stored_params
-        return _map_by_reduced(partial(vary, name="params"), self.stored_params, scope)
+        if not same_structure(self.stored_params, scope.layouts):
+            return vary(self.stored_params, scope.data_axes, name="params")
+        return zero.as_views(self.stored_params, scope)
+
+    @property
+    def shards(self) -> Any:
+        """The parameters inside a step, as handles that `tx.zero` gathers a layer at a time.
+
+        A tree like `params`, with a `tx.zero.Shard` for each parameter of which
+        `DP(shard="parameters")` has this device keep its part; under other plans `params` itself.
+
+        Raises:
+          RuntimeError: called outside a step.
+        """
+        return zero.as_shards(self.stored_params, _scope_of("shards").layouts)
 
     @property
     def precision(self) -> Precision:
@@ -259,7 +274,10 @@ class TrainState:
         scope = _scope_of("sync_gradients")
         if not scope.data_axes:
             return grads, self
-        layouts = scope.layouts if same_structure(grads, scope.layouts) else None
+        grads = zero.parts_of(grads)
+        layouts = None
+        if same_structure(grads, scope.layouts):
+            layouts = zero.yet_to_reduce(grads, scope)
         grads, comm_state = sync_gradients(
             grads, scope.data_axes, layouts=layouts, comm_state=self.comm_state, name=name
         )
@@ -292,9 +310,9 @@ class TrainState:
         optimizer = self.engine.optimizer
         per_example = optimizer.per_example
         grads = check_gradients(grads, self.stored_params, scope, per_example=per_example)
-        params, opt_state = optimizer.update(
-            grads, self.opt_state, self.stored_params, step=self.step
-        )
+        params = zero.parts_to_update(self.stored_params, scope.layouts)
+        params, opt_state = optimizer.update(grads, self.opt_state, params, step=self.step)
+        params = zero.as_stored(params, scope.layouts)
         new = self.replace(step=self.step + 1, stored_params=params, opt_state=opt_state)
         if self.loss_scaling is None:
             return new
@@ -316,18 +334,6 @@ def _scope_of(method: str) -> StepScope:
             "an engine runs"
         )
     return scope
-
-
-def _map_by_reduced(
-    function: Callable[[Any, tuple[str, ...]], Any], tree: Any, scope: StepScope
-) -> Any:
-    """Apply `function(tree, axes)`, with the axes over which the leaves' gradients are reduced.
-
-    Those of a tree that is not like the parameters are the data axes.
-    """
-    if same_structure(tree, scope.layouts):
-        return map_by_axes(function, tree, scope.layouts, lambda layout: layout.reduced)
-    return function(tree, scope.data_axes) if scope.data_axes else tree
 
 
 def _check_like(params: Any, new: Any) -> None:

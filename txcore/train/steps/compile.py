@@ -16,7 +16,7 @@ from jax.tree_util import DictKey, GetAttrKey, SequenceKey
 from txcore import _compat, varying
 from txcore.collectives._leaves import names_of
 from txcore.launch import preflight
-from txcore.layout import axes_of
+from txcore.layout import axes_of, shape_of_part
 from txcore.mesh import MeshSpec
 from txcore.parallel.data import global_count
 from txcore.plan.plan import Plan
@@ -94,10 +94,18 @@ def compile_step(
     owner = TracedOwner(state.engine)
     weighed: list[str | None] = []
 
+    dp = plan.data_parallel
+    pairs = list(zip(jax.tree.leaves(state.stored_params), jax.tree.leaves(layouts), strict=True))
+    shapes = tuple(shape_of_part(x.shape, layout.view, mesh.shape) for x, layout in pairs)
+    parts = tuple(shape_of_part(x.shape, layout.gradient, mesh.shape) for x, layout in pairs)
+
     def sharded(arrays: dict[str, Any], batch: Any) -> Any:
-        shapes = tuple(x.shape for x in jax.tree.leaves(arrays["stored_params"]))
         rows = examples(batch, plan)[0]
-        scope = StepScope(data_axes, left_out, rows, scales_loss, layouts, shapes)
+        scope = StepScope(
+            *(data_axes, left_out, rows, scales_loss, layouts, shapes, parts),
+            regathers=dp is None or dp.reshard_after_forward,
+            shards_gradients=dp is not None and dp.shard in ("gradients", "parameters"),
+        )
         with tracing(scope):
             before = TrainState(**arrays, owner=owner)
             out = fn(before, batch)

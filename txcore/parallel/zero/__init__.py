@@ -1,0 +1,19 @@
+"""Sharded state (ZeRO, FSDP): each device keeps its part, and gathers what it needs.
+
+Imports `collectives`, `layout`, `step_scope`.
+"""
+
+from txcore.parallel.zero.layers import call_with_views as call_with_views
+from txcore.parallel.zero.layers import layer as layer
+from txcore.parallel.zero.layers import layers as layers
+from txcore.parallel.zero.parts import as_stored as as_stored
+from txcore.parallel.zero.parts import parts_to_update as parts_to_update
+from txcore.parallel.zero.shard import Shard as Shard
+from txcore.parallel.zero.shard import as_shards as as_shards
+from txcore.parallel.zero.shard import as_views as as_views
+from txcore.parallel.zero.shard import find_views as find_views
+from txcore.parallel.zero.shard import gather as gather
+from txcore.parallel.zero.shard import is_shard as is_shard
+from txcore.parallel.zero.shard import parts_of as parts_of
+from txcore.parallel.zero.shard import scatter_early as scatter_early
+from txcore.parallel.zero.shard import yet_to_reduce as yet_to_reduce

@@ -1,0 +1,210 @@
+"""Handles of parameters that are stored in parts, and how they become whole."""
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import PartitionSpec as P
+
+from txcore.collectives.all_gather import all_gather
+from txcore.collectives.reduce_scatter import reduce_scatter
+from txcore.collectives.vary import vary
+from txcore.layout import Layout, Split, map_alike, same_structure
+from txcore.step_scope import StepScope, current_scope
+
+_META = ("dim", "axes", "name", "view")
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=("part",), meta_fields=_META)
+@dataclass(frozen=True)
+class Shard:
+    """Hold this device's part of a parameter, and how it becomes whole.
+
+    It is no array: `tx.zero.gather` makes one of it. As a pytree it has one leaf, so that jax's
+    transformations take it, and `lax.scan` over a stack of layers takes slices of it.
+
+    Attributes:
+      part: this device's part.
+      dim: the dim that is split, counted from the last, which is -1.
+      axes: the mesh axes that split it, in row-major order.
+      name: the parameter's, for tags and errors.
+      view: whether it stands for an array of `state.params`, so that `tx.value_and_grad` gathers.
+
+    Example:
+      >>> tx.zero.Shard(np.zeros((2, 4)), -1, ("data",), "w").part.shape
+      (2, 4)
+    """
+
+    part: jax.Array
+    dim: int
+    axes: tuple[str, ...]
+    name: str = ""
+    view: bool = False
+
+
+def is_shard(x: Any) -> bool:
+    """Tell whether a node of a pytree is a `Shard`."""
+    return isinstance(x, Shard)
+
+
+def is_view(x: Any) -> bool:
+    """Tell whether a node of a pytree stands for an array of `state.params`."""
+    return isinstance(x, Shard) and x.view
+
+
+def as_shards(params: Any, layouts: Any) -> Any:
+    """Make a handle of each parameter that is stored in parts over the data axes.
+
+    Args:
+      params: pytree of the parameters as this device stores them.
+      layouts: pytree of `txcore.layout.Layout` like them (`plan.layouts(params, mesh)`).
+
+    Returns:
+      The tree, with a `Shard` for each such parameter; the others are there as they are, cast to
+      vary along the axes over which their gradients are averaged.
+
+    Example:
+      >>> plan = tx.Plan(data_parallel=tx.DP("data", shard="parameters"))
+      >>> layouts = plan.layouts({"w": np.zeros((4, 2))}, tx.MeshSpec(jax.devices()[:2]))
+      >>> def f(w):
+      ...     return tx.zero.gather(tx.zero.as_shards({"w": w}, layouts))["w"].sum()[None]
+      >>> tx.testing.run_sharded(f, np.ones((4, 2)), axes={"data": 2})
+      array([8., 8.], dtype=float32)
+    """
+
+    def one(path: Any, x: jax.Array, layout: Layout) -> Any:
+        if layout.reduced:
+            x = vary(x, layout.reduced, name="params")
+        if layout.gathered is None:
+            return x
+        dim, axes = layout.gathered
+        return Shard(x, dim - x.ndim, axes, jax.tree_util.keystr(path, simple=True, separator="."))
+
+    return jax.tree_util.tree_map_with_path(one, params, layouts)
+
+
+def as_views(params: Any, scope: StepScope) -> Any:
+    """Return whole parameters, of which `find_views` knows what they were made of."""
+
+    def one(shard: Any) -> Any:
+        if not is_shard(shard):
+            return shard
+        whole = _gather_one(shard)
+        scope.views[id(whole)] = whole, replace(shard, view=True)
+        return whole
+
+    return jax.tree.map(one, as_shards(params, scope.layouts), is_leaf=is_shard)
+
+
+def find_views(tree: Any) -> Any:
+    """Return a tree with handles in place of what `state.params` has gathered."""
+    scope = current_scope()
+    if scope is None or not scope.views:
+        return tree
+    return jax.tree.map(lambda x: scope.views.get(id(x), (x, x))[1], tree)
+
+
+def scatter_early(grads: Any) -> Any:
+    """Return of one microbatch's gradients the parts that are kept, where the plan shards them.
+
+    Gradients of another structure than the parameters are left alone.
+    """
+    scope = current_scope()
+    if scope is None or not scope.shards_gradients or not same_structure(grads, scope.layouts):
+        return grads
+
+    def scatter(tree: Any, split: Split) -> Any:
+        dim, axes = split
+        return reduce_scatter(tree, axes, dim=dim, mean=True, name="grads")
+
+    def split_of(layout: Layout) -> Split | None:
+        return layout.scattered
+
+    left = yet_to_reduce(grads, scope)
+    return map_alike(scatter, grads, left, split_of)
+
+
+def yet_to_reduce(grads: Any, scope: StepScope) -> Any:
+    """Return the layouts of gradients, without the reductions that `gather` has made of some."""
+    treedef: Any = jax.tree.structure(scope.layouts)
+    layouts = jax.tree.leaves(scope.layouts)
+    rows = zip(jax.tree.leaves(grads), layouts, scope.gradient_shapes, strict=True)
+    left = []
+    for grad, layout, part in rows:
+        if layout.scattered is not None and np.shape(grad) == part:
+            rest = tuple(axis for axis in layout.reduced if axis not in layout.scattered[1])
+            layout = replace(layout, gradient=P(), reduced=rest)
+        left.append(layout)
+    return treedef.unflatten(left)
+
+
+def parts_of(tree: Any) -> Any:
+    """Return a tree with the parts themselves in place of their handles."""
+    return jax.tree.map(lambda x: x.part if is_shard(x) else x, tree, is_leaf=is_shard)
+
+
+def gather(shards: Any) -> Any:
+    """Make whole parameters of their handles, on every device.
+
+    Equation: `all_gather(part, axes, dim=dim)`. Transpose: `reduce_scatter(..., mean=True)`, so
+    that a gradient comes out as this device's part of the mean over the axes.
+
+    Args:
+      shards: pytree, with a `Shard` for each parameter that is to be gathered; what else it holds
+        stays as it is, so that the same model runs under every plan.
+
+    Returns:
+      The tree with whole arrays, which vary along the axes: gradients with respect to other
+      things that are made of them are local.
+
+    Raises:
+      ValueError: the dim that is split is gone, as in a slice of a stack of layers whose leading
+        dim was split.
+      NameError: an axis is not bound here.
+
+    Example:
+      >>> def f(x):
+      ...     shard = tx.zero.Shard(x, -1, ("data",), "w")
+      ...     loss = lambda s: jax.numpy.sum(tx.zero.gather(s) ** 2)
+      ...     return tx.value_and_grad(loss, axis="data")(shard)[1]
+      >>> tx.testing.run_sharded(f, np.arange(4.0), axes={"data": 2})
+      array([0., 2., 4., 6.], dtype=float32)
+
+    References:
+      Rajbhandari et al., "ZeRO: memory optimizations toward training trillion parameter models",
+      2020 (stage 3).
+    """
+    return jax.tree.map(lambda x: _gather_one(x) if is_shard(x) else x, shards, is_leaf=is_shard)
+
+
+def _gather_one(shard: Shard) -> jax.Array:
+    if shard.part.ndim < -shard.dim:
+        raise ValueError(
+            f"tx.zero.gather needs the dim that is split ({shard.dim}, counted from the last) of "
+            f"{shard.name or 'a parameter'}, got a part of shape {shard.part.shape}: a stack of "
+            "layers can be taken apart where another dim than the layers' is split. Make the "
+            "layers' dim the smaller one, or keep them in a list"
+        )
+    return _gathered(shard.part, shard.dim, shard.axes, shard.name)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _gathered(part: jax.Array, dim: int, axes: tuple[str, ...], name: str) -> jax.Array:
+    return all_gather({name: part}, axes, dim=dim, name="params")[name]
+
+
+def _gathered_forward(
+    part: jax.Array, dim: int, axes: tuple[str, ...], name: str
+) -> tuple[jax.Array, None]:
+    return _gathered(part, dim, axes, name), None
+
+
+def _gathered_backward(
+    dim: int, axes: tuple[str, ...], name: str, _: None, cotangent: jax.Array
+) -> tuple[jax.Array]:
+    return (reduce_scatter({name: cotangent}, axes, dim=dim, mean=True, name="grads")[name],)
+
+
+_gathered.defvjp(_gathered_forward, _gathered_backward)
