@@ -2,7 +2,7 @@
 
 import contextlib
 import contextvars
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +26,9 @@ class StepScope:
       scales_loss: whether the step computes in float16, so that its loss needs a scale.
       layouts: pytree of `Layout` like the parameters.
       shapes: of each parameter as this device stores it, in the order of the leaves.
+      sync_options: of `tx.sync_gradients`, as the plan has them.
+      rounds: how local SGD averages (`txcore.parallel.local_sgd.Rounds`): each device trains
+        parameters of its own. None where gradients are reduced, and in an evaluation.
       doubts: what looks wrong by its type, and cannot be judged before the whole step is traced.
     """
 
@@ -35,7 +38,15 @@ class StepScope:
     scales_loss: bool
     layouts: Any
     shapes: tuple[tuple[int, ...], ...]
+    sync_options: Mapping[str, Any] = field(default_factory=dict)
+    rounds: Any = None
     doubts: list[str] = field(default_factory=list)
+
+    @property
+    def own_axes(self) -> tuple[str, ...]:
+        """The axes along which each device trains parameters of its own."""
+        axes: tuple[str, ...] = () if self.rounds is None else self.rounds.axes
+        return axes
 
 
 _scope: contextvars.ContextVar[StepScope | None] = contextvars.ContextVar(

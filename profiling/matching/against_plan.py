@@ -37,6 +37,10 @@ class Prediction(Protocol):
     def elements(self) -> tuple[int, ...]:
         """Return the elements of S of each array."""
 
+    @property
+    def every(self) -> int:
+        """Return in how many steps it is sent once."""
+
 
 def against_plan(
     report: Report,
@@ -136,6 +140,7 @@ def _plan_line(predicted: Prediction, covered: Mapping[int, int], gone: set[int]
         payload_bytes=size * sum(predicted.elements),
         found_bytes=size * (sum(covered.values()) - eliminated),
         eliminated_bytes=size * eliminated,
+        every=predicted.every,
     )
 
 

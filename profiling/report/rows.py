@@ -143,6 +143,8 @@ class PlanLine:
         of a parameter that the loss does not use is a constant).
       times: how often a loop sends it: once in each of so many trips, where the plan predicts it
         once (gradients that are reduced for each microbatch).
+      every: it is sent in one call of so many, in a branch of the program: the bytes are those of
+        such a call.
       factor: for gradients, whose mean a plan predicts: "mean" where they are the mean, "sum" where
         they are known to be N times it, "not read" where the program does not tell; else "".
       factor_note: which gradients are not known to be the mean, where, and why; else "".
@@ -156,6 +158,7 @@ class PlanLine:
     found_bytes: int
     eliminated_bytes: int = 0
     times: int = 1
+    every: int = 1
     factor: str = ""
     factor_note: str = ""
 

@@ -11,11 +11,13 @@ class Predicted:
 
     Attributes:
       what: what is sent: "gradients", "gradient norm" (the squares of parts, for clipping) or
-        "finite gradients" (whether the parts are, for the decision to skip a step).
+        "finite gradients" (whether the parts are, for the decision to skip a step), "parameters"
+        (local SGD averages them), or what Adasum sends.
       kind: HLO's name of the collective ("all-reduce").
       axes: the mesh axes, all of them of more than one device.
       dtype: jax's name of the dtype ("float32").
       elements: those of each array, as it enters into S.
+      every: it is sent in one step of so many, in a branch of the program.
     """
 
     what: str
@@ -23,6 +25,7 @@ class Predicted:
     axes: tuple[str, ...]
     dtype: str
     elements: tuple[int, ...]
+    every: int = 1
 
     @property
     def payload_bytes(self) -> int:

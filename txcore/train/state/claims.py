@@ -86,7 +86,8 @@ def _claim_reduced(where: str, grad: jax.Array, layout: Layout, scope: StepScope
         "gradient, add them up: tx.psum(grad, {axis}); where each holds its part of the parameter, "
         "say so: Plan(params={path: PartitionSpec(...)})"
     )
-    axes = [axis for axis in _compat.bound_axes() if axis not in scope.left_out]
+    own = {*scope.left_out, *scope.own_axes}  # along which each device has another one
+    axes = [axis for axis in _compat.bound_axes() if axis not in own]
     reduced = [axis for axis in axes if axis in layout.reduced]
     others = [axis for axis in axes if axis not in layout.reduced]
     if reduced:

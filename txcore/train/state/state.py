@@ -11,6 +11,7 @@ import numpy as np
 from txcore.collectives import vary
 from txcore.kernels.common.checks import whole_number
 from txcore.layout import map_by_axes, same_structure, split_axes
+from txcore.parallel import local_sgd
 from txcore.parallel.gradients import sync_gradients
 from txcore.printing import describe_scalar, describe_tree
 from txcore.step_scope import StepScope, current_scope
@@ -107,10 +108,14 @@ class TrainState:
 
         That is along the data axes. So gradients with respect to them come out local, for the
         step to reduce once. Of a parameter that the plan stores in parts it is this device's part.
+        In a training step of local SGD (`DP(sync_every=)`) they are those that this device trains.
         """
         scope = current_scope()
         if scope is None:
             return self.stored_params
+        if scope.rounds is not None:
+            own = local_sgd.own_params(self.stored_params, self.comm_state[local_sgd.KEY])
+            return _map_by_reduced(partial(vary, name="params"), own, scope)
         return _map_by_reduced(partial(vary, name="params"), self.stored_params, scope)
 
     @property
@@ -242,7 +247,8 @@ class TrainState:
         """Reduce local gradients as the plan says: their mean over its data axes.
 
         The gradient of a parameter that is stored in parts is that of this device's part, and is
-        averaged with those of the devices that hold the same part.
+        averaged with those of the devices that hold the same part. Local SGD (`DP(sync_every=)`)
+        sends nothing: it averages parameters, in `apply_gradients`.
 
         Args:
           grads: pytree like `params`, local to each device; of another structure, all of it is
@@ -257,12 +263,11 @@ class TrainState:
           RuntimeError: called outside a step.
         """
         scope = _scope_of("sync_gradients")
-        if not scope.data_axes:
+        if scope.rounds is not None or (not scope.data_axes and self.comm_state is None):
             return grads, self
         layouts = scope.layouts if same_structure(grads, scope.layouts) else None
-        grads, comm_state = sync_gradients(
-            grads, scope.data_axes, layouts=layouts, comm_state=self.comm_state, name=name
-        )
+        options = {"layouts": layouts, "comm_state": self.comm_state, **scope.sync_options}
+        grads, comm_state = sync_gradients(grads, scope.data_axes, **options, name=name)
         return grads, self.replace(comm_state=comm_state)
 
     def apply_gradients(self, *, grads: Any) -> "TrainState":
@@ -273,12 +278,13 @@ class TrainState:
         they are, the loss scale of float16 shrinks, and
         `loss_scaling.skipped_steps` counts one more. The engine then undoes whatever else the
         step changed, `extra` for one. Gradients are reduced by now, so all devices agree
-        without a collective; where the plan stores parameters in parts, by one of a scalar.
+        without a collective; where the plan stores parameters in parts, or each device trains its
+        own (`DP(sync_every=)`), by one of a scalar.
 
         Args:
           grads: pytree like `params`; each leaf laid out as the plan says (`Plan.layouts`): the
             same on every device, or of a parameter that is stored in parts this device's part.
-            Those of `tx.value_and_grad` are unscaled already.
+            Under `DP(sync_every=)` they are local. Those of `tx.value_and_grad` are unscaled.
 
         Returns:
           The state after the update, one step further.
@@ -292,13 +298,22 @@ class TrainState:
         optimizer = self.engine.optimizer
         per_example = optimizer.per_example
         grads = check_gradients(grads, self.stored_params, scope, per_example=per_example)
-        params, opt_state = optimizer.update(
-            grads, self.opt_state, self.stored_params, step=self.step
-        )
-        new = self.replace(step=self.step + 1, stored_params=params, opt_state=opt_state)
+        if scope.rounds is None:
+            params, opt_state = optimizer.update(
+                grads, self.opt_state, self.stored_params, step=self.step
+            )
+            changed = {"stored_params": params, "opt_state": opt_state}
+        else:
+            kept = self.comm_state[local_sgd.KEY]
+            params, kept = local_sgd.update_local(
+                scope.rounds, optimizer, grads, self.stored_params, kept, self.step
+            )
+            changed = {"stored_params": params, "comm_state": {local_sgd.KEY: kept}}
+        new = self.replace(step=self.step + 1, **changed)
         if self.loss_scaling is None:
             return new
-        culprit = loss_scale.first_nonfinite(grads, split_axes(scope.layouts))
+        differing = tuple(sorted({*split_axes(scope.layouts), *scope.own_axes}))
+        culprit = loss_scale.first_nonfinite(grads, differing)
         policy = self.precision.scaling
         scaling = loss_scale.advance(1.0 if policy is None else policy, self.loss_scaling, culprit)
         return loss_scale.select(culprit < 0, new, self).replace(loss_scaling=scaling)
