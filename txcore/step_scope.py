@@ -2,7 +2,7 @@
 
 import contextlib
 import contextvars
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +30,9 @@ class StepScope:
       regathers: whether the backward pass gathers parameters again, and does not keep them.
       shards_gradients: whether those of a microbatch are reduced as they come, and kept in parts.
       views: what `state.params` has gathered: by its id, each array and what it was made of.
+      sync_options: of `tx.sync_gradients`, as the plan has them.
+      rounds: how local SGD averages (`txcore.parallel.local_sgd.Rounds`): each device trains
+        parameters of its own. None where gradients are reduced, and in an evaluation.
       doubts: what looks wrong by its type, and cannot be judged before the whole step is traced.
       weighed: what its means weigh by, each as an error says it ("tokens").
     """
@@ -44,8 +47,16 @@ class StepScope:
     regathers: bool = True
     shards_gradients: bool = False
     views: dict[int, tuple[Any, Any]] = field(default_factory=dict)
+    sync_options: Mapping[str, Any] = field(default_factory=dict)
+    rounds: Any = None
     doubts: list[str] = field(default_factory=list)
     weighed: list[str] = field(default_factory=list)
+
+    @property
+    def own_axes(self) -> tuple[str, ...]:
+        """The axes along which each device trains parameters of its own."""
+        axes: tuple[str, ...] = () if self.rounds is None else self.rounds.axes
+        return axes
 
 
 _scope: contextvars.ContextVar[StepScope | None] = contextvars.ContextVar(

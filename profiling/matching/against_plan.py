@@ -45,6 +45,10 @@ class Prediction(Protocol):
     def per_microbatch(self) -> bool:
         """Tell whether a loop over microbatches is meant to send them in each trip."""
 
+    @property
+    def every(self) -> int:
+        """Return in how many steps it is sent once."""
+
 
 def against_plan(
     report: Report,
@@ -150,6 +154,7 @@ def _plan_line(predicted: Prediction, covered: Mapping[int, int], gone: set[int]
         found_bytes=size * (sum(covered.values()) - eliminated),
         eliminated_bytes=size * eliminated,
         at_most=predicted.at_most,
+        every=predicted.every,
     )
 
 

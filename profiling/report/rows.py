@@ -145,6 +145,8 @@ class PlanLine:
         once (gradients that are reduced for each microbatch).
       at_most: whether a program may send less: what it gathers again for its backward pass is what
         that needs.
+      every: it is sent in one call of so many, in a branch of the program: the bytes are those of
+        such a call.
       factor: for gradients, whose mean a plan predicts: "mean" where they are the mean, "sum" where
         they are known to be N times it, "not read" where the program does not tell; else "".
       factor_note: which gradients are not known to be the mean, where, and why; else "".
@@ -159,6 +161,7 @@ class PlanLine:
     eliminated_bytes: int = 0
     times: int = 1
     at_most: bool = False
+    every: int = 1
     factor: str = ""
     factor_note: str = ""
 

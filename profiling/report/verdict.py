@@ -33,14 +33,19 @@ def _describe_found(report: Findings) -> str:
     if not report.checked:
         return f"{sent}, nothing looks added ({origins}){but}"
     planned = _as_planned(report.plan)
-    planned += "".join(
-        f", but {line.times} times the {line.what}, once in each trip of a loop: add up what it "
-        "computes, and reduce the sum after it"
-        for line in report.plan
-        if line.times > 1
-    )
+    planned += "".join(map(_describe_how_often, report.plan))
     planned += "".join(f", {line.factor_note}" for line in report.plan if line.factor_note)
     return f"{sent}, all declared ({origins}){planned}; nothing was added{but}"
+
+
+def _describe_how_often(line: PlanLine) -> str:
+    """Describe what is not sent once in a call, or nothing."""
+    often = f", the {line.what} in 1 call of {line.every}" if line.every > 1 else ""
+    if line.times == 1:
+        return often
+    advice = ": add up what it computes, and reduce the sum after it"
+    often += f", but {line.times} times the {line.what}, once in each trip of a loop"
+    return often + (advice if line.kind == "all-reduce" else "")
 
 
 def _as_planned(plan: tuple[PlanLine, ...]) -> str:

@@ -231,8 +231,9 @@ def refuse_parts(
       known: for each leaf the axes over which it may be split.
     """
     leaves = jax.tree_util.tree_leaves_with_path(grads)
+    own = _own_axes()
     for i, (path, leaf) in enumerate(leaves):
-        axes = sorted(_compat.varying_axes(leaf) - set(known[i] if known else ()))
+        axes = sorted(_compat.varying_axes(leaf) - own - set(known[i] if known else ()))
         if axes:
             where = jax.tree_util.keystr(path) or "itself"
             names = ", ".join(axes)
@@ -270,12 +271,13 @@ def claim_whole(op: str, grads: Grads, remedy: str) -> Grads:
     if current_scope() is None:
         refuse_parts(op, grads, remedy)
         return grads
+    own = _own_axes()
 
     def claim_leaf(path: Any, leaf: Any, known: tuple[str, ...]) -> jax.Array:
         where = jax.tree_util.keystr(path) or "itself"
         words = {"axis": "{axis}", "source": " ({source})"}
         error = _PARTS.format(op=op, leaf=where, remedy=remedy, **words)
-        equal = tuple(axis for axis in axes if axis not in known)
+        equal = tuple(axis for axis in axes if axis not in own and axis not in known)
         return varying.claim(jnp.asarray(leaf), "equal", equal, what=where, error=error)
 
     leaves = jax.tree_util.tree_leaves_with_path(grads)
@@ -284,6 +286,12 @@ def claim_whole(op: str, grads: Grads, remedy: str) -> Grads:
         for (path, leaf), known in zip(leaves, split_axes_of(grads), strict=True)
     ]
     return jax.tree.unflatten(jax.tree.structure(grads), claimed)
+
+
+def _own_axes() -> frozenset[str]:
+    """Return the axes along which a device's gradients are of the parameters that it has alone."""
+    scope = current_scope()
+    return frozenset(scope.own_axes) if scope is not None else frozenset()
 
 
 def _shapes_by_path(tree: PyTree) -> dict[str, tuple[int, ...]]:

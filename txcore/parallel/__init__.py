@@ -1,6 +1,7 @@
 """Parallel training: what data, tensor and pipeline parallelism do with values and gradients.
 
-Imports `_compat`, `collectives`, `kernels.common`, `step_scope`, `varying`.
+Imports `_compat`, `collectives`, `kept`, `kernels.common`, `layout`, `optim`, `parallel.zero`,
+`step_scope`, `varying`.
 """
 
 from txcore.parallel.data import example_mean as example_mean

@@ -3,7 +3,11 @@
 from dataclasses import KW_ONLY, dataclass, fields
 from typing import Any, Literal, get_args
 
+from txcore.kernels.common.checks import whole_number
+from txcore.optim import Optimizer
+
 Shard = Literal["optimizer", "gradients", "parameters"]
+Reduction = Literal["mean", "adasum"]
 
 
 @dataclass(frozen=True)
@@ -19,6 +23,15 @@ class DP:
         are repeated (HSDP). None: all of them.
       reshard_after_forward: of shard="parameters", whether what the forward pass gathers is let go
         and gathered again for the backward pass: False keeps all of it, for fewer bytes sent.
+      reduction: how the devices' gradients become one: their "mean", or "adasum", which adds what
+        is orthogonal and averages what is parallel (for a power of two devices).
+      delay: 1 to update by the gradients of the step before, so that their exchange may overlap
+        with this step's forward and backward pass; 0 by its own.
+      sync_every: steps that each device makes by itself before parameters are averaged (local SGD);
+        1 averages the gradients of each step.
+      outer: with sync_every, an optimizer of `tx.optim` that takes the averaged change of the
+        parameters as a gradient: sgd(0.7, momentum=0.9, nesterov=True) is DiLoCo. None takes the
+        averaged parameters.
 
     Example:
       >>> tx.DP(axis="data").axes
@@ -30,6 +43,10 @@ class DP:
     shard: Shard | None = None
     shard_axis: str | tuple[str, ...] | None = None
     reshard_after_forward: bool = True
+    reduction: Reduction = "mean"
+    delay: int = 0
+    sync_every: int = 1
+    outer: Optimizer | None = None
 
     def __repr__(self) -> str:
         given = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -54,6 +71,7 @@ class DP:
                 "DP needs shard='parameters' with reshard_after_forward=False, got "
                 f"shard={self.shard!r}: nothing else is gathered in the forward pass"
             )
+        self._check_less()
 
     def _check_shard_axis(self) -> None:
         if self.shard_axis is None:
@@ -69,10 +87,63 @@ class DP:
                 f"DP needs shard_axis= some of its data axes {self.axes}, got {self.shard_axis!r}"
             )
 
+    def _check_less(self) -> None:
+        """Refuse what does not go together with less synchronisation."""
+        if self.reduction not in get_args(Reduction):
+            raise ValueError(f"DP needs reduction= 'mean' or 'adasum', got {self.reduction!r}")
+        if whole_number(self.delay) not in (0, 1):
+            raise ValueError(f"DP needs delay= 0 or 1 steps, got {self.delay!r}")
+        every = whole_number(self.sync_every)
+        if every is None or every < 1:
+            raise ValueError(f"DP needs sync_every= steps from 1 on, got {self.sync_every!r}")
+        if self.outer is not None and (
+            not isinstance(self.outer, Optimizer) or self.outer.per_example
+        ):
+            raise TypeError(
+                "DP needs outer= an optimizer of tx.optim (optax's by tx.optim.from_optax) that "
+                f"takes one gradient a parameter, got {self.outer!r}"
+            )
+        if self.outer is not None and every == 1:
+            raise ValueError(
+                "DP needs sync_every= above 1 with outer=, got 1: gradients are averaged in each "
+                "step, and the engine's optimizer takes them"
+            )
+        if every > 1:
+            self._refuse_others(
+                f"sync_every={every}",
+                "no gradient is sent, and each device has parameters of its own, whole; write "
+                "sync_every=1 to keep it",
+                allowed=("axis", "sync_every", "outer"),
+            )
+        elif self.reduction == "adasum":
+            self._refuse_others(
+                "reduction='adasum'",
+                "it has an exchange of its own, of whole float32 gradients; write reduction='mean' "
+                "to keep it",
+                allowed=("axis", "reduction", "delay"),
+            )
+        elif self.delay and self.shard in ("gradients", "parameters"):
+            raise ValueError(
+                f"DP needs shard= 'optimizer' or None with delay=1, got {self.shard!r}: there each "
+                "gradient is reduced as soon as it is there, and none is left to wait"
+            )
+
+    def _refuse_others(self, option: str, reason: str, *, allowed: tuple[str, ...]) -> None:
+        for f in fields(self):
+            if f.name not in allowed and (value := getattr(self, f.name)) != f.default:
+                raise ValueError(
+                    f"DP needs {f.name}={f.default!r} with {option}, got {value!r}: {reason}"
+                )
+
     @property
     def axes(self) -> tuple[str, ...]:
         """The axes as a tuple."""
         return _as_tuple(self.axis)
+
+    @property
+    def averages_each_step(self) -> bool:
+        """Whether each step takes the mean of its own gradients."""
+        return self.sync_every == 1 and not self.delay and self.reduction == "mean"
 
     @property
     def shard_axes(self) -> tuple[str, ...]:

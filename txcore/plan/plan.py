@@ -1,5 +1,6 @@
 """Plans: what is parallel over which mesh axis."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -10,9 +11,17 @@ from jax.sharding import PartitionSpec as P
 
 from txcore.layout import Layout, axes_of, drop_axes, split_axes
 from txcore.mesh import MeshSpec
+from txcore.optim import Optimizer
+from txcore.parallel import local_sgd
+from txcore.parallel.gradients import delayed
 from txcore.parallel.predicted import Predicted
 from txcore.plan.data_parallel import DP
-from txcore.plan.predict import predict_gradients, predict_norms
+from txcore.plan.predict import (
+    predict_adasum,
+    predict_average,
+    predict_gradients,
+    predict_norms,
+)
 from txcore.plan.predict_shards import predict_shards
 from txcore.plan.rules import check_rules, stored_specs
 from txcore.plan.shards import shard_spec
@@ -69,6 +78,29 @@ class Plan:
                     f"jax.sharding.PartitionSpec({spec!r})"
                 )
         check_rules(self.params, self.data_axes)
+        if self.params and self._reduction == "adasum":
+            raise ValueError(
+                "Plan needs parameters that are whole with DP(reduction='adasum'), which takes the "
+                f"products of whole gradients, got params={dict(self.params)!r}: write "
+                "reduction='mean', or leave the rules out"
+            )
+
+    @property
+    def _reduction(self) -> str:
+        return "mean" if self.data_parallel is None else self.data_parallel.reduction
+
+    @property
+    def sync_options(self) -> dict[str, Any]:
+        """The options with which a step's `state.sync_gradients` averages."""
+        dp = self.data_parallel
+        return {} if dp is None else {"reduction": dp.reduction, "delay": dp.delay}
+
+    def rounds(self, mesh: MeshSpec) -> local_sgd.Rounds | None:
+        """Return how local SGD averages parameters; None where gradients are reduced."""
+        dp = self.data_parallel
+        if dp is None or dp.sync_every == 1:
+            return None
+        return local_sgd.Rounds(dp.sync_every, dp.outer, self.active_data_axes(mesh))
 
     @property
     def data_axes(self) -> tuple[str, ...]:
@@ -87,6 +119,12 @@ class Plan:
             for key, spec in specs.items():
                 for axis in axes_of(spec):
                     mesh.check_axis(axis, f"Plan({option}={{{key!r}: ...}})")
+        devices = math.prod(mesh.shape[axis] for axis in self.data_axes)
+        if self._reduction == "adasum" and devices & (devices - 1):
+            raise ValueError(
+                "DP(reduction='adasum') needs 1, 2, 4, 8, ... devices over its axes, which it "
+                f"joins in pairs, got {devices}: take a power of two, or reduction='mean'"
+            )
 
     def active_data_axes(self, mesh: MeshSpec) -> tuple[str, ...]:
         """Return the data axes that have more than one device."""
@@ -126,18 +164,28 @@ class Plan:
 
         return jax.tree.map(layout, stored_specs(self.params, params, mesh), params)
 
-    def kept(self, params: Any, mesh: MeshSpec) -> Any:
+    def kept(self, params: Any, mesh: MeshSpec, optimizer: Optimizer) -> Any:
         """Return what communication keeps from step to step, as `state.comm_state` does.
 
         Args:
           params: pytree of the parameters, arrays or shapes, each of them whole.
           mesh: the devices and their axes.
+          optimizer: the engine's, whose state local SGD keeps for each device.
 
         Returns:
-          A pytree of `txcore.kept.Kept`; None where nothing is kept.
+          A pytree of `txcore.kept.Kept`, by what keeps it; None where nothing is kept.
         """
-        del params, mesh
-        return None
+        dp, axes = self.data_parallel, self.active_data_axes(mesh)
+        copies = math.prod(mesh.shape[axis] for axis in axes)
+        kept = {}
+        if (rounds := self.rounds(mesh)) is not None:
+            layouts = self.layouts(params, mesh)
+            kept[local_sgd.KEY] = local_sgd.keep_local(rounds, optimizer, params, layouts, copies)
+        if dp is not None and dp.delay:
+            kept[delayed.KEY] = delayed.keep_delayed(
+                params, self.layouts(params, mesh), axes, copies
+            )
+        return kept or None
 
     def predict(
         self, params: Any, mesh: MeshSpec, *, clips: bool = False, skips: bool = False
@@ -157,7 +205,8 @@ class Plan:
 
         Returns:
           For data parallelism one all-reduce of the gradients over the data axes for each dtype,
-          of a parameter's part where it is stored in parts. For those parts also one of the
+          of a parameter's part where it is stored in parts; with `sync_every` one of the parameters
+          in one step of so many; with Adasum what it sends. For parameters in parts also one of the
           squared norm, where the optimizer `clips`, and one of whether all are finite, where the
           step `skips`. Nothing over axes of one device.
 
@@ -174,11 +223,19 @@ class Plan:
         shapes = jax.eval_shape(lambda tree: tree, params)
         layouts = self.layouts(shapes, mesh)
         pairs = list(zip(jax.tree.leaves(shapes), jax.tree.leaves(layouts), strict=True))
-        whole = [pair for pair in pairs if pair[1].scattered is None]
-        predicted = predict_gradients(whole, mesh) + predict_shards(pairs, mesh, self.data_parallel)
+        rounds, differing = self.rounds(mesh), set(split_axes(layouts))
+        if rounds is not None:
+            predicted = predict_average(pairs, mesh, rounds)
+            differing.update(rounds.axes)
+        elif self._reduction == "adasum":
+            predicted = predict_adasum(pairs, mesh)
+        else:
+            whole = [pair for pair in pairs if pair[1].scattered is None]
+            predicted = predict_gradients(whole, mesh)
+            predicted += predict_shards(pairs, mesh, self.data_parallel)
         if clips:
             predicted += predict_norms(pairs)
-        if skips and (axes := split_axes(layouts)):
+        if skips and (axes := tuple(sorted(differing))):
             predicted.append(Predicted("finite gradients", "all-reduce", axes, "int32", (1,)))
         return tuple(predicted)
 

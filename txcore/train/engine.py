@@ -196,6 +196,31 @@ class Engine(OptionsView):
         """
         self._steps.check_replicas(state, after=after, since=since)
 
+    def end_round(self, state: TrainState) -> TrainState:
+        """Average the devices' parameters before a round of local SGD (`DP(sync_every=)`) is over.
+
+        `state.stored_params`, which evaluations and checkpoints are of, has the last average; what
+        the devices have done since is in `state.comm_state`. After the last step of a run whose
+        steps are no multiple of `sync_every` this makes the exchange that is due; the next one
+        stays where it is. A state at the end of a round, or of another plan, is returned as it is.
+        Every process has to come.
+
+        Args:
+          state: a state that this engine made; it is not donated.
+
+        Returns:
+          The state with the new average, and the same step.
+
+        Example:
+          >>> plan = tx.Plan(data_parallel=tx.DP("data", sync_every=8))
+          >>> engine = tx.Engine(mesh=tx.MeshSpec(jax.devices()[:2]), optimizer=tx.optim.sgd(0.1),
+          ...                    plan=plan)
+          >>> state = engine.create_state({"w": np.zeros(3, np.float32)})
+          >>> engine.end_round(state) is state
+          True
+        """
+        return self._steps.end_round(state)
+
     def run(self, step: StepFn, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         """Run one training step; `state` is donated.
 

@@ -1,6 +1,7 @@
 """The exchange of gradients over the data axes: in which pieces, by which algorithm and dtype.
 
-Imports `_compat`, `collectives`, `kernels.dispatch`, `layout`, `parallel`, `varying`.
+Imports `_compat`, `collectives`, `kept`, `kernels.common`, `kernels.dispatch`, `layout`,
+`parallel`, `varying`.
 """
 
 from txcore.parallel.gradients.sync import sync_gradients as sync_gradients

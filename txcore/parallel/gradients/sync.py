@@ -7,6 +7,8 @@ from jax.sharding import PartitionSpec as P
 
 from txcore.collectives import _leaves, pmean, reduce_scatter
 from txcore.layout import Layout
+from txcore.parallel.gradients.adasum import adasum
+from txcore.parallel.gradients.delayed import take_delayed
 
 
 def sync_gradients(
@@ -14,20 +16,27 @@ def sync_gradients(
     axis: str | tuple[str, ...],
     *,
     layouts: Any = None,
+    reduction: str = "mean",
+    delay: int = 0,
     comm_state: Any = None,
     name: str = "grads",
 ) -> tuple[Any, Any]:
     """Average gradients over the data axes: one all-reduce for each leaf, which XLA combines.
 
-    Equation: `pmean(grads, axis)`; of a leaf that its layout splits over some of the axes,
-    `pmean(reduce_scatter(grads, those, mean=True), the others)`.
+    With `delay=1` it is those of the call before that are averaged, and returned.
+
+    Equation: `pmean(grads, axis)`, or `adasum`; of a leaf that its layout splits over some of the
+    axes, `pmean(reduce_scatter(grads, those, mean=True), the others)`.
 
     Args:
       grads: pytree of gradients, local to each device.
       axis: the data axes.
       layouts: pytree of `txcore.layout.Layout` like `grads` (`plan.layouts(params, mesh)`); None
         where each device is to have the whole mean.
-      comm_state: state of the compression; this plain mean has none.
+      reduction: "mean", or "adasum" (`txcore.parallel.gradients.adasum`).
+      delay: 1 to keep these gradients in `comm_state["delayed"]` for the next call, each with a dim
+        of 1 in front, and to average those that it holds: zeros at first.
+      comm_state: what the call before returned; None for a plain mean.
       name: label of the operations' tags.
 
     Returns:
@@ -42,13 +51,17 @@ def sync_gradients(
       >>> tx.testing.run_sharded(f, np.arange(4.0), axes={"data": 4}, out_specs=P())
       array([1.5], dtype=float32)
     """
-    axes = _leaves.check_axes("sync_gradients", axis)
+    if delay:
+        grads, comm_state = take_delayed(grads, comm_state)
+    if reduction == "adasum":
+        return (adasum(grads, axis, name=name) if axis else grads), comm_state
     if layouts is None:
+        axes = _leaves.check_axes("sync_gradients", axis)
         layouts = jax.tree.map(lambda _: Layout(P(), P(), axes), grads)
     treedef: Any = jax.tree.structure(layouts)
     leaves = treedef.flatten_up_to(grads)
     how = [(layout.reduced, layout.scattered) for layout in jax.tree.leaves(layouts)]
-    for key in dict.fromkeys(how):
+    for key in dict.fromkeys(key for key in how if key[0]):
         chosen = [leaf if own == key else None for leaf, own in zip(leaves, how, strict=True)]
         done = treedef.flatten_up_to(_average(treedef.unflatten(chosen), *key, name))
         leaves = [d if own == key else x for d, x, own in zip(done, leaves, how, strict=True)]

@@ -31,6 +31,7 @@ from txcore.train.numerics import nonfinite
 from txcore.train.replicas import agreement
 from txcore.train.state.state import TrainState
 from txcore.train.steps.compile import name_of
+from txcore.train.steps.rounds import steps_begun
 from txcore.train.steps.step_fn import StepFn
 from txcore.train.steps.steps import Steps
 
@@ -106,6 +107,7 @@ def train(
                 run.evaluate_once()
             run.save_once()
             run.compare_ends()
+            run.tell_unaveraged()
     except BaseException as error:
         # Once the checkpoint under way is whole, and the steps that are: the others, which end
         # when they are told, have to be there for both.
@@ -252,6 +254,16 @@ class Run:
             watch.meet(f"the end of fit, after {self.position.steps} steps")
             watch.at(Phase.COMPARISON, self.position.steps, "the end of fit")
             agreement.check_end(self.position)
+
+    def tell_unaveraged(self) -> None:
+        """Say that the last steps are not in the parameters yet, in the middle of a round."""
+        begun = steps_begun(self.runner.options, self.state)
+        if begun:
+            warn(
+                "fit ends %d steps after the last average of the parameters (DP(sync_every=)): "
+                "engine.end_round(state) averages them now",
+                begun,
+            )
 
     def tell_stopped(self, name: str) -> None:
         """Say by which signal the run stopped, and what is left of it."""

@@ -92,7 +92,8 @@ def _claim_reduced(where: str, grad: jax.Array, layout: Layout, scope: StepScope
     )
     if layout.scattered is not None:
         grad = _claim_part(where, grad, layout.scattered[1])
-    axes = [axis for axis in _compat.bound_axes() if axis not in scope.left_out]
+    own = {*scope.left_out, *scope.own_axes}  # along which each device has another one
+    axes = [axis for axis in _compat.bound_axes() if axis not in own]
     reduced = [axis for axis in axes if axis in layout.reduced]
     others = [axis for axis in axes if axis not in layout.reduced]
     if reduced:

@@ -12,6 +12,7 @@ from txcore.kept import specs_of
 from txcore.layout import axes_of, mirrored_specs, split_axes
 from txcore.mesh import MeshSpec
 from txcore.optim import Optimizer
+from txcore.plan import DP
 
 
 def state_specs(arrays: dict[str, Any], layouts: Any, kept: Any) -> dict[str, Any]:
@@ -77,12 +78,18 @@ def place_shapes(arrays: dict[str, Any], mesh: MeshSpec, specs: dict[str, Any]) 
     return {name: jax.tree.map(shape, tree, specs[name]) for name, tree in arrays.items()}
 
 
-def check_optimizer(optimizer: Optimizer, layouts: Any) -> None:
-    """Refuse an optimizer that needs whole leaves where the plan splits some.
+def check_optimizer(optimizer: Optimizer, layouts: Any, dp: DP | None) -> None:
+    """Refuse an optimizer that needs whole leaves, or all examples' gradients, where it lacks them.
 
     Raises:
       ValueError: it does.
     """
+    if optimizer.per_example and dp is not None and not dp.averages_each_step:
+        raise ValueError(
+            f"{dp} needs an optimizer that takes one gradient a parameter, got one with "
+            "per_example=True, for which a step gathers those of all examples: write "
+            f"DP({dp.axis!r})"
+        )
     axes = split_axes(layouts)
     if not axes or optimizer.handles_shards:
         return

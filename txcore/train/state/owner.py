@@ -4,6 +4,7 @@ import weakref
 from typing import Any, Protocol
 
 from txcore.optim import Optimizer
+from txcore.plan import Plan
 from txcore.train.numerics.precision import Precision
 
 
@@ -13,6 +14,10 @@ class Runner(Protocol):
     @property
     def optimizer(self) -> Optimizer:
         """The optimizer."""
+
+    @property
+    def plan(self) -> Plan:
+        """The plan."""
 
     @property
     def precision(self) -> Precision:

@@ -39,18 +39,20 @@ def create_arrays(
     scaling = options.precision.scaling
     if scaling is None and options.on_nonfinite == "skip":
         scaling = 1.0
-    kept = options.plan.kept(params, options.mesh)
+    kept = options.plan.kept(params, options.mesh, options.optimizer)
+    is_local = options.plan.rounds(options.mesh) is not None  # then each device keeps its own
+    opt_state = {} if is_local else options.optimizer.init(params)
     arrays = {
         "step": np.zeros((), np.int32),
         "stored_params": params,
-        "opt_state": copy_to_host(options.optimizer.init(params), "optimizer state"),
+        "opt_state": copy_to_host(opt_state, "optimizer state"),
         "seed": np.asarray(options.seed, np.uint32),
         "extra": extra,
         "loss_scaling": loss_scale.start(scaling),
         "comm_state": start_all(kept),
     }
     layouts = options.plan.layouts(params, options.mesh)
-    check_optimizer(options.optimizer, layouts)
+    check_optimizer(options.optimizer, layouts, options.plan.data_parallel)
     specs = state_specs(arrays, layouts, kept)
     if broadcast_from is not None and options.spans_processes:
         agreement.check_broadcast(broadcast_from, arrays)
@@ -74,7 +76,7 @@ def place(fields: dict[str, Any], options: Options, arrays: dict[str, Any]) -> d
     """
     arrays = {**arrays, **fields}
     plan, params = options.plan, arrays["stored_params"]
-    kept = plan.kept(params, options.mesh)
+    kept = plan.kept(params, options.mesh, options.optimizer)
     specs = state_specs(arrays, plan.layouts(params, options.mesh), kept)
     return {
         name: _place_tree(f"state.{name}", tree, specs[name], options.mesh)

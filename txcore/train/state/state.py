@@ -9,7 +9,7 @@ import numpy as np
 from txcore.collectives import vary
 from txcore.kernels.common.checks import whole_number
 from txcore.layout import same_structure, split_axes
-from txcore.parallel import zero
+from txcore.parallel import local_sgd, zero
 from txcore.parallel.gradients import sync_gradients
 from txcore.printing import describe_scalar, describe_tree
 from txcore.step_scope import StepScope, current_scope
@@ -108,13 +108,17 @@ class TrainState:
         step to reduce once. Of a parameter that `Plan(params=)` splits it is this device's part.
         What `DP(shard="parameters")` splits is gathered here, wherever the step uses it; of what
         `tx.value_and_grad` is given, it gathers the parts itself, inside of what it differentiates.
+        In a training step of local SGD (`DP(sync_every=)`) they are those that this device trains.
         """
         scope = current_scope()
         if scope is None:
             return self.stored_params
-        if not same_structure(self.stored_params, scope.layouts):
-            return vary(self.stored_params, scope.data_axes, name="params")
-        return zero.as_views(self.stored_params, scope)
+        params = self.stored_params
+        if scope.rounds is not None:
+            params = local_sgd.own_params(params, self.comm_state[local_sgd.KEY])
+        if not same_structure(params, scope.layouts):
+            return vary(params, scope.data_axes, name="params")
+        return zero.as_views(params, scope)
 
     @property
     def shards(self) -> Any:
@@ -126,7 +130,10 @@ class TrainState:
         Raises:
           RuntimeError: called outside a step.
         """
-        return zero.as_shards(self.stored_params, _scope_of("shards").layouts)
+        scope = _scope_of("shards")
+        if scope.rounds is not None:
+            return self.params
+        return zero.as_shards(self.stored_params, scope.layouts)
 
     @property
     def precision(self) -> Precision:
@@ -257,7 +264,8 @@ class TrainState:
         """Reduce local gradients as the plan says: their mean over its data axes.
 
         The gradient of a parameter that is stored in parts is that of this device's part, and is
-        averaged with those of the devices that hold the same part.
+        averaged with those of the devices that hold the same part. Local SGD (`DP(sync_every=)`)
+        sends nothing: it averages parameters, in `apply_gradients`.
 
         Args:
           grads: pytree like `params`, local to each device; of another structure, all of it is
@@ -272,15 +280,14 @@ class TrainState:
           RuntimeError: called outside a step.
         """
         scope = _scope_of("sync_gradients")
-        if not scope.data_axes:
+        if scope.rounds is not None or (not scope.data_axes and self.comm_state is None):
             return grads, self
         grads = zero.parts_of(grads)
         layouts = None
         if same_structure(grads, scope.layouts):
             layouts = zero.yet_to_reduce(grads, scope)
-        grads, comm_state = sync_gradients(
-            grads, scope.data_axes, layouts=layouts, comm_state=self.comm_state, name=name
-        )
+        options = {"layouts": layouts, "comm_state": self.comm_state, **scope.sync_options}
+        grads, comm_state = sync_gradients(grads, scope.data_axes, **options, name=name)
         return grads, self.replace(comm_state=comm_state)
 
     def apply_gradients(self, *, grads: Any) -> "TrainState":
@@ -291,12 +298,13 @@ class TrainState:
         they are, the loss scale of float16 shrinks, and
         `loss_scaling.skipped_steps` counts one more. The engine then undoes whatever else the
         step changed, `extra` for one. Gradients are reduced by now, so all devices agree
-        without a collective; where the plan stores parameters in parts, by one of a scalar.
+        without a collective; where the plan stores parameters in parts, or each device trains its
+        own (`DP(sync_every=)`), by one of a scalar.
 
         Args:
           grads: pytree like `params`; each leaf laid out as the plan says (`Plan.layouts`): the
             same on every device, or of a parameter that is stored in parts this device's part.
-            Those of `tx.value_and_grad` are unscaled already.
+            Under `DP(sync_every=)` they are local. Those of `tx.value_and_grad` are unscaled.
 
         Returns:
           The state after the update, one step further.
@@ -310,13 +318,22 @@ class TrainState:
         optimizer = self.engine.optimizer
         per_example = optimizer.per_example
         grads = check_gradients(grads, self.stored_params, scope, per_example=per_example)
-        params = zero.parts_to_update(self.stored_params, scope.layouts)
-        params, opt_state = optimizer.update(grads, self.opt_state, params, step=self.step)
-        params = zero.as_stored(params, scope.layouts)
-        new = self.replace(step=self.step + 1, stored_params=params, opt_state=opt_state)
+        if scope.rounds is None:
+            params = zero.parts_to_update(self.stored_params, scope.layouts)
+            params, opt_state = optimizer.update(grads, self.opt_state, params, step=self.step)
+            params = zero.as_stored(params, scope.layouts)
+            changed = {"stored_params": params, "opt_state": opt_state}
+        else:
+            kept = self.comm_state[local_sgd.KEY]
+            params, kept = local_sgd.update_local(
+                scope.rounds, optimizer, grads, self.stored_params, kept, self.step
+            )
+            changed = {"stored_params": params, "comm_state": {local_sgd.KEY: kept}}
+        new = self.replace(step=self.step + 1, **changed)
         if self.loss_scaling is None:
             return new
-        culprit = loss_scale.first_nonfinite(grads, split_axes(scope.layouts))
+        differing = tuple(sorted({*split_axes(scope.layouts), *scope.own_axes}))
+        culprit = loss_scale.first_nonfinite(grads, differing)
         policy = self.precision.scaling
         scaling = loss_scale.advance(1.0 if policy is None else policy, self.loss_scaling, culprit)
         return loss_scale.select(culprit < 0, new, self).replace(loss_scaling=scaling)

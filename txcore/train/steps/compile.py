@@ -19,6 +19,7 @@ from txcore.launch import preflight
 from txcore.layout import axes_of, shape_of_part
 from txcore.mesh import MeshSpec
 from txcore.parallel.data import global_count
+from txcore.parallel.gradients.delayed import keep_newest
 from txcore.plan.plan import Plan
 from txcore.step_scope import StepScope, tracing
 from txcore.train.batches.batch import examples, mask_of
@@ -87,7 +88,8 @@ def compile_step(
     left_out = frozenset(a for a, n in mesh.shape.items() if n == 1)
     scales_loss = state.precision.scaling is not None
     layouts = plan.layouts(state.stored_params, mesh)
-    specs = state_specs(state.arrays, layouts, plan.kept(state.stored_params, mesh))
+    kept = plan.kept(state.stored_params, mesh, state.engine.optimizer)
+    specs = state_specs(state.arrays, layouts, kept)
 
     # jax's caches keep the structure of what a program is given for ever. So it is given the
     # state's arrays alone, and what it traces does not keep the engine alive.
@@ -105,6 +107,8 @@ def compile_step(
             *(data_axes, left_out, rows, scales_loss, layouts, shapes, parts),
             regathers=dp is None or dp.reshard_after_forward,
             shards_gradients=dp is not None and dp.shard in ("gradients", "parameters"),
+            sync_options=plan.sync_options,
+            rounds=plan.rounds(mesh) if train else None,
         )
         with tracing(scope):
             before = TrainState(**arrays, owner=owner)
@@ -271,6 +275,7 @@ def _check_train_output(
     if isinstance(out, tuple) and len(out) == 2:
         state, metrics = out
         if isinstance(state, TrainState) and isinstance(metrics, dict):
+            _check_communicates(fn, before, state)
             after = _unless_overflowed(before, _check_state(fn, before, state, specs))
             return after.arrays, divide_means(_check_metrics(metrics))
     raise TypeError(
@@ -278,6 +283,21 @@ def _check_train_output(
         f"returned and a dict, got {_describe(out)}"
         + ("; run a step that returns metrics only with engine.evaluate" * isinstance(out, dict))
     )
+
+
+def _check_communicates(fn: Callable[..., Any], before: TrainState, after: TrainState) -> None:
+    """Refuse a step that trains, and does without what its plan keeps from step to step."""
+
+    def is_same(name: str) -> bool:
+        trees = (jax.tree.leaves(getattr(state, name)) for state in (before, after))
+        return all(old is new for old, new in zip(*trees, strict=False))
+
+    if before.comm_state is not None and is_same("comm_state") and not is_same("stored_params"):
+        raise ValueError(
+            f"{name_of(fn)} needs to reduce its gradients by grads, state = "
+            f"state.sync_gradients(grads) under {before.engine.plan}, which keeps a part of them "
+            "from step to step: it changed the parameters without that (by tx.pmean?)"
+        )
 
 
 def _check_metrics_alone(fn: Callable[..., Any], out: Any) -> Any:
@@ -341,7 +361,9 @@ def _unless_overflowed(before: TrainState, after: TrainState) -> TrainState:
     if before.loss_scaling is None or after.loss_scaling is None:
         return after
     overflowed = after.loss_scaling.skipped_steps != before.loss_scaling.skipped_steps
-    return select(overflowed, before, after).replace(loss_scaling=after.loss_scaling)
+    undone = select(overflowed, before, after)
+    comm_state = keep_newest(undone.comm_state, after.comm_state)
+    return undone.replace(loss_scaling=after.loss_scaling, comm_state=comm_state)
 
 
 def _check_metrics(metrics: dict[str, Any]) -> dict[str, Any]:

@@ -37,7 +37,9 @@ def audit_there(
     """
     check_jit(name_of(step))
     plan, params = options.plan, state.stored_params
-    kept = plan.kept(params, options.mesh)  # of as many devices as the target has
+    kept = plan.kept(
+        params, options.mesh, options.optimizer
+    )  # of as many devices as the target has
     arrays = {**state.arrays, "comm_state": kept}
     specs = state_specs(arrays, plan.layouts(params, options.mesh), kept)
     state = TrainState(**place_shapes(arrays, options.mesh, specs), owner=owner)

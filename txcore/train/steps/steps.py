@@ -13,6 +13,7 @@ from txcore.train.replicas import agreement
 from txcore.train.state import placing
 from txcore.train.state.owner import Owner
 from txcore.train.state.state import TrainState
+from txcore.train.steps import rounds
 from txcore.train.steps.compile import CompiledStep, compile_step, name_of
 from txcore.train.steps.step_fn import StepFn, check_jit, refuse_tracing
 
@@ -150,6 +151,14 @@ class Steps:
             watch.at(Phase.COMPARISON, label=name)
             agreement.check_beginning(self.options, state, name, batch)
             agreement.note_equal(state)
+
+    def end_round(self, state: TrainState) -> TrainState:
+        """Average parameters in the middle of a round of local SGD, as `Engine.end_round` says."""
+        state = self.take(state, "end_round")
+        if self.spans:
+            self._check_beginning(state, "end_round")
+            watch.meet("an average of the parameters")
+        return rounds.end_round(self.options, state)
 
     def check_own(self, state: TrainState) -> None:
         """Refuse a state that this engine did not make."""
