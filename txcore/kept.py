@@ -22,15 +22,16 @@ class Kept:
       shape: of the whole array; where there are copies their number is the first dim.
       dtype: jax's name of the dtype.
       spec: how it is stored; where there are copies its first entry is `copies`.
-      copies: the axes along which each device has its own; () where all have the same. A run that
-        goes on with another number of devices gives each of them the mean of the copies.
+      copies: the axes along which each device has its own, () where that is one device; None where
+        there are no copies. A run that goes on with another number of devices gives each of them
+        the mean of the copies.
       initial: what it begins as, (shape) -> array; None for zeros.
     """
 
     shape: tuple[int, ...]
     dtype: str
     spec: P
-    copies: tuple[str, ...] = ()
+    copies: tuple[str, ...] | None = None
     initial: Any = None
 
     def start(self) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 import contextlib
 import contextvars
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +26,7 @@ class StepScope:
       scales_loss: whether the step computes in float16, so that its loss needs a scale.
       layouts: pytree of `Layout` like the parameters.
       shapes: of each parameter as this device stores it, in the order of the leaves.
+      sync_options: of `tx.sync_gradients`, as the plan has them.
       doubts: what looks wrong by its type, and cannot be judged before the whole step is traced.
       weighed: what its means weigh by, each as an error says it ("tokens").
     """
@@ -36,6 +37,7 @@ class StepScope:
     scales_loss: bool
     layouts: Any
     shapes: tuple[tuple[int, ...], ...]
+    sync_options: Mapping[str, Any] = field(default_factory=dict)
     doubts: list[str] = field(default_factory=list)
     weighed: list[str] = field(default_factory=list)
 

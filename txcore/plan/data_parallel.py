@@ -3,6 +3,8 @@
 from dataclasses import KW_ONLY, dataclass, fields
 from typing import Any, Literal, get_args
 
+from txcore.parallel.gradients.compression import Compression, as_compression
+
 Shard = Literal["optimizer", "gradients", "parameters"]
 
 
@@ -17,6 +19,8 @@ class DP:
         the parameters, which a step gathers as it needs them. None: every device keeps all.
       shard_axis: the data axes over which `shard` splits, some of `axis`; over the others the parts
         are repeated (HSDP). None: all of them.
+      compression: how gradients are averaged with fewer bytes: "bf16", "fp16", "int8" or what a
+        function of `tx.compression` returns, as powersgd(rank=2) or top_k(). None: exactly.
 
     Example:
       >>> tx.DP(axis="data").axes
@@ -27,6 +31,7 @@ class DP:
     _: KW_ONLY
     shard: Shard | None = None
     shard_axis: str | tuple[str, ...] | None = None
+    compression: Compression | str | None = None
 
     def __repr__(self) -> str:
         given = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -46,6 +51,16 @@ class DP:
                 f"{self.shard!r}"
             )
         self._check_shard_axis()
+        self._check_compression()
+
+    def _check_compression(self) -> None:
+        compression = as_compression("DP", self.compression)
+        if compression is not None and self.shard == "parameters":
+            raise ValueError(
+                f"DP needs compression=None with shard='parameters', got {compression}: there a "
+                "gradient is averaged layer by layer in the backward pass, which has no place for "
+                "what a compression keeps. Write shard='gradients', or algorithm='bf16_wire'"
+            )
 
     def _check_shard_axis(self) -> None:
         if self.shard_axis is None:

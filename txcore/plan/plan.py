@@ -10,6 +10,9 @@ from jax.sharding import PartitionSpec as P
 
 from txcore.layout import Layout, axes_of, drop_axes, split_axes
 from txcore.mesh import MeshSpec
+from txcore.parallel.gradients.compression import Compression, as_compression
+from txcore.parallel.gradients.compression.feedback import KEY as COMPRESSION
+from txcore.parallel.gradients.compression.feedback import keep_compressed
 from txcore.parallel.predicted import Predicted
 from txcore.plan.data_parallel import DP
 from txcore.plan.predict import predict_gradients, predict_norms
@@ -74,6 +77,15 @@ class Plan:
         """The axes over which the batch is sharded and gradients are averaged."""
         return self.data_parallel.axes if self.data_parallel is not None else ()
 
+    @property
+    def sync_options(self) -> dict[str, Any]:
+        """The options with which a step's `state.sync_gradients` averages."""
+        return {"compression": self._compression}
+
+    @property
+    def _compression(self) -> Compression | None:
+        return as_compression("DP", getattr(self.data_parallel, "compression", None))
+
     def validate(self, mesh: MeshSpec) -> None:
         """Refuse a plan that names an axis that `mesh` does not have.
 
@@ -135,8 +147,13 @@ class Plan:
         Returns:
           A pytree of `txcore.kept.Kept`; None where nothing is kept.
         """
-        del params, mesh
-        return None
+        compression = self._compression
+        if compression is None:
+            return None
+        shapes, axes = jax.eval_shape(lambda tree: tree, params), self.active_data_axes(mesh)
+        layouts = self.layouts(shapes, mesh)
+        kept = keep_compressed(compression, shapes, layouts, axes, mesh.shape)
+        return None if kept is None else {COMPRESSION: kept}
 
     def predict(
         self, params: Any, mesh: MeshSpec, *, clips: bool = False, skips: bool = False
@@ -156,7 +173,8 @@ class Plan:
 
         Returns:
           For data parallelism one all-reduce of the gradients over the data axes for each dtype,
-          of a parameter's part where it is stored in parts. For those parts also one of the
+          of a parameter's part where it is stored in parts; what a compression sends in its place.
+          For those parts also one of the
           squared norm, where the optimizer `clips`, and one of whether all are finite, where the
           step `skips`. Nothing over axes of one device.
 
@@ -173,7 +191,7 @@ class Plan:
         shapes = jax.eval_shape(lambda tree: tree, params)
         layouts = self.layouts(shapes, mesh)
         pairs = list(zip(jax.tree.leaves(shapes), jax.tree.leaves(layouts), strict=True))
-        predicted = predict_gradients(pairs, mesh)
+        predicted = predict_gradients(pairs, mesh, self._compression)
         if clips:
             predicted += predict_norms(pairs)
         if skips and (axes := split_axes(layouts)):

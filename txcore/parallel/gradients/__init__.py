@@ -1,6 +1,8 @@
 """The exchange of gradients over the data axes: in which pieces, by which algorithm and dtype.
 
-Imports `_compat`, `collectives`, `kernels.dispatch`, `layout`, `parallel.predicted`, `varying`.
+Imports `_compat`, `collectives`, `kernels.dispatch`, `layout`, `parallel.gradients.compression`,
+`parallel.predicted`, `varying`.
 """
 
+from txcore.parallel.gradients import compression as compression
 from txcore.parallel.gradients.sync import sync_gradients as sync_gradients

@@ -257,12 +257,12 @@ class TrainState:
           RuntimeError: called outside a step.
         """
         scope = _scope_of("sync_gradients")
-        if not scope.data_axes:
+        if not scope.data_axes and self.comm_state is None:
             return grads, self
+        # Over one device nothing is sent, but what was left over on more of them is added.
         layouts = scope.layouts if same_structure(grads, scope.layouts) else None
-        grads, comm_state = sync_gradients(
-            grads, scope.data_axes, layouts=layouts, comm_state=self.comm_state, name=name
-        )
+        options = {"layouts": layouts, "comm_state": self.comm_state, **scope.sync_options}
+        grads, comm_state = sync_gradients(grads, scope.data_axes, **options, name=name)
         return grads, self.replace(comm_state=comm_state)
 
     def apply_gradients(self, *, grads: Any) -> "TrainState":

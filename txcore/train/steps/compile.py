@@ -97,7 +97,9 @@ def compile_step(
     def sharded(arrays: dict[str, Any], batch: Any) -> Any:
         shapes = tuple(x.shape for x in jax.tree.leaves(arrays["stored_params"]))
         rows = examples(batch, plan)[0]
-        scope = StepScope(data_axes, left_out, rows, scales_loss, layouts, shapes)
+        scope = StepScope(
+            data_axes, left_out, rows, scales_loss, layouts, shapes, sync_options=plan.sync_options
+        )
         with tracing(scope):
             before = TrainState(**arrays, owner=owner)
             out = fn(before, batch)
