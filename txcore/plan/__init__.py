@@ -1,6 +1,7 @@
 """Plans: what is parallel over which mesh axis.
 
-Imports `collectives`, `kernels.common`, `layout`, `mesh`, `parallel`, `path_rules`, `printing`.
+Imports `collectives`, `kernels.common`, `layout`, `mesh`, `parallel`,
+`parallel.gradients.compression`, `path_rules`, `printing`.
 """
 
 from txcore.plan.data_parallel import DP as DP
