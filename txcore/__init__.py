@@ -37,6 +37,7 @@ from txcore.parallel import grad as grad
 from txcore.parallel import tensor as tensor
 from txcore.parallel import value_and_grad as value_and_grad
 from txcore.parallel import zero as zero
+from txcore.parallel.gradients import compression as compression
 from txcore.parallel.gradients import sync_gradients as sync_gradients
 from txcore.plan.data_parallel import DP as DP
 from txcore.plan.plan import Plan as Plan

@@ -5,6 +5,7 @@ from typing import Any, Literal, get_args
 
 from txcore.kernels.common.checks import whole_number
 from txcore.optim import Optimizer
+from txcore.parallel.gradients.compression import Compression, as_compression
 
 Shard = Literal["optimizer", "gradients", "parameters"]
 Reduction = Literal["mean", "adasum"]
@@ -32,6 +33,8 @@ class DP:
       outer: with sync_every, an optimizer of `tx.optim` that takes the averaged change of the
         parameters as a gradient: sgd(0.7, momentum=0.9, nesterov=True) is DiLoCo. None takes the
         averaged parameters.
+      compression: how gradients are averaged with fewer bytes: "bf16", "fp16", "int8" or what a
+        function of `tx.compression` returns, as powersgd(rank=2) or top_k(). None: exactly.
 
     Example:
       >>> tx.DP(axis="data").axes
@@ -47,6 +50,7 @@ class DP:
     delay: int = 0
     sync_every: int = 1
     outer: Optimizer | None = None
+    compression: Compression | str | None = None
 
     def __repr__(self) -> str:
         given = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -72,6 +76,16 @@ class DP:
                 f"shard={self.shard!r}: nothing else is gathered in the forward pass"
             )
         self._check_less()
+        self._check_compression()
+
+    def _check_compression(self) -> None:
+        compression = as_compression("DP", self.compression)
+        if compression is not None and self.shard in ("gradients", "parameters"):
+            raise ValueError(
+                f"DP needs shard= 'optimizer' or None with compression={compression}, got "
+                f"{self.shard!r}: there a gradient is averaged as soon as it is there, which has "
+                "no place for what a compression keeps"
+            )
 
     def _check_shard_axis(self) -> None:
         if self.shard_axis is None:

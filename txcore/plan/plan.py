@@ -14,6 +14,9 @@ from txcore.mesh import MeshSpec
 from txcore.optim import Optimizer
 from txcore.parallel import local_sgd
 from txcore.parallel.gradients import delayed
+from txcore.parallel.gradients.compression import Compression, as_compression
+from txcore.parallel.gradients.compression.feedback import KEY as COMPRESSION
+from txcore.parallel.gradients.compression.feedback import keep_compressed
 from txcore.parallel.predicted import Predicted
 from txcore.plan.data_parallel import DP
 from txcore.plan.predict import (
@@ -93,7 +96,10 @@ class Plan:
     def sync_options(self) -> dict[str, Any]:
         """The options with which a step's `state.sync_gradients` averages."""
         dp = self.data_parallel
-        return {} if dp is None else {"reduction": dp.reduction, "delay": dp.delay}
+        if dp is None:
+            return {}
+        options = {"reduction": dp.reduction, "delay": dp.delay}
+        return {**options, "compression": self._compression}
 
     def rounds(self, mesh: MeshSpec) -> local_sgd.Rounds | None:
         """Return how local SGD averages parameters; None where gradients are reduced."""
@@ -106,6 +112,10 @@ class Plan:
     def data_axes(self) -> tuple[str, ...]:
         """The axes over which the batch is sharded and gradients are averaged."""
         return self.data_parallel.axes if self.data_parallel is not None else ()
+
+    @property
+    def _compression(self) -> Compression | None:
+        return as_compression("DP", getattr(self.data_parallel, "compression", None))
 
     def validate(self, mesh: MeshSpec) -> None:
         """Refuse a plan that names an axis that `mesh` does not have.
@@ -177,14 +187,17 @@ class Plan:
         """
         dp, axes = self.data_parallel, self.active_data_axes(mesh)
         copies = math.prod(mesh.shape[axis] for axis in axes)
+        shapes = jax.eval_shape(lambda tree: tree, params)
+        layouts = self.layouts(shapes, mesh)
         kept = {}
         if (rounds := self.rounds(mesh)) is not None:
-            layouts = self.layouts(params, mesh)
             kept[local_sgd.KEY] = local_sgd.keep_local(rounds, optimizer, params, layouts, copies)
         if dp is not None and dp.delay:
-            kept[delayed.KEY] = delayed.keep_delayed(
-                params, self.layouts(params, mesh), axes, copies
-            )
+            kept[delayed.KEY] = delayed.keep_delayed(params, layouts, axes, copies)
+        if (compression := self._compression) is not None:
+            own = keep_compressed(compression, shapes, layouts, axes, mesh.shape)
+            if own is not None:
+                kept[COMPRESSION] = own
         return kept or None
 
     def predict(
@@ -206,7 +219,8 @@ class Plan:
         Returns:
           For data parallelism one all-reduce of the gradients over the data axes for each dtype,
           of a parameter's part where it is stored in parts; with `sync_every` one of the parameters
-          in one step of so many; with Adasum what it sends. For parameters in parts also one of the
+          in one step of so many; with Adasum or a compression what that sends. For parameters in
+          parts also one of the
           squared norm, where the optimizer `clips`, and one of whether all are finite, where the
           step `skips`. Nothing over axes of one device.
 
@@ -230,8 +244,7 @@ class Plan:
         elif self._reduction == "adasum":
             predicted = predict_adasum(pairs, mesh)
         else:
-            whole = [pair for pair in pairs if pair[1].scattered is None]
-            predicted = predict_gradients(whole, mesh)
+            predicted = predict_gradients(pairs, mesh, self._compression)
             predicted += predict_shards(pairs, mesh, self.data_parallel)
         if clips:
             predicted += predict_norms(pairs)

@@ -3,30 +3,68 @@
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from txcore.collectives import _leaves
 from txcore.kernels.common import checks
-from txcore.layout import Layout
+from txcore.layout import Layout, drop_axes
 from txcore.mesh import MeshSpec
 from txcore.parallel.gradients.adasum import packed_columns
+from txcore.parallel.gradients.compression import Compression, Exchange
+from txcore.parallel.gradients.compression.feedback import (
+    group_of,
+    is_compressed,
+    predict_compressed,
+)
 from txcore.parallel.local_sgd import Rounds
 from txcore.parallel.predicted import Predicted
 
 
-def predict_gradients(pairs: list[tuple[Any, Layout]], mesh: MeshSpec) -> list[Predicted]:
-    """Predict one all-reduce for each dtype and axes, of parameters with their layouts."""
+def predict_gradients(
+    pairs: list[tuple[Any, Layout]], mesh: MeshSpec, compression: Compression | None = None
+) -> list[Predicted]:
+    """Predict one all-reduce for each dtype and axes, of parameters with their layouts.
+
+    Of those that are compressed, what the compression sends in its place.
+    """
+    compressed = []
+    if compression is not None:
+        compressed = _predict_compressed(compression, pairs, mesh)
+        pairs = [pair for pair in pairs if not is_compressed(pair[0])]
     sizes: dict[tuple[tuple[str, ...], str], list[int]] = {}
     for leaf, layout in pairs:
         if not (layout.reduced and leaf.size and jnp.issubdtype(leaf.dtype, jnp.inexact)):
             continue
+        if layout.scattered is not None:  # by predict_shards
+            continue
         parts = math.prod(mesh.shape[axis] for axis in layout.norm_axes)
         key = layout.reduced, _leaves.mean_dtype(leaf.dtype).name
         sizes.setdefault(key, []).append(leaf.size // parts)
-    return [
+    plain = [
         Predicted("gradients", "all-reduce", axes, dtype, tuple(elements))
         for (axes, dtype), elements in sizes.items()
     ]
+    return compressed + plain
+
+
+def _predict_compressed(
+    compression: Compression, pairs: list[tuple[Any, Layout]], mesh: MeshSpec
+) -> list[Predicted]:
+    """Predict what is sent of the leaves that are laid out alike, in one dtype."""
+    groups: dict[Any, list[jax.ShapeDtypeStruct]] = {}
+    for leaf, layout in pairs:
+        if not (layout.reduced and is_compressed(leaf)):
+            continue
+        local = drop_axes(layout.gradient, frozenset(layout.reduced))
+        shape = mesh.sharding(*local).shard_shape(leaf.shape)
+        key = group_of(layout, leaf.dtype)
+        groups.setdefault(key, []).append(jax.ShapeDtypeStruct(shape, leaf.dtype))
+    predicted = []
+    for (axes, scattered, *_), shapes in groups.items():
+        exchange = Exchange({axis: mesh.shape[axis] for axis in axes}, scattered=scattered)
+        predicted += predict_compressed(compression, shapes, exchange)
+    return predicted
 
 
 def predict_average(

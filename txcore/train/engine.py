@@ -148,6 +148,10 @@ class Engine(OptionsView):
         """
         return placing.place(fields, self._options, state.arrays)
 
+    def kept(self, params: Any) -> Any:
+        """Return what the plan's communication keeps from step to step (`Plan.kept`)."""
+        return self.plan.kept(params, self.mesh, self.optimizer)
+
     def audit_broadcast(self, state: TrainState, broadcast_from: int = 0) -> "Report":
         """Account for every collective by which `create_state(broadcast_from=)` sends a state.
 

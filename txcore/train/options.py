@@ -59,7 +59,16 @@ class Options:
             raise TypeError("Engine needs loggers= a list of loggers, got one: write [logger]")
         self._set("seed", seed)
         self._set("optimizer", as_optimizer(self.optimizer))
+        self._check_compression()
         self._set("loggers", tuple(self.loggers))
+
+    def _check_compression(self) -> None:
+        compression = self.plan.sync_options["compression"]
+        if compression is not None and self.optimizer.per_example:
+            raise ValueError(
+                "Engine needs DP(...) of compression=None with an optimizer of per_example=True, "
+                f"got {compression}: each example's gradient is gathered, and none is averaged"
+            )
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)

@@ -1,7 +1,8 @@
 """The exchange of gradients over the data axes: in which pieces, by which algorithm and dtype.
 
 Imports `_compat`, `collectives`, `kept`, `kernels.common`, `kernels.dispatch`, `layout`,
-`parallel`, `varying`.
+`parallel`, `parallel.gradients.compression`, `varying`.
 """
 
+from txcore.parallel.gradients import compression as compression
 from txcore.parallel.gradients.sync import sync_gradients as sync_gradients

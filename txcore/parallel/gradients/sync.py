@@ -1,13 +1,17 @@
 """The mean of the devices' gradients, whole or in shards."""
 
+from functools import partial
 from typing import Any
 
 import jax
 from jax.sharding import PartitionSpec as P
 
+from txcore import _compat
 from txcore.collectives import _leaves, pmean, reduce_scatter
 from txcore.layout import Layout
 from txcore.parallel.gradients.adasum import adasum
+from txcore.parallel.gradients.compression import Compression, as_compression
+from txcore.parallel.gradients.compression.leaves import average_leaves
 from txcore.parallel.gradients.delayed import take_delayed
 
 
@@ -18,6 +22,7 @@ def sync_gradients(
     layouts: Any = None,
     reduction: str = "mean",
     delay: int = 0,
+    compression: Compression | str | None = None,
     comm_state: Any = None,
     name: str = "grads",
 ) -> tuple[Any, Any]:
@@ -37,12 +42,16 @@ def sync_gradients(
       delay: 1 to keep these gradients in `comm_state["delayed"]` for the next call, each with a dim
         of 1 in front, and to average those that it holds: zeros at first.
       comm_state: what the call before returned; None for a plain mean.
+      compression: how they are averaged with fewer bytes: "bf16", "fp16", "int8" or what a
+        function of `tx.compression` returns. None: exactly.
+      comm_state: what a compression keeps from step to step, first of `tx.compression.start`.
       name: label of the operations' tags.
 
     Returns:
       The averaged gradients and the new `comm_state`.
 
     Raises:
+      ValueError: `compression` is another name, or `comm_state` is not that of these gradients.
       ValueError, TypeError, NameError: as `pmean`.
 
     Example:
@@ -57,19 +66,29 @@ def sync_gradients(
         return (adasum(grads, axis, name=name) if axis else grads), comm_state
     if layouts is None:
         axes = _leaves.check_axes("sync_gradients", axis)
-        layouts = jax.tree.map(lambda _: Layout(P(), P(), axes), grads)
+        layouts = jax.tree.map(partial(_layout_by_type, axes), grads)
     treedef: Any = jax.tree.structure(layouts)
     leaves = treedef.flatten_up_to(grads)
-    how = [(layout.reduced, layout.scattered) for layout in jax.tree.leaves(layouts)]
-    for key in dict.fromkeys(key for key in how if key[0]):
+    how: list[Any] = [(one.reduced, one.scattered) for one in jax.tree.leaves(layouts)]
+    if (record := as_compression("sync_gradients", compression)) is not None:
+        means, comm_state = average_leaves(record, grads, layouts, comm_state, name)
+        leaves = [means.get(i, leaf) for i, leaf in enumerate(leaves)]
+        how = [None if i in means else key for i, key in enumerate(how)]
+    for key in dict.fromkeys(key for key in how if key is not None and key[0]):
         chosen = [leaf if own == key else None for leaf, own in zip(leaves, how, strict=True)]
-        done = treedef.flatten_up_to(_average(treedef.unflatten(chosen), *key, name))
+        done = treedef.flatten_up_to(_average(treedef.unflatten(chosen), *key, name=name))
         leaves = [d if own == key else x for d, x, own in zip(done, leaves, how, strict=True)]
     return treedef.unflatten(leaves), comm_state
 
 
+def _layout_by_type(axes: tuple[str, ...], grad: Any) -> Layout:
+    """Return a layout that names the axes along which jax's type says that a gradient varies."""
+    others = sorted(_compat.varying_axes(grad) - {*axes})
+    return Layout(P(), P(tuple(others)), axes)
+
+
 def _average(
-    tree: Any, axes: tuple[str, ...], scattered: tuple[int, tuple[str, ...]] | None, name: str
+    tree: Any, axes: tuple[str, ...], scattered: tuple[int, tuple[str, ...]] | None, *, name: str
 ) -> Any:
     """Average leaves that are laid out alike: None stands for the others."""
     if scattered is not None:

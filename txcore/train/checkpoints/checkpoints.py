@@ -12,7 +12,7 @@ import jax
 
 from txcore.kernels.common.checks import whole_number
 from txcore.printing import format_call
-from txcore.train.checkpoints import best, folder, manifest, saved_leaves
+from txcore.train.checkpoints import best, copies, folder, manifest, saved_leaves
 from txcore.train.checkpoints.manifest import CheckpointError, Metric, Position
 from txcore.train.checkpoints.orbax_store import Store, Writing, import_orbax
 from txcore.train.checkpoints.turns import Turns
@@ -32,7 +32,8 @@ class Checkpoints:
     A checkpoint holds the whole state (parameters, optimizer, loss scale, `extra`, step, seed) and
     the position in the data. It is one folder, "step_00000100", that appears whole or not at all;
     its manifest has the SHA-256 of every file. It restores on any number of devices and processes
-    that makes the same state and the same global batches.
+    that makes the same state and the same global batches. Of what each device keeps for itself
+    (what a compression has left over) other numbers of devices get the mean.
 
     Args:
       directory: the folder, "~" for the home; several processes have to share it.
@@ -116,13 +117,16 @@ class Checkpoints:
         self.close()
         self._turns.run_on_all(partial(_check_can_save, state))
         self._take_folder()
-        own = saved_leaves.leaves_to_compare(saved_leaves.leaves_of(state), state.precision.compute)
+        copied = copies.paths_of(state)
+        own = saved_leaves.leaves_to_compare(
+            saved_leaves.leaves_of(state), state.precision.compute, copied
+        )
         refused: list[str] = []
         self._refused = set()
         for name in self._turns.run_on_first(lambda: folder.names(self.directory)):
             saved = self.directory / name
             problem, found = self._turns.run_on_first(
-                partial(saved_leaves.examine_checkpoint, saved, own)
+                partial(saved_leaves.examine_checkpoint, saved, own, copied)
             )
             if found is not None:
                 restored = self._turns.run_on_all(partial(self._read_state, saved, state))

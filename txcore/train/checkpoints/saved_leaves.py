@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from txcore import _compat
-from txcore.train.checkpoints import manifest
+from txcore.train.checkpoints import copies, manifest
 from txcore.train.checkpoints.manifest import CheckpointError, Leaf
 from txcore.train.state.state import TrainState
 
@@ -36,23 +36,28 @@ def kind_of(x: Any) -> str:
     return f"{x.dtype}{list(x.shape)}"
 
 
-def leaves_to_compare(leaves: tuple[Leaf, ...], precision: str) -> tuple[Leaf, ...]:
+def leaves_to_compare(
+    leaves: tuple[Leaf, ...], precision: str, copied: frozenset[str] = frozenset()
+) -> tuple[Leaf, ...]:
     """Return the leaves that have to be equal in a checkpoint and a state, and the precision.
 
-    Leaves out `loss_scaling`, which float16 always has, and other precisions only under "skip".
+    Leaves out `loss_scaling`, which float16 always has, and other precisions only under "skip". Of
+    the leaves of `copied` the number of copies does not count.
     """
     kept = [leaf for leaf in leaves if not leaf.path.startswith("loss_scaling.")]
+    kept = [copies.without_count(leaf) if leaf.path in copied else leaf for leaf in kept]
     return (Leaf("precision", precision), *kept)
 
 
 def examine_checkpoint(
-    saved: Path, own: tuple[Leaf, ...]
+    saved: Path, own: tuple[Leaf, ...], copied: frozenset[str] = frozenset()
 ) -> tuple[str | None, dict[str, Any] | None]:
     """Return (why a checkpoint cannot be used, None), or (None, its position).
 
     Args:
       saved: the checkpoint's folder.
       own: the leaves of the state that it is for (`leaves_to_compare`).
+      copied: the paths of those of which each device has its own copy.
 
     Raises:
       CheckpointError: it is whole, but of another model.
@@ -62,7 +67,7 @@ def examine_checkpoint(
         manifest.verify_files(saved, found)
     except CheckpointError as error:
         return str(error), None
-    theirs = leaves_to_compare(found.leaves, found.precision)
+    theirs = leaves_to_compare(found.leaves, found.precision, copied)
     if differs := manifest.describe_difference(theirs, own):
         raise CheckpointError(
             f"{saved} is of another model, optimizer, precision or seed: {differs}. Make the state "
@@ -98,11 +103,13 @@ def arrays_to_save(state: TrainState) -> dict[str, jax.Array]:
 
 def shapes_to_read(saved: tuple[Leaf, ...], state: TrainState) -> dict[str, jax.ShapeDtypeStruct]:
     """Return the arrays to read, by their numbers, with their shardings."""
-    own = _by_name(state)
+    own, copied = _by_name(state), copies.paths_of(state)
 
     def shape_to_read(leaf: Leaf) -> jax.ShapeDtypeStruct:
         if leaf.path in own:
             x = _as_numbers(own[leaf.path])
+            if leaf.path in copied:
+                return copies.shape_to_read(leaf, x)
             return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
         # A scalar of `loss_scaling` (see `facts`): read, since orbax reads all, and left out.
         dtype = leaf.kind.removesuffix("[]")
@@ -120,6 +127,8 @@ def fill_state(state: TrainState, saved: tuple[Leaf, ...], found: Mapping[str, A
         read = by_name.get(path)
         if read is None:
             return own
+        if read.shape != own.shape:
+            return copies.share_mean(read, own)
         return with_keys(read, own)
 
     values = [fill_leaf(path, own) for path, own in _by_name(state).items()]

@@ -23,6 +23,9 @@ class Runner(Protocol):
     def precision(self) -> Precision:
         """The precision policy."""
 
+    def kept(self, params: Any) -> Any:
+        """Return what communication keeps from step to step, a pytree of `txcore.kept.Kept`."""
+
     def run(self, step: Any, state: Any, batch: Any) -> Any:
         """Run one step."""
 

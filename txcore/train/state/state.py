@@ -282,6 +282,7 @@ class TrainState:
         scope = _scope_of("sync_gradients")
         if scope.rounds is not None or (not scope.data_axes and self.comm_state is None):
             return grads, self
+        # Over one device nothing is sent, but what was left over on more of them is added.
         grads = zero.parts_of(grads)
         layouts = None
         if same_structure(grads, scope.layouts):

@@ -1,0 +1,121 @@
+"""Compressed averages of a pytree's leaves, in groups that are laid out alike."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from txcore.collectives import _leaves, pmean
+from txcore.collectives._leaves import Leaf
+from txcore.layout import Layout
+from txcore.parallel.gradients.compression.feedback import (
+    KEY,
+    average_compressed,
+    group_of,
+    is_compressed,
+)
+from txcore.parallel.gradients.compression.record import Compression, Exchange
+
+
+def average_leaves(
+    compression: Compression, grads: Any, layouts: Any, comm_state: Any, name: str
+) -> tuple[dict[int, jax.Array], Any]:
+    """Average the leaves that are compressed.
+
+    Args:
+      compression: how.
+      grads: pytree of gradients, local to each device.
+      layouts: pytree of `Layout` like them.
+      comm_state: with what the compression keeps, if it does.
+      name: label of the operations' tags.
+
+    Returns:
+      The means by the number of the leaf, and the new `comm_state`.
+
+    Raises:
+      ValueError: a leaf is reduced already, or `comm_state` is not that of these gradients.
+    """
+    treedef: Any = jax.tree.structure(layouts)
+    laid = jax.tree.leaves(layouts)
+    found = [
+        _check_local(name, path, leaf, layout) if is_compressed(jnp.asarray(leaf)) else None
+        for (path, leaf), layout in zip(_with_paths(grads), laid, strict=True)
+    ]
+    state = _state_of(compression, comm_state)
+    errors = _kept_of("errors", state, treedef, found)
+    own = _kept_of("own", state, treedef, found)
+    steps = state.get("steps")
+    groups: dict[Any, list[int]] = {}
+    for i, (leaf, layout) in enumerate(zip(found, laid, strict=True)):
+        if leaf is not None:
+            groups.setdefault(group_of(layout, leaf.dtype), []).append(i)
+    means: dict[int, jax.Array] = {}
+    for (axes, scattered, *_), chosen in groups.items():
+        sizes = {a: _leaves.axes_size((a,)) for a in axes}
+        exchange = Exchange({a: n for a, n in sizes.items() if n > 1}, name, scattered)
+        alone = tuple(a for a, n in sizes.items() if n == 1)
+        grads, left = (
+            [_make_equal(every[i], alone, name) for i in chosen] for every in (found, errors)
+        )
+        kept = [own[i] for i in chosen]
+        done = average_compressed(compression, grads, left, kept, steps, exchange)
+        for i, mean, error, new_own in zip(chosen, *done, strict=True):
+            means[i], errors[i], own[i] = mean, error, new_own
+    if not state:
+        return means, comm_state
+    new = {"errors": treedef.unflatten(errors), "own": treedef.unflatten(own)}
+    if steps is not None:
+        new["steps"] = steps + 1
+    return means, {**comm_state, KEY: {key: new[key] for key in state}}
+
+
+def _with_paths(tree: Any) -> list[tuple[Any, Any]]:
+    return jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: x is None)[0]
+
+
+def _check_local(name: str, path: Any, value: Any, layout: Layout) -> jax.Array:
+    """Refuse a gradient that is reduced already, as `pmean` does."""
+    leaf = Leaf(jnp.asarray(value), name + jax.tree_util.keystr(path))
+    _leaves.refuse_unreduced("sync_gradients", leaf, layout.reduced)
+    if layout.reduced:
+        leaf = _leaves.claim_differing("sync_gradients", leaf, layout.reduced, mean=True)
+        _leaves.reduced_axes("sync_gradients", leaf, layout.reduced, mean=True)
+    return leaf.value
+
+
+def _make_equal(x: jax.Array | None, alone: tuple[str, ...], name: str) -> jax.Array | None:
+    """Make an array equal along axes of one device by its type, which costs nothing."""
+    typed = [a for a in alone if x is not None and _leaves.varies_along(x, a)]
+    return pmean(x, tuple(typed), name=name) if typed else x
+
+
+def _state_of(compression: Compression, comm_state: Any) -> dict[str, Any]:
+    if not compression.has_state:
+        return {}
+    if not isinstance(comm_state, dict) or KEY not in comm_state:
+        raise ValueError(
+            f"tx.sync_gradients with compression={compression} needs comm_state= what it keeps "
+            f"from step to step, got {comm_state!r}: begin with comm_state, specs = "
+            "tx.compression.start(compression, params, axis, mesh), and pass on what "
+            "sync_gradients returns"
+        )
+    return dict(comm_state[KEY])
+
+
+def _kept_of(key: str, state: dict[str, Any], treedef: Any, found: list[Any]) -> list[Any]:
+    """Return what is kept of each leaf, None for nothing."""
+    if key not in state:
+        return [None] * len(found)
+    try:
+        kept = treedef.flatten_up_to(state[key])
+        shapes = [leaf if leaf is None else leaf.shape for leaf in found]
+        fits = key != "errors" or shapes == [k if k is None else k.shape[1:] for k in kept]
+    except ValueError:
+        fits = False
+    if not fits:
+        raise ValueError(
+            "tx.sync_gradients needs the gradients that its comm_state was made for: what each "
+            "leaf still lacks is kept by its path and shape. In an engine they are those of "
+            "state.params; average others with tx.pmean"
+        )
+    return list(kept)

@@ -1,0 +1,54 @@
+"""Gradients as rows, one for each device: its part, or an equal share of all elements."""
+
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+
+def pad_to_rows(flat: jax.Array, count: int) -> jax.Array:
+    """Return a flat array as (count, k), with zeros behind its last element."""
+    return jnp.pad(flat, (0, -flat.size % count)).reshape(count, -1)
+
+
+def flatten(arrays: Sequence[jax.Array]) -> jax.Array:
+    """Return all elements in one flat array."""
+    return jnp.concatenate([x.reshape(-1) for x in arrays])
+
+
+def unflatten(flat: jax.Array, shapes: Sequence[tuple[int, ...]]) -> list[jax.Array]:
+    """Return the arrays of which `flatten` made one."""
+    sizes = [math.prod(shape) for shape in shapes]
+    pieces = split_sizes(flat, sizes)
+    return [piece.reshape(shape) for piece, shape in zip(pieces, shapes, strict=True)]
+
+
+def to_rows(arrays: Sequence[jax.Array], dim: int, count: int) -> jax.Array:
+    """Return (count, k): row i has the i-th part along `dim` of each array."""
+    rows = [jnp.moveaxis(x, dim, 0).reshape(count, -1) for x in arrays]
+    return jnp.concatenate(rows, axis=1)
+
+
+def from_rows(rows: jax.Array, shapes: Sequence[tuple[int, ...]], dim: int) -> list[jax.Array]:
+    """Return the arrays of which `to_rows` made rows.
+
+    Args:
+      rows: (count, k); one row (1, k) gives one part of each array.
+      shapes: of the arrays, or of the parts.
+      dim: that was split.
+    """
+    count = rows.shape[0]
+    widths = [math.prod(shape) // count for shape in shapes]
+    pieces = split_sizes(rows, widths)
+    return [_unmove(piece, shape, dim) for piece, shape in zip(pieces, shapes, strict=True)]
+
+
+def _unmove(piece: jax.Array, shape: tuple[int, ...], dim: int) -> jax.Array:
+    moved = (shape[dim], *shape[:dim], *shape[dim + 1 :])
+    return jnp.moveaxis(piece.reshape(moved), 0, dim)
+
+
+def split_sizes(x: jax.Array, sizes: Sequence[int]) -> list[jax.Array]:
+    """Return the pieces of the last dim that have these sizes."""
+    return list(jax.lax.split(x, list(sizes), axis=x.ndim - 1))
