@@ -4,12 +4,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import oracle
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
 import txcore as tx
+from txcore.parallel.gradients.algorithms import ALGORITHMS, mean_blocks, mean_flat
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,9 +21,18 @@ class Case:
     args: tuple[Any, ...] = ()
     oracle_kwargs: dict[str, Any] | None = None
     linear: bool = True
+    algorithm: Any = None  # the name of that by which a mean is taken, of floats
 
     def __str__(self):
-        return self.op + "".join(f"-{k}{v}" for k, v in self.kwargs.items()).replace(" ", "")
+        parts = [self.op, *(f"{k}{v}" for k, v in self.kwargs.items()), self.algorithm or ""]
+        return "-".join(filter(None, parts)).replace(" ", "")
+
+    def fits(self, dtype, devices):
+        if self.algorithm is None:
+            return True
+        return "float" in dtype and (
+            self.algorithm != "recursive_doubling" or devices.bit_count() == 1
+        )
 
     @property
     def averages(self):
@@ -45,7 +56,20 @@ class Case:
         return None
 
     def call(self, x, axis):
+        if self.algorithm is not None:
+            return jax.tree.map(lambda leaf: self._average(leaf, axis), x)
         return getattr(tx, self.op)(x, axis, *self.args, **self.kwargs)
+
+    def _average(self, x, axis):
+        axes = tuple(a for a in as_tuple(axis) if tx.axis_size(a) > 1)
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            return tx.pmean(x, axes)
+        algorithm = ALGORITHMS[self.algorithm]
+        if self.op == "pmean":
+            return mean_flat(algorithm, x.ravel(), axes, "x").reshape(x.shape)
+        n = tx.axis_size(axes)
+        mean = mean_blocks(algorithm, x.reshape(n, -1), axes, "x")
+        return mean.reshape(-1, *x.shape[1:])
 
     def expect(self, shards, sizes, axes):
         kwargs = self.kwargs if self.oracle_kwargs is None else self.oracle_kwargs
@@ -76,6 +100,14 @@ CASES = [
     Case("broadcast", {"root": 1}),
     Case("vary"),
     Case("pvary"),
+]
+BY_ALGORITHMS = [
+    case
+    for name in ALGORITHMS
+    for case in (
+        Case("pmean", algorithm=name),
+        Case("reduce_scatter", {"mean": True}, algorithm=name),
+    )
 ]
 oracle.psum_scatter = oracle.reduce_scatter
 oracle.pvary = oracle.vary

@@ -13,11 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import CASES
+from cases import BY_ALGORITHMS, CASES
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from matrix import DTYPES, GRIDS, Arrays, Cell, Truth, make_inputs
 from ways import WAYS
+
+from txcore.parallel.gradients import algorithms
 
 COLLECTIVE = re.compile(r" (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)\(")
 
@@ -80,7 +82,8 @@ def compare(cell: Cell, got: np.ndarray, wanted: np.ndarray, truth: Truth) -> No
     if got.dtype.kind in "iub":
         np.testing.assert_array_equal(got, wanted.astype(got.dtype))
         return
-    eps = float(jnp.finfo(got.dtype).eps)
+    sent = jnp.bfloat16 if cell.case.algorithm == "bf16_wire" else got.dtype
+    eps = max(float(jnp.finfo(dtype).eps) for dtype in (sent, got.dtype))
     # A mean of integers is one of floats: each of them is rounded.
     most = 0 if cell.floating else float(np.abs(truth.given["rows"]).max())
     atol = 2 * eps * most + 1e-12  # for the Jacobian's own rounding, of sums that are 0
@@ -89,13 +92,8 @@ def compare(cell: Cell, got: np.ndarray, wanted: np.ndarray, truth: Truth) -> No
 
 def all_cells() -> list[Cell]:
     """Return every cell of the product."""
-    return [
-        Cell(case, dtype, grid, check_vma)
-        for case in CASES
-        for dtype in DTYPES
-        for grid in GRIDS
-        for check_vma in (True, False)
-    ]
+    cells = itertools.product([*CASES, *BY_ALGORITHMS], DTYPES, GRIDS, (True, False))
+    return [Cell(*choices) for choices in cells if choices[0].fits(choices[1], choices[2].group)]
 
 
 def all_ways(cell: Cell) -> list[str]:
@@ -107,17 +105,26 @@ THIRDS = 3
 
 
 def sample() -> list[tuple[Cell, list[str]]]:
-    """Return a cell for each collective and dtype, with a third of its ways.
+    """Return some cells of each collective, with a third of its ways in each.
 
-    Mesh, check_vma and ways are dealt out so that every two choices of any two kinds meet.
+    Dtype, mesh, check_vma and ways are dealt out so that every two choices of any two kinds meet.
     """
     chosen = []
-    for i, case in enumerate(CASES):
-        for j, dtype in enumerate(DTYPES):
-            cell = Cell(case, dtype, GRIDS[(i + j) % len(GRIDS)], (i // 2 + j) % 2 == 0)
+    for i, case in enumerate([*CASES, *BY_ALGORITHMS]):
+        dtypes = [dtype for dtype in DTYPES if case.fits(dtype, 2)]
+        grids = [grid for grid in GRIDS if case.fits("float32", grid.group)]
+        for j in range(max(len(dtypes), len(grids))):
+            dtype, grid = dtypes[j % len(dtypes)], grids[(i + j) % len(grids)]
+            cell = Cell(case, dtype, grid, (i // 2 + j) % 2 == 0)
             ways = [name for k, name in enumerate(all_ways(cell)) if (i + 2 * j + k) % THIRDS == 0]
             chosen.append((cell, ways))
     return chosen
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    """Let the algorithms that go piece by piece have several pieces."""
+    monkeypatch.setattr(algorithms, "CHUNK_BYTES", 16)
 
 
 ALL = os.environ.get("TXCORE_ALL_COLLECTIVES") == "1"

@@ -16,8 +16,8 @@ RNG = np.random.default_rng(0)
 LENGTHS = np.array([5, 1, 3, 0, 0, 0, 2, 5])  # of four devices the third has one example, of none
 VALUES = RNG.normal(size=(8, 5)).astype(np.float32)
 MASK = (np.arange(5) < LENGTHS[:, None]).astype(np.float32)
-ROWS = np.float32([1, 1, 1, 0, 0, 0, 1, 0])
-WEIGHTS: np.ndarray = RNG.random((8, 5)).astype(np.float32)
+ROWS = np.array([1, 1, 1, 0, 0, 0, 1, 0], np.float32)
+WEIGHTS = RNG.random((8, 5)).astype(np.float32)
 CASES = {
     "tokens": (MASK, None, MASK),
     "examples": (ROWS, None, np.repeat(ROWS[:, None], 5, 1)),
