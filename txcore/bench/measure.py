@@ -62,7 +62,7 @@ class Row:
     """Hold what was measured of one collective at one size.
 
     Attributes:
-      operation, dtype: what ran.
+      operation, algorithm, dtype: what ran; the algorithm of a mean, else "".
       size_bytes: S as nccl-tests defines it.
       count: elements, as nccl-tests counts them.
       seconds: of one call: the median of each rank's, then the mean over ranks.
@@ -76,6 +76,7 @@ class Row:
     """
 
     operation: str
+    algorithm: str
     dtype: str
     size_bytes: int
     count: int
@@ -178,13 +179,15 @@ def _check(
         group = setup.members[position]
         segments = operation.expect(group.index(position), n, elements)
         found = np.asarray(shard.data).reshape(-1)
-        wrong += count_wrong(found, segments, group, draw, epsilon=_epsilon(dtype))
+        wrong += count_wrong(found, segments, group, draw, epsilon=_epsilon(operation, dtype))
     return wrong
 
 
-def _epsilon(dtype: str) -> float:
-    is_float = jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
-    return float(jnp.finfo(dtype).eps) if is_float else 0.0
+def _epsilon(operation: Operation, dtype: str) -> float:
+    if not jnp.issubdtype(jnp.dtype(dtype), jnp.floating):
+        return 0.0
+    sent = ["bfloat16"] if operation.algorithm == "bf16_wire" else []
+    return max(float(jnp.finfo(name).eps) for name in (dtype, *sent))
 
 
 def _time_calls(
@@ -221,6 +224,7 @@ def _make_row(
     size, seconds = operation.total(count, n) * jnp.dtype(dtype).itemsize, float(medians.mean())
     return Row(
         operation=operation.name,
+        algorithm=operation.algorithm,
         dtype=dtype,
         size_bytes=size,
         count=count,
