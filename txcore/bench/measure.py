@@ -124,9 +124,9 @@ def measure_size(setup: Setup, operation: Operation, dtype: str, size: int) -> R
     yield_to_compute()
     compiled = compile_operation(setup, operation, dtype, operation.operand(count, n))
     draws = [draw_operand(seed) for seed in (0, 1)]
-    wrong = _check(setup, operation, dtype, count, compiled, draws[0])
-    seconds = _time_calls(setup, operation, dtype, count, compiled)
-    wrong += _check(setup, operation, dtype, count, compiled, draws[1])
+    wrong = check_results(setup, operation, dtype, count, compiled, draws[0])
+    seconds = time_calls(setup, operation, dtype, count, compiled)
+    wrong += check_results(setup, operation, dtype, count, compiled, draws[1])
     return _make_row(operation, dtype, count, n, *_gather(seconds, wrong))
 
 
@@ -161,7 +161,7 @@ def _make_operand(setup: Setup, elements: int, dtype: str, draw: Draw | None) ->
     return jax.make_array_from_callback((setup.mesh.size, elements), sharding, make_row)
 
 
-def _check(
+def check_results(
     setup: Setup,
     operation: Operation,
     dtype: str,
@@ -169,7 +169,7 @@ def _check(
     compiled: jax.stages.Compiled,
     draw: Draw,
 ) -> int:
-    """Return how many elements of this process's results are wrong."""
+    """Run a compiled collective on operands of `draw`; count what is wrong on this process."""
     n = setup.group_size
     elements = operation.operand(count, n)
     result = compiled(_make_operand(setup, elements, dtype, draw))
@@ -190,7 +190,7 @@ def _epsilon(operation: Operation, dtype: str) -> float:
     return max(float(jnp.finfo(name).eps) for name in (dtype, *sent))
 
 
-def _time_calls(
+def time_calls(
     setup: Setup, operation: Operation, dtype: str, count: int, compiled: jax.stages.Compiled
 ) -> list[float]:
     """Return the seconds of each call that counts, each waited for."""
