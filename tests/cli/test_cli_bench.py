@@ -14,6 +14,7 @@ from processes import rank_environment
 import txcore as tx
 from txcore import bench, cli
 from txcore.cli import bench as command
+from txcore.parallel.gradients.algorithms import ALGORITHMS
 
 QUICK = ["--warmup", "1", "--iterations", "2"]
 ROW = re.compile(r" *(\d+) +(\d+) +(\w+) +[\d.]+ +[\d.]+ +\d+% +[\d.]+ +[\d.]+ +(\d+)")
@@ -70,6 +71,22 @@ def test_all_devices_and_all_axes(capsys):
     assert "# psum over c,a: 2 group(s) of 4 devices" in run(capsys, *given)
 
 
+def test_every_algorithm(capsys):
+    given = ["--mesh", "node=2,device=2", "--axis", "node,device", "--algorithm", "all"]
+    out = run(
+        capsys, *given, "--dtype", "float32,bfloat16", "--min-size", "1000", "--max-size", "1000"
+    )
+    for name in ALGORITHMS:
+        assert f"# pmean by {name} over node,device: 1 group(s) of 4 devices" in out
+    assert [row[3] for row in rows_of(out)] == ["0"] * 2 * len(ALGORITHMS)
+    alone = run(
+        capsys, "ppermute", "pmean", "--mesh", "data=3", "--algorithm", "all", "--max-size", "4K"
+    )
+    titles = re.findall(r"^# (.*) over data: ", alone, re.MULTILINE)
+    left_out = {"hierarchical", "recursive_doubling"}
+    assert titles == ["ppermute", *(f"pmean by {n}" for n in ALGORITHMS if n not in left_out)]
+
+
 def test_a_wrong_collective_fails(capsys, monkeypatch):
     wrong = dataclasses.replace(
         bench.OPERATIONS["psum"], run=lambda x, axes: tx.psum(x, axes).at[3].add(1)
@@ -107,6 +124,22 @@ BAD = {
     "no such collective": (["sum"], "bench needs collectives among psum, pmean, "),
     "no such dtype": (["--dtype", "float8"], "--dtype needs names among float32, bfloat16, "),
     "a dtype twice": (["--dtype", "int8,int8"], "--dtype: needs names, each once, as a,b, but got"),
+    "no such algorithm": (
+        ["--mesh", "data=2", "--algorithm", "tree"],
+        "--algorithm needs names among plain, chunked, ",
+    ),
+    "an algorithm of two axes": (
+        ["--mesh", "data=2", "--algorithm", "hierarchical"],
+        "--algorithm hierarchical needs at least two axes, as --axis node,device, but got data=2",
+    ),
+    "an algorithm of a sum": (
+        ["psum", "--algorithm", "ring"],
+        "--algorithm is for pmean, the mean of gradients, but got psum: name pmean, or",
+    ),
+    "an algorithm of integers": (
+        ["--algorithm", "ring", "--dtype", "int8"],
+        "--algorithm averages floats, but got --dtype int8: leave one out",
+    ),
     "a size of nothing": (["--min-size", "0"], "needs a size of at least 1 byte, as 4096, 4K"),
     "a size in words": (["--max-size", "4Q"], "as 4096, 4K, 256M or 1G, but got '4Q'"),
     "sizes that cross": (

@@ -62,7 +62,7 @@ class Row:
     """Hold what was measured of one collective at one size.
 
     Attributes:
-      operation, dtype: what ran.
+      operation, algorithm, dtype: what ran; the algorithm of a mean, else "".
       size_bytes: S as nccl-tests defines it.
       count: elements, as nccl-tests counts them.
       seconds: of one call: the median of each rank's, then the mean over ranks.
@@ -76,6 +76,7 @@ class Row:
     """
 
     operation: str
+    algorithm: str
     dtype: str
     size_bytes: int
     count: int
@@ -123,9 +124,9 @@ def measure_size(setup: Setup, operation: Operation, dtype: str, size: int) -> R
     yield_to_compute()
     compiled = compile_operation(setup, operation, dtype, operation.operand(count, n))
     draws = [draw_operand(seed) for seed in (0, 1)]
-    wrong = _check(setup, operation, dtype, count, compiled, draws[0])
-    seconds = _time_calls(setup, operation, dtype, count, compiled)
-    wrong += _check(setup, operation, dtype, count, compiled, draws[1])
+    wrong = check_results(setup, operation, dtype, count, compiled, draws[0])
+    seconds = time_calls(setup, operation, dtype, count, compiled)
+    wrong += check_results(setup, operation, dtype, count, compiled, draws[1])
     return _make_row(operation, dtype, count, n, *_gather(seconds, wrong))
 
 
@@ -160,7 +161,7 @@ def _make_operand(setup: Setup, elements: int, dtype: str, draw: Draw | None) ->
     return jax.make_array_from_callback((setup.mesh.size, elements), sharding, make_row)
 
 
-def _check(
+def check_results(
     setup: Setup,
     operation: Operation,
     dtype: str,
@@ -168,7 +169,7 @@ def _check(
     compiled: jax.stages.Compiled,
     draw: Draw,
 ) -> int:
-    """Return how many elements of this process's results are wrong."""
+    """Run a compiled collective on operands of `draw`; count what is wrong on this process."""
     n = setup.group_size
     elements = operation.operand(count, n)
     result = compiled(_make_operand(setup, elements, dtype, draw))
@@ -178,16 +179,18 @@ def _check(
         group = setup.members[position]
         segments = operation.expect(group.index(position), n, elements)
         found = np.asarray(shard.data).reshape(-1)
-        wrong += count_wrong(found, segments, group, draw, epsilon=_epsilon(dtype))
+        wrong += count_wrong(found, segments, group, draw, epsilon=_epsilon(operation, dtype))
     return wrong
 
 
-def _epsilon(dtype: str) -> float:
-    is_float = jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
-    return float(jnp.finfo(dtype).eps) if is_float else 0.0
+def _epsilon(operation: Operation, dtype: str) -> float:
+    if not jnp.issubdtype(jnp.dtype(dtype), jnp.floating):
+        return 0.0
+    sent = ["bfloat16"] if operation.algorithm == "bf16_wire" else []
+    return max(float(jnp.finfo(name).eps) for name in (dtype, *sent))
 
 
-def _time_calls(
+def time_calls(
     setup: Setup, operation: Operation, dtype: str, count: int, compiled: jax.stages.Compiled
 ) -> list[float]:
     """Return the seconds of each call that counts, each waited for."""
@@ -221,6 +224,7 @@ def _make_row(
     size, seconds = operation.total(count, n) * jnp.dtype(dtype).itemsize, float(medians.mean())
     return Row(
         operation=operation.name,
+        algorithm=operation.algorithm,
         dtype=dtype,
         size_bytes=size,
         count=count,

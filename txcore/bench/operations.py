@@ -1,12 +1,14 @@
 """The collectives that are measured, and what each has to give, said in NumPy's terms."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import jax
 
 from txcore import collectives
+from txcore.parallel.gradients.algorithms import ALGORITHMS, find_algorithm, mean_flat
 
 Axes = tuple[str, ...]
 # A collective on one device: its flat operand and the axes -> its flat result.
@@ -45,6 +47,7 @@ class Operation:
       in_parts: whether S is made of a part for each device, so that its elements are a multiple of
         the group's size and nccl-tests' count is the part's.
       gathers: whether S is the result, and the operand a part of it; else S is the operand.
+      algorithm: of a mean, by which it is made; "" for the collective itself.
     """
 
     name: str
@@ -53,6 +56,7 @@ class Operation:
     expect: Expect
     in_parts: bool = False
     gathers: bool = False
+    algorithm: str = ""
 
     def count(self, size: int, itemsize: int, n: int) -> int:
         """Return nccl-tests' count for S of at most `size` bytes in a group of n devices; or 0."""
@@ -116,3 +120,34 @@ OPERATIONS: Mapping[str, Operation] = {
         ),
     )
 }
+
+# What some algorithms need of the axes they average over.
+_NEEDS: Mapping[str, tuple[str, Callable[[Sequence[int]], bool]]] = {
+    "hierarchical": ("at least two axes, as --axis node,device", lambda sizes: len(sizes) > 1),
+    "recursive_doubling": (
+        "a number of devices that is a power of two",
+        lambda sizes: math.prod(sizes).bit_count() == 1,
+    ),
+}
+
+
+def mean_by(algorithm: str) -> Operation:
+    """Return the mean as `tx.DP(algorithm=)` has it made."""
+    by = find_algorithm(algorithm)
+    run: Run = lambda x, axes: mean_flat(by, x, axes, "bench")  # noqa: E731
+    return replace(OPERATIONS["pmean"], run=run, algorithm=algorithm)
+
+
+def algorithms_for(sizes: Sequence[int]) -> dict[str, str]:
+    """Return for each algorithm what it needs that axes of these sizes lack; "" where they do.
+
+    Example:
+      >>> from txcore.bench import operations
+      >>> [name for name, lack in operations.algorithms_for([3]).items() if lack][-1]
+      'hierarchical'
+    """
+    lacks = dict.fromkeys(map(str, ALGORITHMS), "")
+    for name, (needed, is_met) in _NEEDS.items():
+        if name in lacks and not is_met(sizes):
+            lacks[name] = needed
+    return lacks

@@ -11,13 +11,23 @@ from typing import Any
 import jax
 
 from txcore.bench.measure import Row, Setup
+from txcore.bench.operations import Operation
 from txcore.outside import replace_text
 from txcore.version import VERSION
 
 _HEAD = ("size", "count", "type", "time(us)", "min(us)", "spread", "algbw", "busbw", "wrong")
 _WIDTHS = (12, 12, 9, 11, 11, 7, 8, 8, 7)
 _COLUMNS = (
-    *("operation", "dtype", "size_bytes", "count", "seconds", "least_seconds", "spread"),
+    *(
+        "operation",
+        "algorithm",
+        "dtype",
+        "size_bytes",
+        "count",
+        "seconds",
+        "least_seconds",
+        "spread",
+    ),
     *("algorithm_bandwidth", "bus_bandwidth", "wrong"),
 )
 
@@ -59,8 +69,13 @@ def format_run(run: Mapping[str, Any]) -> str:
     )
 
 
-def format_head(title: str, setup: Setup) -> str:
+def _title(name: str, algorithm: str) -> str:
+    return f"{name} by {algorithm}" if algorithm else name
+
+
+def format_head(operation: Operation, setup: Setup) -> str:
     """Return what stands above the rows of one collective."""
+    title = _title(operation.name, operation.algorithm)
     where = f"over {','.join(setup.axes)}: {setup.groups} group(s) of {setup.group_size} devices"
     place = "in place where it can be" if setup.in_place else "out of place"
     return f"# {title} {where}, {place}; bandwidths in GB/s\n{_format_cells(_HEAD)}"
@@ -116,7 +131,8 @@ def plot_bandwidth(path: str | os.PathLike[str], title: str, rows: Sequence[Row]
 
     lines: dict[str, list[Row]] = {}
     for row in rows:
-        lines.setdefault(f"{row.operation} {row.dtype}", []).append(row)
+        name = f"{_title(row.operation, row.algorithm)} {row.dtype}"
+        lines.setdefault(name, []).append(row)
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()
     for name, points in lines.items():

@@ -19,7 +19,7 @@ from txcore.cli.load import (
 from txcore.cli.output import show
 
 if TYPE_CHECKING:
-    from txcore.bench import Row, Setup
+    from txcore.bench import Operation, Row, Setup
 
 _NAMES = (
     *("psum", "pmean", "pmax", "all_gather", "reduce_scatter", "all_to_all", "ppermute"),
@@ -44,6 +44,12 @@ def add_command(commands: Any) -> None:
         nargs="*",
         metavar="COLLECTIVE",
         help=f"{', '.join(_NAMES)}, or all (default psum)",
+    )
+    add(
+        "--algorithm",
+        type=_parse_names,
+        metavar="NAME,...",
+        help="make the mean as tx.DP(algorithm=) does: plain, chunked, ring, ..., or all",
     )
     add("--devices", type=parse_devices, metavar="N", help="simulate N CPU devices a process")
     add(
@@ -135,20 +141,21 @@ def measure_collectives(options: argparse.Namespace) -> int:
     from txcore.bench import report
     from txcore.kernels.tuning.measure import machine
 
-    operations = _select_operations(options)
-    _check_dtypes(options.dtype)
+    names = _select_names(options)
+    _check_dtypes(options)
     sizes = list(_walk_sizes(options))
     if options.plot is not None and importlib.util.find_spec("matplotlib") is None:
         raise BadInput("--plot needs matplotlib: pip install 'txcore[examples]'")
     _join_run(options)
     setup = _make_setup(options)
+    operations = _select_operations(options, names, setup)
     run = report.describe_run(setup, machine())
     _show_once(report.format_run(run))
     with _wide_dtypes(options.dtype):
         rows = [
             row
-            for name in operations
-            for row in _measure_operation(setup, name, options.dtype, sizes)
+            for operation in operations
+            for row in _measure_operation(setup, operation, options.dtype, sizes)
         ]
     _write_files(options, run, rows)
     wrong = sum(row.wrong for row in rows)
@@ -157,18 +164,58 @@ def measure_collectives(options: argparse.Namespace) -> int:
     return 1 if wrong else 0
 
 
-def _select_operations(options: argparse.Namespace) -> tuple[str, ...]:
-    named = tuple(dict.fromkeys(options.operations)) or ("psum",)
+def _select_names(options: argparse.Namespace) -> tuple[str, ...]:
+    default = "psum" if options.algorithm is None else "pmean"
+    named = tuple(dict.fromkeys(options.operations)) or (default,)
     for name in named:
         if name not in (*_NAMES, "all"):
             raise BadUsage(f"bench needs collectives among {', '.join(_NAMES)}, all; got {name!r}")
-    return _NAMES if "all" in named else named
+    names = _NAMES if "all" in named else named
+    if options.algorithm is not None and "pmean" not in names:
+        raise BadUsage(
+            f"--algorithm is for pmean, the mean of gradients, but got {', '.join(names)}: name "
+            "pmean, or leave one of the two out"
+        )
+    return names
 
 
-def _check_dtypes(dtypes: tuple[str, ...]) -> None:
-    for name in dtypes:
+def _check_dtypes(options: argparse.Namespace) -> None:
+    for name in options.dtype:
         if name not in _DTYPES:
             raise BadUsage(f"--dtype needs names among {', '.join(_DTYPES)}, but got {name!r}")
+        if options.algorithm is not None and "int" in name:
+            raise BadUsage(f"--algorithm averages floats, but got --dtype {name}: leave one out")
+
+
+def _select_operations(
+    options: argparse.Namespace, names: tuple[str, ...], setup: "Setup"
+) -> list["Operation"]:
+    """Return the collectives, and a mean by each algorithm in the place of `pmean`."""
+    from txcore.bench import OPERATIONS, mean_by
+
+    chosen: list[Operation] = []
+    for name in names:
+        if name == "pmean" and options.algorithm is not None:
+            chosen += map(mean_by, _select_algorithms(options.algorithm, setup))
+        else:
+            chosen.append(OPERATIONS[name])
+    return chosen
+
+
+def _select_algorithms(named: tuple[str, ...], setup: "Setup") -> list[str]:
+    """Return the algorithms that were named; of all, those that can run."""
+    from txcore.bench import algorithms_for
+
+    lacks = algorithms_for([setup.mesh.shape[axis] for axis in setup.axes])
+    if "all" in named:
+        return [name for name, lack in lacks.items() if not lack]
+    for name in named:
+        if name not in lacks:
+            raise BadUsage(f"--algorithm needs names among {', '.join(lacks)}, all; got {name!r}")
+        if lacks[name]:
+            axes = ",".join(f"{axis}={setup.mesh.shape[axis]}" for axis in setup.axes)
+            raise BadUsage(f"--algorithm {name} needs {lacks[name]}, but got {axes}")
+    return [*named]
 
 
 def _walk_sizes(options: argparse.Namespace) -> Iterator[int]:
@@ -244,20 +291,20 @@ def _wide_dtypes(dtypes: tuple[str, ...]) -> Iterator[None]:
 
 
 def _measure_operation(
-    setup: "Setup", name: str, dtypes: tuple[str, ...], sizes: list[int]
+    setup: "Setup", operation: "Operation", dtypes: tuple[str, ...], sizes: list[int]
 ) -> Iterator["Row"]:
     """Measure one collective, and print each row when it is there."""
-    from txcore.bench import OPERATIONS, measure_size, report
+    from txcore.bench import measure_size, report
 
-    _show_once(f"{report.format_head(name, setup)}")
+    _show_once(report.format_head(operation, setup))
     for dtype in dtypes:
         for size in sizes:
             try:
-                row = measure_size(setup, OPERATIONS[name], dtype, size)
+                row = measure_size(setup, operation, dtype, size)
             except ValueError as error:
                 raise BadInput(str(error)) from error
             except RuntimeError as error:  # of XLA or gloo
-                raise BadInput(f"{name} of {dtype}: {first_line(error)}") from error
+                raise BadInput(f"{operation.name} of {dtype}: {first_line(error)}") from error
             _show_once(report.format_row(row))
             yield row
 
