@@ -33,6 +33,7 @@ from txcore.mesh import MeshSpec as MeshSpec
 from txcore.parallel import batch_moments as batch_moments
 from txcore.parallel import example_mean as example_mean
 from txcore.parallel import grad as grad
+from txcore.parallel import pipeline as pipeline
 from txcore.parallel import sync_gradients as sync_gradients
 from txcore.parallel import value_and_grad as value_and_grad
 from txcore.plan.plan import DP as DP
