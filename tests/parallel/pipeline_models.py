@@ -119,15 +119,16 @@ class Case:
 
     def make_step(self, functions=None):
         """Return step(params, batch, mask) -> (loss, gradients, evaluated loss), jitted."""
-        schedule, functions = self.make_schedule(), functions or self.functions()
+        schedule = self.make_schedule()
+        first, block, last = functions or self.functions()
         specs = {name: P() for name in self.params() if name != "layers"}
         specs["blocks"] = P(None, "pipe")
 
         def step(params, batch, mask):
-            options = {"axis": "pipe", "data_axis": "data"}
-            differentiate = tx.pipeline.value_and_grad(*functions, schedule, **options)
+            options: Any = {"axis": "pipe", "data_axis": "data"}
+            differentiate = tx.pipeline.value_and_grad(first, block, last, schedule, **options)
             both = differentiate(params, batch, mask=mask)
-            evaluated = tx.pipeline.evaluate(*functions, schedule, **options)
+            evaluated = tx.pipeline.evaluate(first, block, last, schedule, **options)
             return tx.pmean((*both, evaluated(params, batch, mask=mask)), "data", name="mean")
 
         rows = P("data")

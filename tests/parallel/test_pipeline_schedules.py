@@ -83,7 +83,7 @@ def test_the_drawing_has_a_box_for_each_pass():
     drawn = xml.etree.ElementTree.fromstring(make("1f1b", 2, 3).to_svg())
     boxes = drawn.findall("{*}rect")
     assert len(boxes) == 2 * 3 * 2
-    assert sorted(t.text for t in drawn.findall("{*}text")) == sorted(
+    assert sorted(str(t.text) for t in drawn.findall("{*}text")) == sorted(
         f"{kind}{j}" for kind in "FB" for j in range(3) for _ in range(2)
     )
     # A whole backward pass is two units long; the picture is as long as the schedule takes.
