@@ -34,6 +34,7 @@ from txcore.parallel import batch_moments as batch_moments
 from txcore.parallel import context as context
 from txcore.parallel import example_mean as example_mean
 from txcore.parallel import grad as grad
+from txcore.parallel import pipeline as pipeline
 from txcore.parallel import tensor as tensor
 from txcore.parallel import value_and_grad as value_and_grad
 from txcore.parallel import zero as zero
