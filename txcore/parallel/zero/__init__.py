@@ -1,6 +1,6 @@
 """Sharded state (ZeRO, FSDP): each device keeps its part, and gathers what it needs.
 
-Imports `collectives`, `layout`, `step_scope`.
+Imports `_compat`, `collectives`, `layout`, `step_scope`.
 """
 
 from txcore.parallel.zero.layers import call_with_views as call_with_views

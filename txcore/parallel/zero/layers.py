@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from txcore.parallel.zero.shard import gather, is_shard, is_view
+from txcore.parallel.zero.shard import gather, gather_together, is_shard, is_view
 from txcore.step_scope import current_scope
 
 # What is cheap is made again in the backward pass: a cast of gathered parameters that was kept
@@ -50,9 +50,10 @@ def _gathering(f: Callable[..., Any], *, prevent_cse: bool = True) -> Callable[.
 def layer(f: Callable[..., Any]) -> Callable[..., Any]:
     """Make a layer gather its parameters when it runs, and again in the backward pass.
 
-    What the layer computes is kept for the backward pass, its gathered parameters are not: each
-    device holds the whole of one layer at a time. Inside of a `lax.scan` over a stack of layers
-    that holds for the loop's body. Where no parameter is in parts, it is `f` itself.
+    The gather waits until the layer's other arguments are there. What the layer computes is kept
+    for the backward pass, its gathered parameters are not: each device holds the whole of one layer
+    at a time. In a `lax.scan` over a stack of layers too. Where no parameter is in parts, it is `f`
+    itself.
 
     Args:
       f: `(params, *args) -> anything`, of whole parameters.
@@ -72,6 +73,8 @@ def layer(f: Callable[..., Any]) -> Callable[..., Any]:
     def run(shards: Any, *args: Any) -> Any:
         if not any(map(is_shard, jax.tree.leaves(shards, is_leaf=is_shard))):
             return f(shards, *args)
+        arrays = [x for x in jax.tree.leaves(args) if isinstance(x, jax.Array)]
+        shards = _wait(shards, lax.stop_gradient(arrays))
         return _gathering(lambda s: f(gather(s), *args))(shards)
 
     return run
@@ -86,7 +89,7 @@ def call_with_views(f: Callable[..., Any], args: tuple[Any, ...], options: dict[
         return f(*args, **options)
 
     def run(views: list[Any]) -> Any:
-        whole = iter(gather(views))
+        whole = iter(gather_together(views, ""))
         given = treedef.unflatten([next(whole) if is_view(leaf) else leaf for leaf in leaves])
         return f(*given, **options)
 
@@ -176,3 +179,12 @@ _run.defvjp(_forward, _backward)
 def _after(tree: Any, other: Any) -> Any:
     """Return a tree that is not there before another one is."""
     return lax.optimization_barrier((tree, other))[0]
+
+
+@jax.custom_vjp
+def _wait(tree: Any, other: Any) -> Any:
+    """Return a tree that is not there before another one is; gradients of it do not wait."""
+    return _after(tree, other)
+
+
+_wait.defvjp(lambda tree, other: (_after(tree, other), None), lambda _, given: (given, None))

@@ -1,5 +1,6 @@
 """Handles of parameters that are stored in parts, and how they become whole."""
 
+import contextlib
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -8,11 +9,26 @@ import jax
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
+from txcore import _compat
 from txcore.collectives.all_gather import all_gather
 from txcore.collectives.reduce_scatter import reduce_scatter
 from txcore.collectives.vary import vary
 from txcore.layout import Layout, Split, map_alike, same_structure
 from txcore.step_scope import StepScope, current_scope
+
+
+class Label(str):
+    """Name a parameter. All labels are equal, so that the parts of several layers can be stacked.
+
+    jax compares what is static in a tree to map two trees together.
+    """
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, str)
+
+    def __hash__(self) -> int:
+        return hash(Label)
+
 
 _META = ("dim", "axes", "name", "view")
 
@@ -42,6 +58,9 @@ class Shard:
     axes: tuple[str, ...]
     name: str = ""
     view: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "name", Label(self.name))
 
 
 def is_shard(x: Any) -> bool:
@@ -91,7 +110,7 @@ def as_views(params: Any, scope: StepScope) -> Any:
     def one(shard: Any) -> Any:
         if not is_shard(shard):
             return shard
-        whole = _gather_one(shard)
+        whole = _gather_one(shard, "")
         scope.views[id(whole)] = whole, replace(shard, view=True)
         return whole
 
@@ -149,7 +168,8 @@ def gather(shards: Any) -> Any:
     """Make whole parameters of their handles, on every device.
 
     Equation: `all_gather(part, axes, dim=dim)`. Transpose: `reduce_scatter(..., mean=True)`, so
-    that a gradient comes out as this device's part of the mean over the axes.
+    that a gradient comes out as this device's part of the mean over the axes. XLA may combine the
+    gathers of one call, and not those of two (of two layers).
 
     Args:
       shards: pytree, with a `Shard` for each parameter that is to be gathered; what else it holds
@@ -176,35 +196,53 @@ def gather(shards: Any) -> Any:
       Rajbhandari et al., "ZeRO: memory optimizations toward training trillion parameter models",
       2020 (stage 3).
     """
-    return jax.tree.map(lambda x: _gather_one(x) if is_shard(x) else x, shards, is_leaf=is_shard)
+    names = [str(x.name) for x in jax.tree.leaves(shards, is_leaf=is_shard) if is_shard(x)]
+    return gather_together(shards, f"zero/{names[0]}" if names else "")
 
 
-def _gather_one(shard: Shard) -> jax.Array:
+def gather_together(shards: Any, key: str) -> Any:
+    """Gather all handles of a tree, which XLA combines with those of the same key; "" for any."""
+
+    def one(x: Any) -> Any:
+        return _gather_one(x, key) if is_shard(x) else x
+
+    return jax.tree.map(one, shards, is_leaf=is_shard)
+
+
+def _gather_one(shard: Shard, key: str) -> jax.Array:
     if shard.part.ndim < -shard.dim:
+        name = str(shard.name) or "a parameter"
         raise ValueError(
             f"tx.zero.gather needs the dim that is split ({shard.dim}, counted from the last) of "
-            f"{shard.name or 'a parameter'}, got a part of shape {shard.part.shape}: a stack of "
-            "layers can be taken apart where another dim than the layers' is split. Make the "
-            "layers' dim the smaller one, or keep them in a list"
+            f"{name}, got a part of shape {shard.part.shape}: a stack of layers can be taken apart "
+            "where another dim than the layers' is split. Make the layers' dim the smaller one, or "
+            "keep them in a list"
         )
-    return _gathered(shard.part, shard.dim, shard.axes, shard.name)
+    return _gathered(shard.part, shard.dim, shard.axes, str(shard.name), key)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def _gathered(part: jax.Array, dim: int, axes: tuple[str, ...], name: str) -> jax.Array:
-    return all_gather({name: part}, axes, dim=dim, name="params")[name]
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
+def _gathered(part: jax.Array, dim: int, axes: tuple[str, ...], name: str, key: str) -> jax.Array:
+    with _combined(key):
+        return all_gather({name: part}, axes, dim=dim, name="params")[name]
 
 
-def _gathered_forward(
-    part: jax.Array, dim: int, axes: tuple[str, ...], name: str
+def _forward(
+    part: jax.Array, dim: int, axes: tuple[str, ...], name: str, key: str
 ) -> tuple[jax.Array, None]:
-    return _gathered(part, dim, axes, name), None
+    return _gathered(part, dim, axes, name, key), None
 
 
-def _gathered_backward(
-    dim: int, axes: tuple[str, ...], name: str, _: None, cotangent: jax.Array
+def _backward(
+    dim: int, axes: tuple[str, ...], name: str, key: str, _: None, cotangent: jax.Array
 ) -> tuple[jax.Array]:
-    return (reduce_scatter({name: cotangent}, axes, dim=dim, mean=True, name="grads")[name],)
+    with _combined(key):
+        return (reduce_scatter({name: cotangent}, axes, dim=dim, mean=True, name="grads")[name],)
 
 
-_gathered.defvjp(_gathered_forward, _gathered_backward)
+_gathered.defvjp(_forward, _backward)
+
+
+def _combined(key: str) -> contextlib.AbstractContextManager[Any]:
+    # A layer's gradients that waited for those of others would all be there at once.
+    return _compat.combiner_key(key) if key else contextlib.nullcontext()
