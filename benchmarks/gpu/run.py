@@ -1,7 +1,7 @@
 """Time of every kernel on one GPU, beside XLA's and PyTorch's: `python benchmarks/gpu/run.py`.
 
 Each part is a process of its own with a limit, so that one that hangs costs the others nothing.
-Device time is what the profiler records of kernels and copies (`measure.device_times`): no start
+Device time is what the profiler records of kernels and copies (`timing.device_times`): no start
 of a program is in it. Writes FOLDER/gpu_CARD.json, and the table beside it as .txt.
 """
 
@@ -146,7 +146,7 @@ def record(file: pathlib.Path) -> None:
         if xla["us"] <= LEAST_GAIN * best["us"]:
             best = xla
         times = {
-            tuning_file.label(r["implementation"], r["config"]): float(f"{r['us']:.4g}")
+            tuning_file.label_candidate(r["implementation"], r["config"]): float(f"{r['us']:.4g}")
             for r in rows
         }
         here = result["machine"]
@@ -154,7 +154,7 @@ def record(file: pathlib.Path) -> None:
             best["implementation"], best["config"], times, here["jax"], here["card"]
         )
     target = ROOT / "kernels" / "dispatch" / "recorded" / "gpu.json"
-    tuning_file.write(target, {**tuning_file.read(target), **entries})
+    tuning_file.write_entries(target, {**tuning_file.read_entries(target), **entries})
 
 
 def ceilings() -> list[dict]:
@@ -162,7 +162,7 @@ def ceilings() -> list[dict]:
     import jax
     import jax.numpy as jnp
 
-    from txcore.kernels.tuning import measure
+    from txcore.kernels.tuning import timing
 
     driver = subprocess.run(
         ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"],
@@ -178,7 +178,7 @@ def ceilings() -> list[dict]:
         "matmul f32 (TF32)": plain(jnp.dot, side, side),
         "matmul f32 (highest)": plain(lambda a, b: jnp.dot(a, b, precision="highest"), side, side),
     }
-    times = measure.device_times(calls, 7)
+    times = timing.device_times(calls, 7)
     made = {name: (8 * x.size if name == "copy" else 2 * 8192**3) for name in calls}
     rows = [
         {"case": "ceiling", "name": name, "value": made[name] / us * 1e6}
@@ -216,13 +216,13 @@ def cases(shape, dtype, operands, *, backward=True, others=None, rounds=15, name
 
     from txcore.kernels.dispatch import registry
     from txcore.kernels.dispatch.tuned import fields_of
-    from txcore.kernels.dispatch.tuning_file import label
-    from txcore.kernels.tuning import measure
+    from txcore.kernels.dispatch.tuning_file import label_candidate
+    from txcore.kernels.tuning import measure, timing
 
     problem, implementations = measure.problem_of(shape, dtype)
     choices = {
-        label(c.implementation, fields_of(c.config)): c
-        for c in registry.candidates(problem, implementations, named)
+        label_candidate(c.implementation, fields_of(c.config)): c
+        for c in registry.list_candidates(problem, implementations, named)
     }
     start = time.monotonic()
     calls, failed = measure.compile_calls(
@@ -237,9 +237,9 @@ def cases(shape, dtype, operands, *, backward=True, others=None, rounds=15, name
     errors = {name: difference(call(), truth) for name, call in calls.items()}
     calls |= others or {}
     case = f"{shape.name} {jax.numpy.dtype(dtype).name}"
-    moved = shape.bytes(dtype, backward=backward)
+    moved = shape.count_bytes(dtype, backward=backward)
     rows = []
-    for name, (us, count) in measure.device_times(calls, rounds).items():
+    for name, (us, count) in timing.device_times(calls, rounds).items():
         row = {"case": case, "name": name, "us": us, "kernels": count, "bytes": moved}
         if name in choices:
             choice = choices[name]
@@ -294,11 +294,11 @@ def updates() -> list[dict]:
     """Time the flat updates and the norm."""
     import jax.numpy as jnp
 
-    from txcore.kernels.tuning.shapes import bucket
+    from txcore.kernels.tuning.shapes import bucket_shapes
 
     rows = []
     for name, size in (("cnn3x3", 421_642), ("odd-67M", (1 << 26) + 5), ("67M", 1 << 26)):
-        for shape in bucket(name, size):
+        for shape in bucket_shapes(name, size):
             operands = [jnp.abs(x) for x in randoms(shape.shapes, jnp.float32)]
             rows += cases(shape, "float32", operands, backward=False)
     return rows
@@ -358,8 +358,8 @@ def loss() -> list[dict]:
     import jax
     import jax.numpy as jnp
 
-    from txcore.kernels.tuning.shapes import linear_loss
-    from txcore.kernels.tuning.shapes import loss as loss_shape
+    from txcore.kernels.tuning.shapes import linear_loss_shape
+    from txcore.kernels.tuning.shapes import loss_shape as loss_shape
 
     def labels(rows, classes):
         return jax.random.randint(jax.random.key(3), (rows,), 0, classes)
@@ -386,7 +386,10 @@ def loss() -> list[dict]:
     operands = [x, w / 45, b, labels(n, c)]
     others = {"xla whole logits": plain(whole, jnp.linspace(-1, 1, n), *operands)}
     rows += cases(
-        linear_loss("linear-loss-4096x2048x32k", (n, d), c), "bfloat16", operands, others=others
+        linear_loss_shape("linear-loss-4096x2048x32k", (n, d), c),
+        "bfloat16",
+        operands,
+        others=others,
     )
     return rows
 
@@ -397,8 +400,8 @@ def conv() -> list[dict]:
     import jax.numpy as jnp
     from jax import lax
 
-    from txcore.kernels.tuning.shapes import conv as conv_shape
-    from txcore.kernels.tuning.shapes import layer
+    from txcore.kernels.tuning.shapes import conv_shape as conv_shape
+    from txcore.kernels.tuning.shapes import dense_shape
 
     def textbook(g, x, w, b):
         def of(w, b):
@@ -427,7 +430,7 @@ def conv() -> list[dict]:
                 )
                 others = {"xla plain": plain(textbook, g, *operands)}
                 rows += cases(shape, dtype, operands, others=others)
-    shape = layer("dense-512x1024x4096", (512, 1024), 4096, activation="relu")
+    shape = dense_shape("dense-512x1024x4096", (512, 1024), 4096, activation="relu")
     rows += cases(shape, "bfloat16", randoms(shape.shapes, jnp.bfloat16))
     return rows
 
@@ -489,10 +492,10 @@ def step() -> list[dict]:
                 }
                 for name, taken in times.items()
             ]
-            from txcore.kernels.tuning import measure
+            from txcore.kernels.tuning import timing
 
             once = {name: partial(call, 1) for name, call in calls.items()}
-            device = measure.device_times(once, 10)
+            device = timing.device_times(once, 10)
             rows += [
                 {
                     "case": f"step cnn3x3 b{batch_size} {precision} (device)",
