@@ -49,7 +49,7 @@ def label_candidate(implementation: str, config: Mapping[str, Any]) -> str:
     """Name a candidate by its implementation and its configuration's fields.
 
     Example:
-      >>> label("pallas", {"rows": 8})
+      >>> label_candidate("pallas", {"rows": 8})
       'pallas(rows=8)'
     """
     fields = ", ".join(f"{name}={value}" for name, value in config.items())
