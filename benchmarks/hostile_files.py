@@ -94,10 +94,10 @@ def locked(text, folder):
 
 
 def tuned(text, folder):
-    from txcore.kernels.dispatch.tuning_file import read
+    from txcore.kernels.dispatch.tuning_file import read_entries
 
     (folder / "tuning.json").write_text(text)
-    return read(folder / "tuning.json")
+    return read_entries(folder / "tuning.json")
 
 
 def manifest(text, folder):

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from txcore.kernels.tuning import measure
+from txcore.kernels.tuning import measure, timing
 from txcore.kernels.tuning.shapes import MAIN, SHAPES
 
 SIDE = 2048
@@ -31,12 +31,12 @@ def machine():
         square = jnp.ones((SIDE, SIDE), dtype)
         calls[dtype] = plain(lambda x: x @ x, square)
     calls["copy"] = plain(lambda x: x + 1, jnp.zeros(COPIED))  # a mere copy would be left out
-    seconds = {name: time / 1e6 for name, time in measure.alternate(calls, rounds=5).items()}
+    seconds = {name: time / 1e6 for name, time in timing.alternate_calls(calls, rounds=5).items()}
     return {
         "float32": flops / seconds["float32"],
         "bfloat16": flops / seconds["bfloat16"],
         "copy": 2 * 4 * COPIED / seconds["copy"],
-        "machine": measure.machine(),
+        "machine": measure.describe_machine(),
     }
 
 
@@ -60,8 +60,8 @@ def test_kernel(benchmark, request, name, dtype, backward):
         return
     machine = request.getfixturevalue("machine")
     seconds = benchmark.stats.stats.median
-    flops = shape.flops(backward=backward) / seconds
-    moved = shape.bytes(dtype, backward=backward) / seconds
+    flops = shape.count_flops(backward=backward) / seconds
+    moved = shape.count_bytes(dtype, backward=backward) / seconds
     benchmark.extra_info |= {
         "op": shape.op,
         "machine": machine["machine"],

@@ -1,7 +1,7 @@
 """Pure functions on arrays, each with one interface and a choice of implementations.
 
-They know nothing of meshes or of training, and add no collective. The operands of one call may
-vary along different mesh axes: they are made to agree first.
+They know nothing of meshes or of training, and add no collective. Where the operands of one call
+vary along different mesh axes, they are first cast to vary along all of them.
 
 Imports `kernels.bucket`, `kernels.common`, `kernels.conv`, `kernels.cross_entropy`,
 `kernels.dense`, `kernels.dropout`, `kernels.linear_cross_entropy`, `kernels.optimizer`,

@@ -9,32 +9,32 @@ import torch.nn.functional as F
 CALLS = 10  # in one graph, or between two events
 
 
-def rows() -> list[dict]:
+def time_all() -> list[dict]:
     """Return one row for each case and way of running it."""
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.backends.cudnn.allow_tf32 = True
     torch.manual_seed(0)
     found = []
-    for case, (function, compiled) in cases().items():
+    for case, (function, compiled) in make_calls().items():
         ways = {"torch eager": function}
         if compiled:
             ways["torch compiled"] = torch.compile(function)
         for name, call in ways.items():
-            found.append(timed(case, name, call))
-            found.append(timed(case, f"{name}, graph", call, graph=True))
+            found.append(time_call(case, name, call))
+            found.append(time_call(case, f"{name}, graph", call, graph=True))
         print(found[-2:], flush=True)
     return found
 
 
-def timed(case: str, name: str, call, *, graph: bool = False) -> dict:
+def time_call(case: str, name: str, call, *, graph: bool = False) -> dict:
     """Return the row of a call, or why it failed."""
     try:
-        return {"case": case, "name": name, "us": microseconds(call, graph=graph)}
+        return {"case": case, "name": name, "us": median_microseconds(call, graph=graph)}
     except Exception as error:  # a row says so, and the others are timed
         return {"case": case, "name": name, "why": f"{type(error).__name__}: {error}"[:300]}
 
 
-def microseconds(call, *, graph: bool) -> float:
+def median_microseconds(call, *, graph: bool) -> float:
     """Return the median time of a call."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -44,15 +44,15 @@ def microseconds(call, *, graph: bool) -> float:
     torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()
 
-    def many():
+    def call_many():
         for _ in range(CALLS):
             call()
 
-    run = many
+    run = call_many
     if graph:
         captured = torch.cuda.CUDAGraph()
         with torch.cuda.graph(captured):
-            many()
+            call_many()
         run = captured.replay
     times = []
     for _ in range(7):
@@ -65,12 +65,12 @@ def microseconds(call, *, graph: bool) -> float:
     return statistics.median(times)
 
 
-def cases() -> dict:
+def make_calls() -> dict:
     """Return (call, whether to compile it too) by the case's name in run.py."""
-    return {**updates(), **packing(), **losses(), **convolutions()}
+    return {**make_updates(), **make_packing(), **make_losses(), **make_convolutions()}
 
 
-def updates() -> dict:
+def make_updates() -> dict:
     """Return the fused optimizers on one flat parameter."""
     made = {}
     for name, size in (("cnn3x3", 421_642), ("67M", 1 << 26)):
@@ -84,14 +84,14 @@ def updates() -> dict:
     return made
 
 
-def packing() -> dict:
+def make_packing() -> dict:
     """Return the concatenation of 200 short arrays."""
     sizes = np.random.default_rng(0).integers(64, 4096, 200)
     arrays = [torch.randn(int(n), device="cuda") for n in sizes]
     return {"pack-200-short float32": (lambda: torch.cat(arrays), False)}
 
 
-def losses() -> dict:
+def make_losses() -> dict:
     """Return the losses with their gradients."""
     made: dict = {}
     for name, n, c, dtype in (
@@ -115,15 +115,15 @@ def losses() -> dict:
     labels = torch.randint(0, c, (n,), device="cuda")
     g = torch.linspace(-1, 1, n, device="cuda", dtype=torch.bfloat16)
 
-    def linear():
+    def linear_loss():
         out = F.cross_entropy(x @ w + b, labels, reduction="none")
         return torch.autograd.grad(out, (x, w, b), g)
 
-    made["linear-loss-4096x2048x32k bfloat16"] = (linear, False)
+    made["linear-loss-4096x2048x32k bfloat16"] = (linear_loss, False)
     return made
 
 
-def convolutions() -> dict:
+def make_convolutions() -> dict:
     """Return the first convolutions with their gradients, channels last."""
     made = {}
     for size in (3, 5):

@@ -1,4 +1,4 @@
-"""The gradients of packing and unpacking, whose transposes they are of each other."""
+"""The gradients of packing and unpacking: each is the transpose of the other."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,14 +13,14 @@ Arrays = tuple[jax.Array, ...]
 def differentiate_buckets(
     pack: Callable[..., jax.Array], unpack: Callable[..., list[jax.Array]]
 ) -> tuple[Callable[..., jax.Array], Callable[..., list[jax.Array]]]:
-    """Return kernels that pack and unpack with each other as their gradients.
+    """Make a pair of kernels differentiable: each serves as the gradient of the other.
 
     Args:
       pack: `pack(leaves, scale, dtype, config)`, where `scale` is a tuple of one scalar or none.
       unpack: `unpack(flat, scale, shapes, dtypes, config)`.
 
     Returns:
-      Both, differentiable by the leaves and the buffer; the scale has no gradient.
+      Both kernels, differentiable in the leaves and in the buffer. The scale has no gradient.
     """
     packed = jax.custom_vjp(pack, nondiff_argnums=(2, 3))
     unpacked = jax.custom_vjp(unpack, nondiff_argnums=(2, 3, 4))

@@ -1,8 +1,8 @@
-"""Packing of any number of arrays in one launch, by a kernel in Triton's own representation.
+"""Packing of many arrays in one launch, by a kernel written in Triton's own IR.
 
-Pallas cannot choose an array's address, only code that reads it. This kernel chooses: each program
-finds its array among the arguments (256 at most, as CUDA takes 4096 bytes of them), and all of
-them run the same copy. Arrays of another dtype take another launch.
+Pallas cannot select an array by its address: it can only branch to code that reads it. This kernel
+selects: each program finds its array among the arguments, and all programs run the same copy. A
+launch takes 256 arrays at most (CUDA limits the arguments to 4096 bytes), all of one dtype.
 """
 
 from collections.abc import Sequence
@@ -20,33 +20,33 @@ from txcore.kernels.bucket.pallas import Config
 from txcore.kernels.common import pallas_masked as masked
 from txcore.kernels.dispatch.problem import Problem
 
-ARRAYS = 256
+ARRAYS = 256  # at most, in one launch
 _TYPES = {"float16": "f16", "bfloat16": "bf16", "float32": "f32", "float64": "f64"}
 
 
-def configs(problem: Problem) -> Sequence[Config]:
+def list_configs(problem: Problem) -> Sequence[Config]:
     """Return the runs worth trying, the best guess first."""
     return Config(2048), Config(1024), Config(4096, warps=8)
 
 
 def refuse_pack(problem: Problem) -> str | None:
-    """Return why leaves cannot be packed, if so."""
-    dtypes = (*problem.dtypes, problem.option("dtype"))
-    return _refuse(problem, dtypes, sum(map(prod, problem.shapes)))
+    """Return why the kernel cannot pack these leaves, or None."""
+    dtypes = (*problem.dtypes, problem.get_option("dtype"))
+    return _explain_refusal(problem, dtypes, sum(map(prod, problem.shapes)))
 
 
 def refuse_unpack(problem: Problem) -> str | None:
-    """Return why a buffer cannot be unpacked, if so."""
-    dtypes = (*problem.dtypes, *problem.option("dtypes"))
-    return _refuse(problem, dtypes, prod(problem.shapes[0]))
+    """Return why the kernel cannot unpack this buffer, or None."""
+    dtypes = (*problem.dtypes, *problem.get_option("dtypes"))
+    return _explain_refusal(problem, dtypes, prod(problem.shapes[0]))
 
 
-def _refuse(problem: Problem, dtypes: Sequence[str], size: int) -> str | None:
+def _explain_refusal(problem: Problem, dtypes: Sequence[str], size: int) -> str | None:
     if problem.platform != "gpu":
         return f"its kernel is Triton's, and nothing compiles that for {problem.platform}"
     if not set(dtypes) <= set(_TYPES):
         return f"its kernel copies {', '.join(_TYPES)}, and got {', '.join(sorted(set(dtypes)))}"
-    return masked.too_large(size)
+    return masked.explain_too_large(size)
 
 
 def pack(*operands: jax.Array, config: Config, dtype: str, scaled: bool) -> jax.Array:
@@ -62,12 +62,12 @@ def unpack(
     return _differentiable_unpack(flat, scale, shapes, dtypes, config)
 
 
-def _pack(
+def _pack_leaves(
     leaves: tuple[jax.Array, ...], scale: tuple[jax.Array, ...], dtype: str, config: Config
 ) -> jax.Array:
     sizes = [leaf.size for leaf in leaves]
     buffer: tuple[jax.Array, ...] = ()
-    for some in _launches(sizes, [str(leaf.dtype) for leaf in leaves]):
+    for some in _group_launches(sizes, [str(leaf.dtype) for leaf in leaves]):
         types = (str(leaves[some[0]].dtype), dtype, str(scale[0].dtype) if scale else "")
         arrays = [leaves[i].reshape(-1) for i in some]
         operands = (*arrays, *(x.reshape(1) for x in scale), *buffer)
@@ -75,30 +75,30 @@ def _pack(
         # The next launch fills more of the buffer: it is the last operand, and the result.
         aliases = {len(operands) - 1: 0} if buffer else {}
         buffer = tuple(
-            _launch(
+            _launch_kernel(
                 "pack", sizes, some, types, config, operands, [out], aliases, spare=bool(buffer)
             )
         )
     return buffer[0] if buffer else jnp.zeros(0, dtype)
 
 
-def _unpack(
+def _unpack_buffer(
     flat: jax.Array, scale: tuple[jax.Array, ...], shapes: Shapes, dtypes: Dtypes, config: Config
 ) -> list[jax.Array]:
     sizes = [prod(shape) for shape in shapes]
     made = [jnp.zeros(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
-    for some in _launches(sizes, dtypes):
+    for some in _group_launches(sizes, dtypes):
         types = (str(flat.dtype), dtypes[some[0]], str(scale[0].dtype) if scale else "")
         outs = [_compat.shape_like(flat, (sizes[i],), dtypes[i]) for i in some]
         operands = (flat, *(x.reshape(1) for x in scale))
-        results = _launch("unpack", sizes, some, types, config, operands, outs, {})
+        results = _launch_kernel("unpack", sizes, some, types, config, operands, outs, {})
         for i, array in zip(some, results, strict=True):
             made[i] = array.reshape(shapes[i])
     return made
 
 
-def _launches(sizes: Sequence[int], dtypes: Sequence[str]) -> list[list[int]]:
-    """Return the arrays that each launch copies: those of one dtype, none without elements."""
+def _group_launches(sizes: Sequence[int], dtypes: Sequence[str]) -> list[list[int]]:
+    """Return which arrays each launch copies: those of one dtype, without the empty ones."""
     found = []
     for dtype in dict.fromkeys(dtypes):
         alike = [i for i, size in enumerate(sizes) if size and dtypes[i] == dtype]
@@ -106,7 +106,7 @@ def _launches(sizes: Sequence[int], dtypes: Sequence[str]) -> list[list[int]]:
     return found
 
 
-def _launch(
+def _launch_kernel(
     op: str,
     sizes: Sequence[int],
     some: Sequence[int],
@@ -128,7 +128,7 @@ def _launch(
     )
     attributes: dict[str, Any] = {
         "name": f"{op}_{len(parts)}",
-        "ir": _module(op, parts, types, config.elements, spare),
+        "ir": _write_module(op, parts, types, config.elements, spare),
         "num_stages": np.int32(1),
         "num_warps": np.int32(config.warps),
         "grid_x": np.int32(programs),
@@ -139,22 +139,22 @@ def _launch(
     return call(*operands, **attributes)
 
 
-def _module(
+def _write_module(
     op: str,
     parts: Sequence[tuple[int, int]],
     types: tuple[str, str, str],
     elements: int,
     spare: bool,
 ) -> str:
-    """Write the kernel.
+    """Write the kernel as the text of an MLIR module.
 
     Args:
       op: "pack" or "unpack".
       parts: start and size in the buffer of each array.
-      types: dtypes of what is read, of what is written, and of the scale ("" for none).
+      types: the dtypes that are read, written, and of the scale ("" for none).
       elements: how many each program copies.
-      spare: whether there is an argument before the last that the kernel does not need: the
-        buffer that the last one is an alias of.
+      spare: whether the argument before the last is the buffer that the result is an alias of;
+        the kernel does not read it.
     """
     read, written = _TYPES[types[0]], _TYPES[types[1]]
     arrays, flat = (read, written) if op == "pack" else (written, read)
@@ -164,13 +164,13 @@ def _module(
     given = [f"%given: !tt.ptr<{flat}>"] if spare else []
     arguments = [*names, *scale, *given, buffer] if op == "pack" else [buffer, *scale, *names]
     lines = [
-        *_choose_array(parts, arrays, elements),
-        # Without a mask where there is none, which would keep it from loading 16 bytes at a time.
+        *_write_choice(parts, arrays, elements),
+        # A full run is copied without a mask: with one, a thread cannot load 16 bytes at a time.
         "%full = arith.cmpi sge, %left, %elements : i32",
         "scf.if %full {",
-        *_copy(op, types, elements, whole=True),
+        *_write_copy(op, types, elements, whole=True),
         "} else {",
-        *_copy(op, types, elements, whole=False),
+        *_write_copy(op, types, elements, whole=False),
         "}",
     ]
     body = "\n".join(f"    {line}" for line in lines)
@@ -181,8 +181,8 @@ def _module(
     )
 
 
-def _choose_array(parts: Sequence[tuple[int, int]], dtype: str, elements: int) -> list[str]:
-    """Write the choice of a program's array, its size, its start, and the program's run of it."""
+def _write_choice(parts: Sequence[tuple[int, int]], dtype: str, elements: int) -> list[str]:
+    """Write how a program finds its array, the array's size and start, and its own run of it."""
     pointer = f"!tt.ptr<{dtype}>"
     lines = [
         "%program = tt.get_program_id x : i32",
@@ -216,55 +216,55 @@ def _choose_array(parts: Sequence[tuple[int, int]], dtype: str, elements: int) -
     ]
 
 
-def _copy(op: str, types: tuple[str, str, str], elements: int, *, whole: bool) -> list[str]:
-    """Write the copy of a run between an array and the buffer, cast and scaled."""
+def _write_copy(op: str, types: tuple[str, str, str], elements: int, *, whole: bool) -> list[str]:
+    """Write the copy of one run between an array and the buffer, cast and scaled."""
     read, written, scale = (_TYPES.get(dtype, "") for dtype in types)
     flat = written if op == "pack" else read
     mask = "" if whole else ", %inside"
     source, target = ("%array", "%part") if op == "pack" else ("%part", "%array")
 
-    def tensor(dtype: str) -> str:
+    def tensor_of(dtype: str) -> str:
         return f"tensor<{elements}x{dtype}>"
 
     lines = [
         f"%part = tt.addptr %flat, %target : !tt.ptr<{flat}>, i32",
-        f"%place = tt.make_range {{end = {elements} : i32, start = 0 : i32}} : {tensor('i32')}",
-        f"%lefts = tt.splat %left : i32 -> {tensor('i32')}",
-        f"%inside = arith.cmpi slt, %place, %lefts : {tensor('i32')}",
-        f"%from0 = tt.splat {source} : !tt.ptr<{read}> -> {tensor(f'!tt.ptr<{read}>')}",
-        f"%from = tt.addptr %from0, %place : {tensor(f'!tt.ptr<{read}>')}, {tensor('i32')}",
-        f"%x0 = tt.load %from{mask} : {tensor(f'!tt.ptr<{read}>')}",
+        f"%place = tt.make_range {{end = {elements} : i32, start = 0 : i32}} : {tensor_of('i32')}",
+        f"%lefts = tt.splat %left : i32 -> {tensor_of('i32')}",
+        f"%inside = arith.cmpi slt, %place, %lefts : {tensor_of('i32')}",
+        f"%from0 = tt.splat {source} : !tt.ptr<{read}> -> {tensor_of(f'!tt.ptr<{read}>')}",
+        f"%from = tt.addptr %from0, %place : {tensor_of(f'!tt.ptr<{read}>')}, {tensor_of('i32')}",
+        f"%x0 = tt.load %from{mask} : {tensor_of(f'!tt.ptr<{read}>')}",
     ]
     name, dtype = "%x0", read
     if scale:
-        cast, name = _cast(name, "%x1", dtype, scale, tensor)
+        cast, name = _write_cast(name, "%x1", dtype, scale, tensor_of)
         lines += [
             *cast,
             f"%factor = tt.load %scale : !tt.ptr<{scale}>",
-            f"%factors = tt.splat %factor : {scale} -> {tensor(scale)}",
-            f"%x2 = arith.mulf {name}, %factors : {tensor(scale)}",
+            f"%factors = tt.splat %factor : {scale} -> {tensor_of(scale)}",
+            f"%x2 = arith.mulf {name}, %factors : {tensor_of(scale)}",
         ]
         name, dtype = "%x2", scale
-    if {dtype, written} == {"f16", "bf16"}:  # neither holds the other's numbers
-        cast, name = _cast(name, "%x3", dtype, "f32", tensor)
+    if {dtype, written} == {"f16", "bf16"}:  # neither can hold all of the other's numbers
+        cast, name = _write_cast(name, "%x3", dtype, "f32", tensor_of)
         lines, dtype = [*lines, *cast], "f32"
-    cast, name = _cast(name, "%x4", dtype, written, tensor)
+    cast, name = _write_cast(name, "%x4", dtype, written, tensor_of)
     return [
         *lines,
         *cast,
-        f"%to0 = tt.splat {target} : !tt.ptr<{written}> -> {tensor(f'!tt.ptr<{written}>')}",
-        f"%to = tt.addptr %to0, %place : {tensor(f'!tt.ptr<{written}>')}, {tensor('i32')}",
-        f"tt.store %to, {name}{mask} : {tensor(f'!tt.ptr<{written}>')}",
+        f"%to0 = tt.splat {target} : !tt.ptr<{written}> -> {tensor_of(f'!tt.ptr<{written}>')}",
+        f"%to = tt.addptr %to0, %place : {tensor_of(f'!tt.ptr<{written}>')}, {tensor_of('i32')}",
+        f"tt.store %to, {name}{mask} : {tensor_of(f'!tt.ptr<{written}>')}",
     ]
 
 
-def _cast(name: str, made: str, old: str, new: str, tensor: Any) -> tuple[list[str], str]:
-    """Write a cast between dtypes of different sizes; nothing between equal ones."""
+def _write_cast(name: str, made: str, old: str, new: str, tensor_of: Any) -> tuple[list[str], str]:
+    """Write a cast between dtypes of different sizes; return no line where they are equal."""
     if old == new:
         return [], name
     bits = {"f16": 16, "bf16": 16, "f32": 32, "f64": 64}
     cast = "extf" if bits[new] > bits[old] else "truncf"
-    return [f"{made} = arith.{cast} {name} : {tensor(old)} to {tensor(new)}"], made
+    return [f"{made} = arith.{cast} {name} : {tensor_of(old)} to {tensor_of(new)}"], made
 
 
-_differentiable_pack, _differentiable_unpack = differentiate_buckets(_pack, _unpack)
+_differentiable_pack, _differentiable_unpack = differentiate_buckets(_pack_leaves, _unpack_buffer)

@@ -1,4 +1,4 @@
-"""What the kernels share: checks, random bits, tiles.
+"""What the kernels share: argument checks, random bits, tiles of a matrix, chunks of a batch.
 
 Imports `_compat`, `kernels.dispatch`, `varying`.
 """

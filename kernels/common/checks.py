@@ -11,7 +11,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 
-def float_arrays(op: str, **arrays: Any) -> tuple[jax.Array, ...]:
+def require_floats(op: str, **arrays: Any) -> tuple[jax.Array, ...]:
     """Return `arrays` as jax arrays, or refuse one that is not floating-point."""
     for name, array in arrays.items():
         if not jnp.issubdtype(jnp.result_type(array), jnp.floating):
@@ -22,7 +22,7 @@ def float_arrays(op: str, **arrays: Any) -> tuple[jax.Array, ...]:
     return tuple(jnp.asarray(array) for array in arrays.values())
 
 
-def same_dtype(op: str, **arrays: jax.Array) -> None:
+def require_same_dtype(op: str, **arrays: jax.Array) -> None:
     """Refuse operands of different dtypes: promoting them would hide what precision is used."""
     if len({array.dtype for array in arrays.values()}) > 1:
         given = ", ".join(f"{name} {array.dtype}" for name, array in arrays.items())
@@ -32,7 +32,7 @@ def same_dtype(op: str, **arrays: jax.Array) -> None:
         )
 
 
-def one_of(op: str, option: str, value: Any, allowed: Sequence[Any]) -> None:
+def require_one_of(op: str, option: str, value: Any, allowed: Sequence[Any]) -> None:
     """Refuse an option's value that is not among the allowed ones."""
     if value not in allowed:
         raise ValueError(
@@ -41,7 +41,7 @@ def one_of(op: str, option: str, value: Any, allowed: Sequence[Any]) -> None:
 
 
 def whole_number(value: Any) -> int | None:
-    """Return a whole number (Python's, NumPy's, an array of none but one) as an int, else None."""
+    """Return an integer (Python's, NumPy's or an array with one element) as an int, else None."""
     if isinstance(value, (bool, np.bool_)):
         return None
     try:
@@ -50,8 +50,8 @@ def whole_number(value: Any) -> int | None:
         return None
 
 
-def in_range(op: str, option: str, value: Any, low: float, high: float) -> None:
-    """Refuse a number outside [low, high); one on a device, or traced, is not looked at."""
+def require_in_range(op: str, option: str, value: Any, low: float, high: float) -> None:
+    """Refuse a number outside [low, high), unless it is on a device or traced."""
     known = isinstance(value, int | float | np.number | np.ndarray) and np.ndim(value) == 0
     if known and not low <= float(value) < high:
         bounds = f"of at least {low}" if high == float("inf") else f"in [{low}, {high})"
@@ -59,7 +59,7 @@ def in_range(op: str, option: str, value: Any, low: float, high: float) -> None:
 
 
 def common_dtype(*dtypes: DTypeLike) -> jnp.dtype:
-    """Return the dtype that jax's standard rules give, whatever its promotion is set to."""
+    """Return the dtype that jax's standard promotion gives, whatever jax is configured to."""
     with jax.numpy_dtype_promotion("standard"):
         return functools.reduce(jnp.promote_types, [jnp.dtype(dtype) for dtype in dtypes])
 
@@ -69,6 +69,9 @@ def accumulator(dtype: DTypeLike) -> jnp.dtype:
     return common_dtype(dtype, jnp.float32)
 
 
-def lift(x: jax.Array, like: jax.Array) -> jax.Array:
-    """Return `x` with dims of 1 in front, as many as `like` has: jax may refuse to add them."""
+def lift_rank(x: jax.Array, like: jax.Array) -> jax.Array:
+    """Return `x` with dims of size 1 in front, until it has as many dims as `like`.
+
+    Broadcasting would add them, but `jax_numpy_rank_promotion="raise"` forbids that.
+    """
     return jax.lax.expand_dims(x, range(like.ndim - x.ndim))

@@ -1,4 +1,4 @@
-"""A batch in chunks, so that what is made of one stays in the cache."""
+"""A batch in chunks, so that what is computed of one chunk stays in the cache."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,20 +10,20 @@ from jax import lax
 from txcore import varying
 
 
-def run(
+def run_chunks(
     function: Callable[..., tuple[Any, Any]], size: int | None, sums: Any, *arrays: Any
 ) -> tuple[Any, Any]:
-    """Apply a function to one chunk of a batch after the other.
+    """Apply a function to one chunk of a batch after another.
 
     Args:
-      function: takes a chunk of each of the arrays; returns (rows, sums): a tree of arrays with
-        the chunk's rows, and one of what is to be added up over the chunks.
+      function: takes a chunk of each array; returns (rows, sums): a tree of arrays with the
+        chunk's rows, and a tree of what is summed over the chunks.
       size: rows of a chunk; None for all at once.
-      sums: the zeros that they are added to, in the dtype to add in.
+      sums: the zeros to which the sums are added, in the dtype to add in.
       *arrays: trees of arrays with the batch as dim 0.
 
     Returns:
-      (rows, sums), of the whole batch.
+      (rows, sums) of the whole batch.
     """
     like = jax.tree.leaves(arrays)[0]
     rows = like.shape[0]
@@ -33,11 +33,11 @@ def run(
     chunks = jax.tree.map(lambda a: a[:whole].reshape(-1, size, *a.shape[1:]), arrays)
     start = jax.tree.map(lambda zero: varying.match_varying(zero, like)[0], sums)
 
-    def one(sums: Any, chunk: Any) -> tuple[Any, Any]:
+    def add_chunk(sums: Any, chunk: Any) -> tuple[Any, Any]:
         out, more = function(*chunk)
         return jax.tree.map(jnp.add, sums, more), out
 
-    sums, out = lax.scan(one, start, chunks)
+    sums, out = lax.scan(add_chunk, start, chunks)
     out = jax.tree.map(lambda a: a.reshape(whole, *a.shape[2:]), out)
     if whole == rows:
         return out, sums

@@ -4,10 +4,10 @@
 def compiler_options(platform: str) -> dict[str, str]:
     """Return the compiler options with which these kernels run fastest on a platform.
 
-    On CPU they turn off XLA's YNN fusions, whose filter gradient of a convolution takes up to
-    four times as long as the one without (jax 0.10.2; less on later versions). What they cost:
-    `lax.reduce_window`'s gradient can be a tenth slower on jax 0.11 and 0.12; `conv2d` does not
-    use it. No environment variable is touched: the options belong to one compiled function.
+    On CPU they turn off XLA's YNN fusions, with which the filter gradient of a convolution takes
+    up to four times as long (jax 0.10.2; less on later versions). The cost: the gradient of
+    `lax.reduce_window`, which `conv2d` does not use, can be a tenth slower on jax 0.11 and 0.12.
+    The options belong to one compiled function; no environment variable is changed.
 
     Args:
       platform: a jax platform name, such as "cpu", "cuda" or "tpu".

@@ -1,7 +1,7 @@
-"""What the Pallas kernels share that compute the places of the elements they load and store.
+"""Calls, loads and stores for Pallas kernels that compute the index of every element.
 
-A kernel sees whole flat arrays instead of blocks of them. An element outside of an array is
-masked, so no operand is padded: a padded one would be a copy.
+Such a kernel sees whole flat arrays instead of blocks. It masks the elements that lie outside of
+an array, so that no operand has to be padded: padding would copy it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -13,16 +13,16 @@ import jax.numpy as jnp
 from txcore import _compat, varying
 from txcore.kernels.dispatch import registry
 
-MOST_ELEMENTS = 2**31 - 1  # places are counted in 32 bits
+MOST_ELEMENTS = 2**31 - 1  # an index has 32 bits
 
 
 def on_gpu() -> bool:
-    """Tell whether a kernel that is traced here is compiled, not interpreted."""
+    """Tell whether a kernel that is traced here will be compiled (else it is interpreted)."""
     return registry.current_device()[0] == "gpu"
 
 
-def too_large(*sizes: int) -> str | None:
-    """Return why arrays of these sizes cannot be counted, or None."""
+def explain_too_large(*sizes: int) -> str | None:
+    """Return why a kernel cannot index arrays of these sizes, or None."""
     if max(sizes, default=0) <= MOST_ELEMENTS:
         return None
     return (
@@ -31,7 +31,7 @@ def too_large(*sizes: int) -> str | None:
     )
 
 
-def call(
+def call_kernel(
     kernel: Callable[..., None],
     grid: tuple[int, ...],
     results: Sequence[tuple[int, Any]],
@@ -40,16 +40,17 @@ def call(
     stages: int | None = None,
     aliases: Mapping[int, int] | None = None,
 ) -> list[jax.Array]:
-    """Run a kernel on flat arrays, interpreted unless a GPU is there to compile it for.
+    """Run a kernel on flat arrays: compiled for a GPU, interpreted elsewhere.
 
     Args:
       kernel: called with a reference to each operand and each result, all flat.
       grid: the number of programs along each dim.
       results: the size and dtype of each result.
-      *operands: arrays that vary along the same axes.
-      warps: of a GPU's program.
-      stages: loop steps whose loads are under way at once; None for Pallas' default.
-      aliases: the operands, by place, whose memory a result takes; each has its size and dtype.
+      *operands: arrays that vary along the same mesh axes.
+      warps: of a program on a GPU.
+      stages: how many loop steps have their loads in flight at once; None for Pallas' default.
+      aliases: operand number -> number of the result that takes its memory; both have one size
+        and dtype.
 
     Returns:
       The results, flat.
@@ -59,7 +60,7 @@ def call(
 
     compiled = on_gpu()
 
-    def run(*flat: jax.Array) -> list[jax.Array]:
+    def run_flat(*flat: jax.Array) -> list[jax.Array]:
         return pl.pallas_call(  # type: ignore[no-any-return]
             kernel,
             [_compat.shape_like(flat[0], (size,), dtype) for size, dtype in results],
@@ -70,18 +71,18 @@ def call(
         )(*flat)
 
     flat = [operand.reshape(-1) for operand in operands]
-    return run(*flat) if compiled else varying.run_untracked(run, *flat)  # type: ignore[no-any-return]
+    return run_flat(*flat) if compiled else varying.run_untracked(run_flat, *flat)  # type: ignore[no-any-return]
 
 
-def numbers(start: Any, size: int) -> jax.Array:
-    """Return `size` numbers from `start` on."""
+def count_from(start: Any, size: int) -> jax.Array:
+    """Return the `size` integers from `start` on, int32."""
     return jnp.asarray(start, jnp.int32) + jnp.arange(size, dtype=jnp.int32)
 
 
 def load(
     ref: Any, place: jax.Array, inside: jax.Array | None = None, other: float = 0
 ) -> jax.Array:
-    """Return the elements at some places, and `other` where the mask is off."""
+    """Return the elements at these indices, and `other` where `inside` is false."""
     from jax.experimental.pallas import triton
 
     if inside is None:
@@ -91,7 +92,7 @@ def load(
 
 
 def store(ref: Any, place: jax.Array, value: jax.Array, inside: jax.Array | None = None) -> None:
-    """Write elements to some places, none where the mask is off."""
+    """Write elements to these indices, except where `inside` is false."""
     from jax.experimental.pallas import triton
 
     value = value.astype(ref.dtype)
@@ -99,7 +100,8 @@ def store(ref: Any, place: jax.Array, value: jax.Array, inside: jax.Array | None
         triton.store(ref.at[place], value)
         return
     if not on_gpu():
-        # An interpreter writes the old value where the mask is off: out of bounds it writes none.
+        # Where the mask is off the interpreter writes the old value back. Out of bounds it writes
+        # nothing, so those elements are sent there.
         place = jnp.where(inside, place, ref.shape[0])
     place, inside = jnp.broadcast_arrays(place, inside)
     triton.store(ref.at[place], value, mask=inside)

@@ -1,4 +1,4 @@
-"""Random bits that are a function of a key and a counter, in any order and in any kernel."""
+"""Random bits as a function of a key and a counter: any kernel computes them in any order."""
 
 from typing import Any
 
@@ -45,7 +45,7 @@ def threefry2x32(key: Pair, counter: Pair) -> Pair:
     return x, y
 
 
-@jax.jit  # one program where it is called outside of any, not a hundred
+@jax.jit  # so that a call outside of any compiled function is one program, not a hundred
 def bits(key: Pair, counters: jax.Array) -> jax.Array:
     """Return 32 random bits for each counter: jax's own, `jax.random.bits(key, (n,))[counter]`.
 
@@ -56,40 +56,40 @@ def bits(key: Pair, counters: jax.Array) -> jax.Array:
     Returns:
       A uint32 array of the broadcast shape.
     """
-    # One word a block costs XLA:CPU no more than both would: it computes the whole block for
-    # each of two results that are put side by side.
-    counters = checks.lift(counters, key[0])
+    # Of the two words of a block only one is used. Using both would not be faster on XLA:CPU,
+    # which computes the whole block again for each of two results that are concatenated.
+    counters = checks.lift_rank(counters, key[0])
     first, second = threefry2x32(key, (jnp.zeros_like(counters), counters))
     return first ^ second
 
 
 def keep_share(rate: float) -> float:
-    """Return the probability with which `keep` is true: 1 - rate to within 2**-32, never 0."""
-    return 1 - _threshold(rate) / 2**32
+    """Return the probability that `keep_mask` is true: 1 - rate to within 2**-32, never 0."""
+    return 1 - _drop_threshold(rate) / 2**32
 
 
-def keep(key: Pair, counters: jax.Array, rate: float) -> jax.Array:
+def keep_mask(key: Pair, counters: jax.Array, rate: float) -> jax.Array:
     """Tell for each counter whether dropout keeps it."""
-    return bits(key, counters) >= np.uint32(_threshold(rate))
+    return bits(key, counters) >= np.uint32(_drop_threshold(rate))
 
 
-def keep_rows(words: jax.Array, offset: jax.Array, features: int, rate: float) -> jax.Array:
+def keep_mask_of_rows(words: jax.Array, offset: jax.Array, features: int, rate: float) -> jax.Array:
     """Return the mask of shape (..., features) for key words of shape (..., 2).
 
     A row's feature j has the counter `offset` + j.
     """
     counters = offset + jax.lax.iota(jnp.uint32, features)
-    return keep((words[..., 0:1], words[..., 1:2]), counters, rate)
+    return keep_mask((words[..., 0:1], words[..., 1:2]), counters, rate)
 
 
-def _threshold(rate: float) -> int:
+def _drop_threshold(rate: float) -> int:
     return min(round(rate * 2**32), 2**32 - 1)
 
 
-def key_words(op: str, keys: Any) -> jax.Array:
-    """Return the two words of each key, shape (*keys.shape, 2), or refuse what is no key.
+def read_key_words(op: str, keys: Any) -> jax.Array:
+    """Return the two words of each key, shape (*keys.shape, 2), or refuse what is not a key.
 
-    Keys of more words (of jax's "rbg" generators) are hashed to two.
+    Keys with more than two words (those of jax's "rbg" generators) are hashed to two.
     """
     if _compat.is_key_array(keys):
         words = jax.random.key_data(keys)
@@ -97,8 +97,9 @@ def key_words(op: str, keys: Any) -> jax.Array:
         words = jnp.asarray(keys)
     else:
         raise TypeError(
-            f"{op}: keys must be typed keys (jax.random.key, state.example_keys) or their words, "
-            f"uint32 of shape (..., 2); got {jnp.result_type(keys)} of shape {jnp.shape(keys)}."
+            f"{op}: keys needs typed keys or their words, uint32 of shape (..., 2), got "
+            f"{jnp.result_type(keys)} of shape {jnp.shape(keys)}: make them by "
+            "jax.random.split(jax.random.key(seed), n) or state.example_keys(batch)"
         )
     x, y = words[..., 0], words[..., 1]
     for i in range(2, words.shape[-1], 2):

@@ -14,8 +14,8 @@ Activation = Literal["relu"] | None
 Padding = Literal["SAME", "VALID"]
 
 KERNELS: registry.Kernels = {
-    "xla": registry.Kernel(xla.conv2d, xla.configs),
-    "pallas": registry.Kernel(pallas.conv2d, pallas.configs, pallas.refuse),
+    "xla": registry.Kernel(xla.conv2d, xla.list_configs),
+    "pallas": registry.Kernel(pallas.conv2d, pallas.list_configs, pallas.explain_refusal),
 }
 
 
@@ -30,11 +30,11 @@ def conv2d(
     implementation: registry.Implementation | None = None,
     config: xla.Config | pallas.Blocks | None = None,
 ) -> jax.Array:
-    """Convolve images with a filter of stride 1, add a bias, activate and pool, in this order.
+    """Convolve images by a filter with stride 1, add a bias, activate and pool, in this order.
 
     Half-precision operands are accumulated in float32 and the result is rounded once. A maximum
-    that occurs more than once in a pooling window passes its gradient to its first place (row
-    by row), as the gradient of `lax.reduce_window` does, so the sum of the gradient is kept.
+    that occurs more than once in a pooling window passes its gradient to its first occurrence
+    (row by row), as the gradient of `lax.reduce_window` does.
 
     Reverse-mode differentiation only: the op has its own VJP, so `jax.jvp`, `jax.jacfwd` and
     `jax.hessian` raise jax's error about forward-mode on a custom_vjp function.
@@ -49,9 +49,9 @@ def conv2d(
       padding: "SAME" pads with zeros to keep height and width, "VALID" does not pad.
       implementation: None for the fastest known, "xla" or "pallas".
       config: how the named implementation computes it, `kernels.conv.xla.Config` or
-        `kernels.conv.pallas_geometry.Blocks`; None for the fastest known. Winograd's form and
-        that of windows (the first choices on CPU) round otherwise than XLA's convolution, no
-        worse, and spread a value that is not finite over the whole window that reads it.
+        `kernels.conv.geometry.Blocks`; None for the fastest known. The forms "winograd" and
+        "windows" (the first choices on CPU) round differently from XLA's convolution, as
+        accurately, and spread a value that is not finite over the whole window that reads it.
 
     Returns:
       Shape (batch, out_height, out_width, out_channels), x's dtype, where the height and width
@@ -69,14 +69,14 @@ def conv2d(
       >>> kernels.conv2d(image, filters, jnp.zeros(32), activation="relu", pool=2).shape
       (8, 14, 14, 32)
     """
-    x, w, b = checks.float_arrays("conv2d", x=x, w=w, b=b)
-    checks.same_dtype("conv2d", x=x, w=w, b=b)
-    checks.one_of("conv2d", "activation", activation, (None, "relu"))
-    checks.one_of("conv2d", "pool", pool, (None, 2))
-    checks.one_of("conv2d", "padding", padding, ("SAME", "VALID"))
+    x, w, b = checks.require_floats("conv2d", x=x, w=w, b=b)
+    checks.require_same_dtype("conv2d", x=x, w=w, b=b)
+    checks.require_one_of("conv2d", "activation", activation, (None, "relu"))
+    checks.require_one_of("conv2d", "pool", pool, (None, 2))
+    checks.require_one_of("conv2d", "padding", padding, ("SAME", "VALID"))
     _check_shapes(x, w, b)
     _check_size(x, w, pool, padding)
-    return registry.run(
+    return registry.run_op(
         "conv2d",
         KERNELS,
         *varying.match_varying(x, w, b),
@@ -89,20 +89,23 @@ def conv2d(
 
 
 def _check_shapes(x: jax.Array, w: jax.Array, b: jax.Array) -> None:
-    given = f"got x {x.shape}, w {w.shape}, b {b.shape}."
+    given = f"got x {x.shape}, w {w.shape}, b {b.shape}"
     if x.ndim != 4 or w.ndim != 4 or b.ndim != 1:
         raise ValueError(
-            "conv2d: x must have the dims (batch, height, width, in_channels), w (filter_height, "
-            f"filter_width, in_channels, out_channels) and b (out_channels,); {given} "
-            "Add a batch dim to a single image, or use jax.vmap for further ones."
+            "conv2d: x needs the dims (batch, height, width, in_channels), w (filter_height, "
+            f"filter_width, in_channels, out_channels) and b (out_channels,), {given}: add a "
+            "batch dim to a single image, or use jax.vmap for more batch dims"
         )
     if x.shape[3] != w.shape[2]:
         raise ValueError(
-            f"conv2d: x and w must have the same in_channels (x's last dim, w's dim 2); {given} "
-            "The layouts are NHWC and HWIO: transpose others."
+            f"conv2d: x and w need the same in_channels (x's last dim, w's dim 2), {given}: "
+            "transpose x to NHWC and w to HWIO"
         )
     if w.shape[3] != b.shape[0]:
-        raise ValueError(f"conv2d: b must have w's out_channels (w's last dim); {given}")
+        raise ValueError(
+            f"conv2d: b needs w's out_channels (w's last dim), {given}: pass one bias for each of "
+            "w's filters"
+        )
 
 
 def _check_size(x: jax.Array, w: jax.Array, pool: int | None, padding: str) -> None:
@@ -111,8 +114,8 @@ def _check_size(x: jax.Array, w: jax.Array, pool: int | None, padding: str) -> N
     least = pool or 1
     if min(height, width) < least or 0 in w.shape:
         raise ValueError(
-            f"conv2d: the output before pooling must be at least {least}x{least} for "
-            f"pool={pool}, and no dim of w may be 0; got an output of {max(height, 0)}x"
-            f"{max(width, 0)} from x {x.shape}, w {w.shape} with padding={padding!r}. "
-            "Use larger images, a smaller filter, padding='SAME' or pool=None."
+            f"conv2d: pool={pool} needs an output of at least {least}x{least} before pooling, and "
+            f"w needs no dim of 0, got an output of {max(height, 0)}x{max(width, 0)} from x "
+            f"{x.shape}, w {w.shape} with padding={padding!r}: use larger images, a smaller "
+            "filter, padding='SAME' or pool=None"
         )

@@ -18,19 +18,19 @@ class Blocks:
     """Hold how much one program of the convolution's kernels computes, and on how many threads.
 
     Args:
-      pixels: pixels in a block, a power of two of at least 16.
-      channels: channels of the result in a block, likewise.
-      depth: how many products a step adds to each element, likewise. The filter's gradient, whose
-        sum runs over pixels, takes `pixels` for this and `depth` for the rows of its result.
-      splits: into how many parts, each summed by a program of its own, the filter's gradient
-        divides the pixels.
+      pixels: pixels of a block, a power of two of at least 16.
+      channels: output channels of a block, a power of two of at least 16.
+      depth: products that a step adds to each element, a power of two of at least 16. The
+        filter's gradient sums over pixels: there `pixels` is this number, and `depth` is the
+        number of the block's rows.
+      splits: parts of the pixels in the filter's gradient, each summed by a program of its own.
       warps: groups of 32 threads of a program on a GPU.
-      stages: steps whose loads are under way at once on a GPU.
+      stages: steps whose loads are in flight at once on a GPU.
       form: "product" multiplies matrices; "taps" adds up outer products, for few channels.
       windows: pooling windows that a step of the filter's gradient adds, for the form "taps".
 
     Raises:
-      ValueError: a number is not one that the kernels can run with.
+      ValueError: a number is one that the kernels cannot run with.
 
     Example:
       >>> from txcore.kernels.conv.geometry import Blocks
@@ -50,7 +50,7 @@ class Blocks:
     def __post_init__(self) -> None:
         if self.form not in ("product", "taps"):
             raise ValueError(
-                f"conv2d: form of Blocks must be 'product' or 'taps'; got {self.form!r}."
+                f"conv2d: form of Blocks needs to be 'product' or 'taps', got {self.form!r}"
             )
         least = {"pixels": 16, "channels": 16, "depth": 16, "windows": 16}
         for field in fields(self):
@@ -61,7 +61,7 @@ class Blocks:
             if not isinstance(value, int) or value < low or (power and value & (value - 1)):
                 kind = "a power of two of" if power else "an integer of"
                 raise ValueError(
-                    f"conv2d: {field.name} of Blocks must be {kind} at least {low}; got {value!r}."
+                    f"conv2d: {field.name} of Blocks needs {kind} at least {low}, got {value!r}"
                 )
 
 
@@ -82,7 +82,9 @@ class Geometry:
     dtype: jnp.dtype
 
     @staticmethod
-    def of(x: Any, w: Any, activation: str | None, pool: int | None, padding: str) -> "Geometry":
+    def from_shapes(
+        x: Any, w: Any, activation: str | None, pool: int | None, padding: str
+    ) -> "Geometry":
         """Describe the convolution of images with a filter."""
         batch, height, width, channels = x.shape
         rows, columns, _, features = w.shape
@@ -101,49 +103,49 @@ class Geometry:
         )
 
     @property
-    def before(self) -> tuple[int, int]:
+    def padding_before(self) -> tuple[int, int]:
         """How many zeros pad the top and the left."""
         same = self.padding == "SAME"
         return ((self.rows - 1) // 2, (self.columns - 1) // 2) if same else (0, 0)
 
     @property
-    def unpooled(self) -> tuple[int, int]:
+    def unpooled_size(self) -> tuple[int, int]:
         """Height and width before pooling."""
         if self.padding == "SAME":
             return self.height, self.width
         return self.height - self.rows + 1, self.width - self.columns + 1
 
     @property
-    def pooled(self) -> tuple[int, int]:
+    def pooled_size(self) -> tuple[int, int]:
         """Height and width of the result."""
-        height, width = self.unpooled
+        height, width = self.unpooled_size
         return height // self.pool, width // self.pool
 
     @property
-    def windows(self) -> int:
+    def window_count(self) -> int:
         """How many pixels the result has."""
-        return self.batch * math.prod(self.pooled)
+        return self.batch * math.prod(self.pooled_size)
 
     @property
     def depth(self) -> int:
-        """How many products each element before pooling is the sum of."""
+        """How many products are summed for each element before pooling."""
         return self.rows * self.columns * self.channels
 
     @property
     def accumulator(self) -> jnp.dtype:
-        """The dtype that sums are held in."""
+        """The dtype of the sums."""
         return checks.accumulator(self.dtype)
 
 
-def split(index: Any, *sizes: int) -> tuple[Any, ...]:
-    """Return the coordinates of a flat, non-negative index; the first of them has no bound."""
+def split_index(index: Any, *sizes: int) -> tuple[Any, ...]:
+    """Return the coordinates of a flat, non-negative index; the first has no upper bound."""
     coordinates: tuple[Any, ...] = ()
-    for size in reversed(sizes):  # `//` would spend more on negative numbers, which are masked
+    for size in reversed(sizes):  # not `//`: it also handles negative numbers, which costs time
         coordinates = (lax.rem(index, np.int32(size)), *coordinates)
         index = lax.div(index, np.int32(size))
     return index, *coordinates
 
 
-def within(row: Any, column: Any, height: int, width: int) -> Any:
-    """Tell which pixels lie in an image."""
+def lies_within(row: Any, column: Any, height: int, width: int) -> Any:
+    """Tell which pixels lie inside an image of this size."""
     return (row >= 0) & (row < height) & (column >= 0) & (column < width)

@@ -16,7 +16,7 @@ Residuals = tuple[jax.Array, jax.Array, jax.Array | None]
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
-def configs(problem: Problem) -> Sequence[Blocks]:
+def list_configs(problem: Problem) -> Sequence[Blocks]:
     """Return the blocks worth trying, the best guess first."""
     features = max(16, min(64, 1 << (problem.shapes[1][3] - 1).bit_length()))
     if problem.platform != "gpu":  # an interpreter's time goes by the number of programs
@@ -45,7 +45,7 @@ def _has_few_taps(problem: Problem) -> bool:
     return math.prod(problem.shapes[1][:3]) <= pallas_taps.LARGEST_PATCH
 
 
-def refuse(problem: Problem) -> str | None:
+def explain_refusal(problem: Problem) -> str | None:
     """Return why the kernels cannot compute a problem, or None."""
     (x, w, _), dtype = problem.shapes, problem.dtypes[0]
     if dtype not in DTYPES:
@@ -53,12 +53,7 @@ def refuse(problem: Problem) -> str | None:
     if 0 in x:
         return f"its kernel needs at least one pixel, and x is {x}"
     largest = max(math.prod(x), math.prod(x[:3]) * w[3], math.prod(w))
-    if largest >= 2**31:
-        return (
-            "its kernel counts elements in 32 bits, up to 2147483647, and an array of "
-            f"{largest} is needed (use smaller batches)"
-        )
-    return None
+    return masked.explain_too_large(largest)
 
 
 def conv2d(
@@ -72,12 +67,12 @@ def conv2d(
     padding: str,
 ) -> jax.Array:
     """Compute the op of `txcore.kernels.conv2d` on checked operands."""
-    geometry = Geometry.of(x, w, activation, pool, padding)
+    geometry = Geometry.from_shapes(x, w, activation, pool, padding)
     if config.form == "taps" and geometry.depth > pallas_taps.LARGEST_PATCH:
         raise ValueError(
             f"conv2d: the form 'taps' needs at most {pallas_taps.LARGEST_PATCH} elements of the "
-            f"filter for a feature; got {geometry.depth} from w {w.shape}. Pass config=Blocks() of "
-            "the form 'product', or leave config and implementation out."
+            f"filter for a feature, got {geometry.depth} from w {w.shape}: pass config=Blocks() of "
+            "the form 'product', or leave config and implementation out"
         )
     return _conv2d(x, w, b, geometry, config)
 
@@ -94,12 +89,16 @@ def _forward(
 ) -> tuple[jax.Array, Residuals]:
     module = pallas_taps if blocks.form == "taps" else pallas_kernels
     kernel = partial(module.forward, geometry=geometry, blocks=blocks)
-    size = geometry.windows * geometry.features
-    # One byte for each element of the result is all that backward needs of what came before it.
+    size = geometry.window_count * geometry.features
+    # The backward pass needs one byte for each element of the result: which of the pooling
+    # window's elements was chosen, and whether ReLU passed it.
     chosen = [(size, jnp.dtype(jnp.int8))] if geometry.pool > 1 or geometry.relu else []
-    grid = (_ceil(geometry.windows, blocks.pixels), _ceil(geometry.features, blocks.channels))
-    out, *choice = _call(kernel, grid, [(size, x.dtype), *chosen], blocks, x, w, b)
-    out = out.reshape(geometry.batch, *geometry.pooled, geometry.features)
+    grid = (
+        _ceil_div(geometry.window_count, blocks.pixels),
+        _ceil_div(geometry.features, blocks.channels),
+    )
+    out, *choice = _call_kernel(kernel, grid, [(size, x.dtype), *chosen], blocks, x, w, b)
+    out = out.reshape(geometry.batch, *geometry.pooled_size, geometry.features)
     return out, (x, w, choice[0] if choice else None)
 
 
@@ -125,23 +124,23 @@ def _data_gradient(
 ) -> jax.Array:
     kernel = partial(pallas_kernels.data_gradient, geometry=geometry, blocks=blocks)
     pixels = geometry.batch * geometry.height * geometry.width
-    grid = (_ceil(pixels, blocks.pixels), _ceil(geometry.channels, blocks.channels))
+    grid = (_ceil_div(pixels, blocks.pixels), _ceil_div(geometry.channels, blocks.channels))
     size = pixels * geometry.channels
-    (dx,) = _call(kernel, grid, [(size, w.dtype)], blocks, w, *sources)
+    (dx,) = _call_kernel(kernel, grid, [(size, w.dtype)], blocks, w, *sources)
     return dx.reshape(geometry.batch, geometry.height, geometry.width, geometry.channels)
 
 
 def _filter_gradient(
     x: jax.Array, sources: tuple[jax.Array, ...], geometry: Geometry, blocks: Blocks
 ) -> jax.Array:
-    all_steps = _ceil(geometry.windows * geometry.pool**2, blocks.pixels)
-    steps = _ceil(all_steps, min(blocks.splits, all_steps))
-    splits = _ceil(all_steps, steps)
+    all_steps = _ceil_div(geometry.window_count * geometry.pool**2, blocks.pixels)
+    steps = _ceil_div(all_steps, min(blocks.splits, all_steps))
+    splits = _ceil_div(all_steps, steps)
     kernel = partial(pallas_kernels.filter_gradient, geometry=geometry, blocks=blocks, steps=steps)
-    tiles = _ceil(geometry.depth, blocks.depth) * _ceil(geometry.features, blocks.channels)
+    tiles = _ceil_div(geometry.depth, blocks.depth) * _ceil_div(geometry.features, blocks.channels)
     size = splits * geometry.depth * geometry.features
     results = [(size, geometry.accumulator)]
-    (sums,) = _call(kernel, (splits, tiles), results, blocks, x, *sources)
+    (sums,) = _call_kernel(kernel, (splits, tiles), results, blocks, x, *sources)
     total = sums.reshape(splits, -1).sum(0).astype(x.dtype)
     return total.reshape(geometry.rows, geometry.columns, geometry.channels, geometry.features)
 
@@ -149,28 +148,30 @@ def _filter_gradient(
 def _filter_and_bias_gradients(
     x: jax.Array, sources: tuple[jax.Array, ...], geometry: Geometry, blocks: Blocks
 ) -> tuple[jax.Array, jax.Array]:
-    all_steps = max(_ceil(geometry.windows, blocks.windows), 1)
-    steps = _ceil(all_steps, min(blocks.splits, all_steps))
-    splits = _ceil(all_steps, steps)
+    all_steps = max(_ceil_div(geometry.window_count, blocks.windows), 1)
+    steps = _ceil_div(all_steps, min(blocks.splits, all_steps))
+    splits = _ceil_div(all_steps, steps)
     kernel = partial(pallas_taps.filter_gradient, geometry=geometry, blocks=blocks, steps=steps)
-    grid = (splits, geometry.rows, _ceil(geometry.features, blocks.channels))
+    grid = (splits, geometry.rows, _ceil_div(geometry.features, blocks.channels))
     taps = geometry.columns * geometry.channels
     results = [(splits * geometry.rows * (taps + 1) * geometry.features, geometry.accumulator)]
-    (sums,) = _call(kernel, grid, results, blocks, x, *sources)
+    (sums,) = _call_kernel(kernel, grid, results, blocks, x, *sources)
     total = sums.reshape(splits, geometry.rows, taps + 1, geometry.features).sum(0).astype(x.dtype)
     shape = (geometry.rows, geometry.columns, geometry.channels, geometry.features)
     return total[:, :-1].reshape(shape), total[0, -1]
 
 
-def _call(
+def _call_kernel(
     kernel: Callable[..., None],
     grid: tuple[int, ...],
     results: Sequence[tuple[int, jnp.dtype]],
     blocks: Blocks,
     *operands: jax.Array,
 ) -> list[jax.Array]:
-    return masked.call(kernel, grid, results, *operands, warps=blocks.warps, stages=blocks.stages)
+    return masked.call_kernel(
+        kernel, grid, results, *operands, warps=blocks.warps, stages=blocks.stages
+    )
 
 
-def _ceil(size: int, block: int) -> int:
+def _ceil_div(size: int, block: int) -> int:
     return -(-size // block)

@@ -1,8 +1,8 @@
-"""Few input channels: one matrix product over patches that serve a whole pooling window.
+"""The convolution of few input channels: one matrix product over the patches of pooling windows.
 
-The patch of a 2x2 window holds the inputs of its 4 outputs, and the filter is laid into it 4
-times: one product gives them side by side. Without a pool a window is one output. A value that
-is not finite spreads over the windows whose patches hold it.
+The patch of a 2x2 window holds the inputs of its 4 outputs. The filter is placed into it 4 times,
+and one product gives the 4 outputs. Without a pool, a window is one output. A value that is not
+finite spreads over the windows whose patches hold it.
 """
 
 import functools
@@ -15,7 +15,7 @@ from jax import lax
 from txcore.kernels.conv.windows_geometry import Windows
 
 
-def filters(w: jax.Array, at: Windows) -> list[jax.Array]:
+def place_filters(w: jax.Array, at: Windows) -> list[jax.Array]:
     """Return the filter at each of its places in a patch, [patch, out_channels] each."""
     places = [(i, j) for i in range(at.stride) for j in range(at.stride)]
     last = at.stride - 1
@@ -24,8 +24,8 @@ def filters(w: jax.Array, at: Windows) -> list[jax.Array]:
 
 
 def forward(x: jax.Array, placed: Sequence[jax.Array], at: Windows) -> list[jax.Array]:
-    """Return the outputs of every window, row by row, from what `filters` returned."""
-    patches = _patches(x, at)
+    """Return the outputs of every window, row by row, from what `place_filters` returned."""
+    patches = _gather_patches(x, at)
     flat = patches.reshape(-1, patches.shape[3])
     return [(flat @ p).reshape(*patches.shape[:3], p.shape[1]) for p in placed]
 
@@ -37,20 +37,22 @@ def backward(
 
     Args:
       x: the images.
-      placed: what `filters` returned.
+      placed: what `place_filters` returned.
       dy: gradients of the outputs of every window, each [batch, rows, columns, channels].
       at: the windows.
     """
-    patches = _patches(x, at)
+    patches = _gather_patches(x, at)
     flat = patches.reshape(-1, patches.shape[3])
     dy = [d.reshape(-1, d.shape[3]) for d in dy]
     dpatches = functools.reduce(jnp.add, [d @ p.T for d, p in zip(dy, placed, strict=True)])
-    (dx,) = jax.linear_transpose(lambda x: _patches(x, at), x)(dpatches.reshape(patches.shape))
+    (dx,) = jax.linear_transpose(lambda x: _gather_patches(x, at), x)(
+        dpatches.reshape(patches.shape)
+    )
     return dx, [flat.T @ d for d in dy]
 
 
-def _patches(x: jax.Array, at: Windows) -> jax.Array:
-    """Return [batch, rows, columns, patch]."""
+def _gather_patches(x: jax.Array, at: Windows) -> jax.Array:
+    """Return the patch of every window, [batch, rows, columns, patch]."""
     spans = at.stride * (at.rows - 1) + 1, at.stride * (at.columns - 1) + 1
     below = spans[0] + at.height - 1 - at.top - x.shape[1]
     right = spans[1] + at.width - 1 - at.left - x.shape[2]

@@ -1,4 +1,4 @@
-"""The windows that a pool makes of a convolution's output, and what pads the image for them."""
+"""The windows into which a pool divides a convolution's output, and the padding for them."""
 
 from dataclasses import dataclass
 
@@ -30,12 +30,13 @@ def windows_of(
       w: filters.
       padding: "SAME" or "VALID".
       stride: size of a window, 1 or 2.
-      partial: whether an odd last row or column has windows of its own.
+      partial: whether an odd last row or column makes windows of its own.
 
     Returns:
       The windows.
     """
-    whole = Geometry.of(x, w, None, None, padding)
-    rows, columns = ((n + (stride - 1) * partial) // stride for n in whole.unpooled)
+    whole = Geometry.from_shapes(x, w, None, None, padding)
+    extra = stride - 1 if partial else 0
+    rows, columns = ((size + extra) // stride for size in whole.unpooled_size)
     height, width = (size + stride - 1 for size in w.shape[:2])
-    return Windows(stride, rows, columns, height, width, *whole.before)
+    return Windows(stride, rows, columns, height, width, *whole.padding_before)

@@ -1,4 +1,4 @@
-"""The convolution in XLA's own ops, with a VJP that spares what autodiff would recompute."""
+"""The convolution in XLA's own ops, with a VJP that keeps what autodiff would compute again."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -17,24 +17,24 @@ from txcore.kernels.dispatch.problem import Problem
 Form = Literal["direct", "windows", "winograd"]
 
 WINDOWS_PATCH = 64  # the largest patch for which "windows" is worth trying, in elements
-WINOGRAD_CHANNELS = 8  # below, its transforms cost more than its products save
-CHUNK_BYTES = 5 << 19  # what the products of some images may take, to stay in a core's caches
+WINOGRAD_CHANNELS = 8  # with fewer, its transforms cost more than it saves
+CHUNK_BYTES = 5 << 19  # the most that a chunk's products may take, to stay in a core's caches
 
 
 @dataclass(frozen=True)
 class Config:
-    """Say how the convolution's products are made.
+    """Hold how the convolution's products are computed.
 
     Args:
       form: "direct" is XLA's convolution, "windows" one product over patches (few input
-        channels), "winograd" 16 products for 36 (3x3 filters).
-      on_cpu: whether to go around what XLA's CPU compiler is slow at: products of halves,
-        sums over rows, comparisons of bytes, and values computed anew in each of their users.
-      images: how many images at a time, in a loop; None for the whole batch at once. XLA's CPU
-        compiler runs its own convolution ("direct") ten times slower inside a loop.
+        channels), "winograd" 16 products instead of 36 (3x3 filters).
+      on_cpu: whether to avoid what XLA's CPU compiler is slow at: products in half precision,
+        sums over rows, comparisons of bytes, and values computed again in each of their users.
+      images: how many images at a time, in a loop; None for the whole batch at once. XLA:CPU runs
+        its own convolution ("direct") ten times slower inside a loop.
 
     Raises:
-      ValueError: `images` is no count.
+      ValueError: `images` is not a count.
 
     Example:
       >>> from txcore.kernels.conv.xla import Config
@@ -49,12 +49,12 @@ class Config:
     def __post_init__(self) -> None:
         if self.images is not None and (not isinstance(self.images, int) or self.images < 1):
             raise ValueError(
-                "conv2d: images of Config must be an integer of at least 1, or None for the whole "
-                f"batch at once; got {self.images!r}."
+                "conv2d: images of Config needs an integer of at least 1, got "
+                f"{self.images!r}: pass None for the whole batch at once"
             )
 
 
-def configs(problem: Problem) -> list[Config]:
+def list_configs(problem: Problem) -> list[Config]:
     """Return the configurations worth trying, the best guess first."""
     if problem.platform != "cpu":
         return [Config()]
@@ -64,7 +64,7 @@ def configs(problem: Problem) -> list[Config]:
     if size == [3, 3] and min(inputs, outputs) >= WINOGRAD_CHANNELS:
         tiles = -(-rows // 2) * -(-columns // 2)
         return [*_in_chunks("winograd", tiles * 16 * (inputs + outputs), problem), direct]
-    window = problem.option("pool") or 1
+    window = problem.get_option("pool") or 1
     patch = (size[0] + window - 1) * (size[1] + window - 1) * inputs
     if (size[0] + 1) * (size[1] + 1) * inputs <= WINDOWS_PATCH:
         windows = (rows // window) * (columns // window)
@@ -74,7 +74,7 @@ def configs(problem: Problem) -> list[Config]:
 
 
 def _in_chunks(form: Form, elements: int, problem: Problem) -> list[Config]:
-    """Return a form with as many images at a time as the caches hold, and with all at once."""
+    """Return a form with as many images at a time as fit the caches, and with all at once."""
     size = checks.accumulator(jnp.dtype(problem.dtypes[0])).itemsize * elements
     images = 1 << max((CHUNK_BYTES // max(size, 1)).bit_length() - 1, 0)
     return [Config(form, True, images), Config(form, True)]
@@ -93,8 +93,8 @@ def conv2d(
     """Compute the op of `txcore.kernels.conv2d` on checked operands."""
     if config.form == "winograd" and w.shape[:2] != (3, 3):
         raise ValueError(
-            f"conv2d: the form 'winograd' needs a 3x3 filter; got w {w.shape}. Pass "
-            "config=Config('direct') or 'windows', or leave config and implementation out."
+            f"conv2d: the form 'winograd' needs a 3x3 filter, got w {w.shape}: pass "
+            "config=Config('direct') or 'windows', or leave config and implementation out"
         )
     return _conv2d(x, w, b, _Fixed(activation, pool, padding, config))
 
@@ -115,46 +115,47 @@ def _conv2d(x: jax.Array, w: jax.Array, b: jax.Array, fixed: _Fixed) -> jax.Arra
 
 def _forward(x: jax.Array, w: jax.Array, b: jax.Array, fixed: _Fixed) -> tuple[jax.Array, Any]:
     activation, pool, _, config = fixed
-    filters = _filters(x, w, fixed)
+    filters = _prepare_filters(x, w, fixed)
 
-    def some(x: jax.Array) -> tuple[tuple[jax.Array, jax.Array | None], None]:
-        outputs = _products(_wide(config, x), w, filters, fixed)
-        # The maximum of y + b is (the maximum of y) + b, also when rounded: a quarter of the work.
-        top = pooling.maximum(outputs) if pool else outputs[0]
-        out = top + checks.lift(b.astype(top.dtype), top)
+    def run_images(x: jax.Array) -> tuple[tuple[jax.Array, jax.Array | None], None]:
+        outputs = _compute_outputs(_widen_on_cpu(config, x), w, filters, fixed)
+        # The maximum of y + b is (the maximum of y) + b, rounded or not, with a quarter of the
+        # additions.
+        top = pooling.max_of_windows(outputs) if pool else outputs[0]
+        out = top + checks.lift_rank(b.astype(top.dtype), top)
         passed = None
         if activation == "relu":
             out = jnp.maximum(out, 0)
-            out = _once(out) if config.on_cpu else out
+            out = _compute_once(out) if config.on_cpu else out
             passed = out > 0
         place = None
         if pool:
             dtype = top.dtype if config.on_cpu else jnp.dtype(jnp.int8)
-            place = pooling.places(outputs, top, passed, dtype)
-            place = _once(place) if config.on_cpu else place
+            place = pooling.argmax_of_windows(outputs, top, passed, dtype)
+            place = _compute_once(place) if config.on_cpu else place
         return (out.astype(x.dtype), place), None
 
-    (out, place), _ = chunks.run(some, config.images, None, x)
+    (out, place), _ = chunks.run_chunks(run_images, config.images, None, x)
     return out, (x, w, b, place, out if activation and not pool else None)
 
 
 def _backward(fixed: _Fixed, kept: Any, g: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     x, w, b, place, out = kept
     config = fixed.config
-    filters, transpose = jax.vjp(lambda w: _filters(x, w, fixed), w)
+    filters, transpose = jax.vjp(lambda w: _prepare_filters(x, w, fixed), w)
 
-    def some(
+    def run_images(
         x: jax.Array, place: jax.Array | None, out: jax.Array | None, g: jax.Array
     ) -> tuple[jax.Array, tuple[Any, jax.Array]]:
         if out is not None:
             g = jnp.where(out > 0, g, 0)
-        wide, g = _wide(config, x), _wide(config, g)
+        wide, g = _widen_on_cpu(config, x), _widen_on_cpu(config, g)
         db = _sum_rows(g if place is None else jnp.where(place == pooling.NO_PLACE, 0, g), config)
         dx, dfilters = _product_gradients(wide, w, filters, place, g, fixed)
         return dx.astype(x.dtype), (dfilters, db)
 
     zeros = jax.tree.map(jnp.zeros_like, filters), jnp.zeros(b.shape, checks.accumulator(g.dtype))
-    dx, (dfilters, db) = chunks.run(some, config.images, zeros, x, place, out, g)
+    dx, (dfilters, db) = chunks.run_chunks(run_images, config.images, zeros, x, place, out, g)
     (dw,) = transpose(dfilters)
     return dx, dw, db.astype(b.dtype)
 
@@ -162,32 +163,36 @@ def _backward(fixed: _Fixed, kept: Any, g: jax.Array) -> tuple[jax.Array, jax.Ar
 _conv2d.defvjp(_forward, _backward)
 
 
-def _filters(x: jax.Array, w: jax.Array, fixed: _Fixed) -> Any:
-    """Return w as the form multiplies by it: made once, not for every chunk."""
-    w = _wide(fixed.config, w)
+def _prepare_filters(x: jax.Array, w: jax.Array, fixed: _Fixed) -> Any:
+    """Return w as the form multiplies by it, computed once for all chunks."""
+    w = _widen_on_cpu(fixed.config, w)
     if fixed.config.form == "winograd":
-        return winograd.filters(w)
-    return windows.filters(w, _at(x, w, fixed)) if fixed.config.form == "windows" else w
+        return winograd.transform_filters(w)
+    return (
+        windows.place_filters(w, _windows_of_form(x, w, fixed))
+        if fixed.config.form == "windows"
+        else w
+    )
 
 
-def _at(x: jax.Array, w: jax.Array, fixed: _Fixed) -> Windows:
+def _windows_of_form(x: jax.Array, w: jax.Array, fixed: _Fixed) -> Windows:
     """Return the windows of a form other than "direct"."""
     if fixed.config.form == "winograd":
         return windows_of(x, w, fixed.padding, 2, partial=not fixed.pool)
     return windows_of(x, w, fixed.padding, fixed.pool or 1)
 
 
-def _products(x: jax.Array, w: jax.Array, filters: Any, fixed: _Fixed) -> list[jax.Array]:
-    """Return the outputs, as four arrays where they are pooled."""
+def _compute_outputs(x: jax.Array, w: jax.Array, filters: Any, fixed: _Fixed) -> list[jax.Array]:
+    """Return the outputs: four arrays of windows' elements with a pool, one array without."""
     form, pool, padding = fixed.config.form, fixed.pool, fixed.padding
     if form == "direct":
-        y = _convolve(x, filters, padding, checks.accumulator(x.dtype))
-        return pooling.corners(y) if pool else [y]
-    at = _at(x, w, fixed)
+        y = _convolve_directly(x, filters, padding, checks.accumulator(x.dtype))
+        return pooling.split_windows(y) if pool else [y]
+    at = _windows_of_form(x, w, fixed)
     if form == "windows":
         return windows.forward(x, filters, at)
     tiles = winograd.forward(x, filters, at)
-    return tiles if pool else [pooling.interleave(tiles, *_size(x, w, padding))]
+    return tiles if pool else [pooling.join_windows(tiles, *_unpooled_size(x, w, padding))]
 
 
 def _product_gradients(
@@ -200,29 +205,36 @@ def _product_gradients(
 ) -> tuple[jax.Array, Any]:
     """Return the gradients of x and of the filters.
 
-    What the forms make of x is made again: XLA finds the copy that it has, except beyond a loop.
+    The forms transform x again here. XLA reuses the transform of the forward pass, except where a
+    loop lies between.
     """
     form, padding = fixed.config.form, fixed.padding
     if form == "direct":
-        _, transpose = jax.vjp(lambda x, w: _convolve(x, w, padding), x, filters)
-        full = g if place is None else pooling.unpool(place, g, *_size(x, w, padding))
+        _, transpose = jax.vjp(lambda x, w: _convolve_directly(x, w, padding), x, filters)
+        full = (
+            g
+            if place is None
+            else pooling.scatter_to_image(place, g, *_unpooled_size(x, w, padding))
+        )
         dx, dw = transpose(full)
         return dx, dw
-    at = _at(x, w, fixed)
+    at = _windows_of_form(x, w, fixed)
     if form == "windows":
-        return windows.backward(x, filters, [g] if place is None else pooling.apart(place, g), at)
+        return windows.backward(
+            x, filters, [g] if place is None else pooling.scatter_to_corners(place, g), at
+        )
     if place is None:
         odd = [(0, 0), (0, 2 * at.rows - g.shape[1]), (0, 2 * at.columns - g.shape[2]), (0, 0)]
-        return winograd.backward(x, filters, pooling.corners(jnp.pad(g, odd)), at)
-    return winograd.backward(x, filters, pooling.apart(place, g), at)
+        return winograd.backward(x, filters, pooling.split_windows(jnp.pad(g, odd)), at)
+    return winograd.backward(x, filters, pooling.scatter_to_corners(place, g), at)
 
 
-def _size(x: jax.Array, w: jax.Array, padding: str) -> tuple[int, int]:
+def _unpooled_size(x: jax.Array, w: jax.Array, padding: str) -> tuple[int, int]:
     """Return height and width before pooling."""
-    return Geometry.of(x, w, None, None, padding).unpooled
+    return Geometry.from_shapes(x, w, None, None, padding).unpooled_size
 
 
-def _convolve(
+def _convolve_directly(
     x: jax.Array, w: jax.Array, padding: str, out_dtype: jnp.dtype | None = None
 ) -> jax.Array:
     return lax.conv_general_dilated(
@@ -235,8 +247,8 @@ def _convolve(
     )
 
 
-def _wide(config: Config, array: jax.Array) -> jax.Array:
-    """Return an array in the dtype to multiply in."""
+def _widen_on_cpu(config: Config, array: jax.Array) -> jax.Array:
+    """Return an array in the dtype to multiply in: float32 or wider on CPU."""
     return array.astype(checks.accumulator(array.dtype)) if config.on_cpu else array
 
 
@@ -245,17 +257,18 @@ def _sum_rows(g: jax.Array, config: Config) -> jax.Array:
     dtype = checks.accumulator(g.dtype)
     if not config.on_cpu:
         return jnp.sum(g, (0, 1, 2), dtype=dtype)
-    # Each image row by a product: of all rows at once it would round five times as much.
+    # One product for each image row: a single product over all rows has five times the error.
     rows = g.reshape(-1, g.shape[2], g.shape[3])
     ones = jnp.ones((rows.shape[0], 1, rows.shape[1]), dtype)
     return jnp.sum(jnp.matmul(ones, rows, precision="highest"), (0, 1))
 
 
-def _once(x: jax.Array) -> jax.Array:
-    """Return x, as something that XLA does not compute anew inside each of its users.
+def _compute_once(x: jax.Array) -> jax.Array:
+    """Return x in a form that XLA does not compute again inside each of its users.
 
-    Fused into them it would read all the windows each time, and be addressed through the users'
-    reshapes. A division by ones is exact and is not repeated; XLA must not know that they are.
+    Fused into them, it would read all the windows each time, through the users' reshapes. XLA
+    does not repeat a division, and a division by ones is exact. It must not know that they are
+    ones, or it would remove it: so they are made of x's own bits.
     """
     bits = lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
     return x / jnp.minimum(jnp.maximum(bits, 1), 1).astype(x.dtype)

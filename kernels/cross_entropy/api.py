@@ -15,8 +15,10 @@ from txcore.kernels.cross_entropy.pallas_rows import LossRuns
 from txcore.kernels.dispatch import registry
 
 KERNELS: registry.Kernels = {
-    "xla": registry.Kernel(xla.cross_entropy, xla.configs),
-    "pallas": registry.Kernel(pallas_rows.cross_entropy, pallas_rows.configs, pallas_rows.refuse),
+    "xla": registry.Kernel(xla.cross_entropy, xla.list_configs),
+    "pallas": registry.Kernel(
+        pallas_rows.cross_entropy, pallas_rows.list_configs, pallas_rows.explain_refusal
+    ),
 }
 
 
@@ -36,20 +38,21 @@ def cross_entropy(
         loss = (1 - s) * nll(label) + s / K * sum over the classes k of nll(k),
         nll(k) = -log softmax(logits)[k]
 
-    Logits of -inf rule classes out: their probability and (without smoothing) their gradient
-    are 0. With smoothing their part of the loss is infinite, and so is the loss.
+    A logit of -inf rules its class out: the probability is 0, and so is the gradient without
+    smoothing. With smoothing the loss is infinite.
 
-    Many classes are looked at in blocks, once for the losses and once for the gradient, so that
-    neither probabilities nor half-precision logits are ever held in float32 as a whole. A block's
-    sums combine with the others' as in Milakov & Gimelshein 2018,
+    Many classes are read in blocks, once for the losses and once for the gradient, so that
+    neither the probabilities nor half-precision logits are ever held in float32 as a whole. The
+    sums of the blocks combine as in Milakov & Gimelshein 2018,
     https://arxiv.org/abs/1805.02867. `linear_cross_entropy` does not even hold the logits.
 
-    A label outside [0, classes), a negative one too, gives NaN, in the loss and in the gradient of
-    its example: it cannot be refused, since labels are known only when the program runs. (optax
-    takes -1 for the last class, and gives to the NaN of other labels a finite gradient.)
+    A label outside [0, classes), such as a negative one, makes NaN of the loss and of the gradient
+    of its example. It cannot be refused, since labels are known only when the program runs.
+    (optax takes -1 for the last class, and for other such labels returns NaN with a finite
+    gradient.)
 
-    A row whose loss does not count, its cotangent being 0, has a gradient of 0, whatever its label
-    is. Its logits must be finite, or -inf, as anywhere in jax: 0 * NaN is NaN. Mask by
+    A row whose loss does not count (its cotangent is 0) has a gradient of 0, whatever its label
+    is. Its logits must be finite or -inf, since 0 * NaN is NaN. Mask by
     `jnp.where(mask, losses, 0)` or `tx.example_mean(losses, mask)`, not by a product, whose value
     would be NaN. PyTorch's ignore_index=-100 is the mask `labels != -100`.
 
@@ -80,16 +83,16 @@ def cross_entropy(
       >>> [round(float(loss), 4) for loss in losses]
       [2.3026, 2.3026]
     """
-    (logits,) = checks.float_arrays("cross_entropy", logits=logits)
+    (logits,) = checks.require_floats("cross_entropy", logits=logits)
     labels = class_indices("cross_entropy", labels)
     smoothing = smoothing_weight("cross_entropy", label_smoothing)
     if logits.ndim < 1 or logits.shape[:-1] != labels.shape or logits.shape[-1] == 0:
         raise ValueError(
-            "cross_entropy: logits must have the dims (..., classes) with at least one class, "
-            f"and labels the same dims without classes; got logits {logits.shape}, labels "
-            f"{labels.shape}. Pass one class index for each row of logits."
+            "cross_entropy: logits needs the dims (..., classes) with at least one class, and "
+            f"labels the same dims without classes, got logits {logits.shape}, labels "
+            f"{labels.shape}: pass one class index for each row of logits"
         )
-    return registry.run(
+    return registry.run_op(
         "cross_entropy",
         KERNELS,
         *varying.match_varying(logits, labels),
@@ -104,8 +107,8 @@ def class_indices(op: str, labels: ArrayLike) -> jax.Array:
     labels = jnp.asarray(labels)
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         raise TypeError(
-            f"{op}: labels must have an integer dtype; got {labels.dtype}. "
-            "Pass the class index, not a one-hot row (jnp.argmax(labels, -1) gives it)."
+            f"{op}: labels needs an integer dtype, got {labels.dtype}: "
+            "pass the class index, not a one-hot row (jnp.argmax(labels, -1) gives it)"
         )
     return labels.astype(jnp.int32) if labels.dtype.itemsize < 4 else labels
 
@@ -114,7 +117,7 @@ def smoothing_weight(op: str, value: Any) -> float:
     """Return label_smoothing as a float, or refuse it."""
     if not isinstance(value, int | float | np.floating) or not 0 <= value <= 1:
         raise ValueError(
-            f"{op}: label_smoothing must be a Python number in [0, 1], known when the program is "
-            f"traced; got {value!r}. Pass 0.1, say, or leave it out for none."
+            f"{op}: label_smoothing needs a Python number in [0, 1], known when the program is "
+            f"traced, got {value!r}: pass 0.1, say, or leave it out for none"
         )
     return float(value)

@@ -1,4 +1,4 @@
-"""How many classes, and how many rows, are looked at at a time."""
+"""The blocks of classes and rows that the losses are computed by."""
 
 from dataclasses import dataclass
 
@@ -13,15 +13,15 @@ class ClassBlocks:
     """Configure implementation="xla" of the losses.
 
     Args:
-      classes: how many classes are looked at at a time; as many as there are, or more, for all
-        at once. It is evened out, so that no block is much smaller than the others.
+      classes: how many classes are read at a time; all of them, or more, for one block. The
+        blocks are made even, so that none is much smaller than the others.
     """
 
     classes: int
 
     def __post_init__(self) -> None:
         if self.classes < 1:
-            raise ValueError(f"ClassBlocks: classes must be at least 1; got {self.classes!r}.")
+            raise ValueError(f"ClassBlocks: classes needs at least 1, got {self.classes!r}")
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,11 @@ class LossTiles:
     """Configure implementation="pallas" of the losses.
 
     Args:
-      rows: of the tile of logits that one program computes with, a power of two from 16.
-      classes: the tile's columns, a power of two from 16.
+      rows: rows of the tile of logits that one program computes, a power of two from 16.
+      classes: columns of that tile, a power of two from 16.
       features: how many of a linear layer's features are loaded at once, a power of two from 16.
-      block: how many classes' gradients are held at a time behind a linear layer.
-      warps: of a GPU's program.
+      block: how many classes have their gradients held at a time, for a linear layer.
+      warps: of a program on a GPU.
     """
 
     rows: int
@@ -46,21 +46,21 @@ class LossTiles:
         tile = (self.rows, self.classes, self.features)
         if any(size < 16 or size & (size - 1) for size in tile) or min(self.block, self.warps) < 1:
             raise ValueError(
-                "LossTiles: rows, classes and features must be powers of two from 16, and block "
-                f"and warps at least 1; got {self}."
+                "LossTiles: rows, classes and features need powers of two from 16, and block and "
+                f"warps at least 1, got {self}"
             )
 
 
 @dataclass(frozen=True)
 class Cut:
-    """Cut a dim into blocks of one size: the last is moved back to end where the dim ends."""
+    """Cut a dim into blocks of one size; the last block is moved back to end with the dim."""
 
     length: int
     size: int  # at most length
 
     @staticmethod
-    def evenly(length: int, size: int) -> "Cut":
-        """Cut into as few blocks of at most `size` as there can be, hardly overlapping."""
+    def into_even_blocks(length: int, size: int) -> "Cut":
+        """Cut into the fewest blocks of at most `size`, with the least overlap."""
         count = -(-length // size)
         return Cut(length, -(-length // count))
 
@@ -71,26 +71,26 @@ class Cut:
 
     @property
     def fresh(self) -> np.ndarray:
-        """How many elements each block has that no earlier block had."""
+        """How many elements of each block are in no earlier block."""
         return np.minimum(self.size, self.length - np.arange(self.count) * self.size)
 
-    def start(self, block: jax.Array | int) -> jax.Array:
+    def start_of(self, block: jax.Array | int) -> jax.Array:
         """Return where a block starts."""
         return lax.min(jnp.int32(block) * self.size, jnp.int32(self.length - self.size))
 
-    def slice(self, x: jax.Array, block: jax.Array | int) -> jax.Array:
+    def slice_block(self, x: jax.Array, block: jax.Array | int) -> jax.Array:
         """Return a block of x's last dim."""
         if self.count == 1:
             return x
-        return lax.dynamic_slice_in_dim(x, self.start(block), self.size, axis=-1)
+        return lax.dynamic_slice_in_dim(x, self.start_of(block), self.size, axis=-1)
 
-    def update(self, x: jax.Array, part: jax.Array, block: jax.Array | int) -> jax.Array:
+    def replace_block(self, x: jax.Array, part: jax.Array, block: jax.Array | int) -> jax.Array:
         """Return x with a block of its last dim replaced."""
-        return lax.dynamic_update_slice_in_dim(x, part, self.start(block), axis=-1)
+        return lax.dynamic_update_slice_in_dim(x, part, self.start_of(block), axis=-1)
 
     def is_fresh(self, block: jax.Array | int) -> jax.Array | None:
-        """Tell which elements of a block no earlier block had; None where all are fresh."""
+        """Tell which elements of a block are in no earlier block; None where all of them are."""
         if self.length == self.count * self.size:
             return None
-        overlap = jnp.int32(block) * self.size - self.start(block)
+        overlap = jnp.int32(block) * self.size - self.start_of(block)
         return lax.iota(jnp.int32, self.size) >= overlap

@@ -1,8 +1,8 @@
 """The mathematics of the losses, by blocks of classes.
 
-What is known of a block of a row's scores combines with what is known of others in any order:
-the online normalizer of Milakov & Gimelshein 2018, https://arxiv.org/abs/1805.02867. Scores are
-only ever compared with the largest one, so that none overflows.
+The statistics of the blocks of a row's scores combine in any order: the online normalizer of
+Milakov & Gimelshein 2018, https://arxiv.org/abs/1805.02867. Every exponential is of a score minus
+the largest one, so that none overflows.
 """
 
 from typing import NamedTuple
@@ -16,7 +16,7 @@ from txcore.kernels.common import checks
 
 
 class Stats(NamedTuple):
-    """Hold what is known of some classes' scores, for each row."""
+    """Hold the statistics of some classes' scores, for each row."""
 
     top: jax.Array  # the largest score
     total: jax.Array  # the sum of exp(score - top)
@@ -27,21 +27,21 @@ class Stats(NamedTuple):
 class Normalizer(NamedTuple):
     """Hold what turns a row's scores into log-probabilities: score - top - log_total."""
 
-    # Not as their sum: next to a large `top` that would lose the digits of log_total.
+    # Kept apart, since the sum would lose the digits of log_total beside a large `top`.
     top: jax.Array
     log_total: jax.Array
 
 
 def is_label(labels: jax.Array, start: jax.Array | int, size: int) -> jax.Array:
-    """Tell which of `size` classes from `start` on is each row's label."""
+    """Tell for each of the `size` classes from `start` on whether it is the row's label."""
     classes = lax.broadcasted_iota(labels.dtype, (*labels.shape, size), labels.ndim)
     return classes + jnp.asarray(start, labels.dtype) == labels[..., None]
 
 
-def stats(
+def block_stats(
     scores: jax.Array, chosen: jax.Array, counted: jax.Array | None, smoothing: float
 ) -> Stats:
-    """Return what is known of one block of scores.
+    """Compute the statistics of one block of scores.
 
     Args:
       scores: shape (..., classes of the block).
@@ -50,10 +50,10 @@ def stats(
       smoothing: the weight of the uniform distribution.
     """
     if counted is not None:
-        counted = checks.lift(counted, scores)
+        counted = checks.lift_rank(counted, scores)
         chosen &= counted
         scores = jnp.where(counted, scores, -jnp.inf)
-    # Never -inf, which would make NaN of a block whose classes are all ruled out.
+    # At least the least finite number: with -inf, a block whose classes are all ruled out is NaN.
     top = jnp.maximum(jnp.max(scores, -1), jnp.finfo(scores.dtype).min)
     shifted = scores - top[..., None]
     lag = None
@@ -63,12 +63,12 @@ def stats(
     return Stats(top, jnp.sum(jnp.exp(shifted), -1), label, lag)
 
 
-def combine(parts: Stats, counts: np.ndarray) -> Stats:
-    """Return what is known of all classes.
+def combine_stats(parts: Stats, counts: np.ndarray) -> Stats:
+    """Combine the statistics of all blocks.
 
     Args:
-      parts: what is known of each block, stacked along a new first dim.
-      counts: the number of classes that were counted in each block.
+      parts: the statistics of each block, stacked along a new first dim.
+      counts: the number of classes counted in each block.
     """
     top = jnp.max(parts.top, 0)
     rise = top[None] - parts.top
@@ -80,21 +80,21 @@ def combine(parts: Stats, counts: np.ndarray) -> Stats:
     return Stats(top, total, jnp.sum(parts.label, 0), lag)
 
 
-def losses(
+def compute_losses(
     known: Stats, labels: jax.Array, classes: int, smoothing: float
 ) -> tuple[jax.Array, Normalizer]:
-    """Return each row's loss, NaN for a label that is no class, and its normalizer."""
+    """Return each row's loss, NaN for a label that is not a class, and its normalizer."""
     log_total = jnp.log(known.total)
     log_total = jnp.where((labels >= 0) & (labels < classes), log_total, jnp.nan)
     loss = log_total
-    if smoothing < 1:  # 0 times the score of a class that is ruled out would be NaN
+    if smoothing < 1:  # with 1 the term is 0 times a score, NaN for a class that is ruled out
         loss += (1 - smoothing) * (known.top - known.label)
     if known.lag is not None:
         loss += smoothing / classes * known.lag
     return loss, Normalizer(known.top, log_total)
 
 
-def gradient(
+def block_gradient(
     scores: jax.Array,
     chosen: jax.Array,
     normalizer: Normalizer,
@@ -104,10 +104,11 @@ def gradient(
 ) -> jax.Array:
     """Return the gradient of a block of scores, given the cotangent g of the rows' losses.
 
-    A row whose loss does not count (its cotangent is 0) has a gradient of 0, its label no class or
-    not: 0 times the NaN of such a loss would be NaN, and spread to all weights.
+    A row whose loss does not count (its cotangent is 0) has a gradient of 0 even if its label is
+    not a class: 0 times the NaN of such a loss would be NaN, and spread to all weights.
     """
-    log_total = jnp.where(g != 0, normalizer.log_total, jnp.inf)  # by rows: it costs no time
+    # Masked here, where it is one number for each row, rather than in the block of scores.
+    log_total = jnp.where(g != 0, normalizer.log_total, jnp.inf)
     probability = jnp.exp(scores - normalizer.top[..., None] - log_total[..., None])
     wanted = jnp.where(chosen, 1 - smoothing + smoothing / classes, smoothing / classes)
     return (probability - wanted.astype(scores.dtype)) * g[..., None]

@@ -1,7 +1,7 @@
-"""The loss in Pallas kernels over tiles of scores that a linear layer makes.
+"""The loss in Pallas kernels over tiles of a linear layer's scores.
 
-Each program knows one tile of scores. What it finds out for the losses is combined outside, so
-that no program waits for another one.
+Each program computes the statistics of one tile. They are combined outside of the kernel, so that
+no program waits for another.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,11 +24,11 @@ class Source:
     """Hold where the scores come from.
 
     Attributes:
-      shape: (rows, classes).
-      tile: the same of a tile.
-      operands: what a program reads them from.
-      read: returns a tile of them, given a reference to each operand's block.
-      warps: of a GPU's program.
+      shape: (rows, classes) of all scores.
+      tile: (rows, classes) of one tile.
+      operands: the arrays that a program computes its scores from.
+      read: returns a tile of scores, given a reference to each operand's block.
+      warps: of a program on a GPU.
     """
 
     shape: tuple[int, int]
@@ -46,15 +46,15 @@ class Source:
         return rows, classes
 
 
-def configs(problem: Problem) -> Sequence[LossTiles]:
+def list_configs(problem: Problem) -> Sequence[LossTiles]:
     """Return the tiles worth trying, the best guess first."""
     if problem.platform != "gpu":  # an interpreter's time goes by the number of programs
         return LossTiles(512, 1024, features=1024), LossTiles(64, 256, features=64, block=1024)
     return LossTiles(16, 512), LossTiles(64, 64), LossTiles(64, 128, warps=8)
 
 
-def stats(source: Source, labels: jax.Array, smoothing: float) -> online.Stats:
-    """Return what the losses need to know of all scores."""
+def compute_stats(source: Source, labels: jax.Array, smoothing: float) -> online.Stats:
+    """Compute the statistics of all scores."""
     from jax.experimental import pallas as pl
 
     (count, classes), (rows, columns), (height, width) = source.shape, source.tile, source.grid
@@ -67,25 +67,25 @@ def stats(source: Source, labels: jax.Array, smoothing: float) -> online.Stats:
         counted = None
         if classes % columns:
             counted = start + jax.lax.broadcasted_iota(jnp.int32, (1, columns), 1) < classes
-        known = online.stats(source.read(*in_refs), chosen, counted, smoothing)
+        known = online.block_stats(source.read(*in_refs), chosen, counted, smoothing)
         for ref, part in zip(out_refs, jax.tree.leaves(known), strict=True):
             ref[...] = part[:, None]
 
     result = ((height * rows, width), dtype, ((rows, 1), lambda i, j: (i, j)))
-    parts = pallas_tiles.call(
+    parts = pallas_tiles.call_kernel(
         kernel,
         (height, width),
-        [_column(labels, rows), *source.operands],
+        [_column_operand(labels, rows), *source.operands],
         [result] * (4 if smoothing else 3),
         warps=source.warps,
     )
     top, total, label, *lag = (part[:count].T for part in parts)
-    return online.combine(
+    return online.combine_stats(
         online.Stats(top, total, label, lag[0] if lag else None), Cut(classes, columns).fresh
     )
 
 
-def gradient(
+def compute_gradient(
     source: Source,
     labels: jax.Array,
     normalizer: online.Normalizer,
@@ -94,7 +94,7 @@ def gradient(
     smoothing: float,
     dtype: jnp.dtype,
 ) -> jax.Array:
-    """Return the gradient of the scores of a source, which may be a block of all classes."""
+    """Return the gradient of a source's scores; the source may be a block of all `classes`."""
     from jax.experimental import pallas as pl
 
     (rows, columns), (height, width) = source.tile, source.grid
@@ -103,7 +103,7 @@ def gradient(
         *in_refs, out_ref = refs
         row_labels, top, log_total, row_g = (ref[:, 0] for ref in in_refs[:4])
         chosen = online.is_label(row_labels, pl.program_id(1) * columns, columns)
-        out_ref[...] = online.gradient(
+        out_ref[...] = online.block_gradient(
             source.read(*in_refs[4:]),
             chosen,
             online.Normalizer(top, log_total),
@@ -112,15 +112,15 @@ def gradient(
             smoothing,
         ).astype(dtype)
 
-    (out,) = pallas_tiles.call(
+    (out,) = pallas_tiles.call_kernel(
         kernel,
         (height, width),
-        [*(_column(side, rows) for side in (labels, *normalizer, g)), *source.operands],
+        [*(_column_operand(side, rows) for side in (labels, *normalizer, g)), *source.operands],
         [((height * rows, width * columns), dtype, ((rows, columns), lambda i, j: (i, j)))],
         warps=source.warps,
     )
     return out[: source.shape[0], : source.shape[1]]
 
 
-def _column(vector: jax.Array, rows: int) -> Operand:
-    return pallas_tiles.pad(vector[:, None], rows, 1), pallas_tiles.column(rows)
+def _column_operand(vector: jax.Array, rows: int) -> Operand:
+    return pallas_tiles.pad_to_blocks(vector[:, None], rows, 1), pallas_tiles.column_spec(rows)

@@ -1,8 +1,8 @@
 """The loss of logits in Pallas kernels that go along the rows: interpreted, or on a GPU.
 
-The losses' kernel reads each row once: every thread keeps the largest of its own scores and their
-sum (the online normalizer), and the threads are combined at the row's end alone. The gradient's
-kernel reads the row again and writes. Nothing is padded: a row's odd end is masked.
+The losses' kernel reads each row once. Every thread keeps the largest of its own scores and their
+sum of exponentials (the online normalizer); the threads are combined once, at the row's end. The
+gradient's kernel reads the row again and writes. Nothing is padded: a row's odd end is masked.
 """
 
 from collections.abc import Sequence
@@ -28,9 +28,9 @@ class LossRuns:
     """Configure implementation="pallas" of `cross_entropy`.
 
     Args:
-      classes: how many of a row's classes a program looks at at a time, a power of two from 16.
+      classes: how many of a row's classes a program reads at a time, a power of two from 16.
       programs: among how many programs a row is divided for the losses.
-      warps: of a GPU's program.
+      warps: of a program on a GPU.
     """
 
     classes: int
@@ -44,12 +44,12 @@ class LossRuns:
             or min(self.programs, self.warps) < 1
         ):
             raise ValueError(
-                "LossRuns: classes must be a power of two from 16, and programs and warps at least "
-                f"1; got {self}."
+                "LossRuns: classes needs a power of two from 16, and programs and warps at least "
+                f"1, got {self}"
             )
 
 
-def configs(problem: Problem) -> Sequence[LossRuns]:
+def list_configs(problem: Problem) -> Sequence[LossRuns]:
     """Return the runs worth trying, the best guess first."""
     classes = problem.shapes[0][-1]
     largest = max(16, 1 << max(classes - 1, 0).bit_length())
@@ -60,9 +60,9 @@ def configs(problem: Problem) -> Sequence[LossRuns]:
     return list(dict.fromkeys(made))
 
 
-def refuse(problem: Problem) -> str | None:
+def explain_refusal(problem: Problem) -> str | None:
     """Return why the kernels cannot compute a problem, or None."""
-    return masked.too_large(int(np.prod(problem.shapes[0], dtype=np.int64)))
+    return masked.explain_too_large(int(np.prod(problem.shapes[0], dtype=np.int64)))
 
 
 def cross_entropy(
@@ -84,8 +84,8 @@ def _cross_entropy(
 def _forward(
     logits: jax.Array, labels: jax.Array, config: LossRuns, smoothing: float
 ) -> tuple[jax.Array, Residuals]:
-    known = _stats(logits, labels, config, smoothing)
-    loss, normalizer = online.losses(known, labels, logits.shape[1], smoothing)
+    known = _compute_stats(logits, labels, config, smoothing)
+    loss, normalizer = online.compute_losses(known, labels, logits.shape[1], smoothing)
     return loss, (logits, labels, normalizer)
 
 
@@ -93,16 +93,16 @@ def _backward(
     config: LossRuns, smoothing: float, residuals: Residuals, g: jax.Array
 ) -> tuple[jax.Array, None]:
     logits, labels, normalizer = residuals
-    return _gradient(logits, labels, normalizer, g, config, smoothing), None
+    return _compute_gradient(logits, labels, normalizer, g, config, smoothing), None
 
 
 _cross_entropy.defvjp(_forward, _backward)
 
 
-def _stats(
+def _compute_stats(
     logits: jax.Array, labels: jax.Array, config: LossRuns, smoothing: float
 ) -> online.Stats:
-    """Return what the losses need to know of all scores."""
+    """Compute the statistics of all logits."""
     from jax.experimental import pallas as pl
 
     (rows, classes), size = logits.shape, config.classes
@@ -112,19 +112,21 @@ def _stats(
     programs = -(-classes // span)
     if not rows:
         return online.Stats(*(jnp.zeros(0, dtype),) * 3, jnp.zeros(0, dtype) if smoothing else None)
-    lowest = float(jnp.finfo(dtype).min)  # not -inf: classes that are ruled out would give NaN
+    lowest = float(jnp.finfo(dtype).min)  # -inf would give NaN for classes that are ruled out
 
     def kernel(logits_ref: Any, labels_ref: Any, *out_refs: Any) -> None:
         row, program = pl.program_id(0), pl.program_id(1)
         start, end = program * span, jnp.minimum((program + 1) * span, classes)
 
-        def look(index: Any, known: tuple[jax.Array, ...], inside: bool) -> tuple[jax.Array, ...]:
-            place = masked.numbers(start + index * size, size)
+        def add_scores(
+            index: Any, known: tuple[jax.Array, ...], inside: bool
+        ) -> tuple[jax.Array, ...]:
+            place = masked.count_from(start + index * size, size)
             counted = None if inside else place < end
             scores = masked.load(logits_ref, row * classes + place, counted, -jnp.inf).astype(dtype)
             top, total, *lag = known
             higher = jnp.maximum(top, scores)
-            # One exponential for both cases: of what is added, or of what the sum shrinks by.
+            # One exponential serves both cases: the score to add, or the factor of the old sum.
             ratio = jnp.exp(-jnp.abs(scores - top))
             total = jnp.where(scores > top, total * ratio + 1, total + ratio)
             if lag:
@@ -136,10 +138,10 @@ def _stats(
         zero = jnp.zeros(size, dtype)
         known = (jnp.full(size, lowest, dtype), zero, *((zero,) if smoothing else ()))
         whole = (end - start) // size
-        known = lax.fori_loop(0, whole, lambda i, k: look(i, k, True), known)
+        known = lax.fori_loop(0, whole, lambda i, k: add_scores(i, k, True), known)
         if classes % size:
             known = lax.cond(
-                start + whole * size < end, lambda: look(whole, known, False), lambda: known
+                start + whole * size < end, lambda: add_scores(whole, known, False), lambda: known
             )
         top, total, *lag = known
         row_top = jnp.max(top)
@@ -149,20 +151,22 @@ def _stats(
         score = jnp.where(chosen, masked.load(logits_ref, place).astype(dtype), 0)
         parts = [row_top, jnp.sum(total * jnp.exp(top - row_top)), score]
         if lag:
-            place = masked.numbers(start, size)
+            place = masked.count_from(start, size)
             seen = jnp.maximum(0, (end - place + size - 1) // size).astype(dtype)
             parts.append(jnp.sum(jnp.where(seen > 0, lag[0] + seen * (row_top - top), 0)))
         for ref, part in zip(out_refs, parts, strict=True):
             masked.store(ref, program * rows + row, part)
 
     results = [(programs * rows, dtype)] * (4 if smoothing else 3)
-    found = masked.call(kernel, (rows, programs), results, logits, labels, warps=config.warps)
+    found = masked.call_kernel(
+        kernel, (rows, programs), results, logits, labels, warps=config.warps
+    )
     top, total, label, *lag = (part.reshape(programs, rows) for part in found)
     counts = np.minimum(span, classes - np.arange(programs) * span)
-    return online.combine(online.Stats(top, total, label, lag[0] if lag else None), counts)
+    return online.combine_stats(online.Stats(top, total, label, lag[0] if lag else None), counts)
 
 
-def _gradient(
+def _compute_gradient(
     logits: jax.Array,
     labels: jax.Array,
     normalizer: online.Normalizer,
@@ -181,16 +185,16 @@ def _gradient(
         logits_ref, *row_refs, out_ref = refs
         row = pl.program_id(0)
         label, top, log_total, row_g = (masked.load(ref, row) for ref in row_refs)
-        place = masked.numbers(pl.program_id(1) * size, size)
+        place = masked.count_from(pl.program_id(1) * size, size)
         counted = place < classes if classes % size else None
         scores = masked.load(logits_ref, row * classes + place, counted).astype(dtype)
         chosen = place == label
-        out = online.gradient(
+        out = online.block_gradient(
             scores, chosen, online.Normalizer(top, log_total), row_g, classes, smoothing
         )
         masked.store(out_ref, row * classes + place, out, counted)
 
-    (out,) = masked.call(
+    (out,) = masked.call_kernel(
         kernel,
         (rows, -(-classes // size)),
         [(rows * classes, logits.dtype)],

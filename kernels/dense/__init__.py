@@ -1,4 +1,4 @@
-"""Matrix product with bias and activation in one op.
+"""Matrix product with bias, activation and dropout in one op.
 
 Imports `kernels.common`, `kernels.dispatch`, `kernels.dropout`, `varying`.
 """

@@ -1,4 +1,4 @@
-"""What follows the product, element by element, and its derivative: for every implementation."""
+"""The activation and the dropout after the product, and their derivative, for every back end."""
 
 from collections.abc import Callable
 
@@ -16,11 +16,11 @@ ACTIVATIONS: dict[str | None, Callable[[jax.Array], jax.Array]] = {
 }
 
 
-def apply(
+def apply_activation(
     y: jax.Array, activation: str | None, dropout: float, kept: jax.Array | None
 ) -> jax.Array:
-    """Activate, then drop what `kept` (None for all) does not hold and scale the rest."""
-    return _drop(ACTIVATIONS[activation](y), dropout, kept)
+    """Activate, drop the elements where `kept` is false (None keeps all), and scale the rest."""
+    return _drop_elements(ACTIVATIONS[activation](y), dropout, kept)
 
 
 def saves_input(activation: str | None) -> bool:
@@ -29,11 +29,11 @@ def saves_input(activation: str | None) -> bool:
 
 
 def needs_mask(activation: str | None, dropout: float) -> bool:
-    """Tell whether the derivative needs dropout's mask: ReLU's output shows what was dropped."""
+    """Tell whether the derivative needs dropout's mask; ReLU's output shows what was dropped."""
     return dropout > 0 and activation != "relu"
 
 
-def derivative(
+def apply_derivative(
     g: jax.Array,
     saved: jax.Array | None,
     activation: str | None,
@@ -44,21 +44,21 @@ def derivative(
 
     Args:
       g: the gradient at the output.
-      saved: the output for "relu", nothing for None, the activation's input for the others.
+      saved: the output for "relu", None for no activation, the activation's input for the others.
       activation: as for `dense`.
       dropout: as for `dense`.
       kept: dropout's mask where `needs_mask`.
     """
     if saved is None:
-        return _drop(g, dropout, kept)
+        return _drop_elements(g, dropout, kept)
     if activation == "relu":
-        return _drop(g, dropout, jnp.greater(saved, 0))
-    g = _drop(g, dropout, kept)
+        return _drop_elements(g, dropout, jnp.greater(saved, 0))
+    g = _drop_elements(g, dropout, kept)
     (dy,) = jax.vjp(ACTIVATIONS[activation], saved)[1](g)
     return dy
 
 
-def _drop(y: jax.Array, dropout: float, kept: jax.Array | None) -> jax.Array:
+def _drop_elements(y: jax.Array, dropout: float, kept: jax.Array | None) -> jax.Array:
     if kept is None:
         return y
     return jnp.where(kept, y / random_bits.keep_share(dropout) if dropout else y, 0)

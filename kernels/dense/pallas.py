@@ -21,10 +21,10 @@ class Config:
     """Hold the tile that one program computes (powers of two from 16), and a GPU's warps for it.
 
     Args:
-      rows: of the tile.
-      columns: of the tile.
+      rows: rows of the tile.
+      columns: columns of the tile.
       inner: how much of the contracted dim is loaded at once.
-      warps: of a GPU's program.
+      warps: of a program on a GPU.
     """
 
     rows: int
@@ -33,7 +33,7 @@ class Config:
     warps: int = 4
 
 
-def configs(problem: Problem) -> Sequence[Config]:
+def list_configs(problem: Problem) -> Sequence[Config]:
     """Return the tiles worth trying, the best guess first."""
     if problem.platform != "gpu":  # an interpreter's time goes by the number of programs
         return Config(1024, 1024, 1024), Config(64, 256, 512)
@@ -70,7 +70,7 @@ def _dense(
     dropout: float,
     config: Config,
 ) -> jax.Array:
-    return _layer(x, w, b, words, offset, activation, dropout, config, False)[0]
+    return _compute_layer(x, w, b, words, offset, activation, dropout, config, False)[0]
 
 
 def _forward(
@@ -84,12 +84,12 @@ def _forward(
     config: Config,
 ) -> tuple[jax.Array, Any]:
     save = elementwise.saves_input(activation)
-    out, *more = _layer(x, w, b, words, offset, activation, dropout, config, save)
+    out, *more = _compute_layer(x, w, b, words, offset, activation, dropout, config, save)
     saved = more[0] if save else out if activation == "relu" else None
     return out, (x, w, saved, words, offset)
 
 
-def _layer(
+def _compute_layer(
     x: jax.Array,
     w: jax.Array,
     b: jax.Array,
@@ -101,19 +101,22 @@ def _layer(
     save: bool,
 ) -> list[jax.Array]:
     """Return the layer's output, and with `save` the activation's input."""
-    rows = pallas_tiles.block(len(x), config.rows)
-    columns = pallas_tiles.block(w.shape[1], config.columns)
+    rows = pallas_tiles.block_size(len(x), config.rows)
+    columns = pallas_tiles.block_size(w.shape[1], config.columns)
 
-    def finish(y: jax.Array, bias: jax.Array, *seeds: jax.Array) -> list[jax.Array]:
+    def finish_tile(y: jax.Array, bias: jax.Array, *seeds: jax.Array) -> list[jax.Array]:
         y, kept = y + bias.astype(y.dtype), None
         if seeds:
             first, second, start = seeds
-            kept = random_bits.keep((first, second), tile_masks.counters(start, columns), dropout)
-        return [elementwise.apply(y, activation, dropout, kept), y][: 1 + save]
+            kept = random_bits.keep_mask(
+                (first, second), tile_masks.tile_counters(start, columns), dropout
+            )
+        out = elementwise.apply_activation(y, activation, dropout, kept)
+        return [out, y] if save else [out]
 
-    bias = (pallas_tiles.pad(b[None], 1, columns), pallas_tiles.row(columns))
-    sides = [bias, *tile_masks.seeds(words, offset, rows)]
-    return _product(x, w, (1, 0), config, finish, sides, 1 + save)
+    bias = (pallas_tiles.pad_to_blocks(b[None], 1, columns), pallas_tiles.row_spec(columns))
+    sides = [bias, *tile_masks.mask_operands(words, offset, rows)]
+    return _contract_dims(x, w, (1, 0), config, finish_tile, sides, 2 if save else 1)
 
 
 def _backward(
@@ -122,17 +125,17 @@ def _backward(
     x, w, saved, words, offset = residuals
     if not elementwise.needs_mask(activation, dropout):
         words = offset = None
-    # One kernel of its own: inside the products below each tile would compute the mask again.
-    dy, db = _derivative(g, saved, words, offset, activation, dropout, config)
-    (dx,) = _product(dy, w, (1, 1), config)
-    (dw,) = _product(x, dy, (0, 0), config)
+    # A kernel of its own: inside the two products, each tile would compute the mask again.
+    dy, db = _compute_derivative(g, saved, words, offset, activation, dropout, config)
+    (dx,) = _contract_dims(dy, w, (1, 1), config)
+    (dw,) = _contract_dims(x, dy, (0, 0), config)
     return dx, dw, db, None, None
 
 
 _dense.defvjp(_forward, _backward)
 
 
-def _product(
+def _contract_dims(
     a: jax.Array,
     b: jax.Array,
     contract: tuple[int, int],
@@ -141,33 +144,33 @@ def _product(
     sides: Sequence[Side] = (),
     results: int = 1,
 ) -> list[jax.Array]:
-    """Contract a dim of each of two matrices, and finish each tile before it is written."""
+    """Contract one dim of each of two matrices, and `finish` each tile before it is written."""
     from jax.experimental import pallas as pl
 
     dtype = checks.accumulator(a.dtype)
     shape = (a.shape[1 - contract[0]], b.shape[1 - contract[1]])
-    rows = pallas_tiles.block(shape[0], config.rows)
-    columns = pallas_tiles.block(shape[1], config.columns)
-    inner = pallas_tiles.block(a.shape[contract[0]], config.inner)
+    rows = pallas_tiles.block_size(shape[0], config.rows)
+    columns = pallas_tiles.block_size(shape[1], config.columns)
+    inner = pallas_tiles.block_size(a.shape[contract[0]], config.inner)
 
-    def part(ref: Any, step: Any, dim: int) -> jax.Array:
+    def load_part(ref: Any, step: Any, dim: int) -> jax.Array:
         where = pl.ds(step * inner, inner)
         return ref[where, :] if dim == 0 else ref[:, where]  # type: ignore[no-any-return]
 
     def kernel(a_ref: Any, b_ref: Any, *refs: Any) -> None:
-        def add(step: Any, total: jax.Array) -> jax.Array:
-            pair = part(a_ref, step, contract[0]), part(b_ref, step, contract[1])
-            return total + _dot(*pair, contract, dtype)
+        def add_product(step: Any, total: jax.Array) -> jax.Array:
+            pair = load_part(a_ref, step, contract[0]), load_part(b_ref, step, contract[1])
+            return total + _contract_tiles(*pair, contract, dtype)
 
         steps = a_ref.shape[contract[0]] // inner
-        total = jax.lax.fori_loop(0, steps, add, jnp.zeros((rows, columns), dtype))
+        total = jax.lax.fori_loop(0, steps, add_product, jnp.zeros((rows, columns), dtype))
         side_refs, out_refs = refs[: len(sides)], refs[len(sides) :]
         for ref, out in zip(out_refs, finish(total, *(r[...] for r in side_refs)), strict=True):
             ref[...] = out.astype(a.dtype)
 
     a_tile = (rows, inner) if contract[0] else (inner, rows)
     b_tile = (inner, columns) if contract[1] == 0 else (columns, inner)
-    a, b = pallas_tiles.pad(a, *a_tile), pallas_tiles.pad(b, *b_tile)
+    a, b = pallas_tiles.pad_to_blocks(a, *a_tile), pallas_tiles.pad_to_blocks(b, *b_tile)
     whole = (a.shape[1 - contract[0]], b.shape[1 - contract[1]])
     a_spec = ((rows, a.shape[1]), lambda i, j: (i, 0))
     if contract[0] == 0:
@@ -175,7 +178,7 @@ def _product(
     b_spec = ((b.shape[0], columns), lambda i, j: (0, j))
     if contract[1] == 1:
         b_spec = ((columns, b.shape[1]), lambda i, j: (j, 0))
-    outs = pallas_tiles.call(
+    outs = pallas_tiles.call_kernel(
         kernel,
         (whole[0] // rows, whole[1] // columns),
         [(a, a_spec), (b, b_spec), *sides],
@@ -185,7 +188,9 @@ def _product(
     return [out[: shape[0], : shape[1]] for out in outs]
 
 
-def _dot(a: jax.Array, b: jax.Array, contract: tuple[int, int], dtype: jnp.dtype) -> jax.Array:
+def _contract_tiles(
+    a: jax.Array, b: jax.Array, contract: tuple[int, int], dtype: jnp.dtype
+) -> jax.Array:
     return jax.lax.dot_general(
         a,
         b,
@@ -195,7 +200,7 @@ def _dot(a: jax.Array, b: jax.Array, contract: tuple[int, int], dtype: jnp.dtype
     )
 
 
-def _derivative(
+def _compute_derivative(
     g: jax.Array,
     saved: jax.Array | None,
     words: jax.Array | None,
@@ -208,37 +213,37 @@ def _derivative(
     from jax.experimental import pallas as pl
 
     dtype, (count, features) = checks.accumulator(g.dtype), g.shape
-    rows = pallas_tiles.block(count, config.rows)
-    columns = pallas_tiles.block(features, config.columns)
-    matrices = [pallas_tiles.pad(m, rows, columns) for m in (g, saved) if m is not None]
+    rows = pallas_tiles.block_size(count, config.rows)
+    columns = pallas_tiles.block_size(features, config.columns)
+    matrices = [pallas_tiles.pad_to_blocks(m, rows, columns) for m in (g, saved) if m is not None]
     height, width = matrices[0].shape
-    seeds = tile_masks.seeds(words, offset, height)
+    seeds = tile_masks.mask_operands(words, offset, height)
 
     def kernel(*refs: Any) -> None:
         *in_refs, dy_ref, db_ref = refs
         matrix_refs, seed_refs = in_refs[: len(matrices)], in_refs[len(matrices) :]
-        counters = tile_masks.counters(seed_refs[2][...], columns) if seed_refs else None
+        counters = tile_masks.tile_counters(seed_refs[2][...], columns) if seed_refs else None
 
-        def step(i: Any, db: jax.Array) -> jax.Array:
+        def add_rows(i: Any, db: jax.Array) -> jax.Array:
             where, kept = pl.ds(i * rows, rows), None
             wide, *more = (ref[where, :].astype(dtype) for ref in matrix_refs)
             if counters is not None:
                 key = seed_refs[0][where, :], seed_refs[1][where, :]
-                kept = random_bits.keep(key, counters, dropout)
+                kept = random_bits.keep_mask(key, counters, dropout)
             beside = more[0] if more else None
-            dy = elementwise.derivative(wide, beside, activation, dropout, kept)
+            dy = elementwise.apply_derivative(wide, beside, activation, dropout, kept)
             dy_ref[where, :] = dy.astype(g.dtype)
             return db + jnp.sum(dy, 0, keepdims=True)
 
-        db = jax.lax.fori_loop(0, height // rows, step, jnp.zeros((1, columns), dtype))
+        db = jax.lax.fori_loop(0, height // rows, add_rows, jnp.zeros((1, columns), dtype))
         db_ref[...] = db.astype(g.dtype)
 
     strip: pallas_tiles.Spec = ((height, columns), lambda i, j: (0, j))
-    dy, db = pallas_tiles.call(
+    dy, db = pallas_tiles.call_kernel(
         kernel,
         (1, width // columns),
         [*((m, strip) for m in matrices), *seeds],
-        [((height, width), g.dtype, strip), ((1, width), g.dtype, pallas_tiles.row(columns))],
+        [((height, width), g.dtype, strip), ((1, width), g.dtype, pallas_tiles.row_spec(columns))],
         warps=config.warps,
     )
     return dy[:count, :features], db[0, :features]

@@ -1,4 +1,4 @@
-"""What the choice of an implementation may depend on."""
+"""A call of an op as the choice of its implementation sees it."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ import jax
 
 @dataclass(frozen=True)
 class Problem:
-    """Hold one call of an op, its values left out."""
+    """Hold one call of an op: all but the values of its operands."""
 
     op: str
     platform: str  # "cpu", "gpu", "tpu"
@@ -19,7 +19,7 @@ class Problem:
     options: tuple[tuple[str, Any], ...]
 
     @staticmethod
-    def of(
+    def from_call(
         op: str,
         device: tuple[str, str],
         operands: Sequence[jax.Array],
@@ -34,32 +34,36 @@ class Problem:
             tuple(sorted(options.items())),
         )
 
-    def option(self, name: str) -> Any:
+    def get_option(self, name: str) -> Any:
         """Return the value of one of the options."""
         return dict(self.options)[name]
 
     @property
     def shape_class(self) -> tuple[tuple[int, ...], ...]:
-        """The shapes, the batch rounded up to a power of two.
+        """The shapes, with the batch rounded up to a power of two.
 
-        What was measured at a batch of 64 serves batches of 33 to 64. The batch is the first
-        operand's leading dim, wherever it leads: in labels too, but not in weights.
+        A measurement at a batch of 64 serves batches of 33 to 64. The batch is the first operand's
+        leading dim, and so is an equal leading dim of another operand: of labels, say.
         """
         batch = self.shapes[0][:1] if self.shapes else ()
-        return tuple(
-            (1 << max(s[0] - 1, 0).bit_length(), *s[1:]) if s and s[:1] == batch else s
-            for s in self.shapes
-        )
+        found = []
+        for shape in self.shapes:
+            if shape and shape[:1] == batch:
+                shape = (1 << max(shape[0] - 1, 0).bit_length(), *shape[1:])
+            found.append(shape)
+        return tuple(found)
 
     @property
     def key(self) -> str:
-        """The name of the problem's class in a tuning cache.
+        """The name of the problem's class in a tuning file.
 
-        Of a float (a rate, a momentum) only whether it is 0 counts, which turns a part off.
+        Of a float option (a rate, a momentum) it holds only whether it is 0, which turns a part of
+        the op off.
         """
-        shapes = ",".join("x".join(map(str, s)) or "scalar" for s in self.shape_class)
-        options = ",".join(
-            f"{name}={'some' if isinstance(value, float) and value else value}"
-            for name, value in self.options
-        )
+        shapes = ",".join("x".join(map(str, shape)) or "scalar" for shape in self.shape_class)
+        options = ",".join(f"{name}={_classify_option(value)}" for name, value in self.options)
         return "|".join((self.op, self.device, ",".join(self.dtypes), shapes, options))
+
+
+def _classify_option(value: Any) -> Any:
+    return "some" if isinstance(value, float) and value else value

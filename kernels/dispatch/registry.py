@@ -24,12 +24,12 @@ class Kernel:
 
     Args:
       run: `run(*operands, config=, **options)` computes the op on checked operands.
-      configs: the configurations worth trying for a problem, the best guess first; (None,) for
-        an implementation that has none.
-      refuse: why it cannot run a problem, or None where it can.
-      compiled_for: the platforms for which it is compiled; elsewhere it is interpreted, if
-        `refuse` lets it run at all: on CPU, where it is named; an accelerator refuses it. By
-        default those of its name: all for "xla", "gpu" for "pallas" and "triton".
+      configs: returns the configurations worth trying for a problem, the best guess first; (None,)
+        for an implementation that has none.
+      refuse: returns why it cannot run a problem, or None where it can.
+      compiled_for: the platforms for which it is compiled; None for those of its name: all for
+        "xla", "gpu" for "pallas" and "triton". On another accelerator it is refused. On CPU it is
+        interpreted, if it is named and `refuse` allows it.
     """
 
     run: Callable[..., Any]
@@ -43,7 +43,7 @@ Kernels = Mapping[Implementation, Kernel]
 
 @dataclass(frozen=True)
 class Choice:
-    """Hold what runs an op, and where the choice comes from."""
+    """Hold the implementation that runs an op, and where the choice comes from."""
 
     implementation: Implementation
     config: Any
@@ -52,7 +52,7 @@ class Choice:
 
 def current_device() -> tuple[str, str]:
     """Return (platform, device kind) of the device for which an op is traced here."""
-    given = _compat.mesh_device()  # its devices need not be here
+    given = _compat.mesh_device()  # of an abstract mesh, whose devices need not exist here
     if given is not None:
         return given
     device = _compat.setting("jax_default_device") or jax.devices()[0]
@@ -61,16 +61,16 @@ def current_device() -> tuple[str, str]:
     return device.platform, device.device_kind
 
 
-def choose(
+def choose_implementation(
     problem: Problem, kernels: Kernels, implementation: str | None, config: Any = None
 ) -> Choice:
-    """Return the implementation that was asked for, never another one, or else the fastest known.
+    """Return the implementation that the caller names, or else the fastest one known.
 
-    In this order: what the caller names, the tuning cache's entry for the problem's class, what
-    was recorded for the device, and the best guess.
+    One that is named is never replaced by another. Without a name, the user's tuning file decides,
+    then the times that come with txcore, then the best guess.
 
     Args:
-      problem: what is to be computed, and where.
+      problem: what to compute, and where.
       kernels: the op's implementations by name; every op has "xla".
       implementation: one of `NAMES`, or None.
       config: a configuration of the implementation that is named, or None.
@@ -88,89 +88,100 @@ def choose(
     if implementation is None:
         if config is not None:
             raise ValueError(
-                f"{op}: config= needs implementation= with it, got {config!r} alone. Name the "
-                "implementation that it configures."
+                f"{op}: config= needs implementation= with it, got {config!r} alone: name the "
+                "implementation that it configures"
             )
-        return _fastest(problem, kernels)
+        return _choose_fastest(problem, kernels)
     if implementation not in NAMES:
         raise ValueError(
-            f"{op}: implementation must be None or one of {', '.join(map(repr, NAMES))}; "
-            f"got {implementation!r}. Leave it out to have one chosen."
+            f"{op}: implementation needs to be None or one of {', '.join(map(repr, NAMES))}, "
+            f"got {implementation!r}: leave it out to have one chosen"
         )
-    reason = _why_not(problem, kernels, implementation)
+    reason = _explain_refusal(problem, kernels, implementation)
     if reason is not None:
-        able = [name for name in kernels if _why_not(problem, kernels, name) is None]
+        able = [name for name in kernels if _explain_refusal(problem, kernels, name) is None]
         raise NotImplementedError(
-            f"{op}: implementation={implementation!r} was asked for, but {reason}. "
-            f"Pass {' or '.join(map(repr, able))}, or leave implementation out to have one chosen."
+            f"{op}: implementation={implementation!r} was asked for, but {reason}: "
+            f"pass {' or '.join(map(repr, able))}, or leave implementation out to have one chosen"
         )
     name: Implementation = implementation  # type: ignore[assignment]
     guess = kernels[name].configs(problem)[0]
     if config is not None and type(config) is not type(guess):
-        wanted = "no config" if guess is None else f"config= a {type(guess).__qualname__}"
+        wanted = "no config" if guess is None else f"config= a {_name_class(guess)}"
         raise TypeError(
-            f"{op}: implementation={name!r} takes {wanted}, got {type(config).__qualname__}."
+            f"{op}: implementation={name!r} needs {wanted}, got {_name_class(config)}: "
+            "leave config out for the best guess"
         )
     return Choice(name, guess if config is None else config, "given")
 
 
-def _why_not(problem: Problem, kernels: Kernels, name: str) -> str | None:
+def _name_class(config: Any) -> str:
+    """Name a configuration's class with its module: several implementations have a `Config`."""
+    kind = type(config)
+    module = kind.__module__.removeprefix("txcore.kernels.")
+    return kind.__qualname__ if module == "builtins" else f"{module}.{kind.__qualname__}"
+
+
+def _explain_refusal(problem: Problem, kernels: Kernels, name: str) -> str | None:
     if name not in kernels:
         return f"{problem.op} has no {name} kernel"
     reason = kernels[name].refuse(problem)  # type: ignore[index]
     if reason is None and problem.platform != "cpu" and not is_compiled(problem, kernels, name):
-        platforms = " and ".join(_platforms(kernels, name) or ()) or "no platform"
+        platforms = " and ".join(_platforms_compiled_for(kernels, name) or ()) or "no platform"
         return (
             f"its kernel is compiled for {platforms}, and on {problem.platform} it would be "
-            "interpreted, which shows on CPU that it is right"
+            "interpreted, which is for tests on CPU"
         )
     return reason
 
 
-def _fastest(problem: Problem, kernels: Kernels) -> Choice:
-    for source, entry in tuned.lookup(problem):
+def _choose_fastest(problem: Problem, kernels: Kernels) -> Choice:
+    for source, entry in tuned.find_entries(problem):
         name: Implementation = entry.implementation  # type: ignore[assignment]
-        if _why_not(problem, kernels, name) is not None or not is_compiled(problem, kernels, name):
+        if _explain_refusal(problem, kernels, name) is not None or not is_compiled(
+            problem, kernels, name
+        ):
             continue
         configs = kernels[name].configs(problem)
         config = tuned.config_of(configs[0], problem.key, source, entry)
-        if config in configs:  # what was measured for another problem of the class may not fit
+        # A configuration measured for another problem of the class may not fit this one.
+        if config in configs:
             return Choice(name, config, source)
     return Choice("xla", kernels["xla"].configs(problem)[0], "heuristic")
 
 
 def is_compiled(problem: Problem, kernels: Kernels, name: str) -> bool:
-    """Tell whether an implementation is compiled for a problem's platform, not interpreted."""
-    platforms = _platforms(kernels, name)
+    """Tell whether an implementation is compiled for a problem's platform (else interpreted)."""
+    platforms = _platforms_compiled_for(kernels, name)
     return platforms is None or problem.platform in platforms
 
 
-def _platforms(kernels: Kernels, name: str) -> tuple[str, ...] | None:
+def _platforms_compiled_for(kernels: Kernels, name: str) -> tuple[str, ...] | None:
     """Return the platforms for which an implementation is compiled; None for all."""
     given = kernels[name].compiled_for  # type: ignore[index]
     return _COMPILED_FOR.get(name) if given is None else given
 
 
-def candidates(
+def list_candidates(
     problem: Problem, kernels: Kernels, named: Sequence[str] | None = None
 ) -> list[Choice]:
     """List the implementations and configurations that can run a problem.
 
     Args:
-      problem: what is to be computed, and where.
+      problem: what to compute, and where.
       kernels: the op's implementations by name.
       named: the implementations to list, interpreted ones too; None for all that are compiled.
 
     Returns:
-      The candidates, the implementations in the order of `NAMES`.
+      The candidates, with the implementations in the order of `NAMES`.
     """
-    return [
-        Choice(name, config, "given")
-        for name in NAMES
-        if _why_not(problem, kernels, name) is None
-        and (is_compiled(problem, kernels, name) if named is None else name in named)
-        for config in kernels[name].configs(problem)
-    ]
+    found = []
+    for name in NAMES:
+        if _explain_refusal(problem, kernels, name) is not None:
+            continue
+        if is_compiled(problem, kernels, name) if named is None else name in named:
+            found += [Choice(name, config, "given") for config in kernels[name].configs(problem)]
+    return found
 
 
 Decide = Callable[[Problem, Kernels], Choice | None]
@@ -181,8 +192,9 @@ _DECIDE: ContextVar[Decide] = ContextVar("_DECIDE", default=lambda problem, kern
 def decided_by(decide: Decide) -> Iterator[None]:
     """Let a function see every problem that is traced in this context, and choose for it.
 
-    For measuring: what it returns runs, whatever the call names; None leaves the choice as it is.
-    jax does not know of it: trace a function of its own in each such context.
+    For measurements. The choice that it returns runs, whatever the call names; None leaves the
+    choice to the registry. jax caches traces without regard to this context: trace a new function
+    object in each one.
 
     Example:
       >>> import jax.numpy as jnp
@@ -200,7 +212,7 @@ def decided_by(decide: Decide) -> Iterator[None]:
         _DECIDE.reset(token)
 
 
-def run(
+def run_op(
     op: str,
     kernels: Kernels,
     *operands: jax.Array,
@@ -210,14 +222,14 @@ def run(
 ) -> Any:
     """Run an op by the implementation that `choose` gives.
 
-    The operations are named "kernel.OP.IMPLEMENTATION" in the compiled program, for an audit and
-    a profile to show, and so is the first operand (by `jax.ad_checkpoint.checkpoint_name`, which
-    compiles to nothing): once for each call, so that calls can be counted.
+    The operations are named "kernel.OP.IMPLEMENTATION" in the compiled program, for audits and
+    profiles to show. The first operand has the same name (by `jax.ad_checkpoint.checkpoint_name`,
+    which compiles to nothing): once for each call, so that an audit can count the calls.
 
     Args:
       op: the op's public name.
       kernels: its implementations.
-      *operands: checked arrays, which vary along the same axes.
+      *operands: checked arrays that vary along the same mesh axes.
       implementation: as for `choose`.
       config: as for `choose`.
       **options: the op's static options, hashable.
@@ -225,8 +237,10 @@ def run(
     Returns:
       What the implementation returns.
     """
-    problem = Problem.of(op, current_device(), operands, options)
-    choice = _DECIDE.get()(problem, kernels) or choose(problem, kernels, implementation, config)
+    problem = Problem.from_call(op, current_device(), operands, options)
+    choice = _DECIDE.get()(problem, kernels) or choose_implementation(
+        problem, kernels, implementation, config
+    )
     name = f"kernel.{op}.{choice.implementation}"
     with jax.named_scope(name):
         first = checkpoint_name(operands[0], name)

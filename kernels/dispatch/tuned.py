@@ -1,4 +1,4 @@
-"""What was measured: which implementation and configuration is the fastest for a class."""
+"""The measured choices: the fastest implementation and configuration for a class of problems."""
 
 import dataclasses
 import functools
@@ -10,35 +10,35 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from txcore.kernels.dispatch.problem import Problem
-from txcore.kernels.dispatch.tuning_file import Entry, TuningError, read
+from txcore.kernels.dispatch.tuning_file import Entry, TuningError, read_entries
 
 _READ: dict[str, tuple[tuple[int, int, int] | None, dict[str, Entry]]] = {}
 
 
 def cache_path() -> str | None:
-    """Return the user's tuning file; None where there is to be none.
+    """Return the path of the user's tuning file, or None for no file.
 
-    It is $TXCORE_TUNING, where that is set (empty for none), and else txcore/tuning.json in the
+    It is $TXCORE_TUNING where that is set (empty for no file), else txcore/tuning.json in the
     user's cache folder ($XDG_CACHE_HOME, or ~/.cache).
     """
     named = os.environ.get("TXCORE_TUNING")
     if named is not None:
         return named or None
     folder = os.environ.get("XDG_CACHE_HOME", "")
-    if not os.path.isabs(folder):  # the XDG specification: a relative one is to be ignored
+    if not os.path.isabs(folder):  # the XDG specification: ignore a relative path
         folder = os.path.join(os.path.expanduser("~"), ".cache")
     return os.path.join(folder, "txcore", "tuning.json")
 
 
-def lookup(problem: Problem) -> Iterator[tuple[str, Entry]]:
-    """Yield what is known of a problem's class, the user's file first, then what is recorded.
+def find_entries(problem: Problem) -> Iterator[tuple[str, Entry]]:
+    """Yield the entries for a problem's class: the user's first, then those that txcore brings.
 
-    An entry is a hint, also one of another jax version or machine: it is used wherever it can
-    run. The processes of one program need the same entries, or they compile different programs:
-    give all of them one file.
+    An entry is a hint. It is used wherever it can run, even if another jax version or machine
+    measured it. The processes of one run need the same entries, or they compile different
+    programs: give all of them one file.
 
     Args:
-      problem: what is to be computed, and where.
+      problem: what to compute, and where.
 
     Yields:
       Where an entry comes from (a path, or "recorded"), and the entry.
@@ -49,7 +49,7 @@ def lookup(problem: Problem) -> Iterator[tuple[str, Entry]]:
     path = cache_path()
     for source, entries in (
         *(((path, _read_once(path)),) if path is not None else ()),
-        ("recorded", recorded(problem.platform)),
+        ("recorded", read_recorded(problem.platform)),
     ):
         if problem.key in entries:
             yield source, entries[problem.key]
@@ -62,14 +62,14 @@ def _read_once(path: str) -> Mapping[str, Entry]:
     except OSError:
         stamp = None
     if path not in _READ or _READ[path][0] != stamp:
-        _READ[path] = (stamp, read(path))
+        _READ[path] = (stamp, read_entries(path))
     return _READ[path][1]
 
 
 @functools.cache
-def recorded(platform: str) -> Mapping[str, Entry]:
+def read_recorded(platform: str) -> Mapping[str, Entry]:
     """Return the entries that come with txcore for a platform's devices, by `Problem.key`."""
-    return read(pathlib.Path(__file__).with_name("recorded") / f"{platform}.json")
+    return read_entries(pathlib.Path(__file__).with_name("recorded") / f"{platform}.json")
 
 
 def config_of(guess: Any, key: str, source: str, entry: Entry) -> Any:
@@ -77,15 +77,15 @@ def config_of(guess: Any, key: str, source: str, entry: Entry) -> Any:
 
     Args:
       guess: a configuration of the implementation, or None where it has none.
-      key: the entry's.
-      source: where it comes from.
-      entry: what was measured.
+      key: the entry's key, for the error.
+      source: where the entry comes from, for the error.
+      entry: the measured choice.
 
     Returns:
       A configuration of the class of `guess`, or None.
 
     Raises:
-      TuningError: the class has other fields now, or does not take these values.
+      TuningError: the class has other fields, or does not take these values.
     """
     hints = {} if guess is None else typing.get_type_hints(type(guess))
     reason = "other fields or types"
@@ -96,17 +96,17 @@ def config_of(guess: Any, key: str, source: str, entry: Entry) -> Any:
             return None if guess is None else type(guess)(**entry.config)
         except ValueError as error:
             reason = str(error)
-    wanted = ", ".join(f"{name}: {_spell(hint)}" for name, hint in hints.items()) or "no field"
+    wanted = ", ".join(f"{name}: {_name_type(hint)}" for name, hint in hints.items()) or "no field"
     op = key.partition("|")[0]
     raise TuningError(
-        f"{op}: the configuration of {entry.implementation!r} for {key!r} must have {wanted}; got "
-        f"{dict(entry.config)} in {source} ({reason}). Run `txcore tune {op}` to measure anew, or "
-        "delete the file."
+        f"{op}: the configuration of {entry.implementation!r} for {key!r} needs {wanted}, got "
+        f"{dict(entry.config)} in {source} ({reason}): run `txcore tune {op}` to measure again, or "
+        "delete the file"
     )
 
 
 def _is_a(value: Any, hint: Any) -> bool:
-    """Tell whether a value has an annotated type; True is no integer here."""
+    """Tell whether a value has an annotated type; here True is not an integer."""
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         return any(_is_a(value, one) for one in typing.get_args(hint))
     if typing.get_origin(hint) is typing.Literal:
@@ -114,10 +114,10 @@ def _is_a(value: Any, hint: Any) -> bool:
     return type(value) is hint
 
 
-def _spell(hint: Any) -> str:
+def _name_type(hint: Any) -> str:
     return hint.__name__ if isinstance(hint, type) else str(hint)
 
 
 def fields_of(config: Any) -> dict[str, Any]:
-    """Return a configuration's fields as an entry holds them, {} of None."""
+    """Return a configuration's fields as an entry holds them: {} for None."""
     return {} if config is None else dataclasses.asdict(config)

@@ -1,4 +1,4 @@
-"""The file of measured choices: JSON with one entry a line, checked whole before it is believed."""
+"""The file of measured choices: JSON with one entry on each line, checked as a whole when read."""
 
 import dataclasses
 import json
@@ -23,7 +23,7 @@ _SCHEMA = {"entries": {str: _ENTRY}}
 
 
 class TuningError(TxcoreError, ValueError):
-    """A tuning file cannot be used; says which, what was required, what was found, what to do."""
+    """A tuning file cannot be used: which file, what it needs, what it has, and what to do."""
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,10 @@ class Entry:
 
     Attributes:
       implementation: "xla", "pallas" or "triton".
-      config: its configuration's fields, {} where it has none.
-      microseconds: the median time of one call of every candidate, by its label.
-      jax: the version that it was measured with.
-      machine: the processor or accelerator that it was measured on.
+      config: the fields of its configuration, {} where it has none.
+      microseconds: label -> the median time of one call, for every candidate.
+      jax: the version of jax that measured it.
+      machine: the processor or accelerator that measured it.
     """
 
     implementation: str
@@ -45,18 +45,18 @@ class Entry:
     machine: str
 
 
-def label(implementation: str, config: Mapping[str, Any]) -> str:
+def label_candidate(implementation: str, config: Mapping[str, Any]) -> str:
     """Name a candidate by its implementation and its configuration's fields.
 
     Example:
-      >>> label("pallas", {"rows": 8})
+      >>> label_candidate("pallas", {"rows": 8})
       'pallas(rows=8)'
     """
     fields = ", ".join(f"{name}={value}" for name, value in config.items())
     return f"{implementation}({fields})" if fields else implementation
 
 
-def read(path: str | os.PathLike[str], *, max_bytes: int = _MOST_BYTES) -> dict[str, Entry]:
+def read_entries(path: str | os.PathLike[str], *, max_bytes: int = _MOST_BYTES) -> dict[str, Entry]:
     """Read a tuning file.
 
     Args:
@@ -64,45 +64,45 @@ def read(path: str | os.PathLike[str], *, max_bytes: int = _MOST_BYTES) -> dict[
       max_bytes: the longest file to read, 16 MiB by default.
 
     Returns:
-      Its entries by `Problem.key`; none where there is no such file.
+      Its entries by `Problem.key`; {} where there is no such file.
 
     Raises:
-      TuningError: it cannot be read, or is no tuning file of this version.
+      TuningError: it cannot be read, or is not a tuning file of this version.
     """
     try:
         data = read_regular(path, max_bytes)
     except FileNotFoundError:
         return {}
     except OSError as error:
-        raise _refused(path, f"cannot be read ({error.strerror or error})") from None
+        raise _refuse_file(path, f"cannot be read ({error.strerror or error})") from None
     if data is None:
-        raise _refused(path, f"needs at most {max_bytes} bytes, and is longer")
+        raise _refuse_file(path, f"needs at most {max_bytes} bytes, and is longer")
     try:
         found = bounded_json.loads(data, _SCHEMA, format=_FORMAT, version=_VERSION)
-        return {key: _entry(key, fields) for key, fields in found["entries"].items()}
+        return {key: _check_entry(key, fields) for key, fields in found["entries"].items()}
     except ValueError as error:
-        raise _refused(path, str(error)) from None
+        raise _refuse_file(path, str(error)) from None
 
 
-def _refused(path: Any, reason: str) -> TuningError:
+def _refuse_file(path: Any, reason: str) -> TuningError:
     return TuningError(
-        f"the tuning file {os.fspath(path)} {reason}. Delete it, and run `txcore tune` to measure "
-        "anew, or name another by TXCORE_TUNING (an empty one for none)."
+        f"the tuning file {os.fspath(path)} {reason}: delete it, and run `txcore tune` to measure "
+        "again, or name another by TXCORE_TUNING (empty for none)"
     )
 
 
-def _entry(key: str, fields: Mapping[str, Any]) -> Entry:
+def _check_entry(key: str, fields: Mapping[str, Any]) -> Entry:
     entry, where = Entry(**fields), f"entries[{brief(key)}]['microseconds']"
     for name, time in entry.microseconds.items():
         if not time > 0:
-            raise TuningError(f"needs positive numbers as {where}, got {time} for {brief(name)}")
-    if label(entry.implementation, entry.config) not in entry.microseconds:
-        raise TuningError(f"needs the time of what it chooses in {where}, got none")
+            raise TuningError(f"needs positive numbers in {where}, got {time} for {brief(name)}")
+    if label_candidate(entry.implementation, entry.config) not in entry.microseconds:
+        raise TuningError(f"needs the time of the chosen candidate in {where}, got none")
     return entry
 
 
-def write(path: str | os.PathLike[str], entries: Mapping[str, Entry]) -> None:
-    """Replace a tuning file in one step, so that nobody ever reads half of it; make its folder.
+def write_entries(path: str | os.PathLike[str], entries: Mapping[str, Entry]) -> None:
+    """Replace a tuning file in one step, so that no reader sees half of it; make its folder.
 
     Args:
       path: the file.
@@ -112,7 +112,7 @@ def write(path: str | os.PathLike[str], entries: Mapping[str, Entry]) -> None:
       TuningError: it cannot be written.
     """
     try:
-        replace_text(path, _dumps(entries))
+        replace_text(path, _dump_entries(entries))
     except OSError as error:
         raise TuningError(
             f"the tuning file {os.fspath(path)} cannot be written ({error.strerror or error}): "
@@ -120,7 +120,7 @@ def write(path: str | os.PathLike[str], entries: Mapping[str, Entry]) -> None:
         ) from None
 
 
-def _dumps(entries: Mapping[str, Entry]) -> str:
+def _dump_entries(entries: Mapping[str, Entry]) -> str:
     head = f'{{\n  "format": "{_FORMAT}",\n  "version": {_VERSION},\n  "entries": {{\n'
     lines = [
         f"    {json.dumps(key)}: {json.dumps(dataclasses.asdict(entry))}"

@@ -1,4 +1,4 @@
-"""Dropout by one random key an example, its mask computed anew in the backward pass.
+"""Dropout by one random key for each example; the backward pass computes the mask again.
 
 Imports `_compat`, `kernels.common`, `kernels.dispatch`, `varying`.
 """

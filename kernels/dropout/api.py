@@ -12,7 +12,7 @@ from txcore.kernels.dropout import operands, pallas, xla
 
 KERNELS: registry.Kernels = {
     "xla": registry.Kernel(xla.dropout),
-    "pallas": registry.Kernel(pallas.dropout, pallas.configs),
+    "pallas": registry.Kernel(pallas.dropout, pallas.list_configs),
 }
 
 
@@ -27,11 +27,12 @@ def dropout(
 ) -> jax.Array:
     """Set a random share of the elements to zero, and scale the others to keep the mean.
 
-    The mask is computed from the keys by counters, and anew in the backward pass: nothing of x's
-    size is kept for it. Whether an element is dropped depends on its key and its counter alone:
-    its place among the elements that have the same key, row by row, plus `offset`. So it is the
-    same under every plan, batch split, `jax.vmap` and implementation. The bits are those of
-    `jax.random.bits(key, (elements,))`, of which the share that falls below rate * 2**32 drops.
+    The mask is a function of the keys and of counters. The backward pass computes it again, so
+    that nothing of x's size is kept for it. Whether an element is dropped depends only on its key
+    and its counter, which is its place among the elements of the same key, row by row, plus
+    `offset`. The mask is therefore the same under every plan, batch split, `jax.vmap` and
+    implementation. The bits are those of `jax.random.bits(key, (elements,))`; an element drops
+    where they are below rate * 2**32.
 
     Srivastava et al., "Dropout: a simple way to prevent neural networks from overfitting", 2014;
     Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011. Reverse-mode
@@ -41,7 +42,8 @@ def dropout(
       x: shape (*keys.shape, ...), any floating dtype.
       keys: one key for each example: typed keys as `state.example_keys(batch)` gives them, or
         their words, uint32 of shape (..., 2). Their dims are x's first.
-      rate: the share to drop, at least 0 and less than 1; a Python number, as it is compiled in.
+      rate: the share to drop, at least 0 and less than 1: a Python number, since it is part of the
+        compiled program.
       offset: the counter of the first element, an integer scalar, traced or not. A shard of
         features passes the place of its first feature in the whole row.
       implementation: None for the fastest known, "xla" or "pallas".
@@ -63,20 +65,20 @@ def dropout(
       >>> float(kernels.dropout(jnp.ones((8, 14, 14, 64)), keys, 0.25).max())
       1.3333333730697632
     """
-    (x,) = checks.float_arrays("dropout", x=x)
-    rate = operands.fixed_rate("dropout", "rate", rate)
-    words = random_bits.key_words("dropout", keys)
+    (x,) = checks.require_floats("dropout", x=x)
+    rate = operands.require_fixed_rate("dropout", "rate", rate)
+    words = random_bits.read_key_words("dropout", keys)
     shape = words.shape[:-1]
     if x.shape[: len(shape)] != shape:
         raise ValueError(
-            f"dropout: the dims of keys must be x's first; got x {x.shape}, keys {shape}. Pass one "
-            "key for each example, for example jax.random.split(key, len(x))."
+            f"dropout: keys needs x's first dims, got x {x.shape}, keys {shape}: pass one key for "
+            "each example, for example jax.random.split(key, len(x))"
         )
     count = math.prod(x.shape[len(shape) :])
-    first = operands.counter_offset("dropout", offset, count)
+    first = operands.require_counter("dropout", offset, count)
     operands.refuse_repeated_masks("dropout", count, {"keys": words, "offset": first}, x=x)
     rows = x.reshape(math.prod(shape), count)
-    out: jax.Array = registry.run(
+    out: jax.Array = registry.run_op(
         "dropout",
         KERNELS,
         *varying.match_varying(rows, words.reshape(-1, 2), first),

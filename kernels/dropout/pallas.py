@@ -22,7 +22,7 @@ class Config:
     warps: int = 4
 
 
-def configs(problem: Problem) -> Sequence[Config]:
+def list_configs(problem: Problem) -> Sequence[Config]:
     """Return the tiles worth trying, the best guess first."""
     if problem.platform != "gpu":  # an interpreter's time goes by the number of programs
         return Config(1024, 1024), Config(64, 1024)
@@ -41,21 +41,21 @@ def _dropout(
     x: jax.Array, words: jax.Array, offset: jax.Array, rate: float, config: Config
 ) -> jax.Array:
     (count, features), share = x.shape, random_bits.keep_share(rate)
-    rows = pallas_tiles.block(count, config.rows)
-    columns = pallas_tiles.block(features, config.columns)
+    rows = pallas_tiles.block_size(count, config.rows)
+    columns = pallas_tiles.block_size(features, config.columns)
 
     def kernel(x_ref: Any, first_ref: Any, second_ref: Any, offset_ref: Any, out_ref: Any) -> None:
-        counters = tile_masks.counters(offset_ref[...], columns)
-        kept = random_bits.keep((first_ref[...], second_ref[...]), counters, rate)
+        counters = tile_masks.tile_counters(offset_ref[...], columns)
+        kept = random_bits.keep_mask((first_ref[...], second_ref[...]), counters, rate)
         wide = x_ref[...].astype(checks.accumulator(x.dtype))
         out_ref[...] = jnp.where(kept, wide / share, 0).astype(x.dtype)
 
-    padded = pallas_tiles.pad(x, rows, columns)
+    padded = pallas_tiles.pad_to_blocks(x, rows, columns)
     tile: pallas_tiles.Spec = ((rows, columns), lambda i, j: (i, j))
-    (out,) = pallas_tiles.call(
+    (out,) = pallas_tiles.call_kernel(
         kernel,
         (padded.shape[0] // rows, padded.shape[1] // columns),
-        [(padded, tile), *tile_masks.seeds(words, offset, rows)],
+        [(padded, tile), *tile_masks.mask_operands(words, offset, rows)],
         [(padded.shape, x.dtype, tile)],
         warps=config.warps,
     )

@@ -17,7 +17,7 @@ def dropout(
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _dropout(x: jax.Array, words: jax.Array, offset: jax.Array, rate: float) -> jax.Array:
-    kept = random_bits.keep_rows(words, offset, x.shape[-1], rate)
+    kept = random_bits.keep_mask_of_rows(words, offset, x.shape[-1], rate)
     wide = x.astype(checks.accumulator(x.dtype))
     return jnp.where(kept, wide / random_bits.keep_share(rate), 0).astype(x.dtype)
 

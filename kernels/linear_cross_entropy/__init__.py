@@ -1,4 +1,4 @@
-"""Softmax cross-entropy of a linear layer's inputs, without its logits as a whole.
+"""A linear layer and its softmax cross-entropy in one op, which never holds all logits.
 
 Imports `kernels.common`, `kernels.cross_entropy`, `kernels.dispatch`, `varying`.
 """

@@ -14,8 +14,8 @@ from txcore.kernels.linear_cross_entropy import pallas as linear_pallas
 from txcore.kernels.linear_cross_entropy import xla
 
 KERNELS: registry.Kernels = {
-    "xla": registry.Kernel(xla.linear_cross_entropy, xla.configs),
-    "pallas": registry.Kernel(linear_pallas.linear_cross_entropy, pallas.configs),
+    "xla": registry.Kernel(xla.linear_cross_entropy, xla.list_configs),
+    "pallas": registry.Kernel(linear_pallas.linear_cross_entropy, pallas.list_configs),
 }
 
 
@@ -31,18 +31,17 @@ def linear_cross_entropy(
 ) -> jax.Array:
     """Compute cross_entropy(x @ w + b, labels) without holding the logits.
 
-    Where there are many classes, a block of them is looked at at a time, and their logits are
-    computed again for the gradient: the memory is that of one block's logits, while the layer
-    and the loss one after the other hold all logits, and in float32 their gradient too. The
-    idea is that of Hsu et al. 2024, Liger Kernel, https://arxiv.org/abs/2410.10989 (which takes
-    the gradient in the forward pass: that needs the loss to be summed there), and, by blocks of
-    classes, Wijmans et al. 2024, Cut Your Losses in Large-Vocabulary Language Models,
-    https://arxiv.org/abs/2411.09009.
+    Many classes are computed in blocks, and the logits of each block again for the gradient, so
+    that only one block's logits are in memory. A layer followed by a loss holds all logits, and
+    their gradient in float32. The idea is from Hsu et al. 2024, Liger Kernel,
+    https://arxiv.org/abs/2410.10989 (which computes the gradient in the forward pass, and so
+    needs the loss to be summed there), and, by blocks of classes, from Wijmans et al. 2024, Cut
+    Your Losses in Large-Vocabulary Language Models, https://arxiv.org/abs/2411.09009.
 
     Logits are never rounded to half precision: products of half-precision operands are added up
     in float32, and each gradient is rounded once. Label smoothing, labels outside [0, classes),
-    masked rows and infinite logits are treated as by `cross_entropy`, and forward-mode
-    differentiation is refused by jax as there.
+    masked rows, infinite logits and forward-mode differentiation are treated as in
+    `cross_entropy`.
 
     Args:
       x: inputs, shape (..., features), any floating dtype.
@@ -72,13 +71,13 @@ def linear_cross_entropy(
       [6.9078, 6.9078]
     """
     op = "linear_cross_entropy"
-    x, w = checks.float_arrays(op, x=x, w=w)
-    (b,) = checks.float_arrays(op, b=jnp.zeros(w.shape[-1:], w.dtype) if b is None else b)
-    checks.same_dtype(op, x=x, w=w, b=b)
+    x, w = checks.require_floats(op, x=x, w=w)
+    (b,) = checks.require_floats(op, b=jnp.zeros(w.shape[-1:], w.dtype) if b is None else b)
+    checks.require_same_dtype(op, x=x, w=w, b=b)
     labels = class_indices(op, labels)
     smoothing = smoothing_weight(op, label_smoothing)
     _check_shapes(x, w, b, labels)
-    return registry.run(
+    return registry.run_op(
         op,
         KERNELS,
         *varying.match_varying(x, w, b, labels),
@@ -89,20 +88,20 @@ def linear_cross_entropy(
 
 
 def _check_shapes(x: jax.Array, w: jax.Array, b: jax.Array, labels: jax.Array) -> None:
-    given = f"got x {x.shape}, w {w.shape}, b {b.shape}, labels {labels.shape}."
+    given = f"got x {x.shape}, w {w.shape}, b {b.shape}, labels {labels.shape}"
     if x.ndim < 1 or w.ndim != 2 or b.ndim != 1 or 0 in w.shape:
         raise ValueError(
-            "linear_cross_entropy: x must have the dims (..., features), w (features, classes) "
-            "with at least one of each, b (classes,) or be None, and labels x's dims without "
-            f"features; {given}"
+            "linear_cross_entropy: x needs the dims (..., features), w (features, classes) with "
+            "at least one of each, b (classes,) or None, and labels x's dims without features, "
+            f"{given}: reshape them to these dims"
         )
     if x.shape[-1] != w.shape[0] or w.shape[1] != b.shape[0]:
         raise ValueError(
-            "linear_cross_entropy: x's last dim must equal w's first, and w's last dim b's "
-            f"length; {given} Transpose a weight stored as (classes, features)."
+            "linear_cross_entropy: w needs x's last dim as its first, and b's length as its last, "
+            f"{given}: transpose a weight stored as (classes, features)"
         )
     if x.shape[:-1] != labels.shape:
         raise ValueError(
-            "linear_cross_entropy: labels must have x's dims without features; "
-            f"{given} Pass one class index for each row of x."
+            "linear_cross_entropy: labels needs x's dims without features, "
+            f"{given}: pass one class index for each row of x"
         )

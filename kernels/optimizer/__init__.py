@@ -1,4 +1,4 @@
-"""One update of one array, by SGD with momentum or AdamW.
+"""One update of one array, by SGD with momentum or by AdamW.
 
 Imports `kernels.common`, `kernels.dispatch`, `varying`.
 """

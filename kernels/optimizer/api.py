@@ -14,11 +14,11 @@ from txcore.kernels.optimizer import equations, pallas, xla
 INFINITY = float("inf")
 SGD_MOMENTUM: registry.Kernels = {
     "xla": registry.Kernel(xla.sgd_momentum),
-    "pallas": registry.Kernel(pallas.sgd_momentum, pallas.configs, pallas.refuse),
+    "pallas": registry.Kernel(pallas.sgd_momentum, pallas.list_configs, pallas.explain_refusal),
 }
 ADAMW: registry.Kernels = {
     "xla": registry.Kernel(xla.adamw),
-    "pallas": registry.Kernel(pallas.adamw, pallas.configs, pallas.refuse),
+    "pallas": registry.Kernel(pallas.adamw, pallas.list_configs, pallas.explain_refusal),
 }
 
 
@@ -40,12 +40,12 @@ def sgd_momentum(
 
     With d = grad_scale * grad + weight_decay * param: velocity' = momentum * velocity + d, and
     param' = param - learning_rate * velocity' (with `nesterov`: ... * (d + momentum *
-    velocity')), which is PyTorch's and optax's form. Computed in float32 or wider, each result
-    rounded once. An element that is not finite stays in its place: no other one sees it.
+    velocity')), as PyTorch and optax define it. It is computed in float32 or wider, and each
+    result is rounded once. An element that is not finite affects no other element.
 
-    In float32 one pass moves 20 bytes a parameter: it reads 12 and writes 8, in place where
-    param and velocity are donated. XLA on CPU makes two passes and moves 24; with `nesterov` or
-    a weight decay 28, with both 40 and needs 4 more of memory.
+    In float32 one pass moves 20 bytes for each parameter: it reads 12 and writes 8, in place where
+    param and velocity are donated. XLA on CPU makes two passes and moves 24 bytes: 28 with
+    `nesterov` or a weight decay, and with both 40 and 4 bytes more of memory.
 
     Args:
       param: any shape and floating dtype.
@@ -57,13 +57,13 @@ def sgd_momentum(
       weight_decay: L2 coefficient added to the gradient, at least 0.
       grad_scale: scalar, a number or an array, that multiplies the gradient before all else: the
         inverse of a loss scale, a clipping factor (see `squared_norm`), or their product.
-      cast: floating dtype in which the new param is returned once more, for the next forward
-        pass; None does not.
+      cast: floating dtype of a second copy of the new param, for the next forward pass; None
+        returns no copy.
       implementation: None for the fastest known, "xla" or "pallas" (not differentiable).
-      config: a configuration of the implementation that is named; None for its best guess.
+      config: a configuration of the named implementation; None for its best guess.
 
     Returns:
-      The new param and velocity, in their own dtypes, and with `cast` the new param in that one.
+      The new param and velocity, in their own dtypes, and with `cast` the copy in that dtype.
 
     Raises:
       TypeError: an array or `cast` is not floating-point, or `config` is another
@@ -84,20 +84,20 @@ def sgd_momentum(
       Sutskever et al., "On the importance of initialization and momentum in deep learning", 2013.
     """
     op = "sgd_momentum"
-    param, grad, velocity = checks.float_arrays(op, param=param, grad=grad, velocity=velocity)
+    param, grad, velocity = checks.require_floats(op, param=param, grad=grad, velocity=velocity)
     _check_shapes(op, param=param, grad=grad, velocity=velocity)
-    checks.in_range(op, "learning_rate", learning_rate, 0, INFINITY)
-    checks.in_range(op, "momentum", momentum, 0, 1)
-    checks.in_range(op, "weight_decay", weight_decay, 0, INFINITY)
+    checks.require_in_range(op, "learning_rate", learning_rate, 0, INFINITY)
+    checks.require_in_range(op, "momentum", momentum, 0, 1)
+    checks.require_in_range(op, "weight_decay", weight_decay, 0, INFINITY)
     arrays = (param, grad, velocity)
     wide = _wide_dtype(*arrays)
-    return registry.run(
+    return registry.run_op(
         op,
         SGD_MOMENTUM,
         *varying.match_varying(
             *arrays,
-            _scalar(op, "learning_rate", learning_rate, wide),
-            _scalar(op, "grad_scale", grad_scale, wide),
+            _require_scalar(op, "learning_rate", learning_rate, wide),
+            _require_scalar(op, "grad_scale", grad_scale, wide),
         ),
         implementation=implementation,
         config=config,
@@ -129,11 +129,11 @@ def adamw(
 
     With g = grad_scale * grad: m' = b1 m + (1 - b1) g, v' = b2 v + (1 - b2) g^2, and param' =
     param - learning_rate * (mhat / (sqrt(vhat) + eps) + weight_decay * param), where mhat = m' /
-    (1 - b1^t), vhat = v' / (1 - b2^t), t = step + 1. Computed in float32 or wider, each result
-    rounded once. An element that is not finite stays in its place: no other one sees it.
+    (1 - b1^t), vhat = v' / (1 - b2^t), t = step + 1. It is computed in float32 or wider, and each
+    result is rounded once. An element that is not finite affects no other element.
 
-    In float32 one pass moves 28 bytes a parameter: it reads 16 and writes 12, in place where
-    param, m and v are donated.
+    In float32 one pass moves 28 bytes for each parameter: it reads 16 and writes 12, in place
+    where param, m and v are donated.
 
     Args:
       param: any shape and floating dtype.
@@ -148,13 +148,13 @@ def adamw(
       weight_decay: at least 0.
       grad_scale: scalar, a number or an array, that multiplies the gradient before all else: the
         inverse of a loss scale, a clipping factor (see `squared_norm`), or their product.
-      cast: floating dtype in which the new param is returned once more, for the next forward
-        pass; None does not.
+      cast: floating dtype of a second copy of the new param, for the next forward pass; None
+        returns no copy.
       implementation: None for the fastest known, "xla" or "pallas" (not differentiable).
-      config: a configuration of the implementation that is named; None for its best guess.
+      config: a configuration of the named implementation; None for its best guess.
 
     Returns:
-      The new param, m and v, in their own dtypes, and with `cast` the new param in that one.
+      The new param, m and v, in their own dtypes, and with `cast` the copy in that dtype.
 
     Raises:
       TypeError: an array or `cast` is not floating-point, or `config` is another
@@ -177,22 +177,22 @@ def adamw(
       Loshchilov and Hutter, "Decoupled weight decay regularization", 2019.
     """
     op = "adamw"
-    param, grad, m, v = checks.float_arrays(op, param=param, grad=grad, m=m, v=v)
+    param, grad, m, v = checks.require_floats(op, param=param, grad=grad, m=m, v=v)
     _check_shapes(op, param=param, grad=grad, m=m, v=v)
-    checks.in_range(op, "learning_rate", learning_rate, 0, INFINITY)
-    checks.in_range(op, "b1", b1, 0, 1)
-    checks.in_range(op, "b2", b2, 0, 1)
-    checks.in_range(op, "eps", eps, 0, INFINITY)
-    checks.in_range(op, "weight_decay", weight_decay, 0, INFINITY)
+    checks.require_in_range(op, "learning_rate", learning_rate, 0, INFINITY)
+    checks.require_in_range(op, "b1", b1, 0, 1)
+    checks.require_in_range(op, "b2", b2, 0, 1)
+    checks.require_in_range(op, "eps", eps, 0, INFINITY)
+    checks.require_in_range(op, "weight_decay", weight_decay, 0, INFINITY)
     wide = _wide_dtype(param, grad, m, v)
-    count = _scalar(op, "step", step, wide) + 1
-    return registry.run(
+    count = _require_scalar(op, "step", step, wide) + 1
+    return registry.run_op(
         op,
         ADAMW,
         *varying.match_varying(
             *(param, grad, m, v),
-            _scalar(op, "learning_rate", learning_rate, wide),
-            _scalar(op, "grad_scale", grad_scale, wide),
+            _require_scalar(op, "learning_rate", learning_rate, wide),
+            _require_scalar(op, "grad_scale", grad_scale, wide),
             equations.bias_correction(b1, count),
             equations.bias_correction(b2, count),
         ),
@@ -210,11 +210,11 @@ def _wide_dtype(*arrays: jax.Array) -> jnp.dtype:
     return checks.accumulator(checks.common_dtype(*(array.dtype for array in arrays)))
 
 
-def _scalar(op: str, option: str, value: ArrayLike, dtype: jnp.dtype) -> jax.Array:
+def _require_scalar(op: str, option: str, value: ArrayLike, dtype: jnp.dtype) -> jax.Array:
     if jnp.ndim(value):
         raise ValueError(
-            f"{op}: {option} must be a scalar; got shape {jnp.shape(value)}. Use jax.vmap for "
-            "several at once."
+            f"{op}: {option} needs to be a scalar, got shape {jnp.shape(value)}: use jax.vmap for "
+            "several at once"
         )
     return jnp.asarray(value, dtype)
 
@@ -225,8 +225,8 @@ def _result_dtypes(op: str, cast: DTypeLike | None, *arrays: jax.Array) -> tuple
         return dtypes
     if not jnp.issubdtype(cast, jnp.floating):
         raise TypeError(
-            f"{op}: cast must be a floating-point dtype or None; got {jnp.dtype(cast)}. "
-            "Name the dtype of the next forward pass, such as jnp.bfloat16."
+            f"{op}: cast needs a floating-point dtype or None, got {jnp.dtype(cast)}: "
+            "name the dtype of the next forward pass, such as jnp.bfloat16"
         )
     return (*dtypes, str(jnp.dtype(cast)))
 
@@ -235,6 +235,6 @@ def _check_shapes(op: str, **arrays: Any) -> None:
     if len({array.shape for array in arrays.values()}) > 1:
         given = ", ".join(f"{name} {array.shape}" for name, array in arrays.items())
         raise ValueError(
-            f"{op}: {', '.join(arrays)} must have one shape; got {given}. "
-            "Pass the state that belongs to this parameter."
+            f"{op}: {', '.join(arrays)} need one shape, got {given}: "
+            "pass the state that belongs to this parameter"
         )

@@ -1,4 +1,4 @@
-"""One update of one element, on arrays of one wide dtype: what every implementation computes."""
+"""The equations of the updates, on arrays of one wide dtype: every implementation computes them."""
 
 import math
 
@@ -19,7 +19,7 @@ def sgd_momentum(
 ) -> tuple[jax.Array, jax.Array]:
     """Return the new parameter and velocity."""
     d = g * grad_scale
-    if weight_decay:  # 0 * p is not nothing to a compiler: p may be infinite
+    if weight_decay:  # a compiler cannot drop 0 * p, since p may be infinite
         d = d + weight_decay * p
     v = momentum * v + d
     return p - rate * (d + momentum * v if nesterov else v), v
@@ -49,5 +49,5 @@ def adamw(
 
 
 def bias_correction(decay: float, count: jax.Array) -> jax.Array:
-    """Return 1 - decay**count without the cancellation that costs float32 four digits at 0.999."""
+    """Return 1 - decay**count; computed so, by cancellation, float32 loses four digits at 0.999."""
     return -jnp.expm1(count * math.log(decay)) if decay else jnp.ones_like(count)

@@ -23,23 +23,23 @@ class Config:
     warps: int = 4
 
 
-def configs(problem: Problem) -> Sequence[Config]:
+def list_configs(problem: Problem) -> Sequence[Config]:
     """Return the blocks worth trying, the best guess first."""
     if problem.platform != "gpu":  # an interpreter's time goes by the number of programs
         return Config(65536), Config(1024)
     return Config(1024), Config(2048), Config(4096, warps=8)
 
 
-def refuse(problem: Problem) -> str | None:
-    """Return why an array cannot be updated, if so."""
-    return masked.too_large(math.prod(problem.shapes[0]))
+def explain_refusal(problem: Problem) -> str | None:
+    """Return why the kernel cannot update this array, or None."""
+    return masked.explain_too_large(math.prod(problem.shapes[0]))
 
 
 def sgd_momentum(
     *operands: jax.Array, config: Config, dtypes: tuple[str, ...], **options: Any
 ) -> tuple[jax.Array, ...]:
     """Compute the op of `txcore.kernels.sgd_momentum` on checked operands."""
-    return _update(
+    return _update_arrays(
         partial(equations.sgd_momentum, **options), operands[:3], operands[3:], dtypes, config
     )
 
@@ -49,10 +49,10 @@ def adamw(
 ) -> tuple[jax.Array, ...]:
     """Compute the op of `txcore.kernels.adamw` on checked operands."""
     equation = partial(equations.adamw, **options)
-    return _update(equation, operands[:4], operands[4:], dtypes, config)
+    return _update_arrays(equation, operands[:4], operands[4:], dtypes, config)
 
 
-def _update(
+def _update_arrays(
     equation: Callable[..., tuple[jax.Array, ...]],
     arrays: tuple[jax.Array, ...],
     scalars: tuple[jax.Array, ...],
@@ -64,14 +64,14 @@ def _update(
     shape, size, wide = arrays[0].shape, arrays[0].size, scalars[0].dtype
     if not size:
         return tuple(jnp.zeros(shape, dtype) for dtype in dtypes)
-    elements = pallas_tiles.block(size, config.elements)
+    elements = pallas_tiles.block_size(size, config.elements)
 
     def kernel(*refs: Any) -> None:
         inputs, outputs = refs[: -len(dtypes)], refs[-len(dtypes) :]
         program, whole = pl.program_id(0), size // elements
 
-        def update(inside: Callable[[jax.Array], jax.Array | None]) -> None:
-            place = masked.numbers(program * elements, elements)
+        def update_run(inside: Callable[[jax.Array], jax.Array | None]) -> None:
+            place = masked.count_from(program * elements, elements)
             known = [masked.load(ref, place, inside(place)) for ref in inputs[: len(arrays)]]
             rest = [ref[...] for ref in inputs[len(arrays) :]]
             new, *moments = equation(*(x.astype(wide) for x in known), *rest)
@@ -79,19 +79,19 @@ def _update(
             for ref, result in zip(outputs, (new, *moments, *copies), strict=True):
                 masked.store(ref, place, result, inside(place))
 
-        if whole:  # without a mask, which would keep a GPU from loading 16 bytes at a time
-            pl.when(program < whole)(lambda: update(lambda place: None))
+        if whole:  # full runs without a mask: with one, a GPU cannot load 16 bytes at a time
+            pl.when(program < whole)(lambda: update_run(lambda place: None))
         if size % elements:
-            pl.when(program == whole)(lambda: update(lambda place: place < size))
+            pl.when(program == whole)(lambda: update_run(lambda place: place < size))
 
-    results = masked.call(
+    results = masked.call_kernel(
         kernel,
         (-(-size // elements),),
         [(size, dtype) for dtype in dtypes],
         *arrays,
         *scalars,
         warps=config.warps,
-        # In place, as its caller donates the arrays; without it XLA copies them there afterwards.
+        # In place, since callers donate the arrays: else XLA would copy the results there.
         aliases={0: 0} | {place: place - 1 for place in range(2, len(arrays))},
     )
     return tuple(x.reshape(shape) for x in results)

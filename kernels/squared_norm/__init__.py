@@ -1,4 +1,4 @@
-"""The sum of an array's squares: what a norm to clip by is made of.
+"""The sum of an array's squares, from which a norm to clip by is computed.
 
 Imports `kernels.common`, `kernels.dispatch`, `kernels.optimizer`.
 """

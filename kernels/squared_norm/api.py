@@ -18,7 +18,7 @@ from txcore.kernels.optimizer import pallas
 
 @dataclass(frozen=True)
 class Config:
-    """Hold into how many parts the array is split, which are added up before one sum."""
+    """Hold the number of parts of the array that are added up elementwise, before one sum."""
 
     parts: int
 
@@ -31,18 +31,19 @@ def squared_norm(
 ) -> jax.Array:
     """Compute the sum of the squares of an array, for its norm or a norm over several arrays.
 
-    Reads each element once: with the root of the sum over all gradients as `norm`,
-    `grad_scale=jnp.minimum(1, max_norm / norm)` makes an update clip them without a pass of its
-    own (`txcore.optim.sgd(..., clip_norm=)` does). Accumulated in float32 or wider over blocks,
-    so that the error does not grow with the size: 2e-7 of the sum at ten million elements.
+    It reads each element once. To clip without a further pass, give an update
+    `grad_scale=jnp.minimum(1, max_norm / norm)`, where `norm` is the root of the sum over all
+    gradients (`txcore.optim.sgd(..., clip_norm=)` does this). The sum is accumulated in float32 or
+    wider over blocks, so that the error does not grow with the size: it is 2e-7 of the sum at ten
+    million elements.
 
     Args:
       x: any shape and floating dtype.
       implementation: None for the fastest known, "xla" or "pallas".
-      config: a configuration of the implementation that is named; None for its best guess.
+      config: a configuration of the named implementation; None for its best guess.
 
     Returns:
-      Scalar, float32 or wider; inf or nan where an element is, or where a square exceeds the dtype.
+      Scalar, float32 or wider; inf or nan if an element is, or if a square overflows the dtype.
 
     Raises:
       TypeError: `x` is not floating-point, or `config` is another implementation's.
@@ -55,72 +56,75 @@ def squared_norm(
       >>> float(kernels.squared_norm(jnp.array([3.0, 4.0], jnp.bfloat16)))
       25.0
     """
-    (x,) = checks.float_arrays("squared_norm", x=x)
-    return registry.run("squared_norm", KERNELS, x, implementation=implementation, config=config)
+    (x,) = checks.require_floats("squared_norm", x=x)
+    return registry.run_op("squared_norm", KERNELS, x, implementation=implementation, config=config)
 
 
-def _configs(problem: Problem) -> Sequence[Config]:
-    # Without YNN fusions (see `compiler_options`) XLA:CPU sums one element after the other: 0.3 ms
-    # at 0.4 million elements and 120 ms at ten; 64 parts added up first 0.1 and 14 ms.
+def _list_configs(problem: Problem) -> Sequence[Config]:
+    # Without YNN fusions (see `compiler_options`) XLA:CPU sums one element after another: it takes
+    # 0.3 ms for 0.4 million elements and 120 ms for ten million. With 64 parts that are added up
+    # first it takes 0.1 and 14 ms.
     return (Config(64), Config(1)) if problem.platform == "cpu" else (Config(1), Config(64))
 
 
-def _run(x: jax.Array, *, config: Config | pallas.Config) -> jax.Array:
-    return _sum(x, config)
+def _compute_squared_norm(x: jax.Array, *, config: Config | pallas.Config) -> jax.Array:
+    return _sum_squares(x, config)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
-def _sum(x: jax.Array, config: Config | pallas.Config) -> jax.Array:
-    return _in_parts(x, config) if isinstance(config, Config) else _by_runs(x, config)
+def _sum_squares(x: jax.Array, config: Config | pallas.Config) -> jax.Array:
+    return _sum_in_parts(x, config) if isinstance(config, Config) else _sum_by_runs(x, config)
 
 
-@_sum.defjvp
-def _jvp(config: Any, primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> Any:
-    # Not through the parts: their gradients would be put together from 64 slices.
+@_sum_squares.defjvp
+def _differentiate_sum(config: Any, primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> Any:
+    # Its own rule, since autodiff would put the gradient together from 64 slices.
     (x,), (dx,) = primals, tangents
-    out = _sum(x, config)
+    out = _sum_squares(x, config)
     return out, jnp.sum(2 * x.astype(out.dtype) * dx.astype(out.dtype))
 
 
-def _in_parts(x: jax.Array, config: Config) -> jax.Array:
+def _sum_in_parts(x: jax.Array, config: Config) -> jax.Array:
     flat = x.reshape(-1)
     length = flat.size // config.parts
-    parts = [_squares(flat[i * length : (i + 1) * length]) for i in range(config.parts)]
-    rest = _squares(flat[config.parts * length :])
+    parts = [_square_elements(flat[i * length : (i + 1) * length]) for i in range(config.parts)]
+    rest = _square_elements(flat[config.parts * length :])
     return jnp.sum(sum(parts[1:], parts[0])) + jnp.sum(rest)
 
 
-def _squares(x: jax.Array) -> jax.Array:
+def _square_elements(x: jax.Array) -> jax.Array:
     return jnp.square(x.astype(checks.accumulator(x.dtype)))
 
 
-def _by_runs(x: jax.Array, config: pallas.Config) -> jax.Array:
+def _sum_by_runs(x: jax.Array, config: pallas.Config) -> jax.Array:
     from jax.experimental import pallas as pl
 
-    size, elements = x.size, pallas_tiles.block(x.size, config.elements)
+    size, elements = x.size, pallas_tiles.block_size(x.size, config.elements)
     programs = -(-size // elements)
     if not size:
-        return jnp.sum(_squares(x))
+        return jnp.sum(_square_elements(x))
 
     def kernel(x_ref: Any, out_ref: Any) -> None:
         program = pl.program_id(0)
-        place = masked.numbers(program * elements, elements)
+        place = masked.count_from(program * elements, elements)
 
-        def add(inside: jax.Array | None) -> None:
-            masked.store(out_ref, program, jnp.sum(_squares(masked.load(x_ref, place, inside))))
+        def add_squares(inside: jax.Array | None) -> None:
+            masked.store(
+                out_ref, program, jnp.sum(_square_elements(masked.load(x_ref, place, inside)))
+            )
 
-        # Without a mask where none is needed: it would keep a GPU from loading 16 bytes at once.
+        # Full runs have no mask: with one, a GPU cannot load 16 bytes at a time.
         if size >= elements:
-            pl.when(program < size // elements)(lambda: add(None))
+            pl.when(program < size // elements)(lambda: add_squares(None))
         if size % elements:
-            pl.when(program == size // elements)(lambda: add(place < size))
+            pl.when(program == size // elements)(lambda: add_squares(place < size))
 
     results = [(programs, checks.accumulator(x.dtype))]
-    (sums,) = masked.call(kernel, (programs,), results, x, warps=config.warps)
+    (sums,) = masked.call_kernel(kernel, (programs,), results, x, warps=config.warps)
     return jnp.sum(sums)
 
 
 KERNELS: registry.Kernels = {
-    "xla": registry.Kernel(_run, _configs),
-    "pallas": registry.Kernel(_run, pallas.configs),
+    "xla": registry.Kernel(_compute_squared_norm, _list_configs),
+    "pallas": registry.Kernel(_compute_squared_norm, pallas.list_configs),
 }

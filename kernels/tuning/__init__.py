@@ -1,4 +1,4 @@
-"""Measuring the candidates for a problem, on named shapes.
+"""Measurements of the candidates for a problem, on named shapes.
 
 Imports `kernels`, `kernels.common`, `kernels.dispatch`.
 """

@@ -1,12 +1,8 @@
-"""The time that each candidate for a problem takes, measured one beside the other."""
+"""The time of each candidate for a problem, measured side by side."""
 
 import concurrent.futures
 import os
 import pathlib
-import statistics
-import tempfile
-import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,21 +14,20 @@ from txcore.kernels.common.compiler_options import compiler_options
 from txcore.kernels.dispatch import registry
 from txcore.kernels.dispatch.problem import Problem
 from txcore.kernels.dispatch.tuned import fields_of
-from txcore.kernels.dispatch.tuning_file import Entry, label
+from txcore.kernels.dispatch.tuning_file import Entry, label_candidate
+from txcore.kernels.tuning import timing
 from txcore.kernels.tuning.shapes import OPS, Shape
-
-_LEAST_SECONDS = 0.01  # of one round of one candidate: what the clock and the queue cost is less
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Hold what was measured of one problem.
+    """Hold the measurements of one problem.
 
     Attributes:
-      key: of the problem's class.
-      microseconds: the median time of one call of each candidate that ran, by its label.
-      failed: why the others did not, by their labels.
-      entry: the fastest one that is compiled, for a tuning file; None where there is none.
+      key: the key of the problem's class.
+      microseconds: label -> the median time of one call, for each candidate that ran.
+      failed: label -> why it did not run, for the others.
+      entry: the fastest compiled candidate, for a tuning file; None where there is none.
     """
 
     key: str
@@ -41,7 +36,7 @@ class Measured:
     entry: Entry | None = None
 
 
-def measure(
+def measure_shape(
     shape: Shape,
     dtype: Any,
     *,
@@ -54,8 +49,8 @@ def measure(
     Args:
       shape: what to compute.
       dtype: of its floating-point operands.
-      backward: whether to compute the gradients, too.
-      rounds: how often each candidate has its turn.
+      backward: whether to compute the gradients too.
+      rounds: how often each candidate is timed.
       named: the implementations to time, interpreted ones too; None for all that are compiled.
 
     Returns:
@@ -63,23 +58,23 @@ def measure(
     """
     problem, kernels = problem_of(shape, dtype)
     choices = {
-        label(choice.implementation, fields_of(choice.config)): choice
-        for choice in registry.candidates(problem, kernels, named)
+        label_candidate(choice.implementation, fields_of(choice.config)): choice
+        for choice in registry.list_candidates(problem, kernels, named)
     }
     calls, failed = compile_calls(shape, dtype, choices, backward=backward)
-    times = time_calls(calls, rounds)
+    times = timing.time_calls(calls, rounds)
     able = [n for n in times if registry.is_compiled(problem, kernels, choices[n].implementation)]
     if not able:
         return Measured(problem.key, times, failed)
     best = choices[min(able, key=times.__getitem__)]
     rounded = {name: float(f"{time:.4g}") for name, time in times.items()}
     config = fields_of(best.config)
-    entry = Entry(best.implementation, config, rounded, jax.__version__, machine())
+    entry = Entry(best.implementation, config, rounded, jax.__version__, describe_machine())
     return Measured(problem.key, times, failed, entry)
 
 
 def problem_of(shape: Shape, dtype: Any) -> tuple[Problem, registry.Kernels]:
-    """Return what the registry is asked for a shape, and the op's implementations.
+    """Return the problem that the registry sees for a shape, and the op's implementations.
 
     Args:
       shape: what to compute.
@@ -87,13 +82,13 @@ def problem_of(shape: Shape, dtype: Any) -> tuple[Problem, registry.Kernels]:
     """
     asked: list[tuple[Problem, registry.Kernels]] = []
 
-    def decide(problem: Problem, kernels: registry.Kernels) -> registry.Choice:
+    def choose_xla(problem: Problem, kernels: registry.Kernels) -> registry.Choice:
         asked.append((problem, kernels))
         return registry.Choice("xla", kernels["xla"].configs(problem)[0], "given")
 
-    with registry.decided_by(decide):
-        # A function of its own, as jax would not trace the shape's method again.
-        jax.eval_shape(lambda *operands: shape.call(*operands), *shape.structs(dtype))
+    with registry.decided_by(choose_xla):
+        # A new function object, since jax would not trace the shape's method a second time.
+        jax.eval_shape(lambda *operands: shape.call_op(*operands), *shape.make_structs(dtype))
     return next(one for one in asked if one[0].op == shape.op)
 
 
@@ -105,24 +100,24 @@ def compile_calls(
     backward: bool,
     operands: Sequence[jax.Array] | None = None,
 ) -> tuple[dict[str, Callable[[], object]], dict[str, str]]:
-    """Compile a call of each choice, several at a time, and run it once.
+    """Compile a call of each choice, in several threads, and run it once.
 
     Args:
       shape: what to compute.
       dtype: of its floating-point operands.
-      choices: what runs the op, by name.
+      choices: name -> what runs the op.
       backward: as for `compile_call`.
-      operands: what to compute with; None makes them.
+      operands: the op's operands; None makes them.
 
     Returns:
-      The calls, and why the others failed, by name.
+      name -> call, for those that ran, and name -> reason, for those that failed.
     """
-    made = shape.operands(dtype) if operands is None else operands
+    made = shape.make_operands(dtype) if operands is None else operands
 
     def compile_one(choice: registry.Choice) -> Callable[[], object] | str:
         try:
             return compile_call(shape, dtype, choice, backward=backward, operands=made)
-        except Exception as error:  # a compiler's or a kernel's own: the others are timed
+        except Exception as error:  # of any kind, from a compiler or a kernel: time the others
             return f"{type(error).__name__}: {error}"
 
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -132,7 +127,7 @@ def compile_calls(
     for name, call in list(calls.items()):
         try:
             call()
-        except Exception as error:  # what only running shows: too little memory, a wrong address
+        except Exception as error:  # seen only when it runs: too little memory, a bad address
             failed[name] = f"{type(error).__name__}: {error}"
             del calls[name]
     return calls, failed
@@ -153,26 +148,27 @@ def compile_call(
       dtype: of its floating-point operands.
       choice: the implementation and configuration; None for what the registry chooses.
       backward: whether to compute the gradients of the operands too, in one program with the
-        results, from a gradient of the results that is no constant. An update has none.
-      operands: what to compute with, kept as it is; None makes them.
+        results. The gradient of the results is an argument, so that XLA cannot simplify by it. An
+        update has no gradients.
+      operands: the op's operands, which are not changed; None makes them.
 
     Returns:
       A function that runs it once, and waits for the end.
     """
-    given = shape.operands(dtype) if operands is None else operands
+    given = shape.make_operands(dtype) if operands is None else operands
     replaced = OPS[shape.op].updates
     operands = [jnp.array(x) if i in replaced else x for i, x in enumerate(given)]
 
     def forward(*operands: jax.Array) -> Any:
         with registry.decided_by(lambda problem, _: choice if problem.op == shape.op else None):
-            return shape.call(*operands)
+            return shape.call_op(*operands)
 
-    def both(gradient: Any, *operands: jax.Array) -> Any:
+    def forward_and_backward(gradient: Any, *operands: jax.Array) -> Any:
         def of_differentiable(*some: jax.Array) -> Any:
             given = dict(zip(shape.differentiable, some, strict=True))
             return forward(*(given.get(i, x) for i, x in enumerate(operands)))
 
-        # Not the gradient of a sum, whose own time is not the op's.
+        # By vjp, not as the gradient of a sum: the time of that sum is not the op's.
         results, transpose = jax.vjp(
             of_differentiable, *(operands[i] for i in shape.differentiable)
         )
@@ -184,7 +180,7 @@ def compile_call(
             lambda out: jnp.linspace(-1, 1, out.size, dtype=out.dtype).reshape(out.shape),
             jax.eval_shape(forward, *operands),
         )
-        jitted = jax.jit(both, compiler_options=options)
+        jitted = jax.jit(forward_and_backward, compiler_options=options)
         with_gradients = jitted.lower(gradient, *operands).compile()
         return lambda: jax.block_until_ready(with_gradients(gradient, *operands))
     jitted = jax.jit(forward, donate_argnums=replaced, compiler_options=options)
@@ -192,149 +188,15 @@ def compile_call(
     if not replaced:
         return lambda: jax.block_until_ready(compiled(*operands))
 
-    def update() -> None:
+    def update_in_place() -> None:
         for place, result in zip(replaced, jax.block_until_ready(compiled(*operands)), strict=True):
             operands[place] = result
 
-    return update
+    return update_in_place
 
 
-def time_calls(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Time calls where their time is spent: on the host's clock on CPU, else on the device's.
-
-    Args:
-      calls: what to run, by name; each has run once.
-      rounds: how many times each has its turn.
-
-    Returns:
-      The time of one call, by name, in microseconds.
-    """
-    if jax.default_backend() == "cpu":
-        return alternate(calls, rounds)
-    return {name: busy for name, (busy, _) in device_times(calls, rounds).items()}
-
-
-def device_times(
-    calls: Mapping[str, Callable[[], object]], rounds: int
-) -> dict[str, tuple[float, float]]:
-    """Time calls by what the profiler records of the default device.
-
-    A host's clock counts what it takes to start a call, tens of microseconds, which hides small
-    kernels. Here only the time counts in which a kernel or a copy runs.
-
-    Args:
-      calls: what to run, by name; each has run once, and waits for its end.
-      rounds: how many times each runs.
-
-    Returns:
-      By name, the median time of one call in microseconds, and how many kernels and copies it
-      starts.
-    """
-    zero = jnp.zeros(())
-    mark = jax.jit(_marker).lower(zero).compile()
-    jax.block_until_ready(mark(zero))
-    options = jax.profiler.ProfileOptions()
-    options.host_tracer_level = options.python_tracer_level = 0
-    with tempfile.TemporaryDirectory() as folder:
-        jax.profiler.start_trace(folder, profiler_options=options)
-        try:
-            for name in calls:
-                for _ in range(rounds):
-                    jax.block_until_ready(mark(zero))
-                    calls[name]()
-        finally:
-            jax.profiler.stop_trace()
-        (trace,) = pathlib.Path(folder).rglob("*.xplane.pb")
-        taken = runs_between(device_events(str(trace)), _marker.__name__)
-    if len(taken) != rounds * len(calls):
-        raise RuntimeError(
-            f"the profiler must record {rounds * len(calls)} calls, and recorded {len(taken)}: "
-            "time fewer candidates at once (--shapes), or on a device that nothing else profiles"
-        )
-    found = {}
-    for i, name in enumerate(calls):
-        some = taken[i * rounds : (i + 1) * rounds]
-        busy = statistics.median(_busy(run) for run in some) / 1e3
-        found[name] = busy, statistics.median(map(len, some))
-    return found
-
-
-Event = tuple[str, float, float]  # the program's name, start and duration in nanoseconds
-
-
-def _marker(x: jax.Array) -> jax.Array:
-    return x + 1
-
-
-def device_events(path: str) -> list[Event]:
-    """Read what ran on the first device of a trace, in the order of its start.
-
-    Args:
-      path: an .xplane.pb file of `jax.profiler`.
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of jaxlib's own types
-        data = jax.profiler.ProfileData.from_file(path)
-        events = [
-            (str(dict(event.stats).get("hlo_module", "")), event.start_ns, event.duration_ns)
-            for plane in data.planes
-            if plane.name in ("/device:GPU:0", "/device:TPU:0")
-            for line in plane.lines
-            if line.name.startswith("Stream") or line.name == "XLA Ops"
-            for event in line.events
-        ]
-    return sorted(events, key=lambda event: event[1])
-
-
-def runs_between(events: Sequence[Event], marker: str) -> list[list[Event]]:
-    """Cut a device's events into those behind each run of a marker program."""
-    runs: list[list[Event]] = []
-    for event in events:
-        if event[0] == f"jit_{marker}":
-            runs.append([])
-        elif runs:
-            runs[-1].append(event)
-    return runs
-
-
-def _busy(events: Sequence[Event]) -> float:
-    """Return the time in which at least one of the events runs."""
-    busy, end = 0.0, 0.0
-    for _, start, duration in events:
-        busy += max(0.0, start + duration - max(start, end))
-        end = max(end, start + duration)
-    return busy
-
-
-def alternate(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Time calls in alternating rounds, each often enough for the clock.
-
-    Args:
-      calls: what to run, by name; each has run once.
-      rounds: how many times each has its turn; every second one in reversed order.
-
-    Returns:
-      The median of each one's rounds, in microseconds a call.
-    """
-    often = {}
-    for name, call in calls.items():
-        often[name] = max(1, round(_LEAST_SECONDS / _seconds(call, 1)))
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(rounds):
-        for name in reversed(times) if turn % 2 else times:
-            times[name].append(_seconds(calls[name], often[name]) / often[name])
-    return {name: 1e6 * statistics.median(taken) for name, taken in times.items()}
-
-
-def _seconds(call: Callable[[], object], often: int) -> float:
-    start = time.perf_counter()
-    for _ in range(often):
-        call()
-    return time.perf_counter() - start
-
-
-def machine() -> str:
-    """Name the default device; of a CPU its model and the cores that this process may use."""
+def describe_machine() -> str:
+    """Name the default device: for a CPU, its model and the cores that this process may use."""
     device = jax.devices()[0]
     if device.platform != "cpu":
         return device.device_kind

@@ -3,8 +3,8 @@
 import pytest
 
 from txcore import cli
-from txcore.kernels.dispatch.tuning_file import Entry, read, write
-from txcore.kernels.tuning import measure
+from txcore.kernels.dispatch.tuning_file import Entry, read_entries, write_entries
+from txcore.kernels.tuning import measure, timing
 
 
 @pytest.fixture
@@ -14,7 +14,7 @@ def fast(monkeypatch):
     def alternate(calls, rounds):
         return {name: float(len(calls) - i) for i, name in enumerate(calls)}
 
-    monkeypatch.setattr(measure, "alternate", alternate)
+    monkeypatch.setattr(timing, "alternate_calls", alternate)
 
 
 @pytest.fixture
@@ -31,10 +31,10 @@ def test_it_measures_and_writes(cache, capsys):
     assert "cross_entropy loss-b64 float32\n  xla" in out
     assert out.count(" µs  1.00x  fastest") == 2
     assert out.endswith(f"written to {cache}\n")
-    entries = read(cache)
+    entries = read_entries(cache)
     assert {key.partition("|")[0] for key in entries} == {"dense", "cross_entropy"}
     assert all(entry.implementation == "xla" for entry in entries.values())
-    assert {entry.machine for entry in entries.values()} == {measure.machine()}
+    assert {entry.machine for entry in entries.values()} == {measure.describe_machine()}
 
 
 def test_what_it_wrote_is_what_runs(fast, cache, capsys):
@@ -55,10 +55,10 @@ def test_what_it_wrote_is_what_runs(fast, cache, capsys):
 
 def test_it_adds_to_what_is_there(fast, cache):
     other = Entry("xla", {}, {"xla": 1.0}, "0.10.2", "another machine")
-    write(cache, {"another|key": other})
+    write_entries(cache, {"another|key": other})
     assert cli.main(["tune", "cross_entropy", "--shapes", "loss-b64"]) == 0
     assert cli.main(["tune", "--shapes", "loss-b64", "--dtype", "bfloat16", "--forward"]) == 0
-    entries = read(cache)
+    entries = read_entries(cache)
     assert entries["another|key"] == other
     assert sorted(key.split("|")[2] for key in entries if "|cpu|" in key) == [
         "bfloat16,int32",
@@ -84,9 +84,9 @@ def test_what_was_measured_outlives_an_interruption(cache, monkeypatch, capsys):
         turns.append(1)
         return dict.fromkeys(calls, 1.0)
 
-    monkeypatch.setattr(measure, "alternate", alternate)
+    monkeypatch.setattr(timing, "alternate_calls", alternate)
     assert cli.main(["tune", "--shapes", "loss-b64", "logits-b64"]) == 130
-    assert len(read(cache)) == 1
+    assert len(read_entries(cache)) == 1
 
 
 BAD = {
@@ -102,7 +102,7 @@ BAD = {
     "no such implementation": (["tune", "--implementation", "cuda"], "invalid choice: 'cuda'"),
     "a folder": (
         ["tune", "--shapes", "loss-b64", "--cache", "."],
-        "the tuning file . cannot be read (Is a directory). Delete it, and run `txcore tune`",
+        "the tuning file . cannot be read (Is a directory): delete it, and run `txcore tune`",
     ),
     "a damaged file": (
         ["tune", "--shapes", "loss-b64", "--cache", "damaged.json"],
@@ -119,7 +119,7 @@ BAD = {
 def test_bad_input_is_one_line_and_exits_2(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "damaged.json").write_text("{")
-    monkeypatch.setattr(measure, "alternate", None)  # nothing is measured
+    monkeypatch.setattr(timing, "alternate_calls", None)  # nothing is measured
     arguments, message = BAD[name]
     assert cli.main(arguments) == 2
     out, err = capsys.readouterr()
@@ -131,7 +131,7 @@ def test_bad_input_is_one_line_and_exits_2(name, tmp_path, monkeypatch, capsys):
 
 def test_no_file_is_refused_before_measuring(monkeypatch, capsys):
     monkeypatch.setenv("TXCORE_TUNING", "")
-    monkeypatch.setattr(measure, "alternate", None)
+    monkeypatch.setattr(timing, "alternate_calls", None)
     assert cli.main(["tune", "--shapes", "loss-b64"]) == 2
     text = "TXCORE_TUNING is empty: name a file by --cache, or give --dry-run"
     assert text in capsys.readouterr().err

@@ -22,7 +22,7 @@ from txcore.kernels.conv.geometry import Blocks
 from txcore.kernels.conv.pallas_taps import LARGEST_PATCH
 from txcore.kernels.dispatch import registry, tuned
 from txcore.kernels.dispatch.problem import Problem
-from txcore.kernels.dispatch.tuning_file import label
+from txcore.kernels.dispatch.tuning_file import label_candidate
 
 ALL = os.environ.get("TXCORE_ALL_KERNELS") == "1"
 # Several programs along every axis of each kernel's grid, and sums in several parts.
@@ -37,14 +37,14 @@ class Variant:
     first: bool  # the implementation's best guess
 
     def __str__(self):
-        return label(self.implementation, tuned.fields_of(self.config))
+        return label_candidate(self.implementation, tuned.fields_of(self.config))
 
     def op(self, **options):
         """Return conv2d by this implementation and configuration."""
         options = {"activation": None, "pool": None, "padding": "SAME", **options}
 
         def conv2d(x, w, b):
-            return registry.run(
+            return registry.run_op(
                 "conv2d",
                 KERNELS,
                 *varying.match_varying(x, w, b),
@@ -59,7 +59,7 @@ class Variant:
 def problem(case: Case, dtype: Any) -> Problem:
     options = {"activation": None, "pool": None, "padding": "SAME", **case.options}
     shapes = [jax.ShapeDtypeStruct(shape, dtype) for shape in case.shapes]
-    return Problem.of("conv2d", registry.current_device(), shapes, options)
+    return Problem.from_call("conv2d", registry.current_device(), shapes, options)
 
 
 def variants(case: Case, dtype: Any = jnp.float32) -> list[Variant]:

@@ -111,6 +111,9 @@ def test_each_device_gives_the_norm_of_its_part(checked, way):
 
 
 def test_integers_are_refused():
-    text = "squared_norm: x must have a floating-point dtype; got int32. Cast it, for example"
+    text = (
+        "squared_norm: x needs a floating-point dtype, got int32: cast it, for example "
+        "x.astype(jnp.float32)"
+    )
     with pytest.raises(TypeError, match=re.escape(text)):
         kernels.squared_norm(jnp.arange(3))

@@ -200,44 +200,50 @@ BAD = {
     "integers": (
         lambda: kernels.pack({"a": ONE, "n": jnp.arange(3)}),
         TypeError,
-        "pack: arrays['n'] must have a floating-point dtype; got int32.",
+        "pack: arrays['n'] needs a floating-point dtype, got int32: cast it, for example "
+        "arrays['n'].astype(jnp.float32)",
     ),
     "mixed": (
         lambda: kernels.pack({"a": ONE, "b": ONE, "c": ONE.astype(jnp.bfloat16)}),
         TypeError,
-        "pack: without dtype= all arrays must have one dtype; got arrays['b'] float32, "
-        "arrays['c'] bfloat16. Pass the buffer's dtype, for example dtype=jnp.float32.",
+        "pack: without dtype= all arrays need one dtype, got arrays['b'] float32, arrays['c'] "
+        "bfloat16: pass the buffer's dtype, for example dtype=jnp.float32",
     ),
     "integer buffer": (
         lambda: kernels.pack([ONE], dtype=int),
         TypeError,
-        "pack: dtype must be a floating-point dtype or None; got int64. Use jnp.concatenate",
+        "pack: dtype needs a floating-point dtype or None, got int64: use jnp.concatenate for "
+        "others",
     ),
     "scales": (
         lambda: kernels.pack([ONE], scale=jnp.ones(2)),
         ValueError,
-        "pack: scale must be a scalar; got shape (2,). Multiply the arrays themselves",
+        "pack: scale needs to be a scalar, got shape (2,): multiply the arrays themselves to "
+        "scale each by its own factor",
     ),
     "too short": (
         lambda: kernels.unpack(ONE, [ONE, ONE]),
         ValueError,
-        "unpack: flat must have the shape (6,), all elements of like; got (3,). Pass the tree "
-        "that was packed, or shapes like its own; leave padding out.",
+        "unpack: flat needs the shape (6,), all elements of like, got (3,): pass the tree that "
+        "was packed, or shapes like its own, and leave padding out",
     ),
     "not flat": (
         lambda: kernels.unpack(ONE[None], ONE),
         ValueError,
-        "unpack: flat must have the shape (3,), all elements of like; got (1, 3).",
+        "unpack: flat needs the shape (3,), all elements of like, got (1, 3): pass the tree "
+        "that was packed, or shapes like its own, and leave padding out",
     ),
     "like integers": (
         lambda: kernels.unpack(ONE, {"n": jnp.arange(3)}),
         TypeError,
-        "unpack: like['n'] must have a floating-point dtype; got int32. Keep what is not",
+        "unpack: like['n'] needs a floating-point dtype, got int32: keep what is not "
+        "floating-point out of the buffer",
     ),
     "integer buffer to unpack": (
         lambda: kernels.unpack(jnp.arange(3), ONE),
         TypeError,
-        "unpack: flat must have a floating-point dtype; got int32.",
+        "unpack: flat needs a floating-point dtype, got int32: cast it, for example "
+        "flat.astype(jnp.float32)",
     ),
 }
 
@@ -253,7 +259,8 @@ def test_bad_arguments_are_refused(bad):
 def test_triton_is_refused_where_nothing_compiles_it():
     text = (
         "pack: implementation='triton' was asked for, but its kernel is Triton's, and nothing "
-        "compiles that for cpu. Pass 'xla' or 'pallas', or leave implementation out"
+        "compiles that for cpu: pass 'xla' or 'pallas', or leave implementation out to have "
+        "one chosen"
     )
     with pytest.raises(NotImplementedError, match=re.escape(text)):
         kernels.pack([ONE], implementation="triton")

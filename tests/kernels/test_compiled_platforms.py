@@ -37,12 +37,12 @@ def kernel_calls(shape, choice, platform):
 
     def run(*operands):
         with registry.decided_by(lambda problem, kernels: choice):
-            return shape.call(*operands)
+            return shape.call_op(*operands)
 
     lowering = {"gpu": "cuda"}.get(platform, platform)
     with jax.sharding.use_abstract_mesh(mesh_of(platform)), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The Pallas Triton backend", DeprecationWarning)
-        traced = jax.jit(run).trace(*shape.structs())
+        traced = jax.jit(run).trace(*shape.make_structs())
         return traced.lower(lowering_platforms=(lowering,)).as_text().count(CALLS[platform])
 
 
@@ -70,12 +70,14 @@ def test_an_accelerator_refuses_what_it_would_interpret(op):
     shape = SHAPES[ODD[op]]
     with jax.sharding.use_abstract_mesh(mesh_of("tpu")):
         with pytest.raises(NotImplementedError) as error:
-            jax.eval_shape(lambda *a: shape.call(*a, implementation="pallas"), *shape.structs())
-        jax.eval_shape(shape.call, *shape.structs())
+            jax.eval_shape(
+                lambda *a: shape.call_op(*a, implementation="pallas"), *shape.make_structs()
+            )
+        jax.eval_shape(shape.call_op, *shape.make_structs())
     reason = (
-        "its kernel is compiled for gpu, and on tpu it would be interpreted, which shows on CPU "
-        "that it is right"
+        "its kernel is compiled for gpu, and on tpu it would be interpreted, which is for "
+        "tests on CPU"
     )
-    text = f"{reason}. Pass 'xla', or leave implementation out to have one chosen."
+    text = f"{reason}: pass 'xla', or leave implementation out to have one chosen"
     assert str(error.value).startswith(f"{op}: implementation='pallas' was asked for, but ")
     assert re.search(re.escape(text) + "$", str(error.value))

@@ -79,8 +79,8 @@ def test_a_wrong_number_of_images_is_refused(images):
     with pytest.raises(ValueError) as error:
         Config("winograd", images=images)
     assert str(error.value) == (
-        "conv2d: images of Config must be an integer of at least 1, or None for the whole batch at "
-        f"once; got {images!r}."
+        f"conv2d: images of Config needs an integer of at least 1, got {images!r}: pass None for "
+        "the whole batch at once"
     )
 
 
@@ -98,8 +98,8 @@ def test_winograd_refuses_other_filters():
     with pytest.raises(ValueError) as error:
         kernels.conv2d(x, w, b, implementation="xla", config=Config("winograd"))
     assert str(error.value) == (
-        "conv2d: the form 'winograd' needs a 3x3 filter; got w (5, 5, 2, 4). Pass "
-        "config=Config('direct') or 'windows', or leave config and implementation out."
+        "conv2d: the form 'winograd' needs a 3x3 filter, got w (5, 5, 2, 4): pass "
+        "config=Config('direct') or 'windows', or leave config and implementation out"
     )
 
 

@@ -42,8 +42,9 @@ def test_the_public_name_runs_the_best_guess():
 
 def test_an_empty_batch_is_refused():
     text = (
-        "conv2d: implementation='pallas' was asked for, but its kernel needs at least one pixel, "
-        "and x is (0, 6, 6, 1). Pass 'xla', or leave implementation out to have one chosen."
+        "conv2d: implementation='pallas' was asked for, but its kernel needs at least one "
+        "pixel, and x is (0, 6, 6, 1): pass 'xla', or leave implementation out to have one "
+        "chosen"
     )
     x, w, b = jnp.zeros((0, 6, 6, 1)), jnp.ones((3, 3, 1, 4)), jnp.ones(4)
     with pytest.raises(NotImplementedError, match=re.escape(text)):
@@ -53,14 +54,17 @@ def test_an_empty_batch_is_refused():
 
 def test_more_elements_than_32_bits_count_are_refused():
     below, above = (2**17 - 1, 128, 128, 1), (2**17, 128, 128, 1)
-    assert pallas.refuse(problem(below, (3, 3, 1, 1))) is None
+    assert pallas.explain_refusal(problem(below, (3, 3, 1, 1))) is None
     reason = "its kernel counts elements in 32 bits, up to 2147483647, and an array of 2147483648 "
-    assert pallas.refuse(problem(above, (3, 3, 1, 1))) == reason + "is needed (use smaller batches)"
-    assert "an array of 4294934528 is" in pallas.refuse(problem(below, (3, 3, 1, 2)))
+    assert (
+        pallas.explain_refusal(problem(above, (3, 3, 1, 1)))
+        == reason + "is needed (use smaller batches)"
+    )
+    assert "an array of 4294934528 is" in pallas.explain_refusal(problem(below, (3, 3, 1, 2)))
 
 
 def test_a_dtype_that_it_does_not_compute_in_is_refused():
-    assert pallas.refuse(problem((1, 4, 4, 1), (3, 3, 1, 1), "float8_e4m3fn")) == (
+    assert pallas.explain_refusal(problem((1, 4, 4, 1), (3, 3, 1, 1), "float8_e4m3fn")) == (
         "its kernel computes in float16, bfloat16, float32, float64, and the operands are "
         "float8_e4m3fn"
     )
@@ -69,11 +73,11 @@ def test_a_dtype_that_it_does_not_compute_in_is_refused():
 @pytest.mark.parametrize(
     "given, text",
     [
-        ({"pixels": 48}, "pixels of Blocks must be a power of two of at least 16; got 48."),
-        ({"channels": 8}, "channels of Blocks must be a power of two of at least 16; got 8."),
-        ({"depth": 32.0}, "depth of Blocks must be a power of two of at least 16; got 32.0."),
-        ({"splits": 0}, "splits of Blocks must be an integer of at least 1; got 0."),
-        ({"warps": 3}, "warps of Blocks must be a power of two of at least 1; got 3."),
+        ({"pixels": 48}, "pixels of Blocks needs a power of two of at least 16, got 48"),
+        ({"channels": 8}, "channels of Blocks needs a power of two of at least 16, got 8"),
+        ({"depth": 32.0}, "depth of Blocks needs a power of two of at least 16, got 32.0"),
+        ({"splits": 0}, "splits of Blocks needs an integer of at least 1, got 0"),
+        ({"warps": 3}, "warps of Blocks needs a power of two of at least 1, got 3"),
     ],
 )
 def test_blocks_that_cannot_be_are_refused(given, text):
@@ -84,7 +88,9 @@ def test_blocks_that_cannot_be_are_refused(given, text):
 @pytest.mark.parametrize("platform", ["cpu", "gpu"])
 @pytest.mark.parametrize("features", [1, 33, 1000])
 def test_the_blocks_cover_what_there_is_and_little_more(platform, features):
-    for blocks in pallas.configs(problem((8, 14, 14, 3), (3, 3, 3, features), "float32", platform)):
+    for blocks in pallas.list_configs(
+        problem((8, 14, 14, 3), (3, 3, 3, features), "float32", platform)
+    ):
         assert blocks.channels <= max(16, min(64, 2 * features - 1))
 
 

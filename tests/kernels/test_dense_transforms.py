@@ -147,8 +147,8 @@ def test_shards_that_would_repeat_a_mask_are_refused(grid):
         out_specs=P(("data", "model")),
     )
     text = (
-        r"dense: w varies along mesh axis 'model', but neither keys nor offset does: .* the same 6 "
-        r"elements of a row. Pass offset=tx.axis_index\('model'\) \* 6 where"
+        r"dense: w varies along mesh axis 'model' and needs keys or an offset that do, got "
+        r"neither, .* the same 6 elements of a row: pass offset=tx.axis_index\('model'\) \* 6 where"
     )
     with pytest.raises(ValueError, match=text):
         jax.jit(mapped)(X, W, B, KEYS)

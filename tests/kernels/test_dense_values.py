@@ -226,41 +226,43 @@ BAD = {
     "keys without dropout": (
         ValueError,
         lambda: kernels.dense(X, W, B, keys=KEYS),
-        "dense: keys are for dropout; got keys with dropout=0. Leave keys out, or pass the rate.",
+        "dense: keys= needs a dropout rate above 0, got dropout=0: leave keys out, or pass the "
+        "rate",
     ),
     "dropout without keys": (
         ValueError,
         lambda: kernels.dense(X, W, B, dropout=0.5),
-        "dense: dropout needs keys, one for each row of x; got dropout=0.5 alone. Pass "
+        "dense: dropout needs keys, one for each row of x, got dropout=0.5 alone: pass "
         "keys=state.example_keys(batch) or jax.random.split(key, len(x)), or dropout=0.0 to "
-        "evaluate.",
+        "evaluate",
     ),
     "one key for all": (
         ValueError,
         lambda: kernels.dense(X, W, B, dropout=0.5, keys=KEYS[0]),
-        "dense: keys must have the shape of x without its last dim; got x (6, 5), keys (). Pass "
-        "one key for each row of x.",
+        "dense: keys needs the shape of x without its last dim, got x (6, 5), keys (): pass "
+        "one key for each row of x",
     ),
     "rate": (
         ValueError,
         lambda: kernels.dense(X, W, B, dropout=1, keys=KEYS),
-        "dense: dropout must be a finite number in [0, 1); got 1.0.",
+        "dense: dropout needs a finite number in [0, 1), got 1.0",
     ),
     "traced rate": (
         TypeError,
         lambda: jax.jit(lambda rate: kernels.dense(X, W, B, dropout=rate, keys=KEYS))(0.5),
-        "It is part of the compiled program: make it an argument that jax.jit holds static, or "
-        "close over it.",
+        "dense: dropout needs a Python number, since it is part of the compiled program, got ",
     ),
     "activation": (
         ValueError,
         lambda: kernels.dense(X, W, B, activation="swish"),
-        "dense: activation must be one of None, 'relu', 'gelu', 'tanh', 'silu'; got 'swish'.",
+        "dense: activation needs one of None, 'relu', 'gelu', 'tanh', 'silu', got 'swish'",
     ),
     "config of the other": (
         TypeError,
         lambda: kernels.dense(X, W, B, implementation="xla", config=pallas.Config(16, 16, 16)),
-        "dense: implementation='xla' takes config= a Config",
+        "dense: implementation='xla' needs config= a dense.xla.Config, got "
+        "dense.pallas.Config: leave config out "
+        "for the best guess",
     ),
 }
 

@@ -8,7 +8,7 @@ import jax
 import machine
 import pytest
 
-from txcore.kernels.tuning import measure
+from txcore.kernels.tuning import timing
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -23,7 +23,7 @@ def test_a_devices_events_are_cut_at_each_run_of_the_marker():
         ("jit__marker", 50.0, 1.0),
         ("jit_g", 60.0, 3.0),
     ]
-    runs = measure.runs_between(events, "_marker")
+    runs = timing.runs_between(events, "_marker")
     assert [[name for name, *_ in run] for run in runs] == [["jit_f", "jit_f"], [], ["jit_g"]]
 
 
@@ -38,22 +38,22 @@ def test_a_devices_events_are_cut_at_each_run_of_the_marker():
     ],
 )
 def test_the_time_in_which_something_runs_is_counted_once(events, busy):
-    assert measure._busy(events) == busy
+    assert timing._busy_nanoseconds(events) == busy
 
 
 @machine.cpu_only("a CPU's trace has no device")
 def test_a_device_that_the_profiler_does_not_record_is_an_error():
-    with pytest.raises(RuntimeError, match=r"must record 2 calls, and recorded 0: time fewer"):
-        measure.device_times({"f": lambda: None}, rounds=2)
+    with pytest.raises(RuntimeError, match=r"needs to record 2 calls, got 0: time fewer"):
+        timing.device_times({"f": lambda: None}, rounds=2)
 
 
 @machine.cpu_only("it asks for a device's clock")
 def test_a_cpu_is_timed_by_the_hosts_clock(monkeypatch):
-    monkeypatch.setattr(measure, "alternate", lambda calls, rounds: {"f": 7.0})
-    assert measure.time_calls({"f": lambda: None}, 3) == {"f": 7.0}
+    monkeypatch.setattr(timing, "alternate_calls", lambda calls, rounds: {"f": 7.0})
+    assert timing.time_calls({"f": lambda: None}, 3) == {"f": 7.0}
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(measure, "device_times", lambda calls, rounds: {"f": (5.0, 2)})
-    assert measure.time_calls({"f": lambda: None}, 3) == {"f": 5.0}
+    monkeypatch.setattr(timing, "device_times", lambda calls, rounds: {"f": (5.0, 2)})
+    assert timing.time_calls({"f": lambda: None}, 3) == {"f": 5.0}
 
 
 def test_what_a_benchmark_found_fastest_is_recorded(tmp_path, monkeypatch):
@@ -76,7 +76,7 @@ def test_what_a_benchmark_found_fastest_is_recorded(tmp_path, monkeypatch):
     (tmp_path / "kernels" / "dispatch" / "recorded").mkdir(parents=True)
     monkeypatch.setattr(run, "ROOT", tmp_path)
     run.record(file)
-    found = tuning_file.read(tmp_path / "kernels" / "dispatch" / "recorded" / "gpu.json")
+    found = tuning_file.read_entries(tmp_path / "kernels" / "dispatch" / "recorded" / "gpu.json")
     assert (found["a"].implementation, found["b"].implementation) == ("triton", "xla")
     assert found["a"].machine == "A card"
     assert found["b"].microseconds == {"xla": 10.0, "pallas": 9.8}

@@ -122,46 +122,55 @@ BAD = {
     "traced rate": (
         TypeError,
         lambda: jax.jit(lambda rate: kernels.dropout(X, KEYS, rate))(0.5),
-        "dropout: rate must be a Python number; got ",
+        "dropout: rate needs a Python number, since it is part of the compiled program, got ",
     ),
     "rate of one": (
         ValueError,
         lambda: kernels.dropout(X, KEYS, 1.0),
-        "dropout: rate must be a finite number in [0, 1); got 1.0.",
+        "dropout: rate needs a finite number in [0, 1), got 1.0",
     ),
-    "negative rate": (ValueError, lambda: kernels.dropout(X, KEYS, -0.1), "in [0, 1); got -0.1."),
+    "negative rate": (
+        ValueError,
+        lambda: kernels.dropout(X, KEYS, -0.1),
+        "dropout: rate needs a finite number in [0, 1), got -0.1",
+    ),
     "rate that is no number": (
         ValueError,
         lambda: kernels.dropout(X, KEYS, float("nan")),
-        "got nan.",
+        "in [0, 1), got nan",
     ),
     "one key": (
         ValueError,
         lambda: kernels.dropout(X, jax.random.split(KEYS[0], 3), 0.5),
-        "dropout: the dims of keys must be x's first; got x (4, 6), keys (3,). Pass one key for "
-        "each example, for example jax.random.split(key, len(x)).",
+        "dropout: keys needs x's first dims, got x (4, 6), keys (3,): pass one key for each "
+        "example, for example jax.random.split(key, len(x))",
     ),
     "seeds": (
         TypeError,
         lambda: kernels.dropout(X, jnp.arange(4), 0.5),
-        "dropout: keys must be typed keys (jax.random.key, state.example_keys) or their words, "
-        "uint32 of shape (..., 2); got int32 of shape (4,).",
+        "dropout: keys needs typed keys or their words, uint32 of shape (..., 2), got int32 of "
+        "shape (4,): make them by jax.random.split(jax.random.key(seed), n) or "
+        "state.example_keys(batch)",
     ),
     "three words": (
         TypeError,
         lambda: kernels.dropout(X, jnp.zeros((4, 3), jnp.uint32), 0.5),
-        "got uint32 of shape (4, 3).",
+        "dropout: keys needs typed keys or their words, uint32 of shape (..., 2), got uint32 "
+        "of shape (4, 3): make them by jax.random.split(jax.random.key(seed), n) or "
+        "state.example_keys(batch)",
     ),
     "integers": (
         TypeError,
         lambda: kernels.dropout(X.astype(int), KEYS, 0.5),
-        "dropout: x must have a floating-point dtype; got int32.",
+        "dropout: x needs a floating-point dtype, got int32: cast it, for example "
+        "x.astype(jnp.float32)",
     ),
     "negative offset": (
         ValueError,
         lambda: kernels.dropout(X, KEYS, 0.5, offset=-1),
-        "dropout: offset must be at least 0, and one key has 2**32 counters; got offset -1 and 6 "
-        "elements for each key. Give parts of x keys of their own.",
+        "dropout: offset needs to be at least 0, and offset + elements at most 2**32, the "
+        "counters of a key, got offset -1 and 6 elements for each key: give parts of x keys of "
+        "their own",
     ),
     "offset past the last": (
         ValueError,
@@ -171,12 +180,14 @@ BAD = {
     "fractional offset": (
         TypeError,
         lambda: kernels.dropout(X, KEYS, 0.5, offset=0.5),
-        "dropout: offset must be an integer scalar; got float32 of shape ().",
+        "dropout: offset needs an integer scalar, got float32 of shape (): pass "
+        "tx.axis_index(axis) * features, say",
     ),
     "implementation": (
         NotImplementedError,
         lambda: kernels.dropout(X, KEYS, 0.5, implementation="triton"),
-        "dropout: implementation='triton' was asked for, but dropout has no triton kernel. Pass ",
+        "dropout: implementation='triton' was asked for, but dropout has no triton kernel: "
+        "pass 'xla' or 'pallas', or leave implementation out to have one chosen",
     ),
 }
 
@@ -219,10 +230,10 @@ def test_shards_that_would_repeat_a_mask_are_refused():
         )
 
     text = (
-        "dropout: x varies along mesh axis 'model', but neither keys nor offset does: its shards "
-        "would all drop the same 4 elements of a row. Pass offset=tx.axis_index('model') * 4 where "
-        "the axis splits the features, or keys that differ along it (jax.random.fold_in with "
-        "tx.axis_index('model'))."
+        "dropout: x varies along mesh axis 'model' and needs keys or an offset that do, got "
+        "neither, so that all its shards would drop the same 4 elements of a row: pass "
+        "offset=tx.axis_index('model') * 4 where the axis splits the features, or keys that "
+        "differ along it (jax.random.fold_in with tx.axis_index('model'))"
     )
     x = sample(4, 8)
     with pytest.raises(ValueError, match=re.escape(text)):

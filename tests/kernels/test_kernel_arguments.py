@@ -21,83 +21,94 @@ BAD = {
     "image without batch": (
         ValueError,
         lambda: kernels.conv2d(X[0], W, B),
-        "conv2d: x must have the dims (batch, height, width, in_channels), w (filter_height, "
-        "filter_width, in_channels, out_channels) and b (out_channels,); got x (6, 6, 3), "
-        "w (3, 3, 3, 4), b (4,). Add a batch dim to a single image",
+        "conv2d: x needs the dims (batch, height, width, in_channels), w (filter_height, "
+        "filter_width, in_channels, out_channels) and b (out_channels,), got x (6, 6, 3), w "
+        "(3, 3, 3, 4), b (4,): add a batch dim to a single image, or use jax.vmap for more "
+        "batch dims",
     ),
     "channels first": (
         ValueError,
         lambda: kernels.conv2d(jnp.zeros((2, 3, 6, 6)), W, B),
-        "same in_channels (x's last dim, w's dim 2); got x (2, 3, 6, 6), w (3, 3, 3, 4), b (4,). "
-        "The layouts are NHWC and HWIO: transpose others.",
+        "conv2d: x and w need the same in_channels (x's last dim, w's dim 2), got x (2, 3, 6, "
+        "6), w (3, 3, 3, 4), b (4,): transpose x to NHWC and w to HWIO",
     ),
     "bias of another size": (
         ValueError,
         lambda: kernels.conv2d(X, W, jnp.zeros(5)),
-        "conv2d: b must have w's out_channels (w's last dim); got x (2, 6, 6, 3)",
+        "conv2d: b needs w's out_channels (w's last dim), got x (2, 6, 6, 3), w (3, 3, 3, 4), "
+        "b (5,): pass one bias for each of w's filters",
     ),
     "two dtypes": (
         TypeError,
         lambda: kernels.conv2d(X, W.astype(jnp.bfloat16), B),
-        "conv2d: x, w, b must have one dtype; got x float32, w bfloat16, b float32. Cast them",
+        "conv2d: x, w, b need one dtype, got x float32, w bfloat16, b float32: cast them to "
+        "the one to compute in",
     ),
     "integer images": (
         TypeError,
         lambda: kernels.conv2d(X.astype(jnp.uint8), W, B),
-        "conv2d: x must have a floating-point dtype; got uint8. Cast it, for example "
-        "x.astype(jnp.float32).",
+        "conv2d: x needs a floating-point dtype, got uint8: cast it, for example "
+        "x.astype(jnp.float32)",
     ),
     "activation": (
         ValueError,
         lambda: kernels.conv2d(X, W, B, activation="gelu"),
-        "conv2d: activation must be one of None, 'relu'; got 'gelu'.",
+        "conv2d: activation needs one of None, 'relu', got 'gelu'",
     ),
     "pool": (
         ValueError,
         lambda: kernels.conv2d(X, W, B, pool=3),
-        "conv2d: pool must be one of None, 2; got 3.",
+        "conv2d: pool needs one of None, 2, got 3",
     ),
     "padding": (
         ValueError,
         lambda: kernels.conv2d(X, W, B, padding=1),
-        "conv2d: padding must be one of 'SAME', 'VALID'; got 1.",
+        "conv2d: padding needs one of 'SAME', 'VALID', got 1",
     ),
     "filter larger than the image": (
         ValueError,
         lambda: kernels.conv2d(X, jnp.zeros((7, 7, 3, 4)), B, padding="VALID"),
-        "the output before pooling must be at least 1x1 for pool=None, and no dim of w may be 0; "
-        "got an output of 0x0 from x (2, 6, 6, 3), w (7, 7, 3, 4) with padding='VALID'.",
+        "conv2d: pool=None needs an output of at least 1x1 before pooling, and w needs no dim "
+        "of 0, got an output of 0x0 from x (2, 6, 6, 3), w (7, 7, 3, 4) with padding='VALID': "
+        "use larger images, a smaller filter, padding='SAME' or pool=None",
     ),
     "nothing to pool": (
         ValueError,
         lambda: kernels.conv2d(X[:, :1], W, B, pool=2),
-        "at least 2x2 for pool=2, and no dim of w may be 0; got an output of 1x6",
+        "conv2d: pool=2 needs an output of at least 2x2 before pooling, and w needs no dim of "
+        "0, got an output of 1x6 from x (2, 1, 6, 3), w (3, 3, 3, 4) with padding='SAME': use "
+        "larger images, a smaller filter, padding='SAME' or pool=None",
     ),
     "dense unflattened": (
         ValueError,
         lambda: kernels.dense(X, M, jnp.zeros(7)),
-        "dense: x's last dim must equal w's first, and w's last dim b's length; got x "
-        "(2, 6, 6, 3), w (5, 7), b (7,). Flatten images first",
+        "dense: w needs x's last dim as its first, and b's length as its last, got x (2, 6, 6, "
+        "3), w (5, 7), b (7,): flatten images first, and transpose a weight stored as (out, in)",
     ),
     "dense bias": (
         ValueError,
         lambda: kernels.dense(M, M.T, M),
-        "and b (out_features,); got x (5, 7), w (7, 5), b (5, 7).",
+        "dense: x needs the dims (..., in_features), w (in_features, out_features) and b "
+        "(out_features,), got x (5, 7), w (7, 5), b (5, 7): reshape them to these dims",
     ),
     "dense dtype": (
         TypeError,
         lambda: kernels.dense(M, M.T, jnp.zeros(5, jnp.float16)),
-        "dense: x, w, b must have one dtype; got x float32, w float32, b float16.",
+        "dense: x, w, b need one dtype, got x float32, w float32, b float16: cast them to the "
+        "one to compute in",
     ),
     "one-hot labels": (
         TypeError,
         lambda: kernels.cross_entropy(M, M),
-        "labels must have an integer dtype; got float32. Pass the class index, not a one-hot row",
+        "cross_entropy: labels needs an integer dtype, got float32: pass the class index, not "
+        "a one-hot row (jnp.argmax(labels, -1) gives it)",
     ),
     "labels of another length": (
         ValueError,
         lambda: kernels.cross_entropy(M, jnp.zeros(4, int)),
-        "got logits (5, 7), labels (4,). Pass one class index for each row of logits.",
+        "cross_entropy: logits needs the dims (..., classes) with at least one class, and "
+        "labels the same dims without classes, got logits (5, 7), labels (4,): pass one class "
+        "index for each row of logits",
     ),
     "no class": (
         ValueError,
@@ -107,33 +118,34 @@ BAD = {
     "velocity of another shape": (
         ValueError,
         lambda: kernels.sgd_momentum(V, V, M, **SGD),
-        "sgd_momentum: param, grad, velocity must have one shape; got param (3,), grad (3,), "
-        "velocity (5, 7). Pass the state that belongs to this parameter.",
+        "sgd_momentum: param, grad, velocity need one shape, got param (3,), grad (3,), "
+        "velocity (5, 7): pass the state that belongs to this parameter",
     ),
     "momentum of one": (
         ValueError,
         lambda: kernels.sgd_momentum(V, V, V, learning_rate=0.1, momentum=1.0),
-        "sgd_momentum: momentum must be a finite number in [0, 1); got 1.0.",
+        "sgd_momentum: momentum needs a finite number in [0, 1), got 1.0",
     ),
     "negative rate": (
         ValueError,
         lambda: kernels.adamw(V, V, V, V, **{**ADAM, "learning_rate": -1}),
-        "adamw: learning_rate must be a finite number at least 0; got -1.",
+        "adamw: learning_rate needs a finite number of at least 0, got -1",
     ),
     "b2 of one": (
         ValueError,
         lambda: kernels.adamw(V, V, V, V, **{**ADAM, "b2": 1}),
-        "adamw: b2 must be a finite number in [0, 1); got 1.",
+        "adamw: b2 needs a finite number in [0, 1), got 1",
     ),
     "eps": (
         ValueError,
         lambda: kernels.adamw(V, V, V, V, **{**ADAM, "eps": float("nan")}),
-        "adamw: eps must be a finite number at least 0; got nan.",
+        "adamw: eps needs a finite number of at least 0, got nan",
     ),
     "integer param": (
         TypeError,
         lambda: kernels.adamw(V.astype(int), V, V, V, **ADAM),
-        "adamw: param must have a floating-point dtype; got int32.",
+        "adamw: param needs a floating-point dtype, got int32: cast it, for example "
+        "param.astype(jnp.float32)",
     ),
 }
 
@@ -156,10 +168,12 @@ def test_bad_arguments_are_refused(bad):
     }.items(),
 )
 def test_each_op_hands_its_implementation_on(op, call):
-    missing = f"{op}: implementation='triton' was asked for, but {op} has no triton kernel. Pass "
+    missing = f"{op}: implementation='triton' was asked for, but {op} has no triton kernel: pass "
     with pytest.raises(NotImplementedError, match=re.escape(missing)):
         call("triton")
-    unknown = f"{op}: implementation must be None or one of 'xla', 'pallas', 'triton'; got 'cuda'."
+    unknown = (
+        f"{op}: implementation needs to be None or one of 'xla', 'pallas', 'triton', got 'cuda'"
+    )
     with pytest.raises(ValueError, match=re.escape(unknown)):
         call("cuda")
 

@@ -46,61 +46,63 @@ KERNELS: registry.Kernels = {
 
 def problem(rows=60, **options):
     x = jax.ShapeDtypeStruct((rows, 3), jnp.float32)
-    return Problem.of("double", CPU, (x,), options)
+    return Problem.from_call("double", CPU, (x,), options)
 
 
 class TestChoice:
     def test_nothing_named_and_nothing_known(self):
-        assert registry.choose(problem(), KERNELS, None) == registry.Choice(
+        assert registry.choose_implementation(problem(), KERNELS, None) == registry.Choice(
             "xla", None, "heuristic"
         )
 
     def test_a_name_takes_its_first_configuration(self):
-        chosen = registry.choose(problem(), KERNELS, "pallas")
+        chosen = registry.choose_implementation(problem(), KERNELS, "pallas")
         assert chosen == registry.Choice("pallas", Blocks(8), "given")
 
     def test_a_configuration(self):
-        chosen = registry.choose(problem(), KERNELS, "pallas", Blocks(4))
+        chosen = registry.choose_implementation(problem(), KERNELS, "pallas", Blocks(4))
         assert chosen == registry.Choice("pallas", Blocks(4), "given")
 
     def test_a_name_that_is_not_the_best_is_taken(self):
-        assert registry.choose(problem(), KERNELS, "xla").implementation == "xla"
+        assert registry.choose_implementation(problem(), KERNELS, "xla").implementation == "xla"
 
 
 REFUSED = {
     "no such name": (
         ValueError,
         (problem(), "cuda", None),
-        "double: implementation must be None or one of 'xla', 'pallas', 'triton'; got 'cuda'. "
-        "Leave it out to have one chosen.",
+        "double: implementation needs to be None or one of 'xla', 'pallas', 'triton', got "
+        "'cuda': leave it out to have one chosen",
     ),
     "none of that name here": (
         NotImplementedError,
         (problem(), "triton", None),
-        "double: implementation='triton' was asked for, but double has no triton kernel. "
-        "Pass 'xla' or 'pallas', or leave implementation out to have one chosen.",
+        "double: implementation='triton' was asked for, but double has no triton kernel: "
+        "pass 'xla' or 'pallas', or leave implementation out to have one chosen",
     ),
     "cannot run this": (
         NotImplementedError,
         (problem(7), "pallas", None),
         "double: implementation='pallas' was asked for, but its blocks need an even number of "
-        "rows, given 7. Pass 'xla', or leave implementation out to have one chosen.",
+        "rows, given 7: pass 'xla', or leave implementation out to have one chosen",
     ),
     "a configuration alone": (
         ValueError,
         (problem(), None, Blocks(4)),
-        "double: config= needs implementation= with it, got Blocks(rows=4) alone. Name the "
-        "implementation that it configures.",
+        "double: config= needs implementation= with it, got Blocks(rows=4) alone: name the "
+        "implementation that it configures",
     ),
     "a configuration of another": (
         TypeError,
         (problem(), "pallas", {"rows": 4}),
-        "double: implementation='pallas' takes config= a Blocks, got dict.",
+        f"double: implementation='pallas' needs config= a {__name__}.Blocks, got dict: leave "
+        "config out for the best guess",
     ),
     "a configuration of none": (
         TypeError,
         (problem(), "xla", Blocks()),
-        "double: implementation='xla' takes no config, got Blocks.",
+        f"double: implementation='xla' needs no config, got {__name__}.Blocks: leave "
+        "config out for the best guess",
     ),
 }
 
@@ -109,21 +111,24 @@ REFUSED = {
 def test_what_cannot_run_is_refused_with_the_reason(name):
     error, (what, implementation, config), text = REFUSED[name]
     with pytest.raises(error) as raised:
-        registry.choose(what, KERNELS, implementation, config)
+        registry.choose_implementation(what, KERNELS, implementation, config)
     assert str(raised.value) == text
 
 
 def test_run_hands_on_operands_options_and_configuration():
     x = jnp.arange(6.0).reshape(2, 3)
     for name in (None, "xla", "pallas"):
-        out = registry.run("double", KERNELS, x, implementation=name, times=3)
+        out = registry.run_op("double", KERNELS, x, implementation=name, times=3)
         np.testing.assert_array_equal(out, 3 * x)
     with pytest.raises(NotImplementedError, match="an even number of rows, given 1"):
-        registry.run("double", KERNELS, x[:1], implementation="pallas")
+        registry.run_op("double", KERNELS, x[:1], implementation="pallas")
 
 
 def test_an_unknown_name_is_refused_by_a_public_op():
-    text = "dense: implementation must be None or one of 'xla', 'pallas', 'triton'; got 'fast'."
+    text = (
+        "dense: implementation needs to be None or one of 'xla', 'pallas', 'triton', got "
+        "'fast': leave it out to have one chosen"
+    )
     with pytest.raises(ValueError, match=re.escape(text)):
         kernels.dense(jnp.ones((2, 2)), jnp.ones((2, 2)), jnp.ones(2), implementation="fast")
 
@@ -177,9 +182,9 @@ class TestDevice:
         mesh = AbstractMesh((1,), ("data",), (AxisType.Auto,), abstract_device=absent)
         with (
             jax.sharding.use_abstract_mesh(mesh),
-            pytest.raises(NotImplementedError, match=r"but it is for no machine\. Pass 'xla'"),
+            pytest.raises(NotImplementedError, match=r"but it is for no machine: pass 'xla'"),
         ):
-            registry.run("double", only, jnp.ones(3), implementation="pallas")
+            registry.run_op("double", only, jnp.ones(3), implementation="pallas")
         assert set(asked) == {("gpu", "NVIDIA H200")}
 
 
@@ -193,14 +198,16 @@ class TestProblem:
     def test_weights_keep_their_dims(self):
         shapes = ((60, 28, 28, 1), (3, 3, 1, 33), (33,), (60,))
         operands = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
-        what = Problem.of("op", CPU, operands, {})
+        what = Problem.from_call("op", CPU, operands, {})
         assert what.shape_class == ((64, 28, 28, 1), (3, 3, 1, 33), (33,), (64,))
 
     def test_options_and_scalars_are_part_of_it(self):
         operands = (SMALL, jax.ShapeDtypeStruct((), jnp.int32))
-        what = Problem.of("op", ("gpu", "NVIDIA H200"), operands, {"pool": 2, "activation": None})
+        what = Problem.from_call(
+            "op", ("gpu", "NVIDIA H200"), operands, {"pool": 2, "activation": None}
+        )
         assert what.key == "op|NVIDIA H200|float32,int32|64x3,scalar|activation=None,pool=2"
-        assert what.option("pool") == 2
+        assert what.get_option("pool") == 2
 
     def test_of_a_float_only_whether_it_is_zero_counts(self):
         keys = [problem(rate=rate).key for rate in (0.0, 0.25, 0.5)]

@@ -12,7 +12,7 @@ import pytest
 
 from txcore.kernels.dispatch import registry, tuned
 from txcore.kernels.dispatch.problem import Problem
-from txcore.kernels.dispatch.tuning_file import Entry, TuningError, read, write
+from txcore.kernels.dispatch.tuning_file import Entry, TuningError, read_entries, write_entries
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Blocks:
 
     def __post_init__(self):
         if self.rows < 1:
-            raise ValueError(f"rows must be at least 1; got {self.rows}.")
+            raise ValueError(f"rows needs at least 1, got {self.rows}")
 
 
 def configs(problem):
@@ -43,7 +43,9 @@ INTERPRETED = {**KERNELS, "pallas": registry.Kernel(run, configs)}
 
 
 def problem(rows=60):
-    return Problem.of("scan", ("cpu", "cpu"), (jax.ShapeDtypeStruct((rows, 3), jnp.float32),), {})
+    return Problem.from_call(
+        "scan", ("cpu", "cpu"), (jax.ShapeDtypeStruct((rows, 3), jnp.float32),), {}
+    )
 
 
 KEY = problem().key
@@ -63,7 +65,7 @@ def cache(tmp_path, monkeypatch):
 @pytest.fixture
 def recorded(monkeypatch):
     def record(entries):
-        monkeypatch.setattr(tuned, "recorded", lambda platform: entries)
+        monkeypatch.setattr(tuned, "read_recorded", lambda platform: entries)
 
     return record
 
@@ -71,23 +73,26 @@ def recorded(monkeypatch):
 class TestChoice:
     def test_the_file_then_what_is_recorded_then_the_guess(self, cache, recorded):
         recorded({})
-        assert registry.choose(problem(), KERNELS, None).source == "heuristic"
+        assert registry.choose_implementation(problem(), KERNELS, None).source == "heuristic"
         recorded({KEY: BEST})
-        chosen = registry.choose(problem(), KERNELS, None)
+        chosen = registry.choose_implementation(problem(), KERNELS, None)
         assert chosen == registry.Choice("pallas", Blocks(16), "recorded")
-        write(cache, {KEY: XLA})
-        chosen = registry.choose(problem(), KERNELS, None)
+        write_entries(cache, {KEY: XLA})
+        chosen = registry.choose_implementation(problem(), KERNELS, None)
         assert chosen == registry.Choice("xla", None, str(cache))
 
     def test_what_is_named_goes_before_the_file(self, cache):
-        write(cache, {KEY: BEST})
-        assert registry.choose(problem(), KERNELS, "xla").implementation == "xla"
-        chosen = registry.choose(problem(), KERNELS, "pallas", Blocks(8))
+        write_entries(cache, {KEY: BEST})
+        assert registry.choose_implementation(problem(), KERNELS, "xla").implementation == "xla"
+        chosen = registry.choose_implementation(problem(), KERNELS, "pallas", Blocks(8))
         assert chosen.config == Blocks(8)
 
     def test_it_serves_the_whole_class_and_no_other(self, cache):
-        write(cache, {KEY: BEST})
-        sources = {n: registry.choose(problem(n), KERNELS, None).source for n in (33, 64, 32, 65)}
+        write_entries(cache, {KEY: BEST})
+        sources = {
+            n: registry.choose_implementation(problem(n), KERNELS, None).source
+            for n in (33, 64, 32, 65)
+        }
         assert sources == {33: str(cache), 64: str(cache), 32: "heuristic", 65: "heuristic"}
 
     @pytest.mark.parametrize(
@@ -99,30 +104,38 @@ class TestChoice:
     )
     def test_what_cannot_run_is_passed_over(self, recorded, entry):
         recorded({KEY: entry})
-        assert registry.choose(problem(), KERNELS, None).source == "heuristic"
+        assert registry.choose_implementation(problem(), KERNELS, None).source == "heuristic"
 
     def test_an_interpreted_kernel_runs_only_where_it_is_named(self, recorded):
         recorded({KEY: BEST})
-        assert registry.choose(problem(), INTERPRETED, None).implementation == "xla"
-        assert registry.choose(problem(), INTERPRETED, "pallas").implementation == "pallas"
+        assert registry.choose_implementation(problem(), INTERPRETED, None).implementation == "xla"
+        assert (
+            registry.choose_implementation(problem(), INTERPRETED, "pallas").implementation
+            == "pallas"
+        )
 
     def test_an_op_without_a_kernel_of_that_name(self, recorded):
         recorded({KEY: BEST})
-        assert registry.choose(problem(), {"xla": KERNELS["xla"]}, None).source == "heuristic"
+        assert (
+            registry.choose_implementation(problem(), {"xla": KERNELS["xla"]}, None).source
+            == "heuristic"
+        )
 
 
 class TestCandidates:
     def test_all_that_can_run_and_are_compiled(self):
-        found = registry.candidates(problem(), KERNELS)
+        found = registry.list_candidates(problem(), KERNELS)
         assert [(c.implementation, c.config) for c in found] == [
             ("xla", None),
             ("pallas", Blocks(8)),
             ("pallas", Blocks(16)),
         ]
-        assert [c.implementation for c in registry.candidates(problem(), INTERPRETED)] == ["xla"]
+        assert [c.implementation for c in registry.list_candidates(problem(), INTERPRETED)] == [
+            "xla"
+        ]
 
     def test_the_interpreted_ones_that_are_named(self):
-        found = registry.candidates(problem(8), INTERPRETED, ["pallas", "triton"])
+        found = registry.list_candidates(problem(8), INTERPRETED, ["pallas", "triton"])
         assert [(c.implementation, c.config) for c in found] == [("pallas", Blocks(8))]
 
     @pytest.mark.parametrize(
@@ -133,7 +146,9 @@ class TestCandidates:
         compiled = [
             platform
             for platform in ("cpu", "gpu", "tpu", "other")
-            if registry.is_compiled(Problem.of("x", (platform, "kind"), (), {}), kernels, name)
+            if registry.is_compiled(
+                Problem.from_call("x", (platform, "kind"), (), {}), kernels, name
+            )
         ]
         assert compiled == platforms.split()
 
@@ -156,54 +171,54 @@ class TestPath:
         recorded({})
         monkeypatch.setenv("TXCORE_TUNING", "")
         monkeypatch.setattr(tuned, "read", None)
-        assert list(tuned.lookup(problem())) == []
+        assert list(tuned.find_entries(problem())) == []
 
 
 class TestFile:
     def test_what_is_written_is_read(self, cache):
         entries = {KEY: BEST, "another|key": XLA}
-        write(cache, entries)
-        assert read(cache) == entries
-        assert list(read(cache)) == sorted(entries)
+        write_entries(cache, entries)
+        assert read_entries(cache) == entries
+        assert list(read_entries(cache)) == sorted(entries)
         first = cache.read_bytes()
-        write(cache, dict(reversed(entries.items())))
+        write_entries(cache, dict(reversed(entries.items())))
         assert cache.read_bytes() == first
         assert [path.name for path in cache.parent.iterdir()] == ["tuning.json"]
 
     def test_no_entries(self, cache):
-        write(cache, {})
-        assert read(cache) == {}
+        write_entries(cache, {})
+        assert read_entries(cache) == {}
 
     def test_a_missing_file_is_an_empty_one(self, cache):
-        assert read(cache) == {}
+        assert read_entries(cache) == {}
 
     def test_it_is_read_once_until_it_changes(self, cache, monkeypatch, recorded):
         recorded({})
-        write(cache, {KEY: XLA})
+        write_entries(cache, {KEY: XLA})
         reads = []
 
         def counted(path):
             reads.append(path)
-            return read(path)
+            return read_entries(path)
 
         monkeypatch.setattr(tuned, "read", counted)
         for _ in range(3):
-            assert list(tuned.lookup(problem())) == [(str(cache), XLA)]
+            assert list(tuned.find_entries(problem())) == [(str(cache), XLA)]
         assert len(reads) == 1
-        write(cache, {KEY: BEST})
-        assert list(tuned.lookup(problem())) == [(str(cache), BEST)]
+        write_entries(cache, {KEY: BEST})
+        assert list(tuned.find_entries(problem())) == [(str(cache), BEST)]
         cache.unlink()
-        assert list(tuned.lookup(problem())) == []
+        assert list(tuned.find_entries(problem())) == []
         assert len(reads) == 3
 
     def test_a_failed_write_leaves_the_file_and_no_draft(self, cache, monkeypatch):
-        write(cache, {KEY: XLA})
+        write_entries(cache, {KEY: XLA})
         monkeypatch.setattr(os, "replace", lambda *paths: (_ for _ in ()).throw(OSError("full")))
         text = f"the tuning file {cache} cannot be written (full): name another"
         with pytest.raises(TuningError) as raised:
-            write(cache, {KEY: BEST})
+            write_entries(cache, {KEY: BEST})
         assert str(raised.value) == text
-        assert read(cache) == {KEY: XLA}
+        assert read_entries(cache) == {KEY: XLA}
         assert [path.name for path in cache.parent.iterdir()] == ["tuning.json"]
 
 
@@ -253,7 +268,7 @@ DAMAGED = {
     ),
     "a time of zero": (
         with_entry(microseconds={"xla": 0}),
-        f"needs positive numbers as {TIME}, got 0 for 'xla'",
+        f"needs positive numbers in {TIME}, got 0 for 'xla'",
     ),
     "a time of 1e999": (
         with_entry(microseconds={"xla": 1}).replace(": 1}", ": 1e999}"),
@@ -261,7 +276,7 @@ DAMAGED = {
     ),
     "what was chosen has no time": (
         with_entry(microseconds={"xla": 1}),
-        f"needs the time of what it chooses in {TIME}, got none",
+        f"needs the time of the chosen candidate in {TIME}, got none",
     ),
     "jax": (with_entry(jax=11), "needs text as entries['a']['jax'], got 11"),
     "a long number": (
@@ -283,13 +298,13 @@ def test_a_damaged_file_is_refused_with_what_to_do(name, cache):
     cache.parent.mkdir()
     cache.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(TuningError) as raised:
-        registry.choose(problem(), KERNELS, None)
+        registry.choose_implementation(problem(), KERNELS, None)
     text = str(raised.value)
     assert text.startswith(f"the tuning file {cache} ")
     assert reason in text
     assert text.endswith(
-        ". Delete it, and run `txcore tune` to measure anew, or name another by TXCORE_TUNING "
-        "(an empty one for none)."
+        ": delete it, and run `txcore tune` to measure again, or name another by TXCORE_TUNING "
+        "(empty for none)"
     )
 
 
@@ -310,7 +325,7 @@ def test_a_hostile_file_is_refused_in_time_that_grows_with_its_length(kind, tmp_
     path.write_text(HOSTILE[kind](2_000_000))
     start = time.process_time()
     with pytest.raises(TuningError) as refused:
-        read(path)
+        read_entries(path)
     assert time.process_time() - start < 10  # what grows with the square takes minutes
     assert len(str(refused.value)) < 500 + len(str(path))
 
@@ -318,9 +333,9 @@ def test_a_hostile_file_is_refused_in_time_that_grows_with_its_length(kind, tmp_
 def test_the_limit_is_an_option(tmp_path):
     path = tmp_path / "tuning.json"
     path.write_text(document())
-    assert read(path, max_bytes=path.stat().st_size)
+    assert read_entries(path, max_bytes=path.stat().st_size)
     with pytest.raises(TuningError, match="needs at most 10 bytes, and is longer"):
-        read(path, max_bytes=10)
+        read_entries(path, max_bytes=10)
 
 
 def test_a_long_file_is_refused(cache):
@@ -328,18 +343,18 @@ def test_a_long_file_is_refused(cache):
     with open(cache, "wb") as file:
         file.truncate((1 << 24) + 1)
     with pytest.raises(TuningError, match="needs at most 16777216 bytes, and is longer"):
-        read(cache)
+        read_entries(cache)
 
 
 def test_a_folder_is_refused(tmp_path):
     with pytest.raises(TuningError, match=r"cannot be read \(Is a directory\)"):
-        read(tmp_path)
+        read_entries(tmp_path)
 
 
 def test_a_pipe_is_refused_at_once(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(TuningError, match=r"cannot be read \(it is a pipe, and no regular file\)"):
-        read(tmp_path / "pipe")
+        read_entries(tmp_path / "pipe")
 
 
 @pytest.mark.parametrize(
@@ -357,32 +372,32 @@ def test_a_pipe_is_refused_at_once(tmp_path):
 def test_a_configuration_of_another_class_is_refused(config, recorded):
     recorded({KEY: dataclasses.replace(BEST, config=config)})
     with pytest.raises(TuningError) as raised:
-        registry.choose(problem(), KERNELS, None)
+        registry.choose_implementation(problem(), KERNELS, None)
     assert str(raised.value) == (
-        f"scan: the configuration of 'pallas' for {KEY!r} must have rows: int, order: "
-        f"typing.Literal['rows', 'columns'], depth: int | None; got {config} in recorded (other "
-        "fields or types). Run `txcore tune scan` to measure anew, or delete the file."
+        f"scan: the configuration of 'pallas' for {KEY!r} needs rows: int, order: "
+        f"typing.Literal['rows', 'columns'], depth: int | None, got {config} in recorded (other "
+        "fields or types): run `txcore tune scan` to measure again, or delete the file"
     )
 
 
 def test_a_configuration_that_its_class_refuses(recorded):
     recorded({KEY: dataclasses.replace(BEST, config=CONFIG | {"rows": 0})})
-    with pytest.raises(TuningError, match=r"in recorded \(rows must be at least 1; got 0\.\)"):
-        registry.choose(problem(), KERNELS, None)
+    with pytest.raises(TuningError, match=r"in recorded \(rows needs at least 1, got 0\)"):
+        registry.choose_implementation(problem(), KERNELS, None)
 
 
 def test_a_configuration_for_what_has_none_is_refused(recorded):
     recorded({KEY: Entry("xla", {"rows": 1}, {}, "", "")})
-    with pytest.raises(TuningError, match=r"must have no field; got \{'rows': 1\}"):
-        registry.choose(problem(), KERNELS, None)
+    with pytest.raises(TuningError, match=r"needs no field, got \{'rows': 1\}"):
+        registry.choose_implementation(problem(), KERNELS, None)
 
 
 @pytest.mark.parametrize("platform", ["cpu"])
 def test_what_comes_with_txcore_is_sound_and_there(platform):
     path = os.path.join(os.path.dirname(tuned.__file__), "recorded", f"{platform}.json")
     assert os.path.getsize(path) > 0
-    assert tuned.recorded(platform) == read(path)
+    assert tuned.read_recorded(platform) == read_entries(path)
 
 
 def test_no_record_of_a_platform_is_an_empty_one():
-    assert tuned.recorded("abacus") == {}
+    assert tuned.read_recorded("abacus") == {}

@@ -203,16 +203,21 @@ def test_donated_arrays_are_updated_in_place(update, oracle, count):
 
 
 BAD = {
-    "grad_scale": ({"grad_scale": jnp.ones(2)}, ValueError, "grad_scale must be a scalar; got"),
+    "grad_scale": (
+        {"grad_scale": jnp.ones(2)},
+        ValueError,
+        "grad_scale needs to be a scalar, got",
+    ),
     "rates": (
         {"learning_rate": jnp.ones(2)},
         ValueError,
-        "learning_rate must be a scalar; got shape (2,). Use jax.vmap for several at once.",
+        "learning_rate needs to be a scalar, got shape (2,): use jax.vmap for several at once",
     ),
     "cast": (
         {"cast": "int8"},
         TypeError,
-        "cast must be a floating-point dtype or None; got int8. Name the dtype of the next",
+        "cast needs a floating-point dtype or None, got int8: name the dtype of "
+        "the next forward pass, such as jnp.bfloat16",
     ),
     "triton": (
         {"implementation": "triton"},
@@ -222,7 +227,7 @@ BAD = {
     "config": (
         {"implementation": "xla", "config": 3},
         TypeError,
-        "implementation='xla' takes no config, got int.",
+        "implementation='xla' needs no config, got int: leave config out for the best guess",
     ),
 }
 

@@ -39,7 +39,7 @@ def _list_kernels() -> list[tuple[str, ...]]:
     """Return which kernels would run on the default device for the main named shapes."""
     from txcore.kernels.dispatch import registry
     from txcore.kernels.dispatch.tuned import cache_path, fields_of
-    from txcore.kernels.dispatch.tuning_file import TuningError, label
+    from txcore.kernels.dispatch.tuning_file import TuningError, label_candidate
     from txcore.kernels.tuning.measure import problem_of
     from txcore.kernels.tuning.shapes import MAIN, SHAPES
 
@@ -47,10 +47,10 @@ def _list_kernels() -> list[tuple[str, ...]]:
     for name in MAIN:
         problem, kernels = problem_of(SHAPES[name], "float32")
         try:
-            choice = registry.choose(problem, kernels, None)
+            choice = registry.choose_implementation(problem, kernels, None)
         except TuningError as error:
             return [*rows, ("refused", first_line(error))]
-        what = label(choice.implementation, fields_of(choice.config))
+        what = label_candidate(choice.implementation, fields_of(choice.config))
         rows.append((problem.op, name, what, choice.source))
     return rows
 

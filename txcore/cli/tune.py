@@ -60,7 +60,7 @@ def add_command(commands: Any) -> None:
 def tune_kernels(options: argparse.Namespace) -> int:
     """Print the candidates' times, and write the fastest; return 0."""
     from txcore.kernels.dispatch.tuned import cache_path
-    from txcore.kernels.tuning.measure import measure
+    from txcore.kernels.tuning.measure import measure_shape
 
     shapes = _select_shapes(options)
     file = None if options.dry_run else options.cache or cache_path()
@@ -69,7 +69,7 @@ def tune_kernels(options: argparse.Namespace) -> int:
     elif not options.dry_run:
         raise BadUsage("TXCORE_TUNING is empty: name a file by --cache, or give --dry-run")
     for shape in shapes:
-        measured = measure(
+        measured = measure_shape(
             shape,
             options.dtype,
             backward=options.backward,
@@ -109,10 +109,10 @@ def _check_names(what: str, given: Iterable[str], known: Iterable[str]) -> None:
 def _format_table(measured: "Measured") -> str:
     from tabulate import tabulate
 
-    from txcore.kernels.dispatch.tuning_file import label
+    from txcore.kernels.dispatch.tuning_file import label_candidate
 
     entry = measured.entry
-    best = label(entry.implementation, entry.config) if entry is not None else None
+    best = label_candidate(entry.implementation, entry.config) if entry is not None else None
     least = measured.microseconds[best] if best is not None else None
     rows = [
         (
@@ -133,11 +133,11 @@ def _format_table(measured: "Measured") -> str:
 
 def _add_to(file: str, entries: "Mapping[str, Entry] | None" = None) -> None:
     """Add entries to a tuning file, after each shape, so that Ctrl-C loses none."""
-    from txcore.kernels.dispatch.tuning_file import TuningError, read, write
+    from txcore.kernels.dispatch.tuning_file import TuningError, read_entries, write_entries
 
     try:
-        found = read(file)
+        found = read_entries(file)
         if entries is not None:
-            write(file, {**found, **entries})
+            write_entries(file, {**found, **entries})
     except TuningError as error:
         raise BadInput(str(error)) from None

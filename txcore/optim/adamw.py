@@ -54,10 +54,10 @@ def adamw(
       Loshchilov and Hutter, "Decoupled weight decay regularization", 2019.
     """
     rate = as_schedule("adamw", "learning_rate", learning_rate)
-    checks.in_range("adamw", "b1", b1, 0, 1)
-    checks.in_range("adamw", "b2", b2, 0, 1)
-    checks.in_range("adamw", "eps", eps, 0, float("inf"))
-    checks.in_range("adamw", "weight_decay", weight_decay, 0, float("inf"))
+    checks.require_in_range("adamw", "b1", b1, 0, 1)
+    checks.require_in_range("adamw", "b2", b2, 0, 1)
+    checks.require_in_range("adamw", "eps", eps, 0, float("inf"))
+    checks.require_in_range("adamw", "weight_decay", weight_decay, 0, float("inf"))
     clipping.check_max_norm("adamw", "clip_norm", clip_norm)
 
     rules.check_decay("adamw", decay_mask, weight_decay)

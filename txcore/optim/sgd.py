@@ -52,8 +52,8 @@ def sgd(
       Sutskever et al., "On the importance of initialization and momentum in deep learning", 2013.
     """
     rate = as_schedule("sgd", "learning_rate", learning_rate)
-    checks.in_range("sgd", "momentum", momentum, 0, 1)
-    checks.in_range("sgd", "weight_decay", weight_decay, 0, float("inf"))
+    checks.require_in_range("sgd", "momentum", momentum, 0, 1)
+    checks.require_in_range("sgd", "weight_decay", weight_decay, 0, float("inf"))
     clipping.check_max_norm("sgd", "clip_norm", clip_norm)
     if nesterov and not momentum:
         raise ValueError("sgd: nesterov=True needs a momentum above 0, got 0: pass momentum=0.9")
