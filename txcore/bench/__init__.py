@@ -1,7 +1,7 @@
 """Measure collectives: time and bandwidth by size, the results held to NumPy in the same run.
 
-Imports `collectives`, `launch.gloo_threads`, `outside`,
-`parallel.gradients`, `profiling.bandwidth`, `version`.
+Imports `collectives`, `launch.gloo_threads`, `outside`, `parallel.gradients`,
+`profiling.bandwidth`, `version`.
 """
 
 from txcore.bench.measure import Row as Row
