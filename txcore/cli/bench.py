@@ -139,7 +139,7 @@ def _parse_count(text: str) -> int:
 def measure_collectives(options: argparse.Namespace) -> int:
     """Print the tables and write the files; return 1 where an element was wrong."""
     from txcore.bench import report
-    from txcore.kernels.tuning.measure import machine
+    from txcore.kernels.tuning.measure import describe_machine
 
     names = _select_names(options)
     _check_dtypes(options)
@@ -149,7 +149,7 @@ def measure_collectives(options: argparse.Namespace) -> int:
     _join_run(options)
     setup = _make_setup(options)
     operations = _select_operations(options, names, setup)
-    run = report.describe_run(setup, machine())
+    run = report.describe_run(setup, describe_machine())
     _show_once(report.format_run(run))
     with _wide_dtypes(options.dtype):
         rows = [
