@@ -38,6 +38,7 @@ from txcore.parallel import pipeline as pipeline
 from txcore.parallel import tensor as tensor
 from txcore.parallel import value_and_grad as value_and_grad
 from txcore.parallel import zero as zero
+from txcore.parallel.gradients import Buckets as Buckets
 from txcore.parallel.gradients import compression as compression
 from txcore.parallel.gradients import sync_gradients as sync_gradients
 from txcore.plan.data_parallel import DP as DP

@@ -113,7 +113,9 @@ class Forward(Generic[Fact]):
         for eqn in jaxpr.eqns:
             facts = [read_fact(v) for v in eqn.invars]
             inner = () if eqn.primitive.name in PLAIN else sub_jaxprs(eqn)
-            if inner:
+            if eqn.primitive.name == "optimization_barrier":
+                outputs = facts  # each of its results is one of its operands
+            elif inner:
                 outputs = self._run_inner(eqn, inner, jaxpr, facts, frame)
             else:
                 outputs = self.apply_equation(eqn, jaxpr, facts, frame)

@@ -44,6 +44,7 @@ from txcore.profiling.declared.factor_operations import (
     value_after,
 )
 from txcore.profiling.declared.factor_values import (
+    Gradient,
     Monomial,
     Value,
     follow_trips,
@@ -142,8 +143,10 @@ class _Factors(Forward[Value]):
         if kind not in (varying.MEAN, varying.MEAN_SHARD) or not along:
             return value
         place = source.user_source_line(_compat.eqn_frames(eqn))
-        reduced = value.reduced | along
-        return Value(kind == varying.MEAN_SHARD, reduced=reduced, is_mean=True, source=place)
+        # An exchange of several steps hides the weights of what went in.
+        gradient = value.gradient or Gradient(weight=None)
+        differs, reduced = kind == varying.MEAN_SHARD, value.reduced | along
+        return Value(differs, gradient=gradient, reduced=reduced, is_mean=True, source=place)
 
     def _name_scalar(self, eqn: Eqn, value: Value, var: Var, frame: Frame) -> Value:
         """Name an unknown scalar, so that its inverse cancels it."""

@@ -5,6 +5,9 @@ from typing import Any, Literal, get_args
 
 from txcore.kernels.common.checks import whole_number
 from txcore.optim import Optimizer
+from txcore.parallel.gradients.algorithms import Name
+from txcore.parallel.gradients.buckets import Buckets, as_buckets
+from txcore.parallel.gradients.choice import check_algorithm, check_not_compressed
 from txcore.parallel.gradients.compression import Compression, as_compression
 
 Shard = Literal["optimizer", "gradients", "parameters"]
@@ -35,6 +38,10 @@ class DP:
         averaged parameters.
       compression: how gradients are averaged with fewer bytes: "bf16", "fp16", "int8" or what a
         function of `tx.compression` returns, as powersgd(rank=2) or top_k(). None: exactly.
+      buckets: MiB of the pieces in which gradients are exchanged, or `tx.Buckets(mb, first_mb)`;
+        None leaves it to XLA to combine them.
+      algorithm: how, as `tx.sync_gradients` has them: "plain", "chunked", "ring" ...; None for the
+        fastest known.
 
     Example:
       >>> tx.DP(axis="data").axes
@@ -51,6 +58,8 @@ class DP:
     sync_every: int = 1
     outer: Optimizer | None = None
     compression: Compression | str | None = None
+    buckets: Buckets | float | None = None
+    algorithm: Name | None = None
 
     def __repr__(self) -> str:
         given = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -77,6 +86,7 @@ class DP:
             )
         self._check_less()
         self._check_compression()
+        self._check_exchange()
 
     def _check_compression(self) -> None:
         compression = as_compression("DP", self.compression)
@@ -100,6 +110,19 @@ class DP:
             raise ValueError(
                 f"DP needs shard_axis= some of its data axes {self.axes}, got {self.shard_axis!r}"
             )
+
+    def _check_exchange(self) -> None:
+        as_buckets("DP", self.buckets)
+        check_algorithm("DP", self.algorithm, self.axes)
+        check_not_compressed("DP", self.buckets, self.algorithm, self.compression)
+        for option in ("buckets", "algorithm"):
+            given = getattr(self, option)
+            if given is not None and self.shard in ("gradients", "parameters"):
+                raise ValueError(
+                    f"DP needs shard= 'optimizer' or None with {option}={given!r}, got "
+                    f"{self.shard!r}: there each gradient is reduced by itself as soon as it is "
+                    "there"
+                )
 
     def _check_less(self) -> None:
         """Refuse what does not go together with less synchronisation."""

@@ -14,18 +14,14 @@ from txcore.mesh import MeshSpec
 from txcore.optim import Optimizer
 from txcore.parallel import local_sgd
 from txcore.parallel.gradients import delayed
+from txcore.parallel.gradients.buckets import BucketLayout
 from txcore.parallel.gradients.compression import Compression, as_compression
 from txcore.parallel.gradients.compression.feedback import KEY as COMPRESSION
 from txcore.parallel.gradients.compression.feedback import keep_compressed
 from txcore.parallel.predicted import Predicted
 from txcore.plan.data_parallel import DP
-from txcore.plan.predict import (
-    predict_adasum,
-    predict_average,
-    predict_gradients,
-    predict_norms,
-)
-from txcore.plan.predict_shards import predict_shards
+from txcore.plan.predict import predict_adasum, predict_average, predict_norms
+from txcore.plan.predict_buckets import choose_exchange, predict_exchange
 from txcore.plan.rules import check_rules, stored_specs
 from txcore.plan.shards import shard_spec
 from txcore.printing import format_call
@@ -98,8 +94,8 @@ class Plan:
         dp = self.data_parallel
         if dp is None:
             return {}
-        options = {"reduction": dp.reduction, "delay": dp.delay}
-        return {**options, "compression": self._compression}
+        options = {"reduction": dp.reduction, "delay": dp.delay, "buckets": dp.buckets}
+        return {**options, "algorithm": dp.algorithm, "compression": self._compression}
 
     def rounds(self, mesh: MeshSpec) -> local_sgd.Rounds | None:
         """Return how local SGD averages parameters; None where gradients are reduced."""
@@ -174,6 +170,27 @@ class Plan:
 
         return jax.tree.map(layout, stored_specs(self.params, params, mesh), params)
 
+    def bucket_layout(self, params: Any, mesh: MeshSpec) -> BucketLayout:
+        """Return the buckets in which gradients are exchanged; empty where XLA combines them.
+
+        Args:
+          params: pytree of the parameters, arrays or shapes, each of them whole.
+          mesh: the devices and their axes.
+
+        Returns:
+          The buckets in order, a tuple; `str` has a line for each.
+
+        Example:
+          >>> params = {"w": np.zeros((512, 512), np.float32), "b": np.zeros(512, np.float32)}
+          >>> plan = tx.Plan(data_parallel=tx.DP("data", buckets=1))
+          >>> print(plan.bucket_layout(params, tx.MeshSpec(jax.devices()[:2], axes=("data",))))
+          0: 1.00 MiB, float32 over data: 1 leaves, w
+          1: 0.00 MiB, float32 over data: 1 leaves, b
+        """
+        shapes = jax.eval_shape(lambda tree: tree, params)
+        chosen = choose_exchange(shapes, self.layouts(shapes, mesh), mesh, self.data_parallel)
+        return BucketLayout(bucket for bucket, _ in chosen)
+
     def kept(self, params: Any, mesh: MeshSpec, optimizer: Optimizer) -> Any:
         """Return what communication keeps from step to step, as `state.comm_state` does.
 
@@ -218,7 +235,8 @@ class Plan:
 
         Returns:
           For data parallelism one all-reduce of the gradients over the data axes for each dtype,
-          of a parameter's part where it is stored in parts; with `sync_every` one of the parameters
+          of a parameter's part where it is stored in parts; with `buckets` and `algorithm` what is
+          sent of each bucket; with `sync_every` one of the parameters
           in one step of so many; with Adasum or a compression what that sends. For parameters in
           parts also one of the
           squared norm, where the optimizer `clips`, and one of whether all are finite, where the
@@ -244,8 +262,7 @@ class Plan:
         elif self._reduction == "adasum":
             predicted = predict_adasum(pairs, mesh)
         else:
-            predicted = predict_gradients(pairs, mesh, self._compression)
-            predicted += predict_shards(pairs, mesh, self.data_parallel)
+            predicted = predict_exchange(shapes, layouts, mesh, self.data_parallel)
         if clips:
             predicted += predict_norms(pairs)
         if skips and (axes := tuple(sorted(differing))):

@@ -1,8 +1,9 @@
 """The exchange of gradients over the data axes: in which pieces, by which algorithm and dtype.
 
-Imports `_compat`, `collectives`, `kept`, `kernels.common`, `kernels.dispatch`, `layout`,
-`parallel`, `parallel.gradients.compression`, `varying`.
+Imports `_compat`, `collectives`, `kept`, `kernels`, `kernels.common`, `kernels.dispatch`, `layout`,
+`parallel`, `parallel.gradients.compression`, `step_scope`, `varying`.
 """
 
 from txcore.parallel.gradients import compression as compression
+from txcore.parallel.gradients.buckets import Buckets as Buckets
 from txcore.parallel.gradients.sync import sync_gradients as sync_gradients

@@ -7,11 +7,10 @@ algorithm differentiates its own steps.
 """
 
 import functools
-import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -25,19 +24,28 @@ from txcore.collectives import (
     axis_index,
     axis_size,
     pmean,
+    ppermute,
     reduce_scatter,
     shift,
 )
 from txcore.collectives._leaves import mean_dtype
-from txcore.parallel.gradients.apart import keep_apart
 from txcore.parallel.predicted import Predicted
 
-Name = Literal["plain", "chunked", "reduce_scatter_all_gather", "ring", "hierarchical", "bf16_wire"]
+Name = Literal[
+    "plain",
+    "chunked",
+    "reduce_scatter_all_gather",
+    "ring",
+    "recursive_doubling",
+    "hierarchical",
+    "bf16_wire",
+]
 Axes = tuple[str, ...]
 Sizes = Mapping[str, int]  # of the axes, outermost first
 Sends = Callable[[int, str, Sizes], list[Predicted]]  # (elements of one device, dtype, sizes)
 
-CHUNK_BYTES = 4 << 20  # of one piece of "chunked"
+CHUNK_BYTES = 4 << 20  # of one piece, where an algorithm goes piece by piece
+_MOST_UNROLLED = 8  # devices of a ring whose hops are written out; of a larger one they are a loop
 
 
 @dataclass(frozen=True)
@@ -63,6 +71,11 @@ class Algorithm:
 def find_algorithm(name: str) -> Algorithm:
     """Return an algorithm by its name."""
     return ALGORITHMS[name]  # type: ignore[index]
+
+
+def is_power_of_two(sizes: Sizes) -> bool:
+    """Tell whether "recursive_doubling" can run over axes of these sizes."""
+    return _devices(sizes).bit_count() == 1
 
 
 def mean_flat(algorithm: Algorithm, flat: jax.Array, axes: Axes, name: str) -> jax.Array:
@@ -166,26 +179,56 @@ def _send_reduce_scatter(elements: int, dtype: str, sizes: Sizes) -> list[Predic
     return [_predict("reduce-scatter", sizes, dtype, elements)]
 
 
-# chunked: the same in pieces, which stay apart in the compiled program.
+# chunked: the same, piece by piece in one buffer, which a loop updates in place.
 
 
 def _chunked_mean(flat: jax.Array, axes: Axes, name: str) -> jax.Array:
-    pieces = jnp.split(flat, _cuts(flat.size, flat.dtype, 1))
-    jobs = [functools.partial(pmean, axis=axes, name=f"{name}/{i}") for i in range(len(pieces))]
-    return jnp.concatenate(keep_apart(jobs, pieces, name))
+    return _in_pieces(flat, axes, functools.partial(pmean, axis=axes, name=name))
+
+
+def _in_pieces(flat: jax.Array, axes: Axes, mean: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """Apply `mean` to each piece of `CHUNK_BYTES`, and to the rest."""
+    step, count = _pieces(flat.size, flat.dtype, 1)
+    if not count:
+        return mean(flat)
+
+    def put_mean(i: jax.Array | int, x: jax.Array, width: int) -> jax.Array:
+        piece = mean(lax.dynamic_slice_in_dim(x, i * step, width))
+        return lax.dynamic_update_slice_in_dim(x, varying.match_varying(piece, x)[0], i * step, 0)
+
+    flat = lax.fori_loop(0, count, functools.partial(put_mean, width=step), flat)
+    if rest := flat.size % step:
+        flat = put_mean(count, flat, rest)
+    return _claim_equal(flat, axes)
+
+
+def _claim_equal(flat: jax.Array, axes: Axes) -> jax.Array:
+    """Type as equal what each device has put together of means: no type can tell that it is."""
+    along = [axis for axis in axes if axis in _compat.varying_axes(flat)]
+    return varying.claim(flat, varying.MEAN, axes, drop=along)
 
 
 def _chunked_blocks(blocks: jax.Array, axes: Axes, name: str) -> jax.Array:
     devices, width = blocks.shape
-    pieces = jnp.split(blocks, _cuts(width, blocks.dtype, devices), axis=1)
-    scatter = functools.partial(reduce_scatter, axis=axes, mean=True)
-    jobs = [functools.partial(scatter, name=f"{name}/{i}") for i in range(len(pieces))]
-    return jnp.concatenate(keep_apart(jobs, pieces, name), axis=1)[0]
+    step, count = _pieces(width, blocks.dtype, devices)
+    if not count:
+        return _plain_blocks(blocks, axes, name)
+
+    def put_mean(i: jax.Array | int, means: jax.Array, width: int) -> jax.Array:
+        piece = lax.dynamic_slice_in_dim(blocks, i * step, width, axis=1)
+        mean = _plain_blocks(piece, axes, name)
+        return lax.dynamic_update_slice_in_dim(means, mean, i * step, 0)
+
+    means = lax.fori_loop(
+        0, count, functools.partial(put_mean, width=step), jnp.zeros_like(blocks[0])
+    )
+    return put_mean(count, means, width % step) if width % step else means
 
 
-def _cuts(width: int, dtype: DTypeLike, rows: int) -> list[int]:
+def _pieces(width: int, dtype: DTypeLike, rows: int) -> tuple[int, int]:
+    """Return the width of a piece of some rows, and how many of them there are, without a rest."""
     step = max(1, CHUNK_BYTES // (jnp.dtype(dtype).itemsize * rows))
-    return list(range(step, width, step))
+    return step, width // step
 
 
 def _send_chunks(elements: int, dtype: str, sizes: Sizes) -> list[Predicted]:
@@ -199,8 +242,9 @@ def _send_scattered_chunks(elements: int, dtype: str, sizes: Sizes) -> list[Pred
 
 
 def _widths(width: int, dtype: str, rows: int) -> list[int]:
-    ends = [0, *_cuts(width, dtype, rows), width]
-    return [end - start for start, end in itertools.pairwise(ends)]
+    """Return what a loop sends in all its trips, and the rest."""
+    step, count = _pieces(width, dtype, rows)
+    return [part for part in (count * step, width % step) if part]
 
 
 # reduce_scatter_all_gather: each device averages one block, then all get all of them.
@@ -220,59 +264,133 @@ def _send_two_steps(elements: int, dtype: str, sizes: Sizes) -> list[Predicted]:
     ]
 
 
-# ring: partial sums go round once, then the means do; N - 1 hops each, in a loop.
+# ring: partial sums go round once, then the means do; piece by piece in one buffer.
 
 
 def _ring_mean(flat: jax.Array, axes: Axes, name: str) -> jax.Array:
-    blocks = pad_to_blocks(flat, axis_size(axes))
-    part = _ring_blocks(blocks, axes, name)
-    return _ring_gather(part, axes, name).reshape(-1)[: flat.size]
+    count, here = axis_size(axes), axis_index(axes)
+    width, rest = divmod(flat.size, count)
+
+    def average(start: jax.Array | int, x: jax.Array, size: int) -> jax.Array:
+        def place(back: jax.Array | int) -> jax.Array:
+            return (here - back) % count * width + start
+
+        def put(block: jax.Array, x: jax.Array, back: jax.Array | int) -> jax.Array:
+            return lax.dynamic_update_slice_in_dim(x, block, place(back), 0)
+
+        def hop(i: jax.Array | int, carry: tuple[jax.Array, jax.Array]) -> Any:
+            block = shift(carry[0], axes, name=f"{name}/gather")
+            return block, put(block, carry[1], 1 + i)
+
+        own = _add_round(lambda back: lax.dynamic_slice_in_dim(x, place(back), size), axes, name)
+        return _hop_round(hop, (own, put(own, x, 0)), count)[1]
+
+    if width:
+        flat = _for_pieces(average, flat, width, flat.dtype)
+    if rest:  # of fewer elements than devices
+        last = pmean(flat[count * width :], axes, name=f"{name}/rest")
+        flat = lax.dynamic_update_slice_in_dim(
+            flat, varying.match_varying(last, flat)[0], count * width, 0
+        )
+    return _claim_equal(flat, axes)
 
 
 def _ring_blocks(blocks: jax.Array, axes: Axes, name: str) -> jax.Array:
     count, here = blocks.shape[0], axis_index(axes)
 
-    def take_block(back: jax.Array | int) -> jax.Array:
-        return lax.dynamic_index_in_dim(blocks, (here - back) % count, keepdims=False)
+    def average(start: jax.Array | int, means: jax.Array, size: int) -> jax.Array:
+        def read(back: jax.Array | int) -> jax.Array:
+            return lax.dynamic_slice(blocks, ((here - back) % count, start), (1, size))[0]
 
-    def hop(partial: jax.Array, back: jax.Array) -> tuple[jax.Array, None]:
-        return shift(partial, axes, name=f"{name}/sum") + take_block(back), None
+        return lax.dynamic_update_slice_in_dim(means, _add_round(read, axes, name), start, 0)
+
+    return _for_pieces(average, jnp.zeros_like(blocks[0]), blocks.shape[1], blocks.dtype)
+
+
+def _add_round(read: Callable[[Any], jax.Array], axes: Axes, name: str) -> jax.Array:
+    """Return the mean of this device's block; `read(i)` is that of the device i places back."""
+    count = axis_size(axes)
+
+    def hop(i: jax.Array | int, partial: jax.Array) -> jax.Array:
+        return shift(partial, axes, name=f"{name}/sum") + read(2 + i)
 
     # The sum of block b begins at device b + 1 and ends at b.
-    total = lax.scan(hop, take_block(1), jnp.arange(2, count + 1, dtype=jnp.int32))[0]
-    return varying.claim(total / count, varying.MEAN_SHARD, axes)
+    return varying.claim(_hop_round(hop, read(1), count) / count, varying.MEAN_SHARD, axes)
 
 
-def _ring_gather(part: jax.Array, axes: Axes, name: str) -> jax.Array:
-    count, here = axis_size(axes), axis_index(axes)
+def _hop_round(hop: Callable[[Any, Any], Any], carry: Any, count: int) -> Any:
+    return lax.fori_loop(0, count - 1, hop, carry, unroll=count <= _MOST_UNROLLED)
 
-    def put_block(blocks: jax.Array, block: jax.Array, back: jax.Array | int) -> jax.Array:
-        return lax.dynamic_update_index_in_dim(blocks, block, (here - back) % count, 0)
 
-    def hop(
-        carry: tuple[jax.Array, jax.Array], back: jax.Array
-    ) -> tuple[tuple[jax.Array, jax.Array], None]:
-        blocks, block = carry
-        block = shift(block, axes, name=f"{name}/gather")
-        return (put_block(blocks, block, back), block), None
-
-    empty = jnp.broadcast_to(jnp.zeros_like(part), (count, *part.shape))
-    start = put_block(empty, part, 0), part
-    blocks = lax.scan(hop, start, jnp.arange(1, count, dtype=jnp.int32))[0][0]
-    # Each device has put every block into its place, which no type can tell.
-    along = [axis for axis in axes if axis in _compat.varying_axes(blocks)]
-    return varying.claim(blocks, varying.MEAN, axes, drop=along)
+def _for_pieces(
+    average: Callable[[Any, jax.Array, int], jax.Array],
+    x: jax.Array,
+    width: int,
+    dtype: DTypeLike,
+) -> jax.Array:
+    """Repeat `average(start, x, size)` for the pieces of a block, which are half a chunk each."""
+    step, count = _pieces(width, dtype, 2)
+    if count:
+        x = lax.fori_loop(0, count, lambda i, x: average(i * step, x, step), x)
+    return average(count * step, x, width % step) if width % step else x
 
 
 def _send_ring(elements: int, dtype: str, sizes: Sizes) -> list[Predicted]:
     devices = _devices(sizes)
-    block = -(-elements // devices)
-    return [_predict("collective-permute", sizes, dtype, *[(devices - 1) * block] * 2)]
+    width, rest = divmod(elements, devices)
+    hops = _send_half_ring(devices * width, dtype, sizes) * 2 if width else []
+    return hops + (_send_all_reduce(rest, dtype, sizes) if rest else [])
 
 
 def _send_half_ring(elements: int, dtype: str, sizes: Sizes) -> list[Predicted]:
     devices = _devices(sizes)
     return [_predict("collective-permute", sizes, dtype, (devices - 1) * elements // devices)]
+
+
+# recursive_doubling: all of it to and fro with a partner 1, 2, 4 ... devices away, or halves of it.
+
+
+def _doubling_mean(flat: jax.Array, axes: Axes, name: str) -> jax.Array:
+    count = axis_size(axes)
+
+    def mean(piece: jax.Array) -> jax.Array:
+        for away in _distances(count):
+            # a + b is b + a to the last bit, so that all devices get the same.
+            piece = piece + ppermute(piece, axes, _swap(count, away), name=f"{name}/{away}")
+        return piece / count
+
+    return _claim_equal(_in_pieces(flat, axes, mean), axes)
+
+
+def _halving_blocks(blocks: jax.Array, axes: Axes, name: str) -> jax.Array:
+    count, here = axis_size(axes), axis_index(axes)
+    for away in reversed(_distances(count)):
+        halves = blocks.reshape(2, away, blocks.shape[1])
+        mine = (here // away) % 2
+        kept, given = (
+            lax.dynamic_index_in_dim(halves, i, keepdims=False) for i in (mine, 1 - mine)
+        )
+        blocks = kept + ppermute(given, axes, _swap(count, away), name=f"{name}/{away}")
+    return varying.claim(blocks[0] / count, varying.MEAN_SHARD, axes)
+
+
+def _distances(count: int) -> list[int]:
+    return [1 << step for step in range(count.bit_length() - 1)]
+
+
+def _swap(count: int, away: int) -> list[tuple[int, int]]:
+    return [(i, i ^ away) for i in range(count)]
+
+
+def _send_doubling(elements: int, dtype: str, sizes: Sizes) -> list[Predicted]:
+    hops = len(_distances(_devices(sizes)))
+    return [_predict("collective-permute", sizes, dtype, *_widths(elements, dtype, 1) * hops)]
+
+
+def _send_halving(elements: int, dtype: str, sizes: Sizes) -> list[Predicted]:
+    devices = _devices(sizes)
+    sent = [elements * away // devices for away in _distances(devices)]
+    return [_predict("collective-permute", sizes, dtype, *sent)]
 
 
 # hierarchical: over the last axis (a node's devices) all of it, over the others each device's part.
@@ -321,7 +439,7 @@ def _narrow_mean(flat: jax.Array, axes: Axes, name: str) -> jax.Array:
     blocks = pad_to_blocks(flat, axis_size(axes))
     part = _average_narrow(blocks, axes, name)
     whole = all_gather(_to_bits(part), axes, invariant=True, name=name)
-    return _from_bits(whole, flat.dtype)[: flat.size]
+    return _claim_equal(_from_bits(whole, flat.dtype)[: flat.size], axes)
 
 
 def _narrow_blocks(blocks: jax.Array, axes: Axes, name: str) -> jax.Array:
@@ -378,6 +496,13 @@ ALGORITHMS: Mapping[Name, Algorithm] = {
             _send_reduce_scatter,
         ),
         Algorithm("ring", _ring_mean, _ring_blocks, _send_ring, _send_half_ring),
+        Algorithm(
+            "recursive_doubling",
+            _doubling_mean,
+            _halving_blocks,
+            _send_doubling,
+            _send_halving,
+        ),
         Algorithm(
             "hierarchical", _levels_mean, _levels_blocks, _send_levels, _send_scattered_levels
         ),

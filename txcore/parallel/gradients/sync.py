@@ -1,18 +1,34 @@
 """The mean of the devices' gradients, whole or in shards."""
 
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from txcore import _compat
 from txcore.collectives import _leaves, pmean, reduce_scatter
+from txcore.collectives._leaves import Leaf
+from txcore.kernels import pack, unpack
+from txcore.kernels.dispatch.registry import current_device
 from txcore.layout import Layout
 from txcore.parallel.gradients.adasum import adasum
+from txcore.parallel.gradients.algorithms import Algorithm, Name, mean_blocks, mean_flat
+from txcore.parallel.gradients.apart import keep_apart
+from txcore.parallel.gradients.buckets import Bucket, Buckets, as_blocks, as_buckets, from_block
+from txcore.parallel.gradients.choice import (
+    check_algorithm,
+    check_not_compressed,
+    plan_exchange,
+    split_steps,
+)
 from txcore.parallel.gradients.compression import Compression, as_compression
 from txcore.parallel.gradients.compression.leaves import average_leaves
 from txcore.parallel.gradients.delayed import take_delayed
+from txcore.step_scope import current_scope
 
 
 def sync_gradients(
@@ -22,11 +38,13 @@ def sync_gradients(
     layouts: Any = None,
     reduction: str = "mean",
     delay: int = 0,
+    buckets: Buckets | float | None = None,
+    algorithm: Name | None = None,
     compression: Compression | str | None = None,
     comm_state: Any = None,
     name: str = "grads",
 ) -> tuple[Any, Any]:
-    """Average gradients over the data axes: one all-reduce for each leaf, which XLA combines.
+    """Average gradients over the data axes: in which pieces, and by which algorithm.
 
     With `delay=1` it is those of the call before that are averaged, and returned.
 
@@ -41,25 +59,37 @@ def sync_gradients(
       reduction: "mean", or "adasum" (`txcore.parallel.gradients.adasum`).
       delay: 1 to keep these gradients in `comm_state["delayed"]` for the next call, each with a dim
         of 1 in front, and to average those that it holds: zeros at first.
-      comm_state: what the call before returned; None for a plain mean.
+      buckets: MiB of the pieces in which they are exchanged, or `tx.Buckets(mb, first_mb)`; XLA
+        combines no two of them. None: XLA combines all that plain all-reduces exchange.
+      algorithm: "plain" (one all-reduce, or a reduce-scatter), "chunked" (the same in pieces of
+        4 MiB), "reduce_scatter_all_gather", "ring" (by `ppermute`), "recursive_doubling" (the
+        same, for few devices), "hierarchical" (the last axis first) or "bf16_wire" (bfloat16 is
+        sent, float32 is summed). None: the fastest known for the size, the axes and the backend.
       compression: how they are averaged with fewer bytes: "bf16", "fp16", "int8" or what a
         function of `tx.compression` returns. None: exactly.
-      comm_state: what a compression keeps from step to step, first of `tx.compression.start`.
+      comm_state: what the call before returned; None where nothing is kept. That of a compression
+        is first of `tx.compression.start`.
       name: label of the operations' tags.
 
     Returns:
       The averaged gradients and the new `comm_state`.
 
     Raises:
-      ValueError: `compression` is another name, or `comm_state` is not that of these gradients.
+      ValueError: `compression` or `algorithm` is another name, both are given, the algorithm needs
+        other axes, or `comm_state` is not that of these gradients.
       ValueError, TypeError, NameError: as `pmean`.
 
     Example:
       >>> def f(g):
-      ...     return tx.sync_gradients({"w": g}, "data")[0]["w"]
+      ...     return tx.sync_gradients({"w": g}, "data", algorithm="ring")[0]["w"]
       >>> tx.testing.run_sharded(f, np.arange(4.0), axes={"data": 4}, out_specs=P())
       array([1.5], dtype=float32)
     """
+    buckets = as_buckets("tx.sync_gradients", buckets)
+    # A step's plan has checked its own axes, of which the engine leaves out those of one device.
+    given = None if current_scope() is not None else _leaves.check_axes("sync_gradients", axis)
+    check_algorithm("tx.sync_gradients", algorithm, given)
+    check_not_compressed("tx.sync_gradients", buckets, algorithm, compression)
     if delay:
         grads, comm_state = take_delayed(grads, comm_state)
     if reduction == "adasum":
@@ -69,11 +99,14 @@ def sync_gradients(
         layouts = jax.tree.map(partial(_layout_by_type, axes), grads)
     treedef: Any = jax.tree.structure(layouts)
     leaves = treedef.flatten_up_to(grads)
+    means: dict[int, jax.Array] = {}
     how: list[Any] = [(one.reduced, one.scattered) for one in jax.tree.leaves(layouts)]
     if (record := as_compression("sync_gradients", compression)) is not None:
         means, comm_state = average_leaves(record, grads, layouts, comm_state, name)
-        leaves = [means.get(i, leaf) for i, leaf in enumerate(leaves)]
-        how = [None if i in means else key for i, key in enumerate(how)]
+    elif buckets is not None or algorithm != "plain":
+        means = _average_buckets(grads, layouts, buckets, algorithm, name)
+    leaves = [means.get(i, leaf) for i, leaf in enumerate(leaves)]
+    how = [None if i in means else key for i, key in enumerate(how)]
     for key in dict.fromkeys(key for key in how if key is not None and key[0]):
         chosen = [leaf if own == key else None for leaf, own in zip(leaves, how, strict=True)]
         done = treedef.flatten_up_to(_average(treedef.unflatten(chosen), *key, name=name))
@@ -96,3 +129,111 @@ def _average(
         tree = reduce_scatter(tree, parts, dim=dim, mean=True, name=name)
         axes = tuple(axis for axis in axes if axis not in parts)
     return pmean(tree, axes, name=name) if axes else tree
+
+
+def _average_buckets(
+    grads: Any, layouts: Any, buckets: Buckets | None, algorithm: Name | None, name: str
+) -> dict[int, jax.Array]:
+    """Average the leaves that are in buckets; return them by their places."""
+    treedef: Any = jax.tree.structure(layouts)
+    paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(grads)[0]]
+    leaves = [jnp.asarray(leaf) for leaf in treedef.flatten_up_to(grads)]
+    laid: list[Layout] = [_without_axes_of_one(layout) for layout in jax.tree.leaves(layouts)]
+    sizes = {axis: _leaves.axes_size((axis,)) for layout in laid for axis in layout.reduced}
+    chosen = plan_exchange(
+        jax.tree.unflatten(jax.tree.structure(grads), leaves),
+        treedef.unflatten(laid),
+        sizes=sizes,
+        platform=current_device()[0],
+        buckets=buckets,
+        algorithm=algorithm,
+    )
+    packed: list[jax.Array] = []
+    jobs: list[Callable[[jax.Array], jax.Array]] = []
+    for i, (bucket, by) in enumerate(chosen):
+        for place in bucket.leaves:
+            where = name + jax.tree_util.keystr(paths[place])
+            leaves[place] = _check_local(Leaf(leaves[place], where), laid[place].reduced)
+        packed.append(_pack(bucket, leaves, laid, sizes))
+        jobs.append(partial(_mean_of_bucket, bucket, by, sizes, f"{name}/{i}"))
+    means = keep_apart(jobs, packed, name)
+    done: dict[int, jax.Array] = {}
+    given = jax.tree.leaves(layouts)
+    for (bucket, _), mean in zip(chosen, means, strict=True):
+        parts = _unpack(bucket, mean, leaves, laid, sizes)
+        for place, leaf in zip(bucket.leaves, parts, strict=True):
+            done[place] = _leave_axes_of_one(leaf, given[place].reduced, sizes, name)
+    return done
+
+
+def _without_axes_of_one(layout: Layout) -> Layout:
+    reduced = tuple(axis for axis in layout.reduced if _leaves.axes_size((axis,)) > 1)
+    return Layout(layout.stored, layout.gradient, reduced)
+
+
+def _leave_axes_of_one(
+    mean: jax.Array, axes: tuple[str, ...], sizes: dict[str, int], name: str
+) -> jax.Array:
+    """Make a mean equal along axes of one device too, which sends nothing."""
+    alone = [axis for axis in axes if axis not in sizes and _leaves.varies_along(mean, axis)]
+    return pmean(mean, tuple(alone), name=name) if alone else mean
+
+
+def _check_local(leaf: Leaf, axes: tuple[str, ...]) -> jax.Array:
+    """Refuse a gradient that is reduced already, as `pmean` does."""
+    _leaves.refuse_unreduced("sync_gradients", leaf, axes)
+    leaf = _leaves.claim_differing("sync_gradients", leaf, axes, mean=True)
+    _leaves.reduced_axes("sync_gradients", leaf, axes, mean=True)
+    return leaf.value
+
+
+def _pack(
+    bucket: Bucket, leaves: Sequence[jax.Array], laid: Sequence[Layout], sizes: dict[str, int]
+) -> jax.Array:
+    """Return a bucket's leaves as (n,), or as (devices, n / devices) where they are scattered."""
+    if not bucket.scattered:
+        return pack([leaves[i] for i in bucket.leaves], dtype=bucket.dtype)
+    devices = _devices(bucket, sizes)
+    blocks = [as_blocks(leaves[i], _dim_of(laid[i]), devices) for i in bucket.leaves]
+    return jnp.concatenate([block.astype(bucket.dtype) for block in blocks], axis=1)
+
+
+def _unpack(
+    bucket: Bucket,
+    mean: jax.Array,
+    leaves: Sequence[jax.Array],
+    laid: Sequence[Layout],
+    sizes: dict[str, int],
+) -> list[jax.Array]:
+    own = [leaves[i] for i in bucket.leaves]
+    if not bucket.scattered:
+        shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in own]
+        return list(unpack(mean, shapes))
+    devices = _devices(bucket, sizes)
+    rows = lax.split(mean, [leaf.size // devices for leaf in own])
+    dims = [_dim_of(laid[i]) for i in bucket.leaves]
+    return [
+        from_block(row, leaf, dim, devices).astype(leaf.dtype)
+        for row, leaf, dim in zip(rows, own, dims, strict=True)
+    ]
+
+
+def _devices(bucket: Bucket, sizes: dict[str, int]) -> int:
+    count = 1
+    for axis in bucket.scattered:
+        count *= sizes[axis]
+    return count
+
+
+def _dim_of(layout: Layout) -> int:
+    assert layout.scattered is not None
+    return layout.scattered[0]
+
+
+def _mean_of_bucket(
+    bucket: Bucket, algorithm: Algorithm, sizes: dict[str, int], name: str, packed: jax.Array
+) -> jax.Array:
+    for step in split_steps(bucket, sizes):
+        average = mean_blocks if packed.ndim > 1 else mean_flat
+        packed = average(algorithm, packed, tuple(step), name)
+    return packed

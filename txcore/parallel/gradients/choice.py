@@ -1,0 +1,157 @@
+"""Which algorithm exchanges which gradients: what the caller says, or else the fastest known."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, get_args
+
+from txcore.parallel.gradients.algorithms import ALGORITHMS, Algorithm, Name, is_power_of_two
+from txcore.parallel.gradients.buckets import Bucket, Buckets, bucket_layout
+from txcore.parallel.predicted import Predicted
+
+MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Faster:
+    """State where an algorithm is faster than the plain one.
+
+    Attributes:
+      platform: "cpu", "gpu" or "tpu".
+      most_devices: that exchange.
+      least_bytes: of one bucket.
+      name: the algorithm.
+    """
+
+    platform: str
+    most_devices: int
+    least_bytes: int
+    name: Name
+
+
+# Measured on two cores, in one process and in several (benchmarks/test_exchange_bench.py). A large
+# all-reduce of XLA's writes into memory that is new to it; these go piece by piece in one buffer.
+# On GPU and TPU nothing is known to be faster than one all-reduce.
+FASTER = (
+    Faster("cpu", 2, 4 * MIB, "recursive_doubling"),
+    Faster("cpu", 1 << 30, 4 * MIB, "ring"),
+)
+
+
+def fastest(platform: str, nbytes: int, sizes: Mapping[str, int]) -> Name:
+    """Return the fastest algorithm known for so many bytes over axes of these sizes."""
+    devices = math.prod(sizes.values())
+    for row in FASTER:
+        fits = row.platform == platform and devices <= row.most_devices
+        if fits and nbytes >= row.least_bytes:
+            return row.name
+    return "plain"
+
+
+def _can_run(name: Name, sizes: Mapping[str, int]) -> bool:
+    return name != "recursive_doubling" or is_power_of_two(sizes)
+
+
+def check_algorithm(op: str, algorithm: Any, axes: tuple[str, ...] | None) -> None:
+    """Refuse what is no algorithm, or needs other axes, where these are known.
+
+    Raises:
+      ValueError: with the alternative.
+    """
+    if algorithm is None:
+        return
+    if algorithm not in get_args(Name):
+        names = ", ".join(map(repr, get_args(Name)))
+        raise ValueError(f"{op} needs algorithm= {names} or None, got {algorithm!r}")
+    if algorithm == "hierarchical" and axes is not None and len(axes) < 2:
+        raise ValueError(
+            f"{op} needs two axes or more with algorithm='hierarchical', the nearest devices along "
+            f"the last, got {axes}: write axis=('node', 'device') for a mesh of those axes, or "
+            "algorithm='reduce_scatter_all_gather'"
+        )
+
+
+def check_not_compressed(op: str, buckets: Any, algorithm: Any, compression: Any) -> None:
+    """Refuse buckets and algorithms of what a compression exchanges.
+
+    Raises:
+      ValueError: there are both.
+    """
+    for option, given in (("buckets", buckets), ("algorithm", algorithm)):
+        if given is not None and compression is not None:
+            raise ValueError(
+                f"{op} needs {option}=None with compression={compression!r}, got {given!r}: a "
+                "compression has an exchange of its own; leave one of them out"
+            )
+
+
+def plan_exchange(
+    tree: Any,
+    layouts: Any,
+    *,
+    sizes: Mapping[str, int],
+    platform: str,
+    buckets: Buckets | None,
+    algorithm: Name | None,
+) -> list[tuple[Bucket, Algorithm]]:
+    """Choose the buckets of gradients and an algorithm for each.
+
+    Args:
+      tree: pytree of gradients of one device, arrays or shapes.
+      layouts: pytree of `Layout` like it, of axes of more than one device.
+      sizes: of the axes.
+      platform: "cpu", "gpu" or "tpu".
+      buckets: their sizes. None leaves out those that a plain all-reduce exchanges, which XLA
+        combines as it likes, and without an algorithm shards too; others are as `Buckets()` says.
+      algorithm: of all buckets; None for the fastest known for each.
+
+    Returns:
+      The buckets in order. The leaves in none of them are averaged by plain collectives.
+
+    Raises:
+      ValueError: the algorithm needs another number of devices.
+    """
+    if buckets is None and algorithm == "plain":
+        return []
+    chosen = []
+    for bucket in bucket_layout(tree, layouts, buckets or Buckets()):
+        if buckets is None and algorithm is None and bucket.scattered:
+            continue  # a shard may be reduced by itself, before others are there
+        steps = split_steps(bucket, sizes)
+        name = algorithm or fastest(platform, bucket.nbytes, steps[0])
+        if not all(_can_run(name, step) for step in steps if step):
+            _refuse_devices(bucket, sizes)
+        if buckets is not None or name != "plain":
+            chosen.append((bucket, ALGORITHMS[name]))
+    return chosen
+
+
+def split_steps(bucket: Bucket, sizes: Mapping[str, int]) -> list[dict[str, int]]:
+    """Return the axes, with their sizes, over which a bucket is averaged one after the other."""
+    parts = {axis: sizes[axis] for axis in bucket.scattered}
+    others = {axis: sizes[axis] for axis in bucket.axes if axis not in parts}
+    return [step for step in (parts, others) if step]
+
+
+def _refuse_devices(bucket: Bucket, sizes: Mapping[str, int]) -> None:
+    over = ", ".join(f"{axis!r} of {sizes[axis]}" for axis in bucket.axes)
+    raise ValueError(
+        "algorithm='recursive_doubling' needs a number of devices that is a power of two, got the "
+        f"axes {over}: write algorithm='chunked', or None for the fastest that can run"
+    )
+
+
+def predict_bucket(
+    bucket: Bucket, algorithm: Algorithm, sizes: Mapping[str, int]
+) -> list[Predicted]:
+    """Predict what the exchange of a bucket sends."""
+    elements = sum(bucket.elements)
+    sent: list[Predicted] = []
+    for step in split_steps(bucket, sizes):
+        if bucket.scattered and not sent:
+            sent += algorithm.sends_blocks(elements, bucket.dtype, step)
+            for size in step.values():
+                elements //= size
+        else:
+            sent += algorithm.sends_flat(elements, bucket.dtype, step)
+    return sent
