@@ -1,4 +1,4 @@
-"""What is not exact still learns MNIST: local SGD, delayed gradients, Adasum; and accumulation.
+"""What is not exact still learns MNIST: less synchronisation, compression; and accumulation.
 
 Three epochs of the real data for each plan, behind TXCORE_ALL_PLANS=1.
 """
@@ -25,6 +25,12 @@ PLANS = {
     "diloco": {"sync_every": 8, "outer": DILOCO},
     "delayed": {"delay": 1},
     "adasum": {"reduction": "adasum"},
+    "bf16": {"compression": "bf16"},
+    "fp16": {"compression": "fp16"},
+    "int8": {"compression": "int8"},
+    "powersgd": {"compression": tx.compression.powersgd(4)},
+    "powersgd later": {"compression": tx.compression.powersgd(2, start=140)},
+    "top-k": {"compression": tx.compression.top_k(0.01)},
 }
 
 

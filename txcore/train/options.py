@@ -63,7 +63,7 @@ class Options:
         self._set("loggers", tuple(self.loggers))
 
     def _check_compression(self) -> None:
-        compression = self.plan.sync_options["compression"]
+        compression = self.plan.sync_options.get("compression")
         if compression is not None and self.optimizer.per_example:
             raise ValueError(
                 "Engine needs DP(...) of compression=None with an optimizer of per_example=True, "
