@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from txcore.collectives import _leaves, all_gather, axis_index, axis_size, ppermute
+from txcore.collectives import _leaves, all_gather, axis_index, axis_size, pmean, ppermute
 from txcore.kernels.common import checks
 
 
@@ -62,7 +62,7 @@ def adasum(tree: Any, axis: str | tuple[str, ...], *, name: str = "grads") -> An
             )
     leaves = jax.tree.leaves(tree)
     if devices == 1 or not leaves:
-        return tree
+        return pmean(tree, axes, name=name)
     combined: list[Any] = list(leaves)
     for dtype in dict.fromkeys(_wide(leaf) for leaf in leaves):
         places = [i for i, leaf in enumerate(leaves) if _wide(leaf) == dtype]
