@@ -11,7 +11,6 @@ import argparse
 import gzip
 import hashlib
 import json
-import multiprocessing
 import os
 import pathlib
 import resource
@@ -22,6 +21,10 @@ import time
 import zipfile
 
 ROOT = pathlib.Path(__file__).parents[1]
+sys.path.append(str(ROOT / "tests"))
+
+from processes import call_in_process  # noqa: E402
+
 SECONDS, MEGABYTES = 10, 2000
 COMMON = "channel_id=1, use_global_device_ids=true"
 
@@ -248,21 +251,6 @@ def read_first(read, folder):
             return
 
 
-def in_a_process(kind, times, patience=300):
-    here, there = multiprocessing.get_context("spawn").Pipe()
-    context = multiprocessing.get_context("spawn")
-    process = context.Process(target=measure, args=(kind, times, there))
-    process.start()
-    there.close()
-    try:
-        return here.recv() if here.poll(patience) else None
-    except EOFError:
-        return None
-    finally:
-        process.kill()
-        process.join()
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("kinds", nargs="*")
@@ -270,7 +258,7 @@ def main():
     wrong = 0
     for kind in parser.parse_args().kinds or KINDS:
         for times in (1,) if kind == "nothing" or "limit" in kind else (1, 10):
-            found = in_a_process(kind, times)
+            found = call_in_process(measure, kind, times)
             if found is None:
                 print(f"{kind:34} {times:2}x  did not end", flush=True)
                 wrong += 1

@@ -1,7 +1,6 @@
 """Translate between mesh axes and groups of devices."""
 
 import functools
-import itertools
 import math
 from collections.abc import Mapping
 from typing import Protocol
@@ -79,12 +78,16 @@ def axes_of_groups(groups: Groups, sizes: Sizes) -> tuple[str, ...] | None:
     """
     if not groups or groups.devices != math.prod(size for _, size in sizes):
         return None
-    names = tuple(name for name, size in sizes if size > 1)
-    for number in range(len(names) + 1):
-        for axes in itertools.combinations(names, number):
-            if device_groups(sizes, axes) == groups:
-                return axes
-    return None
+    # Device 0 shares its group with its neighbour along each of the axes: at most one set of axes
+    # can form the groups, and it is compared as a whole.
+    together = set(groups[0])
+    stride, found = 1, []
+    for name, size in reversed(sizes):
+        if size > 1 and stride in together:
+            found.append(name)
+        stride *= size
+    axes = tuple(reversed(found))
+    return axes if device_groups(sizes, axes) == groups else None
 
 
 def axes_of_pairs(pairs: tuple[tuple[int, int], ...], sizes: Sizes) -> tuple[str, ...] | None:

@@ -122,7 +122,7 @@ def run_txcore(page, language, folder):
             (folder / name[1]).write_text(code)
     lines = [row[1:] for row in commands(language) if row[0] == page]
     for line, shown in (row for row in lines if row[0].startswith("txcore ")):
-        done = run(sys.executable, "-m", "txcore.cli", *_cut_down(line), cwd=folder)
+        done = run(sys.executable, "-m", "txcore", *_cut_down(line), cwd=folder)
         fails = re.search(r"^failed: |entries grew|over budget", shown, re.MULTILINE)
         assert done.returncode == (fails is not None), f"{line}\n{done.stdout}{done.stderr}"
         assert_shown(shown, done.stdout)

@@ -1,6 +1,7 @@
 """The processes that a test starts: their port, their environment and their ends."""
 
 import contextlib
+import multiprocessing
 import os
 import pathlib
 import random
@@ -43,6 +44,25 @@ def start_ranks(worker, *args, count=2):
         )
         for rank in range(count)
     ]
+
+
+def call_in_process(function, *args, patience_s=600):
+    """Return what `function(*args, pipe)` sends in a process of its own; None if it sends nothing.
+
+    A process of its own can be killed, and its peak of memory is that of the function.
+    """
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=function, args=(*args, there))
+    process.start()
+    there.close()
+    try:
+        return here.recv() if here.poll(patience_s) else None
+    except EOFError:
+        return None
+    finally:
+        process.kill()
+        process.join()
 
 
 @contextlib.contextmanager

@@ -343,7 +343,7 @@ def test_neither_jax_nor_numpy_is_needed():
 
 
 def test_the_installed_command():
-    line = [sys.executable, "-W", "error", "-m", "txcore.cli", "launch", "-n", "2", REPORT]
+    line = [sys.executable, "-W", "error", "-m", "txcore", "launch", "-n", "2", REPORT]
     done = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
     assert sorted(line[:5] for line in done.stdout.splitlines()) == ["[0] {", "[1] {"]

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from txcore.train.checkpoints import manifest
 from txcore.train.checkpoints.manifest import (
     NAME,
     CheckpointError,
@@ -16,6 +17,7 @@ from txcore.train.checkpoints.manifest import (
     describe_difference,
     read_manifest,
     verify_files,
+    write_manifest,
 )
 
 WHOLE: dict[str, Any] = {
@@ -177,6 +179,22 @@ def test_a_long_one_is_refused_and_the_limit_is_an_option(tmp_path):
     assert read_manifest(tmp_path, max_bytes=size).precision == "float32"
     with pytest.raises(CheckpointError, match="longer than 100 bytes: that is no manifest"):
         read_manifest(tmp_path, max_bytes=100)
+
+
+def test_one_that_would_be_refused_for_its_length_is_not_written(tmp_path, monkeypatch):
+    """Else a run saves checkpoints that it cannot resume from."""
+    facts = (Position(), (Leaf("stored_params['w']", "float32[3]"),), "float32", {})
+    write_manifest(tmp_path, *facts)
+    size = (tmp_path / NAME).stat().st_size
+    monkeypatch.setattr(manifest, "MOST_BYTES", size)
+    write_manifest(tmp_path, *facts)
+    assert read_manifest(tmp_path, max_bytes=size).leaves == facts[1]
+    (tmp_path / NAME).unlink()
+    monkeypatch.setattr(manifest, "MOST_BYTES", size - 1)
+    text = f"{NAME} needs at most {size - 1} bytes, got {size} for 1 leaves and 0 files: stack the"
+    with pytest.raises(CheckpointError, match=text):
+        write_manifest(tmp_path, *facts)
+    assert not (tmp_path / NAME).exists()
 
 
 def test_many_names_of_which_one_is_there_twice_take_linear_time(tmp_path):

@@ -9,7 +9,6 @@ import jax
 from txcore.launch.gloo_threads import yield_to_compute
 from txcore.mesh import MeshSpec
 from txcore.plan.plan import Plan
-from txcore.printing import format_call
 from txcore.train.checkpoints.checkpoints import Checkpoints
 from txcore.train.loggers import Logger, Metrics
 from txcore.train.loop import fit as loop
@@ -78,21 +77,6 @@ class Engine(OptionsView):
             yield_to_compute()
         self._owner = Owner(self)
         self._steps = Steps(options, self._owner)
-
-    def __repr__(self) -> str:
-        precision = self.precision
-        is_plain = precision == Precision(precision.compute)
-        return format_call(
-            "Engine",
-            mesh=(self.mesh, None),
-            plan=(self.plan, None),
-            optimizer=(self.optimizer, None),
-            loggers=(self.loggers, ()),
-            precision=(precision.compute if is_plain else precision, "float32"),
-            seed=(self.seed, 0),
-            on_nonfinite=(self.on_nonfinite, "stop"),
-            compiler_options=(self._options.compiler_options, None),
-        )
 
     def with_optimizer(self, optimizer: Any) -> "Engine":
         """Return an engine that differs in its optimizer alone, without loggers."""

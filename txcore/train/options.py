@@ -10,6 +10,7 @@ from txcore.mesh import MeshSpec
 from txcore.optim import as_optimizer
 from txcore.optim.optimizer import Optimizer
 from txcore.plan.plan import Plan
+from txcore.printing import format_call
 from txcore.train.loggers import Logger
 from txcore.train.numerics import nonfinite
 from txcore.train.numerics.precision import Precision
@@ -91,6 +92,21 @@ class OptionsView:
 
     def __init__(self, options: Options) -> None:
         self._options = options
+
+    def __repr__(self) -> str:
+        precision = self.precision
+        is_plain = precision == Precision(precision.compute)
+        return format_call(
+            "Engine",
+            mesh=(self.mesh, None),
+            plan=(self.plan, None),
+            optimizer=(self.optimizer, None),
+            loggers=(self.loggers, ()),
+            precision=(precision.compute if is_plain else precision, "float32"),
+            seed=(self.seed, 0),
+            on_nonfinite=(self.on_nonfinite, "stop"),
+            compiler_options=(self._options.compiler_options, None),
+        )
 
     @property
     def mesh(self) -> MeshSpec:

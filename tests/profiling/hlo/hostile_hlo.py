@@ -8,10 +8,14 @@ each kind at each size in MB, and its memory at the peak.
 """
 
 import argparse
-import multiprocessing
+import pathlib
 import resource
 import sys
 import time
+
+sys.path.append(str(pathlib.Path(__file__).parents[2]))  # the tests' own helpers
+
+from processes import call_in_process
 
 HEAD = "HloModule m, replica_count=2, num_partitions=4\n"
 ENTRY = "ENTRY %e (x: f32[8]) -> f32[8] {\n  %x = f32[8]{0} parameter(0)\n"
@@ -348,22 +352,6 @@ def measure(kind, size, pipe):
     pipe.send((seconds, peak, len(text), said))
 
 
-def in_a_process(kind, size, patience=600):
-    """Return what `measure` sends, or None where it does not come in time."""
-    context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe()
-    process = context.Process(target=measure, args=(kind, size, there))
-    process.start()
-    there.close()
-    try:
-        return here.recv() if here.poll(patience) else None
-    except EOFError:
-        return None
-    finally:
-        process.kill()
-        process.join()
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("kinds", nargs="*")
@@ -374,7 +362,7 @@ def main():
     for kind in options.kinds or KINDS:
         cells, said = [], ""
         for size in sizes:
-            found = in_a_process(kind, int(size * 1e6))
+            found = call_in_process(measure, kind, int(size * 1e6))
             cells.append(f"{found[0]:7.2f} s {found[1]:6.0f} MB" if found else f"{'none':>19}")
             said = found[3] if found else said
         print(f"{kind:36}", *cells, ascii(said[:60]), flush=True)

@@ -30,7 +30,7 @@ def inspect(tmp_path, *arguments):
     (tmp_path / "cli_targets.py").write_text(FACTORIES)
     environment = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"}
     return subprocess.run(
-        [sys.executable, "-m", "txcore.cli", "inspect", *arguments],
+        [sys.executable, "-m", "txcore", "inspect", *arguments],
         cwd=tmp_path,
         env=environment,
         capture_output=True,

@@ -43,6 +43,21 @@ def find_metric(keep_best: KeepBest, metrics: Mapping[str, Any]) -> Metric | Non
     return Metric(name, mode, float(value)) if math.isfinite(value) else None
 
 
+def try_find_metric(
+    keep_best: KeepBest | None, metrics: Mapping[str, Any] | None
+) -> tuple[Metric | None, CheckpointError | None]:
+    """Return the metric by which the best is kept, and the error instead of raising it.
+
+    Both are None where no metric is asked for, or nothing was evaluated.
+    """
+    if keep_best is None or metrics is None:
+        return None, None
+    try:
+        return find_metric(keep_best, metrics), None
+    except CheckpointError as lacks:
+        return None, lacks
+
+
 def is_better(metric: Metric, than: Metric) -> bool:
     """Tell whether a metric is better than another of the same name and mode."""
     return metric.value > than.value if metric.mode == "max" else metric.value < than.value

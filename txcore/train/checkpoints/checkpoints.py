@@ -173,7 +173,7 @@ class Checkpoints:
           CheckpointError: the metric of `keep_best` is not among them; the state is saved.
         """
         self._finish_save()
-        metric, lacks = self._find_metric(metrics)
+        metric, lacks = best.try_find_metric(self.keep_best, metrics)
         to = self.directory / folder.checkpoint_name(position.steps)
         problem = self._store.start(Writing(to, position, metric), state)
         if problem is not None:
@@ -194,7 +194,7 @@ class Checkpoints:
         if self.keep_best is None:
             return
         self._finish_save()
-        metric, lacks = self._find_metric(metrics)
+        metric, lacks = best.try_find_metric(self.keep_best, metrics)
         saved = self.directory / folder.checkpoint_name(position.steps)
         if metric is not None and jax.process_index() == 0 and saved.exists():
             try:
@@ -207,16 +207,8 @@ class Checkpoints:
         if lacks is not None:
             raise lacks
 
-    def _find_metric(self, metrics: Metrics | None) -> tuple[Metric | None, CheckpointError | None]:
-        if self.keep_best is None or metrics is None:
-            return None, None
-        try:
-            return best.find_metric(self.keep_best, metrics), None
-        except CheckpointError as lacks:
-            return None, lacks
-
     def _is_best(self, metrics: Metrics) -> bool:
-        metric, lacks = self._find_metric(metrics)
+        metric, lacks = best.try_find_metric(self.keep_best, metrics)
         found = self._find_best()
         return lacks is not None or (
             metric is not None and (found is None or best.is_better(metric, found[1]))

@@ -20,7 +20,7 @@ NAME = "txcore.json"
 PREFIX = "step_"  # of a checkpoint's folder, before its steps
 FORMAT = "txcore-checkpoint"
 VERSION = 1
-MOST_BYTES = 1 << 26  # of the manifest
+MOST_BYTES = 1 << 26  # of the manifest, when it is written and when it is read
 # The files that orbax itself writes after the manifest is made.
 _LATE = ("_CHECKPOINT_METADATA", "commit_success.txt")
 _CHUNK = 1 << 20
@@ -138,10 +138,18 @@ def add_metric(folder: Path, metric: Metric) -> None:
 
 
 def _write_file(path: Path, manifest: Manifest) -> None:
+    """Write a manifest, or refuse one that `read_manifest` would refuse for its length."""
     body = asdict(manifest)
     text = json.dumps({"format": FORMAT, "version": VERSION, **body}, indent=1)
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(f"{_sha256(text.encode())}\n{text}\n")
+    data = f"{_sha256(text.encode())}\n{text}\n".encode()
+    if len(data) > MOST_BYTES:
+        raise CheckpointError(
+            f"{path.name} needs at most {MOST_BYTES} bytes, got {len(data)} for "
+            f"{len(manifest.leaves)} leaves and {len(manifest.files)} files: stack the parameters "
+            "of repeated layers, so that the state has fewer leaves"
+        )
+    with open(path, "wb") as file:
+        file.write(data)
         file.flush()
         os.fsync(file.fileno())
 
