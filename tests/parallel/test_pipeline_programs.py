@@ -140,8 +140,9 @@ def call(params=None, batch=None, *, functions=(embed, block, losses_of), **opti
     specs = options.pop("specs", {"embed": P(), "blocks": P(None, "pipe")})
     schedule = options.pop("schedule", case.make_schedule())
     mask, batch_spec = options.pop("mask", None), options.pop("batch_spec", P("data"))
+    first, layers, last = functions
     options = {"axis": "pipe", "data_axis": "data", **options}
-    step = tx.pipeline.value_and_grad(*functions, schedule, **options)
+    step = tx.pipeline.value_and_grad(first, layers, last, schedule, **options)
     devices = np.array(jax.devices()[:4]).reshape(2, 2)
     mesh = Mesh(devices, ("pipe", "data"), axis_types=(AxisType.Auto,) * 2)
     mapped = jax.shard_map(
