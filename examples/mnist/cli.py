@@ -6,7 +6,7 @@ import os
 import pathlib
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import models
@@ -15,8 +15,10 @@ from data.dataset import NAMES
 import txcore as tx
 from txcore import launch
 from txcore.launch import watch
+from txcore.parallel.gradients import algorithms
 
 BASE_BATCH = 64  # the batch to which --lr-scaling linear refers
+ALGORITHMS = get_args(algorithms.Name)
 EPOCHS = {"mnist": 3, "digits": 20}
 LEARNING_RATES = {"sgd": 0.02, "adamw": 1e-3}
 _TEXT = "Train on MNIST, and prove which collectives the compiled step contains."
@@ -39,6 +41,15 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--steps", type=int)
     length.add_argument("--epochs", type=int, help="default: 3 of MNIST, 20 of the few digits")
+    add("--accumulate", type=int, help="microbatches of a step, added up before the exchange")
+    add("--shard", choices=["optimizer", "gradients", "parameters"], help="what devices split")
+    add("--compress", help="bf16, fp16, int8, powersgd, powersgd:RANK, top_k or top_k:FRACTION")
+    add("--algorithm", choices=ALGORITHMS, help="of the gradients' exchange")
+    add("--bucket-mb", type=float, help="MiB of the pieces in which gradients are exchanged")
+    add("--sync-every", type=int, default=1, help="steps between averages of the parameters")
+    add("--outer", default="none", choices=["none", "nesterov"], help="DiLoCo, with --sync-every")
+    add("--delay", type=int, default=0, help="1: update by the gradients of the step before")
+    add("--reduction", default="mean", choices=["mean", "adasum"], help="of the gradients")
     add("--eval-every", type=int, help="steps between evaluations; default: an epoch")
     add("--precision", default="float32", choices=["float32", "bfloat16", "float16"])
     add("--seed", type=int, default=0)
@@ -64,7 +75,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def check(args: argparse.Namespace) -> None:
     """Refuse what is out of range before anything is loaded, and expand ~ in paths."""
-    for name, low in (("steps", 0), ("epochs", 0), ("warmup", 0), ("eval_every", 1)):
+    for name, low in (
+        ("steps", 0),
+        ("epochs", 0),
+        ("warmup", 0),
+        ("eval_every", 1),
+        ("accumulate", 1),
+    ):
         value = getattr(args, name)
         if value is not None and value < low:
             flag = name.replace("_", "-")
@@ -139,6 +156,35 @@ def make_optimizer(args: argparse.Namespace, steps: int) -> tx.optim.Optimizer:
     if args.optimizer == "adamw":
         return tx.optim.adamw(schedule)
     return tx.optim.sgd(schedule, momentum=0.9)
+
+
+def make_data_parallel(args: argparse.Namespace) -> tx.DP:
+    """Return how gradients are exchanged, and what of the state is sharded."""
+    outer = tx.optim.sgd(0.7, momentum=0.9, nesterov=True) if args.outer == "nesterov" else None
+    return tx.DP(
+        axis="data",
+        shard=args.shard,
+        buckets=args.bucket_mb,
+        algorithm=args.algorithm,
+        compression=make_compression(args.compress),
+        reduction=args.reduction,
+        sync_every=args.sync_every,
+        outer=outer,
+        delay=args.delay,
+    )
+
+
+def make_compression(text: str | None) -> Any:
+    """Return the compression that --compress names, with the number after its colon."""
+    name, _, number = (text or "").partition(":")
+    try:
+        if name == "powersgd":
+            return tx.compression.powersgd(rank=int(number or 2), start=100)
+        if name == "top_k":
+            return tx.compression.top_k(float(number or 0.01))
+    except ValueError as error:
+        raise ValueError(f"--compress {text}: {error}") from None
+    return text
 
 
 def make_loggers(args: argparse.Namespace) -> list[tx.loggers.Logger]:

@@ -2,8 +2,8 @@
 
     python examples/mnist/train.py --model cnn --devices 2
 
-One device, several devices in one process, several processes by `txcore launch`, SLURM or mpirun
-(found by themselves), or by hand; README.md says how. The flags are in cli.py.
+One device, several devices in one process, several processes; README.md says how. The flags are in
+cli.py.
 """
 
 import results  # before jax: it notes when the script started
@@ -28,7 +28,7 @@ from txcore.train.numerics import nonfinite
 
 
 def make_steps(
-    layers: tuple[models.Layer, ...], label_smoothing: float = 0.0
+    layers: tuple[models.Layer, ...], label_smoothing: float = 0.0, microbatches: int | None = None
 ) -> tuple[Any, Callable[..., Any]]:
     """Return the training step and the evaluation step of a model."""
 
@@ -40,17 +40,19 @@ def make_steps(
     def train_step(state: tx.TrainState, batch: Any) -> Any:
         keys = state.example_keys(batch) if models.uses_dropout(layers) else None
 
-        def loss_of(params: Any) -> jax.Array:
+        def loss_of(params: Any, batch: Any, keys: Any) -> jax.Array:
             logits = forward(state, params, batch, keys)
             losses = kernels.cross_entropy(logits, batch["label"], label_smoothing=label_smoothing)
             return jnp.mean(losses * batch["weight"])
 
-        loss, grads = tx.value_and_grad(loss_of, loss_scale=state.loss_scale)(state.params)
+        scale = state.loss_scale
+        both = tx.value_and_grad(loss_of, loss_scale=scale, microbatches=microbatches)
+        loss, grads = both(state.params, batch, keys)
         grads, state = state.sync_gradients(grads)
         state = state.apply_gradients(grads=grads)
         metrics = {"loss": tx.pmean(loss, "data", name="loss")}
-        if state.loss_scale is not None:  # float16
-            metrics["loss_scale"] = state.loss_scale
+        if scale is not None:  # float16
+            metrics["loss_scale"] = scale
         return state, metrics
 
     def eval_step(state: tx.TrainState, batch: Any) -> Any:
@@ -84,7 +86,7 @@ def train(args: argparse.Namespace) -> int:
     history = results.History()
     engine = tx.Engine(
         mesh=tx.MeshSpec(devices=devices, axes=("data",)),
-        plan=tx.Plan(data_parallel=tx.DP(axis="data")),
+        plan=tx.Plan(data_parallel=cli.make_data_parallel(args)),
         optimizer=cli.make_optimizer(args, steps),
         loggers=[tx.loggers.Basic(unit="images"), history, *cli.make_loggers(args)],
         precision=args.precision,
@@ -97,7 +99,7 @@ def train(args: argparse.Namespace) -> int:
     )
 
     # ---- Train, evaluate, save -------------------------------------------------------------------
-    train_step, eval_step = make_steps(layers, args.label_smoothing)
+    train_step, eval_step = make_steps(layers, args.label_smoothing, args.accumulate)
     state = engine.fit(
         train_step,
         engine.create_state(models.init(layers, args.seed)),
