@@ -15,8 +15,10 @@ _COMPUTES = re.compile(
     r"|LayoutConstraint|AllocateBuffer|MoveToHost|MoveToDevice|PinToDevice|Pin|Unpin|AssumeGather"
     r"|annotate_device_placement|SliceToDynamic|PadToStatic|X64|RngBitGenerator|SetBound"
     r"|GetDimensionSize|dynamic_|erf_inv|mhlo\.|chlo\.|CreateBuffer|NopReturnToken"
-    # These carry a collective that is printed beside them, copy, or say how a gather's indices lie.
+    # These carry a collective that is printed beside them, copy, say how a gather's indices lie, or
+    # zero what pads an array in place.
     r"|AsyncCollective(?:Start|Done)$|ConcatBitcast$|GatherScatterIndicesBitpacked$"
+    r"|ZeroCrop$"
     r"|xla_python_(?:cpu|gpu)_callback|xla_ffi_(?:partitioned_)?python_(?:cpu|gpu)_callback"
 )
 # A Pallas TPU kernel says so itself, where it sends anything to another chip.
