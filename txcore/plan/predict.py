@@ -8,11 +8,12 @@ import jax.numpy as jnp
 
 from txcore.collectives import _leaves
 from txcore.kernels.common import checks
-from txcore.layout import Layout, drop_axes
+from txcore.layout import Layout, drop_axes, shape_of_part
 from txcore.mesh import MeshSpec
 from txcore.parallel.gradients.adasum import packed_columns
-from txcore.parallel.gradients.compression import Compression, Exchange
+from txcore.parallel.gradients.compression import Compression
 from txcore.parallel.gradients.compression.feedback import (
+    exchange_of,
     group_of,
     is_compressed,
     predict_compressed,
@@ -52,18 +53,18 @@ def _predict_compressed(
     compression: Compression, pairs: list[tuple[Any, Layout]], mesh: MeshSpec
 ) -> list[Predicted]:
     """Predict what is sent of the leaves that are laid out alike, in one dtype."""
-    groups: dict[Any, list[jax.ShapeDtypeStruct]] = {}
+    groups: dict[Any, list[tuple[jax.ShapeDtypeStruct, Layout]]] = {}
     for leaf, layout in pairs:
         if not (layout.reduced and is_compressed(leaf)):
             continue
         local = drop_axes(layout.gradient, frozenset(layout.reduced))
-        shape = mesh.sharding(*local).shard_shape(leaf.shape)
-        key = group_of(layout, leaf.dtype)
-        groups.setdefault(key, []).append(jax.ShapeDtypeStruct(shape, leaf.dtype))
+        shape = shape_of_part(leaf.shape, local, mesh.shape)
+        own = jax.ShapeDtypeStruct(shape, leaf.dtype), layout
+        groups.setdefault(group_of(layout, leaf.dtype), []).append(own)
     predicted = []
-    for (axes, scattered, *_), shapes in groups.items():
-        exchange = Exchange({axis: mesh.shape[axis] for axis in axes}, scattered=scattered)
-        predicted += predict_compressed(compression, shapes, exchange)
+    for chosen in groups.values():
+        exchange = exchange_of([layout for _, layout in chosen], mesh.shape)
+        predicted += predict_compressed(compression, [shape for shape, _ in chosen], exchange)
     return predicted
 
 

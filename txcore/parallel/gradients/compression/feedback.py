@@ -1,8 +1,7 @@
 """What all compressions have in common: what is left over, the first steps, and shards."""
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -34,12 +33,21 @@ def group_of(layout: Layout, dtype: Any) -> tuple[Any, ...]:
     """Return what leaves have in common that are averaged together.
 
     Returns:
-      The axes over which they are averaged, the parts that devices get (`Layout.scattered`), the
+      The axes over which they are averaged, those along which each device gets its part, the
       other axes over which they are split, and the dtype. One flat array of leaves that are equal
       along an axis and others that are not would vary along it.
     """
     split = tuple(axis for axis in layout.norm_axes if axis not in layout.reduced)
-    return layout.reduced, layout.scattered, split, jnp.dtype(dtype)
+    parts = layout.scattered[1] if layout.scattered is not None else ()
+    return layout.reduced, parts, split, jnp.dtype(dtype)
+
+
+def exchange_of(laid: Sequence[Layout], sizes: Mapping[str, int], name: str = "grads") -> Exchange:
+    """Return the exchange of leaves of one group, by their layouts and the sizes of the axes."""
+    reduced, parts, *_ = group_of(laid[0], None)
+    dims = tuple(one.scattered[0] for one in laid if one.scattered is not None)
+    more = {axis: sizes[axis] for axis in reduced if sizes[axis] > 1}
+    return Exchange(more, name, parts, dims)
 
 
 def average_compressed(
@@ -88,13 +96,12 @@ def _average_pending(
         return means, zeros, kept
 
     def compressed(full: list[jax.Array], kept: list[Any]) -> Any:
-        if compression.scatters or exchange.scattered is None:
+        if compression.scatters or not exchange.parts:
             means, left, new = compression.average(full, kept, exchange)
         else:
-            whole = replace(exchange, scattered=None)
-            means, left, new = compression.average(full, kept, whole)
-            means = [_own_part(mean, exchange) for mean in means]
-        kind = varying.MEAN if exchange.scattered is None else varying.MEAN_SHARD
+            means, left, new = compression.average(full, kept, exchange.along(exchange.axes))
+            means = _own_parts(means, exchange)
+        kind = varying.MEAN_SHARD if exchange.parts else varying.MEAN
         return [varying.claim(mean, kind, exchange.axes) for mean in means], left, new
 
     if exchange.devices == 1:
@@ -105,19 +112,21 @@ def _average_pending(
 
 
 def _average_plainly(grads: list[jax.Array], exchange: Exchange) -> list[jax.Array]:
-    axes = exchange.axes
-    if exchange.scattered is not None:
-        dim, parts = exchange.scattered
-        grads = reduce_scatter(grads, parts, dim=dim, mean=True, name=exchange.name)
-        axes = tuple(axis for axis in axes if axis not in parts)
-    return pmean(grads, axes, name=exchange.name) if axes else grads
+    if exchange.parts:
+        grads = [
+            reduce_scatter(g, exchange.parts, dim=dim, mean=True, name=exchange.name)
+            for g, dim in zip(grads, exchange.dims, strict=True)
+        ]
+    return pmean(grads, exchange.others, name=exchange.name) if exchange.others else grads
 
 
-def _own_part(mean: jax.Array, exchange: Exchange) -> jax.Array:
-    assert exchange.scattered is not None
-    dim, parts = exchange.scattered
-    size = mean.shape[dim] // math.prod(exchange.sizes[axis] for axis in parts)
-    return lax.dynamic_slice_in_dim(mean, axis_index(parts) * size, size, dim)
+def _own_parts(means: list[jax.Array], exchange: Exchange) -> list[jax.Array]:
+    count, index = exchange.along(exchange.parts).devices, axis_index(exchange.parts)
+    own = []
+    for mean, dim in zip(means, exchange.dims, strict=True):
+        size = mean.shape[dim] // count
+        own.append(lax.dynamic_slice_in_dim(mean, index * size, size, dim))
+    return own
 
 
 def predict_compressed(
@@ -131,18 +140,18 @@ def predict_compressed(
         sizes = [x.size for x in shapes]
         plain = _predict_plainly(sizes, wide.name, exchange)
     if not compression.scatters:
-        exchange = replace(exchange, scattered=None)
+        exchange = exchange.along(exchange.axes)
     return plain + compression.sends(shapes, exchange)
 
 
 def _predict_plainly(sizes: list[int], dtype: str, exchange: Exchange) -> list[Predicted]:
-    if exchange.scattered is None:
+    if not exchange.parts:
         return [exchange.predict("all-reduce", dtype, *sizes)]
     inner = exchange.along(exchange.parts)
     sent = [inner.predict("reduce-scatter", dtype, *sizes)]
-    if others := tuple(axis for axis in exchange.axes if axis not in exchange.parts):
+    if exchange.others:
         parts = [size // inner.devices for size in sizes]
-        sent.append(exchange.along(others).predict("all-reduce", dtype, *parts))
+        sent.append(exchange.along(exchange.others).predict("all-reduce", dtype, *parts))
     return sent
 
 

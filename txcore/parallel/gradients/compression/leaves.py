@@ -11,10 +11,11 @@ from txcore.layout import Layout
 from txcore.parallel.gradients.compression.feedback import (
     KEY,
     average_compressed,
+    exchange_of,
     group_of,
     is_compressed,
 )
-from txcore.parallel.gradients.compression.record import Compression, Exchange
+from txcore.parallel.gradients.compression.record import Compression
 
 
 def average_leaves(
@@ -50,14 +51,16 @@ def average_leaves(
         if leaf is not None:
             groups.setdefault(group_of(layout, leaf.dtype), []).append(i)
     means: dict[int, jax.Array] = {}
-    for (axes, scattered, *_), chosen in groups.items():
-        sizes = {a: _leaves.axes_size((a,)) for a in axes}
-        exchange = Exchange({a: n for a, n in sizes.items() if n > 1}, name, scattered)
-        alone = tuple(a for a, n in sizes.items() if n == 1)
+    for chosen in groups.values():
+        sizes = {axis: _leaves.axes_size((axis,)) for axis in laid[chosen[0]].reduced}
+        alone = tuple(axis for axis, size in sizes.items() if size == 1)
         grads, left = (
             [_make_equal(every[i], alone, name) for i in chosen] for every in (found, errors)
         )
-        kept = [own[i] for i in chosen]
+        kept, exchange = (
+            [own[i] for i in chosen],
+            exchange_of([laid[i] for i in chosen], sizes, name),
+        )
         done = average_compressed(compression, grads, left, kept, steps, exchange)
         for i, mean, error, new_own in zip(chosen, *done, strict=True):
             means[i], errors[i], own[i] = mean, error, new_own

@@ -85,18 +85,20 @@ def _average(
     codec: Codec, grads: list[jax.Array], kept: list[Any], exchange: Exchange
 ) -> tuple[list[jax.Array], list[jax.Array], list[Any]]:
     shapes = [g.shape for g in grads]
-    if exchange.scattered is None:
+    if not exchange.parts:
         mean, error = _average_flat(codec, rows.flatten(grads), exchange)
         return rows.unflatten(mean, shapes), rows.unflatten(error, shapes), kept
-    dim, parts = exchange.scattered
-    inner = exchange.along(parts)
-    row, error = _average_rows(codec, rows.to_rows(grads, dim, inner.devices), inner)
-    if others := tuple(axis for axis in exchange.axes if axis not in parts):
-        row, lost = _average_flat(codec, row, exchange.along(others))
+    inner, dims = exchange.along(exchange.parts), exchange.dims
+    row, error = _average_rows(codec, rows.to_rows(grads, dims, inner.devices), inner)
+    if exchange.others:
+        row, lost = _average_flat(codec, row, exchange.along(exchange.others))
         error = _add_own(error, lost, inner)
-    of_parts = [(*s[:dim], s[dim] // inner.devices, *s[dim + 1 :]) for s in shapes]
-    means = rows.from_rows(row[None], of_parts, dim)
-    return means, rows.from_rows(error, shapes, dim), kept
+    of_parts = [
+        (*shape[:dim], shape[dim] // inner.devices, *shape[dim + 1 :])
+        for shape, dim in zip(shapes, dims, strict=True)
+    ]
+    means = rows.from_rows(row[None], of_parts, dims)
+    return means, rows.from_rows(error, shapes, dims), kept
 
 
 def _average_flat(codec: Codec, flat: jax.Array, exchange: Exchange) -> tuple[jax.Array, jax.Array]:
@@ -128,13 +130,13 @@ def _add_own(error: jax.Array, lost: jax.Array, exchange: Exchange) -> jax.Array
 
 def _sends(codec: Codec, shapes: list[jax.ShapeDtypeStruct], exchange: Exchange) -> list[Predicted]:
     elements = sum(x.size for x in shapes)
-    if exchange.scattered is None:
+    if not exchange.parts:
         return _sends_flat(codec, elements, exchange)
     inner = exchange.along(exchange.parts)
     width = elements // inner.devices
     sent = [inner.predict("all-to-all", codec.dtype, inner.devices * codec.length(width))]
-    if others := tuple(axis for axis in exchange.axes if axis not in exchange.parts):
-        sent += _sends_flat(codec, width, exchange.along(others))
+    if exchange.others:
+        sent += _sends_flat(codec, width, exchange.along(exchange.others))
     return sent
 
 

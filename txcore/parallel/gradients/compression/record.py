@@ -17,13 +17,15 @@ class Exchange:
     Attributes:
       sizes: the size of each axis by name, outermost first; no axis of one device.
       name: label of the operations' tags.
-      scattered: the dim of which each device gets its part of the mean alone, with the axes that
-        split it, some of `sizes`; None where each gets all of it.
+      parts: the axes, some of `sizes`, along which each device gets its part of the mean alone; ()
+        where each gets all of it.
+      dims: with `parts`, the dim of each gradient that is split.
     """
 
     sizes: Mapping[str, int]
     name: str = "grads"
-    scattered: tuple[int, tuple[str, ...]] | None = None
+    parts: tuple[str, ...] = ()
+    dims: tuple[int, ...] = ()
 
     @property
     def axes(self) -> tuple[str, ...]:
@@ -36,9 +38,9 @@ class Exchange:
         return math.prod(self.sizes.values())
 
     @property
-    def parts(self) -> tuple[str, ...]:
-        """The axes that split the mean; () for none."""
-        return self.scattered[1] if self.scattered is not None else ()
+    def others(self) -> tuple[str, ...]:
+        """The axes but `parts`."""
+        return tuple(axis for axis in self.sizes if axis not in self.parts)
 
     def along(self, axes: tuple[str, ...]) -> "Exchange":
         """Return the exchange over some of the axes, of which each device gets all of the mean."""
@@ -77,7 +79,7 @@ class Compression:
       keeps: (whole parameter's shape, layout, mesh sizes) -> the pytree of `txcore.kept.Kept` that
         `average` gets and returns for that leaf; None for nothing. No function: nothing at all.
       feedback: whether each device keeps its errors.
-      scatters: whether `average` itself makes the parts of `exchange.scattered`. If not, it is
+      scatters: whether `average` itself makes the parts along `exchange.parts`. If not, it is
         asked for all of the mean, and each device then takes its part.
       start: the number of steps that average without it first.
 

@@ -24,24 +24,27 @@ def unflatten(flat: jax.Array, shapes: Sequence[tuple[int, ...]]) -> list[jax.Ar
     return [piece.reshape(shape) for piece, shape in zip(pieces, shapes, strict=True)]
 
 
-def to_rows(arrays: Sequence[jax.Array], dim: int, count: int) -> jax.Array:
-    """Return (count, k): row i has the i-th part along `dim` of each array."""
-    rows = [jnp.moveaxis(x, dim, 0).reshape(count, -1) for x in arrays]
+def to_rows(arrays: Sequence[jax.Array], dims: Sequence[int], count: int) -> jax.Array:
+    """Return (count, k): row i has the i-th part of each array along its dim."""
+    rows = [jnp.moveaxis(x, dim, 0).reshape(count, -1) for x, dim in zip(arrays, dims, strict=True)]
     return jnp.concatenate(rows, axis=1)
 
 
-def from_rows(rows: jax.Array, shapes: Sequence[tuple[int, ...]], dim: int) -> list[jax.Array]:
+def from_rows(
+    rows: jax.Array, shapes: Sequence[tuple[int, ...]], dims: Sequence[int]
+) -> list[jax.Array]:
     """Return the arrays of which `to_rows` made rows.
 
     Args:
       rows: (count, k); one row (1, k) gives one part of each array.
       shapes: of the arrays, or of the parts.
-      dim: that was split.
+      dims: of each the one that was split.
     """
-    count = rows.shape[0]
-    widths = [math.prod(shape) // count for shape in shapes]
+    widths = [math.prod(shape) // rows.shape[0] for shape in shapes]
     pieces = split_sizes(rows, widths)
-    return [_unmove(piece, shape, dim) for piece, shape in zip(pieces, shapes, strict=True)]
+    return [
+        _unmove(piece, shape, dim) for piece, shape, dim in zip(pieces, shapes, dims, strict=True)
+    ]
 
 
 def _unmove(piece: jax.Array, shape: tuple[int, ...], dim: int) -> jax.Array:
