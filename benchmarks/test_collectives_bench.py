@@ -1,48 +1,44 @@
-"""Time of one collective over 2 devices, and its bus bandwidth as nccl-tests defines it."""
+"""Time of each collective, and of the mean by each algorithm, and its bus bandwidth.
+
+As `txcore bench` measures them, which checks every element; here beside the other suites.
+"""
+
+import functools
 
 import jax
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec as P
+from jax.sharding import PartitionSpec
 
 import txcore as tx
+from txcore import bench
+from txcore.bench import check, measure
+from txcore.parallel.gradients.algorithms import ALGORITHMS
+from txcore.profiling.bandwidth import bus_factor
 
 DEVICES = 2
 SIZES = {"4KiB": 2**12, "1MiB": 2**20, "16MiB": 2**24}
-
-# Per op: what it does, its result's spec, and bus bandwidth / (size / time), where size is the
-# bytes that every device ends with (all-gather) or starts with (the others).
-# https://github.com/NVIDIA/nccl-tests/blob/master/doc/PERFORMANCE.md
-OPS = {
-    "psum": (lambda x: tx.psum(x, "data"), P(), 2 * (DEVICES - 1) / DEVICES),
-    "all_gather": (
-        lambda x: tx.all_gather(x, "data", invariant=True),
-        P(),
-        (DEVICES - 1) / DEVICES,
-    ),
-    "reduce_scatter": (
-        lambda x: tx.reduce_scatter(x, "data"),
-        P("data"),
-        (DEVICES - 1) / DEVICES,
-    ),
-}
+MEANS = {f"pmean-{name}": functools.partial(bench.mean_by, name) for name in ALGORITHMS}
+MAKE = {name: lambda name=name: bench.OPERATIONS[name] for name in bench.OPERATIONS} | MEANS
 
 
 @pytest.mark.parametrize("size", SIZES.values(), ids=list(SIZES))
-@pytest.mark.parametrize("op", OPS)
-def test_collective(benchmark, op, size):
-    collective, out_spec, factor = OPS[op]
-    mesh = tx.MeshSpec(jax.devices()[:DEVICES])
-    mapped = jax.shard_map(collective, mesh=mesh.mesh, in_specs=P("data"), out_specs=out_spec)
-    # all_gather's size is the gathered one; the others' is each device's whole operand.
-    held = size if op == "all_gather" else size * DEVICES
-    x = jax.device_put(np.ones(held // 4, np.float32), mesh.sharding("data"))
-    compiled = jax.jit(mapped).lower(x).compile()
+@pytest.mark.parametrize("name", [name for name in MAKE if name != "pmean-hierarchical"])
+def test_collective(benchmark, name, size):
+    operation = MAKE[name]()
+    setup = bench.Setup(tx.MeshSpec(jax.devices()[:DEVICES]).mesh, ("data",), in_place=False)
+    count = operation.count(size, 4, DEVICES)
+    elements = operation.operand(count, DEVICES)
+    compiled = measure.compile_operation(setup, operation, "float32", elements)
+    drawn = check.draw_operand(0)
+    assert measure.check_results(setup, operation, "float32", count, compiled, drawn) == 0
+    rows = jax.sharding.NamedSharding(setup.mesh, PartitionSpec("data"))
+    x = jax.device_put(np.zeros((DEVICES, elements), np.float32), rows)
 
-    result = benchmark(lambda: jax.block_until_ready(compiled(x)))
+    benchmark(lambda: jax.block_until_ready(compiled(x)))
 
-    np.testing.assert_array_equal(result, 1 if op == "all_gather" else DEVICES)
     benchmark.extra_info |= {"devices": DEVICES, "bytes": size}
     if benchmark.stats is not None:
         seconds = benchmark.stats.stats.median
+        factor = float(bus_factor(operation.kind, DEVICES))
         benchmark.extra_info["bus_gb_per_s"] = factor * size / seconds / 1e9

@@ -14,6 +14,7 @@ from processes import rank_environment
 import txcore as tx
 from txcore import bench, cli
 from txcore.cli import bench as command
+from txcore.kernels.dispatch.tuning_file import read_entries
 from txcore.parallel.gradients.algorithms import ALGORITHMS
 
 QUICK = ["--warmup", "1", "--iterations", "2"]
@@ -120,7 +121,29 @@ def test_files(capsys, tmp_path):
     assert files["png"].read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_fastest_algorithm_is_recorded(capsys, tmp_path, monkeypatch):
+    file = tmp_path / "tuning.json"
+    monkeypatch.setenv("TXCORE_TUNING", str(file))
+    given = ["--mesh", "data=2", "--algorithm", "plain,ring", "--max-size", "16K", "--record"]
+    out = run(capsys, *given)
+    assert out.endswith(f"written to {file}\n")
+    said = re.findall(r"^fastest at (\d+) bytes of float32: (plain|ring)$", out, re.MULTILINE)
+    assert [size for size, _ in said] == ["4096", "16384"]
+    assert len(read_entries(file)) == 2
+    file.write_text("[")
+    assert cli.main(["bench", *given]) == 2
+    assert f"the tuning file {file} needs JSON" in capsys.readouterr().err
+
+
 BAD = {
+    "nothing to record": (
+        ["--record", "--algorithm", "ring,bf16_wire"],
+        "--record compares exact algorithms: give --algorithm all, or two or more",
+    ),
+    "nowhere to record": (
+        ["--record", "--algorithm", "all"],
+        "--record needs a tuning file, but TXCORE_TUNING is empty: name a file by it",
+    ),
     "no such collective": (["sum"], "bench needs collectives among psum, pmean, "),
     "no such dtype": (["--dtype", "float8"], "--dtype needs names among float32, bfloat16, "),
     "a dtype twice": (["--dtype", "int8,int8"], "--dtype: needs names, each once, as a,b, but got"),

@@ -1,6 +1,6 @@
 """Measure collectives: time and bandwidth by size, the results held to NumPy in the same run.
 
-Imports `collectives`, `launch.gloo_threads`, `outside`, `parallel.gradients`,
+Imports `collectives`, `kernels.dispatch`, `launch.gloo_threads`, `outside`, `parallel.gradients`,
 `profiling.bandwidth`, `version`.
 """
 
@@ -11,3 +11,4 @@ from txcore.bench.operations import OPERATIONS as OPERATIONS
 from txcore.bench.operations import Operation as Operation
 from txcore.bench.operations import algorithms_for as algorithms_for
 from txcore.bench.operations import mean_by as mean_by
+from txcore.bench.record import record_fastest as record_fastest

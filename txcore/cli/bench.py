@@ -104,6 +104,12 @@ def add_command(commands: Any) -> None:
     add("--json", type=parse_path, metavar="FILE", help="write all that was measured, too")
     add("--csv", type=parse_path, metavar="FILE", help="write the table, too")
     add("--plot", type=parse_path, metavar="FILE", help="draw bandwidth over size (.png, .svg)")
+    add(
+        "--record",
+        action="store_true",
+        help="write the fastest algorithm of each size to the tuning file ($TXCORE_TUNING), where "
+        "tx.DP(algorithm=None) finds it",
+    )
     parser.set_defaults(command=measure_collectives)
 
 
@@ -146,6 +152,7 @@ def measure_collectives(options: argparse.Namespace) -> int:
     sizes = list(_walk_sizes(options))
     if options.plot is not None and importlib.util.find_spec("matplotlib") is None:
         raise BadInput("--plot needs matplotlib: pip install 'txcore[examples]'")
+    file = _find_tuning_file(options) if options.record else None
     _join_run(options)
     setup = _make_setup(options)
     operations = _select_operations(options, names, setup)
@@ -158,10 +165,48 @@ def measure_collectives(options: argparse.Namespace) -> int:
             for row in _measure_operation(setup, operation, options.dtype, sizes)
         ]
     _write_files(options, run, rows)
+    if file is not None:
+        _record_fastest(file, setup, rows, run["machine"])
     wrong = sum(row.wrong for row in rows)
     if wrong:
         _show_once(f"failed: {wrong} wrong elements")
     return 1 if wrong else 0
+
+
+def _find_tuning_file(options: argparse.Namespace) -> str:
+    """Return the file to record in, before anything is measured."""
+    from txcore.kernels.dispatch.tuned import cache_path
+    from txcore.kernels.dispatch.tuning_file import TuningError, read_entries
+
+    exact = {*(options.algorithm or ())} - {"bf16_wire"}
+    if "all" not in exact and len(exact) < 2:
+        raise BadUsage("--record compares exact algorithms: give --algorithm all, or two or more")
+    file = cache_path()
+    if file is None:
+        raise BadUsage(
+            "--record needs a tuning file, but TXCORE_TUNING is empty: name a file by it"
+        )
+    try:
+        read_entries(file)
+    except TuningError as error:
+        raise BadInput(str(error)) from None
+    return file
+
+
+def _record_fastest(file: str, setup: "Setup", rows: list["Row"], machine: str) -> None:
+    import jax
+
+    from txcore.bench.record import record_fastest
+    from txcore.kernels.dispatch.tuning_file import TuningError
+
+    if jax.process_index():
+        return
+    try:
+        for dtype, size, algorithm in record_fastest(file, setup, rows, machine):
+            show(f"fastest at {size} bytes of {dtype}: {algorithm}")
+    except TuningError as error:
+        raise BadInput(str(error)) from None
+    show(f"written to {file}")
 
 
 def _select_names(options: argparse.Namespace) -> tuple[str, ...]:

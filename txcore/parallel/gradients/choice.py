@@ -7,6 +7,7 @@ from typing import Any, get_args
 
 from txcore.parallel.gradients.algorithms import ALGORITHMS, Algorithm, Name, is_power_of_two
 from txcore.parallel.gradients.buckets import Bucket, Buckets, bucket_layout
+from txcore.parallel.gradients.measured import find_measured
 from txcore.parallel.predicted import Predicted
 
 MIB = 1 << 20
@@ -38,8 +39,15 @@ FASTER = (
 )
 
 
-def fastest(platform: str, nbytes: int, sizes: Mapping[str, int]) -> Name:
-    """Return the fastest algorithm known for so many bytes over axes of these sizes."""
+def fastest(platform: str, nbytes: int, sizes: Mapping[str, int], dtype: str = "float32") -> Name:
+    """Return the fastest algorithm known for so many bytes over axes of these sizes.
+
+    What `txcore bench --record` has measured on this machine comes first.
+    """
+    found = find_measured(platform, nbytes, dtype, sizes)
+    for name in get_args(Name):
+        if name == found and _can_run(name, sizes) and _has_levels(name, sizes):
+            return name
     devices = math.prod(sizes.values())
     for row in FASTER:
         fits = row.platform == platform and devices <= row.most_devices
@@ -50,6 +58,10 @@ def fastest(platform: str, nbytes: int, sizes: Mapping[str, int]) -> Name:
 
 def _can_run(name: Name, sizes: Mapping[str, int]) -> bool:
     return name != "recursive_doubling" or is_power_of_two(sizes)
+
+
+def _has_levels(name: Name, sizes: Mapping[str, int]) -> bool:
+    return name != "hierarchical" or len(sizes) > 1
 
 
 def check_algorithm(op: str, algorithm: Any, axes: tuple[str, ...] | None) -> None:
@@ -118,7 +130,7 @@ def plan_exchange(
         if buckets is None and algorithm is None and bucket.scattered:
             continue  # a shard may be reduced by itself, before others are there
         steps = split_steps(bucket, sizes)
-        name = algorithm or fastest(platform, bucket.nbytes, steps[0])
+        name = algorithm or fastest(platform, bucket.nbytes, steps[0], bucket.dtype)
         if not all(_can_run(name, step) for step in steps if step):
             _refuse_devices(bucket, sizes)
         if buckets is not None or name != "plain":
