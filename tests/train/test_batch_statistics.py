@@ -268,3 +268,38 @@ def test_what_multiplies_a_gradient_is_refused(gradients, how):
     assert "over axis 'data' into the backward pass (test_batch_statistics.py:" in str(caught.value)
     if gradients is cast_inside:
         assert "the transpose of vary/w" in str(caught.value)
+
+
+@pytest.mark.parametrize("shift", [0.0, 2.5])
+@pytest.mark.parametrize("n", [1, 2, 4])
+@pytest.mark.parametrize("real", [[1, 3, 0, 2], [0, 0, 1, 0], [4, 4, 4, 1]], ids=str)
+def test_devices_with_different_numbers_of_examples(real, n, shift):
+    """flax issue 2417: the mean of the devices' means is not that of the examples."""
+    rng = np.random.default_rng(1)
+    mask = (np.arange(4) < np.array(real)[:, None]).astype(np.float32).ravel()
+    x = rng.normal(2, 1, (16, 3)).astype(np.float32) * (1 + np.arange(16) // 4)[:, None]
+    weights = rng.normal(size=(16, 3)).astype(np.float32)
+    x[mask == 0] = np.nan
+
+    def f(x, mask, weights):
+        def loss(x):
+            mean, var = tx.vary(tx.batch_moments(x, "data", mask=mask, shift=shift), "data")
+            hat = (jnp.where(mask[:, None], x, 0) - mean) / jnp.sqrt(var + 1)
+            return (weights * mask[:, None] * hat).sum(), (mean, var)
+
+        gradient, moments = jax.grad(loss, has_aux=True)(x)
+        return gradient, jax.tree.map(lambda m: m[None], moments)
+
+    got, (mean, var) = tx.testing.run_sharded(f, x, mask, weights, axes={"data": n})
+    kept = mask != 0
+    x, weights = x[kept].astype(float), weights[kept].astype(float)
+    for rows, wanted in ((mean, x.mean(0)), (var, x.var(0))):
+        np.testing.assert_allclose(rows, np.broadcast_to(wanted, rows.shape), rtol=2e-5, atol=1e-5)
+    scale = np.sqrt(x.var(0) + 1)
+    hat = (x - x.mean(0)) / scale
+    wanted = (weights - weights.mean(0) - hat * (weights * hat).mean(0)) / scale
+    np.testing.assert_allclose(got[kept], wanted, atol=1e-5)
+    assert (got[~kept] == 0).all()
+    if n == 4 and 0 not in real and len(set(real)) > 1:  # what flax does
+        of_devices = [part.mean(0) for part in np.split(x, np.cumsum(real)[:-1])]
+        assert np.abs(np.mean(of_devices, 0) - x.mean(0)).max() > 0.1
