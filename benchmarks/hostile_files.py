@@ -204,14 +204,20 @@ KINDS = {
         600_000,
     ),
     "6 steps of 1e400 in a manifest": (
-        lambda n: json.dumps(WHOLE).replace('"steps": 3', f'"steps": 1e4{"0" * n}'), read_checkpoint, 1_000
+        lambda n: json.dumps(WHOLE).replace('"steps": 3', f'"steps": 1e4{"0" * n}'),
+        read_checkpoint,
+        1_000,
     ),
     "6 bad dtypes in a manifest": (
         lambda n: json.dumps(WHOLE | {"leaves": [[f"p{i}", f"f{i}[3]"] for i in range(n, 0, -1)]}),
         read_checkpoint,
         20_000,
     ),
-    "6 objects in a manifest": (lambda n: "[" + "{}," * (n // 3) + "{}]", read_checkpoint, 6_000_000),
+    "6 objects in a manifest": (
+        lambda n: "[" + "{}," * (n // 3) + "{}]",
+        read_checkpoint,
+        6_000_000,
+    ),
     "6 a gzip bomb as MNIST": (make_bomb, read_mnist, 100_000),
     "6 a gzip bomb, at the limit": (make_bomb, read_mnist, 250_000),
     "6 a gzip bomb that promises one": (lambda n: make_bomb(n, 1), read_mnist, 1_000_000),

@@ -145,10 +145,9 @@ def run_throughput(args: argparse.Namespace) -> dict[str, Any]:
         with pool.launch_command(contenders, find_pythons(args), args.cores, files) as running:
             losses = {}
             for each in running:
-                losses[each.contender.name] = each.run(throughput.AGREE_STEPS)[1]
-                print_line(
-                    f"{each.contender.name}: first losses {_parse_numbers(losses[each.contender.name])}"
-                )
+                name = each.contender.name
+                losses[name] = each.run(throughput.AGREE_STEPS)[1]
+                print_line(f"{name}: first losses {_format_numbers(losses[name])}")
             precisions = {each.name: each.precision for each in contenders}
             deviations = throughput.check_agreement(losses, precisions)
             versions = {each.contender.name: each.versions for each in running}
@@ -241,7 +240,7 @@ def print_line(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _parse_numbers(values: Sequence[float]) -> str:
+def _format_numbers(values: Sequence[float]) -> str:
     return " ".join(f"{value:.4f}" for value in values)
 
 

@@ -3,7 +3,7 @@
 import pytest
 from target_cases import available
 
-from benchmarks.collective_counts import PROGRAMS, TARGETS, count, audit_steps
+from benchmarks.collective_counts import PROGRAMS, TARGETS, audit_steps, count
 
 STEPS = ("MNIST's CNN", "12-layer MLP", "block, ZeRO 1")
 # Of single collectives the TPU's compiler is the one that compares attributes before it combines.
