@@ -62,11 +62,11 @@ PLAIN = SimpleNamespace(
 )
 
 
-def shape(mesh, dims, *spec, dtype=jnp.float32):
+def make_shape(mesh, dims, *spec, dtype=jnp.float32):
     return jax.ShapeDtypeStruct(dims, dtype, sharding=NamedSharding(mesh, P(*spec)))
 
 
-def mlp(lib, mesh):
+def prepare_mlp(lib, mesh):
     """Return a 12-layer MLP's loss and gradients, both averaged."""
 
     def loss_of(w, x):
@@ -79,10 +79,10 @@ def mlp(lib, mesh):
         return lib.pmean(grads, "data", name="grads"), lib.pmean(loss, "data", name="loss")
 
     fn = jax.shard_map(step, mesh=mesh, in_specs=(P(), P("data")), out_specs=P())
-    return fn, ([shape(mesh, (64, 64))] * 12, shape(mesh, (64, 64), "data"))
+    return fn, ([make_shape(mesh, (64, 64))] * 12, make_shape(mesh, (64, 64), "data"))
 
 
-def block(lib, mesh):
+def prepare_block(lib, mesh):
     """Return a transformer block's step with ZeRO 1: each device updates its part of each leaf."""
     width, heads = 128, 4
     dims = {
@@ -117,12 +117,12 @@ def block(lib, mesh):
 
     specs = (P(), P("data"), P("data"))
     fn = jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=(P(), P("data"), P()))
-    w = {name: shape(mesh, d) for name, d in dims.items()}
-    momentum = {name: shape(mesh, d, "data") for name, d in dims.items()}
-    return fn, (w, momentum, shape(mesh, (16, 32, width), "data"))
+    w = {name: make_shape(mesh, d) for name, d in dims.items()}
+    momentum = {name: make_shape(mesh, d, "data") for name, d in dims.items()}
+    return fn, (w, momentum, make_shape(mesh, (16, 32, width), "data"))
 
 
-def mnist(lib, mesh):
+def prepare_mnist(lib, mesh):
     """Return the example's training step as one would write it in plain jax."""
     layers = models.layers_of("cnn", dropout=0)
     params = models.init(layers, 0)
@@ -139,12 +139,14 @@ def mnist(lib, mesh):
         return w, momentum, lib.pmean(loss, "data", name="loss")
 
     fn = jax.shard_map(step, mesh=mesh, in_specs=(P(), P(), P("data")), out_specs=P())
-    w = jax.tree.map(lambda leaf: shape(mesh, leaf.shape), params)
-    batch = jax.tree.map(lambda v: shape(mesh, v.shape, "data", dtype=v.dtype), images(8 * DEVICES))
+    w = jax.tree.map(lambda leaf: make_shape(mesh, leaf.shape), params)
+    batch = jax.tree.map(
+        lambda v: make_shape(mesh, v.shape, "data", dtype=v.dtype), make_images(8 * DEVICES)
+    )
     return fn, (w, w, batch)
 
 
-def images(count):
+def make_images(count):
     return {
         "image": np.zeros((count, 28, 28, 1), np.float32),
         "label": np.zeros(count, np.int32),
@@ -163,7 +165,7 @@ def report_of_the_example(target):
     layers = models.layers_of("cnn", dropout=0)
     state = engine.create_state(models.init(layers, 0))
     step, _ = train.make_steps(layers)
-    return engine.audit(step, state, images(8), target=target, mesh={"data": DEVICES})
+    return engine.audit(step, state, make_images(8), target=target, mesh={"data": DEVICES})
 
 
 def of_a_tree(call, *, mixed=False):
@@ -173,7 +175,7 @@ def of_a_tree(call, *, mixed=False):
         fn = jax.shard_map(
             lambda x: call(lib, x), mesh=mesh, in_specs=P("data"), out_specs=P("data")
         )
-        leaf = shape(mesh, (DEVICES * 8, DEVICES * 4), "data")
+        leaf = make_shape(mesh, (DEVICES * 8, DEVICES * 4), "data")
         return fn, ({f"w{i}": leaf for i in range(6)},)
 
     return build
@@ -188,15 +190,15 @@ def backward_of_vary(lib, x):
     return lib.vary(grads, "data")
 
 
-def both(lib, x):
+def count_both(lib, x):
     """Two calls with names of their own: what a loss and gradients are."""
     return lib.vary((lib.psum(x, "data", name="a"), lib.pmean(x, "data", name="b")), "data")
 
 
 PROGRAMS = {
-    "MNIST's CNN": mnist,
-    "12-layer MLP": mlp,
-    "block, ZeRO 1": block,
+    "MNIST's CNN": prepare_mnist,
+    "12-layer MLP": prepare_mlp,
+    "block, ZeRO 1": prepare_block,
     "psum": of_a_tree(lambda lib, x: lib.vary(lib.psum(x, "data"), "data")),
     "pmean": of_a_tree(lambda lib, x: lib.vary(lib.pmean(x, "data"), "data")),
     "pmax": of_a_tree(lambda lib, x: lib.vary(lib.pmax(x, "data"), "data")),
@@ -207,11 +209,11 @@ PROGRAMS = {
     "all_to_all": of_a_tree(lambda lib, x: lib.all_to_all(x, "data", split_dim=1, concat_dim=0)),
     "ppermute": of_a_tree(lambda lib, x: lib.ppermute(x, "data", RING)),
     "vary, backward": of_a_tree(backward_of_vary),
-    "psum and pmean": of_a_tree(both),
+    "psum and pmean": of_a_tree(count_both),
 }
 
 
-def reports(name, target):
+def audit_steps(name, target):
     """Return the audits of a program written with txcore, and in plain jax."""
 
     def audited(lib):
@@ -250,7 +252,7 @@ def main():
     for name in args.program or PROGRAMS:
         row = [name]
         for target in targets:
-            own, plain = (sum(count(report).values()) for report in reports(name, target))
+            own, plain = (sum(count(report).values()) for report in audit_steps(name, target))
             row.append(f"{own} / {plain}" + (" MORE" if own > plain else ""))
         rows.append(row)
     print("collectives compiled, txcore / plain jax")

@@ -56,10 +56,10 @@ VARIANTS = (
 )
 
 
-def prepare(variant, devices, model):
+def prepare_step(variant, devices, model):
     """Return a function that runs one step of a variant and waits for it."""
 
-    def decide(problem, kernels):
+    def choose_variant(problem, kernels):
         if problem.op == "conv2d":
             config = variant.first if problem.shapes[0][3] == 1 else variant.other
             return registry.Choice("xla", config, "given")
@@ -68,7 +68,7 @@ def prepare(variant, devices, model):
         return None
 
     given = {"compiler_options": variant.options}
-    engine, step, state, batch = mnist_step.prepare(model, devices, **given)
+    engine, step, state, batch = mnist_step.prepare_step(model, devices, **given)
     batch = shard_batch(batch, engine.mesh, engine.plan)
 
     def one():
@@ -76,7 +76,7 @@ def prepare(variant, devices, model):
         state, metrics = engine.run(step, state, batch)
         jax.block_until_ready((state, metrics))
 
-    with registry.decided_by(decide):
+    with registry.decided_by(choose_variant):
         one()  # compiles
     for _ in range(2):
         one()
@@ -92,7 +92,7 @@ def main():
     parser.add_argument("--steps", type=int, default=8, help="in each round")
     args = parser.parse_args()
     launch.simulate_cpu_devices(args.devices)
-    steps = [prepare(variant, args.devices, args.model) for variant in VARIANTS]
+    steps = [prepare_step(variant, args.devices, args.model) for variant in VARIANTS]
     times = [[] for _ in VARIANTS]
     for _ in range(args.rounds):
         for one, own in zip(steps, times, strict=True):

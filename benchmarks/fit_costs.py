@@ -51,7 +51,7 @@ def main():
         tx.initialize()
     world = launch.world_size()
     launch.simulate_cpu_devices(args.devices // world)
-    engine, step, state, batch = mnist_step.prepare(args.model, args.devices)
+    engine, step, state, batch = mnist_step.prepare_step(args.model, args.devices)
     part = {name: x[: len(x) // world] for name, x in batch.items()}
     batch = shard_batch(part, engine.mesh, engine.plan)
     folder = launch.share("folder", tempfile.mkdtemp())

@@ -29,34 +29,34 @@ SECONDS, MEGABYTES = 10, 2000
 COMMON = "channel_id=1, use_global_device_ids=true"
 
 
-def hlo(line, head="HloModule m, num_partitions=8", before=""):
+def make_hlo(line, head="HloModule m, num_partitions=8", before=""):
     return (
         f"{head}\n{before}ENTRY %e (x: f32[8]) -> f32[8] {{\n  %x = f32[8]{{0}} parameter(0)\n"
         f"  {line}\n}}\n"
     )
 
 
-def blanks(n):
+def hlo_of_blanks(n):
     b = " " * n
     groups = f"mesh[{b}'a'{b}={b}2{b},'b'=4]{b},{b}device_ids=({b}[{b}8{b}]{b}){b}{{{b}'a'{b}x}}"
-    return hlo(f"%r = f32[8] all-reduce(%x), {COMMON}, replica_groups={groups}")
+    return make_hlo(f"%r = f32[8] all-reduce(%x), {COMMON}, replica_groups={groups}")
 
 
-def partitions(n):
+def hlo_of_partitions(n):
     head = f"HloModule m, num_partitions={10**9 * n}"
-    return hlo(f"%r = f32[8] all-reduce(%x), {COMMON}, replica_groups={{}}", head)
+    return make_hlo(f"%r = f32[8] all-reduce(%x), {COMMON}, replica_groups={{}}", head)
 
 
-def iotas(n):
+def hlo_of_iotas(n):
     lines = (
         f"%r{i} = f32[8] all-reduce(%x), channel_id={i + 1}, replica_groups="
         f"[{2 * (50_000 + i)},3]<=[2,{3 * (50_000 + i)}]T(1,0), use_global_device_ids=true"
         for i in range(n // 117)
     )
-    return hlo("\n  ".join(lines), "HloModule m")
+    return make_hlo("\n  ".join(lines), "HloModule m")
 
 
-def trips(n):
+def hlo_of_trips(n):
     loops = "".join(
         f"%l{i} (p: f32[8]) -> f32[8] {{\n  %p = f32[8] parameter(0)\n  ROOT %w = f32[8] while(%p),"
         f' condition=%c, body=%l{i + 1}, backend_config={{"known_trip_count":{{"n":"{10**17}"}}}}\n'
@@ -65,18 +65,18 @@ def trips(n):
     )
     last = f"%l{n} (x: f32[8]) -> f32[8] {{\n  %x = f32[8] parameter(0)\n  ROOT %r = f32[8] "
     last += f"all-reduce(%x), {COMMON}, replica_groups={{}}\n}}\n"
-    return hlo("%y = f32[8] call(%x), to_apply=%l0", before=loops + last)
+    return make_hlo("%y = f32[8] call(%x), to_apply=%l0", before=loops + last)
 
 
-def negative(n):
-    return hlo("\n  ".join([f"%r = f32[-8] all-reduce(f32[-8] %x), {COMMON}"] * n))
+def hlo_of_negative(n):
+    return make_hlo("\n  ".join([f"%r = f32[-8] all-reduce(f32[-8] %x), {COMMON}"] * n))
 
 
 def small_float(n):
-    return hlo(f"%r = f8e4m{'3' * n}[8] all-reduce(%x), {COMMON}, replica_groups={{}}")
+    return make_hlo(f"%r = f8e4m{'3' * n}[8] all-reduce(%x), {COMMON}, replica_groups={{}}")
 
 
-def audited(text, folder):
+def read_hlo(text, folder):
     import jax
 
     from txcore.profiling import audit_text
@@ -89,21 +89,21 @@ def audited(text, folder):
     return str(report).splitlines()[-1]
 
 
-def locked(text, folder):
+def read_lock(text, folder):
     from txcore.profiling.lock.file import read_locks
 
     (folder / "x.lock.json").write_text(text)
     return read_locks(folder / "x.lock.json")
 
 
-def tuned(text, folder):
+def read_tuning(text, folder):
     from txcore.kernels.dispatch.tuning_file import read_entries
 
     (folder / "tuning.json").write_text(text)
     return read_entries(folder / "tuning.json")
 
 
-def manifest(text, folder):
+def read_checkpoint(text, folder):
     from txcore.train.checkpoints.manifest import NAME, read_manifest
 
     digest = hashlib.sha256(text.encode()).hexdigest()
@@ -122,7 +122,7 @@ WHOLE = {
 }
 
 
-def packed(header, zeros):
+def pack_idx(header, zeros):
     """Return a gzip file of a header and as many zeros, made piece by piece."""
     piece = bytes(1 << 20)
     path = pathlib.Path(tempfile.mkdtemp(), "packed")
@@ -134,7 +134,7 @@ def packed(header, zeros):
     return path.read_bytes()
 
 
-def mnist(arrays, folder):
+def read_mnist(arrays, folder):
     """Write four files of images and labels, and load them as training does: as float32."""
     sys.path.insert(0, str(ROOT / "examples" / "mnist"))
     import dataset
@@ -145,18 +145,18 @@ def mnist(arrays, folder):
     return dataset.load("mnist", folder).train_images.shape
 
 
-def bomb(n, promise=None):
+def make_bomb(n, promise=None):
     """Return images of nothing, n of them, and their labels."""
     header = struct.pack(">4I", 0x803, promise or n, 28, 28)
-    return packed(header, n * 784), packed(struct.pack(">2I", 0x801, promise or n), n)
+    return pack_idx(header, n * 784), pack_idx(struct.pack(">2I", 0x801, promise or n), n)
 
 
-def members(n):
-    data = packed(struct.pack(">2I", 0x801, 10), 0)
-    return bomb(10)[0], data + gzip.compress(b"") * (n // 20)
+def make_members(n):
+    data = pack_idx(struct.pack(">2I", 0x801, 10), 0)
+    return make_bomb(10)[0], data + gzip.compress(b"") * (n // 20)
 
 
-def npz(n, folder):
+def read_npz(n, folder):
     sys.path.insert(0, str(ROOT / "examples" / "mnist"))
     import dataset
 
@@ -174,59 +174,65 @@ def npz(n, folder):
 
 # Of each: what makes it, of a size, and what reads it; the size that was slow.
 KINDS = {
-    "nothing": (lambda n: hlo("%y = f32[8] copy(%x)"), audited, 1),
-    "5 blanks of a mesh's axes": (blanks, audited, 889),
-    "5 a billion partitions": (partitions, audited, 1),
-    "5 iota groups": (iotas, audited, 27_000),
-    "5 trips over 4,300 digits": (trips, audited, 300),
-    "5 f32[-8]": (negative, audited, 1_000),
-    "5 a dtype of digits": (small_float, audited, 30_000),
+    "nothing": (lambda n: make_hlo("%y = f32[8] copy(%x)"), read_hlo, 1),
+    "5 blanks of a mesh's axes": (hlo_of_blanks, read_hlo, 889),
+    "5 a billion partitions": (hlo_of_partitions, read_hlo, 1),
+    "5 iota groups": (hlo_of_iotas, read_hlo, 27_000),
+    "5 trips over 4,300 digits": (hlo_of_trips, read_hlo, 300),
+    "5 f32[-8]": (hlo_of_negative, read_hlo, 1_000),
+    "5 a dtype of digits": (small_float, read_hlo, 30_000),
     "6 a doubled name in a lock": (
         lambda n: "{" + ",".join(f'"{i}":1' for i in [*range(n // 20)] * 2) + "}",
-        locked,
+        read_lock,
         600_000,
     ),
-    "6 objects in a lock": (lambda n: "[" + "{}," * (n // 3) + "{}]", locked, 1_600_000),
+    "6 objects in a lock": (lambda n: "[" + "{}," * (n // 3) + "{}]", read_lock, 1_600_000),
     "6 unknown names of a lock": (
         lambda n: json.dumps({"format": "txcore-lock", "version": 1, "targets": {}}
                              | {f"x{i}": i for i in range(n // 12)}),
-        locked,
+        read_lock,
         600_000,
     ),
     "6 a doubled name in a tuning file": (
         lambda n: "{" + ",".join(f'"{i}":1' for i in [*range(n // 20)] * 2) + "}",
-        tuned,
+        read_tuning,
         600_000,
     ),
     "6 a doubled name in a manifest": (
         lambda n: "{" + ",".join(f'"{i}":1' for i in [*range(n // 20)] * 2) + "}",
-        manifest,
+        read_checkpoint,
         600_000,
     ),
     "6 steps of 1e400 in a manifest": (
-        lambda n: json.dumps(WHOLE).replace('"steps": 3', f'"steps": 1e4{"0" * n}'), manifest, 1_000
+        lambda n: json.dumps(WHOLE).replace('"steps": 3', f'"steps": 1e4{"0" * n}'),
+        read_checkpoint,
+        1_000,
     ),
     "6 bad dtypes in a manifest": (
         lambda n: json.dumps(WHOLE | {"leaves": [[f"p{i}", f"f{i}[3]"] for i in range(n, 0, -1)]}),
-        manifest,
+        read_checkpoint,
         20_000,
     ),
-    "6 objects in a manifest": (lambda n: "[" + "{}," * (n // 3) + "{}]", manifest, 6_000_000),
-    "6 a gzip bomb as MNIST": (bomb, mnist, 100_000),
-    "6 a gzip bomb, at the limit": (bomb, mnist, 250_000),
-    "6 a gzip bomb that promises one": (lambda n: bomb(n, 1), mnist, 1_000_000),
-    "6 empty members of gzip": (members, mnist, 763_000),
-    "6 a zip bomb as MNIST": (lambda n: n, npz, 25_000),
+    "6 objects in a manifest": (
+        lambda n: "[" + "{}," * (n // 3) + "{}]",
+        read_checkpoint,
+        6_000_000,
+    ),
+    "6 a gzip bomb as MNIST": (make_bomb, read_mnist, 100_000),
+    "6 a gzip bomb, at the limit": (make_bomb, read_mnist, 250_000),
+    "6 a gzip bomb that promises one": (lambda n: make_bomb(n, 1), read_mnist, 1_000_000),
+    "6 empty members of gzip": (make_members, read_mnist, 763_000),
+    "6 a zip bomb as MNIST": (lambda n: n, read_npz, 25_000),
 }  # fmt: skip
 
 
-def measure(kind, times, pipe):
+def measure_kind(kind, times, pipe):
     make, read, size = KINDS[kind]
     made = make(size * times)
     is_text = isinstance(made, str)
     length = len(made) if is_text else sum(map(len, made)) if isinstance(made, tuple) else 0
     with tempfile.TemporaryDirectory() as folder:
-        if read is not npz:
+        if read is not read_npz:
             read_first(read, pathlib.Path(folder))  # so that imports are not counted
         start = time.process_time()
         try:
@@ -242,9 +248,9 @@ def measure(kind, times, pipe):
 
 
 def read_first(read, folder):
-    if read is audited:
-        audited(hlo("%y = f32[8] copy(%x)"), folder)
-    elif read is not mnist:
+    if read is read_hlo:
+        read_hlo(make_hlo("%y = f32[8] copy(%x)"), folder)
+    elif read is not read_mnist:
         try:
             read("{}", folder)
         except (ValueError, RuntimeError):
@@ -258,7 +264,7 @@ def main():
     wrong = 0
     for kind in parser.parse_args().kinds or KINDS:
         for times in (1,) if kind == "nothing" or "limit" in kind else (1, 10):
-            found = call_in_process(measure, kind, times)
+            found = call_in_process(measure_kind, kind, times)
             if found is None:
                 print(f"{kind:34} {times:2}x  did not end", flush=True)
                 wrong += 1

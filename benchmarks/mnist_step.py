@@ -10,7 +10,7 @@ import txcore as tx
 BATCH_PER_DEVICE = 64
 
 
-def prepare(model, devices, **options):
+def prepare_step(model, devices, **options):
     """Return (engine, step, state, batch) of a model without dropout on the first devices.
 
     Options are the engine's.

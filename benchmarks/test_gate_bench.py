@@ -4,7 +4,7 @@ import contextlib
 import statistics
 
 import pytest
-from mnist_step import prepare
+from mnist_step import prepare_step
 
 from txcore.profiling import no_auto_collectives
 
@@ -14,7 +14,7 @@ MOST = 0.05
 
 def compile_seconds(model, gate):
     """Return what tracing, lowering and compiling a new engine's step takes."""
-    engine, step, state, batch = prepare(model, devices=2)
+    engine, step, state, batch = prepare_step(model, devices=2)
     with gate:
         engine.run(step, state, batch)
     return engine.compile_seconds

@@ -36,7 +36,7 @@ SHAPES = {
 }
 
 
-def block(h, weights):
+def make_block(h, weights):
     q = lax.all_gather(weights["q"], "data", axis=0, tiled=True)
     out = lax.all_gather(weights["out"], "data", axis=1, tiled=True)
     normed = (h - h.mean(-1, keepdims=True)) * weights["scale"]
@@ -47,11 +47,11 @@ def block(h, weights):
     return h + lax.psum(jax.nn.gelu(h @ up) @ down, "model")
 
 
-def step(x, layers):
+def make_step(x, layers):
     def loss(layers):
         h = x
         for weights in layers:
-            h = block(h, weights)
+            h = make_block(h, weights)
         return jnp.sum(h * h)
 
     value, grads = jax.value_and_grad(loss)(layers)
@@ -67,7 +67,7 @@ def model():
     def shape(dims, spec):
         return jax.ShapeDtypeStruct(dims, jnp.float32, sharding=NamedSharding(mesh, spec))
 
-    fn = jax.shard_map(step, mesh=mesh, in_specs=(P("data"), specs), out_specs=(P(), specs))
+    fn = jax.shard_map(make_step, mesh=mesh, in_specs=(P("data"), specs), out_specs=(P(), specs))
     args = (
         shape((16, WIDTH), P("data")),
         [{name: shape(SHAPES[name], SPECS[name]) for name in SPECS} for _ in range(LAYERS)],

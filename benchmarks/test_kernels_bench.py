@@ -29,8 +29,10 @@ def machine():
     calls, flops = {}, 2 * SIDE**3
     for dtype in ("float32", "bfloat16"):
         square = jnp.ones((SIDE, SIDE), dtype)
-        calls[dtype] = plain(lambda x: x @ x, square)
-    calls["copy"] = plain(lambda x: x + 1, jnp.zeros(COPIED))  # a mere copy would be left out
+        calls[dtype] = compile_plain(lambda x: x @ x, square)
+    calls["copy"] = compile_plain(
+        lambda x: x + 1, jnp.zeros(COPIED)
+    )  # a mere copy would be left out
     seconds = {name: time / 1e6 for name, time in timing.alternate_calls(calls, rounds=5).items()}
     return {
         "float32": flops / seconds["float32"],
@@ -40,7 +42,7 @@ def machine():
     }
 
 
-def plain(function, x):
+def compile_plain(function, x):
     compiled = jax.jit(function).lower(x).compile()
     jax.block_until_ready(compiled(x))
     return lambda: jax.block_until_ready(compiled(x))

@@ -3,13 +3,13 @@
 import jax
 import numpy as np
 import pytest
-from mnist_step import BATCH_PER_DEVICE, prepare
+from mnist_step import BATCH_PER_DEVICE, prepare_step
 
 
 @pytest.mark.parametrize("devices", [1, 2])
 @pytest.mark.parametrize("model", ["cnn", "cnn3x3"])
 def test_train_step(benchmark, model, devices):
-    engine, step, state, batch = prepare(model, devices)
+    engine, step, state, batch = prepare_step(model, devices)
     state, first = engine.run(step, state, batch)  # compiles
 
     def one():

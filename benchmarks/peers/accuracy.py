@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from pool import EXAMPLE, HERE, PeerError, free_ports, shares, start, time_limit
+from pool import EXAMPLE, HERE, PeerError, divide_cores, free_ports, start_worker, time_limit
 
 TRAIN = EXAMPLE / "train.py"
 # As examples/mnist/train.py and torch_train.py print it.
@@ -97,7 +97,7 @@ def torch_trainer(name: str, epochs: int, recipe: dict[str, Any]) -> Trainer:
     return Trainer(name, False, 2, epochs, command)
 
 
-def trainers(recipe: Recipe, max_epochs: int) -> list[Trainer]:
+def list_trainers(recipe: Recipe, max_epochs: int) -> list[Trainer]:
     """Return all: by txcore's recipe, and DDP by its own too, for at most so many epochs."""
     own = {"optimizer": "adadelta", "epochs": max_epochs}
     same = {"optimizer": "sgd", **dataclasses.asdict(recipe)}
@@ -138,10 +138,10 @@ def run_one(
     with contextlib.ExitStack() as stack:
         errors = stack.enter_context(tempfile.TemporaryFile("w+", errors="replace"))
         started = time.perf_counter()
-        for rank, share in enumerate(shares(cores, trainer.processes)):
+        for rank, share in enumerate(divide_cores(cores, trainer.processes)):
             command = [pythons[trainer.own], *trainer.command(rank, port, seed)]
             out = subprocess.DEVNULL if rank else subprocess.PIPE
-            workers.append(start(command, share, stdout=out, stderr=errors))
+            workers.append(start_worker(command, share, stdout=out, stderr=errors))
             stack.enter_context(workers[-1])
             stack.callback(workers[-1].kill)
         stack.enter_context(time_limit(workers, SECONDS))
@@ -161,7 +161,7 @@ def run_one(
     return Run(seed, None, accuracies)
 
 
-def measure(
+def measure_accuracy(
     chosen: Sequence[Trainer],
     *,
     seeds: int,

@@ -94,7 +94,7 @@ class Workers:
         self._errors: list[IO[str]] = []
         self._processes: list[subprocess.Popen[str]] = []
         (port,) = pool.free_ports(1)
-        pinned = pool.shares(cores, group.processes)
+        pinned = pool.divide_cores(cores, group.processes)
         if group.processes > len(cores):
             pinned = [cores] * group.processes
         with contextlib.ExitStack() as stack:
@@ -104,7 +104,7 @@ class Workers:
                 self._answers.append(stack.enter_context(os.fdopen(answers)))
                 self._errors.append(errors)
                 place = f"127.0.0.1:{port}", group.processes, rank, group.devices, end
-                process = pool.start(
+                process = pool.start_worker(
                     [python, str(pool.HERE / script), *map(str, place), *flags],
                     pinned[rank],
                     stdin=subprocess.PIPE,
@@ -226,12 +226,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print a table for each group, and write all of it."""
     args = parse(argv)
     results: dict[str, Any] = {
-        "machine": report.machine(sorted(os.sched_getaffinity(0))[:2]),
+        "machine": report.describe_machine(sorted(os.sched_getaffinity(0))[:2]),
         "rounds": args.rounds,
     }
     for group in args.groups:
         print(f"\n{group}: bus bandwidth / bus factor in GB/s; CPU ms a call, all ranks\n")
-        print("\n".join(report.markdown(HEADER, []).splitlines()))
+        print("\n".join(report.format_markdown(HEADER, []).splitlines()))
         results[str(group)] = measure(args, group)
     report.write_json(RESULTS / f"{args.name}.json", results)
     return 0

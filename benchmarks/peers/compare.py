@@ -40,7 +40,7 @@ REACH: dict[str, Any] = {
 OURS = ("txcore (2 devices)", "txcore (2 processes)")
 
 
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line, and refuse what cannot be run."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -65,13 +65,13 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     reach.add_argument("--max-epochs", type=int, help="of DDP's own recipe; default: 10")
     args = parser.parse_args(argv)
     try:
-        check(args)
+        check_arguments(args)
     except ValueError as error:
         parser.error(str(error))
     return args
 
 
-def check(args: argparse.Namespace) -> None:
+def check_arguments(args: argparse.Namespace) -> None:
     """Refuse what cannot be run; put in the cores as numbers, and the defaults of the mode."""
     args.cores = parse_cores(args.cores)
     if args.to_accuracy is None:
@@ -80,20 +80,20 @@ def check(args: argparse.Namespace) -> None:
         used, unused, needed, advice = REACH, RATE, "no --to-accuracy", "leave one of them out"
     for name in unused:
         if getattr(args, name) is not None:
-            raise ValueError(f"{flag(name)}: required {needed}; {advice}")
+            raise ValueError(f"{name_flag(name)}: required {needed}; {advice}")
     for name, default in used.items():
         if getattr(args, name) is None:
             setattr(args, name, default)
         value = getattr(args, name)
         if type(default) is int and value < 1:
-            raise ValueError(f"{flag(name)}: required at least 1, given {value}")
+            raise ValueError(f"{name_flag(name)}: required at least 1, given {value}")
     if args.to_accuracy is not None and not 0 < args.to_accuracy <= 100:
         raise ValueError(
             f"--to-accuracy: required a percentage above 0, given {args.to_accuracy}; try 99"
         )
 
 
-def flag(name: str) -> str:
+def name_flag(name: str) -> str:
     """Return an option as it is written."""
     return f"--{name.replace('_', '-')}"
 
@@ -114,7 +114,7 @@ def parse_cores(text: str) -> list[int]:
     return cores
 
 
-def chosen(args: argparse.Namespace, everything: Sequence[Any]) -> list[Any]:
+def choose_contenders(args: argparse.Namespace, everything: Sequence[Any]) -> list[Any]:
     """Return what can run here of those asked for.
 
     Raises:
@@ -132,35 +132,36 @@ def chosen(args: argparse.Namespace, everything: Sequence[Any]) -> list[Any]:
     return left
 
 
-def pythons(args: argparse.Namespace) -> dict[bool, str]:
+def find_pythons(args: argparse.Namespace) -> dict[bool, str]:
     """Return the interpreters: of our environment (True) and the peers' (False)."""
     return {True: sys.executable, False: args.peers_python or ""}
 
 
 def run_throughput(args: argparse.Namespace) -> dict[str, Any]:
     """Measure images per second, write the plot, print the table; return the results."""
-    contenders = chosen(args, pool.CONTENDERS + (pool.SLOWER if args.slower else ()))
+    contenders = choose_contenders(args, pool.CONTENDERS + (pool.SLOWER if args.slower else ()))
     with tempfile.TemporaryDirectory() as folder:
         files = write_inputs(args, pathlib.Path(folder))
-        with pool.launched(contenders, pythons(args), args.cores, files) as running:
+        with pool.launch_command(contenders, find_pythons(args), args.cores, files) as running:
             losses = {}
             for each in running:
-                losses[each.contender.name] = each.run(throughput.AGREE_STEPS)[1]
-                say(f"{each.contender.name}: first losses {_numbers(losses[each.contender.name])}")
+                name = each.contender.name
+                losses[name] = each.run(throughput.AGREE_STEPS)[1]
+                print_line(f"{name}: first losses {_format_numbers(losses[name])}")
             precisions = {each.name: each.precision for each in contenders}
             deviations = throughput.check_agreement(losses, precisions)
             versions = {each.contender.name: each.versions for each in running}
-            rates = throughput.measure(
+            rates = throughput.measure_throughput(
                 running,
                 rounds=args.rounds,
                 steps=args.steps,
                 batch=BATCH * WORKERS,
                 seed=0,
-                say=say,
+                say=print_line,
             )
-    ratios = throughput.ratios(rates, OURS)
+    ratios = throughput.list_ratios(rates, OURS)
     print(report.throughput_table(rates, ratios))
-    report.plot(
+    report.plot_results(
         results_path(args, "png"),
         rates,
         "images per second: median, and each round",
@@ -189,7 +190,7 @@ def write_inputs(args: argparse.Namespace, folder: pathlib.Path) -> list[str]:
     command = [sys.executable, str(pool.HERE / "inputs.py"), *files, *flags]
     done = subprocess.run(
         command,
-        env=pool.environment(1),
+        env=pool.worker_environment(1),
         stderr=subprocess.PIPE,
         text=True,
         check=False,
@@ -203,14 +204,14 @@ def write_inputs(args: argparse.Namespace, folder: pathlib.Path) -> list[str]:
 def run_to_accuracy(args: argparse.Namespace) -> dict[str, Any]:
     """Measure the time to an accuracy, write the plot, print the table; return the results."""
     recipe = accuracy.Recipe(args.learning_rate, args.warmup, args.label_smoothing, args.epochs)
-    trainers = chosen(args, accuracy.trainers(recipe, args.max_epochs))
+    trainers = choose_contenders(args, accuracy.list_trainers(recipe, args.max_epochs))
     accuracy.load_data(sys.executable)
-    runs = accuracy.measure(
+    runs = accuracy.measure_accuracy(
         trainers,
         seeds=args.seeds,
-        say=say,
+        say=print_line,
         goal=args.to_accuracy / 100,
-        pythons=pythons(args),
+        pythons=find_pythons(args),
         cores=args.cores,
     )
     print(report.accuracy_table(runs, OURS))
@@ -218,7 +219,7 @@ def run_to_accuracy(args: argparse.Namespace) -> dict[str, Any]:
         name: [run.seconds for run in each if run.seconds is not None]
         for name, each in runs.items()
     }
-    report.plot(
+    report.plot_results(
         results_path(args, "png"),
         {name: seconds for name, seconds in reached.items() if seconds},
         f"seconds to {args.to_accuracy:g}% test accuracy: median, and each seed that got there",
@@ -234,12 +235,12 @@ def run_to_accuracy(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def say(text: str) -> None:
+def print_line(text: str) -> None:
     """Tell how far it is, on standard error: the table alone goes to standard output."""
     print(text, file=sys.stderr, flush=True)
 
 
-def _numbers(values: Sequence[float]) -> str:
+def _format_numbers(values: Sequence[float]) -> str:
     return " ".join(f"{value:.4f}" for value in values)
 
 
@@ -251,15 +252,15 @@ def results_path(args: argparse.Namespace, suffix: str) -> pathlib.Path:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script; an error that the user can mend is a few lines."""
-    args = parse(argv)
+    args = parse_arguments(argv)
     try:
-        machine = report.machine(args.cores)
+        machine = report.describe_machine(args.cores)
         results = run_throughput(args) if args.to_accuracy is None else run_to_accuracy(args)
         report.write_json(results_path(args, "json"), {"machine": machine} | results)
     except (pool.PeerError, ValueError, OSError) as error:
         print(f"compare.py: {error}", file=sys.stderr)
         return 2
-    say(f"written: {results_path(args, 'json')} and .png")
+    print_line(f"written: {results_path(args, 'json')} and .png")
     return 0
 
 

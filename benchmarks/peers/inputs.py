@@ -28,14 +28,14 @@ def global_batches(
     }
 
 
-def synthetic(count: int) -> tuple[np.ndarray, np.ndarray]:
+def make_synthetic(count: int) -> tuple[np.ndarray, np.ndarray]:
     """Return images with the mean and the spread of MNIST's, and labels, all random."""
     rng = np.random.default_rng(0)
     images = rng.standard_normal((count, 28, 28, 1), np.float32)
     return images, rng.integers(0, 10, count).astype(np.int32)
 
 
-def named(params: dict[str, dict[str, Any]]) -> dict[str, np.ndarray]:
+def load_named(params: dict[str, dict[str, Any]]) -> dict[str, np.ndarray]:
     """Return a model's parameters as flat arrays, named "conv0/w" and so on."""
     return {
         f"{layer}/{name}": np.asarray(value)
@@ -55,13 +55,13 @@ def main() -> None:
     add("--count", type=int, required=True, help="batches at most")
     args = parser.parse_args()
     if args.dataset == "synthetic":
-        images, labels = synthetic(args.batch * args.count)
+        images, labels = make_synthetic(args.batch * args.count)
     else:
         data = load(args.dataset)
         images, labels = data.train_images, data.train_labels
     np.savez(args.data, **global_batches(images, labels, args.batch, args.count))
     layers = models.layers_of("cnn3x3", dropout=0)
-    np.savez(args.weights, **named(models.init(layers, seed=0)))
+    np.savez(args.weights, **load_named(models.init(layers, seed=0)))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 
-def apply(params, images):
+def compute_logits(params, images):
     x = images
     for name in ("conv0", "conv1"):
         x = lax.conv_general_dilated(
@@ -23,7 +23,7 @@ def apply(params, images):
 
 
 def loss_of(params, images, labels):
-    log_probabilities = jax.nn.log_softmax(apply(params, images))
+    log_probabilities = jax.nn.log_softmax(compute_logits(params, images))
     return -jnp.mean(jnp.take_along_axis(log_probabilities, labels[:, None], axis=1))
 
 
@@ -37,7 +37,7 @@ def train_step(params, momentum, images, labels):
 
 def main() -> None:
     """Serve steps."""
-    args = worker.parse()
+    args = worker.parse_arguments()
     if args.processes > 1:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.distributed.initialize(f"127.0.0.1:{args.ports[0]}", args.processes, args.rank)
@@ -56,21 +56,21 @@ def main() -> None:
         donate_argnums=(0, 1),
     )
 
-    def place(host, sharding):
+    def place_batch(host, sharding):
         return jax.make_array_from_process_local_data(sharding, host)
 
-    params = {k: place(v, everywhere) for k, v in worker.load_weights(args.weights).items()}
+    params = {k: place_batch(v, everywhere) for k, v in worker.load_weights(args.weights).items()}
     momentum = jax.tree.map(jnp.zeros_like, params)
 
-    def run(batch):
+    def run_steps(batch):
         nonlocal params, momentum
         params, momentum, loss = step(params, momentum, *batch)
         return loss
 
-    batches = [tuple(place(x, sharded) for x in pair) for pair in worker.load_batches(args)]
+    batches = [tuple(place_batch(x, sharded) for x in pair) for pair in worker.load_batches(args)]
     # Two devices of one process share two threads: with fifty steps under way, jax 0.10 once had
     # both wait in collectives of different steps.
-    worker.serve(args, run, batches, {"jax": jax.__version__}, ahead=1)
+    worker.serve_requests(args, run_steps, batches, {"jax": jax.__version__}, ahead=1)
 
 
 if __name__ == "__main__":

@@ -67,7 +67,7 @@ SLOWER = (
 )
 
 
-def environment(threads: int) -> dict[str, str]:
+def worker_environment(threads: int) -> dict[str, str]:
     """Return a worker's environment variables: `threads` for what counts threads by itself."""
     return os.environ | {
         "PYTHONPATH": str(EXAMPLE),
@@ -92,7 +92,7 @@ def free_ports(count: int) -> list[int]:
 
 
 @contextlib.contextmanager
-def pinned(cores: Sequence[int]) -> Iterator[None]:
+def pin_command(cores: Sequence[int]) -> Iterator[None]:
     """Pin this thread, and what it starts, to `cores`."""
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, cores)
@@ -102,11 +102,13 @@ def pinned(cores: Sequence[int]) -> Iterator[None]:
         os.sched_setaffinity(0, before)
 
 
-def start(command: Sequence[str], cores: Sequence[int], **streams: Any) -> subprocess.Popen[str]:
+def start_worker(
+    command: Sequence[str], cores: Sequence[int], **streams: Any
+) -> subprocess.Popen[str]:
     """Start a process on `cores` alone, with a thread for each; keyword arguments as Popen's."""
     # Pinned from its first instruction, since libraries size their thread pools when imported.
-    with pinned(cores):
-        return subprocess.Popen(command, env=environment(len(cores)), text=True, **streams)
+    with pin_command(cores):
+        return subprocess.Popen(command, env=worker_environment(len(cores)), text=True, **streams)
 
 
 @contextlib.contextmanager
@@ -125,7 +127,7 @@ def time_limit(processes: Sequence[subprocess.Popen[str]], seconds: float) -> It
         timer.cancel()
 
 
-def shares(cores: Sequence[int], processes: int) -> list[Sequence[int]]:
+def divide_cores(cores: Sequence[int], processes: int) -> list[Sequence[int]]:
     """Return the cores of each process: all of them, or one each."""
     return [cores] if processes == 1 else [[core] for core in cores]
 
@@ -159,12 +161,12 @@ class Running:
         command = [python, str(HERE / contender.script), *files]
         command += [f"--{name}={value}" for name, value in options.items()]
         with contextlib.ExitStack() as stack:
-            for rank, share in enumerate(shares(cores, contender.processes)):
+            for rank, share in enumerate(divide_cores(cores, contender.processes)):
                 errors = stack.enter_context(tempfile.TemporaryFile("w+", errors="replace"))
                 # Not standard output, on which libraries print.
                 answers, end = os.pipe()
                 self._answers.append(stack.enter_context(os.fdopen(answers)))
-                worker = start(
+                worker = start_worker(
                     [*command, f"--rank={rank}", f"--answers={end}"],
                     share,
                     stdin=subprocess.PIPE,
@@ -214,7 +216,7 @@ class Running:
 
 
 @contextlib.contextmanager
-def launched(
+def launch_command(
     contenders: Sequence[Contender],
     pythons: dict[bool, str],
     cores: Sequence[int],

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 
-def machine(cores: Sequence[int]) -> dict[str, Any]:
+def describe_machine(cores: Sequence[int]) -> dict[str, Any]:
     """Return what the figures stand for: the processor, the cores used, the date."""
     return {
         "cpu": _cpu_name(),
@@ -41,7 +41,7 @@ def write_json(path: pathlib.Path, results: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def format_markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return a Markdown table; all columns but the first are numbers."""
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -54,7 +54,7 @@ def throughput_table(
 
     Args:
       rates: images per second of each contender in each round.
-      ratios: as throughput.ratios returns them.
+      ratios: as throughput.list_ratios returns them.
 
     Returns:
       Medians over the rounds, with the least and the most.
@@ -62,12 +62,12 @@ def throughput_table(
     header = ["", "images/s", *(f"{own} / this" for own in ratios)]
     rows = []
     for name, each in rates.items():
-        row = [name, _spread(each, "{:,.0f}")]
+        row = [name, _format_spread(each, "{:,.0f}")]
         for own in ratios.values():
             ratio = own.get(name)
             row.append(f"{ratio.median:.2f} ({ratio.low:.2f} to {ratio.high:.2f})" if ratio else "")
         rows.append(row)
-    return markdown(header, rows)
+    return format_markdown(header, rows)
 
 
 def accuracy_table(runs: Mapping[str, Sequence[Any]], ours: Sequence[str]) -> str:
@@ -87,28 +87,30 @@ def accuracy_table(runs: Mapping[str, Sequence[Any]], ours: Sequence[str]) -> st
         seconds = _median_seconds(each)
         epochs = statistics.median(len(run.accuracies) for run in each)
         there = sum(run.seconds is not None for run in each)
-        row = [name, _seconds(seconds), f"{epochs:g}", f"{there} of {len(each)}"]
+        row = [name, _format_seconds(seconds), f"{epochs:g}", f"{there} of {len(each)}"]
         for own in present:
             share = _median_seconds(runs[own]) / seconds
             row.append(f"{share:.2f}" if math.isfinite(share) and share > 0 else "")
         rows.append(row)
-    return markdown(header, rows)
+    return format_markdown(header, rows)
 
 
 def _median_seconds(runs: Sequence[Any]) -> float:
     return statistics.median(math.inf if run.seconds is None else run.seconds for run in runs)
 
 
-def _seconds(value: float) -> str:
+def _format_seconds(value: float) -> str:
     return f"{value:.1f}" if math.isfinite(value) else "not reached"
 
 
-def _spread(values: Sequence[float], form: str) -> str:
+def _format_spread(values: Sequence[float], form: str) -> str:
     low, high = form.format(min(values)), form.format(max(values))
     return f"{form.format(statistics.median(values))} ({low} to {high})"
 
 
-def plot(path: pathlib.Path, values: Mapping[str, Sequence[float]], label: str, title: str) -> None:
+def plot_results(
+    path: pathlib.Path, values: Mapping[str, Sequence[float]], label: str, title: str
+) -> None:
     """Draw a bar for each contender's median and a dot for each of its measurements.
 
     Args:

@@ -82,7 +82,7 @@ def make_step(strategy, weights, xla):
 
 def main() -> None:
     """Serve steps."""
-    args = worker.parse()
+    args = worker.parse_arguments()
     strategy = strategy_of(args)
     step = make_step(strategy, worker.load_weights(args.weights), xla=args.form == "xla")
 
@@ -99,7 +99,9 @@ def main() -> None:
         return float(np.mean([x.numpy() for x in strategy.experimental_local_results(loss)]))
 
     batches = [(place(images), place(labels)) for images, labels in worker.load_batches(args)]
-    worker.serve(args, lambda batch: step(*batch), batches, {"tensorflow": tf.__version__}, mean)
+    worker.serve_requests(
+        args, lambda batch: step(*batch), batches, {"tensorflow": tf.__version__}, mean
+    )
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ def check_agreement(
     return deviations
 
 
-def measure(
+def measure_throughput(
     running: Sequence[Any],
     *,
     rounds: int,
@@ -92,7 +92,7 @@ def measure(
     return rates
 
 
-def ratios(
+def list_ratios(
     rates: Mapping[str, Sequence[float]], ours: Sequence[str]
 ) -> dict[str, dict[str, Ratio]]:
     """Return {our contender: {other: ratio}}, each ratio taken within a round.
@@ -105,9 +105,11 @@ def ratios(
       Median and spread over the rounds.
     """
 
-    def ratio(own: str, other: str) -> Ratio:
+    def median_ratio(own: str, other: str) -> Ratio:
         each = [a / b for a, b in zip(rates[own], rates[other], strict=True)]
         return Ratio(statistics.median(each), min(each), max(each))
 
     others = [name for name in rates if name not in ours]
-    return {own: {other: ratio(own, other) for other in others} for own in ours if own in rates}
+    return {
+        own: {other: median_ratio(own, other) for other in others} for own in ours if own in rates
+    }

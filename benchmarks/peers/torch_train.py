@@ -21,7 +21,7 @@ from torch_worker import Net, image_tensor
 BATCH, EVAL_BATCH = 64, 500  # in each worker
 
 
-def parse():
+def parse_arguments():
     """Read the command line."""
     parser = argparse.ArgumentParser()
     add = parser.add_argument
@@ -60,7 +60,7 @@ def epoch_rows(count, seed, epoch, rank, processes):
     return own.split(BATCH)
 
 
-def accuracy(model, images, labels, rank, processes):
+def measure_accuracy(model, images, labels, rank, processes):
     """Return the share of the whole test set that is right; each worker tries its part."""
     right = torch.zeros((), dtype=torch.int64)
     with torch.inference_mode():
@@ -76,7 +76,7 @@ def accuracy(model, images, labels, rank, processes):
 
 def main():
     """Train, and print a line of JSON for each epoch."""
-    args = parse()
+    args = parse_arguments()
     torch.set_num_threads(1)
     torch.manual_seed(args.seed)
     rank, processes = args.rank, args.processes
@@ -103,7 +103,7 @@ def main():
             F.cross_entropy(logits, labels[rows], label_smoothing=smoothing).backward()
             optimizer.step()
             schedule.step()
-        reached = accuracy(net, test_images, test_labels, rank, processes)
+        reached = measure_accuracy(net, test_images, test_labels, rank, processes)
         if rank == 0:
             print(json.dumps({"epoch": epoch + 1, "test_accuracy": reached}), flush=True)
     dist.destroy_process_group()

@@ -46,7 +46,7 @@ def state_dict(weights):
     }
 
 
-def build(weights, form):
+def build_model(weights, form):
     """Return the model, wrapped by DDP in the form asked for."""
     model = Net()
     model.load_state_dict(state_dict(weights))
@@ -66,7 +66,7 @@ def image_tensor(images, form):
 
 def main() -> None:
     """Serve steps."""
-    args = worker.parse()
+    args = worker.parse_arguments()
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
         "gloo",
@@ -74,7 +74,7 @@ def main() -> None:
         rank=args.rank,
         world_size=args.processes,
     )
-    model = build(worker.load_weights(args.weights), args.form)
+    model = build_model(worker.load_weights(args.weights), args.form)
     optimizer = torch.optim.SGD(
         model.parameters(), lr=worker.LEARNING_RATE, momentum=worker.MOMENTUM
     )
@@ -91,7 +91,7 @@ def main() -> None:
         (image_tensor(images, args.form), torch.from_numpy(labels.astype(np.int64)))
         for images, labels in worker.load_batches(args)
     ]
-    worker.serve(args, step, batches, {"torch": torch.__version__})
+    worker.serve_requests(args, step, batches, {"torch": torch.__version__})
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from txcore.train.batches.placer import shard_batch
 
 def main() -> None:
     """Serve steps."""
-    args = worker.parse()
+    args = worker.parse_arguments()
     if args.processes > 1:
         tx.initialize(f"127.0.0.1:{args.ports[0]}", args.processes, args.rank)
     else:
@@ -31,18 +31,20 @@ def main() -> None:
         params.setdefault(layer, {})[name] = value
     state = engine.create_state(params)
 
-    def place(image: np.ndarray, label: np.ndarray):
+    def place_batch(image: np.ndarray, label: np.ndarray):
         ones = np.ones(len(label), np.float32)
         batch = {"image": image, "label": label, "mask": ones, "weight": ones}
         return shard_batch(batch, engine.mesh, engine.plan)
 
-    def run(batch):
+    def run_steps(batch):
         nonlocal state
         state, metrics = engine.run(train_step, state, batch)
         return metrics["loss"]
 
-    batches = [place(*pair) for pair in worker.load_batches(args)]
-    worker.serve(args, run, batches, {"jax": jax.__version__}, ahead=1)  # as fit does on CPU
+    batches = [place_batch(*pair) for pair in worker.load_batches(args)]
+    worker.serve_requests(
+        args, run_steps, batches, {"jax": jax.__version__}, ahead=1
+    )  # as fit does on CPU
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import numpy as np
 LEARNING_RATE, MOMENTUM = 0.02, 0.9
 
 
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read a worker's command line."""
     parser = argparse.ArgumentParser()
     add = parser.add_argument
@@ -56,7 +56,7 @@ def load_batches(args: argparse.Namespace) -> list[tuple[np.ndarray, np.ndarray]
     ]
 
 
-def serve(
+def serve_requests(
     args: argparse.Namespace,
     step: Callable[[Any], Any],
     batches: Sequence[Any],
@@ -75,14 +75,14 @@ def serve(
       ahead: how many steps may be under way besides the one that is waited for; None for all.
     """
     answers = os.fdopen(args.answers, "w", encoding="utf-8")
-    _tell(answers, {"versions": versions | {"python": sys.version.split()[0]}})
+    _send_line(answers, {"versions": versions | {"python": sys.version.split()[0]}})
     feed = itertools.cycle(batches)
     for line in sys.stdin:
         count = json.loads(line)["steps"]
         started = time.perf_counter()
         losses = read_losses(map(step, itertools.islice(feed, count)), to_float, ahead)
         seconds = time.perf_counter() - started
-        _tell(answers, {"seconds": seconds, "losses": losses})
+        _send_line(answers, {"seconds": seconds, "losses": losses})
 
 
 def read_losses(
@@ -98,6 +98,6 @@ def read_losses(
     return losses + [to_float(loss) for loss in waiting]
 
 
-def _tell(answers: IO[str], record: dict[str, Any]) -> None:
+def _send_line(answers: IO[str], record: dict[str, Any]) -> None:
     answers.write(json.dumps(record) + "\n")
     answers.flush()

@@ -85,15 +85,15 @@ def check(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < low:
             flag = name.replace("_", "-")
-            raise ValueError(f"--{flag} must be a count from {low} on, got {value}")
+            raise ValueError(f"--{flag} needs a count from {low} on, got {value}")
     if args.learning_rate is not None and not args.learning_rate >= 0:
-        raise ValueError(f"--learning-rate must be a number from 0 on, got {args.learning_rate}")
+        raise ValueError(f"--learning-rate needs a number from 0 on, got {args.learning_rate}")
     if not 0 <= args.label_smoothing <= 1:
         raise ValueError(
-            f"--label-smoothing must be a number from 0 to 1, got {args.label_smoothing}"
+            f"--label-smoothing needs a number from 0 to 1, got {args.label_smoothing}"
         )
     if not 0 <= args.seed < 2**32:
-        raise ValueError(f"--seed must be from 0 to {2**32 - 1}, got {args.seed}")
+        raise ValueError(f"--seed needs a number from 0 to {2**32 - 1}, got {args.seed}")
     for name in ("data_dir", "log_dir", "results", "checkpoint_dir"):
         path = os.path.expanduser(getattr(args, name) or "")  # shells leave --results=~/x as it is
         if path.startswith("~"):
@@ -114,7 +114,7 @@ def choose_devices(wanted: str, num_processes: int) -> list[Any]:
     if wanted == "all":
         return jax.devices()
     if not wanted.isdigit() or int(wanted) < 1:
-        raise ValueError(f"--devices must be a number from 1 on, or all, got {wanted!r}")
+        raise ValueError(f"--devices needs a number from 1 on, or all, got {wanted!r}")
     count = int(wanted)
     if count % num_processes:
         raise ValueError(

@@ -59,12 +59,12 @@ MODELS: dict[str, tuple[Layer, ...]] = {
 def layers_of(name: str, dropout: float | None = None) -> tuple[Layer, ...]:
     """Return a model's layers; `dropout` replaces every dropout rate, and 0 leaves them out."""
     if name not in MODELS:
-        raise ValueError(f"--model must be one of {', '.join(MODELS)}, got {name!r}")
+        raise ValueError(f"--model needs one of {', '.join(MODELS)}, got {name!r}")
     layers = MODELS[name]
     if dropout is None:
         return layers
     if not 0 <= dropout < 1:
-        raise ValueError(f"--dropout must be from 0 to below 1, got {dropout}")
+        raise ValueError(f"--dropout needs a number from 0 to below 1, got {dropout}")
     if dropout == 0:
         return tuple(x for x in layers if not isinstance(x, Dropout))
     if not any(isinstance(x, Dropout) for x in layers):

@@ -27,7 +27,7 @@ FAKE = """
 import os, sys
 sys.path.insert(0, {here!r})
 import worker
-args = worker.parse()
+args = worker.parse_arguments()
 if args.form == "fails":
     sys.exit("no such framework")
 if args.form == "hangs":
@@ -36,7 +36,7 @@ if args.form == "hangs":
 print("a library's banner")
 cores = ",".join(map(str, sorted(os.sched_getaffinity(0))))
 versions = {{"cores": cores, "threads": os.environ["OMP_NUM_THREADS"]}}
-worker.serve(args, lambda x: x, [loss + args.rank for loss in (1.0, 2.0, 3.0)], versions)
+worker.serve_requests(args, lambda x: x, [loss + args.rank for loss in (1.0, 2.0, 3.0)], versions)
 """
 
 
@@ -49,7 +49,7 @@ def fake(tmp_path):
     def start(processes=1, form="best"):
         contender = pool.Contender("fake", str(script), processes, 2 // processes, form=form)
         cores = [CORE] * processes
-        return pool.launched(
+        return pool.launch_command(
             [contender], {False: sys.executable}, cores, ["--data=none", "--weights=none"]
         )
 
@@ -96,12 +96,12 @@ def test_a_worker_runs_on_its_core_with_a_thread_for_it(fake):
 
 def test_a_worker_finds_nothing_compiled_before(monkeypatch):
     monkeypatch.setenv("JAX_ENABLE_COMPILATION_CACHE", "true")
-    assert pool.environment(1)["JAX_ENABLE_COMPILATION_CACHE"] == "false"
+    assert pool.worker_environment(1)["JAX_ENABLE_COMPILATION_CACHE"] == "false"
 
 
 def test_cores_are_shared_out_one_to_each_process():
-    assert pool.shares([4, 7], 1) == [[4, 7]]
-    assert pool.shares([4, 7], 2) == [[4], [7]]
+    assert pool.divide_cores([4, 7], 1) == [[4, 7]]
+    assert pool.divide_cores([4, 7], 2) == [[4], [7]]
 
 
 def test_leaving_ends_the_processes(fake):
@@ -155,7 +155,7 @@ def test_too_few_examples_are_refused():
 
 
 def test_synthetic_images_are_the_same_each_time():
-    (images, labels), (again, _) = inputs.synthetic(50), inputs.synthetic(50)
+    (images, labels), (again, _) = inputs.make_synthetic(50), inputs.make_synthetic(50)
     np.testing.assert_array_equal(images, again)
     assert images.shape == (50, 28, 28, 1)
     assert images.dtype == np.float32
@@ -200,7 +200,9 @@ def test_every_contender_runs_once_a_round_in_changing_order():
     log = []
     running = [Pretended(name, 0.5, log) for name in "abcdef"]
 
-    throughput.measure(running, rounds=4, steps=10, batch=8, seed=0, say=lambda text: None)
+    throughput.measure_throughput(
+        running, rounds=4, steps=10, batch=8, seed=0, say=lambda text: None
+    )
 
     timed = [name for name, steps in log if steps == 10]
     rounds = [timed[i : i + 6] for i in range(0, 24, 6)]
@@ -211,7 +213,7 @@ def test_every_contender_runs_once_a_round_in_changing_order():
 
 
 def test_the_rate_is_that_of_the_global_batch():
-    rates = throughput.measure(
+    rates = throughput.measure_throughput(
         [Pretended("a", 0.5, [])], rounds=2, steps=10, batch=8, seed=0, say=lambda text: None
     )
     assert rates == {"a": [16.0, 16.0]}
@@ -220,14 +222,14 @@ def test_the_rate_is_that_of_the_global_batch():
 def test_ratios_are_taken_within_a_round():
     # The machine is half as fast in the second round: no ratio may see it.
     rates = {"ours": [200.0, 100.0, 150.0], "x": [100.0, 50.0, 50.0], "own too": [1.0, 1.0, 1.0]}
-    ratios = throughput.ratios(rates, ["ours", "own too", "absent"])
+    ratios = throughput.list_ratios(rates, ["ours", "own too", "absent"])
     assert ratios["ours"] == {"x": throughput.Ratio(2.0, 2.0, 3.0)}
     assert list(ratios) == ["ours", "own too"]
 
 
 def test_the_throughput_table():
     rates = {"ours": [2000.0, 3000.0, 4000.0], "x": [1000.0, 1500.0, 1000.0]}
-    assert report.throughput_table(rates, throughput.ratios(rates, ["ours"])) == (
+    assert report.throughput_table(rates, throughput.list_ratios(rates, ["ours"])) == (
         "|  | images/s | ours / this |\n"
         "| --- | ---: | ---: |\n"
         "| ours | 3,000 (2,000 to 4,000) |  |\n"
@@ -252,7 +254,7 @@ def test_the_accuracy_table_counts_what_did_not_get_there():
 
 
 def test_the_machine_is_described():
-    machine = report.machine([0, 1])
+    machine = report.describe_machine([0, 1])
     assert machine["cores_used"] == [0, 1]
     assert machine["cores_of_machine"] == os.cpu_count()
     assert machine["cpu"]
@@ -263,7 +265,9 @@ def test_results_and_plot_are_written(tmp_path):
     path = tmp_path / "new" / "results.json"
     report.write_json(path, {"a": [1, 2]})
     assert json.loads(path.read_text()) == {"a": [1, 2]}
-    report.plot(tmp_path / "plot.png", {"txcore": [1.0, 2.0], "x": [1.0]}, "images/s", "a title")
+    report.plot_results(
+        tmp_path / "plot.png", {"txcore": [1.0, 2.0], "x": [1.0]}, "images/s", "a title"
+    )
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -323,7 +327,7 @@ def test_a_trainer_that_hangs_is_ended(monkeypatch):
 def test_every_trainer_runs_once_for_each_seed():
     fast = trainer("print('test_accuracy 0.99')", epochs=1)
     said = []
-    runs = accuracy.measure(
+    runs = accuracy.measure_accuracy(
         [fast, dataclasses.replace(fast, name="two")],
         seeds=2,
         say=said.append,
@@ -342,7 +346,7 @@ def test_the_example_accepts_the_flags_it_is_given():
     import cli
     import train
 
-    for each in accuracy.trainers(accuracy.Recipe(0.25, 7, 0.2, 3), 10):
+    for each in accuracy.list_trainers(accuracy.Recipe(0.25, 7, 0.2, 3), 10):
         if each.own:
             script, *flags = each.command(1, 2345, 4)
             assert pathlib.Path(script).samefile(train.__file__)
@@ -376,23 +380,23 @@ def test_the_example_accepts_the_flags_it_is_given():
 def test_bad_flags_are_refused(flags, words, capsys, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
     with pytest.raises(SystemExit):
-        compare.parse(flags.split())
+        compare.parse_arguments(flags.split())
     assert words in capsys.readouterr().err
 
 
 def test_each_mode_has_its_defaults(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
-    rate = compare.parse([])
+    rate = compare.parse_arguments([])
     assert (rate.rounds, rate.steps, rate.dataset, rate.slower) == (5, 50, "mnist", False)
     assert rate.cores == [0, 1]
-    reach = compare.parse(["--to-accuracy", "99", "--epochs=3"])
+    reach = compare.parse_arguments(["--to-accuracy", "99", "--epochs=3"])
     assert (reach.seeds, reach.max_epochs, reach.epochs) == (5, 10, 3)
     assert (reach.learning_rate, reach.warmup, reach.label_smoothing) == (0.14, 150, 0.05)
 
 
 def test_contenders_are_chosen_by_words():
     args = argparse.Namespace(only="ddp,plain jax", peers_python="python")
-    names = [each.name for each in compare.chosen(args, pool.CONTENDERS)]
+    names = [each.name for each in compare.choose_contenders(args, pool.CONTENDERS)]
     assert names == [
         "plain jax (2 devices)",
         "plain jax (2 processes)",
@@ -403,10 +407,12 @@ def test_contenders_are_chosen_by_words():
 
 def test_without_the_peers_environment_ours_and_plain_jax_are_left():
     args = argparse.Namespace(only=None, peers_python=None)
-    chosen = compare.chosen(args, pool.CONTENDERS)
+    chosen = compare.choose_contenders(args, pool.CONTENDERS)
     assert {each.script for each in chosen} == {"txcore_worker.py", "jax_worker.py"}
     with pytest.raises(ValueError, match="nothing to run with --only 'TensorFlow'"):
-        compare.chosen(argparse.Namespace(only="TensorFlow", peers_python=None), pool.CONTENDERS)
+        compare.choose_contenders(
+            argparse.Namespace(only="TensorFlow", peers_python=None), pool.CONTENDERS
+        )
 
 
 def test_the_names_are_unique_and_ours_are_among_them():
@@ -414,7 +420,7 @@ def test_the_names_are_unique_and_ours_are_among_them():
     assert len(set(names)) == len(names)
     assert set(compare.OURS) <= set(names)
     assert set(compare.OURS) <= {
-        each.name for each in accuracy.trainers(accuracy.Recipe(0.1, 50, 0, 2), 10)
+        each.name for each in accuracy.list_trainers(accuracy.Recipe(0.1, 50, 0, 2), 10)
     }
 
 

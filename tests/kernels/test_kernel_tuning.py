@@ -170,7 +170,7 @@ class TestPath:
     def test_none_reads_nothing(self, monkeypatch, recorded):
         recorded({})
         monkeypatch.setenv("TXCORE_TUNING", "")
-        monkeypatch.setattr(tuned, "read", None)
+        monkeypatch.setattr(tuned, "read_entries", None)
         assert list(tuned.find_entries(problem())) == []
 
 
@@ -201,7 +201,7 @@ class TestFile:
             reads.append(path)
             return read_entries(path)
 
-        monkeypatch.setattr(tuned, "read", counted)
+        monkeypatch.setattr(tuned, "read_entries", counted)
         for _ in range(3):
             assert list(tuned.find_entries(problem())) == [(str(cache), XLA)]
         assert len(reads) == 1

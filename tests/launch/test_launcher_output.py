@@ -11,6 +11,7 @@ import time
 
 import pytest
 from launched_cases import launch, runs, script, started, wait_for_end, wait_for_pids, wait_until
+from machine import within
 
 from txcore.launch.launcher import output
 
@@ -205,9 +206,9 @@ def test_lines_do_not_depend_on_how_they_arrive():
 
 
 def test_the_beginning_of_a_long_line_takes_no_time():
-    rest, begun = bytearray(), time.monotonic()
+    rest, begun = bytearray(), time.process_time()
     assert output.lines(rest, b"\n" + b"x" * MEBI) == [b"\n"]
-    assert time.monotonic() - begun < 1
+    assert time.process_time() - begun < 1
 
 
 def test_a_line_without_end_is_broken(monkeypatch):
@@ -315,7 +316,7 @@ def test_one_that_left_its_group_and_holds_the_pipes_holds_up_nobody(tmp_path):
     try:
         done = launch("-n", 2, leaves, text=False, timeout=30)
         assert by_rank(done.stdout) == {0: [b"the last line\n"], 1: [b"the last line\n"]}
-        assert time.monotonic() - begun < 30
+        assert within(time.monotonic() - begun, 30)
     finally:
         for pid in wait_for_pids(tmp_path, 2):
             assert runs(pid)

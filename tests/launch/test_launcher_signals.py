@@ -19,6 +19,7 @@ from launched_cases import (
     wait_for_pids,
     wait_until,
 )
+from machine import within
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="tested on Linux")
 
@@ -136,7 +137,7 @@ def test_a_second_ctrl_c_kills(tmp_path):
         begun = time.monotonic()
         launcher.send_signal(signal.SIGINT)
         _, err = launcher.communicate(timeout=30)
-    assert time.monotonic() - begun < 10
+    assert within(time.monotonic() - begun, 10)
     says = "txcore: after SIGINT from outside rank {} (pid {}) was killed by SIGKILL"
     assert err.splitlines()[-1] in [says.format(rank, pid) for rank, pid in enumerate(pids)]
     assert launcher.returncode == 137
@@ -148,7 +149,9 @@ def test_the_end_of_the_grace_kills(tmp_path):
         begun = time.monotonic()
         launcher.send_signal(signal.SIGTERM)
         out, err = launcher.communicate(timeout=30)
-    assert 1 < time.monotonic() - begun < 15
+    seconds = time.monotonic() - begun
+    assert seconds > 1
+    assert within(seconds, 15)
     assert sorted(out.splitlines()) == lines("SIGTERM")
     assert err.endswith("was killed by SIGKILL\n")
     assert (launcher.returncode, any(map(runs, pids))) == (137, False)

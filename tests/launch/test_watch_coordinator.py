@@ -6,6 +6,7 @@ import threading
 import time
 
 import pytest
+from machine import within
 
 from txcore.launch.watch.coordinator import CoordinatorWatch
 
@@ -39,7 +40,7 @@ def test_the_guard_is_woken():
     threading.Timer(0.1, watched.wake).start()
     started = time.monotonic()
     assert not watched.wait(30)
-    assert time.monotonic() - started < 10
+    assert within(time.monotonic() - started, 10)
     assert not watched.wait(0.01)
     watched.close()
 

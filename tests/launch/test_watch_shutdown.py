@@ -7,6 +7,7 @@ import time
 
 import jax
 import pytest
+from machine import within
 
 from txcore import _compat
 from txcore.launch.preflight import MismatchError
@@ -165,7 +166,7 @@ def test_a_coordinator_that_does_not_answer_does_not_hold_an_error_back(coordina
     rank = Watcher(coordinator, 1, 2, peer_timeout_s=0.5)
     started = time.monotonic()
     shutdown.report_failure(rank, ValueError("no"))
-    assert time.monotonic() - started < 30
+    assert within(time.monotonic() - started, 30)
 
 
 def test_a_lost_connection_is_told_as_such_and_then_as_a_failure(coordinator, monkeypatch):

@@ -203,7 +203,7 @@ def test_memory_follows_the_smaller_of_promise_and_file(tmp_path, shape, packed)
     path = tmp_path / "file.gz"
     path.write_bytes(header + packed)
     tracemalloc.start()
-    start = time.perf_counter()
+    start = time.process_time()
     try:
         with pytest.raises(idx.DataError):
             idx.read_images(path)
@@ -211,7 +211,7 @@ def test_memory_follows_the_smaller_of_promise_and_file(tmp_path, shape, packed)
     finally:
         tracemalloc.stop()
     assert peak_bytes < 3_000_000
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
 
 
 def edits(data):

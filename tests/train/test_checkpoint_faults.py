@@ -114,12 +114,12 @@ def faults():
         text = (
             path.read_text().partition("\n")[2].rstrip("\n").replace('"version": 1', '"version": 2')
         )
-        path.write_text(f"{manifest._sha256(text.encode())}\n{text}\n")
+        path.write_text(f"{manifest._hash_bytes(text.encode())}\n{text}\n")
         return "needs version 1 for this txcore, got 2: use another checkpoint"
 
     def not_json(folder):
         path = folder / manifest.NAME
-        path.write_text(f"{manifest._sha256(b'[' * 100_000)}\n{'[' * 100_000}\n")
+        path.write_text(f"{manifest._hash_bytes(b'[' * 100_000)}\n{'[' * 100_000}\n")
         return "needs at most 16 levels of brackets, got more: use another checkpoint"
 
     def empty_folder(folder):

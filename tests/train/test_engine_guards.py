@@ -254,7 +254,7 @@ CALLS = [
     (
         lambda: toys.engine(2, precision="float8"),
         ValueError,
-        "precision must be one of 'float32', 'bfloat16', 'float16', got 'float8'",
+        "precision needs to be one of 'float32', 'bfloat16', 'float16', got 'float8'",
     ),
     (
         lambda: toys.engine(2, seed=-1),
@@ -334,7 +334,7 @@ CALLS = [
     (
         lambda: toys.engine(2, precision=jnp.bfloat16),
         ValueError,
-        "precision must be one of 'float32', 'bfloat16', 'float16', got <class",
+        "precision needs to be one of 'float32', 'bfloat16', 'float16', got <class",
     ),
     (
         lambda: tx.MeshSpec(devices=[jax.devices()[0]] * 2),

@@ -13,7 +13,7 @@ from txcore.train.checkpoints.manifest import (
     CheckpointError,
     Leaf,
     Position,
-    _sha256,
+    _hash_bytes,
     describe_difference,
     read_manifest,
     verify_files,
@@ -32,7 +32,7 @@ WHOLE: dict[str, Any] = {
 
 
 def save(folder, text):
-    (folder / NAME).write_text(f"{_sha256(text.encode())}\n{text}\n")
+    (folder / NAME).write_text(f"{_hash_bytes(text.encode())}\n{text}\n")
 
 
 def changed(**changes):

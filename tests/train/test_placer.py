@@ -57,7 +57,7 @@ def test_a_batch_of_the_host_and_one_of_the_mesh_run_one_program():
 
 
 def test_fit_places_each_leaf_once_and_walks_the_state_once(monkeypatch):
-    placed = counted(monkeypatch, placer, "_place")
+    placed = counted(monkeypatch, placer, "_place_leaf")
     walked = counted(monkeypatch, placing, "place")
     engine = toys.engine(2)
     engine.fit(toys.train_step, engine.create_state(toys.params()), [toys.batch()] * 5, epochs=1)

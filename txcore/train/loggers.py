@@ -80,14 +80,14 @@ class Basic:
             return
         text = format_line(record, self._last, self._unit)
         if terminal:
-            text = "\r\033[K" + ("" if due else _bar(record)) + text
+            text = "\r\033[K" + ("" if due else _draw_bar(record)) + text
         stream.write(text + ("\n" if due else ""))
         stream.flush()
         if due:
             self._last = None if record.kind == "end" else record
 
 
-def _bar(record: Record, width: int = 20) -> str:
+def _draw_bar(record: Record, width: int = 20) -> str:
     if record.total_steps is None:
         return ""
     filled = width * record.step // max(record.total_steps, 1)
@@ -100,11 +100,11 @@ def format_line(record: Record, since: Record | None, unit: str) -> str:
     parts = [f"{record.kind:<4} {record.step:>5}{total}"]
     if record.total_steps:
         parts.append(f"{100 * record.step / record.total_steps:5.1f}%")
-    parts += [f"{key} {_number(value)}" for key, value in record.metrics.items()]
+    parts += [f"{key} {_format_number(value)}" for key, value in record.metrics.items()]
     if record.kind == "end":
         since = None
     if record.kind != "eval":
-        parts.append(_pace(record, since, unit))
+        parts.append(_format_pace(record, since, unit))
     if record.kind == "step" and record.eta_s is not None:
         parts.append(f"ETA {int(record.eta_s) // 60}:{int(record.eta_s) % 60:02d}")
     if record.kind == "end":
@@ -112,7 +112,7 @@ def format_line(record: Record, since: Record | None, unit: str) -> str:
     return "  ".join(parts)
 
 
-def _pace(record: Record, since: Record | None, unit: str) -> str:
+def _format_pace(record: Record, since: Record | None, unit: str) -> str:
     before = record.since
     if since is not None and since.since == record.since:  # else it is of another fit
         before = since.step, since.seconds, since.examples
@@ -121,7 +121,7 @@ def _pace(record: Record, since: Record | None, unit: str) -> str:
     return f"{1e3 * seconds / max(steps, 1):6.1f} ms {rate:8,.0f} {unit}/s"
 
 
-def _number(value: Any) -> str:
+def _format_number(value: Any) -> str:
     """Return a metric in at least three digits: 0.2500, and 3e-5 as such."""
     if not isinstance(value, float):
         return str(value)
@@ -155,13 +155,13 @@ class JSONL:
         """Append the record."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(_finite(asdict(record))) + "\n")
+            file.write(json.dumps(_make_finite(asdict(record))) + "\n")
 
 
-def _finite(value: Any) -> Any:
+def _make_finite(value: Any) -> Any:
     """Return `value` with null for NaN and infinities, which JSON does not have."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: _make_finite(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_finite(item) for item in value]
+        return [_make_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -54,7 +54,7 @@ class Options:
         seed = whole_number(self.seed)
         if seed is None or not 0 <= seed < 2**32:
             raise ValueError(f"Engine needs seed= an int from 0 to 2**32 - 1, got {self.seed}")
-        nonfinite.validate(self.on_nonfinite)
+        nonfinite.check_policy(self.on_nonfinite)
         self.plan.validate(self.mesh)
         if callable(self.loggers):
             raise TypeError("Engine needs loggers= a list of loggers, got one: write [logger]")

@@ -43,7 +43,7 @@ class Feed:
         size = len(data.train_labels) if train_size is None else train_size
         if not 1 <= size <= len(data.train_labels):
             raise ValueError(
-                f"--train-size must be from 1 to {len(data.train_labels)}, got {train_size}"
+                f"--train-size needs a number from 1 to {len(data.train_labels)}, got {train_size}"
             )
         if batch_size < 1 or batch_size % device_count:
             raise ValueError(

@@ -369,9 +369,9 @@ def test_100_000_lines_take_a_few_seconds():
             lines.append(f"  %r.{i} = (f32[8,4], bf16[6]) all-reduce(%x, %y), {REPLICAS}, "
                          'metadata={op_name="jit(f)/psum" stack_frame_id=2}')  # fmt: skip
     text = module("\n".join(lines), before=TABLES + "1 {file_location_id=2 parent_frame_id=1}\n")
-    start = time.perf_counter()
+    start = time.process_time()
     assert len(find_collectives(text)) == 2000
-    assert time.perf_counter() - start < 60  # quadratic work takes longer
+    assert time.process_time() - start < 60  # quadratic work takes longer
 
 
 def test_damaged_text_neither_crashes_nor_hides_the_collective():

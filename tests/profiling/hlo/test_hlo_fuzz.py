@@ -132,9 +132,9 @@ def damaged_modules(draw):
 @given(damaged_modules())
 def test_a_damaged_module_hides_no_collective(module):
     known = [op for op in find_collectives(module.before) if op.kind != "custom-call"]
-    start = time.perf_counter()
+    start = time.process_time()
     ops = find_collectives(module.after)
-    assert time.perf_counter() - start < SECONDS
+    assert time.process_time() - start < SECONDS
     found = [op for op in ops if op.kind != "custom-call"]
     assert len(found) >= len(known) - module.gone, module.changed
     assert all(op.problem for op in ops if op.kind == "unknown")
@@ -150,7 +150,7 @@ def test_any_text_can_be_read(text):
 @pytest.mark.parametrize("character", list('(){}[]"\\=,%'))
 def test_a_long_run_of_any_character_takes_linear_time(character):
     line = f"  %r = f32[8] all-reduce(%x), metadata={{op_name={character * 100_000}"
-    start = time.perf_counter()
+    start = time.process_time()
     (op,) = find_collectives(f"HloModule m\nENTRY %e {{\n{line}\n}}\n")
     assert op.kind == "unknown"
-    assert time.perf_counter() - start < SECONDS
+    assert time.process_time() - start < SECONDS

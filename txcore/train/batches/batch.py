@@ -24,13 +24,13 @@ def examples(batch: Any, plan: Plan) -> tuple[int, Any]:
     dataclass.
     """
     leaves = leaves_of(batch)
-    rows, mask = _rows(leaves, plan), _mask(leaves)
+    rows, mask = _count_rows(leaves, plan), _read_mask(leaves)
     return (rows[0][1] if rows else 1), None if np.ndim(mask) != 1 else mask
 
 
 def mask_of(batch: Any) -> Any:
     """Return the leaf "mask" at the top of a batch, of any shape, or None."""
-    return _mask(leaves_of(batch))
+    return _read_mask(leaves_of(batch))
 
 
 def leaves_of(batch: Any) -> Leaves:
@@ -38,11 +38,11 @@ def leaves_of(batch: Any) -> Leaves:
     return jax.tree_util.tree_flatten_with_path(batch)[0]
 
 
-def _mask(leaves: Leaves) -> Any:
+def _read_mask(leaves: Leaves) -> Any:
     return next((leaf for path, leaf in leaves if top_key(path) == "mask"), None)
 
 
-def _rows(leaves: Leaves, plan: Plan) -> list[tuple[Any, int]]:
+def _count_rows(leaves: Leaves, plan: Plan) -> list[tuple[Any, int]]:
     """Return path and leading size of each leaf that holds examples; refuse what has none."""
     found = []
     for path, leaf in leaves:
@@ -68,7 +68,7 @@ def _holds_examples(key: str, plan: Plan) -> bool:
     return bool(plan.data_axes) and bool(spec) and set(entry_axes(spec[0])) == set(plan.data_axes)
 
 
-def _declared(path: Any) -> str:
+def _explain_sharing(path: Any) -> str:
     """Return what to write of a leaf that all examples share."""
     key = top_key(path)
     if key:
@@ -82,7 +82,7 @@ def check_rows(leaves: Leaves, plan: Plan) -> list[tuple[Any, int]]:
     Raises:
       ValueError: naming the leaf, and how the plan says that all examples share it.
     """
-    rows = _rows(leaves, plan)
+    rows = _count_rows(leaves, plan)
     if not rows:
         return []
     most = rows[0][1]
@@ -94,7 +94,7 @@ def check_rows(leaves: Leaves, plan: Plan) -> list[tuple[Any, int]]:
         raise ValueError(
             f"{name_leaf(path)} has {odd} rows, but {like} has {most}: all leaves of a batch "
             "need one row for each example. What all examples share (class weights) is "
-            f"declared, {_declared(path)}"
+            f"declared, {_explain_sharing(path)}"
         )
     if most == 0:
         raise ValueError(f"{name_leaf(rows[0][0])} has no rows: a batch needs at least one example")
@@ -187,9 +187,11 @@ def count_parts(sharding: NamedSharding) -> int:
     axes = entry_axes(sharding.spec[0])
     size = math.prod(sharding.mesh.shape[a] for a in axes)
     rows = NamedSharding(sharding.mesh, PartitionSpec(axes)).devices_indices_map((size,))
-    here = {index for device, index in _starts(rows) if device in sharding.addressable_devices}
+    here = {
+        index for device, index in _shard_starts(rows) if device in sharding.addressable_devices
+    }
     return size // max(len(here), 1)
 
 
-def _starts(rows: Mapping[jax.Device, Any]) -> list[tuple[jax.Device, int]]:
+def _shard_starts(rows: Mapping[jax.Device, Any]) -> list[tuple[jax.Device, int]]:
     return [(device, index[0].start or 0) for device, index in rows.items()]

@@ -77,7 +77,7 @@ class Placer:
         leaves, treedef, found = self._look_up(batch)
         share = 1.0 if found.mask is None else share_of_real(leaves[found.mask], self._plan)
         if not found.there:
-            leaves = list(map(_place, leaves, found.shardings, found.paths))
+            leaves = list(map(_place_leaf, leaves, found.shardings, found.paths))
             batch = jax.tree.unflatten(treedef, leaves)
         if found.form is None:
             form = treedef, tuple((x.shape, x.dtype) for x in leaves)
@@ -115,7 +115,7 @@ class Placer:
         mask = next((i for i, path in enumerate(paths) if top_key(path) == "mask"), None)
         if mask is not None and isinstance(leaves[mask][1], jax.Array):
             mask = None
-        there = all(_lies(x, s) for (_, x), s in zip(leaves, shardings, strict=True))
+        there = all(_is_placed(x, s) for (_, x), s in zip(leaves, shardings, strict=True))
         parts = 1 if first is None else count_parts(shardings[first])
         count = (rows[0][1] if rows else 1) * parts
         return _Structure(paths, shardings, there, count, first, mask)
@@ -141,7 +141,7 @@ def shard_batch(batch: Any, mesh: MeshSpec, plan: Plan) -> Any:
     return Placer(mesh, plan).place(batch).tree
 
 
-def _lies(leaf: Any, sharding: NamedSharding) -> bool:
+def _is_placed(leaf: Any, sharding: NamedSharding) -> bool:
     """Tell whether a leaf is an array that lies where it is to lie."""
     return (
         isinstance(leaf, jax.Array)
@@ -150,8 +150,8 @@ def _lies(leaf: Any, sharding: NamedSharding) -> bool:
     )
 
 
-def _place(leaf: Any, sharding: NamedSharding, path: Any) -> jax.Array:
-    if _lies(leaf, sharding):
+def _place_leaf(leaf: Any, sharding: NamedSharding, path: Any) -> jax.Array:
+    if _is_placed(leaf, sharding):
         return leaf
     # A copy, since on CPU jax would use the caller's memory itself while steps are under way.
     host = in_native_order(np.array(leaf))

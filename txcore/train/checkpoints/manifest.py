@@ -141,7 +141,7 @@ def _write_file(path: Path, manifest: Manifest) -> None:
     """Write a manifest, or refuse one that `read_manifest` would refuse for its length."""
     body = asdict(manifest)
     text = json.dumps({"format": FORMAT, "version": VERSION, **body}, indent=1)
-    data = f"{_sha256(text.encode())}\n{text}\n".encode()
+    data = f"{_hash_bytes(text.encode())}\n{text}\n".encode()
     if len(data) > MOST_BYTES:
         raise CheckpointError(
             f"{path.name} needs at most {MOST_BYTES} bytes, got {len(data)} for "
@@ -177,7 +177,7 @@ def read_manifest(folder: Path, *, max_bytes: int = MOST_BYTES) -> Manifest:
             "wrote; use another checkpoint"
         )
     digest, _, text = data.rstrip(b"\n").partition(b"\n")
-    if digest.decode("ascii", "replace") != _sha256(text):
+    if digest.decode("ascii", "replace") != _hash_bytes(text):
         raise CheckpointError(f"{path} is damaged: its first line is not its SHA-256")
     try:
         manifest = _parse_manifest(
@@ -301,7 +301,7 @@ def describe_difference(saved: tuple[Leaf, ...], own: tuple[Leaf, ...]) -> str |
     return printable("; ".join(texts)) or None
 
 
-def _sha256(data: bytes) -> str:
+def _hash_bytes(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 

@@ -84,7 +84,7 @@ def check_rest(made: int, total: int) -> None:
             f"fit is to make steps={total} in all, and the state has made {made} already: {more}"
         )
     if made == total:
-        warn("fit has no step to make: of steps=%d the state has made all: %s", total, more)
+        warn_user("fit has no step to make: of steps=%d the state has made all: %s", total, more)
 
 
 def check_count(option: str, value: Any) -> int | None:
@@ -106,7 +106,7 @@ def check_length(checkpoints: Checkpoints, position: Position, total: int | None
         )
 
 
-def warn(text: str, *values: Any) -> None:
+def warn_user(text: str, *values: Any) -> None:
     """Log a warning on rank 0."""
     if jax.process_index() == 0:
         _LOG.warning("txcore: " + text, *values)

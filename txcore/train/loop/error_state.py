@@ -30,11 +30,11 @@ def give_state(error: BaseException, state: Any, saved: str | None) -> None:
     own = inspect.getattr_static(error, "state", None)
     taken = own is not None and not isinstance(own, TrainState)
     alive = is_alive(state)
-    _set(error, "train_state" if taken else "state", state if alive else None)
+    _set_state(error, "train_state" if taken else "state", state if alive else None)
     if taken:
-        _note(error, _TAKEN)
+        _add_note(error, _TAKEN)
     if not alive:
-        _note(error, f"{_NONE_LEFT}. {saved}" if saved else _NONE_LEFT)
+        _add_note(error, f"{_NONE_LEFT}. {saved}" if saved else _NONE_LEFT)
 
 
 def is_alive(state: TrainState) -> bool:
@@ -49,10 +49,10 @@ def is_alive(state: TrainState) -> bool:
     return True
 
 
-def _set(error: BaseException, name: str, value: Any) -> None:
+def _set_state(error: BaseException, name: str, value: Any) -> None:
     BaseException.__setattr__(error, name, value)  # a frozen dataclass refuses its own
 
 
-def _note(error: BaseException, text: str) -> None:
+def _add_note(error: BaseException, text: str) -> None:
     if text not in (notes := list(getattr(error, "__notes__", ()))):
-        _set(error, "__notes__", [*notes, text])
+        _set_state(error, "__notes__", [*notes, text])

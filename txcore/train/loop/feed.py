@@ -13,7 +13,7 @@ from txcore.train.loop.arguments import Length
 Data = Iterable[Any] | Callable[[int], Iterable[Any]]
 
 
-def batches(
+def read_batches(
     data: Data,
     length: Length,
     at: Position,
@@ -28,7 +28,7 @@ def batches(
     last = math.inf if steps is None else steps
     while (epochs is None or at.epoch < epochs) and at.steps < last:
         before = at
-        for host in _rest(data(at.epoch) if callable(data) else data, at, rows_of):
+        for host in _skip_done(data(at.epoch) if callable(data) else data, at, rows_of):
             if at.steps >= last:
                 return
             batch = place(host)
@@ -44,7 +44,7 @@ def batches(
         at = replace(at, epoch=at.epoch + 1, batch=0, rows=0)
 
 
-def _rest(data: Iterable[Any], at: Position, rows_of: Callable[[Any], int]) -> Iterator[Any]:
+def _skip_done(data: Iterable[Any], at: Position, rows_of: Callable[[Any], int]) -> Iterator[Any]:
     """Return an iterator over the batches of an epoch that are not done; the others are read."""
     iterator = iter(data)
     dropped = [rows_of(batch) for batch in itertools.islice(iterator, at.batch)]

@@ -21,10 +21,10 @@ from txcore.train.loop.arguments import (
     check_length,
     check_rest,
     steps_made,
-    warn,
+    warn_user,
 )
 from txcore.train.loop.error_state import give_state, is_alive
-from txcore.train.loop.feed import Data, batches
+from txcore.train.loop.feed import Data, read_batches
 from txcore.train.loop.interrupt import Interrupt, interrupts
 from txcore.train.loop.progress import Progress, to_host
 from txcore.train.numerics import nonfinite
@@ -91,7 +91,9 @@ def train(
             begun = True
             if run.compare_every:
                 run.compare_copies()
-            for after, batch in batches(data, length, run.position, run.place, run.runner.rows):
+            for after, batch in read_batches(
+                data, length, run.position, run.place, run.runner.rows
+            ):
                 if interrupt.due(run.position.steps):
                     break
                 run.make(batch, after, interrupt)
@@ -151,7 +153,7 @@ class Run:
             check_length(self.checkpoints, self.position, total)
             if self.position.steps < made:
                 told = "the checkpoint is after %d steps, and the state given to fit after %d: "
-                warn(told + "it goes on from the checkpoint", self.position.steps, made)
+                warn_user(told + "it goes on from the checkpoint", self.position.steps, made)
         elif total is not None and made:
             check_rest(made, total)
         self.progress = Progress(self.runner, loggers, total, self.position, self._check)
@@ -160,7 +162,7 @@ class Run:
         self.equal: int | None = None  # after so many steps all copies were
 
     def _check(self, done: int, metrics: Metrics) -> None:
-        nonfinite.check(done, metrics, self.state, self.runner.options.on_nonfinite)
+        nonfinite.check_loss(done, metrics, self.state, self.runner.options.on_nonfinite)
 
     def place(self, host: Any) -> Placed:
         """Return a batch on the mesh."""
@@ -259,7 +261,7 @@ class Run:
         """Say that the last steps are not in the parameters yet, in the middle of a round."""
         begun = steps_begun(self.runner.options, self.state)
         if begun:
-            warn(
+            warn_user(
                 "fit ends %d steps after the last average of the parameters (DP(sync_every=)): "
                 "engine.end_round(state) averages them now",
                 begun,
@@ -269,4 +271,4 @@ class Run:
         """Say by which signal the run stopped, and what is left of it."""
         kept = "; nothing is saved without checkpoints= (the exception has the state)"
         kept = ", all saved" if self.checkpoints else kept
-        warn("%s: stopped after %d steps%s", name, self.position.steps, kept)
+        warn_user("%s: stopped after %d steps%s", name, self.position.steps, kept)

@@ -25,13 +25,13 @@ _ADVICE = (
 _LOG = logging.getLogger("txcore")
 
 
-def validate(policy: Any) -> None:
+def check_policy(policy: Any) -> None:
     """Refuse what is no policy."""
     if policy not in get_args(Policy):
         raise ValueError(f"Engine needs on_nonfinite= 'stop', 'skip' or 'ignore', got {policy!r}")
 
 
-def check(steps: int, metrics: dict[str, Any], state: TrainState, policy: Policy) -> None:
+def check_loss(steps: int, metrics: dict[str, Any], state: TrainState, policy: Policy) -> None:
     """Look at the loss of a finished step.
 
     Args:
@@ -52,7 +52,7 @@ def check(steps: int, metrics: dict[str, Any], state: TrainState, policy: Policy
         _LOG.warning("txcore: the loss of step %d is %s; %s", steps, loss, skipped(state))
         return
     raise FloatingPointError(
-        f"the loss of step {steps} is {loss}. {lowest}{_where(state)}. {_ADVICE}"
+        f"the loss of step {steps} is {loss}. {lowest}{_describe_place(state)}. {_ADVICE}"
     )
 
 
@@ -69,7 +69,7 @@ def check_parameters(steps: int, state: TrainState, policy: Policy) -> None:
     """
     if policy != "ignore" and _any_nonfinite(jax.tree.leaves(state.stored_params)):
         raise FloatingPointError(
-            f"the parameters of step {steps} are not saved. {_where(state)}. {_ADVICE}"
+            f"the parameters of step {steps} are not saved. {_describe_place(state)}. {_ADVICE}"
         )
 
 
@@ -146,7 +146,7 @@ def bad_parameters(state: TrainState) -> list[str]:
     return found
 
 
-def _where(state: TrainState) -> str:
+def _describe_place(state: TrainState) -> str:
     found = bad_parameters(state)
     if not found:
         leaves = jax.tree.leaves(state.stored_params)

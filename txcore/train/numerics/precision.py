@@ -45,7 +45,7 @@ class Precision:
     def __post_init__(self) -> None:
         if not isinstance(self.compute, str) or self.compute not in POLICIES:
             names = ", ".join(map(repr, POLICIES))
-            raise ValueError(f"precision must be one of {names}, got {self.compute!r}")
+            raise ValueError(f"precision needs to be one of {names}, got {self.compute!r}")
         if self.compute != "float16" and self.loss_scale is not None:
             raise ValueError(
                 f"Precision({self.compute!r}) keeps no loss scale, since it has the exponents of "
