@@ -109,14 +109,13 @@ class Runner:
         turn = take_turn(self.inputs, self.schedule, row)
         is_last = turn.stage == self.schedule.stages * self.schedule.chunks - 1
         program, ends = self.program, self.inputs.ends
-        received = read_slot(carry["activations"], row.activations)
         sums = {name: carry[name] for name in ("ends", "means")}
 
         def run() -> Carry:
             x = self.stages.run_if(
                 turn.stage == 0,
                 lambda: self.stages.first(ends, turn.microbatch),
-                lambda: received,
+                lambda: read_slot(carry["activations"], row.activations),
             )
             given = {"chunk": turn.chunk, "microbatch": turn.microbatch, "stage": turn.stage}
             env = program.bind(**given, x=x)
@@ -125,14 +124,14 @@ class Runner:
             loss = self.stages.run_if(
                 is_last, lambda: self._take_loss(y, turn, sums), lambda: {"dy": y, **sums}
             )
-            return {"activation": y, "stash": [env[v] for v in program.stash], **loss}
+            stash = write_slot(carry["stash"], row.stash, [env[v] for v in program.stash])
+            return {"activation": y, "stash": stash, **loss}
 
         def wait() -> Carry:
-            stash = jax.tree.map(lambda b: jnp.zeros_like(b[0]), carry["stash"])
-            return {"activation": carry["activation"], "stash": stash, "dy": self.stages.x, **sums}
+            kept = {name: carry[name] for name in ("activation", "stash")}
+            return {"dy": self.stages.x, **kept, **sums}
 
-        made = self.stages.run_if(turn.is_mine, run, wait)
-        made["stash"] = write_slot(carry["stash"], row.stash, made["stash"])
+        made = self.stages.run_if(turn.is_mine, run, wait, buffers=("stash",))
         slot = jnp.where(turn.is_mine & is_last, row.cotangents, -1)
         made["cotangents"] = write_slot(carry["cotangents"], slot, made.pop("dy"))
         return made
@@ -153,17 +152,17 @@ class Runner:
     def _backward(self, carry: Carry, row: Row) -> Carry:
         turn = take_turn(self.inputs, self.schedule, row)
         program, ends = self.program, carry["ends"]
-        dy = read_slot(carry["cotangents"], row.cotangents)
-        stash = read_slot(carry["stash"], row.stash)
 
         def run() -> Carry:
+            dy = read_slot(carry["cotangents"], row.cotangents)
+            stash = read_slot(carry["stash"], row.stash)
             given = {"chunk": turn.chunk, "microbatch": turn.microbatch, "stage": turn.stage}
             env = program.bind(**given, dy=dy) | dict(zip(program.stash, stash, strict=True))
             program.passes["B"].run(env)
             dx = program.read(env, "dx")
             return {
                 "cotangent": dx,
-                "held": [env[v] for v in program.held],
+                "held": write_slot(carry["held"], row.held, [env[v] for v in program.held]),
                 "blocks": self._add_gradient(carry["blocks"], row, env, late=False),
                 "ends": self.stages.run_if(
                     turn.stage == 0, lambda: self._pull_first(ends, dx, turn), lambda: ends
@@ -171,12 +170,9 @@ class Runner:
             }
 
         def wait() -> Carry:
-            kept = {name: carry[name] for name in ("cotangent", "blocks", "ends")}
-            return {"held": jax.tree.map(lambda b: jnp.zeros_like(b[0]), carry["held"]), **kept}
+            return {name: carry[name] for name in ("cotangent", "held", "blocks", "ends")}
 
-        made = self.stages.run_if(turn.is_mine, run, wait)
-        made["held"] = write_slot(carry["held"], row.held, made["held"])
-        return made
+        return self.stages.run_if(turn.is_mine, run, wait, buffers=("held",))
 
     def _pull_first(self, ends: Any, dx: Any, turn: Turn) -> Any:
         """Add the gradient of the first function, which is computed anew: it is a look-up."""
@@ -186,9 +182,9 @@ class Runner:
     def _weight(self, carry: Carry, row: Row) -> Carry:
         turn = take_turn(self.inputs, self.schedule, row)
         program = self.program
-        kept = [*read_slot(carry["stash"], row.stash), *read_slot(carry["held"], row.held)]
 
         def run() -> Any:
+            kept = [*read_slot(carry["stash"], row.stash), *read_slot(carry["held"], row.held)]
             given = {"chunk": turn.chunk, "microbatch": turn.microbatch, "stage": turn.stage}
             names = (*program.stash, *program.held)
             env = program.bind(**given) | dict(zip(names, kept, strict=True))

@@ -42,12 +42,24 @@ class Stages:
     means: Any
     skips: bool
 
-    def run_if(self, turn: Any, run: Function, otherwise: Function) -> Any:
-        """Return `run()` where it is this device's turn, else `otherwise()` of the same type."""
+    def run_if(
+        self, turn: Any, run: Function, otherwise: Function, buffers: tuple[str, ...] = ()
+    ) -> Any:
+        """Return `run()` where it is this device's turn, else `otherwise()` of the same type.
+
+        Args:
+          turn: bool scalar.
+          run: without arguments.
+          otherwise: without arguments.
+          buffers: keys of what `run` returns unchanged where it is not the device's turn.
+        """
         if self.skips:
             return lax.cond(turn, run, otherwise)
+        made, kept = run(), otherwise()
         # Not a product: what a stage makes of zeros may be NaN, and 0 * NaN is NaN.
-        return jax.tree.map(lambda new, old: jnp.where(turn, new, old), run(), otherwise())
+        chosen = jax.tree.map(lambda new, old: jnp.where(turn, new, old), made, kept)
+        # To choose between whole buffers would copy them.
+        return {**chosen, **{name: made[name] for name in buffers}} if buffers else chosen
 
 
 def prepare_stages(
