@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 from txcore.kept import start_all
 from txcore.layout import axes_of
 from txcore.mesh import MeshSpec
+from txcore.optim import Optimizer
 from txcore.train.numerics import loss_scale
 from txcore.train.options import Options
 from txcore.train.replicas import agreement, digests
@@ -46,7 +47,7 @@ def create_arrays(
         scaling = 1.0
     kept = options.plan.kept(params, options.mesh, options.optimizer)
     is_local = options.plan.rounds(options.mesh) is not None  # then each device keeps its own
-    opt_state = {} if is_local else options.optimizer.init(params)
+    opt_state = {} if is_local else _init_on_host(options.optimizer, params)
     arrays = {
         "step": np.zeros((), np.int32),
         "stored_params": params,
@@ -67,6 +68,16 @@ def create_arrays(
     given = _describe_split(arrays, specs) if options.spans_processes else []
     placed = jax.tree.map(lambda leaf, spec: place_leaf(leaf, options.mesh, spec), arrays, specs)
     return placed, given
+
+
+def _init_on_host(optimizer: Optimizer, params: Any) -> Any:
+    """Return an optimizer's first state, all of it in the host's memory: no device has room."""
+    try:
+        host = jax.local_devices(backend="cpu")[0]
+    except RuntimeError:  # the program has started other platforms alone
+        return optimizer.init(params)
+    with jax.default_device(host):
+        return optimizer.init(params)
 
 
 def _describe_split(arrays: dict[str, Any], specs: dict[str, Any]) -> list[str]:

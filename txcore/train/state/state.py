@@ -329,9 +329,10 @@ class TrainState:
         per_example = optimizer.per_example
         grads = check_gradients(grads, self.stored_params, scope, per_example=per_example)
         if scope.rounds is None:
-            params = zero.parts_to_update(self.stored_params, scope.layouts)
-            params, opt_state = optimizer.update(grads, self.opt_state, params, step=self.step)
-            params = zero.as_stored(params, scope.layouts)
+            params, opt_state = zero.update(
+                *(optimizer, grads, self.opt_state, self.stored_params, scope.layouts),
+                step=self.step,
+            )
             changed = {"stored_params": params, "opt_state": opt_state}
         else:
             kept = self.comm_state[local_sgd.KEY]
