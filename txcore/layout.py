@@ -106,6 +106,11 @@ def drop_axes(spec: P, axes: frozenset[str]) -> P:
     return P(*map(kept, spec))
 
 
+def gradient_specs(layouts: Any) -> Any:
+    """Return how the gradients of a tree of layouts arrive."""
+    return jax.tree.map(lambda layout: layout.gradient, layouts)
+
+
 def split_axes(layouts: Any) -> tuple[str, ...]:
     """Return the axes over which the gradient of any leaf is split, each once, sorted."""
     return tuple(sorted({axis for one in jax.tree.leaves(layouts) for axis in one.norm_axes}))

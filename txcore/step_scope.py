@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import PartitionSpec as P
 
 from txcore.layout import axes_of
 
@@ -75,8 +76,8 @@ def left_out_axes() -> frozenset[str]:
     return scope.left_out if scope is not None else frozenset()
 
 
-def split_axes_like(tree: Any) -> list[tuple[str, ...]] | None:
-    """Return the axes over which each leaf of a tree like the parameters is split; else None.
+def specs_like(tree: Any) -> list[P] | None:
+    """Return how each leaf of a tree like the parameters lies on the mesh; else None.
 
     It is like them if its leaves have the paths and shapes of parameters as this device computes
     with them, or of their gradients as they arrive at the optimizer, with or without more dims in
@@ -96,12 +97,18 @@ def split_axes_like(tree: Any) -> list[tuple[str, ...]] | None:
         layout, whole, part = known[path]
         shape = np.shape(leaf)
         if _ends_in(shape, part):
-            found.append(layout.norm_axes)
+            found.append(layout.gradient)
         elif _ends_in(shape, whole):
-            found.append(tuple(sorted(axes_of(layout.view))))
+            found.append(layout.view)
         else:
             return None
     return found
+
+
+def split_axes_like(tree: Any) -> list[tuple[str, ...]] | None:
+    """Return the axes over which each leaf is split, sorted, of a tree that `specs_like` knows."""
+    specs = specs_like(tree)
+    return None if specs is None else [tuple(sorted(axes_of(spec))) for spec in specs]
 
 
 def _ends_in(shape: tuple[int, ...], tail: tuple[int, ...]) -> bool:

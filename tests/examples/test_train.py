@@ -293,3 +293,14 @@ def test_minimal_dp_is_run():
     )
     assert re.search(r"^w = 2\.\d+, loss", done.stdout)
     assert "proved: 1 collective, 8 B payload a call" in done.stdout
+
+
+def test_zero_mlp_is_run():
+    script = ROOT / "examples" / "zero_mlp.py"
+    done = subprocess.run(
+        [sys.executable, "-W", "error", script], capture_output=True, text=True, check=True
+    )
+    losses = re.findall(r"^shard=\w+: loss (\S+); a device holds (\S+) MB", done.stdout, re.M)
+    assert [held for _, held in losses] == ["1.58", "1.58", "1.58", "0.39"]
+    assert len({loss for loss, _ in losses}) == 1
+    assert done.stdout.count("proved: ") == 4

@@ -10,6 +10,7 @@ from txcore.optim.clipping import global_norm as global_norm
 from txcore.optim.from_optax import as_optimizer as as_optimizer
 from txcore.optim.from_optax import from_optax as from_optax
 from txcore.optim.groups import groups as groups
+from txcore.optim.muon import muon as muon
 from txcore.optim.optimizer import Optimizer as Optimizer
 from txcore.optim.schedules import Schedule as Schedule
 from txcore.optim.schedules import constant as constant

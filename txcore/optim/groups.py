@@ -8,7 +8,7 @@ from jax.typing import ArrayLike
 
 from txcore.optim import clipping
 from txcore.optim.from_optax import as_optimizer
-from txcore.optim.optimizer import Optimizer, check_like_params
+from txcore.optim.optimizer import Exchange, Optimizer, check_like_params
 from txcore.path_rules import leaf_names, match_rules, shorten_names
 from txcore.trees import Grads, OptState, Params, PyTree
 
@@ -81,12 +81,22 @@ def groups(by_rule: Mapping[str, Any], *, clip_norm: float | None = None) -> Opt
         leaves = [next(taken[rule]) for rule in chosen]
         return jax.tree.unflatten(jax.tree.structure(params), leaves), new_state
 
+    def exchanges(params: Params, specs: Any, sizes: Mapping[str, int]) -> list[Exchange]:
+        found: list[Exchange] = []
+        chosen = _match_groups(optimizers, params)
+        for rule, optimizer in optimizers.items():
+            if optimizer.exchanges is not None:
+                own = [_select_group(tree, chosen, rule) for tree in (params, specs)]
+                found += optimizer.exchanges(own[0], own[1], sizes)
+        return found
+
     text = ", ".join(f"{rule!r}: {optimizer!r}" for rule, optimizer in optimizers.items())
     return Optimizer(
         init,
         update,
         per_example,
         handles_shards=all(optimizer.handles_shards for optimizer in optimizers.values()),
+        exchanges=exchanges if any(one.exchanges for one in optimizers.values()) else None,
         clips=clip_norm is not None or any(optimizer.clips for optimizer in optimizers.values()),
         text=f"groups({{{text}}})",
     )

@@ -1,6 +1,6 @@
 """What an optimizer is, and how one goes over the leaves of a tree."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -17,6 +17,25 @@ from txcore.step_scope import current_scope, split_axes_like
 from txcore.trees import Grads, OptState, Params, PyTree
 
 LeafUpdates = Sequence[Callable[..., tuple[jax.Array, ...]]]
+
+
+class Exchange(NamedTuple):
+    """State what an optimizer sends by one collective.
+
+    Attributes:
+      kind: HLO's name ("all-gather").
+      axes: the mesh axes.
+      dtype: jax's name of the dtype.
+      elements: as they enter into S of nccl-tests.
+    """
+
+    kind: str
+    axes: tuple[str, ...]
+    dtype: str
+    elements: int
+
+
+Exchanges = Callable[[PyTree, PyTree, Mapping[str, int]], list[Exchange]]
 
 
 @dataclass(frozen=True)
@@ -36,6 +55,8 @@ class Optimizer:
         element's update depends on that element alone, or on `tx.optim.global_norm` of the
         gradients.
       clips: whether it takes that norm, which sums the squares of the parts over devices.
+      exchanges: what else it sends in a step: (shapes, PartitionSpecs, sizes of the mesh's axes) ->
+        an `Exchange` for each collective. None: nothing.
       text: the call that made it ("sgd(0.02, momentum=0.9)"), for people to read.
 
     Example:
@@ -53,6 +74,7 @@ class Optimizer:
     per_example: bool = False
     handles_shards: bool = False
     clips: bool = False
+    exchanges: Exchanges | None = None
     text: str = field(default="", compare=False)
 
     def __repr__(self) -> str:

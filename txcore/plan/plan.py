@@ -9,9 +9,10 @@ import jax
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from txcore.layout import Layout, axes_of, drop_axes, split_axes
+from txcore.layout import Layout, axes_of, drop_axes, gradient_specs, split_axes
 from txcore.mesh import MeshSpec
 from txcore.optim import Optimizer
+from txcore.optim.optimizer import Exchanges
 from txcore.parallel import local_sgd
 from txcore.parallel.gradients import delayed
 from txcore.parallel.gradients.buckets import BucketLayout
@@ -22,6 +23,7 @@ from txcore.parallel.predicted import Predicted
 from txcore.plan.data_parallel import DP
 from txcore.plan.predict import predict_adasum, predict_average, predict_norms
 from txcore.plan.predict_buckets import choose_exchange, predict_exchange
+from txcore.plan.predict_shards import predict_optimizer
 from txcore.plan.rules import check_rules, stored_specs
 from txcore.plan.shards import shard_spec
 from txcore.printing import format_call
@@ -218,7 +220,13 @@ class Plan:
         return kept or None
 
     def predict(
-        self, params: Any, mesh: MeshSpec, *, clips: bool = False, skips: bool = False
+        self,
+        params: Any,
+        mesh: MeshSpec,
+        *,
+        clips: bool = False,
+        skips: bool = False,
+        exchanges: Exchanges | None = None,
     ) -> tuple[Predicted, ...]:
         """Predict what the plan itself makes a training step communicate.
 
@@ -232,6 +240,7 @@ class Plan:
           clips: whether the optimizer takes the gradients' global norm (`clip_norm=`).
           skips: whether a step with gradients that are not finite changes nothing (in float16, and
             with `Engine(on_nonfinite="skip")`).
+          exchanges: what the optimizer sends besides (`Optimizer.exchanges`).
 
         Returns:
           For data parallelism one all-reduce of the gradients over the data axes for each dtype,
@@ -267,6 +276,8 @@ class Plan:
             predicted += predict_norms(pairs)
         if skips and (axes := tuple(sorted(differing))):
             predicted.append(Predicted("finite gradients", "all-reduce", axes, "int32", (1,)))
+        if exchanges is not None:
+            predicted += predict_optimizer(exchanges(shapes, gradient_specs(layouts), mesh.shape))
         return tuple(predicted)
 
     def batch_specs(self, batch: Any, mesh: MeshSpec) -> Any:

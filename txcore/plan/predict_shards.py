@@ -1,6 +1,7 @@
 """What sharded state makes a training step communicate."""
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 from txcore.collectives import _leaves
 from txcore.layout import Layout, shape_of_part
 from txcore.mesh import MeshSpec
+from txcore.optim.optimizer import Exchange
 from txcore.parallel.gradients.compression.feedback import is_compressed
 from txcore.parallel.predicted import Predicted
 from txcore.plan.data_parallel import DP
@@ -57,3 +59,11 @@ def predict_shards(pairs: Pairs, mesh: MeshSpec, dp: DP | None) -> list[Predicte
         Predicted(*key, tuple(elements), at_most=key[0] == AGAIN, per_microbatch=in_loop(key[1]))
         for key, elements in sent.items()
     ]
+
+
+def predict_optimizer(exchanges: Iterable[Exchange]) -> list[Predicted]:
+    """Predict what an optimizer sends, of one kind over the same axes together."""
+    sent: dict[tuple[str, tuple[str, ...], str], list[int]] = {}
+    for kind, axes, dtype, elements in exchanges:
+        sent.setdefault((kind, axes, dtype), []).append(elements)
+    return [Predicted("optimizer", *key, tuple(elements)) for key, elements in sent.items()]

@@ -117,8 +117,8 @@ class Engine(OptionsView):
           MismatchError: with `broadcast_from`, the leaves of the ranks differ in path, dtype or
             shape.
         """
-        arrays = placing.create_arrays(self._options, params, extra, broadcast_from)
-        return TrainState(**arrays, owner=self._owner)
+        arrays, given = placing.create_arrays(self._options, params, extra, broadcast_from)
+        return TrainState(**arrays, owner=self._owner).made_of(given)
 
     def place(self, fields: dict[str, Any], state: TrainState) -> dict[str, Any]:
         """Return fields of a state as arrays on the mesh, by its layouts; copy what is not there.

@@ -1,13 +1,12 @@
 """Sharded state (ZeRO, FSDP): each device keeps its part, and gathers what it needs.
 
-Imports `_compat`, `collectives`, `layout`, `step_scope`.
+Imports `_compat`, `collectives`, `layout`, `optim`, `step_scope`.
 """
 
 from txcore.parallel.zero.layers import call_with_views as call_with_views
 from txcore.parallel.zero.layers import layer as layer
 from txcore.parallel.zero.layers import layers as layers
-from txcore.parallel.zero.parts import as_stored as as_stored
-from txcore.parallel.zero.parts import parts_to_update as parts_to_update
+from txcore.parallel.zero.parts import update as update
 from txcore.parallel.zero.shard import Shard as Shard
 from txcore.parallel.zero.shard import as_shards as as_shards
 from txcore.parallel.zero.shard import as_views as as_views

@@ -145,7 +145,11 @@ def check_beginning(options: Options, state: TrainState, name: str, batch: Any =
     """
     preflight.check(
         f"the state for {name}",
-        {"state": digests.describe_leaves(state.arrays), "engine": describe_engine(options)},
+        {
+            "state": digests.describe_leaves(state.arrays),
+            "leaves in parts": state.given,
+            "engine": describe_engine(options),
+        },
         timeout_s=COMPILED_S,
         problem="the ranks would begin with different states",
         remedy=_SAME_STATE,

@@ -1,5 +1,6 @@
 """How a state comes to lie on the mesh."""
 
+import hashlib
 from collections.abc import Callable
 from typing import Any
 
@@ -8,7 +9,9 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from txcore.kept import start_all
+from txcore.layout import axes_of
 from txcore.mesh import MeshSpec
+from txcore.optim import Optimizer
 from txcore.train.numerics import loss_scale
 from txcore.train.options import Options
 from txcore.train.replicas import agreement, digests
@@ -18,8 +21,11 @@ from txcore.train.state.layout import check_optimizer, place_leaf, split_as, sta
 
 def create_arrays(
     options: Options, params: Any, extra: Any, broadcast_from: int | None
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], list[str]]:
     """Return the arrays of a run that has made no step yet, on the mesh, by their fields' names.
+
+    With them come lines that say, bit for bit, what a process was given and holds no copy of any
+    more, since it has a part: ranks compare them before the first step.
 
     Args:
       options: the engine's.
@@ -41,7 +47,7 @@ def create_arrays(
         scaling = 1.0
     kept = options.plan.kept(params, options.mesh, options.optimizer)
     is_local = options.plan.rounds(options.mesh) is not None  # then each device keeps its own
-    opt_state = {} if is_local else options.optimizer.init(params)
+    opt_state = {} if is_local else _init_on_host(options.optimizer, params)
     arrays = {
         "step": np.zeros((), np.int32),
         "stored_params": params,
@@ -57,8 +63,35 @@ def create_arrays(
     if broadcast_from is not None and options.spans_processes:
         agreement.check_broadcast(broadcast_from, arrays)
         root = first_device(options.mesh, broadcast_from)
-        return split_as(digests.send_from(arrays, options.mesh.mesh, root), options.mesh, specs)
-    return jax.tree.map(lambda leaf, spec: place_leaf(leaf, options.mesh, spec), arrays, specs)
+        sent = digests.send_from(arrays, options.mesh.mesh, root)
+        return split_as(sent, options.mesh, specs), []
+    given = _describe_split(arrays, specs) if options.spans_processes else []
+    placed = jax.tree.map(lambda leaf, spec: place_leaf(leaf, options.mesh, spec), arrays, specs)
+    return placed, given
+
+
+def _init_on_host(optimizer: Optimizer, params: Any) -> Any:
+    """Return an optimizer's first state, all of it in the host's memory: no device has room."""
+    try:
+        host = jax.local_devices(backend="cpu")[0]
+    except RuntimeError:  # the program has started other platforms alone
+        return optimizer.init(params)
+    with jax.default_device(host):
+        return optimizer.init(params)
+
+
+def _describe_split(arrays: dict[str, Any], specs: dict[str, Any]) -> list[str]:
+    """Return a line for each leaf that lies in parts, with a digest of all of it."""
+
+    def line(path: Any, leaf: Any, spec: P) -> str:
+        if not axes_of(spec):
+            return ""
+        digest = hashlib.sha256(np.ascontiguousarray(leaf).data).hexdigest()
+        return f"state{jax.tree_util.keystr(path)} sha256 {digest}"
+
+    return [
+        one for one in jax.tree.leaves(jax.tree_util.tree_map_with_path(line, arrays, specs)) if one
+    ]
 
 
 def place(fields: dict[str, Any], options: Options, arrays: dict[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The train state: everything that a run is a function of, as one pytree."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -47,6 +48,9 @@ class TrainState:
     # What `steps.py` calls its structure, shapes and dtypes; known of what it made itself.
     form: int | None = field(default=None, init=False, repr=False, compare=False)
 
+    # What this process was given and holds a part of alone, to be compared on all ranks.
+    given: tuple[str, ...] = field(default=(), init=False, repr=False, compare=False)
+
     def __post_init__(self) -> None:
         if type(self.owner) is not Owner:
             return
@@ -60,8 +64,13 @@ class TrainState:
         return {name: getattr(self, name) for name in (*_ARRAYS, "owner")}
 
     def __setstate__(self, fields: dict[str, Any]) -> None:
-        vars(self).update(fields, known_equal={}, form=None)
+        vars(self).update(fields, known_equal={}, form=None, given=())
         self.__post_init__()
+
+    def made_of(self, given: Iterable[str]) -> "TrainState":
+        """Return the state itself, which then knows what it was made of."""
+        vars(self)["given"] = tuple(given)
+        return self
 
     def with_arrays(self, arrays: dict[str, Any]) -> "TrainState":
         """Return the state with other arrays of the same shapes and dtypes; no tree is walked."""
@@ -320,9 +329,10 @@ class TrainState:
         per_example = optimizer.per_example
         grads = check_gradients(grads, self.stored_params, scope, per_example=per_example)
         if scope.rounds is None:
-            params = zero.parts_to_update(self.stored_params, scope.layouts)
-            params, opt_state = optimizer.update(grads, self.opt_state, params, step=self.step)
-            params = zero.as_stored(params, scope.layouts)
+            params, opt_state = zero.update(
+                *(optimizer, grads, self.opt_state, self.stored_params, scope.layouts),
+                step=self.step,
+            )
             changed = {"stored_params": params, "opt_state": opt_state}
         else:
             kept = self.comm_state[local_sgd.KEY]

@@ -67,5 +67,11 @@ def report_on(compiled: CompiledStep, state: TrainState, options: Options) -> "R
         return report
     factors = read_gradient_factors(compiled.program.jaxpr, options.plan.data_axes)
     clips, skips = options.optimizer.clips, state.loss_scaling is not None
-    predicted = options.plan.predict(state.stored_params, options.mesh, clips=clips, skips=skips)
+    predicted = options.plan.predict(
+        state.stored_params,
+        options.mesh,
+        clips=clips,
+        skips=skips,
+        exchanges=options.optimizer.exchanges,
+    )
     return against_plan(report, predicted, factors)
