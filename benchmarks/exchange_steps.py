@@ -9,6 +9,7 @@ Prints a line for each model and exchange: the median milliseconds of alternatin
 import statistics
 import sys
 import time
+from typing import Any
 
 import jax
 import numpy as np
@@ -52,7 +53,7 @@ def make_step(model, kind, mesh):
         grads, _ = tx.sync_gradients(grads, "data", **options)
         return jax.tree.map(lambda p, g: p - 0.1 * g, params, grads)
 
-    params = {name: np.ones(shape, np.float32) for name, shape in model.items()}
+    params: Any = {name: np.ones(shape, np.float32) for name, shape in model.items()}
     if kind in FLAT:
         params = np.asarray(pack(params))
     place = mesh.sharding()

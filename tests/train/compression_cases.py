@@ -133,7 +133,7 @@ class LowRank:
     def step(self, grads):
         out = {}
         for name, g in grads.items():
-            g = np.float64(g)
+            g = np.asarray(g, np.float64)
             height, width = int(np.prod(g.shape[1:-1])), g.shape[-1] if g.ndim > 1 else 1
             if (height + width) * self.rank * 2 >= height * width:
                 out[name] = g.mean(0)

@@ -1,5 +1,7 @@
 """Ring attention: values and gradients against float64 NumPy, what it sends and what it holds."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -62,7 +64,7 @@ def test_values_and_gradients(n, groups, causal, check_vma):
     wanted, wanted_grads = attention_in_float64(q, k, v, cotangent, causal)
 
     out, grads = tx.testing.run_sharded(
-        lambda *args: differentiate(*args, causal),
+        partial(differentiate, causal=causal),
         *(np.float32(tx.context.split_chunks(x, n)) for x in (q, k, v, cotangent)),
         axes={"context": n},
         in_specs=(SEQUENCE,) * 4,
@@ -86,7 +88,7 @@ def test_very_large_scores_do_not_overflow():
     q = np.full((1, 8, 1, 4), 100, np.float32)
     v = normal(0, 1, 8, 1, 4)
     out, _ = tx.testing.run_sharded(
-        lambda *args: differentiate(*args, False),
+        partial(differentiate, causal=False),
         q,
         q,
         np.float32(v),
@@ -101,7 +103,7 @@ def test_very_large_scores_do_not_overflow():
 def compiled(n, tokens, causal=True, heads=1):
     mesh = jax.make_mesh((n,), ("context",), axis_types=(AxisType.Auto,), devices=jax.devices()[:n])
     mapped = jax.shard_map(
-        lambda *args: differentiate(*args, causal),
+        partial(differentiate, causal=causal),
         mesh=mesh,
         in_specs=(SEQUENCE,) * 4,
         out_specs=SEQUENCE,

@@ -34,7 +34,7 @@ WEIGHT_SPECS = (P(None, "model"), P("model"), P("model"), P())
 def two_layers_in_float64():
     """The output of x @ w1 + b1, squared, @ w2 + b2, and the gradients of its product with a
     cotangent."""
-    x, cotangent, w1, b1, w2, b2 = map(np.float64, (X, COTANGENT, *WEIGHTS))
+    x, cotangent, w1, b1, w2, b2 = (a.astype(np.float64) for a in (X, COTANGENT, *WEIGHTS))
     inner = x @ w1 + b1
     out = inner**2 @ w2 + b2
     of_inner = cotangent @ w2.T * 2 * inner

@@ -52,6 +52,11 @@ def test_a_mesh_of_many_axes_takes_no_set_after_the_other(monkeypatch):
     groups = meshes.device_groups(sizes, wanted)
     asked = []
     real = meshes.device_groups
-    monkeypatch.setattr(meshes, "device_groups", lambda *given: asked.append(given) or real(*given))
+
+    def note(*given):
+        asked.append(given)
+        return real(*given)
+
+    monkeypatch.setattr(meshes, "device_groups", note)
     assert meshes.axes_of_groups(groups, sizes) == wanted
     assert len(asked) == 1
