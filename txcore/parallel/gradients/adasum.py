@@ -129,8 +129,10 @@ def _join(
     products = all_gather(jnp.stack(parts)[None], axes, name=f"{name}.products")
     groups = products.reshape(-1, 2 * distance, *products.shape[1:]).sum(1)
     aa, ab, bb = groups[index // (2 * distance)]
-    of_a, of_b = (jnp.repeat(_weight(ab, x), np.array(columns)) for x in (aa, bb))
-    return of_a * a + of_b * b
+    of_a, of_b = _weight(ab, aa), _weight(ab, bb)
+    halves = zip(jnp.split(a, ends, axis=1), jnp.split(b, ends, axis=1), strict=True)
+    joined = [of_a[i] * one + of_b[i] * other for i, (one, other) in enumerate(halves)]
+    return jnp.concatenate(joined, axis=1)
 
 
 def _weight(ab: jax.Array, squared: jax.Array) -> jax.Array:
