@@ -1,7 +1,14 @@
 """What a compression keeps, as part of the train state: saved, resumed, resharded, skipped."""
 
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
 import checkpoint_cases as runs
 import jax
+import killed_run
 import numpy as np
 import pytest
 import split_models as models
@@ -9,12 +16,8 @@ import toys
 
 import txcore as tx
 
-COMPRESSIONS = {
-    "bf16": "bf16",
-    "int8": "int8",
-    "powersgd": tx.compression.powersgd(1, start=2),
-    "top-k": tx.compression.top_k(0.2),
-}
+ALL = os.environ.get("TXCORE_ALL_PLANS") == "1"
+COMPRESSIONS = killed_run.KINDS
 STATEFUL = ["int8", "powersgd", "top-k"]
 
 
@@ -25,10 +28,10 @@ def plan(compression, **options):
 @pytest.mark.parametrize("name", COMPRESSIONS)
 def test_a_run_resumes_bit_for_bit(tmp_path, name):
     """Stopped after 6 of 9 steps, in new objects: the curve and all that is kept are the same."""
-    options = {"plan": plan(COMPRESSIONS[name]), "params": matrices()}
-    whole, end = runs.train(None, steps=9, **options)
-    runs.train(tmp_path, steps=6, **options)
-    rest, resumed = runs.train(tmp_path, steps=9, resume="must", **options)
+    options = killed_run.options(name)
+    whole, end = runs.train(None, **options)
+    runs.train(tmp_path, **{**options, "steps": 6})
+    rest, resumed = runs.train(tmp_path, resume="must", **options)
     runs.equal(end, resumed)
     assert rest.steps == {k: v for k, v in whole.steps.items() if k > 6}
     if name in STATEFUL:
@@ -36,11 +39,22 @@ def test_a_run_resumes_bit_for_bit(tmp_path, name):
         assert any(np.any(np.asarray(e)) for e in errors)
 
 
-def matrices():
-    """Parameters of the toy model that are large enough for two factors."""
-    rng = np.random.default_rng(0)
-    shapes = {"w1": (4, 32), "w2": (32, 1)}
-    return {k: rng.normal(size=shape).astype(np.float32) for k, shape in shapes.items()}
+@pytest.mark.parametrize("name", COMPRESSIONS if ALL else ["powersgd"])
+def test_a_run_that_is_killed_goes_on_bit_for_bit(tmp_path, name):
+    """By SIGKILL while it trains: what it resumes from is some checkpoint that is whole."""
+    script = pathlib.Path(__file__).with_name("killed_run.py")
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    given = [sys.executable, str(script), str(tmp_path), name, "7"]
+    killed = subprocess.run(given, env=environment, capture_output=True, text=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert set(runs.saved(tmp_path)) & {"step_00000003", "step_00000006"}
+    whole, end = runs.train(None, **killed_run.options(name))
+    rest, resumed = runs.train(tmp_path, resume="must", **killed_run.options(name))
+    runs.equal(end, resumed)
+    assert rest.steps == {k: v for k, v in whole.steps.items() if k >= min(rest.steps)}
+
+
+matrices = killed_run.params
 
 
 def pending(state):

@@ -44,10 +44,10 @@ def group_of(layout: Layout, dtype: Any) -> tuple[Any, ...]:
 
 def exchange_of(laid: Sequence[Layout], sizes: Mapping[str, int], name: str = "grads") -> Exchange:
     """Return the exchange of leaves of one group, by their layouts and the sizes of the axes."""
-    reduced, parts, *_ = group_of(laid[0], None)
-    dims = tuple(one.scattered[0] for one in laid if one.scattered is not None)
-    more = {axis: sizes[axis] for axis in reduced if sizes[axis] > 1}
-    return Exchange(more, name, parts, dims)
+    more = {axis: sizes[axis] for axis in laid[0].reduced if sizes[axis] > 1}
+    found = [one.scattered for one in laid if one.scattered is not None]
+    parts = tuple(axis for axis in found[0][1] if axis in more) if found else ()
+    return Exchange(more, name, parts, tuple(dim for dim, _ in found) if parts else ())
 
 
 def average_compressed(

@@ -57,10 +57,8 @@ def average_leaves(
         grads, left = (
             [_make_equal(every[i], alone, name) for i in chosen] for every in (found, errors)
         )
-        kept, exchange = (
-            [own[i] for i in chosen],
-            exchange_of([laid[i] for i in chosen], sizes, name),
-        )
+        kept = [own[i] for i in chosen]
+        exchange = exchange_of([laid[i] for i in chosen], sizes, name)
         done = average_compressed(compression, grads, left, kept, steps, exchange)
         for i, mean, error, new_own in zip(chosen, *done, strict=True):
             means[i], errors[i], own[i] = mean, error, new_own
