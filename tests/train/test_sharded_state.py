@@ -204,3 +204,79 @@ def test_an_optimizer_of_whole_leaves_is_refused():
     state, _ = models.run(models.engine((1, 2), optimizer, shard="optimizer"), 2)
     one, _ = models.run(models.engine((1, 1), optimizer), 2)
     close(models.host(state.stored_params), models.host(one.stored_params))
+
+
+def plainly(state, b):
+    """By jax's own value_and_grad, of all that state.params gathered."""
+    return jax.value_and_grad(models.loss_of)(state.params, b)
+
+
+def of_a_copy(state, b):
+    """Of a tree that is not the one that state.params returned."""
+    doubled = jax.tree.map(lambda x: 2 * x, state.params)
+    loss, grads = tx.value_and_grad(lambda p: models.loss_of(jax.tree.map(lambda x: x / 2, p), b))(
+        doubled
+    )
+    return loss, jax.tree.map(lambda g: 2 * g, grads)
+
+
+def in_a_jit(state, b):
+    return jax.jit(lambda p: tx.value_and_grad(models.loss_of)(p, b))(state.params)
+
+
+def of_handles(state, b):
+    """Of state.shards, by a layer that is all of the model, and by jax's own value_and_grad."""
+    return jax.value_and_grad(tx.zero.layer(models.loss_of))(state.shards, b)
+
+
+@pytest.mark.parametrize("shard", models.KINDS)
+@pytest.mark.parametrize("differentiate", [plainly, of_a_copy, in_a_jit, of_handles])
+def test_however_gradients_are_taken(differentiate, shard):
+    @tx.step_fn
+    def step(state, b):
+        loss, grads = differentiate(state, b)
+        grads, state = state.sync_gradients(grads)
+        again = models.loss_of(state.params, b)  # outside of what is differentiated
+        metrics = {"loss": loss, "again": again}
+        return state.apply_gradients(grads=grads), tx.pmean(metrics, DATA)
+
+    truth = models.Truth(models.params())
+    engine = models.engine((2, 2), shard=shard, shard_axis="data")
+    state, metrics = step(engine.create_state(models.params()), models.batch())
+    loss = truth.step(models.batch())
+    close(models.host(metrics), {"loss": loss, "again": loss})
+    close(models.host(state.stored_params), truth.p)
+    after = truth.gradients(models.batch())[0]
+    close(engine.evaluate(models.eval_step, state, [models.batch()])["loss"], after)
+
+
+@pytest.mark.parametrize("shard", models.KINDS)
+def test_microbatches(shard):
+    @tx.step_fn
+    def step(state, b):
+        loss, grads = tx.value_and_grad(models.loss_of, microbatches=2)(state.params, b)
+        grads, state = state.sync_gradients(grads)
+        return state.apply_gradients(grads=grads), {"loss": tx.pmean(loss, DATA, name="loss")}
+
+    truth = models.Truth(models.params())
+    engine = models.engine((1, 4), shard=shard)
+    state = engine.create_state(models.params())
+    report = engine.audit(step, state, models.batch())
+    assert report.exact, report
+    trips = {c.trips for c in report.collectives if c.kind == "reduce-scatter"}
+    assert trips == {1 if shard == "optimizer" else 2}
+    assert "once in each trip" not in report.verdict()
+    state, metrics = step(state, models.batch())
+    close(float(metrics["loss"]), truth.step(models.batch()))
+    close(models.host(state.stored_params), truth.p)
+
+
+def test_what_the_forward_pass_gathers_may_be_kept():
+    plan = tx.Plan(data_parallel=tx.DP(DATA, shard="parameters", reshard_after_forward=False))
+    engine = tx.Engine(mesh=models.mesh((1, 4)), plan=plan, optimizer=tx.optim.sgd(0.1))
+    report = engine.audit(models.train_step, engine.create_state(models.params()), models.batch())
+    assert report.exact, report
+    assert len([c for c in report.collectives if c.kind == "all-gather"]) == 3  # w1, b1, w2
+    assert "parameters again" not in {line.what for line in report.plan}
+    with pytest.raises(ValueError, match="needs shard='parameters' with reshard_after_forward="):
+        tx.DP("data", shard="optimizer", reshard_after_forward=False)
