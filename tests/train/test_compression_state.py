@@ -8,7 +8,7 @@ import sys
 
 import checkpoint_cases as runs
 import jax
-import killed_run
+import killed_compressed_run
 import numpy as np
 import pytest
 import split_models as models
@@ -17,7 +17,7 @@ import toys
 import txcore as tx
 
 ALL = os.environ.get("TXCORE_ALL_PLANS") == "1"
-COMPRESSIONS = killed_run.KINDS
+COMPRESSIONS = killed_compressed_run.KINDS
 STATEFUL = ["int8", "powersgd", "top-k"]
 
 
@@ -28,7 +28,7 @@ def plan(compression, **options):
 @pytest.mark.parametrize("name", COMPRESSIONS)
 def test_a_run_resumes_bit_for_bit(tmp_path, name):
     """Stopped after 6 of 9 steps, in new objects: the curve and all that is kept are the same."""
-    options = killed_run.options(name)
+    options = killed_compressed_run.options(name)
     whole, end = runs.train(None, **options)
     runs.train(tmp_path, **{**options, "steps": 6})
     rest, resumed = runs.train(tmp_path, resume="must", **options)
@@ -42,19 +42,19 @@ def test_a_run_resumes_bit_for_bit(tmp_path, name):
 @pytest.mark.parametrize("name", COMPRESSIONS if ALL else ["powersgd"])
 def test_a_run_that_is_killed_goes_on_bit_for_bit(tmp_path, name):
     """By SIGKILL while it trains: what it resumes from is some checkpoint that is whole."""
-    script = pathlib.Path(__file__).with_name("killed_run.py")
+    script = pathlib.Path(__file__).with_name("killed_compressed_run.py")
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     given = [sys.executable, str(script), str(tmp_path), name, "7"]
     killed = subprocess.run(given, env=environment, capture_output=True, text=True, check=False)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert set(runs.saved(tmp_path)) & {"step_00000003", "step_00000006"}
-    whole, end = runs.train(None, **killed_run.options(name))
-    rest, resumed = runs.train(tmp_path, resume="must", **killed_run.options(name))
+    whole, end = runs.train(None, **killed_compressed_run.options(name))
+    rest, resumed = runs.train(tmp_path, resume="must", **killed_compressed_run.options(name))
     runs.equal(end, resumed)
     assert rest.steps == {k: v for k, v in whole.steps.items() if k >= min(rest.steps)}
 
 
-matrices = killed_run.params
+matrices = killed_compressed_run.params
 
 
 def pending(state):

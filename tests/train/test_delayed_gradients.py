@@ -10,7 +10,6 @@ import pytest
 import split_models
 import toys
 from local_sgd_oracle import gradient, widen
-from target_cases import available
 
 import txcore as tx
 from txcore.profiling.report import PlanLine
@@ -92,15 +91,11 @@ def test_one_step_that_is_not_finite_skips_one_step():
     assert np.isfinite(state.stored_params["w1"]).all()
 
 
-@pytest.mark.parametrize("target", [2, 4, 8, "cpu:8", "cuda:h100:8", "tpu:v5e:2x4"])
-def test_the_audit_is_exact_and_as_predicted(target):
-    n, there = (target, {}) if isinstance(target, int) else (1, {"target": target})
-    if there:
-        there = {"target": available(target), "mesh": {"data": 8}}
+@pytest.mark.parametrize("n", [2, 8])
+def test_the_audit_is_exact_and_as_predicted(n):
     engine = toys.engine(n, plan=PLAN)
-    report = engine.audit(
-        toys.train_step, engine.create_state(toys.params()), toys.batch(2 * n), **there
-    )
+    state = engine.create_state(toys.params())
+    report = engine.audit(toys.train_step, state, toys.batch(2 * n))
     assert report.exact, report
     (line, *beyond) = report.plan
     assert line == PlanLine(

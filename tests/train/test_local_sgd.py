@@ -10,7 +10,6 @@ import pytest
 import split_models
 import toys
 from local_sgd_oracle import Local
-from target_cases import available
 
 import txcore as tx
 from txcore.profiling.report import PlanLine
@@ -189,15 +188,12 @@ def test_an_overflow_on_one_device_skips_the_step_on_all():
 
 
 @pytest.mark.parametrize("outer", [None, DILOCO], ids=["average", "outer"])
-@pytest.mark.parametrize("target", [2, 4, 8, "cpu:8", "cuda:h100:8", "tpu:v5e:2x4"])
-def test_the_audit_is_exact_and_as_predicted(target, outer):
-    n, there = (target, {}) if isinstance(target, int) else (1, {"target": target})
-    if there:
-        there = {"target": available(target), "mesh": {"data": 8}}
+@pytest.mark.parametrize("n", [2, 8])
+def test_the_audit_is_exact_and_as_predicted(n, outer):
     optimizer = tx.optim.adamw(0.1, clip_norm=1.0)
     engine = toys.engine(n, plan=plan(8, outer), optimizer=optimizer)
     state = engine.create_state(toys.params())
-    report = engine.audit(step, state, toys.batch(2 * n), **there)
+    report = engine.audit(step, state, toys.batch(2 * n))
     assert report.exact, report
     assert report.plan == (
         PlanLine("parameters", "all-reduce", ("data",), "float32", 160, 160, every=8),

@@ -6,7 +6,7 @@ global one; a masked mean (`tx.example_mean`) is told how many examples all part
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.extend.core import ClosedJaxpr, get_opaque_trace_state, jaxpr_as_fun
 
 from txcore import _compat, varying
 from txcore.collectives import _leaves
@@ -36,6 +37,7 @@ class Part:
       examples: of each, on this device.
       is_trial: whether it is traced to find out what is counted, and not to be run.
       asked: gets that.
+      entered: jax's state of tracing where the loss begins; None where that does not matter.
       totals: else the counts of all microbatches, in the order in which they are asked for.
     """
 
@@ -43,9 +45,11 @@ class Part:
     examples: int
     is_trial: bool = False
     asked: list[Asked] = field(default_factory=list, compare=False)
+    entered: Any = field(default=None, compare=False)
     totals: Iterator[jax.Array] = field(default=iter(()), compare=False)
 
 
+_INSIDE = "inside of a function that jax traces by itself (jit, checkpoint, scan)"
 # jax keeps what it traces of an inner function: inside of another part it is traced anew.
 _part = jax.make_user_context(None)
 
@@ -63,11 +67,13 @@ def total_of(part: Part, asked: Asked) -> jax.Array:
       ValueError: they were not counted before the loop.
     """
     if part.is_trial:
+        if part.entered is not None and part.entered != get_opaque_trace_state():
+            raise _uncounted(_INSIDE)
         part.asked.append(asked)
         return asked.over_devices(asked.local)
     total = next(part.totals, None)
     if total is None:
-        raise _uncounted("inside of a function that jax traces by itself (jit, checkpoint, scan)")
+        raise _uncounted(_INSIDE)
     return total
 
 
@@ -158,20 +164,18 @@ def _call(function: Callable[..., Any], places: Mapping[int, Any], named: Any) -
 
 def _count(loss: Callable[..., Any], trial: Part, fixed: Any, parts: Any) -> list[jax.Array]:
     """Return what a loss counts in all parts of all devices, without computing the rest of it."""
-    from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
-
-    fresh = Part(trial.number, trial.examples, is_trial=True)
+    found: list[Asked] = []
 
     def count(fixed: Any, part: Any) -> list[jax.Array]:
-        with _part(fresh):
+        found.clear()
+        with _part(replace(trial, asked=found, entered=get_opaque_trace_state())):
             _call(loss, {**fixed, **part[0]}, part[1])
-        return [asked.local for asked in fresh.asked]
+        return [asked.local for asked in found]
 
     first = jax.tree.map(lambda x: x[0], parts)
-    try:
-        traced = jax.make_jaxpr(count)(fixed, first)
-    except jax.errors.UnexpectedTracerError:
-        raise _uncounted("inside of a function that jax traces by itself (jit, scan)") from None
+    traced = jax.make_jaxpr(count)(fixed, first)
+    if len(found) != len(trial.asked):  # jax had traced it before
+        raise _uncounted(_INSIDE)
     needed = varying.inputs_needed_by(traced, [True] * len(traced.out_avals))[1]
     of_fixed = len(jax.tree.leaves(fixed))
     if any(needed[:of_fixed]):
@@ -183,7 +187,7 @@ def _count(loss: Callable[..., Any], trial: Part, fixed: Any, parts: Any) -> lis
         return counts(*(x for x, own in zip(leaves, needed[of_fixed:], strict=True) if own))
 
     locals_ = [jnp.sum(x, 0, x.dtype) for x in jax.vmap(of_part)(parts)]
-    return [one.over_devices(x) for one, x in zip(fresh.asked, locals_, strict=True)]
+    return [one.over_devices(x) for one, x in zip(found, locals_, strict=True)]
 
 
 def _uncounted(how: str) -> ValueError:

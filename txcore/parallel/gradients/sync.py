@@ -46,8 +46,6 @@ def sync_gradients(
 ) -> tuple[Any, Any]:
     """Average gradients over the data axes: in which pieces, and by which algorithm.
 
-    With `delay=1` it is those of the call before that are averaged, and returned.
-
     Equation: `pmean(grads, axis)`, or `adasum`; of a leaf that its layout splits over some of the
     axes, `pmean(reduce_scatter(grads, those, mean=True), the others)`.
 
@@ -67,8 +65,8 @@ def sync_gradients(
         sent, float32 is summed). None: the fastest known for the size, the axes and the backend.
       compression: how they are averaged with fewer bytes: "bf16", "fp16", "int8" or what a
         function of `tx.compression` returns. None: exactly.
-      comm_state: what the call before returned; None where nothing is kept. That of a compression
-        is first of `tx.compression.start`.
+      comm_state: what the call before returned, and at first `tx.compression.start` or the zeros
+        of a delay; None where nothing is kept.
       name: label of the operations' tags.
 
     Returns:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from txcore.parallel.microbatches import current_part
 from txcore.parallel.zero.shard import gather, gather_together, is_shard, is_view
 from txcore.step_scope import current_scope
 
@@ -41,8 +42,10 @@ def _only_gathers(parameters: Mapping[str, Any]) -> bool:
 
 def _gathering(f: Callable[..., Any], *, prevent_cse: bool = True) -> Callable[..., Any]:
     """Make a backward pass gather again what `f` gathers, unless the plan keeps that."""
-    scope = current_scope()
+    scope, part = current_scope(), current_part()
     if scope is not None and not scope.regathers:
+        return f
+    if part is not None and part.is_trial:  # nothing of it is run, and counts are to be found
         return f
     return jax.checkpoint(f, policy=keep_but_gathered, prevent_cse=prevent_cse)
 

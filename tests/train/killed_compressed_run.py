@@ -1,6 +1,6 @@
 """A run with compressed gradients that is killed, from inside, without a word.
 
-python killed_run.py FOLDER COMPRESSION BATCH
+python killed_compressed_run.py FOLDER COMPRESSION BATCH
 
 COMPRESSION is a key of `KINDS`; the process gets SIGKILL when it asks for batch BATCH.
 """
