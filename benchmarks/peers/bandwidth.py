@@ -111,6 +111,7 @@ class Workers:
                     stdout=errors,
                     stderr=errors,
                     pass_fds=[end],
+                    start_new_session=True,  # as txcore launch and torchrun start theirs
                 )
                 os.close(end)
                 stack.enter_context(process)
@@ -233,7 +234,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"\n{group}: bus bandwidth / bus factor in GB/s; CPU ms a call, all ranks\n")
         print("\n".join(report.format_markdown(HEADER, []).splitlines()))
         results[str(group)] = measure(args, group)
-    report.write_json(RESULTS / f"{args.name}.json", results)
+        report.write_json(RESULTS / f"{args.name}.json", results)
     return 0
 
 
