@@ -30,7 +30,7 @@ def test_every_table_is_valid_and_its_time_is_the_papers(name, v, p):
         buffers = plan_buffers(schedule)
         check_buffers(schedule, buffers)
         assert len(list(cut_ticks(schedule))) <= 5
-        assert sum(len(ticks) for ticks, _ in cut_ticks(schedule)) == schedule.ticks
+        assert sum(len(segment.ticks) for segment in cut_ticks(schedule)) == schedule.ticks
         if name == "zb-h1":
             assert schedule.ticks == 2 * m + max(m, p) + p - 1
             assert buffers.stash.size == min(p, m)

@@ -14,7 +14,7 @@ from txcore.parallel.pipeline.inputs import Inputs
 from txcore.parallel.pipeline.programs import StageProgram
 from txcore.parallel.pipeline.schedule import Schedule
 from txcore.parallel.pipeline.stages import Stages, make_zeros
-from txcore.parallel.pipeline.ticks import Row, read_slot, write_slot
+from txcore.parallel.pipeline.ticks import Row, Segment, read_slot, write_slot
 from txcore.varying import match_varying
 
 Carry = dict[str, Any]
@@ -83,25 +83,27 @@ class Runner:
             "means": self.stages.means,
         }
 
-    def tick(self, carry: Carry, rows: dict[str, Row], kinds: str) -> Carry:
-        """Do a tick at which there are passes of some kinds."""
+    def tick(self, carry: Carry, rows: dict[str, Row], segment: Segment) -> Carry:
+        """Do a tick of a segment."""
         carry, axis = dict(carry), self.inputs.axes[0]
         ring = self.schedule.chunks > 1  # the last stage's chunk is followed by the first's next
-        if "F" in kinds:
+        if "F" in segment.kinds:
             slot = rows["F in"].activations
             carry["activations"] = write_slot(carry["activations"], slot, carry["activation"])
-        if "B" in kinds:
+        if "B" in segment.kinds:
             slot = rows["B in"].cotangents
             carry["cotangents"] = write_slot(carry["cotangents"], slot, carry["cotangent"])
-        if "F" in kinds:
+        if "F" in segment.kinds:
             carry |= self._forward(carry, rows["F"])
+        if "F" in segment.sends:
             made = carry["activation"]
             carry["activation"] = shift(made, axis, 1, wrap=ring, name="activations")
-        if "B" in kinds:
+        if "B" in segment.kinds:
             carry |= self._backward(carry, rows["B"])
+        if "B" in segment.sends:
             made = carry["cotangent"]
             carry["cotangent"] = shift(made, axis, -1, wrap=ring, name="cotangents")
-        if "W" in kinds:
+        if "W" in segment.kinds:
             carry |= self._weight(carry, rows["W"])
         return carry
 

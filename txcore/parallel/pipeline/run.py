@@ -18,6 +18,7 @@ from txcore.parallel.pipeline.slots import used_ticks
 from txcore.parallel.pipeline.stages import Function, Stages, prepare_stages
 from txcore.parallel.pipeline.ticks import (
     Row,
+    Segment,
     cut_ticks,
     make_rows,
     slice_rows,
@@ -104,12 +105,12 @@ def value_and_grad(
         program = _trace_block(schedule, inputs, stages)
         run = Runner(schedule, plan_buffers(schedule), inputs, stages, program)
         carry, rows = run.start(), make_rows(schedule, run.buffers, inputs.stage)
-        for ticks, kinds in cut_ticks(schedule):
+        for segment in cut_ticks(schedule):
 
-            def body(carry: Carry, row: dict[str, Row], kinds: str = kinds) -> tuple[Carry, None]:
-                return run.tick(carry, row, kinds), None
+            def body(carry: Carry, row: dict[str, Row], segment: Segment = segment) -> Any:
+                return run.tick(carry, row, segment), None
 
-            carry, _ = lax.scan(body, carry, slice_rows(rows, ticks))
+            carry, _ = lax.scan(body, carry, slice_rows(rows, segment.ticks))
         # Every device adds zeros, but the first and the last.
         loss, aux = psum(carry["means"], axis, name="loss")
         grads = jax.tree.map(lambda g, p: g.astype(p.dtype), carry["ends"], inputs.ends)

@@ -12,6 +12,7 @@ from jax import lax
 from txcore.parallel.pipeline.buffers import Buffers
 from txcore.parallel.pipeline.schedule import Schedule
 from txcore.parallel.pipeline.slots import (
+    IDLE,
     Slots,
     shift_activations,
     shift_cotangents,
@@ -63,25 +64,50 @@ def _look_up(slots: Slots, buffers: Buffers) -> Row:
     return Row(*slots, *(getattr(buffers, name).look_up(slots) for name in names))
 
 
-def cut_ticks(schedule: Schedule) -> Iterator[tuple[range, str]]:
-    """Cut the ticks where a kind of pass begins or ends; yields (ticks, kinds).
+class Segment(NamedTuple):
+    """Hold some ticks that are one loop.
+
+    Attributes:
+      ticks: which.
+      kinds: the kinds of passes in them: letters of "FBW".
+      sends: the kinds whose results anybody uses that receives them: letters of "FB".
+    """
+
+    ticks: range
+    kinds: str
+    sends: str
+
+
+def cut_ticks(schedule: Schedule) -> Iterator[Segment]:
+    """Cut the ticks where a kind of pass begins or ends.
 
     So the program of the first ticks has no backward pass in it, and that of the last no forward
-    pass.
+    pass. Where nobody uses what is sent nothing is: the compiler would drop it from a loop of one
+    tick.
 
     Example:
       >>> from txcore.parallel.pipeline.ticks import cut_ticks
-      >>> list(cut_ticks(tx.pipeline.make_schedule("1f1b", stages=4, microbatches=8)))
-      [(range(0, 3), 'F'), (range(3, 11), 'FB'), (range(11, 14), 'B')]
+      >>> for segment in cut_ticks(tx.pipeline.make_schedule("1f1b", stages=2, microbatches=8)):
+      ...     print(segment.ticks, segment.kinds, segment.sends or "nothing")
+      range(0, 1) F F
+      range(1, 9) FB FB
+      range(9, 10) B nothing
     """
     spans = {
         "F": used_ticks(schedule.forward),
         "B": used_ticks(schedule.backward),
         "W": used_ticks(schedule.weight),
     }
+    arrivals = {
+        "F": shift_activations(schedule.forward, schedule.chunks),
+        "B": shift_cotangents(schedule.backward),
+    }
     edges = sorted({0, *(edge for span in spans.values() for edge in (span.start, span.stop))})
     for start, stop in itertools.pairwise(edges):
-        yield range(start, stop), "".join(k for k, span in spans.items() if start in span)
+        kinds = "".join(kind for kind, span in spans.items() if start in span)
+        later = {kind: slots.microbatch[start + 1 : stop + 1] for kind, slots in arrivals.items()}
+        used = [kind for kind in later if kind in kinds and (later[kind] != IDLE).any()]
+        yield Segment(range(start, stop), kinds, "".join(used))
 
 
 def slice_rows(rows: dict[str, Row], ticks: range) -> dict[str, Row]:
