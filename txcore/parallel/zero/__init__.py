@@ -1,6 +1,6 @@
 """Sharded state (ZeRO, FSDP): each device keeps its part, and gathers what it needs.
 
-Imports `_compat`, `collectives`, `layout`, `optim`, `parallel.microbatches`, `step_scope`.
+Imports `_compat`, `collectives`, `layout`, `optim`, `parallel`, `step_scope`.
 """
 
 from txcore.parallel.zero.layers import call_with_views as call_with_views

@@ -1,0 +1,59 @@
+"""Every pair of options of DP goes together or is refused, as docs/gradients.md says."""
+
+import itertools
+import pathlib
+import re
+
+import pytest
+
+import txcore as tx
+
+PAGE = pathlib.Path(__file__).parents[2] / "docs" / "gradients.md"
+OPTIONS = {
+    'shard="optimizer"': {"shard": "optimizer"},
+    'shard="gradients"': {"shard": "gradients"},
+    'shard="parameters"': {"shard": "parameters"},
+    "buckets": {"buckets": 1},
+    "algorithm": {"algorithm": "ring"},
+    "compression": {"compression": "int8"},
+    "adasum": {"reduction": "adasum"},
+    "delay": {"delay": 1},
+    "sync_every": {"sync_every": 4},
+}
+PAIRS = [
+    (one, other)
+    for one, other in itertools.combinations(OPTIONS, 2)
+    if not (one.startswith("shard") and other.startswith("shard"))
+]
+
+
+def told():
+    """Return the pairs that the page's table has a "yes" for."""
+    table = re.search(r"^\| \| `buckets`.*?\n\n", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+    head, _, *rows = [line.strip("| ").split("|") for line in table[0].strip().splitlines()]
+    columns = [cell.strip(" `") for cell in head]
+    pairs = set()
+    for cells in rows:
+        name, *answers = (cell.strip() for cell in cells)
+        answers += [""] * (len(columns) - len(answers))
+        for column, answer in zip(columns, answers, strict=True):
+            first = re.search(r"`(?:reduction=\"(adasum)\"|([^`]*?)=?)`", name)
+            if answer == "yes":
+                pairs.add(frozenset((first[1] or first[2], column)))
+    return pairs
+
+
+@pytest.mark.parametrize("one,other", PAIRS)
+def test_a_pair_is_as_the_page_says(one, other):
+    options = {**OPTIONS[one], **OPTIONS[other]}
+    if frozenset((one, other)) in told():
+        assert tx.DP("data", **options) == tx.DP("data", **options)
+        return
+    with pytest.raises(ValueError, match=r"DP needs .*got .*: ") as found:
+        tx.DP("data", **options)
+    names = [*OPTIONS[one], *OPTIONS[other]]
+    assert all(name in str(found.value) for name in names), str(found.value)
+
+
+def test_the_page_tells_of_pairs():
+    assert len(told()) == 9
