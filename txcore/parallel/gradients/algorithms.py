@@ -300,7 +300,10 @@ def _ring_blocks(blocks: jax.Array, axes: Axes, name: str) -> jax.Array:
 
     def average(start: jax.Array | int, means: jax.Array, size: int) -> jax.Array:
         def read(back: jax.Array | int) -> jax.Array:
-            return lax.dynamic_slice(blocks, ((here - back) % count, start), (1, size))[0]
+            # Indices of one dtype: with x64 that of a loop is wider, which jax 0.10 refuses.
+            at = (here - back) % count, start
+            wide = jnp.result_type(*at)
+            return lax.dynamic_slice(blocks, [jnp.asarray(i, wide) for i in at], (1, size))[0]
 
         return lax.dynamic_update_slice_in_dim(means, _add_round(read, axes, name), start, 0)
 
