@@ -240,7 +240,7 @@ def plant(monkeypatch):
     """Sum where the plan's own reduction averages."""
     monkeypatch.setattr(
         "txcore.train.state.state.sync_gradients",
-        lambda grads, axes, name: (tx.psum(grads, axes, name=name), None),
+        lambda grads, axes, *, name, **_: (tx.psum(grads, axes, name=name), None),
     )
 
 
