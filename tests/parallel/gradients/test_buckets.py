@@ -158,6 +158,17 @@ def test_by_default_large_leaves_are_not_left_to_one_collective():
     assert all((found[name] == 2).all() for name in params)
 
 
+def test_by_default_many_leaves_are_packed_on_cpu():
+    """Of what has few leaves, XLA makes one all-reduce without a copy."""
+    for count, kept in ((15, 0), (16, 16)):
+        params = {f"p{i:02}": np.ones(3, np.float32) for i in range(count)}
+        mesh = tx.MeshSpec(jax.devices()[:2], axes=("data",))
+        layout = tx.Plan(data_parallel=tx.DP("data")).bucket_layout(params, mesh)
+        assert sum(len(bucket.leaves) for bucket in layout) == kept
+        plain = tx.Plan(data_parallel=tx.DP("data", algorithm="plain"))
+        assert plain.bucket_layout(params, mesh) == ()
+
+
 def test_a_gradient_that_is_reduced_already_is_refused():
     def body(g):
         return tx.sync_gradients({"w": tx.pmean(g, "data")}, "data", algorithm="ring")[0]
