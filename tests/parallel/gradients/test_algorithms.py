@@ -1,6 +1,5 @@
 """Every algorithm: values against float64 NumPy, types, derivatives, and what it sends."""
 
-import itertools
 import math
 from collections import Counter
 
@@ -53,7 +52,8 @@ def assert_near(found, x, name, dtype):
 def test_the_mean_on_any_mesh(name, dtype):
     """Of every length, and of each device's own block."""
     with jax.enable_x64(dtype == "float64"):
-        for sizes, check_vma in itertools.product(meshes_of(name), (True, False)):
+        meshes = meshes_of(name) if dtype == "float32" else MESHES[-1:]
+        for sizes, check_vma in [(m, True) for m in meshes] + [(MESHES[-1], False)]:
             axes, devices = tuple(sizes), math.prod(sizes.values())
             few, many, blocks = (data(sizes, n, dtype) for n in (1, 53, devices * 7))
             blocks = blocks.reshape(devices, devices, 7)
@@ -186,9 +186,9 @@ def predicted(lines):
     return found
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name, sizes", [(n, m) for n in NAMES for m in meshes_of(n)])
-def test_what_is_sent_is_what_the_record_says(name, sizes, dtype):
+def test_what_is_sent_is_what_the_record_says(name, sizes):
+    dtype = "bfloat16" if sizes == {"data": 4} else "float32"
     axes, devices = tuple(sizes), math.prod(sizes.values())
     algorithm = ALGORITHMS[name]
     mesh = Mesh(

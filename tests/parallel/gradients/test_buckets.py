@@ -93,8 +93,9 @@ def compare(found, grads, algorithm, dtype="float32"):
         )
 
 
-@pytest.mark.parametrize("check_vma", [True, False])
-@pytest.mark.parametrize("buckets", [None, 0.1 * KIB], ids=["whole", "buckets"])
+@pytest.mark.parametrize(
+    "buckets, check_vma", [(None, True), (0.1 * KIB, True), (0.1 * KIB, False)]
+)
 @pytest.mark.parametrize("algorithm", NAMES)
 def test_the_mean_of_every_leaf(algorithm, buckets, check_vma):
     """Also along an axis of one device, which has to be made equal too."""
@@ -126,8 +127,9 @@ WITHIN = {
 }
 
 
-@pytest.mark.parametrize("layouts", [SHARDS, WITHIN], ids=["over all", "over one axis"])
-@pytest.mark.parametrize("buckets", [None, 0.25 * KIB], ids=["whole", "buckets"])
+@pytest.mark.parametrize(
+    "layouts, buckets", [(SHARDS, 0.25 * KIB), (WITHIN, None)], ids=["over all", "over one axis"]
+)
 @pytest.mark.parametrize("algorithm", NAMES)
 def test_shards_of_the_mean(algorithm, buckets, layouts):
     grads = leaves(4)
@@ -156,6 +158,17 @@ def test_by_default_large_leaves_are_not_left_to_one_collective():
     assert all((found[name] == 2).all() for name in params)
 
 
+def test_by_default_many_leaves_are_packed_on_cpu():
+    """Of what has few leaves, XLA makes one all-reduce without a copy."""
+    for count, kept in ((15, 0), (16, 16)):
+        params = {f"p{i:02}": np.ones(3, np.float32) for i in range(count)}
+        mesh = tx.MeshSpec(jax.devices()[:2], axes=("data",))
+        layout = tx.Plan(data_parallel=tx.DP("data")).bucket_layout(params, mesh)
+        assert sum(len(bucket.leaves) for bucket in layout) == kept
+        plain = tx.Plan(data_parallel=tx.DP("data", algorithm="plain"))
+        assert plain.bucket_layout(params, mesh) == ()
+
+
 def test_a_gradient_that_is_reduced_already_is_refused():
     def body(g):
         return tx.sync_gradients({"w": tx.pmean(g, "data")}, "data", algorithm="ring")[0]
@@ -172,6 +185,16 @@ def test_a_gradient_that_is_reduced_already_is_refused():
         ({"algorithm": "hierarchical"}, "DP needs two axes or more with algorithm='hierarchical'"),
         ({"buckets": 0}, "DP needs buckets= a number of MiB above 0, got 0"),
         ({"buckets": "25"}, "DP needs buckets= a number of MiB, tx.Buckets(mb=...) or None"),
+        (
+            {"algorithm": "ring", "shard": "parameters"},
+            "DP needs shard= 'optimizer' or None with algorithm='ring', got 'parameters'",
+        ),
+        (
+            {"buckets": 25, "compression": "int8"},
+            "DP needs buckets=None with compression='int8', got 25: a compression has an exchange",
+        ),
+        ({"algorithm": "ring", "reduction": "adasum"}, "DP needs algorithm=None with reduction="),
+        ({"buckets": 1, "sync_every": 4}, "DP needs buckets=None with sync_every=4, got 1"),
         ({"buckets": True}, "DP needs buckets= a number of MiB, tx.Buckets(mb=...) or None"),
     ],
 )

@@ -92,6 +92,20 @@ def test_the_curve_is_that_of_plain_data_parallelism(algorithm):
         np.testing.assert_allclose(found[1][name], x, atol=10 * rtol, err_msg=name)
 
 
+@pytest.mark.parametrize("shard_axis", [None, "device"])
+@pytest.mark.parametrize("algorithm", ["plain", "ring", "hierarchical"])
+def test_sharded_moments(algorithm, shard_axis):
+    """Shards are averaged in buckets too; HSDP's then over the other axis."""
+    options = {"shard": "optimizer", "shard_axis": shard_axis}
+    trainer = engine(buckets=0.1 * KIB, algorithm=algorithm, **options)
+    report = trainer.audit(train_step, trainer.create_state(params()), batch())
+    assert report.exact, report
+    for line in report.plan[:-1]:
+        assert line.found_bytes == line.payload_bytes, line
+        assert line.factor == ("mean" if line.what == "gradients" else ""), line
+    np.testing.assert_allclose(curve(trainer)[0], curve(engine())[0], rtol=1e-5)
+
+
 def test_an_axis_of_one_device_is_no_level():
     sizes = {"node": 1, "device": 4}
     trainer = engine(sizes, algorithm="hierarchical")
