@@ -203,7 +203,20 @@ def test_a_compression_of_ones_own():
 REFUSED = [
     (lambda: tx.DP("data", compression="int4"), ValueError, "needs compression= 'bf16', 'fp16'"),
     (lambda: tx.DP("data", compression=tx.compression.int8), TypeError, "call it"),
-    (lambda: tx.DP("data", shard="parameters", compression="int8"), ValueError, "layer by layer"),
+    (
+        lambda: tx.DP("data", shard="parameters", compression="int8"),
+        ValueError,
+        "'parameters': there",
+    ),
+    (
+        lambda: tx.DP("data", shard="gradients", compression="int8"),
+        ValueError,
+        "'gradients': there",
+    ),
+    (lambda: tx.DP("data", sync_every=4, compression="int8"), ValueError, "no gradient is sent"),
+    (lambda: tx.DP("data", reduction="adasum", compression="int8"), ValueError, "of its own"),
+    (lambda: tx.DP("data", buckets=4, compression="int8"), ValueError, "leave one of them out"),
+    (lambda: tx.DP("data", algorithm="ring", compression="int8"), ValueError, "leave one of them"),
     (lambda: tx.compression.top_k(0), ValueError, "top_k needs fraction= above 0 and at most 1"),
     (lambda: tx.compression.top_k(True), ValueError, "got True"),
     (lambda: tx.compression.powersgd(0), ValueError, "powersgd needs rank= a whole number from 1"),
