@@ -89,10 +89,11 @@ def test_killed_and_resumed_it_is_the_uninterrupted_run(name, tmp_path):
         pytest.skip("TXCORE_ALL_PLANS=1 kills a run under each plan")
     done = subprocess.run([sys.executable, str(RUN), name, str(tmp_path)], capture_output=True)
     assert done.returncode == -9, done.stderr.decode()
-    assert cases.saved(tmp_path)[-1] == "step_00000009"
     curve, whole = cases.train(None, plan=plan(name))
     resumed, state = cases.train(tmp_path, resume="must", plan=plan(name))
-    assert resumed.steps == {s: m for s, m in curve.steps.items() if s > 9}
+    first = min(resumed.steps)  # the checkpoint of step 9 may not be whole yet
+    assert first in (7, 10)
+    assert resumed.steps == {s: m for s, m in curve.steps.items() if s >= first}
     jax.tree.map(np.testing.assert_array_equal, state.arrays, whole.arrays)
 
 
@@ -106,7 +107,7 @@ def test_saved_on_2_devices_it_goes_on_on_4(name, tmp_path):
     with tx.Checkpoints(tmp_path, every=3, resume="must") as checkpoints:
         here, _ = checkpoints.restore(cases.start(cases.engine(2, plan=plan(name))))
     pairs = zip(*(jax.tree.leaves(x.comm_state) for x in (here, there)), strict=True)
-    for two, four in pairs:
+    for two, four in (map(np.asarray, pair) for pair in pairs):
         if two.shape == four.shape:  # of the outer optimizer
             np.testing.assert_array_equal(two, four)
         else:

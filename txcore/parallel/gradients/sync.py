@@ -73,8 +73,8 @@ def sync_gradients(
       The averaged gradients and the new `comm_state`.
 
     Raises:
-      ValueError: `compression` or `algorithm` is another name, both are given, the algorithm needs
-        other axes, or `comm_state` is not that of these gradients.
+      ValueError: `reduction`, `compression` or `algorithm` is another name, two of them are given,
+        the algorithm needs other axes, or `comm_state` is not that of these gradients.
       ValueError, TypeError, NameError: as `pmean`.
 
     Example:
@@ -90,7 +90,8 @@ def sync_gradients(
     check_not_compressed("tx.sync_gradients", buckets, algorithm, compression)
     if delay:
         grads, comm_state = take_delayed(grads, comm_state)
-    if reduction == "adasum":
+    if reduction != "mean":
+        _check_adasum(reduction, {"buckets": buckets, "compression": compression}, algorithm)
         return (adasum(grads, axis, name=name) if axis else grads), comm_state
     if layouts is None:
         axes = _leaves.check_axes("sync_gradients", axis)
@@ -110,6 +111,21 @@ def sync_gradients(
         done = treedef.flatten_up_to(_average(treedef.unflatten(chosen), *key, name=name))
         leaves = [d if own == key else x for d, x, own in zip(done, leaves, how, strict=True)]
     return treedef.unflatten(leaves), comm_state
+
+
+def _check_adasum(reduction: str, others: dict[str, Any], algorithm: Name | None) -> None:
+    if reduction != "adasum":
+        raise ValueError(
+            f"tx.sync_gradients needs reduction= 'mean' or 'adasum', got {reduction!r}"
+        )
+    given = [f"{name}={value!r}" for name, value in others.items() if value is not None]
+    if algorithm not in (None, "plain"):
+        given.append(f"algorithm={algorithm!r}")
+    if given:
+        raise ValueError(
+            "tx.sync_gradients needs reduction='mean' for another exchange than its own, got "
+            f"reduction='adasum' with {', '.join(given)}: leave one of them out"
+        )
 
 
 def _layout_by_type(axes: tuple[str, ...], grad: Any) -> Layout:
