@@ -1,6 +1,7 @@
 """What a pipeline compiles to: its permutes, its memory, and what is refused before that."""
 
 import re
+import types
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from pipeline_models import Case, block, embed, losses_of
 
 import txcore as tx
+from txcore.parallel.pipeline import run
 from txcore.parallel.pipeline.programs import trace_stage
 from txcore.profiling import audit
 from txcore.profiling.declared.divergence import find_divergences
@@ -236,6 +238,14 @@ def test_what_does_not_fit_is_refused_before_it_runs(what):
     given, text = BAD[what]
     with pytest.raises((ValueError, TypeError, NameError), match=text):
         call(**given)
+
+
+def test_a_step_in_float16_is_refused(monkeypatch):
+    """It would need a loss scale, which this does not take."""
+    monkeypatch.setattr(run, "current_scope", lambda: types.SimpleNamespace(scales_loss=True))
+    text = "needs a step in float32 or bfloat16, got one in float16: it does not scale the loss"
+    with pytest.raises(ValueError, match=text):
+        call()
 
 
 def test_losses_are_floating_point():

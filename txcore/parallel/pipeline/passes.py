@@ -143,8 +143,7 @@ class Runner:
             return self.stages.last(ends, y, turn.microbatch, turn.mask)
 
         loss, pull, aux = jax.vjp(mean_of, self.inputs.ends, y, has_aux=True)
-        (one,) = match_varying(jnp.ones_like(loss), loss)[:1]
-        grads, dy = pull(one)
+        grads, dy = pull(match_varying(jnp.ones_like(loss), loss)[0])
         return {
             "dy": dy,
             "ends": jax.tree.map(_add, sums["ends"], grads),

@@ -23,6 +23,7 @@ from txcore.parallel.pipeline.ticks import (
     make_rows,
     slice_rows,
 )
+from txcore.step_scope import current_scope
 
 
 def value_and_grad(
@@ -76,7 +77,8 @@ def value_and_grad(
     Raises:
       ValueError: the schedule has another number of stages, the microbatches do not divide the
         batch, parameters or batch lie otherwise, `first` and `block` return different types, a
-        function communicates over the pipe axis, or the losses are reduced already.
+        function communicates over the pipe axis, the losses are reduced already, or the step is in
+        float16.
       TypeError: parameters or losses are not floating point, or params is no dict with "blocks".
 
     Example:
@@ -100,6 +102,12 @@ def value_and_grad(
 
     def wrapped(params: Any, batch: Any, *, mask: Any = None) -> Any:
         op = "pipeline.value_and_grad"
+        scope = current_scope()
+        if scope is not None and scope.scales_loss:
+            raise ValueError(
+                f"tx.{op} needs a step in float32 or bfloat16, got one in float16: it does not "
+                "scale the loss, and gradients below 6e-8 would come out as zeros"
+            )
         inputs = check_inputs(op, schedule, params, batch, mask, axis, data_axis)
         stages = prepare_stages(op, (first, block, last), inputs, has_aux=has_aux)
         program = _trace_block(schedule, inputs, stages)
