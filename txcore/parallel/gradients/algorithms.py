@@ -283,6 +283,8 @@ def _ring_mean(flat: jax.Array, axes: Axes, name: str) -> jax.Array:
             return block, put(block, carry[1], 1 + i)
 
         own = _add_round(lambda back: lax.dynamic_slice_in_dim(x, place(back), size), axes, name)
+        # Or XLA for CPU reads and writes x in one loop, and copies all of it before and after.
+        own, x = lax.optimization_barrier((own, x))
         return _hop_round(hop, (own, put(own, x, 0)), count)[1]
 
     if width:
