@@ -27,6 +27,7 @@ from txcore._compat.processes import on_tpu_vm as on_tpu_vm
 from txcore._compat.settings import backend_started as backend_started
 from txcore._compat.settings import combiner_key as combiner_key
 from txcore._compat.settings import is_key_array as is_key_array
+from txcore._compat.settings import keeps_barriers as keeps_barriers
 from txcore._compat.settings import key_impl as key_impl
 from txcore._compat.settings import may_trace as may_trace
 from txcore._compat.settings import program_settings as program_settings

@@ -129,3 +129,10 @@ def combiner_key(key: str) -> contextlib.AbstractContextManager[Any]:
     except ImportError:
         return contextlib.nullcontext()
     return set_xla_metadata(combiner_key=key)
+
+
+def keeps_barriers(platform: str) -> bool:
+    """Tell whether XLA keeps optimization barriers until it has ordered the operations."""
+    if platform == "cpu":
+        return jax.__version_info__ >= (0, 11)
+    return platform == "tpu"

@@ -193,7 +193,8 @@ def largest_at_once(loss, n=4, layers=8, size=256):
 
 def test_two_layers_at_most_are_whole():
     """With the whole gradient of one, before its parts are made, and activations of 1/64 layer."""
-    assert largest_at_once(by_layer) < 2.6
+    if jax.__version_info__ >= (0, 11):  # XLA for CPU of jax 0.10 removes checkpoint's barriers
+        assert largest_at_once(by_layer) < 2.6
     assert largest_at_once(by_two_layers) < 3.6
     # Whatever the depth.
     assert largest_at_once(by_two_layers, layers=16) < 4.0

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from txcore.parallel.microbatches import current_part
+from txcore.parallel.zero.order import after
 from txcore.parallel.zero.shard import gather, gather_together, is_shard, is_view
 from txcore.step_scope import current_scope
 
@@ -146,29 +147,31 @@ def _run(f: Callable[..., Any], shards: list[Any], x: Any, constants: list[Any])
 
 def _forward(
     f: Callable[..., Any], shards: list[Any], x: Any, constants: list[Any]
-) -> tuple[Any, list[Any]]:
+) -> tuple[Any, list[tuple[Any, Any]]]:
     """Return what the last layer returns, and of each layer what pulls a cotangent back."""
     pulls, before = [], None
     for own in shards:
         # The layer before has what it begins with when this gather may begin.
-        later = own if before is None else _after(own, before)
+        later = own if before is None else after(own, before)
         before = x
 
         def one(own: Any, x: Any, constants: list[Any]) -> Any:
             return f(gather(own), x, *constants)
 
         x, pull = jax.vjp(_gathering(one, prevent_cse=False), later, x, constants)
-        pulls.append(pull)
+        pulls.append((pull, later))
     return x, pulls
 
 
-def _backward(f: Callable[..., Any], pulls: list[Any], cotangent: Any) -> tuple[Any, Any, Any]:
+def _backward(
+    f: Callable[..., Any], pulls: list[tuple[Any, Any]], cotangent: Any
+) -> tuple[Any, Any, Any]:
     del f
     of_shards: list[Any] = []
     of_constants, before = None, None
-    for pull in reversed(pulls):
+    for pull, shards in reversed(pulls):
         # As above. The first one waits too: what it gathered forward is not to be kept for it.
-        pull = _after(pull, cotangent if before is None else before)
+        pull = _gather_after(pull, shards, cotangent if before is None else before)
         before = cotangent
         own, cotangent, added = pull(cotangent)
         of_shards.insert(0, own)
@@ -176,18 +179,25 @@ def _backward(f: Callable[..., Any], pulls: list[Any], cotangent: Any) -> tuple[
     return of_shards, cotangent, of_constants
 
 
+def _gather_after(pull: Any, shards: Any, other: Any) -> Any:
+    """Return what pulls a cotangent back, whose gathers wait for another tree."""
+    own = {id(leaf) for leaf in jax.tree.leaves(shards)}
+    leaves, structure = jax.tree.flatten(pull)
+    places = [i for i, leaf in enumerate(leaves) if id(leaf) in own]
+    if not places:  # then all that the backward pass has kept waits
+        return after(pull, other)
+    for i, leaf in zip(places, after([leaves[i] for i in places], other), strict=True):
+        leaves[i] = leaf
+    return jax.tree.unflatten(structure, leaves)
+
+
 _run.defvjp(_forward, _backward)
-
-
-def _after(tree: Any, other: Any) -> Any:
-    """Return a tree that is not there before another one is."""
-    return lax.optimization_barrier((tree, other))[0]
 
 
 @jax.custom_vjp
 def _wait(tree: Any, other: Any) -> Any:
     """Return a tree that is not there before another one is; gradients of it do not wait."""
-    return _after(tree, other)
+    return after(tree, other)
 
 
-_wait.defvjp(lambda tree, other: (_after(tree, other), None), lambda _, given: (given, None))
+_wait.defvjp(lambda tree, other: (after(tree, other), None), lambda _, given: (given, None))
