@@ -27,8 +27,9 @@ def after(tree: Any, other: Any) -> Any:
     if not leaves or not others:
         return tree
     waiting, others = lax.optimization_barrier((leaves, others))
-    if not _compat.keeps_barriers(current_device()[0]):
-        zero = _zero_of(others[-1])
+    numbers = [x for x in others if jnp.issubdtype(x.dtype, jnp.floating)]
+    if numbers and not _compat.keeps_barriers(current_device()[0]):
+        zero = _zero_of(numbers[-1])
         waiting = [_with_zero(leaf, zero) for leaf in waiting]
     typed = [_typed_as(leaf, was) for leaf, was in zip(waiting, leaves, strict=True)]
     return jax.tree.unflatten(structure, typed)
