@@ -171,11 +171,22 @@ def test_nothing_is_sent_of_nothing(name):
     assert found.shape == (0,)
 
 
+PERMUTE = "collective-permute"
+
+
 def sent(report):
-    """The bytes by kind, dtype and axes."""
+    """The bytes by kind, dtype and axes.
+
+    A permute over several axes whose partners lie along one of them goes over that one: what is
+    sent by permutes is counted over all axes that they take together.
+    """
     found = Counter()
+    permuted = frozenset(
+        axis for row in report.collectives if row.kind == PERMUTE for axis in row.axes
+    )
     for row in report.collectives:
-        found[row.kind, row.dtype, frozenset(row.axes)] += row.payload_bytes * row.trips
+        axes = permuted if row.kind == PERMUTE else frozenset(row.axes)
+        found[row.kind, row.dtype, axes] += row.payload_bytes * row.trips
     return found
 
 
