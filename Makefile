@@ -15,7 +15,7 @@ PEERS_FALLBACK ?= python3
 # processes and documents do not.
 VERSIONED = tests/collectives tests/profiling tests/train/test_engine.py tests/train/test_engine_guards.py \
   tests/train/test_guarded_steps.py tests/train/test_batch_statistics.py tests/train/test_loading.py \
-  tests/train/test_replicas.py tests/train/test_prng.py tests/optim tests/kernels/test_kernel_values.py \
+  tests/parallel tests/train/test_replicas.py tests/train/test_prng.py tests/optim tests/kernels/test_kernel_values.py \
   tests/launch/test_initialize.py tests/multiprocess/test_ranks_agree.py tests/examples/test_ecosystem.py \
   tests/test_import.py tests/test_packaging.py
 # Compiled for machines that are not here.
