@@ -6,7 +6,7 @@ from machine import cpu_only, mesh
 
 from txcore import bench
 from txcore.bench import measure
-from txcore.parallel.gradients.algorithms import CHUNK_BYTES
+from txcore.parallel.gradients.algorithms.pieces import CHUNK_BYTES
 
 WHOLE = 16 * CHUNK_BYTES
 

@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 from matrix import DTYPES, GRIDS, Arrays, Cell, Truth, make_inputs
 from ways import WAYS
 
-from txcore.parallel.gradients import algorithms
+from txcore.parallel.gradients.algorithms import pieces
 
 COLLECTIVE = re.compile(r" (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)\(")
 
@@ -124,7 +124,7 @@ def sample() -> list[tuple[Cell, list[str]]]:
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     """Let the algorithms that go piece by piece have several pieces."""
-    monkeypatch.setattr(algorithms, "CHUNK_BYTES", 16)
+    monkeypatch.setattr(pieces, "CHUNK_BYTES", 16)
 
 
 ALL = os.environ.get("TXCORE_ALL_COLLECTIVES") == "1"

@@ -1,7 +1,7 @@
 """Measure collectives: time and bandwidth by size, the results held to NumPy in the same run.
 
 Imports `collectives`, `kernels.dispatch`, `launch.gloo_threads`, `outside`, `parallel.gradients`,
-`profiling.bandwidth`, `version`.
+`parallel.gradients.algorithms`, `profiling.bandwidth`, `version`.
 """
 
 from txcore.bench.measure import Row as Row

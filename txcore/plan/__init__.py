@@ -1,7 +1,8 @@
 """Plans: what is parallel over which mesh axis.
 
 Imports `collectives`, `kernels.common`, `layout`, `mesh`, `optim`, `parallel`,
-`parallel.gradients`, `parallel.gradients.compression`, `path_rules`, `printing`.
+`parallel.gradients`, `parallel.gradients.algorithms`, `parallel.gradients.compression`,
+`path_rules`, `printing`.
 """
 
 from txcore.plan.data_parallel import DP as DP

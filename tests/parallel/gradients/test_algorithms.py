@@ -11,8 +11,13 @@ from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
 import txcore as tx
-from txcore.parallel.gradients import algorithms
-from txcore.parallel.gradients.algorithms import ALGORITHMS, is_power_of_two, mean_blocks, mean_flat
+from txcore.parallel.gradients.algorithms import (
+    ALGORITHMS,
+    is_power_of_two,
+    mean_blocks,
+    mean_flat,
+    pieces,
+)
 from txcore.profiling import audit
 
 MESHES = [{"data": 3}, {"data": 4}, {"node": 2, "device": 4}]
@@ -25,7 +30,7 @@ def meshes_of(name):
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(algorithms, "CHUNK_BYTES", 64)
+    monkeypatch.setattr(pieces, "CHUNK_BYTES", 64)
 
 
 def data(sizes, n, dtype, seed=0):

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 import txcore as tx
-from txcore.parallel.gradients import algorithms
-from txcore.parallel.gradients.algorithms import ALGORITHMS
+from txcore.parallel.gradients.algorithms import ALGORITHMS, pieces
 
 KIB = 1 / 1024
 AXES = {"node": 2, "device": 2}
@@ -16,7 +15,7 @@ NAMES = list(ALGORITHMS)
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(algorithms, "CHUNK_BYTES", 128)
+    monkeypatch.setattr(pieces, "CHUNK_BYTES", 128)
 
 
 def params():

@@ -1,7 +1,8 @@
 """The exchange of gradients over the data axes: in which pieces, by which algorithm and dtype.
 
 Imports `_compat`, `collectives`, `kept`, `kernels`, `kernels.common`, `kernels.dispatch`,
-`layout`, `parallel`, `parallel.gradients.compression`, `step_scope`, `varying`.
+`layout`, `parallel`, `parallel.gradients.algorithms`, `parallel.gradients.compression`,
+`step_scope`, `varying`.
 """
 
 from txcore.parallel.gradients import compression as compression
