@@ -80,10 +80,9 @@ def axes_of_groups(groups: Groups, sizes: Sizes) -> tuple[str, ...] | None:
         return None
     # Device 0 shares its group with its neighbour along each of the axes: at most one set of axes
     # can form the groups, and it is compared as a whole.
-    together = set(groups[0])
     stride, found = 1, []
     for name, size in reversed(sizes):
-        if size > 1 and stride in together:
+        if size > 1 and groups.first_holds(stride):
             found.append(name)
         stride *= size
     axes = tuple(reversed(found))

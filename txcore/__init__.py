@@ -5,6 +5,9 @@
 Importing it starts no backend.
 """
 
+import importlib
+from typing import TYPE_CHECKING
+
 from txcore import collectives as collectives
 from txcore import kernels as kernels
 from txcore import mesh as mesh
@@ -31,11 +34,8 @@ from txcore.launch import initialize as initialize
 from txcore.mesh import DeviceGroup as DeviceGroup
 from txcore.mesh import MeshSpec as MeshSpec
 from txcore.parallel import batch_moments as batch_moments
-from txcore.parallel import context as context
 from txcore.parallel import example_mean as example_mean
 from txcore.parallel import grad as grad
-from txcore.parallel import pipeline as pipeline
-from txcore.parallel import tensor as tensor
 from txcore.parallel import value_and_grad as value_and_grad
 from txcore.parallel import zero as zero
 from txcore.parallel.gradients import Buckets as Buckets
@@ -58,10 +58,20 @@ from txcore.train import pad_batch as pad_batch
 from txcore.train import step_fn as step_fn
 from txcore.version import VERSION
 
+if TYPE_CHECKING:
+    from txcore.parallel import context as context
+    from txcore.parallel import pipeline as pipeline
+    from txcore.parallel import tensor as tensor
+
 __version__ = VERSION
 
 
+_LATER = ("context", "pipeline", "tensor")  # rooms that only those who name them wait for
+
+
 def __getattr__(name: str) -> object:
+    if name in _LATER:
+        return importlib.import_module(f"txcore.parallel.{name}")
     if name == "ProcessGroup":  # for one release
         return mesh.__getattr__(name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -69,6 +69,16 @@ class Groups(Sequence[tuple[int, ...]]):
         """Return the largest number of a device, -1 where there is none."""
         return max(map(max, self.listed), default=-1) if self.dims is None else self.devices - 1
 
+    def first_holds(self, device: int) -> bool:
+        """Tell whether a device is in the first group, which may be too long to be listed."""
+        if self.dims is None:
+            return device in self.listed[0]
+        for size, together in reversed(self.dims):
+            device, place = divmod(device, size)
+            if place and not together:
+                return False
+        return device == 0
+
     def __len__(self) -> int:
         return len(self.listed) if self.dims is None else self.devices // self.size
 

@@ -2,7 +2,6 @@
 
 import json
 import pathlib
-import sys
 
 import jax
 import machine
@@ -58,7 +57,7 @@ def test_a_cpu_is_timed_by_the_hosts_clock(monkeypatch):
 
 def test_what_a_benchmark_found_fastest_is_recorded(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks" / "gpu"))
-    import run
+    import gpu_results
 
     from txcore.kernels.dispatch import tuning_file
 
@@ -74,10 +73,9 @@ def test_what_a_benchmark_found_fastest_is_recorded(tmp_path, monkeypatch):
     file = tmp_path / "gpu.json"
     file.write_text(json.dumps(result))
     (tmp_path / "kernels" / "dispatch" / "recorded").mkdir(parents=True)
-    monkeypatch.setattr(run, "ROOT", tmp_path)
-    run.record(file)
+    monkeypatch.setattr(gpu_results, "ROOT", tmp_path)
+    gpu_results.record_fastest(file)
     found = tuning_file.read_entries(tmp_path / "kernels" / "dispatch" / "recorded" / "gpu.json")
     assert (found["a"].implementation, found["b"].implementation) == ("triton", "xla")
     assert found["a"].machine == "A card"
     assert found["b"].microseconds == {"xla": 10.0, "pallas": 9.8}
-    sys.modules.pop("run")

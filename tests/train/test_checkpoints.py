@@ -118,7 +118,7 @@ def test_a_run_that_is_to_be_shorter_than_it_is_already(tmp_path):
 
 def test_no_batch_comes_after_the_last_step():
     at = tx.train.Position(steps=6)
-    made = fit.batches(cases.batches, fit.Length(4, None), at, None, lambda batch: 16)
+    made = fit.read_batches(cases.batches, fit.Length(4, None), at, None, lambda batch: 16)
     assert list(itertools.islice(made, 9)) == []
 
 

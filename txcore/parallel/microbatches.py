@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.extend.core import ClosedJaxpr, get_opaque_trace_state, jaxpr_as_fun
 
 from txcore import _compat, varying
 from txcore.collectives import _leaves
@@ -67,6 +66,8 @@ def total_of(part: Part, asked: Asked) -> jax.Array:
       ValueError: they were not counted before the loop.
     """
     if part.is_trial:
+        from jax.extend.core import get_opaque_trace_state  # imports all of Pallas
+
         if part.entered is not None and part.entered != get_opaque_trace_state():
             raise _uncounted(_INSIDE)
         part.asked.append(asked)
@@ -164,6 +165,8 @@ def _call(function: Callable[..., Any], places: Mapping[int, Any], named: Any) -
 
 def _count(loss: Callable[..., Any], trial: Part, fixed: Any, parts: Any) -> list[jax.Array]:
     """Return what a loss counts in all parts of all devices, without computing the rest of it."""
+    from jax.extend.core import ClosedJaxpr, get_opaque_trace_state, jaxpr_as_fun  # as above
+
     found: list[Asked] = []
 
     def count(fixed: Any, part: Any) -> list[jax.Array]:

@@ -122,12 +122,13 @@ def shapes_to_read(saved: tuple[Leaf, ...], state: TrainState) -> dict[str, jax.
 def fill_state(state: TrainState, saved: tuple[Leaf, ...], found: Mapping[str, Any]) -> TrainState:
     """Return the state with the arrays that were read, and its own for the rest."""
     by_name = {leaf.path: found.get(array_number(i)) for i, leaf in enumerate(saved)}
+    copied = copies.paths_of(state)
 
     def fill_leaf(path: str, own: jax.Array) -> jax.Array:
         read = by_name.get(path)
         if read is None:
             return own
-        if read.shape != own.shape:
+        if path in copied and read.shape != own.shape:
             return copies.share_mean(read, own)
         return with_keys(read, own)
 
