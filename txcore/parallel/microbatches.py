@@ -5,6 +5,7 @@ size, so that the mean over them is that over the batch, as the mean over device
 global one; a masked mean (`tx.example_mean`) is told how many examples all parts have.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -49,13 +50,23 @@ class Part:
 
 
 _INSIDE = "inside of a function that jax traces by itself (jit, checkpoint, scan)"
-# jax keeps what it traces of an inner function: inside of another part it is traced anew.
-_part = jax.make_user_context(None)
+
+
+@functools.cache
+def _make_context() -> Any:
+    """Return what knows the current part.
+
+    jax keeps what it traces of an inner function: inside of another part it is traced anew. It is
+    made when it is first entered, since making it lets jax forget all that it has traced.
+    """
+    return jax.make_user_context(None)
 
 
 def current_part() -> Part | None:
     """Return of which microbatch the code is that is traced now; None outside of their loop."""
-    part: Part | None = _part.value
+    if not _make_context.cache_info().currsize:
+        return None
+    part: Part | None = _make_context().value
     return part
 
 
@@ -135,7 +146,7 @@ def accumulate(
 
     def run(carried: Any, part: Any, where: Part) -> tuple[Any, Any, Any]:
         """Return what goes on to the next part, the value to keep, and the gradients."""
-        with _part(where):
+        with _make_context()(where):
             value, gradients = _call(one, {**fixed, **carried, **part[0]}, part[1])
         if loop.carry is None:
             return {}, value, gradients
@@ -171,7 +182,7 @@ def _count(loss: Callable[..., Any], trial: Part, fixed: Any, parts: Any) -> lis
 
     def count(fixed: Any, part: Any) -> list[jax.Array]:
         found.clear()
-        with _part(replace(trial, asked=found, entered=get_opaque_trace_state())):
+        with _make_context()(replace(trial, asked=found, entered=get_opaque_trace_state())):
             _call(loss, {**fixed, **part[0]}, part[1])
         return [asked.local for asked in found]
 
