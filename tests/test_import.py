@@ -9,7 +9,7 @@ import sys
 import pytest
 
 OPTIONAL = ("optax", "orbax", "sklearn", "matplotlib", "tqdm", "pytest")
-LIMIT = 1.15
+LIMIT = 1.2
 ROUNDS = 5
 
 
