@@ -3,13 +3,14 @@
 import itertools
 import pathlib
 import re
+from typing import Any
 
 import pytest
 
 import txcore as tx
 
 PAGE = pathlib.Path(__file__).parents[2] / "docs" / "gradients.md"
-OPTIONS = {
+OPTIONS: dict[str, dict[str, Any]] = {
     'shard="optimizer"': {"shard": "optimizer"},
     'shard="gradients"': {"shard": "gradients"},
     'shard="parameters"': {"shard": "parameters"},
@@ -30,6 +31,7 @@ PAIRS = [
 def told():
     """Return the pairs that the page's table has a "yes" for."""
     table = re.search(r"^\| \| `buckets`.*?\n\n", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+    assert table is not None
     head, _, *rows = [line.strip("| ").split("|") for line in table[0].strip().splitlines()]
     columns = [cell.strip(" `") for cell in head]
     pairs = set()
@@ -38,6 +40,7 @@ def told():
         answers += [""] * (len(columns) - len(answers))
         for column, answer in zip(columns, answers, strict=True):
             first = re.search(r"`(?:reduction=\"(adasum)\"|([^`]*?)=?)`", name)
+            assert first is not None
             if answer == "yes":
                 pairs.add(frozenset((first[1] or first[2], column)))
     return pairs
