@@ -1,6 +1,7 @@
 """Buckets: their layout by hand, and gradients that are exchanged in them."""
 
 import re
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -139,8 +140,13 @@ def test_shards_of_the_mean(algorithm, buckets, layouts):
     compare(found, grads, algorithm)
 
 
-def test_by_default_large_leaves_are_not_left_to_one_collective():
-    """On CPU alone; the plan predicts what the step does."""
+def test_by_default_large_leaves_are_not_left_to_one_collective(monkeypatch):
+    """On CPU alone, in several processes; the plan predicts what the step does."""
+    assert choice.fastest("cpu", 4 << 20, {"data": 2}) == "plain"
+    assert choice.fastest("cpu", 32 << 20, {"data": 2}) == "recursive_doubling"
+    assert choice.fastest("cpu", 32 << 20, {"data": 3}) == "plain"
+    over_processes = [replace(row, over_processes=False) for row in choice.FASTER[:2]]
+    monkeypatch.setattr(choice, "FASTER", over_processes)
     params = {"small": np.ones(3, np.float32), "large": np.ones((1 << 20) + 3, np.float32)}
     sent = {}
     for devices in (2, 3):
