@@ -10,10 +10,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from txcore.collectives import axis_index, axis_size, shift
 from txcore.kernels.common.checks import accumulator
+from txcore.parallel.zero.order import after
 from txcore.varying import match_varying
 
 
@@ -240,9 +240,10 @@ class _Given(NamedTuple):
 def _attend_backward(
     how: _How, kept: tuple[jax.Array, ...], cotangent: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    # Without the barrier XLA takes these exchanges for those of the forward pass, and keeps what
-    # arrived there until now: the whole sequence's keys and values.
-    (q, k, v, out, log_sum), cotangent = lax.optimization_barrier((kept, cotangent))
+    q, k, v, out, log_sum = kept
+    # Or XLA takes these exchanges for those of the forward pass, and keeps what arrived there until
+    # now: the whole sequence's keys and values.
+    k, v = after((k, v), cotangent)
     n, rank, groups = axis_size(how.axis), axis_index(how.axis), k.shape[2]
     wide = accumulator(q.dtype)
     inner = jnp.sum(out.astype(wide) * cotangent.astype(wide), axis=-1)
