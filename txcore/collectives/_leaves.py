@@ -180,6 +180,15 @@ def reduced_axes(op: str, leaf: Leaf, axes: tuple[str, ...], *, mean: bool) -> t
     return tuple(kept)
 
 
+def check_local(op: str, leaf: Leaf, axes: tuple[str, ...]) -> jax.Array:
+    """Return a value that `op` averages; refuse one that is reduced already, as `pmean` does."""
+    refuse_unreduced(op, leaf, axes)
+    if axes:
+        leaf = claim_differing(op, leaf, axes, mean=True)
+        reduced_axes(op, leaf, axes, mean=True)
+    return leaf.value
+
+
 def _describe_reduced(
     op: str, where: str, axis: str, *, mean: bool, source: str = " ({source})"
 ) -> str:

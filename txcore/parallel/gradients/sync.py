@@ -167,7 +167,8 @@ def _average_buckets(
     for i, (bucket, by) in enumerate(chosen):
         for place in bucket.leaves:
             where = name + jax.tree_util.keystr(paths[place])
-            leaves[place] = _check_local(Leaf(leaves[place], where), laid[place].reduced)
+            given_leaf = Leaf(leaves[place], where)
+            leaves[place] = _leaves.check_local("sync_gradients", given_leaf, laid[place].reduced)
         packed.append(_pack(bucket, leaves, laid, sizes))
         jobs.append(partial(_mean_of_bucket, bucket, by, sizes, f"{name}/{i}"))
     means = keep_apart(jobs, packed, name)
@@ -191,14 +192,6 @@ def _leave_axes_of_one(
     """Make a mean equal along axes of one device too, which sends nothing."""
     alone = [axis for axis in axes if axis not in sizes and _leaves.varies_along(mean, axis)]
     return pmean(mean, tuple(alone), name=name) if alone else mean
-
-
-def _check_local(leaf: Leaf, axes: tuple[str, ...]) -> jax.Array:
-    """Refuse a gradient that is reduced already, as `pmean` does."""
-    _leaves.refuse_unreduced("sync_gradients", leaf, axes)
-    leaf = _leaves.claim_differing("sync_gradients", leaf, axes, mean=True)
-    _leaves.reduced_axes("sync_gradients", leaf, axes, mean=True)
-    return leaf.value
 
 
 def _pack(

@@ -1,6 +1,6 @@
 """Compression: gradients averaged with fewer bytes on the wire, and what that keeps.
 
-Imports `collectives`, `kept`, `kernels.common`, `layout`, `parallel`, `varying`.
+Imports `collectives`, `kept`, `kernels.common`, `layout`, `parallel`, `parallel.zero`, `varying`.
 """
 
 from txcore.parallel.gradients.compression.feedback import start as start

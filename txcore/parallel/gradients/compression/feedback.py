@@ -13,13 +13,14 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from txcore import varying
-from txcore.collectives import axis_index, pmean, reduce_scatter
+from txcore.collectives import pmean, reduce_scatter
 from txcore.kept import Kept, as_copy, own_copy, specs_of, start_all
 from txcore.kernels.common import checks
 from txcore.layout import Layout, drop_axes
 from txcore.parallel.gradients.compression.named import as_compression
 from txcore.parallel.gradients.compression.record import Compression, Exchange
 from txcore.parallel.predicted import Predicted
+from txcore.parallel.zero.parts import take_part
 
 KEY = "compression"  # of what is kept, in comm_state
 
@@ -121,12 +122,8 @@ def _average_plainly(grads: list[jax.Array], exchange: Exchange) -> list[jax.Arr
 
 
 def _own_parts(means: list[jax.Array], exchange: Exchange) -> list[jax.Array]:
-    count, index = exchange.along(exchange.parts).devices, axis_index(exchange.parts)
-    own = []
-    for mean, dim in zip(means, exchange.dims, strict=True):
-        size = mean.shape[dim] // count
-        own.append(lax.dynamic_slice_in_dim(mean, index * size, size, dim))
-    return own
+    pairs = zip(means, exchange.dims, strict=True)
+    return [take_part(mean, (dim, exchange.parts)) for mean, dim in pairs]
 
 
 def predict_compressed(

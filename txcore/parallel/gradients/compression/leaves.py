@@ -77,11 +77,7 @@ def _with_paths(tree: Any) -> list[tuple[Any, Any]]:
 def _check_local(name: str, path: Any, value: Any, layout: Layout) -> jax.Array:
     """Refuse a gradient that is reduced already, as `pmean` does."""
     leaf = Leaf(jnp.asarray(value), name + jax.tree_util.keystr(path))
-    _leaves.refuse_unreduced("sync_gradients", leaf, layout.reduced)
-    if layout.reduced:
-        leaf = _leaves.claim_differing("sync_gradients", leaf, layout.reduced, mean=True)
-        _leaves.reduced_axes("sync_gradients", leaf, layout.reduced, mean=True)
-    return leaf.value
+    return _leaves.check_local("sync_gradients", leaf, layout.reduced)
 
 
 def _make_equal(x: jax.Array | None, alone: tuple[str, ...], name: str) -> jax.Array | None:
