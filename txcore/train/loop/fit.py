@@ -178,7 +178,9 @@ class Run:
         watch.at(Phase.STEP, self.position.steps, runner.last_words)
         if runner.spans:
             at = f"batch {after.batch} of epoch {after.epoch}, step {after.steps} of fit"
-            watch.meet(f"{at}, {batch.rows} rows")
+            # The comparison before a step's first run says more of other rows than an event does.
+            compared = not runner.has_compiled(self.step)
+            watch.meet(at if compared else f"{at}, {batch.rows} rows")
         interrupt.hold()
         try:
             self.state, metrics = runner.run(self.step, self.state, batch)

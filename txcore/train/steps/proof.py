@@ -8,7 +8,7 @@ from txcore.train.state.layout import place_shapes, state_specs
 from txcore.train.state.owner import Owner
 from txcore.train.state.state import TrainState
 from txcore.train.steps.compile import CompiledStep, compile_step, name_of
-from txcore.train.steps.step_fn import StepFn, check_jit
+from txcore.train.steps.step_fn import check_jit, function_of
 from txcore.train.steps.steps import Steps
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def audit_there(
     specs = state_specs(arrays, plan.layouts(params, options.mesh), kept)
     state = TrainState(**place_shapes(arrays, options.mesh, specs), owner=owner)
     compiled = compile_step(
-        step.fn if isinstance(step, StepFn) else step,
+        function_of(step),
         state,
         global_shapes(batch, options.mesh, options.plan),
         mesh=options.mesh,

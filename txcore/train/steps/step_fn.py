@@ -31,6 +31,11 @@ class StepFn:
         return state.engine.run(self, state, batch)
 
 
+def function_of(step: Any) -> Any:
+    """Return the function of a step, whether it was marked by `step_fn` or not."""
+    return step.fn if isinstance(step, StepFn) else step
+
+
 def refuse_tracing(step: Any, state: Any, batch: Any) -> None:
     """Refuse to run a step on what jax traces instead of on arrays."""
     if not _compat.may_trace():

@@ -15,7 +15,7 @@ from txcore.train.state.owner import Owner
 from txcore.train.state.state import TrainState
 from txcore.train.steps import rounds
 from txcore.train.steps.compile import CompiledStep, compile_step, name_of
-from txcore.train.steps.step_fn import StepFn, check_jit, refuse_tracing
+from txcore.train.steps.step_fn import check_jit, function_of, refuse_tracing
 
 
 class Steps:
@@ -66,7 +66,7 @@ class Steps:
           ValueError, TypeError: the state is another engine's or used up; or what the step does
             wrong.
         """
-        fn = step.fn if isinstance(step, StepFn) else step
+        fn = function_of(step)
         state = self.take(state, fn)
         key = (train, fn, state.form, batch.form)
         compiled = self._compiled.get(key)
@@ -75,6 +75,11 @@ class Steps:
         if train:
             self.last_words = compiled.last_words
         return state, compiled
+
+    def has_compiled(self, step: Any) -> bool:
+        """Tell whether the step was compiled as a training step, for some state and batch."""
+        fn = function_of(step)
+        return any(train and known is fn for train, known, *_ in self._compiled)
 
     def _compile(self, fn: Any, state: TrainState, batch: Any, train: bool) -> CompiledStep:
         check_jit(name_of(fn))
