@@ -42,7 +42,9 @@ from txcore.parallel.gradients import Buckets as Buckets
 from txcore.parallel.gradients import compression as compression
 from txcore.parallel.gradients import sync_gradients as sync_gradients
 from txcore.plan.data_parallel import DP as DP
+from txcore.plan.pipeline_parallel import PP as PP
 from txcore.plan.plan import Plan as Plan
+from txcore.plan.tensor_parallel import TP as TP
 from txcore.train import CheckpointError as CheckpointError
 from txcore.train import Checkpoints as Checkpoints
 from txcore.train import Engine as Engine

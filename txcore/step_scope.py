@@ -32,6 +32,7 @@ class StepScope:
       shards_gradients: whether those of a microbatch are reduced as they come, and kept in parts.
       views: what `state.params` has gathered: by its id, each array and what it was made of.
       sync_options: of `tx.sync_gradients`, as the plan has them.
+      pipeline: the plan's `PP`, for `tx.pipeline.value_and_grad`; None without one.
       rounds: how local SGD averages (`txcore.parallel.local_sgd.Rounds`): each device trains
         parameters of its own. None where gradients are reduced, and in an evaluation.
       doubts: what looks wrong by its type, and cannot be judged before the whole step is traced.
@@ -49,6 +50,7 @@ class StepScope:
     shards_gradients: bool = False
     views: dict[int, tuple[Any, Any]] = field(default_factory=dict)
     sync_options: Mapping[str, Any] = field(default_factory=dict)
+    pipeline: Any = None
     rounds: Any = None
     doubts: list[str] = field(default_factory=list)
     weighed: list[str] = field(default_factory=list)

@@ -6,4 +6,6 @@ Imports `collectives`, `kernels.common`, `layout`, `mesh`, `optim`, `parallel`,
 """
 
 from txcore.plan.data_parallel import DP as DP
+from txcore.plan.pipeline_parallel import PP as PP
 from txcore.plan.plan import Plan as Plan
+from txcore.plan.tensor_parallel import TP as TP

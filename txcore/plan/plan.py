@@ -21,11 +21,13 @@ from txcore.parallel.gradients.compression.feedback import KEY as COMPRESSION
 from txcore.parallel.gradients.compression.feedback import keep_compressed
 from txcore.parallel.predicted import Predicted
 from txcore.plan.data_parallel import DP
+from txcore.plan.pipeline_parallel import PP
 from txcore.plan.predict import predict_adasum, predict_average, predict_norms
 from txcore.plan.predict_buckets import choose_exchange, predict_exchange
 from txcore.plan.predict_shards import predict_optimizer
 from txcore.plan.rules import check_rules, stored_specs
 from txcore.plan.shards import shard_spec
+from txcore.plan.tensor_parallel import TP
 from txcore.printing import format_call
 
 
@@ -35,6 +37,11 @@ class Plan:
 
     Args:
       data_parallel: `DP(axis)`, or None for a step that every device computes whole.
+      tensor_parallel: `TP(axis, rules=)`, which parameters are split for the layers of `tx.tensor`.
+      pipeline: `PP(axis, microbatches=)`, for `tx.pipeline.value_and_grad`: the layers that are
+        stacked in `params["blocks"]` lie on the devices along that axis.
+      context: mesh axis name over which the sequence, dim 1 of the batch's leaves, is split, for
+        `tx.context.ring_attention`. Gradients are averaged over it too, as over a data axis.
       params: specs for parameters that are stored in parts, `{"mlp/w1": P(None, "model")}`, by
         path: its keys with slashes between them, and * for any characters. The first rule that
         matches counts; what none matches is stored whole. Inside the step each device holds its
@@ -49,6 +56,9 @@ class Plan:
     """
 
     data_parallel: DP | None = None
+    tensor_parallel: TP | None = None
+    pipeline: PP | None = None
+    context: str | None = None
     params: Mapping[str, P] = field(default_factory=dict)
     batch: Mapping[str, P] = field(default_factory=dict)
 
@@ -67,11 +77,7 @@ class Plan:
         return format_call("Plan", **given)
 
     def __post_init__(self) -> None:
-        if self.data_parallel is not None and not isinstance(self.data_parallel, DP):
-            raise TypeError(
-                f"Plan needs data_parallel= a tx.DP or None, got {self.data_parallel!r}: write "
-                "tx.Plan(data_parallel=tx.DP(axis=...))"
-            )
+        self._check_kinds()
         for key, spec in self.batch.items():
             if not isinstance(spec, P):
                 raise TypeError(
@@ -85,6 +91,22 @@ class Plan:
                 f"products of whole gradients, got params={dict(self.params)!r}: write "
                 "reduction='mean', or leave the rules out"
             )
+
+    def _check_kinds(self) -> None:
+        kinds = {
+            "data_parallel": (DP, "tx.DP(axis=...)"),
+            "tensor_parallel": (TP, "tx.TP(axis, rules=...)"),
+            "pipeline": (PP, "tx.PP(axis, microbatches=...)"),
+            "context": (str, "'context', the axis' name"),
+        }
+        for option, (kind, example) in kinds.items():
+            given = getattr(self, option)
+            if given is not None and not isinstance(given, kind):
+                what = "a mesh axis name" if kind is str else f"a tx.{kind.__name__}"
+                raise TypeError(
+                    f"Plan needs {option}= {what} or None, got {given!r}: write "
+                    f"tx.Plan({option}={example})"
+                )
 
     @property
     def _reduction(self) -> str:
@@ -170,7 +192,8 @@ class Plan:
             shards_all = self.data_parallel is not None and self.data_parallel.shard == "parameters"
             return Layout(parts if shards_all else active, gradient=parts, reduced=reduced)
 
-        return jax.tree.map(layout, stored_specs(self.params, params, mesh), params)
+        stored = stored_specs(self.params, params, mesh, self.tensor_parallel, self.pipeline)
+        return jax.tree.map(layout, stored, params)
 
     def bucket_layout(self, params: Any, mesh: MeshSpec) -> BucketLayout:
         """Return the buckets in which gradients are exchanged; empty where XLA combines them.

@@ -11,6 +11,8 @@ from jax.sharding import PartitionSpec as P
 from txcore.layout import axes_of, entry_axes
 from txcore.mesh import MeshSpec
 from txcore.path_rules import leaf_names, match_rules
+from txcore.plan.pipeline_parallel import PP
+from txcore.plan.tensor_parallel import TP
 
 
 def check_rules(rules: Any, data_axes: tuple[str, ...]) -> None:
@@ -59,13 +61,24 @@ def _check_spec(pattern: str, spec: P, data_axes: tuple[str, ...]) -> None:
         )
 
 
-def stored_specs(rules: Mapping[str, P], params: Any, mesh: MeshSpec) -> Any:
-    """Return how each parameter is stored: by the first rule that its path matches, else whole.
+def stored_specs(
+    rules: Mapping[str, P],
+    params: Any,
+    mesh: MeshSpec,
+    tensor: TP | None = None,
+    pipeline: PP | None = None,
+) -> Any:
+    """Return how each parameter is stored.
+
+    The first of `rules` that its path matches says all of it; else a pipeline splits its layers,
+    the first rule of tensor parallelism one of its dims, and what none names is whole.
 
     Args:
       rules: PartitionSpecs by path, as `Plan(params=)` takes them.
       params: pytree of arrays or shapes.
       mesh: the devices and their axes.
+      tensor: the plan's tensor parallelism.
+      pipeline: the plan's pipeline.
 
     Returns:
       A pytree of PartitionSpecs with the structure of `params`.
@@ -75,15 +88,52 @@ def stored_specs(rules: Mapping[str, P], params: Any, mesh: MeshSpec) -> Any:
         a parameter, or devices that do not divide one.
     """
     found = jax.tree_util.tree_flatten_with_path(params)[0]
-    first = match_rules([*rules], leaf_names(params), lambda rule: _rule(rule, rules[rule]))
+    names = leaf_names(params)
+    first = match_rules([*rules], names, lambda rule: _rule(rule, rules[rule]))
+    split = [None] * len(names) if tensor is None else _match_dims(tensor, names)
     specs = []
-    for (path, leaf), match in zip(found, first, strict=True):
-        spec = P() if match is None else rules[match]
-        if match is not None:
-            where = f"params{jax.tree_util.keystr(path)}"
-            _check_fits(_rule(match, spec), spec, where, np.shape(leaf), mesh)
+    for (path, leaf), own, dim in zip(found, first, split, strict=True):
+        where, shape = f"params{jax.tree_util.keystr(path)}", np.shape(leaf)
+        if own is not None:
+            spec = rules[own]
+            check_fits(_rule(own, spec), spec, where, shape, mesh)
+        else:
+            spec = P()
+            if pipeline is not None and is_of_blocks(path):
+                spec = P(*[None] * (pipeline.chunks > 1), pipeline.axis)
+                check_fits(f"Plan(pipeline={pipeline})", spec, where, shape, mesh)
+            if tensor is not None and dim is not None:
+                spec = _split_dim(tensor, dim, spec, where, shape, mesh)
         specs.append(spec)
     return jax.tree.unflatten(jax.tree.structure(params), specs)
+
+
+def is_of_blocks(path: Any) -> bool:
+    """Tell whether a parameter belongs to the layers of a pipeline: `params["blocks"]`."""
+    return bool(path) and getattr(path[0], "key", None) == "blocks"
+
+
+def _match_dims(tensor: TP, names: list[str]) -> list[int | None]:
+    rules = match_rules(
+        [*tensor.rules], names, lambda rule: f"TP(rules={{{rule!r}: {tensor.rules[rule]}}})"
+    )
+    return [None if rule is None else tensor.rules[rule] for rule in rules]
+
+
+def _split_dim(
+    tensor: TP, dim: int, spec: P, where: str, shape: tuple[int, ...], mesh: MeshSpec
+) -> P:
+    """Return `spec` with one dim more split, counted from the end."""
+    entries = [*spec, *[None] * (len(shape) - len(spec))]
+    rule = f"TP({tensor.axis!r}, rules=...) with dim {dim}"
+    if -dim > len(shape) or entries[dim] is not None:
+        raise ValueError(
+            f"{rule} needs {where} to have that dim beside those that the plan splits already, got "
+            f"shape {shape} and {spec}: name another dim in a rule before it"
+        )
+    entries[dim] = tensor.axis
+    check_fits(rule, P(*entries), where, shape, mesh)
+    return P(*entries)
 
 
 def _rule(pattern: str, spec: P) -> str:
@@ -91,7 +141,8 @@ def _rule(pattern: str, spec: P) -> str:
     return f"Plan(params={{{pattern!r}: P({entries})}})"
 
 
-def _check_fits(rule: str, spec: P, where: str, shape: tuple[int, ...], mesh: MeshSpec) -> None:
+def check_fits(rule: str, spec: P, where: str, shape: tuple[int, ...], mesh: MeshSpec) -> None:
+    """Refuse a spec with more dims than a parameter, or with devices that do not divide it."""
     if len(spec) > len(shape):
         raise ValueError(
             f"{rule} needs at least {len(spec)} dims, but {where} has shape {shape}: give one "

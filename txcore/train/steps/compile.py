@@ -108,6 +108,7 @@ def compile_step(
             regathers=dp is None or dp.reshard_after_forward,
             shards_gradients=dp is not None and dp.shard in ("gradients", "parameters"),
             sync_options=plan.sync_options,
+            pipeline=plan.pipeline,
             rounds=plan.rounds(mesh) if train else None,
         )
         with tracing(scope):
