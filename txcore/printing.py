@@ -56,6 +56,17 @@ def describe_scalar(x: Any) -> str:
         return repr(x)
 
 
+def name_of(fn: Any) -> str:
+    """Return what errors and profiles call a function; a functools.partial has no name.
+
+    Example:
+      >>> import functools
+      >>> name_of(functools.partial(name_of, print))
+      'name_of'
+    """
+    return getattr(fn, "__name__", None) or name_of(getattr(fn, "func", type(fn)))
+
+
 def _format_value(value: Any) -> str:
     """Write a value in one line; a function by its name, where it has one of its own."""
     if inspect.isfunction(value):

@@ -69,6 +69,11 @@ def accumulator(dtype: DTypeLike) -> jnp.dtype:
     return common_dtype(dtype, jnp.float32)
 
 
+def accumulator_of(x: Any) -> jnp.dtype:
+    """Return the dtype to compute in for an array, a number, or what has a dtype."""
+    return accumulator(jnp.result_type(x))
+
+
 def lift_rank(x: jax.Array, like: jax.Array) -> jax.Array:
     """Return `x` with dims of size 1 in front, until it has as many dims as `like`.
 

@@ -126,7 +126,7 @@ BAD = [
         no_state,
         TypeError,
         "train_step needs to return (state, metrics), the state that apply_gradients returned and "
-        "a dict, got dict; run a step that returns metrics only with engine.evaluate",
+        "a dict, got dict: run a step that returns metrics only with engine.evaluate",
     ),
     (
         varying_extra,

@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 import jax
 
 from txcore import collectives
-from txcore.parallel.gradients.algorithms import ALGORITHMS, mean_flat
+from txcore.parallel.gradients.algorithms import ALGORITHMS, is_power_of_two, mean_flat
 
 Axes = tuple[str, ...]
 # A collective on one device: its flat operand and the axes -> its flat result.
@@ -126,7 +126,7 @@ _NEEDS: Mapping[str, tuple[str, Callable[[Sequence[int]], bool]]] = {
     "hierarchical": ("at least two axes, as --axis node,device", lambda sizes: len(sizes) > 1),
     "recursive_doubling": (
         "a number of devices that is a power of two",
-        lambda sizes: math.prod(sizes).bit_count() == 1,
+        lambda sizes: is_power_of_two(math.prod(sizes)),
     ),
 }
 

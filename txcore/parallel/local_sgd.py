@@ -66,7 +66,9 @@ def keep_local(rounds: Rounds, optimizer: Optimizer, params: Any, layouts: Any, 
 
     def difference(param: Any, spec: P) -> Kept:
         shape = copies, *np.shape(param)
-        return Kept(shape, _wide(param).name, P(rounds.axes or None, *spec), rounds.axes)
+        return Kept(
+            shape, checks.accumulator_of(param).name, P(rounds.axes or None, *spec), rounds.axes
+        )
 
     def own(path: Any, leaf: Any, spec: P) -> Kept:
         one = _kept(f"state.opt_state{jax.tree_util.keystr(path)}", leaf, spec)
@@ -195,9 +197,5 @@ def _zeros_like(x: jax.Array) -> jax.Array:
     return varying.match_varying(jnp.zeros(x.shape, x.dtype), x)[0]
 
 
-def _wide(x: Any) -> np.dtype:
-    return jnp.dtype(checks.accumulator(jnp.result_type(x)))
-
-
 def _widened(x: jax.Array) -> jax.Array:
-    return x.astype(_wide(x))
+    return x.astype(checks.accumulator_of(x))

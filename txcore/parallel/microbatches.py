@@ -161,7 +161,9 @@ def accumulate(
         carried, value, gradients = run(carried, part, Part(*size, totals=iter(totals)))
         return (jax.tree.map(lambda s, g: s + g.astype(s.dtype), sums, gradients), carried), value
 
-    zeros = jax.tree.map(lambda g: _typed(jnp.zeros(g.shape, _wide(g)), g), types[2])
+    zeros = jax.tree.map(
+        lambda g: _typed(jnp.zeros(g.shape, checks.accumulator_of(g)), g), types[2]
+    )
     begun = zeros, jax.tree.map(_typed, start, types[0])
     (sums, carried), values = lax.scan(add, begun, parts)
     gradients = jax.tree.map(lambda s, g: (s / loop.number).astype(g.dtype), sums, types[2])
@@ -264,10 +266,6 @@ def _split(x: Any, number: int) -> jax.Array:
     return x.reshape(number, x.shape[0] // number, *x.shape[1:])
 
 
-def _wide(x: Any) -> Any:
-    return checks.accumulator(x.dtype)
-
-
 def _typed(x: Any, like: Any) -> jax.Array:
     """Return an array that varies along the axes of another, too."""
     x = x if _compat.is_key_array(x) else jnp.asarray(x)
@@ -276,4 +274,4 @@ def _typed(x: Any, like: Any) -> jax.Array:
 
 
 def _mean(losses: jax.Array) -> jax.Array:
-    return jnp.mean(losses, dtype=_wide(losses)).astype(losses.dtype)
+    return jnp.mean(losses, dtype=checks.accumulator_of(losses)).astype(losses.dtype)

@@ -15,6 +15,7 @@ from txcore.optim import Optimizer
 from txcore.optim.optimizer import Exchanges
 from txcore.parallel import local_sgd
 from txcore.parallel.gradients import delayed
+from txcore.parallel.gradients.algorithms import is_power_of_two
 from txcore.parallel.gradients.buckets import BucketLayout
 from txcore.parallel.gradients.compression import Compression, as_compression
 from txcore.parallel.gradients.compression.feedback import KEY as COMPRESSION
@@ -150,7 +151,7 @@ class Plan:
                 for axis in axes_of(spec):
                     mesh.check_axis(axis, f"Plan({option}={{{key!r}: ...}})")
         devices = math.prod(mesh.shape[axis] for axis in self.data_axes)
-        if self._reduction == "adasum" and devices & (devices - 1):
+        if self._reduction == "adasum" and not is_power_of_two(devices):
             raise ValueError(
                 "DP(reduction='adasum') needs 1, 2, 4, 8, ... devices over its axes, which it "
                 f"joins in pairs, got {devices}: take a power of two, or reduction='mean'"

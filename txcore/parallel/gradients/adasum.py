@@ -9,6 +9,7 @@ import numpy as np
 
 from txcore.collectives import _leaves, all_gather, axis_index, axis_size, pmean, ppermute
 from txcore.kernels.common import checks
+from txcore.parallel.gradients.algorithms import is_power_of_two
 
 
 def adasum(tree: Any, axis: str | tuple[str, ...], *, name: str = "grads") -> Any:
@@ -49,7 +50,7 @@ def adasum(tree: Any, axis: str | tuple[str, ...], *, name: str = "grads") -> An
     """
     axes = _leaves.check_axes("adasum", axis)
     devices = axis_size(axes)
-    if devices & (devices - 1):
+    if not is_power_of_two(devices):
         raise ValueError(
             f"adasum needs 1, 2, 4, 8, ... devices over {_leaves.names_of(axes)}, got {devices}: "
             "take a power of two, or their mean"
@@ -64,8 +65,8 @@ def adasum(tree: Any, axis: str | tuple[str, ...], *, name: str = "grads") -> An
     if devices == 1 or not leaves:
         return pmean(tree, axes, name=name)
     combined: list[Any] = list(leaves)
-    for dtype in dict.fromkeys(_wide(leaf) for leaf in leaves):
-        places = [i for i, leaf in enumerate(leaves) if _wide(leaf) == dtype]
+    for dtype in dict.fromkeys(checks.accumulator_of(leaf) for leaf in leaves):
+        places = [i for i, leaf in enumerate(leaves) if checks.accumulator_of(leaf) == dtype]
         done = _combine([leaves[i] for i in places], axes, devices, dtype, name)
         for i, leaf in zip(places, done, strict=True):
             combined[i] = leaf
@@ -139,7 +140,3 @@ def _weight(ab: jax.Array, squared: jax.Array) -> jax.Array:
     """Return 1 - a.b / 2|a|^2, 1 of a gradient of zeros."""
     none = squared == 0
     return 1 - jnp.where(none, 0, ab / (2 * jnp.where(none, 1, squared)))
-
-
-def _wide(x: Any) -> np.dtype:
-    return jnp.dtype(checks.accumulator(jnp.result_type(x)))

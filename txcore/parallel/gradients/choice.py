@@ -69,7 +69,7 @@ def fastest(platform: str, nbytes: int, sizes: Mapping[str, int], dtype: str = "
 
 
 def _can_run(name: Name, sizes: Mapping[str, int]) -> bool:
-    return name != "recursive_doubling" or is_power_of_two(sizes)
+    return name != "recursive_doubling" or is_power_of_two(math.prod(sizes.values()))
 
 
 def _has_levels(name: Name, sizes: Mapping[str, int]) -> bool:

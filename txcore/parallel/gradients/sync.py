@@ -28,6 +28,7 @@ from txcore.parallel.gradients.choice import (
 from txcore.parallel.gradients.compression import Compression, as_compression
 from txcore.parallel.gradients.compression.leaves import average_leaves
 from txcore.parallel.gradients.delayed import take_delayed
+from txcore.parallel.lone_axes import make_equal_along_lone_axes
 from txcore.step_scope import current_scope
 
 
@@ -177,21 +178,13 @@ def _average_buckets(
     for (bucket, _), mean in zip(chosen, means, strict=True):
         parts = _unpack(bucket, mean, leaves, laid, sizes)
         for place, leaf in zip(bucket.leaves, parts, strict=True):
-            done[place] = _leave_axes_of_one(leaf, given[place].reduced, sizes, name)
+            done[place] = make_equal_along_lone_axes(leaf, given[place].reduced, name)
     return done
 
 
 def _without_axes_of_one(layout: Layout) -> Layout:
     reduced = tuple(axis for axis in layout.reduced if _leaves.axes_size((axis,)) > 1)
     return Layout(layout.stored, layout.gradient, reduced)
-
-
-def _leave_axes_of_one(
-    mean: jax.Array, axes: tuple[str, ...], sizes: dict[str, int], name: str
-) -> jax.Array:
-    """Make a mean equal along axes of one device too, which sends nothing."""
-    alone = [axis for axis in axes if axis not in sizes and _leaves.varies_along(mean, axis)]
-    return pmean(mean, tuple(alone), name=name) if alone else mean
 
 
 def _pack(

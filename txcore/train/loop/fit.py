@@ -9,6 +9,7 @@ import jax
 
 from txcore.launch import watch
 from txcore.launch.watch import Phase
+from txcore.printing import name_of
 from txcore.train.batches.placer import Placed
 from txcore.train.checkpoints.checkpoints import Checkpoints
 from txcore.train.checkpoints.manifest import Position
@@ -30,7 +31,6 @@ from txcore.train.loop.progress import Progress, to_host
 from txcore.train.numerics import nonfinite
 from txcore.train.replicas import agreement
 from txcore.train.state.state import TrainState
-from txcore.train.steps.compile import name_of
 from txcore.train.steps.rounds import steps_begun
 from txcore.train.steps.step_fn import StepFn
 from txcore.train.steps.steps import Steps

@@ -11,9 +11,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from txcore.printing import name_of
 from txcore.train.checkpoints.manifest import Position
 from txcore.train.loggers import Logger, Metrics, Record
-from txcore.train.steps.compile import name_of
 from txcore.train.steps.steps import Steps
 
 # How many steps the host may run ahead of the devices: enough to hide its work, few enough not

@@ -5,10 +5,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
-import numpy as np
 
 from txcore.collectives import vary
-from txcore.kernels.common.checks import whole_number
 from txcore.layout import same_structure, split_axes
 from txcore.parallel import local_sgd, zero
 from txcore.parallel.gradients import sync_gradients
@@ -17,6 +15,7 @@ from txcore.step_scope import StepScope, current_scope
 from txcore.train.numerics import loss_scale, prng
 from txcore.train.numerics.loss_scale import LossScaling
 from txcore.train.numerics.precision import Precision
+from txcore.train.state.changes import check_field
 from txcore.train.state.claims import check_gradients
 from txcore.train.state.owner import NOBODY, Owner, Runner
 
@@ -222,27 +221,13 @@ class TrainState:
                 + (": write stored_params=" if "params" in unknown else "")
             )
         if current_scope() is None:
-            fields = {name: value for name, value in changes.items() if name in _ARRAYS}
-            checked = {name: self._checked(name, value) for name, value in fields.items()}
+            checked = {k: check_field(k, getattr(self, k), new) for k, new in changes.items()}
             engine = self.owner.engine  # without one it is placed when an engine takes the state
             changes |= checked if engine is None else engine.place(checked, self)
         new = replace(self, **changes)
         if self.known_equal:
             new.known_equal.update({k: v for k, v in self.known_equal.items() if k not in changes})
         return new
-
-    def _checked(self, name: str, value: Any) -> Any:
-        if name in ("step", "seed") and not isinstance(value, jax.Array):
-            number = whole_number(value)
-            if number is None:
-                raise TypeError(f"state.replace needs {name}= a whole number, got {value!r}")
-            try:
-                value = np.asarray(number, getattr(self, name).dtype)
-            except OverflowError as error:
-                raise ValueError(f"state.replace needs another {name}=: {error}") from None
-        if name == "stored_params":
-            _check_like(self.stored_params, value)
-        return value
 
     def example_keys(self, batch: Any) -> jax.Array:
         """Return one random key for each example of `batch`, the same under every plan.
@@ -362,17 +347,3 @@ def _scope_of(method: str) -> StepScope:
             "an engine runs"
         )
     return scope
-
-
-def _check_like(params: Any, new: Any) -> None:
-    """Refuse parameters that do not fit the optimizer's state."""
-    ours, theirs = (jax.tree_util.tree_flatten_with_path(tree)[0] for tree in (params, new))
-    shapes = [(jax.tree_util.keystr(path), np.shape(x)) for path, x in ours]
-    given = [(jax.tree_util.keystr(path), np.shape(x)) for path, x in theirs]
-    if shapes != given:
-        wrong = next((pair for pair in given if pair not in shapes), None) or "a leaf less"
-        raise ValueError(
-            f"state.replace needs stored_params= with the leaves {shapes}, got {wrong}: make "
-            "another state for other parameters (engine.create_state); lists are taken apart, so "
-            "write numpy.asarray"
-        )

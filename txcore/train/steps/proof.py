@@ -2,12 +2,13 @@
 
 from typing import TYPE_CHECKING, Any
 
+from txcore.printing import name_of
 from txcore.train.batches.batch import global_shapes
 from txcore.train.options import Options
 from txcore.train.state.layout import place_shapes, state_specs
 from txcore.train.state.owner import Owner
 from txcore.train.state.state import TrainState
-from txcore.train.steps.compile import CompiledStep, compile_step, name_of
+from txcore.train.steps.compile import CompiledStep, compile_step
 from txcore.train.steps.step_fn import check_jit, function_of
 from txcore.train.steps.steps import Steps
 

@@ -7,8 +7,8 @@ from typing import Any
 import jax
 
 from txcore import _compat
+from txcore.printing import name_of
 from txcore.train.state.state import TrainState
-from txcore.train.steps.compile import name_of
 
 
 class StepFn:

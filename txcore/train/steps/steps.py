@@ -6,6 +6,7 @@ import jax
 
 from txcore.launch import watch
 from txcore.launch.watch import Phase
+from txcore.printing import name_of
 from txcore.train.batches.placer import Placed, Placer
 from txcore.train.loggers import Metrics
 from txcore.train.options import Options
@@ -14,7 +15,7 @@ from txcore.train.state import placing
 from txcore.train.state.owner import Owner
 from txcore.train.state.state import TrainState
 from txcore.train.steps import rounds
-from txcore.train.steps.compile import CompiledStep, compile_step, name_of
+from txcore.train.steps.compile import CompiledStep, compile_step
 from txcore.train.steps.step_fn import check_jit, function_of, refuse_tracing
 
 

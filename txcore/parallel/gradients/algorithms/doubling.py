@@ -16,9 +16,9 @@ from txcore.parallel.gradients.algorithms.record import (
 from txcore.parallel.predicted import Predicted
 
 
-def is_power_of_two(sizes: Sizes) -> bool:
-    """Tell whether "recursive_doubling" can run over axes of these sizes."""
-    return count_devices(sizes).bit_count() == 1
+def is_power_of_two(devices: int) -> bool:
+    """Tell whether devices can be joined in pairs, these in pairs, and so on to one."""
+    return devices.bit_count() == 1
 
 
 def doubling_mean(flat: jax.Array, axes: Axes, name: str) -> jax.Array:

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from txcore.collectives import _leaves, pmean
+from txcore.collectives import _leaves
 from txcore.collectives._leaves import Leaf
 from txcore.layout import Layout
 from txcore.parallel.gradients.compression.feedback import (
@@ -16,6 +16,7 @@ from txcore.parallel.gradients.compression.feedback import (
     is_compressed,
 )
 from txcore.parallel.gradients.compression.record import Compression
+from txcore.parallel.lone_axes import make_equal_along_lone_axes
 
 
 def average_leaves(
@@ -38,7 +39,7 @@ def average_leaves(
     """
     treedef: Any = jax.tree.structure(layouts)
     laid = jax.tree.leaves(layouts)
-    found = [
+    found: list[Any] = [
         _check_local(name, path, leaf, layout) if is_compressed(jnp.asarray(leaf)) else None
         for (path, leaf), layout in zip(_with_paths(grads), laid, strict=True)
     ]
@@ -52,11 +53,12 @@ def average_leaves(
             groups.setdefault(group_of(layout, leaf.dtype), []).append(i)
     means: dict[int, jax.Array] = {}
     for chosen in groups.values():
-        sizes = {axis: _leaves.axes_size((axis,)) for axis in laid[chosen[0]].reduced}
-        alone = tuple(axis for axis, size in sizes.items() if size == 1)
-        grads, left = (
-            [_make_equal(every[i], alone, name) for i in chosen] for every in (found, errors)
-        )
+        axes = laid[chosen[0]].reduced
+        sizes = {axis: _leaves.axes_size((axis,)) for axis in axes}
+        grads = [make_equal_along_lone_axes(found[i], axes, name) for i in chosen]
+        left = [errors[i] for i in chosen]
+        if "errors" in state:
+            left = [make_equal_along_lone_axes(error, axes, name) for error in left]
         kept = [own[i] for i in chosen]
         exchange = exchange_of([laid[i] for i in chosen], sizes, name)
         done = average_compressed(compression, grads, left, kept, steps, exchange)
@@ -78,12 +80,6 @@ def _check_local(name: str, path: Any, value: Any, layout: Layout) -> jax.Array:
     """Refuse a gradient that is reduced already, as `pmean` does."""
     leaf = Leaf(jnp.asarray(value), name + jax.tree_util.keystr(path))
     return _leaves.check_local("sync_gradients", leaf, layout.reduced)
-
-
-def _make_equal(x: jax.Array | None, alone: tuple[str, ...], name: str) -> jax.Array | None:
-    """Make an array equal along axes of one device by its type, which costs nothing."""
-    typed = [a for a in alone if x is not None and _leaves.varies_along(x, a)]
-    return pmean(x, tuple(typed), name=name) if typed else x
 
 
 def _state_of(compression: Compression, comm_state: Any) -> dict[str, Any]:
