@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 import txcore as tx
 
 WORDS, WIDTH = 7, 4
+LAYER = {"w": 2, "b": 1, "u": 2}  # the dims of one layer's parameters
 
 
 def init(layers, *, tied, dtype=np.float64):
@@ -122,7 +123,7 @@ class Case:
         schedule = self.make_schedule()
         first, block, last = functions or self.functions()
         specs = {name: P() for name in self.params() if name != "layers"}
-        specs["blocks"] = P(None, "pipe")
+        specs["blocks"] = P("pipe") if self.v == 1 else P(None, "pipe")
 
         def step(params, batch, mask):
             options: Any = {"axis": "pipe", "data_axis": "data"}
@@ -158,7 +159,8 @@ def unsplit(grads: Any) -> Any:
     """Return gradients with the layers stacked, as the reference has them."""
     grads = dict(jax.device_get(grads))
     blocks = grads.pop("blocks")
-    return {**grads, "layers": jax.tree.map(lambda a: a.reshape(-1, *a.shape[3:]), blocks)}
+    stacked = {name: a.reshape(-1, *a.shape[-LAYER[name] :]) for name, a in blocks.items()}
+    return {**grads, "layers": stacked}
 
 
 def largest_error(found, expected):

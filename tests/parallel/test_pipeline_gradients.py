@@ -13,8 +13,8 @@ from pipeline_models import Case, largest_error, unsplit
 
 import txcore as tx
 from txcore.parallel.pipeline import run as run_module
-from txcore.parallel.pipeline import stages as stages_module
 from txcore.parallel.pipeline.buffers import plan_buffers
+from txcore.parallel.pipeline.means import Means
 
 CASES = [
     Case("1f1b", p=1, m=2, layers=2),
@@ -68,7 +68,7 @@ def test_swapped_stages_and_shifted_labels_are_seen(planted):
     """The layers and labels of the tests tell each from the other."""
     _, step, (params, batch, _), expected = planted
     assert error_of(step, (params, batch, None), expected) < 1e-10
-    swapped = {**params, "blocks": jax.tree.map(lambda a: a[:, ::-1], params["blocks"])}
+    swapped = {**params, "blocks": jax.tree.map(lambda a: np.roll(a, 2, 0), params["blocks"])}
     assert error_of(step, (swapped, batch, None), expected) > 0.1
     shifted = {**batch, "next": np.roll(batch["next"], 1)}
     assert error_of(step, (params, shifted, None), expected) > 0.1
@@ -76,8 +76,8 @@ def test_swapped_stages_and_shifted_labels_are_seen(planted):
 
 def test_a_missing_division_by_the_microbatches_is_seen(planted, monkeypatch):
     case, _, inputs, expected = planted
-    right = stages_module._average_part
-    monkeypatch.setattr(stages_module, "_average_part", lambda *args: case.m * right(*args))
+    right = Means._take
+    monkeypatch.setattr(Means, "_take", lambda *args: case.m * right(*args))
     assert abs(error_of(case.make_step(), inputs, expected) - (case.m - 1)) < 1e-10
 
 
@@ -114,7 +114,7 @@ def test_a_stage_may_communicate_over_another_axis(add):
 
     def layer(chunk, x, batch, stage):
         x = tx.vary(x, "model", name="inputs") if add is tx.psum else x
-        return add(jnp.tanh(normalize(x) @ chunk["w"]) @ chunk["u"], "model")
+        return add(jnp.tanh(normalize(x) @ chunk["w"][0]) @ chunk["u"][0], "model")
 
     def step(params, x):
         first = (lambda p, x: x) if add is tx.psum else (lambda p, x: tx.vary(x, "model"))
@@ -126,12 +126,12 @@ def test_a_stage_may_communicate_over_another_axis(add):
 
     def whole(params, x):
         for s in range(2):
-            x = jnp.tanh(normalize(x) @ params["w"][0, s]) @ params["u"][0, s]
+            x = jnp.tanh(normalize(x) @ params["w"][s]) @ params["u"][s]
         return jnp.mean(jnp.sum(x * x, -1))
 
-    specs = {"w": P(None, "pipe", None, "model"), "u": P(None, "pipe", "model")}
+    specs = {"w": P("pipe", None, "model"), "u": P("pipe", "model")}
     with jax.enable_x64(True):
-        params = {"w": w[None], "u": u[None]}
+        params = {"w": w, "u": u}
         expected, gradients = jax.device_get(jax.value_and_grad(whole)(params, x))
         loss, grads = tx.testing.run_sharded(
             step,

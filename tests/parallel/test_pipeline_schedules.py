@@ -199,8 +199,9 @@ def test_impossible_schedules_are_refused(options, text):
 def test_layers_go_to_stages_in_order():
     layers = {"w": np.arange(12)}
     split = tx.pipeline.split_layers(layers, make("interleaved", 2, 4, 3))["w"]
-    assert split.shape == (3, 2, 2)
-    assert split[1, 0].tolist() == [4, 5]  # virtual stage 2
+    assert split.shape == (3, 4)
+    assert split[1, :2].tolist() == [4, 5]  # virtual stage 2, by P(None, "pipe")
+    assert tx.pipeline.split_layers(layers, make("1f1b", 2, 4))["w"] is layers["w"]
     with pytest.raises(
         ValueError,
         match=r"needs a multiple of 8 layers, 2 chunks on each of 4 stages, got shape \(12,\) at "

@@ -81,7 +81,7 @@ def value_and_grad(
     References:
       Micikevicius et al., "Mixed precision training", 2018, section 3.2 (loss scaling).
     """
-    _check_scale(loss_scale)
+    check_scale(loss_scale)
     nums = (argnums,) if isinstance(argnums, int) else tuple(argnums)
     _check_microbatches(microbatches, carry, nums, has_aux)
     # An example weighs more in the mean of a part: of the whole batch no gradient overflows more.
@@ -107,7 +107,7 @@ def value_and_grad(
         if not scaled:
             return value, gradients
         loss, aux = value[1]
-        return (loss, aux) if has_aux else loss, _unscaled(gradients, scale)
+        return (loss, aux) if has_aux else loss, unscale(gradients, scale)
 
     def one_part(*args: Any, **kwargs: Any) -> Any:
         value, gradients = one(*args, **kwargs)
@@ -115,7 +115,7 @@ def value_and_grad(
 
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         axes = _data_axes(axis)
-        _check_needed_scale(loss_scale)
+        check_needed_scale(loss_scale)
         if not args:
             raise TypeError(
                 "tx.value_and_grad needs the arguments to differentiate by position, got keyword "
@@ -255,7 +255,8 @@ def _place_of_carry(carry: int | None, differentiated: frozenset[int], count: in
     return place
 
 
-def _check_scale(loss_scale: Any) -> None:
+def check_scale(loss_scale: Any) -> None:
+    """Refuse what is no loss scale."""
     if isinstance(loss_scale, (int, float)) and not isinstance(loss_scale, bool):
         usable = 0 < loss_scale < float("inf")
     elif isinstance(loss_scale, (jax.Array, np.ndarray, np.generic)):
@@ -269,11 +270,12 @@ def _check_scale(loss_scale: Any) -> None:
         )
 
 
-def _check_needed_scale(loss_scale: Any) -> None:
+def check_needed_scale(loss_scale: Any, op: str = "value_and_grad(f") -> None:
+    """Refuse a step in float16 without a loss scale."""
     scope = current_scope()
     if loss_scale is None and scope is not None and scope.scales_loss:
         raise ValueError(
-            "a step in float16 needs tx.value_and_grad(f, loss_scale=state.loss_scale) (or tx.grad "
+            f"a step in float16 needs tx.{op}, loss_scale=state.loss_scale) (or tx.grad "
             "with it), got no loss_scale: gradients below 6e-8 would come out as zeros. The same "
             "line works in every precision"
         )
@@ -288,8 +290,20 @@ def _scaled(loss: Any, loss_scale: Any) -> jax.Array:
     return loss.astype(wide) * jnp.asarray(loss_scale, wide)
 
 
-def _unscaled(gradients: Any, loss_scale: Any) -> Any:
-    def one(path: Any, gradient: jax.Array) -> jax.Array:
+def unscale(gradients: Any, loss_scale: Any) -> Any:
+    """Divide gradients by the scale of their loss; refuse float16, which would lose them."""
+    check_unscalable(gradients)
+
+    def one(gradient: jax.Array) -> jax.Array:
+        wide = checks.accumulator(gradient.dtype)
+        return (gradient.astype(wide) / jnp.asarray(loss_scale, wide)).astype(gradient.dtype)
+
+    return jax.tree.map(one, gradients)
+
+
+def check_unscalable(gradients: Any) -> None:
+    """Refuse gradients (or parameters) in float16, whose unscaled gradients it does not hold."""
+    for path, gradient in jax.tree_util.tree_flatten_with_path(gradients)[0]:
         if gradient.dtype == jnp.float16:
             raise TypeError(
                 "tx.value_and_grad needs arguments in float32 to unscale their gradients without "
@@ -297,7 +311,3 @@ def _unscaled(gradients: Any, loss_scale: Any) -> Any:
                 "parameters in float32, and cast them inside the function that is differentiated, "
                 "by state.precision.cast(params)"
             )
-        wide = checks.accumulator(gradient.dtype)
-        return (gradient.astype(wide) / jnp.asarray(loss_scale, wide)).astype(gradient.dtype)
-
-    return jax.tree_util.tree_map_with_path(one, gradients)

@@ -1,4 +1,4 @@
-"""What a pipeline is given: its parameters, the batch in microbatches, the mean over examples."""
+"""What a pipeline is given: its parameters, and the batch in microbatches."""
 
 from typing import Any, NamedTuple
 
@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from txcore import _compat
-from txcore.collectives import _leaves, axis_index, axis_size, psum, vary
+from txcore.collectives import _leaves, axis_index, axis_size, vary
+from txcore.parallel import zero
+from txcore.parallel.pipeline.means import Means, sum_mask
 from txcore.parallel.pipeline.schedule import Schedule
 from txcore.step_scope import current_scope
 
@@ -19,10 +21,10 @@ class Inputs(NamedTuple):
     Attributes:
       stage: this device's index along the pipe axis.
       ends: the parameters that every device has.
-      blocks: those of its chunks of layers, each leaf (chunks, ...).
+      blocks: those of its chunks of layers, each leaf (chunks, layers of a chunk, ...).
       batch: each leaf (microbatches, examples, ...).
       mask: (microbatches, examples, ...), or None.
-      count: the number of real values of the global batch, int32; None without a mask.
+      means: how values of a microbatch become its part of the mean.
       axes: the pipe axis, and the data axes.
     """
 
@@ -31,7 +33,7 @@ class Inputs(NamedTuple):
     blocks: Any
     batch: Any
     mask: Any
-    count: Any
+    means: Means
     axes: tuple[str, ...]
 
 
@@ -52,27 +54,37 @@ def check_inputs(
             f"{axis_size(pipe)}, got one of {schedule.stages}: "
             f"make_schedule({schedule.name!r}, stages={axis_size(pipe)}, ...)"
         )
-    data_axes = _find_data_axes(op, data_axis)
-    _check_params(op, params, schedule.chunks, pipe)
-    ends = {name: part for name, part in params.items() if name != "blocks"}
-    blocks = jax.tree.map(lambda leaf: leaf[:, 0], params["blocks"])
-    batch, mask = (
-        _split_batch(op, what, tree, schedule.microbatches, pipe, data_axes)
-        for what, tree in (("batch", batch), ("mask", mask))
-    )
+    data_axes = find_data_axes(op, data_axis)
+    params = zero.gather(params)
+    check_params(op, params, schedule.chunks)
+    _check_spread(op, params, schedule.chunks, pipe)
+    _check_batch(op, {"batch": batch, "mask": mask}, pipe, data_axes, data_axis is not None)
+    rows = count_rows(op, {"batch": batch, "mask": mask}, schedule.microbatches)
+    batch, mask = split_rows((batch, mask), schedule.microbatches)
+    means = take_means(op, mask, rows, schedule.microbatches, data_axes)
     every = (pipe, *data_axes)
+    ends, blocks = split_params(params)
+    one = schedule.chunks == 1
     return Inputs(
         axis_index(pipe),
         vary(ends, every, name="params"),
-        vary(blocks, every, name="params"),
+        vary(jax.tree.map(lambda leaf: leaf[None] if one else leaf, blocks), every, name="params"),
         vary(batch, pipe, name="batch"),
         None if mask is None else vary(mask, pipe, name="mask"),
-        _count_real(mask, data_axes),
+        means,
         every,
     )
 
 
-def _find_data_axes(op: str, data_axis: Axis | None) -> tuple[str, ...]:
+def take_means(
+    op: str, mask: Any, rows: int, microbatches: int, data_axes: tuple[str, ...]
+) -> Means:
+    """Return how the mean over a batch of so many rows on this device is taken."""
+    return Means(op, data_axes, microbatches, rows // microbatches, sum_mask(mask, data_axes))
+
+
+def find_data_axes(op: str, data_axis: Axis | None) -> tuple[str, ...]:
+    """Return the axes that the batch is sharded over: those given, or a step's."""
     scope = current_scope()
     if data_axis is None:
         return scope.data_axes if scope is not None else ()
@@ -81,67 +93,118 @@ def _find_data_axes(op: str, data_axis: Axis | None) -> tuple[str, ...]:
     return _leaves.check_axes(op, data_axis)
 
 
-def _check_params(op: str, params: Any, chunks: int, pipe: str) -> None:
+def split_params(params: Any) -> tuple[Any, Any]:
+    """Return the parameters of the first and the last stage, and those of the layers."""
+    ends = {name: part for name, part in params.items() if name != "blocks"}
+    return ends, params["blocks"]
+
+
+def check_params(op: str, params: Any, chunks: int) -> None:
+    """Refuse parameters without layers, or whose layers are stacked in another way."""
     if not isinstance(params, dict) or "blocks" not in params:
         got = f"the keys {sorted(params)}" if isinstance(params, dict) else type(params).__name__
         raise TypeError(
             f"tx.{op} needs params= a dict with 'blocks', the layers, and whatever else the first "
             f"and the last stage use, got {got}"
         )
+    stacked: dict[tuple[int, ...], str] = {}
+    dims = 1 + (chunks > 1)
     for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
         where = f"params{jax.tree_util.keystr(path)}"
-        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
-            raise TypeError(f"tx.{op} needs floating-point parameters, got {leaf.dtype} at {where}")
-        of_blocks = path[0].key == "blocks"
-        varies = _leaves.varies_along(jnp.asarray(leaf), pipe)
-        if of_blocks and jnp.shape(leaf)[:2] != (chunks, 1):
+        dtype = jnp.result_type(leaf)
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise TypeError(f"tx.{op} needs floating-point parameters, got {dtype} at {where}")
+        if path[0].key != "blocks":
+            continue
+        shape = jnp.shape(leaf)
+        if len(shape) < dims or (chunks > 1 and shape[0] != chunks):
+            of_chunk = "(layers of this device, ...)"
+            if chunks > 1:
+                of_chunk = f"({chunks}, layers of a chunk, ...)"
             raise ValueError(
-                f"tx.{op} needs {where} of shape ({chunks}, 1, ...) on each device, got "
-                f"{jnp.shape(leaf)}: give tx.pipeline.split_layers(layers, schedule) to the "
-                f"shard_map with the spec P(None, {pipe!r})"
+                f"tx.{op} needs {where} of shape {of_chunk} on each device, the layers of "
+                f"{chunks} chunks, got {shape}: give tx.pipeline.split_layers(layers, schedule) to "
+                "a shard_map of your own; in an engine's step, state.params as it is"
             )
-        if axis_size(pipe) > 1 and varies is (not of_blocks):
+        stacked.setdefault(shape[:dims], where)
+    if len(stacked) > 1:
+        (one, there), (other, where) = list(stacked.items())[:2]
+        raise ValueError(
+            f"tx.{op} needs as many layers in each leaf of params['blocks'], got {one} at {there} "
+            f"and {other} at {where}: stack the layers in front"
+        )
+
+
+def _check_spread(op: str, params: Any, chunks: int, pipe: str) -> None:
+    """Refuse layers that are the same on all stages, and other parameters that are not."""
+    if axis_size(pipe) == 1:
+        return
+    spec = f"P({'None, ' if chunks > 1 else ''}{pipe!r})"
+    for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
+        of_blocks = path[0].key == "blocks"
+        if _leaves.varies_along(jnp.asarray(leaf), pipe) is (not of_blocks):
             raise ValueError(
                 f"tx.{op} needs the layers in params['blocks'] to be each device's own along axis "
-                f"{pipe!r}, spec P(None, {pipe!r}), and all other parameters to be the same there, "
-                f"spec P(): {where} is not"
+                f"{pipe!r}, spec {spec}, and all other parameters to be the same there, "
+                f"spec P(): params{jax.tree_util.keystr(path)} is not"
             )
 
 
-def _split_batch(
-    op: str, what: str, tree: Any, microbatches: int, pipe: str, data_axes: tuple[str, ...]
-) -> Any:
-    def split_leaf(path: Any, leaf: Any) -> jax.Array:
-        where = what + jax.tree_util.keystr(path)
-        leaf = jnp.asarray(leaf)
-        rows = leaf.shape[0] if leaf.ndim else 0
-        if not rows or rows % microbatches:
-            raise ValueError(
-                f"tx.{op} needs {where} with a multiple of {microbatches} rows on each device, to "
-                f"split it into {microbatches} microbatches, got shape {leaf.shape}"
-            )
+def _check_batch(
+    op: str, trees: dict[str, Any], pipe: str, data_axes: tuple[str, ...], named: bool
+) -> None:
+    """Refuse a batch that differs along axes along which it must not."""
+    known = current_scope() is not None and not named  # a step's plan knows its data axes
+
+    def check(path: Any, leaf: Any) -> None:
+        where = f"{path[0].key}{jax.tree_util.keystr(path[1:])}"
         others = _compat.varying_axes(leaf) - {*data_axes}
         if pipe in others:
             raise ValueError(
                 f"tx.{op} needs {where} to be the same along axis {pipe!r}, since every stage "
                 "reads it: its spec must not name that axis"
             )
-        if others:
+        if others and not known:
             raise ValueError(
                 f"tx.{op} needs data_axis= all axes that the batch is sharded over, got "
                 f"{data_axes}: {where} varies along {_leaves.names_of(sorted(others))} too"
             )
-        return leaf.reshape(microbatches, rows // microbatches, *leaf.shape[1:])
 
-    return jax.tree_util.tree_map_with_path(split_leaf, tree)
+    for path, leaf in jax.tree_util.tree_flatten_with_path(trees)[0]:
+        check(path, _as_array(leaf))
 
 
-def _count_real(mask: jax.Array | None, data_axes: tuple[str, ...]) -> jax.Array | None:
-    """Count the real values of the global batch: it has one count, whatever its microbatches."""
-    if mask is None:
-        return None
-    count = jnp.sum(mask != 0, dtype=jnp.int32)
-    if not data_axes:
-        return count
-    # A mask that is the same on every device still counts once for each device's examples.
-    return psum(vary(count, data_axes, name="example_count"), data_axes, name="example_count")
+def count_rows(op: str, trees: dict[str, Any], microbatches: int) -> int:
+    """Return how many rows a batch has on this device; refuse what microbatches do not divide."""
+    rows: dict[int, str] = {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(trees)[0]:
+        where = f"{path[0].key}{jax.tree_util.keystr(path[1:])}"
+        shape = jnp.shape(leaf)
+        count = shape[0] if shape else 0
+        if not count or count % microbatches:
+            raise ValueError(
+                f"tx.{op} needs {where} with a multiple of {microbatches} rows on each device, to "
+                f"split it into {microbatches} microbatches, got shape {shape}"
+            )
+        rows.setdefault(count, where)
+    if len(rows) != 1:
+        given = ", ".join(f"{count} in {where}" for count, where in rows.items()) or "none"
+        raise ValueError(
+            f"tx.{op} needs as many rows in each leaf of the batch and the mask, got {given}: what "
+            "all examples share is no part of the batch, let the functions take it from outside"
+        )
+    return next(iter(rows))
+
+
+def split_rows(tree: Any, microbatches: int) -> Any:
+    """Return each leaf as (microbatches, examples, ...)."""
+
+    def split(leaf: Any) -> jax.Array:
+        leaf = _as_array(leaf)
+        return leaf.reshape(microbatches, leaf.shape[0] // microbatches, *leaf.shape[1:])
+
+    return jax.tree.map(split, tree)
+
+
+def _as_array(leaf: Any) -> jax.Array:
+    return leaf if _compat.is_key_array(leaf) else jnp.asarray(leaf)

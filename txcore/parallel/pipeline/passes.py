@@ -59,6 +59,7 @@ class Runner:
       inputs: parameters and batch.
       stages: the functions.
       program: a stage's passes.
+      scale: what the loss is multiplied by before it is differentiated; None for nothing.
     """
 
     schedule: Schedule
@@ -66,6 +67,7 @@ class Runner:
     inputs: Inputs
     stages: Stages
     program: StageProgram
+    scale: Any = None
 
     def start(self) -> Carry:
         """Return what goes from tick to tick: what was sent, the buffers, and the sums."""
@@ -143,7 +145,8 @@ class Runner:
             return self.stages.last(ends, y, turn.microbatch, turn.mask)
 
         loss, pull, aux = jax.vjp(mean_of, self.inputs.ends, y, has_aux=True)
-        grads, dy = pull(match_varying(jnp.ones_like(loss), loss)[0])
+        seed = jnp.ones_like(loss) if self.scale is None else jnp.asarray(self.scale, loss.dtype)
+        grads, dy = pull(match_varying(seed, loss)[0])
         return {
             "dy": dy,
             "ends": jax.tree.map(_add, sums["ends"], grads),

@@ -8,11 +8,14 @@ import jax.numpy as jnp
 from jax import lax
 
 from txcore.collectives import psum, shift
+from txcore.parallel.differentiate import check_needed_scale, check_scale, check_unscalable
+from txcore.parallel.pipeline import one_stage
 from txcore.parallel.pipeline.buffers import plan_buffers
 from txcore.parallel.pipeline.inputs import Axis, Inputs, check_inputs
 from txcore.parallel.pipeline.making import make_schedule
 from txcore.parallel.pipeline.passes import Carry, Runner, Turn, take_turn
 from txcore.parallel.pipeline.programs import StageProgram, trace_stage
+from txcore.parallel.pipeline.route import find_route
 from txcore.parallel.pipeline.schedule import Schedule
 from txcore.parallel.pipeline.slots import used_ticks
 from txcore.parallel.pipeline.stages import Function, Stages, prepare_stages
@@ -23,22 +26,27 @@ from txcore.parallel.pipeline.ticks import (
     make_rows,
     slice_rows,
 )
-from txcore.step_scope import current_scope
 
 
 def value_and_grad(
     first: Function,
     block: Function,
     last: Function,
-    schedule: Schedule,
+    schedule: Schedule | None = None,
     *,
-    axis: str,
+    axis: str | None = None,
     data_axis: Axis | None = None,
     has_aux: bool = False,
+    loss_scale: jax.Array | float | None = None,
 ) -> Callable[..., Any]:
     """Differentiate a model whose layers lie on the devices along an axis, in microbatches.
 
-    Stands in the place of `tx.value_and_grad`, inside `shard_map`. The batch is split into
+    Stands in the place of `tx.value_and_grad`, in a step under any plan, or in a `shard_map` of
+    your own. In a step axis and schedule are those of `Plan(pipeline=PP(...))`; without one, or
+    with one device along its axis, the same functions run one after the other, by
+    `tx.value_and_grad` (in PP's microbatches).
+
+    In a pipeline the batch is split into
     microbatches, each device runs its layers on one after the other, as the schedule says, and
     sends what it makes to the next: two permutes a tick, one each way, and no other collective
     until the last tick. What a forward pass leaves for the backward pass waits in as many slots as
@@ -57,28 +65,31 @@ def value_and_grad(
         virtual stage, from which follow those of its layers.
       last: `last(params, x, microbatch) -> losses` (or `(losses, aux)`): floating point, of shape
         (examples, ...), not averaged. `params` are those of `first`: what both use is tied.
-      schedule: of as many stages as `axis` has devices. A schedule with weight passes ("zb-h1")
-        defers the gradients of those parameters whose equations stand by themselves: write the
-        layers of a chunk as a Python loop, since a `lax.scan` makes all its gradients at once.
-      axis: the pipe axis.
+      schedule: of as many stages as `axis` has devices; None for the plan's. A schedule with weight
+        passes ("zb-h1") defers the gradients of those parameters whose equations stand by
+        themselves: write the layers of a chunk as a Python loop, since a `lax.scan` makes all its
+        gradients at once.
+      axis: the pipe axis; None for the plan's.
       data_axis: the axes that the batch is sharded over; inside a step they are the plan's.
       has_aux: whether `last` returns `(losses, aux)`, with aux a pytree of arrays of shape
         (examples, ...), numbers of each example that are averaged as the losses are.
+      loss_scale: `state.loss_scale`, as for `tx.value_and_grad`.
 
     Returns:
       A function of (params, batch, mask=None) that returns `(loss, gradients)`, or `((loss, aux),
-      gradients)`. `params` is a dict with "blocks", each leaf (chunks, 1, ...) on a device (global
-      (chunks, stages, ...), spec `P(None, axis)`), and the other parameters, whole on each.
-      `batch` is the same along the pipe axis. `mask`, of the losses' shape, is 0 for what does not
-      count: then the mean is that over all others of the global batch. The gradients lie as the
-      parameters do, those of "blocks" each device's own and the others summed over the pipe axis;
-      all vary along the data axes.
+      gradients)`. `params` is a dict with "blocks", stacked layers of which each device has its
+      own: (layers, ...) by the spec `P(axis)`, with several chunks (chunks, layers / chunks, ...)
+      by `P(None, axis)`. The other parameters are whole on each. `batch` is the same along the pipe
+      axis. `mask` is 0 for what does not count, of the losses' shape or of its first dims: then the
+      mean is that over all others of the global batch; other numbers weigh. The gradients lie as
+      the parameters do, those of "blocks" each device's own and the others summed over the pipe
+      axis; all vary along the data axes.
 
     Raises:
       ValueError: the schedule has another number of stages, the microbatches do not divide the
         batch, parameters or batch lie otherwise, `first` and `block` return different types, a
-        function communicates over the pipe axis, the losses are reduced already, or the step is in
-        float16.
+        function communicates over the pipe axis, the losses are reduced already, a step in
+        float16 passes no loss_scale, or neither a plan nor the arguments name schedule and axis.
       TypeError: parameters or losses are not floating point, or params is no dict with "blocks".
 
     Example:
@@ -88,47 +99,66 @@ def value_and_grad(
       ...     lambda params, x, batch, stage: x * params["w"][0],
       ...     lambda params, x, batch: x,
       ...     schedule, axis="pipe")
-      >>> params = {"blocks": {"w": np.float32([[[2.0], [3.0]]])}}
-      >>> spec = {"blocks": {"w": P(None, "pipe")}}
+      >>> params = {"blocks": {"w": np.float32([2.0, 3.0])}}
+      >>> spec = {"blocks": {"w": P("pipe")}}
       >>> loss, grads = tx.testing.run_sharded(
       ...     both, params, np.ones(4, np.float32), axes={"pipe": 2}, in_specs=(spec, P()),
       ...     out_specs=(P(), spec))
       >>> print(loss, grads["blocks"]["w"].tolist())
-      6.0 [[[3.0], [2.0]]]
+      6.0 [3.0, 2.0]
 
     References:
       As `make_schedule`. Chen et al., "Training deep nets with sublinear memory cost", 2016.
     """
+    op = "pipeline.value_and_grad"
+    check_scale(loss_scale)
 
-    def wrapped(params: Any, batch: Any, *, mask: Any = None) -> Any:
-        op = "pipeline.value_and_grad"
-        scope = current_scope()
-        if scope is not None and scope.scales_loss:
-            raise ValueError(
-                f"tx.{op} needs a step in float32 or bfloat16, got one in float16: it does not "
-                "scale the loss, and gradients below 6e-8 would come out as zeros"
+    def wrapped(params: Any, batch: Any, mask: Any = None) -> Any:
+        check_needed_scale(loss_scale, f"{op}(first, block, last")
+        where = find_route(op, schedule, axis)
+        functions = (first, block, last)
+        if where.axis is None:
+            return one_stage.value_and_grad(
+                *(op, functions, where, params, batch, mask),
+                has_aux=has_aux,
+                loss_scale=loss_scale,
+                data_axis=data_axis,
             )
-        inputs = check_inputs(op, schedule, params, batch, mask, axis, data_axis)
-        stages = prepare_stages(op, (first, block, last), inputs, has_aux=has_aux)
-        program = _trace_block(schedule, inputs, stages)
-        run = Runner(schedule, plan_buffers(schedule), inputs, stages, program)
-        carry, rows = run.start(), make_rows(schedule, run.buffers, inputs.stage)
-        for segment in cut_ticks(schedule):
+        plan = where.schedule
+        inputs = check_inputs(op, plan, params, batch, mask, where.axis, data_axis)
+        stages = prepare_stages(op, functions, inputs, has_aux=has_aux)
+        program = _trace_block(plan, inputs, stages)
+        run = Runner(plan, plan_buffers(plan), inputs, stages, program, loss_scale)
+        carry, rows = run.start(), make_rows(plan, run.buffers, inputs.stage)
+        for segment in cut_ticks(plan):
 
             def body(carry: Carry, row: dict[str, Row], segment: Segment = segment) -> Any:
                 return run.tick(carry, row, segment), None
 
             carry, _ = lax.scan(body, carry, slice_rows(rows, segment.ticks))
         # Every device adds zeros, but the first and the last.
-        loss, aux = psum(carry["means"], axis, name="loss")
-        grads = jax.tree.map(lambda g, p: g.astype(p.dtype), carry["ends"], inputs.ends)
-        grads = psum(grads, axis, name="grads")
-        of_blocks = jax.tree.map(
-            lambda g, p: g.astype(p.dtype)[:, None], carry["blocks"], inputs.blocks
-        )
-        return ((loss, aux) if has_aux else loss), {**grads, "blocks": of_blocks}
+        loss, aux = psum(carry["means"], where.axis, name="loss")
+        grads = _finish({"ends": inputs.ends, "blocks": inputs.blocks}, carry, loss_scale)
+        ends = psum(grads["ends"], where.axis, name="grads")
+        blocks = grads["blocks"]
+        if plan.chunks == 1:
+            blocks = jax.tree.map(lambda g: g[0], blocks)
+        return ((loss, aux) if has_aux else loss), {**ends, "blocks": blocks}
 
     return wrapped
+
+
+def _finish(params: Any, carry: Carry, loss_scale: Any) -> Any:
+    """Return the sums of the gradients, unscaled, in the dtypes of their parameters."""
+
+    def finish(p: Any, total: Any) -> Any:
+        if loss_scale is not None:
+            total = total / jnp.asarray(loss_scale, total.dtype)
+        return total.astype(p.dtype)
+
+    if loss_scale is not None:
+        check_unscalable(params)
+    return jax.tree.map(finish, params, {name: carry[name] for name in params})
 
 
 def _trace_block(schedule: Schedule, inputs: Inputs, stages: Stages) -> StageProgram:
@@ -146,9 +176,9 @@ def evaluate(
     first: Function,
     block: Function,
     last: Function,
-    schedule: Schedule,
+    schedule: Schedule | None = None,
     *,
-    axis: str,
+    axis: str | None = None,
     data_axis: Axis | None = None,
     has_aux: bool = False,
 ) -> Callable[..., Any]:
@@ -165,7 +195,7 @@ def evaluate(
 
     Returns:
       A function of (params, batch, mask=None) that returns the loss, or `(loss, aux)`, for `pmean`
-      over the data axes.
+      over the data axes. The batch goes through in the plan's (or the schedule's) microbatches.
 
     Raises:
       ValueError, TypeError: as `value_and_grad`.
@@ -177,19 +207,25 @@ def evaluate(
       ...     lambda params, x, batch, stage: x * params["w"][0],
       ...     lambda params, x, batch: x,
       ...     schedule, axis="pipe")
-      >>> params = {"blocks": {"w": np.float32([[[2.0], [3.0]]])}}
-      >>> spec = {"blocks": {"w": P(None, "pipe")}}
+      >>> params = {"blocks": {"w": np.float32([2.0, 3.0])}}
+      >>> spec = {"blocks": {"w": P("pipe")}}
       >>> float(tx.testing.run_sharded(loss, params, np.ones(4, np.float32), axes={"pipe": 2},
       ...                              in_specs=(spec, P()), out_specs=P()))
       6.0
     """
+    op = "pipeline.evaluate"
 
-    def wrapped(params: Any, batch: Any, *, mask: Any = None) -> Any:
-        op = "pipeline.evaluate"
-        inputs = check_inputs(op, schedule, params, batch, mask, axis, data_axis)
-        stages = prepare_stages(op, (first, block, last), inputs, has_aux=has_aux)
-        sizes = {"stages": schedule.stages, "microbatches": schedule.microbatches}
-        forward = make_schedule("gpipe", **sizes, chunks=schedule.chunks)
+    def wrapped(params: Any, batch: Any, mask: Any = None) -> Any:
+        where, functions = find_route(op, schedule, axis), (first, block, last)
+        if where.axis is None:
+            return one_stage.evaluate(
+                *(op, functions, where, params, batch, mask), has_aux=has_aux, data_axis=data_axis
+            )
+        plan, pipe = where.schedule, where.axis
+        inputs = check_inputs(op, plan, params, batch, mask, pipe, data_axis)
+        stages = prepare_stages(op, functions, inputs, has_aux=has_aux)
+        sizes = {"stages": plan.stages, "microbatches": plan.microbatches}
+        forward = make_schedule("gpipe", **sizes, chunks=plan.chunks)
         rows = make_rows(forward, plan_buffers(forward), inputs.stage)
         rows = slice_rows(rows, used_ticks(forward.forward))
         final = forward.stages * forward.chunks - 1
@@ -213,11 +249,11 @@ def evaluate(
                 return {"activation": y, "means": means}
 
             carry = stages.run_if(turn.is_mine, run, lambda: carry)
-            sent = shift(carry["activation"], axis, 1, wrap=ring, name="activations")
+            sent = shift(carry["activation"], pipe, 1, wrap=ring, name="activations")
             return {**carry, "activation": sent}, None
 
         carry = lax.scan(body, {"activation": stages.x, "means": stages.means}, rows)[0]
-        loss, aux = psum(carry["means"], axis, name="loss")
+        loss, aux = psum(carry["means"], pipe, name="loss")
         return (loss, aux) if has_aux else loss
 
     return wrapped

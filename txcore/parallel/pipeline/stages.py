@@ -1,8 +1,6 @@
 """A pipeline's stages: the user's functions, checked, with the types of what they return."""
 
-import functools
-import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -11,9 +9,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from txcore import _compat
-from txcore.collectives import _leaves, axis_size, vary
-from txcore.kernels.common.checks import accumulator
+from txcore.collectives import _leaves, vary
 from txcore.parallel.pipeline.inputs import Inputs
+from txcore.parallel.pipeline.means import Means
 
 Function = Callable[..., Any]
 
@@ -73,17 +71,12 @@ def prepare_stages(
       TypeError: the losses are no arrays of floating point, one for each example.
     """
     first, block, last = functions
-    axis, *data_axes = inputs.axes
+    axis = inputs.axes[0]
     microbatch = jax.tree.map(lambda leaf: leaf[0], inputs.batch)
     mask = None if inputs.mask is None else inputs.mask[0]
     chunk = jax.tree.map(lambda leaf: leaf[0], inputs.blocks)
 
-    def average(ends: Any, x: Any, microbatch: Any, mask: Any) -> Any:
-        out = last(ends, x, microbatch)
-        losses, aux = out if has_aux else (out, None)
-        _check_losses(op, losses, data_axes)
-        part = functools.partial(_average_part, op, inputs, mask)
-        return part("losses", losses), jax.tree.map(lambda leaf: part("aux", leaf), aux)
+    average = make_average(last, inputs.means, has_aux=has_aux)
 
     started = _trace(op, "first", axis, first, inputs.ends, microbatch)
     x = make_zeros(started.types, {axis})
@@ -104,6 +97,17 @@ def prepare_stages(
         means=make_zeros(ended.types, {axis}),
         skips=not (started.permutes or went_on.permutes or ended.permutes),
     )
+
+
+def make_average(last: Function, means: Means, *, has_aux: bool) -> Function:
+    """Return `average(ends, x, microbatch, mask) -> (loss, aux)`, a microbatch's part of both."""
+
+    def average(ends: Any, x: Any, microbatch: Any, mask: Any) -> Any:
+        out = last(ends, x, microbatch)
+        losses, aux = out if has_aux else (out, None)
+        return means.take_losses(losses, mask), means.take_aux(aux, mask)
+
+    return average
 
 
 class _Traced(NamedTuple):
@@ -167,39 +171,3 @@ def _check_same_type(op: str, first: Any, block: Any) -> None:
             f"shape and dtype, since they go from stage to stage, got {describe(first)} of first "
             f"and {describe(block)} of block"
         )
-
-
-def _check_losses(op: str, losses: Any, data_axes: Sequence[str]) -> None:
-    dtype = getattr(losses, "dtype", None)
-    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
-        raise TypeError(
-            f"tx.{op} needs last to return a floating-point array of losses, one for each example, "
-            f"got {type(losses).__name__ if dtype is None else dtype} (with has_aux=True, a pair "
-            "of them and a pytree of such arrays)"
-        )
-    for axis in data_axes:
-        if _leaves.varies_along(losses, axis) is False:
-            raise ValueError(
-                f"tx.{op} needs last to return the losses of this device's examples, but they do "
-                f"not vary along data axis {axis!r}: they are reduced already, and tx.pmean of "
-                f"the gradients would give 1/{axis_size(axis)} of the truth. Return the local ones"
-            )
-
-
-def _average_part(op: str, inputs: Inputs, mask: Any, what: str, values: jax.Array) -> jax.Array:
-    """Return what a microbatch's values add to the mean over the whole batch."""
-    microbatches, examples = jax.tree.leaves(inputs.batch)[0].shape[:2]
-    if values.shape[:1] != (examples,) or (mask is not None and values.shape != mask.shape):
-        needed = f"({examples}, ...)" if mask is None else f"{mask.shape}, as the mask"
-        raise ValueError(
-            f"tx.{op} needs last to return {what} of shape {needed}, one number for each example "
-            f"of the microbatch, got {values.shape}: the mean over the batch is taken here"
-        )
-    floating = jnp.issubdtype(values.dtype, jnp.floating)
-    values = values.astype(accumulator(values.dtype) if floating else jnp.float32)
-    if mask is None:
-        return jnp.mean(values) / microbatches
-    # Not a product: 0 * NaN is NaN.
-    total = jnp.sum(jnp.where(mask != 0, values, jnp.zeros_like(values)))
-    devices = math.prod(axis_size(axis) for axis in inputs.axes[1:])
-    return devices * total / jnp.maximum(inputs.count, 1).astype(values.dtype)
