@@ -1,6 +1,7 @@
 """Pipeline parallelism in one SPMD program: schedules as data, and what runs them.
 
-Imports `_compat`, `collectives`, `kernels.common`, `profiling.declared`, `step_scope`, `varying`.
+Imports `_compat`, `collectives`, `kernels.common`, `parallel`, `parallel.zero`,
+`profiling.declared`, `step_scope`, `varying`.
 """
 
 from txcore.parallel.pipeline.layers import split_layers as split_layers
