@@ -25,7 +25,11 @@ NAMES = list(ALGORITHMS)
 
 
 def meshes_of(name):
-    return [m for m in MESHES if name != "recursive_doubling" or is_power_of_two(m)]
+    return [m for m in MESHES if fits(name, math.prod(m.values()))]
+
+
+def fits(name, devices):
+    return name != "recursive_doubling" or is_power_of_two(devices)
 
 
 @pytest.fixture(autouse=True)
