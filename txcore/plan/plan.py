@@ -21,12 +21,13 @@ from txcore.parallel.gradients.compression import Compression, as_compression
 from txcore.parallel.gradients.compression.feedback import KEY as COMPRESSION
 from txcore.parallel.gradients.compression.feedback import keep_compressed
 from txcore.parallel.predicted import Predicted
+from txcore.plan.checks import axes_by_kind, check_axes, check_together
 from txcore.plan.data_parallel import DP
 from txcore.plan.pipeline_parallel import PP
 from txcore.plan.predict import predict_adasum, predict_average, predict_norms
 from txcore.plan.predict_buckets import choose_exchange, predict_exchange
 from txcore.plan.predict_shards import predict_optimizer
-from txcore.plan.rules import check_rules, stored_specs
+from txcore.plan.rules import stored_specs
 from txcore.plan.shards import shard_spec
 from txcore.plan.tensor_parallel import TP
 from txcore.printing import format_call
@@ -79,19 +80,8 @@ class Plan:
 
     def __post_init__(self) -> None:
         self._check_kinds()
-        for key, spec in self.batch.items():
-            if not isinstance(spec, P):
-                raise TypeError(
-                    f"Plan needs batch= PartitionSpecs by key, got {spec!r} for {key!r}: write "
-                    f"jax.sharding.PartitionSpec({spec!r})"
-                )
-        check_rules(self.params, self.data_axes)
-        if self.params and self._reduction == "adasum":
-            raise ValueError(
-                "Plan needs parameters that are whole with DP(reduction='adasum'), which takes the "
-                f"products of whole gradients, got params={dict(self.params)!r}: write "
-                "reduction='mean', or leave the rules out"
-            )
+        check_axes(self)
+        check_together(self)
 
     def _check_kinds(self) -> None:
         kinds = {
@@ -139,13 +129,17 @@ class Plan:
         return as_compression("DP", getattr(self.data_parallel, "compression", None))
 
     def validate(self, mesh: MeshSpec) -> None:
-        """Refuse a plan that names an axis that `mesh` does not have.
+        """Refuse a plan that `mesh` cannot run.
+
+        What no mesh could run is refused when the plan is made, and what a model's parameters do
+        not allow by `layouts`: all of it before anything is compiled.
 
         Raises:
-          ValueError: naming the axis and the mesh's axes.
+          ValueError: an axis that `mesh` does not have, with those that it has; or a number of
+            devices along one.
         """
-        for axis in self.data_axes:
-            mesh.check_axis(axis, "Plan(data_parallel=DP(...))")
+        for option, axis in axes_by_kind(self):
+            mesh.check_axis(axis, f"Plan({option}={getattr(self, option)!r})")
         for option, specs in (("params", self.params), ("batch", self.batch)):
             for key, spec in specs.items():
                 for axis in axes_of(spec):
