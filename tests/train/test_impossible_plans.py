@@ -37,6 +37,11 @@ def on(sizes, of=PARAMS, **kinds):
     return create
 
 
+def layouts(sizes, of, **kinds):
+    """How parameters lie, in the shapes in which a plan stores them."""
+    return lambda: tx.Plan(**kinds).layouts(of, mesh(**sizes))
+
+
 def layers(number, chunks=None):
     shape = (number, 6, 8) if chunks is None else (chunks, number // chunks, 6, 8)
     return {"blocks": {"up": np.zeros(shape, np.float32)}}
@@ -172,7 +177,7 @@ IMPOSSIBLE = {
         ["as many layers in all", "got 2 in params['blocks']['b'] and 4", "beside 'blocks'"],
     ),
     "chunks that are not there": (
-        on(
+        layouts(
             {"pipe": 2},
             layers(8),
             pipeline=tx.PP("pipe", microbatches=2, schedule="interleaved", chunks=2),
@@ -180,7 +185,7 @@ IMPOSSIBLE = {
         ["of shape (2, layers / 2, ...)", "got (8, 6, 8)", "reshape(2, -1, *x.shape[1:])"],
     ),
     "chunks that stages do not divide": (
-        on(
+        layouts(
             {"pipe": 2},
             layers(6, 2),
             pipeline=tx.PP("pipe", microbatches=2, schedule="gpipe", chunks=2),

@@ -123,7 +123,7 @@ def split_layers(pp: PP, found: list[tuple[Any, Any]], mesh: MeshSpec) -> dict[A
     Raises:
       ValueError: there are none, or their layers do not lie as the stages and chunks need them.
     """
-    blocks = [(path, np.shape(leaf)) for path, leaf in found if _is_of_blocks(path)]
+    blocks = [(path, np.shape(leaf)) for path, leaf in found if is_of_blocks(path)]
     if not blocks:
         names = shorten_names(list(dict.fromkeys(path_name(path[:1]) for path, _ in found)))
         raise ValueError(
@@ -167,7 +167,8 @@ def _count_layers(pp: PP, where: str, shape: tuple[int, ...], stages: int) -> in
     return layers
 
 
-def _is_of_blocks(path: Any) -> bool:
+def is_of_blocks(path: Any) -> bool:
+    """Tell whether a parameter belongs to the layers of a pipeline: `params["blocks"]`."""
     return bool(path) and getattr(path[0], "key", None) == "blocks"
 
 
