@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from txcore.layout import Layout, axes_of, drop_axes, gradient_specs, split_axes
 from txcore.mesh import MeshSpec
-from txcore.optim import Optimizer
+from txcore.optim import Optimizer, as_optimizer
 from txcore.optim.optimizer import Exchanges
 from txcore.parallel import local_sgd
 from txcore.parallel.gradients import delayed
@@ -23,6 +23,8 @@ from txcore.parallel.gradients.compression.feedback import keep_compressed
 from txcore.parallel.predicted import Predicted
 from txcore.plan.checks import axes_by_kind, check_axes, check_together
 from txcore.plan.data_parallel import DP
+from txcore.plan.describe import describe
+from txcore.plan.description import Description
 from txcore.plan.pipeline_parallel import PP
 from txcore.plan.predict import predict_adasum, predict_average, predict_norms
 from txcore.plan.predict_buckets import choose_exchange, predict_exchange
@@ -297,6 +299,44 @@ class Plan:
         if exchanges is not None:
             predicted += predict_optimizer(exchanges(shapes, gradient_specs(layouts), mesh.shape))
         return tuple(predicted)
+
+    def describe(
+        self,
+        params: Any,
+        mesh: MeshSpec,
+        *,
+        optimizer: Any = None,
+        activation: Any = None,
+    ) -> Description:
+        """Describe what this plan makes of a model and a mesh, before anything is compiled.
+
+        Args:
+          params: pytree of the parameters, arrays or shapes, each of them whole.
+          mesh: the devices and their axes.
+          optimizer: the engine's, for its state and what it sends; None leaves them out.
+          activation: shape and dtype of what a pipeline's stage hands to the next for one
+            microbatch on one device, for what waits in its slots; None leaves it out.
+
+        Returns:
+          A `Description`: `print` shows the mesh, a table of the parameters (stored how, what a
+          device holds, what becomes of the gradient), the collectives of a step with their bytes,
+          a device's memory, and the pipeline's bubble; in a notebook with a drawing (`to_svg`).
+
+        Raises:
+          ValueError: as `layouts`.
+
+        Example:
+          >>> plan = tx.Plan(tensor_parallel=tx.TP("model", rules={"up": -1, "down": -2}))
+          >>> params = {"up": np.zeros((4, 8)), "down": np.zeros((8, 4)), "b": np.zeros(4)}
+          >>> mesh = tx.MeshSpec(jax.devices()[:2], axes=("model",))
+          >>> described = plan.describe(jax.tree.map(np.float32, params), mesh)
+          >>> [(row.path, row.part) for row in described.parameters]
+          [('b', (4,)), ('down', (4, 4)), ('up', (4, 4))]
+          >>> described.memory["parameters"]
+          144
+        """
+        optimizer = None if optimizer is None else as_optimizer(optimizer)
+        return describe(self, params, mesh, optimizer, activation)
 
     def batch_specs(self, batch: Any, mesh: MeshSpec) -> Any:
         """Return the spec of each leaf of `batch`, with axes of size 1 left out."""
