@@ -51,6 +51,11 @@ class PP:
             raise ValueError(f"PP needs microbatches= a count from 1 on, got {self.microbatches!r}")
         if (whole_number(self.chunks) or 0) < 1:
             raise ValueError(f"PP needs chunks= a count from 1 on, got {self.chunks!r}")
+        if self.chunks == 1 and self.schedule == "interleaved":
+            raise ValueError(
+                "PP needs chunks= 2 or more with schedule='interleaved', got 1: of one chunk of "
+                "layers on a stage it is schedule='1f1b'"
+            )
         if self.chunks > 1 and self.schedule not in ("gpipe", "interleaved"):
             raise ValueError(
                 f"PP needs schedule= 'interleaved' or 'gpipe' with chunks={self.chunks}, got "

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from txcore.layout import Layout, axes_of, drop_axes, gradient_specs, split_axes
 from txcore.mesh import MeshSpec
-from txcore.optim import Optimizer
+from txcore.optim import Optimizer, as_optimizer
 from txcore.optim.optimizer import Exchanges
 from txcore.parallel import local_sgd
 from txcore.parallel.gradients import delayed
@@ -21,12 +21,15 @@ from txcore.parallel.gradients.compression import Compression, as_compression
 from txcore.parallel.gradients.compression.feedback import KEY as COMPRESSION
 from txcore.parallel.gradients.compression.feedback import keep_compressed
 from txcore.parallel.predicted import Predicted
+from txcore.plan.checks import axes_by_kind, check_axes, check_together
 from txcore.plan.data_parallel import DP
+from txcore.plan.describe import describe
+from txcore.plan.description import Description
 from txcore.plan.pipeline_parallel import PP
 from txcore.plan.predict import predict_adasum, predict_average, predict_norms
 from txcore.plan.predict_buckets import choose_exchange, predict_exchange
 from txcore.plan.predict_shards import predict_optimizer
-from txcore.plan.rules import check_rules, stored_specs
+from txcore.plan.rules import stored_specs
 from txcore.plan.shards import shard_spec
 from txcore.plan.tensor_parallel import TP
 from txcore.printing import format_call
@@ -79,19 +82,8 @@ class Plan:
 
     def __post_init__(self) -> None:
         self._check_kinds()
-        for key, spec in self.batch.items():
-            if not isinstance(spec, P):
-                raise TypeError(
-                    f"Plan needs batch= PartitionSpecs by key, got {spec!r} for {key!r}: write "
-                    f"jax.sharding.PartitionSpec({spec!r})"
-                )
-        check_rules(self.params, self.data_axes)
-        if self.params and self._reduction == "adasum":
-            raise ValueError(
-                "Plan needs parameters that are whole with DP(reduction='adasum'), which takes the "
-                f"products of whole gradients, got params={dict(self.params)!r}: write "
-                "reduction='mean', or leave the rules out"
-            )
+        check_axes(self)
+        check_together(self)
 
     def _check_kinds(self) -> None:
         kinds = {
@@ -139,13 +131,17 @@ class Plan:
         return as_compression("DP", getattr(self.data_parallel, "compression", None))
 
     def validate(self, mesh: MeshSpec) -> None:
-        """Refuse a plan that names an axis that `mesh` does not have.
+        """Refuse a plan that `mesh` cannot run.
+
+        What no mesh could run is refused when the plan is made, and what a model's parameters do
+        not allow by `layouts`: all of it before anything is compiled.
 
         Raises:
-          ValueError: naming the axis and the mesh's axes.
+          ValueError: an axis that `mesh` does not have, with those that it has; or a number of
+            devices along one.
         """
-        for axis in self.data_axes:
-            mesh.check_axis(axis, "Plan(data_parallel=DP(...))")
+        for option, axis in axes_by_kind(self):
+            mesh.check_axis(axis, f"Plan({option}={getattr(self, option)!r})")
         for option, specs in (("params", self.params), ("batch", self.batch)):
             for key, spec in specs.items():
                 for axis in axes_of(spec):
@@ -303,6 +299,44 @@ class Plan:
         if exchanges is not None:
             predicted += predict_optimizer(exchanges(shapes, gradient_specs(layouts), mesh.shape))
         return tuple(predicted)
+
+    def describe(
+        self,
+        params: Any,
+        mesh: MeshSpec,
+        *,
+        optimizer: Any = None,
+        activation: Any = None,
+    ) -> Description:
+        """Describe what this plan makes of a model and a mesh, before anything is compiled.
+
+        Args:
+          params: pytree of the parameters, arrays or shapes, each of them whole.
+          mesh: the devices and their axes.
+          optimizer: the engine's, for its state and what it sends; None leaves them out.
+          activation: shape and dtype of what a pipeline's stage hands to the next for one
+            microbatch on one device, for what waits in its slots; None leaves it out.
+
+        Returns:
+          A `Description`: `print` shows the mesh, a table of the parameters (stored how, what a
+          device holds, what becomes of the gradient), the collectives of a step with their bytes,
+          a device's memory, and the pipeline's bubble; in a notebook with a drawing (`to_svg`).
+
+        Raises:
+          ValueError: as `layouts`.
+
+        Example:
+          >>> plan = tx.Plan(tensor_parallel=tx.TP("model", rules={"up": -1, "down": -2}))
+          >>> params = {"up": np.zeros((4, 8)), "down": np.zeros((8, 4)), "b": np.zeros(4)}
+          >>> mesh = tx.MeshSpec(jax.devices()[:2], axes=("model",))
+          >>> described = plan.describe(jax.tree.map(np.float32, params), mesh)
+          >>> [(row.path, row.part) for row in described.parameters]
+          [('b', (4,)), ('down', (4, 4)), ('up', (4, 4))]
+          >>> described.memory["parameters"]
+          144
+        """
+        optimizer = None if optimizer is None else as_optimizer(optimizer)
+        return describe(self, params, mesh, optimizer, activation)
 
     def batch_specs(self, batch: Any, mesh: MeshSpec) -> Any:
         """Return the spec of each leaf of `batch`, with axes of size 1 left out."""

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from txcore.layout import axes_of, entry_axes
 from txcore.mesh import MeshSpec
-from txcore.path_rules import leaf_names, match_rules
+from txcore.path_rules import leaf_names, match_rules, path_name, shorten_names
 from txcore.plan.pipeline_parallel import PP
 from txcore.plan.tensor_parallel import TP
 
@@ -91,21 +91,80 @@ def stored_specs(
     names = leaf_names(params)
     first = match_rules([*rules], names, lambda rule: _rule(rule, rules[rule]))
     split = [None] * len(names) if tensor is None else _match_dims(tensor, names)
+    layers = {} if pipeline is None else split_layers(pipeline, found, mesh)
     specs = []
     for (path, leaf), own, dim in zip(found, first, split, strict=True):
         where, shape = f"params{jax.tree_util.keystr(path)}", np.shape(leaf)
         if own is not None:
+            if path in layers:
+                raise ValueError(
+                    f"{_rule(own, rules[own])} needs other parameters than the layers of a "
+                    f"pipeline, got {where}, which {pipeline} splits: name the dim in "
+                    "TP(rules={path: dim from the end}), which goes together with it"
+                )
             spec = rules[own]
             check_fits(_rule(own, spec), spec, where, shape, mesh)
         else:
-            spec = P()
-            if pipeline is not None and is_of_blocks(path):
-                spec = P(*[None] * (pipeline.chunks > 1), pipeline.axis)
-                check_fits(f"Plan(pipeline={pipeline})", spec, where, shape, mesh)
+            spec = layers.get(path, P())
             if tensor is not None and dim is not None:
                 spec = _split_dim(tensor, dim, spec, where, shape, mesh)
         specs.append(spec)
     return jax.tree.unflatten(jax.tree.structure(params), specs)
+
+
+def split_layers(pp: PP, found: list[tuple[Any, Any]], mesh: MeshSpec) -> dict[Any, P]:
+    """Return how a pipeline splits each parameter of its layers, `params["blocks"]`, by path.
+
+    Args:
+      pp: the plan's pipeline.
+      found: the parameters with their paths.
+      mesh: the devices and their axes.
+
+    Raises:
+      ValueError: there are none, or their layers do not lie as the stages and chunks need them.
+    """
+    blocks = [(path, np.shape(leaf)) for path, leaf in found if is_of_blocks(path)]
+    if not blocks:
+        names = shorten_names(list(dict.fromkeys(path_name(path[:1]) for path, _ in found)))
+        raise ValueError(
+            f"{pp} needs params['blocks'], the layers stacked in the first dim of its leaves, got "
+            f"params with {names}: write {{'blocks': jax.tree.map(lambda *x: np.stack(x), *layers),"
+            " ...}"
+        )
+    first: tuple[str, int] | None = None
+    for path, shape in blocks:
+        where = f"params{jax.tree_util.keystr(path)}"
+        layers = _count_layers(pp, where, shape, mesh.shape[pp.axis])
+        if first is not None and layers != first[1]:
+            raise ValueError(
+                f"{pp} needs as many layers in all of params['blocks'], got {layers} in {where} "
+                f"and {first[1]} in {first[0]}: put what is no layer beside 'blocks'"
+            )
+        first = where, layers
+    spec = P(*[None] * (pp.chunks > 1), pp.axis)
+    return {path: spec for path, _ in blocks}
+
+
+def _count_layers(pp: PP, where: str, shape: tuple[int, ...], stages: int) -> int:
+    """Return the number of layers of a leaf; refuse one that stages and chunks do not divide."""
+    chunks, leading = pp.chunks, 1 + (pp.chunks > 1)
+    if len(shape) < leading or (chunks > 1 and shape[0] != chunks):
+        raise ValueError(
+            f"{pp} needs {where} of shape "
+            + (f"({chunks}, layers / {chunks}, ...)" if chunks > 1 else "(layers, ...)")
+            + f", got {shape}: stack the layers"
+            + (f", then x.reshape({chunks}, -1, *x.shape[1:])" if chunks > 1 else "")
+        )
+    in_chunk = shape[leading - 1]
+    layers = in_chunk * chunks
+    if not layers or in_chunk % stages:
+        of_chunks = f" x {chunks} chunks" if chunks > 1 else ""
+        least = -(-max(layers, 1) // (stages * chunks)) * stages * chunks
+        raise ValueError(
+            f"{pp} needs a number of layers that {stages} stages{of_chunks} divide, got {layers} "
+            f"in {where}, shape {shape}: make it {least} layers, or use fewer stages"
+        )
+    return layers
 
 
 def is_of_blocks(path: Any) -> bool:

@@ -100,15 +100,15 @@ REFUSED = {
         lambda x, w: tx.tensor.column_dense(x, w * 0 + 1, axis="model"),
         (P(), P()),
         "tensor.column_dense needs w this device's part along 'model', got the same array on every "
-        "device, shape (8, 8): store it in parts, as PartitionSpec(None, 'model') in Plan(params=) "
-        "or in_specs=",
+        "device, shape (8, 8): store it in parts, by TP('model', rules={path: -1}) in the plan, or "
+        "PartitionSpec(None, 'model') in in_specs=",
     ),
     "rows are whole": (
         lambda x, w: tx.tensor.row_dense(x, w, axis="model"),
         (P(None, "model"), P()),
         "tensor.row_dense needs w this device's part along 'model', got the same array on every "
-        "device, shape (8, 8): store it in parts, as PartitionSpec('model') in Plan(params=) or "
-        "in_specs=",
+        "device, shape (8, 8): store it in parts, by TP('model', rules={path: -2}) in the plan, or "
+        "PartitionSpec('model') in in_specs=",
     ),
     "the features are gathered": (
         lambda x, w: tx.tensor.column_dense(x, w, axis="model", gather_dim=-1),

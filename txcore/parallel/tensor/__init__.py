@@ -5,6 +5,7 @@ Imports `_compat`, `collectives`, `kernels.common`, `step_scope`, `varying`.
 
 from txcore.parallel.tensor.dense import column_dense as column_dense
 from txcore.parallel.tensor.dense import row_dense as row_dense
+from txcore.parallel.tensor.heads import check_heads as check_heads
 from txcore.parallel.tensor.pair import enter as enter
 from txcore.parallel.tensor.pair import leave as leave
 from txcore.parallel.tensor.vocabulary import cross_entropy as cross_entropy

@@ -108,8 +108,8 @@ def check_part(op: str, what: str, x: jax.Array, axes: tuple[str, ...], dim: int
             spec = ", ".join([*["None"] * dim, repr(axis)])
             raise ValueError(
                 f"{op} needs {what} this device's part along {axis!r}, got the same array on every "
-                f"device, shape {x.shape}: store it in parts, as PartitionSpec({spec}) in "
-                "Plan(params=) or in_specs="
+                f"device, shape {x.shape}: store it in parts, by TP({axis!r}, rules={{path: "
+                f"{dim - x.ndim}}}) in the plan, or PartitionSpec({spec}) in in_specs="
             )
 
 
