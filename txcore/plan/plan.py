@@ -29,7 +29,7 @@ from txcore.plan.pipeline_parallel import PP
 from txcore.plan.predict import predict_adasum, predict_average, predict_norms
 from txcore.plan.predict_buckets import choose_exchange, predict_exchange
 from txcore.plan.predict_shards import predict_optimizer
-from txcore.plan.rules import stored_specs
+from txcore.plan.rules import split_chunks, stored_specs
 from txcore.plan.shards import shard_spec
 from txcore.plan.tensor_parallel import TP
 from txcore.printing import format_call
@@ -156,6 +156,25 @@ class Plan:
     def active_data_axes(self, mesh: MeshSpec) -> tuple[str, ...]:
         """Return the data axes that have more than one device."""
         return tuple(a for a in self.data_axes if mesh.shape[a] > 1)
+
+    def as_stored(self, params: Any) -> Any:
+        """Return parameters in the shapes in which a state stores them, as `create_state` does.
+
+        These are their own, but for the layers of a pipeline with several chunks on a stage:
+        `params["blocks"]`, (layers, ...), becomes (chunks, layers / chunks, ...).
+
+        Args:
+          params: pytree of arrays or shapes.
+
+        Raises:
+          ValueError: the chunks do not divide the layers.
+
+        Example:
+          >>> pp = tx.PP("pipe", microbatches=4, schedule="interleaved", chunks=2)
+          >>> tx.Plan(pipeline=pp).as_stored({"blocks": np.zeros((8, 3))})["blocks"].shape
+          (2, 4, 3)
+        """
+        return split_chunks(self.pipeline, params)
 
     def layouts(self, params: Any, mesh: MeshSpec) -> Any:
         """Return how each parameter lies on the mesh, and how its gradient arrives.

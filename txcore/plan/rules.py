@@ -172,6 +172,41 @@ def is_of_blocks(path: Any) -> bool:
     return bool(path) and getattr(path[0], "key", None) == "blocks"
 
 
+def split_chunks(pipeline: PP | None, params: Any) -> Any:
+    """Return parameters with each leaf of `params["blocks"]` as a pipeline of chunks stores it.
+
+    Args:
+      pipeline: the plan's.
+      params: pytree of arrays or shapes, the layers stacked: (layers, ...).
+
+    Returns:
+      The pytree; where a stage has several chunks the layers are (chunks, layers / chunks, ...).
+
+    Raises:
+      ValueError: the chunks do not divide the layers.
+    """
+    if pipeline is None or pipeline.chunks == 1:
+        return params
+    chunks = pipeline.chunks
+
+    def split(path: Any, leaf: Any) -> Any:
+        if not is_of_blocks(path):
+            return leaf
+        shape = np.shape(leaf)
+        if not shape or not shape[0] or shape[0] % chunks:
+            raise ValueError(
+                f"Plan(pipeline={pipeline}) needs the layers stacked in params["
+                f"'blocks'], (layers, ...), a multiple of its {chunks} chunks, got shape {shape} "
+                f"at params{jax.tree_util.keystr(path)}: take a divisor of the layers as chunks="
+            )
+        split = (chunks, shape[0] // chunks, *shape[1:])
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(split, leaf.dtype)
+        return leaf.reshape(split)
+
+    return jax.tree_util.tree_map_with_path(split, params)
+
+
 def _match_dims(tensor: TP, names: list[str]) -> list[int | None]:
     rules = match_rules(
         [*tensor.rules], names, lambda rule: f"TP(rules={{{rule!r}: {tensor.rules[rule]}}})"

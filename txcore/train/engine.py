@@ -102,7 +102,8 @@ class Engine(OptionsView):
 
         Args:
           params: pytree of arrays; they are copied, yours stay alive. Of an equinox or nnx model
-            it is the part that is trained: `eqx.partition`, `nnx.split`.
+            it is the part that is trained: `eqx.partition`, `nnx.split`. The layers of a pipeline
+            are stacked in params["blocks"], (layers, ...), under every plan.
           extra: pytree of model state that is not trained (batch statistics, PRNG keys).
           broadcast_from: the rank whose state all take: parameters, optimizer state, `extra` and
             seed; the others give the same leaves with any values. `audit_broadcast` shows what is

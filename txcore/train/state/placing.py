@@ -42,6 +42,7 @@ def create_arrays(
     if broadcast_from is not None:
         agreement.check_rank("create_state", "broadcast_from", broadcast_from)
     params, extra = copy_to_host(params, "params", trained=True), copy_to_host(extra, "extra")
+    params = options.plan.as_stored(params)
     scaling = options.precision.scaling
     if scaling is None and options.on_nonfinite == "skip":
         scaling = 1.0
