@@ -42,13 +42,16 @@ class Plan:
       pipeline: `PP(axis, microbatches=)`, for `tx.pipeline.value_and_grad`: the layers that are
         stacked in `params["blocks"]` lie on the devices along that axis.
       context: mesh axis name over which the sequence, dim 1 of the batch's leaves, is split, for
-        `tx.context.ring_attention`. Gradients are averaged over it too, as over a data axis.
+        `tx.context.ring_attention`. Gradients are averaged over it too, as over a data axis. What
+        has one dim (a mask of examples) is the same along it; a leaf whose dim 1 is no sequence is
+        declared by `batch=`.
       params: specs for parameters that are stored in parts, `{"mlp/w1": P(None, "model")}`, by
         path: its keys with slashes between them, and * for any characters. The first rule that
         matches counts; what none matches is stored whole. Inside the step each device holds its
         part, and the step's own collectives make one result of the parts.
       batch: specs for leaves of the batch that are not simply sharded over the data axes in
-        their first dim: `{"x": P("data", "model")}`, by the leaf's top-level key.
+        their first dim (and over `context` in their second): `{"x": P("data", "model")}`, by the
+        leaf's top-level key.
 
     Example:
       >>> plan = tx.Plan(data_parallel=tx.DP(axis="data"))
@@ -85,6 +88,7 @@ class Plan:
                     f"Plan needs batch= PartitionSpecs by key, got {spec!r} for {key!r}: write "
                     f"jax.sharding.PartitionSpec({spec!r})"
                 )
+        self._check_context()
         check_rules(self.params, self.data_axes)
         if self.params and self._reduction == "adasum":
             raise ValueError(
@@ -109,6 +113,31 @@ class Plan:
                     f"tx.Plan({option}={example})"
                 )
 
+    def _check_context(self) -> None:
+        """Refuse a context axis that has another use, and what averages no gradients over it."""
+        dp, axis = self.data_parallel, self.context
+        if axis is None:
+            return
+        others = {
+            "data_parallel": self.row_axes,
+            "tensor_parallel": () if self.tensor_parallel is None else (self.tensor_parallel.axis,),
+            "pipeline": () if self.pipeline is None else (self.pipeline.axis,),
+        }
+        for option, axes in others.items():
+            if axis in axes:
+                raise ValueError(
+                    f"Plan needs context= an axis of its own, got {axis!r}, which {option}= has "
+                    "too: add an axis to the mesh, as MeshSpec(axes=('data', 'context'), "
+                    "shape=(2, 2)); of 1 device where nothing is split"
+                )
+        if dp is not None and (dp.sync_every > 1 or dp.reduction == "adasum"):
+            wrong = f"sync_every={dp.sync_every}" if dp.sync_every > 1 else "reduction='adasum'"
+            raise ValueError(
+                f"Plan(context={axis!r}) needs gradients that are averaged in each step, since the "
+                f"devices along it have parts of the same sequences, got DP({wrong}): leave it "
+                "out, or leave out context="
+            )
+
     @property
     def _reduction(self) -> str:
         return "mean" if self.data_parallel is None else self.data_parallel.reduction
@@ -130,9 +159,14 @@ class Plan:
         return local_sgd.Rounds(dp.sync_every, dp.outer, self.active_data_axes(mesh))
 
     @property
-    def data_axes(self) -> tuple[str, ...]:
-        """The axes over which the batch is sharded and gradients are averaged."""
+    def row_axes(self) -> tuple[str, ...]:
+        """The axes over which the rows of the batch are split: data parallelism's."""
         return self.data_parallel.axes if self.data_parallel is not None else ()
+
+    @property
+    def data_axes(self) -> tuple[str, ...]:
+        """The axes over which the batch is sharded and gradients are averaged: `context` too."""
+        return self.row_axes if self.context is None else (*self.row_axes, self.context)
 
     @property
     def _compression(self) -> Compression | None:
@@ -144,8 +178,10 @@ class Plan:
         Raises:
           ValueError: naming the axis and the mesh's axes.
         """
-        for axis in self.data_axes:
+        for axis in self.row_axes:
             mesh.check_axis(axis, "Plan(data_parallel=DP(...))")
+        if self.context is not None:
+            mesh.check_axis(self.context, f"Plan(context={self.context!r})")
         for option, specs in (("params", self.params), ("batch", self.batch)):
             for key, spec in specs.items():
                 for axis in axes_of(spec):
@@ -307,11 +343,15 @@ class Plan:
     def batch_specs(self, batch: Any, mesh: MeshSpec) -> Any:
         """Return the spec of each leaf of `batch`, with axes of size 1 left out."""
         alone = _axes_of_one_device(mesh)
-        whole = drop_axes(P(self.data_axes) if self.data_axes else P(), alone)
+        rows = drop_axes(P(self.row_axes) if self.row_axes else P(), alone)
+        sequences = rows
+        if self.context is not None and self.context not in alone:
+            sequences = P(rows[0] if len(rows) else None, self.context)
         declared = {key: drop_axes(spec, alone) for key, spec in self.batch.items()}
 
-        def spec(path: Any, _: Any) -> P:
-            return declared.get(top_key(path), whole)
+        def spec(path: Any, leaf: Any) -> P:
+            has_sequence = len(getattr(leaf, "shape", ())) > 1
+            return declared.get(top_key(path), sequences if has_sequence else rows)
 
         keys = {top_key(path) for path, _ in jax.tree_util.tree_flatten_with_path(batch)[0]}
         if unknown := sorted(set(self.batch) - keys):
