@@ -22,6 +22,7 @@ class StepScope:
 
     Attributes:
       data_axes: over which the batch is sharded, of more than one device each.
+      row_axes: those of them over which its rows are: all but the plan's context axis.
       left_out: the mesh axes of size 1.
       examples: of the batch, on this device.
       scales_loss: whether the step computes in float16, so that its loss needs a scale.
@@ -40,6 +41,7 @@ class StepScope:
     """
 
     data_axes: tuple[str, ...]
+    row_axes: tuple[str, ...]
     left_out: frozenset[str]
     examples: int
     scales_loss: bool

@@ -126,7 +126,8 @@ def value_and_grad(
             args = tuple(_varying(a, axes) if i in at else a for i, a in enumerate(args))
         if microbatches is None:
             return one(*args, **kwargs)
-        loop = Loop(microbatches, at, _place_of_carry(carry, at, len(args)), has_aux, axes)
+        place = _place_of_carry(carry, at, len(args))
+        loop = Loop(microbatches, at, place, has_aux, _row_axes(axes))
         return accumulate(one_part, loss_of, loop, args, kwargs)
 
     return wrapped
@@ -205,6 +206,14 @@ def _data_axes(axis: Axis | None) -> tuple[str, ...]:
             "@tx.step_fn (inside one they are the plan's)"
         )
     return tuple(a for a in _leaves.check_axes("value_and_grad", axis) if axis_size(a) > 1)
+
+
+def _row_axes(axes: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the axes over which rows are split: inside a step, all but the context axis."""
+    scope = current_scope()
+    if scope is None:
+        return axes
+    return tuple(a for a in axes if a in scope.row_axes or a not in scope.data_axes)
 
 
 def _local(loss: Any, axes: tuple[str, ...]) -> jax.Array:

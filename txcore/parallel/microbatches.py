@@ -97,14 +97,14 @@ class Loop(NamedTuple):
       whole: places of the arguments that each of them is given whole: those to differentiate.
       carry: place of the argument that is what the one before it returned as its aux; or None.
       has_aux: whether the loss returns (loss, aux).
-      data_axes: of more than one device.
+      row_axes: over which the rows of what is split are, of more than one device.
     """
 
     number: int
     whole: frozenset[int]
     carry: int | None
     has_aux: bool
-    data_axes: tuple[str, ...]
+    row_axes: tuple[str, ...]
 
 
 def accumulate(
@@ -220,7 +220,7 @@ def _check_rows(batch: Any, loop: Loop) -> int:
     rows: dict[int, str] = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(batch)[0]:
         where = _name(path)
-        shared = [a for a in loop.data_axes if _leaves.varies_along(leaf, a) is False]
+        shared = [a for a in loop.row_axes if _leaves.varies_along(leaf, a) is False]
         if shared or not np.shape(leaf):
             reason, remedy = "has no rows", ""
             if np.shape(leaf):

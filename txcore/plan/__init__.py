@@ -2,7 +2,7 @@
 
 Imports `collectives`, `kernels.common`, `layout`, `mesh`, `optim`, `parallel`,
 `parallel.gradients`, `parallel.gradients.algorithms`, `parallel.gradients.compression`,
-`parallel.pipeline`, `path_rules`, `printing`.
+`parallel.pipeline`, `path_rules`, `printing`, `profiling.report`.
 """
 
 from txcore.plan.data_parallel import DP as DP

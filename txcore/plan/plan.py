@@ -45,13 +45,16 @@ class Plan:
       pipeline: `PP(axis, microbatches=)`, for `tx.pipeline.value_and_grad`: the layers that are
         stacked in `params["blocks"]` lie on the devices along that axis.
       context: mesh axis name over which the sequence, dim 1 of the batch's leaves, is split, for
-        `tx.context.ring_attention`. Gradients are averaged over it too, as over a data axis.
+        `tx.context.ring_attention`. Gradients are averaged over it too, as over a data axis. What
+        has one dim (a mask of examples) is the same along it; a leaf whose dim 1 is no sequence is
+        declared by `batch=`.
       params: specs for parameters that are stored in parts, `{"mlp/w1": P(None, "model")}`, by
         path: its keys with slashes between them, and * for any characters. The first rule that
         matches counts; what none matches is stored whole. Inside the step each device holds its
         part, and the step's own collectives make one result of the parts.
       batch: specs for leaves of the batch that are not simply sharded over the data axes in
-        their first dim: `{"x": P("data", "model")}`, by the leaf's top-level key.
+        their first dim (and over `context` in their second): `{"x": P("data", "model")}`, by the
+        leaf's top-level key.
 
     Example:
       >>> plan = tx.Plan(data_parallel=tx.DP(axis="data"))
@@ -122,9 +125,14 @@ class Plan:
         return local_sgd.Rounds(dp.sync_every, dp.outer, self.active_data_axes(mesh))
 
     @property
-    def data_axes(self) -> tuple[str, ...]:
-        """The axes over which the batch is sharded and gradients are averaged."""
+    def row_axes(self) -> tuple[str, ...]:
+        """The axes over which the rows of the batch are split: data parallelism's."""
         return self.data_parallel.axes if self.data_parallel is not None else ()
+
+    @property
+    def data_axes(self) -> tuple[str, ...]:
+        """The axes over which the batch is sharded and gradients are averaged: `context` too."""
+        return self.row_axes if self.context is None else (*self.row_axes, self.context)
 
     @property
     def _compression(self) -> Compression | None:
@@ -360,11 +368,15 @@ class Plan:
     def batch_specs(self, batch: Any, mesh: MeshSpec) -> Any:
         """Return the spec of each leaf of `batch`, with axes of size 1 left out."""
         alone = _axes_of_one_device(mesh)
-        whole = drop_axes(P(self.data_axes) if self.data_axes else P(), alone)
+        rows = drop_axes(P(self.row_axes) if self.row_axes else P(), alone)
+        sequences = rows
+        if self.context is not None and self.context not in alone:
+            sequences = P(rows[0] if len(rows) else None, self.context)
         declared = {key: drop_axes(spec, alone) for key, spec in self.batch.items()}
 
-        def spec(path: Any, _: Any) -> P:
-            return declared.get(top_key(path), whole)
+        def spec(path: Any, leaf: Any) -> P:
+            has_sequence = len(getattr(leaf, "shape", ())) > 1
+            return declared.get(top_key(path), sequences if has_sequence else rows)
 
         keys = {top_key(path) for path, _ in jax.tree_util.tree_flatten_with_path(batch)[0]}
         if unknown := sorted(set(self.batch) - keys):

@@ -67,7 +67,7 @@ def ring_attention(
       Liu et al., "Ring attention with blockwise transformers for near-infinite context", 2023;
       Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018.
     """
-    _check_shapes(q, k, v, causal)
+    _check_shapes(q, k, v, axis, causal)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     q, k, v = match_varying(q, k, v)
     how = _How(axis, causal, float(scale), name)
@@ -97,7 +97,7 @@ class _Partial(NamedTuple):
     highest: jax.Array
 
 
-def _check_shapes(q: jax.Array, k: jax.Array, v: jax.Array, causal: bool) -> None:
+def _check_shapes(q: jax.Array, k: jax.Array, v: jax.Array, axis: str, causal: bool) -> None:
     shapes = f"{q.shape}, {k.shape} and {v.shape}"
     if not q.ndim == k.ndim == v.ndim == 4:
         raise ValueError(
@@ -114,7 +114,7 @@ def _check_shapes(q: jax.Array, k: jax.Array, v: jax.Array, causal: bool) -> Non
         raise ValueError(
             f"context.ring_attention needs heads of k and v that divide those of q, got {shapes}"
         )
-    if causal and q.shape[1] % 2:
+    if causal and q.shape[1] % 2 and axis_size(axis) > 1:
         raise ValueError(
             "context.ring_attention needs an even number of tokens on each device with "
             f"causal=True, got {q.shape[1]}: each holds two chunks (context.split_chunks); pad the "

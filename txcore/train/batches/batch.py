@@ -19,7 +19,7 @@ Leaves = list[tuple[Any, Any]]  # of a batch, each with its path
 def examples(batch: Any, plan: Plan) -> tuple[int, Any]:
     """Return how many examples `batch` holds, and its mask (None where all are real).
 
-    Examples lie along the leading dim of those leaves that the plan shards there over its data
+    Examples lie along the leading dim of those leaves that the plan shards there over its row
     axes; the mask is the leaf "mask" of shape (batch,) at the top of a dict, named tuple or
     dataclass.
     """
@@ -65,7 +65,7 @@ def _holds_examples(key: str, plan: Plan) -> bool:
     if key not in plan.batch:
         return True
     spec = plan.batch[key]
-    return bool(plan.data_axes) and bool(spec) and set(entry_axes(spec[0])) == set(plan.data_axes)
+    return bool(plan.row_axes) and bool(spec) and set(entry_axes(spec[0])) == set(plan.row_axes)
 
 
 def _explain_sharing(path: Any) -> str:
@@ -129,7 +129,8 @@ def global_shapes(shard: Any, mesh: MeshSpec, plan: Plan) -> Any:
     """Return the shapes of the global batch of which `shard` is one data shard, on the mesh.
 
     Args:
-      shard: pytree of arrays or shapes: what one member of the data axes gets of each leaf.
+      shard: pytree of arrays or shapes: what one member of the row axes gets of each leaf, its
+        other dims whole (the sequence too, where the plan splits it).
       mesh: the mesh; its devices need not be here.
       plan: the plan.
 
@@ -145,7 +146,7 @@ def global_shapes(shard: Any, mesh: MeshSpec, plan: Plan) -> Any:
         leaf = leaf if hasattr(leaf, "shape") and hasattr(leaf, "dtype") else np.asarray(leaf)
         sizes = list(leaf.shape)
         for dim, axes in zip(range(len(sizes)), map(entry_axes, spec), strict=False):
-            sizes[dim] *= math.prod(mesh.shape[a] for a in axes if a in plan.data_axes)
+            sizes[dim] *= math.prod(mesh.shape[a] for a in axes if a in plan.row_axes)
         sharding = NamedSharding(mesh.mesh, spec)
         check_divisible(tuple(sizes), sharding, path, parts=1)
         dtype = jax.dtypes.canonicalize_dtype(leaf.dtype)

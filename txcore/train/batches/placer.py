@@ -126,8 +126,8 @@ def shard_batch(batch: Any, mesh: MeshSpec, plan: Plan) -> Any:
 
     Args:
       batch: pytree of host arrays; the leading dim is the global batch in one process, this
-        process's part of it in several. They are copied: a buffer may be filled anew at once.
-        Arrays that lie on the mesh in the right layout are taken as they are.
+        process's part of it in several, and the others are whole. They are copied: a buffer may be
+        filled anew at once. Arrays that lie on the mesh in the right layout are taken as they are.
       mesh: the mesh.
       plan: the plan.
 
@@ -163,7 +163,10 @@ def _place_leaf(leaf: Any, sharding: NamedSharding, path: Any) -> jax.Array:
     if not host.shape and any(sharding.spec):
         raise ValueError(no_rows(name_leaf(path), leaf))
     # Several processes give their own parts, which their own devices share.
-    check_divisible(host.shape, sharding, path, count_parts(sharding))
+    parts = count_parts(sharding)
+    check_divisible(host.shape, sharding, path, parts)
     if jax.process_count() == 1:
         return jax.device_put(host, sharding)
-    return jax.make_array_from_process_local_data(sharding, host)
+    # Its own rows, and of those all: a sequence is cut here.
+    shape = (host.shape[0] * parts, *host.shape[1:]) if host.shape else ()
+    return jax.make_array_from_process_local_data(sharding, host, shape)

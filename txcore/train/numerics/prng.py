@@ -18,16 +18,16 @@ def step_key(seed: jax.Array, step: jax.Array) -> jax.Array:
     return jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), step)
 
 
-def example_keys(key: jax.Array, count: int, data_axes: tuple[str, ...]) -> jax.Array:
+def example_keys(key: jax.Array, count: int, row_axes: tuple[str, ...]) -> jax.Array:
     """Return a key for each of this device's `count` examples, shape (count,).
 
     Each is keyed by the example's place in the global batch, so that dropout drops the same
     units whatever the number of devices.
     """
     # Inside a step the axes are those with more than one device; without any, all is local.
-    first = axis_index(data_axes) * count if data_axes else jnp.int32(0)
+    first = axis_index(row_axes) * count if row_axes else jnp.int32(0)
     places = first + jnp.arange(count, dtype=jnp.int32)
-    data = _leaves.vary_leaf(jax.random.key_data(key), data_axes)
+    data = _leaves.vary_leaf(jax.random.key_data(key), row_axes)
     key = jax.random.wrap_key_data(data, impl=jax.random.key_impl(key))
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, places)
 

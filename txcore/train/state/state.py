@@ -188,8 +188,8 @@ class TrainState:
         under every plan.
 
         Returns:
-          A scalar typed key that varies along the plan's data axes, and is the same along
-          others: devices that share examples share it.
+          A scalar typed key that varies along the plan's data axes (its context axis too), and is
+          the same along others: devices that share tokens share it.
 
         Raises:
           RuntimeError: called outside a step.
@@ -238,7 +238,8 @@ class TrainState:
 
         Returns:
           Typed keys of shape (batch,), a function of the run's seed, the step, and the
-          example's place in the global batch.
+          example's place in the global batch. The devices that share an example's tokens
+          (`Plan(context=)`) have the same ones: draw for tokens by `tx.context.token_keys`.
 
         Raises:
           ValueError: `batch` holds no leaf with one row for each example of this device.
@@ -252,7 +253,7 @@ class TrainState:
                 f"examples, got leading dims {sizes}: make the keys before splitting the batch "
                 "into microbatches, and split them with it"
             )
-        return prng.example_keys(self.key, scope.examples, scope.data_axes)
+        return prng.example_keys(self.key, scope.examples, scope.row_axes)
 
     def sync_gradients(self, grads: Any, *, name: str = "grads") -> tuple[Any, "TrainState"]:
         """Reduce local gradients as the plan says: their mean over its data axes.

@@ -81,6 +81,7 @@ def compile_step(
     from txcore.profiling.program import compile_lowered
 
     data_axes = plan.active_data_axes(mesh)
+    row_axes = tuple(axis for axis in plan.row_axes if axis in data_axes)
     left_out = frozenset(a for a, n in mesh.shape.items() if n == 1)
     scales_loss = state.precision.scaling is not None
     layouts = plan.layouts(state.stored_params, mesh)
@@ -100,7 +101,7 @@ def compile_step(
     def sharded(arrays: dict[str, Any], batch: Any) -> Any:
         rows = examples(batch, plan)[0]
         scope = StepScope(
-            *(data_axes, left_out, rows, scales_loss, layouts, shapes, parts),
+            *(data_axes, row_axes, left_out, rows, scales_loss, layouts, shapes, parts),
             regathers=dp is None or dp.reshard_after_forward,
             shards_gradients=dp is not None and dp.shard in ("gradients", "parameters"),
             sync_options=plan.sync_options,
@@ -115,7 +116,7 @@ def compile_step(
             metrics = check_metrics_alone(fn, out)
             mask = None if "mask" in plan.batch else mask_of(batch)
             weighed.append(find_other_weights(metrics, scope.weighed, mask))
-            return metrics, count_examples(batch, plan, data_axes, metrics)
+            return metrics, count_examples(batch, plan, row_axes, metrics)
 
     sharded.__name__ = name_of(fn)  # the HLO module's name
     started = time.perf_counter()

@@ -63,7 +63,7 @@ def check_metrics_alone(fn: Callable[..., Any], out: Any) -> dict[str, Any]:
 
 
 def count_examples(
-    batch: Any, plan: Plan, data_axes: tuple[str, ...], metrics: dict[str, Any]
+    batch: Any, plan: Plan, row_axes: tuple[str, ...], metrics: dict[str, Any]
 ) -> jax.Array | None:
     """Return how many examples of the global batch are real; None where nothing weighs by them."""
     mask = mask_of(batch)
@@ -76,7 +76,7 @@ def count_examples(
             "which are added up over the batches, or give a mask of something else (of tokens) "
             "another name"
         )
-    return global_count(mask, data_axes) if data_axes else (mask != 0).sum()
+    return global_count(mask, row_axes) if row_axes else (mask != 0).sum()
 
 
 def _check_communicates(fn: Callable[..., Any], before: TrainState, after: TrainState) -> None:
