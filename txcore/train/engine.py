@@ -9,11 +9,7 @@ import jax
 from txcore.launch.gloo_threads import yield_to_compute
 from txcore.mesh import MeshSpec
 from txcore.plan.plan import Plan
-from txcore.train.checkpoints.checkpoints import Checkpoints
 from txcore.train.loggers import Logger, Metrics
-from txcore.train.loop import fit as loop
-from txcore.train.loop.arguments import Evaluate
-from txcore.train.loop.feed import Data
 from txcore.train.numerics import nonfinite
 from txcore.train.numerics.precision import Precision
 from txcore.train.options import Options, OptionsView
@@ -26,6 +22,9 @@ from txcore.train.steps.steps import Steps
 
 if TYPE_CHECKING:
     from txcore.profiling import Report
+    from txcore.train.checkpoints.checkpoints import Checkpoints
+    from txcore.train.loop.arguments import Evaluate
+    from txcore.train.loop.feed import Data
 
 
 class Engine(OptionsView):
@@ -252,13 +251,13 @@ class Engine(OptionsView):
         self,
         step: StepFn,
         state: TrainState,
-        data: Data,
+        data: "Data",
         *,
         steps: int | None = None,
         epochs: int | None = None,
-        evaluate: Evaluate | None = None,
+        evaluate: "Evaluate | None" = None,
         eval_every: int | None = None,
-        checkpoints: Checkpoints | None = None,
+        checkpoints: "Checkpoints | None" = None,
         check_replicas_every: int | None = None,
     ) -> TrainState:
         """Train: run the step over batches, tell the loggers, and save checkpoints.
@@ -299,6 +298,8 @@ class Engine(OptionsView):
             the metric of `keep_best`.
           SystemExit, KeyboardInterrupt: after SIGTERM (with exit code 143) and SIGINT.
         """
+        from txcore.train.loop import fit as loop  # not all that make an engine train with it
+
         return loop.fit(
             self._steps,
             self.loggers,

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from txcore.kernels.common.checks import whole_number
-from txcore.train.checkpoints.folder import absolute_path
 
 Metrics = dict[str, Any]
 
@@ -149,6 +148,8 @@ class JSONL:
     """
 
     def __init__(self, path: str | Path) -> None:
+        from txcore.train.checkpoints.folder import absolute_path  # most runs write no such file
+
         self._path = absolute_path(path)
 
     def __call__(self, record: Record) -> None:
