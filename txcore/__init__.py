@@ -71,15 +71,17 @@ __version__ = VERSION
 _LATER = {
     "CheckpointError": "txcore.train",
     "Checkpoints": "txcore.train",
-    "context": "txcore.parallel.context",
     "initialize": "txcore.launch",
     "load_extra": "txcore.train",
     "load_params": "txcore.train",
+}
+_LATER_ROOMS = {
+    "context": "txcore.parallel.context",
     "pipeline": "txcore.parallel.pipeline",
     "tensor": "txcore.parallel.tensor",
     "testing": "txcore.testing",
 }
-_import_later = import_later(__name__, _LATER)
+_import_later = import_later(__name__, _LATER, _LATER_ROOMS)
 
 
 def __getattr__(name: str) -> object:
@@ -89,4 +91,4 @@ def __getattr__(name: str) -> object:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_LATER})
+    return sorted({*globals(), *_LATER, *_LATER_ROOMS})

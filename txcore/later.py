@@ -5,29 +5,34 @@ import sys
 from collections.abc import Callable, Mapping
 
 
-def import_later(package: str, names: Mapping[str, str]) -> Callable[[str], object]:
+def import_later(
+    package: str, names: Mapping[str, str], modules: Mapping[str, str] | None = None
+) -> Callable[[str], object]:
     """Make the `__getattr__` of a package that imports some of its names on first use.
 
     Args:
       package: the package's `__name__`.
-      names: for each name the module that it comes from, or that it is. No submodule of the
-        package may have the name of something else: importing it would put it in its place.
+      names: for each name the module that it comes from. No submodule of the package may have such
+        a name: importing the submodule would put it in the place of what the name stands for.
+      modules: for each name the module that it stands for.
 
     Returns:
       The function, to be called `__getattr__` in the package.
 
     Example:
-      >>> find = import_later("txcore", {"testing": "txcore.testing"})
-      >>> find("testing").__name__
-      'txcore.testing'
+      >>> find = import_later("txcore", {"VERSION": "txcore.version"}, {"mesh": "txcore.mesh"})
+      >>> find("VERSION") == tx.__version__, find("mesh").__name__
+      (True, 'txcore.mesh')
     """
 
     def find(name: str) -> object:
-        if name not in names:
+        found: object
+        if name in names:
+            found = getattr(importlib.import_module(names[name]), name)
+        elif modules is not None and name in modules:
+            found = importlib.import_module(modules[name])
+        else:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        module = importlib.import_module(names[name])
-        is_module = names[name].rpartition(".")[2] == name
-        found: object = module if is_module else getattr(module, name)
         setattr(sys.modules[package], name, found)  # from now on it is found at once
         return found
 
