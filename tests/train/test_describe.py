@@ -8,6 +8,7 @@ import pytest
 from target_cases import available
 
 import txcore as tx
+from txcore.plan.drawing import Held, draw_mesh
 from txcore.train.steps import proof
 
 PP = tx.PP("pipe", microbatches=4)
@@ -94,3 +95,112 @@ def test_they_are_those_of_a_step_for_eight_h100(case, compiled_step):
     memory, report = compiled_step(engine, state, shard, target=target, mesh=sizes)
     described = PLANS[case][1].describe(models.params(), models.mesh(2, 2, 2), optimizer=ADAMW)
     check_figures(described, memory, report, state, bytes_of(shard))
+
+
+def test_a_row_says_how_a_parameter_lies():
+    shape, plan = PLANS["all three"]
+    rows = {row.path: row for row in plan.describe(models.params(), models.mesh(*shape)).parameters}
+    up = rows["blocks/up"]
+    assert (up.shape, up.spec, up.part) == ((4, 32, 64), P("pipe", None, "model"), (2, 32, 32))
+    assert up.gradient == "mean over data"
+    assert (rows["embed"].part, rows["embed"].gradient) == (
+        (16, 32),
+        "sum over pipe; mean over data",
+    )
+    sharded = PLANS["optimizer x TP"][1].describe(models.params(), models.mesh(2, 2, 1)).parameters
+    assert sharded[-1].gradient == "mean over data; a part of dim 1 along data is kept"
+    local = tx.Plan(data_parallel=tx.DP("data", sync_every=4))
+    rows = local.describe(models.params(), models.mesh(2, 1, 1)).parameters
+    assert rows[0].gradient == "stays; parameters are averaged over data"
+
+
+def test_gradients_are_what_a_step_holds_of_them():
+    """All of a device's gradient before its exchange; of microbatches in parts, the parts."""
+
+    def step(state, batch):
+        def loss_of(params, batch):
+            x = first(params, batch)
+            return tx.example_mean(losses(params, x, batch), axis="data")
+
+        loss, grads = tx.value_and_grad(loss_of, microbatches=2)(state.params, batch)
+        seen.append(sum(g.size * g.dtype.itemsize for g in jax.tree.leaves(grads)))
+        grads, state = state.sync_gradients(grads)
+        return state.apply_gradients(grads=grads), {"loss": tx.pmean(loss, "data")}
+
+    def first(params, batch):
+        return models.block(params["blocks"], models.first(params, batch), batch, 0)
+
+    losses = models.last
+    for case in ("DP x TP", "optimizer x TP", "gradients x TP", "parameters x TP"):
+        shape, plan = PLANS[case]
+        seen = []
+        engine = engine_on(shape, plan)
+        engine.run(tx.step_fn(step), engine.create_state(models.params()), models.batch())
+        described = plan.describe(models.params(), engine.mesh, optimizer=ADAMW)
+        assert seen == [described.memory["gradients"]] * len(seen), case
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
+def test_slots_of_a_pipeline_are_the_memory_that_more_microbatches_take(schedule, compiled_step):
+    """All that GPipe keeps of them, with layers that are computed again; nothing of 1F1B's."""
+    measured, told = [], []
+    activation = jax.ShapeDtypeStruct((256, models.WIDTH), np.float32)
+    for microbatches in (8, 16):
+        pp = tx.PP("pipe", microbatches=microbatches, schedule=schedule)
+        engine = engine_on((1, 1, 2), tx.Plan(pipeline=pp), tx.optim.sgd(0.1))
+        batch = models.batch(microbatches * 256)
+        memory, _ = compiled_step(engine, engine.create_state(models.params()), batch)
+        described = engine.plan.describe(models.params(), engine.mesh, activation=activation)
+        told.append(sum(described.memory[f"pipeline's {of}"] for of in ("messages", "inputs")))
+        measured.append(memory.temp_size_in_bytes)
+        assert described.bubble == Fraction(1, microbatches + 1)
+    slots = 8 if schedule == "gpipe" else 0
+    assert told[1] - told[0] >= slots * 256 * models.WIDTH * 4
+    assert measured[1] - measured[0] == pytest.approx(told[1] - told[0], rel=0.02, abs=20_000)
+
+
+def test_it_is_printed_and_drawn():
+    shape, plan = PLANS["all three"]
+    described = plan.describe(models.params(), models.mesh(*shape), optimizer=ADAMW)
+    text = str(described)
+    for line in (
+        "mesh data=2, model=2, pipe=2: 8 x cpu",
+        "blocks/up    float32  (4, 32, 64)  pipe, -, model  (2, 32, 32)  mean over data",
+        "embed        float32  (16, 32)     whole           (16, 32)     sum over pipe; mean over",
+        "gradients              all-reduce  data         float32  18.7 kB",
+        "optimizer state     37,376 B  37.4 kB",
+        "pipeline 1f1b: 2 stages, 4 microbatches, 6 ticks, bubble 1/5",
+    ):
+        assert line in text, text
+    assert "<svg" in described._repr_html_()
+    assert "pipe, -, model" in described._repr_html_()
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2), (8, 1, 1), (1, 2, 4)])
+def test_a_drawing_has_a_box_for_each_device(shape):
+    described = PLANS["all three"][1].describe(models.params(), models.mesh(*shape))
+    drawing = ET.fromstring(described.to_svg())
+    tag = "{http://www.w3.org/2000/svg}"
+    boxes = drawing.findall(f"{tag}rect")
+    corners = [tuple(int(box.get(of)) for of in ("x", "y", "width", "height")) for box in boxes]
+    for i, (x, y, width, height) in enumerate(corners):
+        assert x + width <= int(drawing.get("width"))
+        assert y + height <= int(drawing.get("height"))
+        for left, top, wide, high in corners[:i]:
+            assert x >= left + wide or left >= x + width or y >= top + high or top >= y + height
+    assert len(boxes) == np.prod(shape)
+    assert len({box.get("fill") for box in boxes}) == shape[1] * shape[2]
+    texts = ["".join(text.itertext()) for text in drawing.findall(f"{tag}text")]
+    assert sum(text.startswith("device ") for text in texts) == np.prod(shape)
+    if shape == (2, 2, 2):
+        assert texts.count("layers 2-3") == texts.count("rows 2 of 2") == 4
+
+
+def test_a_drawing_of_512_devices_shows_the_first_along_each_axis():
+    sizes = {"data": 8, "model": 8, "pipe": 8}
+    held = [Held((f"n {i}",), (i % 64,)) for i in range(512)]
+    drawing = draw_mesh(sizes, held)
+    assert drawing.count("<rect") == 64
+    assert "448 devices more" in drawing
+    assert "device 0<" in drawing
+    assert "device 219<" in drawing  # data 3, model 3, pipe 3
