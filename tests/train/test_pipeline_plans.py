@@ -106,6 +106,10 @@ def test_layers_of_several_chunks_are_stored_so_and_checked():
     assert shapes["b"].shape == (2, 4, 2 * models.WIDTH)
     with pytest.raises(ValueError, match=r"a multiple of its 3 chunks, got shape \(8, 16\)"):
         models.make_plan(pp={**CHUNKS, "chunks": 3}).as_stored(models.init())
+    three = models.make_engine(models.make_plan(tp=False, pp={}), pipe=3)
+    text = r"needs a number of layers that 3 stages divide, got 8 in params\['blocks'\]\['b'\]"
+    with pytest.raises(ValueError, match=text):
+        three.create_state(models.init())
 
 
 @tx.step_fn
