@@ -106,3 +106,107 @@ def test_layers_of_several_chunks_are_stored_so_and_checked():
     assert shapes["b"].shape == (2, 4, 2 * models.WIDTH)
     with pytest.raises(ValueError, match=r"a multiple of its 3 chunks, got shape \(8, 16\)"):
         models.make_plan(pp={**CHUNKS, "chunks": 3}).as_stored(models.init())
+    three = models.make_engine(models.make_plan(tp=False, pp={}), pipe=3)
+    text = r"needs a number of layers that 3 stages divide, got 8 in params\['blocks'\]\['b'\]"
+    with pytest.raises(ValueError, match=text):
+        three.create_state(models.init())
+
+
+@tx.step_fn
+def step_of_one_device(state, batch):
+    def loss_of(params):
+        return whole_loss(params, batch, models.mask_of(batch))
+
+    loss, grads = tx.value_and_grad(loss_of)(state.params)
+    return state.apply_gradients(grads=grads), {"loss": loss}
+
+
+def step_with(**options):
+    """Return a step whose pipeline gets other options."""
+
+    @tx.step_fn
+    def other(state, batch):
+        functions = (models.first, models.block, models.last)
+        run = tx.pipeline.value_and_grad(*functions, has_aux=True, **options)
+        (loss, _), grads = run(state.params, batch)
+        return state.apply_gradients(grads=grads), {"loss": loss}
+
+    return other
+
+
+BAD = {
+    "layers of a stage": (
+        step_of_one_device,
+        {},
+        r"needs a loss that is the same along the pipe axis 'pipe', .* each device there has other "
+        r"layers. Write tx.pipeline.value_and_grad\(first, block, last\)\(state.params, batch\)",
+    ),
+    "another axis": (
+        step_with(axis="model"),
+        {},
+        "needs axis= that of the plan's pipeline, 'pipe', or none, got 'model'",
+    ),
+    "chunks": (
+        step_with(schedule=tx.pipeline.make_schedule("1f1b", stages=2, microbatches=4)),
+        CHUNKS,
+        r"needs a schedule of 2 chunks a stage, in which the plan stores the layers, got '1f1b' "
+        r"of 1: write PP\(..., chunks=1\)",
+    ),
+    "no pipeline": (
+        step_with(axis="pipe"),
+        None,
+        r"needs a plan with a pipeline, .* to run along axis 'pipe', got one without: write "
+        r"tx.Plan\(pipeline=tx.PP\('pipe', microbatches=...\)\)",
+    ),
+    "rows": (
+        step_with(),
+        {"microbatches": 3},
+        r"needs batch\['next'\] with a multiple of 3 rows on each device.*got shape \(16, 3\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_a_step_that_does_not_fit_its_plan_is_refused_before_it_compiles(what):
+    step, pp, text = BAD[what]
+    engine = models.make_engine(models.make_plan(tp=False, pp=pp), pipe=2)
+    state = engine.create_state(models.init())
+    with pytest.raises(ValueError, match=text):
+        engine.run(step, state, models.make_batch())
+
+
+@pytest.mark.parametrize("sizes", [{}, {"pipe": 2}], ids=["one device", "pipeline"])
+def test_float16_needs_its_scale_and_finds_gradients_that_it_could_not_hold(sizes):
+    """A loss of 1e-5 of the usual: gradients below 6e-8 are zeros without a scale."""
+
+    def tiny(params, x, batch):
+        return models.last(params, x, batch)[0].astype(jnp.float32) * 1e-6
+
+    def make_step(scaled):
+        @tx.step_fn
+        def step(state, batch):
+            first, block, _ = models.cast_functions(state.precision)
+            scale = state.loss_scale if scaled else None
+
+            def last(params, x, batch):
+                return tiny(state.precision.cast(params), x, batch)
+
+            run = tx.pipeline.value_and_grad(first, block, last, loss_scale=scale)
+            loss, grads = run(state.params, batch)
+            norm = tx.optim.global_norm(grads)
+            return state.apply_gradients(grads=grads), {"loss": loss, "norm": norm}
+
+        return step
+
+    norms = {}
+    for precision in ("float32", "float16"):
+        plan = models.make_plan(tp=False, pp={})
+        engine = models.make_engine(plan, **sizes, precision=precision)
+        state = engine.create_state(models.init())
+        if precision == "float16":
+            with pytest.raises(ValueError, match="a step in float16 needs tx"):
+                engine.run(make_step(False), state, models.make_batch())
+        _, metrics = engine.run(make_step(True), state, models.make_batch())
+        norms[precision] = float(metrics["norm"])
+    assert norms["float32"] < 1e-5
+    np.testing.assert_allclose(norms["float16"], norms["float32"], rtol=1e-2)

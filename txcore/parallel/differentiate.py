@@ -219,6 +219,7 @@ def _row_axes(axes: tuple[str, ...]) -> tuple[str, ...]:
 def _local(loss: Any, axes: tuple[str, ...]) -> jax.Array:
     """Return a loss that is local along the data axes; refuse one that is equal there."""
     loss = jnp.asarray(loss)
+    _refuse_layers_of_a_stage(loss)
     for a in axes:
         if _leaves.varies_along(loss, a) is False:
             error = (
@@ -229,6 +230,21 @@ def _local(loss: Any, axes: tuple[str, ...]) -> jax.Array:
             )
             loss = _leaves.claim_differs(loss, a, what="the loss", error=error)
     return loss
+
+
+def _refuse_layers_of_a_stage(loss: jax.Array) -> None:
+    """Refuse a loss that is made of the layers which one stage of the plan's pipeline has."""
+    scope = current_scope()
+    if scope is None or scope.pipeline is None or scope.pipeline.axis in scope.left_out:
+        return
+    axis = scope.pipeline.axis
+    if _leaves.varies_along(loss, axis):
+        raise ValueError(
+            f"tx.value_and_grad needs a loss that is the same along the pipe axis {axis!r}, got "
+            "one that varies along it: each device there has other layers. Write "
+            "tx.pipeline.value_and_grad(first, block, last)(state.params, batch), which runs the "
+            "batch through all of them"
+        )
 
 
 def _check_microbatches(

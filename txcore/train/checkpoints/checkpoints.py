@@ -12,7 +12,7 @@ import jax
 
 from txcore.kernels.common.checks import whole_number
 from txcore.printing import format_call
-from txcore.train.checkpoints import best, copies, folder, manifest, saved_leaves
+from txcore.train.checkpoints import best, copies, folder, layers, manifest, saved_leaves
 from txcore.train.checkpoints.manifest import CheckpointError, Metric, Position
 from txcore.train.checkpoints.orbax_store import Store, Writing, import_orbax
 from txcore.train.checkpoints.turns import Turns
@@ -117,7 +117,7 @@ class Checkpoints:
         self.close()
         self._turns.run_on_all(partial(_check_can_save, state))
         self._take_folder()
-        copied = copies.paths_of(state)
+        copied, stacked = copies.paths_of(state), layers.count_stacked_dims(state)
         own = saved_leaves.leaves_to_compare(
             saved_leaves.leaves_of(state), state.precision.compute, copied
         )
@@ -126,7 +126,7 @@ class Checkpoints:
         for name in self._turns.run_on_first(lambda: folder.names(self.directory)):
             saved = self.directory / name
             problem, found = self._turns.run_on_first(
-                partial(saved_leaves.examine_checkpoint, saved, own, copied)
+                partial(saved_leaves.examine_checkpoint, saved, own, copied, stacked)
             )
             if found is not None:
                 restored = self._turns.run_on_all(partial(self._read_state, saved, state))

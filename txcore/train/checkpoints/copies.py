@@ -44,7 +44,7 @@ def shape_to_read(leaf: Leaf, own: jax.Array) -> jax.ShapeDtypeStruct:
         )
     if count == own.shape[0]:
         return jax.ShapeDtypeStruct(own.shape, own.dtype, sharding=own.sharding)
-    sharding = _auto(own)
+    sharding = auto_sharding(own)
     if count % (own.shape[0] // sharding.shard_shape(own.shape)[0]):
         sharding = NamedSharding(sharding.mesh, P(None, *sharding.spec[1:]))
     return jax.ShapeDtypeStruct((count, *own.shape[1:]), own.dtype, sharding=sharding)
@@ -58,12 +58,12 @@ def share_mean(read: jax.Array, own: jax.Array) -> jax.Array:
     """
     mean = jax.jit(
         lambda x: jnp.broadcast_to(x.mean(0, keepdims=True).astype(x.dtype), own.shape),
-        out_shardings=_auto(own),
+        out_shardings=auto_sharding(own),
     )
     return jax.device_put(mean(read), own.sharding)
 
 
-def _auto(x: jax.Array) -> NamedSharding:
+def auto_sharding(x: jax.Array) -> NamedSharding:
     """Return an array's sharding on a mesh over whose axes jax may reshard by itself."""
     assert isinstance(x.sharding, NamedSharding)
     mesh = x.sharding.mesh

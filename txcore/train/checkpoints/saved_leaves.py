@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from txcore import _compat
-from txcore.train.checkpoints import copies, manifest
+from txcore.train.checkpoints import copies, layers, manifest
 from txcore.train.checkpoints.manifest import CheckpointError, Leaf
 from txcore.train.state.state import TrainState
 
@@ -50,7 +50,7 @@ def leaves_to_compare(
 
 
 def examine_checkpoint(
-    saved: Path, own: tuple[Leaf, ...], copied: frozenset[str] = frozenset()
+    saved: Path, own: tuple[Leaf, ...], copied: frozenset[str] = frozenset(), stacked: int = 1
 ) -> tuple[str | None, dict[str, Any] | None]:
     """Return (why a checkpoint cannot be used, None), or (None, its position).
 
@@ -58,6 +58,7 @@ def examine_checkpoint(
       saved: the checkpoint's folder.
       own: the leaves of the state that it is for (`leaves_to_compare`).
       copied: the paths of those of which each device has its own copy.
+      stacked: how many dims of a pipeline's layers count them (`layers.count_stacked_dims`).
 
     Raises:
       CheckpointError: it is whole, but of another model.
@@ -67,7 +68,8 @@ def examine_checkpoint(
         manifest.verify_files(saved, found)
     except CheckpointError as error:
         return str(error), None
-    theirs = leaves_to_compare(found.leaves, found.precision, copied)
+    theirs, kinds = leaves_to_compare(found.leaves, found.precision, copied), dict(own)
+    theirs = tuple(layers.as_stacked_here(x, kinds.get(x.path), stacked) for x in theirs)
     if differs := manifest.describe_difference(theirs, own):
         raise CheckpointError(
             f"{saved} is of another model, optimizer, precision or seed: {differs}. Make the state "
@@ -104,10 +106,12 @@ def arrays_to_save(state: TrainState) -> dict[str, jax.Array]:
 def shapes_to_read(saved: tuple[Leaf, ...], state: TrainState) -> dict[str, jax.ShapeDtypeStruct]:
     """Return the arrays to read, by their numbers, with their shardings."""
     own, copied = _by_name(state), copies.paths_of(state)
+    stacked = layers.count_stacked_dims(state)
 
     def shape_to_read(leaf: Leaf) -> jax.ShapeDtypeStruct:
         if leaf.path in own:
-            x = _as_numbers(own[leaf.path])
+            x: Any = _as_numbers(own[leaf.path])
+            x = layers.stacked_as_saved(leaf, x, stacked, copied=leaf.path in copied)
             if leaf.path in copied:
                 return copies.shape_to_read(leaf, x)
             return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
@@ -122,15 +126,20 @@ def shapes_to_read(saved: tuple[Leaf, ...], state: TrainState) -> dict[str, jax.
 def fill_state(state: TrainState, saved: tuple[Leaf, ...], found: Mapping[str, Any]) -> TrainState:
     """Return the state with the arrays that were read, and its own for the rest."""
     by_name = {leaf.path: found.get(array_number(i)) for i, leaf in enumerate(saved)}
-    copied = copies.paths_of(state)
+    kinds = dict(saved)
+    copied, stacked = copies.paths_of(state), layers.count_stacked_dims(state)
 
     def fill_leaf(path: str, own: jax.Array) -> jax.Array:
         read = by_name.get(path)
         if read is None:
             return own
-        if path in copied and read.shape != own.shape:
-            return copies.share_mean(read, own)
-        return with_keys(read, own)
+        if _compat.is_key_array(own):
+            return with_keys(read, own)
+        leaf, is_copied = Leaf(path, kinds[path]), path in copied
+        there = layers.stacked_as_saved(leaf, own, stacked, copied=is_copied)
+        if is_copied and read.shape != there.shape:
+            read = copies.share_mean(read, there)
+        return layers.stack_here(read, own)
 
     values = [fill_leaf(path, own) for path, own in _by_name(state).items()]
     return state.replace(**jax.tree.unflatten(jax.tree.structure(state.arrays), values))
