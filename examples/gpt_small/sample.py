@@ -13,7 +13,7 @@ import txcore as tx
 
 
 def gather(params: Any, mesh: tx.MeshSpec) -> Any:
-    """Return parameters whole on the host, their layers in one dim; every process has to call it."""
+    """Return parameters whole, on the host, as `model.init` does; every process has to come."""
     whole = jax.device_put(params, NamedSharding(mesh.mesh, P()))
     host = jax.tree.map(np.asarray, whole)
     norm = host["blocks"]["norm1"]
@@ -46,7 +46,8 @@ def draw(config: model.GPT, params: Any, prompt: np.ndarray, count: int, seed: i
 
     @jax.jit
     def next_token(params: Any, tokens: jax.Array, last: Any, key: jax.Array) -> jax.Array:
-        run = jax.shard_map(logits_of, mesh=mesh.mesh, in_specs=(P(), P()), out_specs=P())
+        columns = P(None, None, "model")
+        run = jax.shard_map(logits_of, mesh=mesh.mesh, in_specs=(P(), P()), out_specs=columns)
         return jax.random.categorical(key, run(params, tokens)[0, last])
 
     tokens = np.zeros(config.length, np.int32)

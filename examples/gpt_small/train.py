@@ -70,7 +70,8 @@ def train(args: argparse.Namespace) -> int:
         seed=args.seed,
     )
     params = model.init(config, args.seed)
-    cli.say(f"{mesh}, {plan}\n{config}, on {len(text):,} bytes of {name}")
+    cli.say(f"{config}\n{len(text):,} bytes of {name}\n")
+    cli.say(str(plan.describe(params, mesh, optimizer=engine.optimizer)))
     train_step, eval_step = make_steps(config)
     state = engine.fit(
         train_step,
@@ -95,9 +96,7 @@ def train(args: argparse.Namespace) -> int:
         whole = sample.gather(state.stored_params, mesh)
         prompt = test_text[: config.length // 2]
         drawn = sample.draw(config, whole, prompt, args.sample, args.seed)
-        cli.say(
-            f"---- a sample after {prompt[-40:].tobytes().decode(errors='replace')!r}:\n{drawn}\n----"
-        )
+        cli.say(f"drawn after {prompt[-40:].tobytes()!r}:\n{drawn}")
     status = None if report is None else report.status
     history.write(args.results, bigram_loss=bigram, mesh=sizes, audit=status)
     return 0 if report is None or report.ok else 1
