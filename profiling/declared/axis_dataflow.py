@@ -267,6 +267,8 @@ class Uniformity(Forward[Relation]):
                 )
                 for value, var in zip(each, eqn.outvars, strict=True)
             ]
+        if name in GATHERS and made_by_autodiff(path):
+            return [relation.after_gather_of_cotangents(value) for value in each]
         if name in GATHERS:
             return [relation.after_gather(value) for value in each]
         if name in ALL_REDUCED_SUMS:

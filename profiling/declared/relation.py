@@ -170,6 +170,17 @@ def after_gather(value: Relation) -> Relation:
     return value & (CONSTANT | DEPENDS | SLICED | TOTAL) | (0 if is_zero(value) else GATHERED)
 
 
+def after_gather_of_cotangents(value: Relation) -> Relation:
+    """Return the relation of a gather that autodiff makes: the transpose of a reduce-scatter.
+
+    As of the cast that is the transpose of a psum: each device has the gradient of its own term.
+    """
+    if is_zero(value):
+        return value
+    kept = after_crossing(value, "reduce_scatter")
+    return kept & (CONSTANT | DEPENDS | SLICED | _OF_GRADIENTS) | GATHERED
+
+
 def after_exchange(value: Relation) -> Relation:
     """Return the relation of a value that each device received, or of its part of a sum."""
     return value & (CONSTANT | DEPENDS | SLICED | _OF_GRADIENTS) | DIFFERS

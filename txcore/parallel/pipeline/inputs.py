@@ -60,8 +60,8 @@ def check_inputs(
     _check_spread(op, params, schedule.chunks, pipe)
     _check_batch(op, {"batch": batch, "mask": mask}, pipe, data_axes, data_axis is not None)
     rows = count_rows(op, {"batch": batch, "mask": mask}, schedule.microbatches)
-    batch, mask = split_rows((batch, mask), schedule.microbatches)
     means = take_means(op, mask, rows, schedule.microbatches, data_axes)
+    batch, mask = split_rows((batch, mask), schedule.microbatches)
     every = (pipe, *data_axes)
     ends, blocks = split_params(params)
     one = schedule.chunks == 1
