@@ -1,10 +1,13 @@
 """What a plan says of itself before anything compiles, against what was compiled then."""
 
+import xml.etree.ElementTree as ET
+from fractions import Fraction
 
 import described_models as models
 import jax
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 from target_cases import available
 
 import txcore as tx
