@@ -181,14 +181,14 @@ def resume(folder, world, *args):
     return losses(folder)
 
 
-def kill_and_resume(folder, world, runs, seed, *args):
+def kill_and_resume(folder, whole, world, runs, seed, *args):
     """Kill a random rank at a random moment, so many times; yield a line of text for each.
 
-    The moments are uniform over the run after its first checkpoint; every second one is chosen
-    while a later checkpoint is being written.
+    `whole` is what `uninterrupted` returns. The moments are uniform over that run after its first
+    checkpoint; every second one is chosen while a later checkpoint is being written.
     """
     rng = random.Random(seed)
-    curve, seconds = uninterrupted(folder / f"whole-{world}", world, *args)
+    curve, seconds = whole
     done = tried = 0
     while done < runs:
         victim = rng.randrange(world)
@@ -211,7 +211,8 @@ def kill_and_resume(folder, world, runs, seed, *args):
 
 def main(runs, world, seed, folder):
     """Print a line for each kill: `python runs.py RUNS WORLD SEED FOLDER`."""
-    for i, line in enumerate(kill_and_resume(folder, world, runs, seed)):
+    whole = uninterrupted(folder / "whole", world)
+    for i, line in enumerate(kill_and_resume(folder, whole, world, runs, seed)):
         print(f"{i + 1:3d}: {line}", flush=True)
 
 
