@@ -224,7 +224,7 @@ def say(text: str) -> None:
 
 
 def say_loss_scale(state: tx.TrainState) -> None:
-    """Print the loss scale, if there is one, and the steps that were skipped for their gradients."""
+    """Print the loss scale, if there is one, and how many steps it skipped."""
     if state.loss_scaling is not None:
         scale = float(state.loss_scaling.scale)
         say(f"loss scale {scale:g}; {nonfinite.describe_skipped(state)}")
