@@ -16,6 +16,7 @@ import txcore as tx
 from txcore import launch
 from txcore.launch import watch
 from txcore.parallel.gradients import algorithms
+from txcore.train.numerics import nonfinite
 
 BASE_BATCH = 64  # the batch to which --lr-scaling linear refers
 ALGORITHMS = get_args(algorithms.Name)
@@ -220,6 +221,13 @@ def say(text: str) -> None:
     """Print on rank 0."""
     if jax.process_index() == 0:
         print(text, flush=True)
+
+
+def say_loss_scale(state: tx.TrainState) -> None:
+    """Print the loss scale, if there is one, and how many steps it skipped."""
+    if state.loss_scaling is not None:
+        scale = float(state.loss_scaling.scale)
+        say(f"loss scale {scale:g}; {nonfinite.describe_skipped(state)}")
 
 
 def run(train: Callable[[argparse.Namespace], int], argv: list[str] | None = None) -> int:

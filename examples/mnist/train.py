@@ -2,8 +2,7 @@
 
     python examples/mnist/train.py --model cnn --devices 2
 
-One device, several devices in one process, several processes; README.md says how. The flags are in
-cli.py.
+One device, several devices in one process, several processes: README.md. The flags are in cli.py.
 """
 
 import results  # before jax: it notes when the script started
@@ -24,7 +23,6 @@ from data.feed import Feed
 
 import txcore as tx
 from txcore import kernels, launch
-from txcore.train.numerics import nonfinite
 
 
 def make_steps(
@@ -112,8 +110,7 @@ def train(args: argparse.Namespace) -> int:
 
     # ---- Prove what the compiled step sends, and say how it went ---------------------------------
     report = engine.audit(train_step, state, next(iter(feed.train(0)))) if args.audit else None
-    if state.loss_scaling is not None:
-        cli.say(f"loss scale {float(state.loss_scaling.scale):g}; {nonfinite.skipped(state)}")
+    cli.say_loss_scale(state)
     if rank == 0:
         results.write(args.results, history, report)
     if history.test_accuracy is not None:

@@ -14,6 +14,7 @@ from processes import rank_environment
 import txcore as tx
 from txcore import bench, cli
 from txcore.cli import bench as command
+from txcore.cli import bench_options
 from txcore.kernels.dispatch.tuning_file import read_entries
 from txcore.parallel.gradients.algorithms import ALGORITHMS
 
@@ -31,7 +32,7 @@ def rows_of(text):
 
 
 def test_the_names_are_those_of_the_library():
-    assert tuple(bench.OPERATIONS) == command._NAMES
+    assert tuple(bench.OPERATIONS) == bench_options.NAMES
 
 
 def test_a_table_as_nccl_tests_has_it(capsys):
@@ -219,7 +220,7 @@ def test_a_plot_needs_matplotlib_before_anything_is_measured(monkeypatch, capsys
 
 
 def test_sizes():
-    parse = command._parse_size
+    parse = bench_options.parse_size
     assert [parse(text) for text in ("1", "4K", "4k", "2M", "1G", "8B", "8KB")] == [
         *(1, 4096, 4096, 2 << 20, 1 << 30, 8, 8192)
     ]

@@ -81,7 +81,7 @@ def test_skip_names_the_leaf_whose_gradient_was_not_finite():
     state = engine.create_state(toys.params())
     for batch in batches():
         state, _ = step(state, batch)
-    assert tx.train.numerics.nonfinite.skipped(state) == (
+    assert tx.train.numerics.nonfinite.describe_skipped(state) == (
         "1 step was skipped, the last because the gradient of params['w2'] was not finite"
     )
 
@@ -89,7 +89,7 @@ def test_skip_names_the_leaf_whose_gradient_was_not_finite():
 def test_no_step_was_skipped():
     engine = toys.engine(1, on_nonfinite="skip")
     state = engine.fit(toys.train_step, engine.create_state(toys.params()), [toys.batch()], steps=1)
-    assert tx.train.numerics.nonfinite.skipped(state) == "no step was skipped"
+    assert tx.train.numerics.nonfinite.describe_skipped(state) == "no step was skipped"
 
 
 def test_ignore_goes_on_with_nan():

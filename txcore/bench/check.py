@@ -1,4 +1,4 @@
-"""Operands whose results NumPy knows, and the count of the elements that are wrong."""
+"""Draw operands whose results NumPy can compute, and count wrong elements."""
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
@@ -8,7 +8,7 @@ import numpy as np
 
 from txcore.bench.operations import Segment
 
-# Operands repeat after a prime number of elements: no block of a collective is as long.
+# Operands repeat after a prime number of elements, which is the length of no collective's block.
 _PERIOD = 8191
 _PIECE = _PERIOD * 128  # elements that are compared at once
 _TOP = 5  # values are 0 to 4: sums of a few dozen are exact in every dtype
@@ -18,7 +18,7 @@ Draw = Callable[[int, int, int], np.ndarray]
 
 
 def draw_operand(seed: int) -> Draw:
-    """Return what draws the operands of every device, piece by piece, the same on all ranks.
+    """Return a function that draws any piece of any device's operand, the same on all ranks.
 
     Example:
       >>> draw = draw_operand(0)
@@ -44,16 +44,16 @@ def count_wrong(
     *,
     epsilon: float,
 ) -> int:
-    """Count the elements of a device's result that are not what NumPy says.
+    """Count the elements of a device's result that differ from NumPy's.
 
-    Integers wrap around as NumPy's do. A float may differ from the float64 value by what rounding
-    each sum may, `epsilon` of the value for each member.
+    Integers wrap around as NumPy's do. A float may differ from the float64 value by the rounding
+    of its sums: `epsilon` of the value for each member.
 
     Args:
-      result: of one device, flat.
-      segments: what it has to be, in order.
+      result: that of one device, flat.
+      segments: what the result has to be, in order.
       group: position in the mesh of each member of the device's group.
-      draw: draws the operands.
+      draw: the function that draws the operands.
       epsilon: of the dtype in which the collective computes and sends; unused for integers.
     """
     wanted = sum(segment.length for segment in segments)
@@ -66,7 +66,7 @@ def count_wrong(
 def _walk_pieces(
     result: np.ndarray, segments: Sequence[Segment], group: Sequence[int], draw: Draw
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield (what has to be, what is) of each piece of a result."""
+    """Yield (expected, found) for each piece of a result."""
     at = 0
     for segment in segments:
         for offset in range(0, segment.length, _PIECE):

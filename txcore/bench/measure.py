@@ -25,10 +25,10 @@ class Setup:
       mesh: of all devices that take part; the axes that are not measured make several groups,
         which communicate at the same time.
       axes: the mesh axes to communicate over.
-      warmup: calls before those that count.
-      iterations: calls that count.
-      in_place: whether the operand is donated where the result is as large, as a gradient's buffer
-        is in a step: nccl-tests' in-place; else each result is a new array.
+      warmup: calls before the timed ones.
+      iterations: timed calls.
+      in_place: whether the operand is donated if the result is as large, as a gradient's buffer is
+        in a step (nccl-tests' in-place); otherwise each result is a new array.
     """
 
     mesh: Mesh
@@ -59,20 +59,20 @@ class Setup:
 
 @dataclass(frozen=True)
 class Row:
-    """Hold what was measured of one collective at one size.
+    """Hold the measurements of one collective at one size.
 
     Attributes:
       operation, algorithm, dtype: what ran; the algorithm of a mean, else "".
       size_bytes: S as nccl-tests defines it.
       count: elements, as nccl-tests counts them.
-      seconds: of one call: the median of each rank's, then the mean over ranks.
+      seconds: those of one call: the median on each rank, averaged over the ranks.
       least_seconds: the least median of a rank.
-      spread: half of a rank's calls lie in a range that is this share of its median wide; of
-        the rank with the largest.
+      spread: the interquartile range of a rank's calls, as a share of its median; the largest of
+        all ranks.
       rank_seconds: the median of each rank.
-      algorithm_bandwidth: S over the seconds, in bytes per second.
+      algorithm_bandwidth: S divided by the seconds, in bytes per second.
       bus_bandwidth: that times the bus factor, which makes sizes of groups comparable.
-      wrong: elements that differ from NumPy's, of all ranks, before and after the timed calls.
+      wrong: elements that differ from NumPy's on any rank, before and after the timed calls.
     """
 
     operation: str
@@ -96,13 +96,14 @@ def measure_size(setup: Setup, operation: Operation, dtype: str, size: int) -> R
       setup: where and how.
       operation: the collective.
       dtype: of the operand.
-      size: S in bytes at most; rounded down to whole elements, and to a part for each device.
+      size: the largest S in bytes; rounded down to whole elements that divide into the parts of the
+        devices.
 
     Returns:
       The row, the same on every process.
 
     Raises:
-      ValueError: S has not an element for each device.
+      ValueError: S is less than an element for each device.
 
     Example:
       >>> from txcore import bench
@@ -169,7 +170,7 @@ def check_results(
     compiled: jax.stages.Compiled,
     draw: Draw,
 ) -> int:
-    """Run a compiled collective on operands of `draw`; count what is wrong on this process."""
+    """Run a compiled collective on drawn operands; count the wrong elements of this process."""
     n = setup.group_size
     elements = operation.operand(count, n)
     result = compiled(_make_operand(setup, elements, dtype, draw))
@@ -193,7 +194,7 @@ def _epsilon(operation: Operation, dtype: str) -> float:
 def time_calls(
     setup: Setup, operation: Operation, dtype: str, count: int, compiled: jax.stages.Compiled
 ) -> list[float]:
-    """Return the seconds of each call that counts, each waited for."""
+    """Time each call until its result is there; return the seconds of the timed calls."""
     operand = _make_operand(setup, operation.operand(count, setup.group_size), dtype, None)
     seconds = []
     for _ in range(setup.warmup + setup.iterations):

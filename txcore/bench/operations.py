@@ -1,4 +1,4 @@
-"""The collectives that are measured, and what each has to give, said in NumPy's terms."""
+"""The collectives that are measured, each with its expected result in NumPy."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -16,13 +16,13 @@ Run = Callable[[jax.Array, Axes], jax.Array]
 
 
 class Segment(NamedTuple):
-    """State a run of elements of a device's result.
+    """Describe a run of consecutive elements of a device's result.
 
     Attributes:
       members: the devices whose elements it is made of, by index in the group.
       start: the first of those elements in each member's operand.
       length: how many there are.
-      combine: what is made of the members' elements; of one member they are as they are.
+      combine: how the members' elements are combined; those of one member stay as they are.
     """
 
     members: Sequence[int]
@@ -43,11 +43,11 @@ class Operation:
       name: of the collective.
       kind: its HLO name, by which `profiling.bandwidth` knows its bus factor.
       run: the collective on one device.
-      expect: what its result is to be.
+      expect: the result that is expected.
       in_parts: whether S is made of a part for each device, so that its elements are a multiple of
         the group's size and nccl-tests' count is the part's.
       gathers: whether S is the result, and the operand a part of it; else S is the operand.
-      algorithm: of a mean, by which it is made; "" for the collective itself.
+      algorithm: the one that makes a mean; "" for the collective itself.
     """
 
     name: str
@@ -64,11 +64,11 @@ class Operation:
         return elements // n if self.in_parts else elements
 
     def total(self, count: int, n: int) -> int:
-        """Return the elements of S."""
+        """Return the number of elements of S."""
         return count * n if self.in_parts else count
 
     def operand(self, count: int, n: int) -> int:
-        """Return the elements of each device's operand."""
+        """Return the number of elements of each device's operand."""
         return count if self.gathers else self.total(count, n)
 
 
@@ -132,14 +132,14 @@ _NEEDS: Mapping[str, tuple[str, Callable[[Sequence[int]], bool]]] = {
 
 
 def mean_by(algorithm: str) -> Operation:
-    """Return the mean as `tx.DP(algorithm=)` has it made."""
+    """Return the mean that an algorithm of `tx.DP(algorithm=)` makes."""
     by = ALGORITHMS[algorithm]  # type: ignore[index]
     run: Run = lambda x, axes: mean_flat(by, x, axes, "bench")  # noqa: E731
     return replace(OPERATIONS["pmean"], run=run, algorithm=algorithm)
 
 
 def algorithms_for(sizes: Sequence[int]) -> dict[str, str]:
-    """Return for each algorithm what it needs that axes of these sizes lack; "" where they do.
+    """Return what each algorithm needs and axes of these sizes lack; "" where it can run.
 
     Example:
       >>> from txcore.bench import operations

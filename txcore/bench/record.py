@@ -1,4 +1,4 @@
-"""Write down which algorithm averages fastest, so that `tx.DP(algorithm=None)` takes it."""
+"""Record which algorithm averages fastest, so that `tx.DP(algorithm=None)` takes it."""
 
 import os
 from collections.abc import Iterable, Sequence
@@ -9,7 +9,7 @@ from txcore.bench.measure import Row, Setup
 from txcore.kernels.dispatch.tuning_file import Entry, label_candidate, read_entries, write_entries
 from txcore.parallel.gradients.measured import problem_of
 
-_ROUNDS = ("bf16_wire",)  # changes the numbers: taken where it is asked for alone
+_ROUNDS = ("bf16_wire",)  # changes the numbers, so only who asks for it gets it
 
 
 def record_fastest(
@@ -20,12 +20,12 @@ def record_fastest(
     Args:
       path: the file.
       setup: where the rows were measured.
-      rows: of means by two algorithms or more; others are left out, wrong ones and those that
-        round what they send, too.
-      machine: on which they were measured.
+      rows: means by two algorithms or more. Other collectives, wrong results and algorithms that
+        round what they send are left out.
+      machine: the one on which they were measured.
 
     Returns:
-      (dtype, bytes, algorithm) of each that was written.
+      (dtype, bytes, algorithm) of each recorded size.
 
     Raises:
       TuningError: the file cannot be read or written.

@@ -33,7 +33,7 @@ _COLUMNS = (
 
 
 def describe_run(setup: Setup, machine: str) -> dict[str, Any]:
-    """Return what the figures of a run depend on."""
+    """Describe what the figures of a run depend on."""
     return {
         "txcore": VERSION,
         "jax": jax.__version__,
@@ -51,7 +51,7 @@ def describe_run(setup: Setup, machine: str) -> dict[str, Any]:
 
 
 def format_run(run: Mapping[str, Any]) -> str:
-    """Return what stands above the tables: versions, machine, mesh.
+    """Format the lines above the tables: versions, machine, mesh.
 
     Example:
       >>> from txcore.bench import report
@@ -74,7 +74,7 @@ def _title(name: str, algorithm: str) -> str:
 
 
 def format_head(operation: Operation, setup: Setup) -> str:
-    """Return what stands above the rows of one collective."""
+    """Format the head of one collective's table."""
     title = _title(operation.name, operation.algorithm)
     where = f"over {','.join(setup.axes)}: {setup.groups} group(s) of {setup.group_size} devices"
     place = "in place where it can be" if setup.in_place else "out of place"
@@ -82,7 +82,7 @@ def format_head(operation: Operation, setup: Setup) -> str:
 
 
 def format_row(row: Row) -> str:
-    """Return a row of the table; bandwidths in GB/s, 10^9 bytes."""
+    """Format a row of the table; bandwidths are in GB/s, 10^9 bytes."""
     return _format_cells(
         (
             *(str(row.size_bytes), str(row.count), row.dtype),
@@ -121,7 +121,7 @@ def write_csv(path: str | os.PathLike[str], rows: Sequence[Row]) -> None:
 
 
 def plot_bandwidth(path: str | os.PathLike[str], title: str, rows: Sequence[Row]) -> None:
-    """Draw bus bandwidth over size, a line for each collective and dtype.
+    """Plot bus bandwidth over size, a line for each collective and dtype.
 
     Raises:
       ImportError: matplotlib is not installed.

@@ -7,139 +7,23 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from txcore.cli.bench_options import OPTIONS, check_dtypes, select_names, walk_sizes
 from txcore.cli.errors import BadInput, BadUsage, first_line
-from txcore.cli.load import (
-    mesh_of,
-    parse_axes,
-    parse_devices,
-    parse_path,
-    parse_positive,
-    simulate_devices,
-)
+from txcore.cli.load import mesh_of, simulate_devices
 from txcore.cli.output import show
 
 if TYPE_CHECKING:
     from txcore.bench import Operation, Row, Setup
 
-_NAMES = (
-    *("psum", "pmean", "pmax", "all_gather", "reduce_scatter", "all_to_all", "ppermute"),
-    "broadcast",
-)
-_DTYPES = (
-    *("float32", "bfloat16", "float16", "float64"),
-    *("int8", "uint8", "int32", "uint32", "int64"),
-)
 _WIDE = ("float64", "int64")
-_UNITS = {"": 1, "B": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
-_DEFAULT_SIZES = "4K", "256M"
-_WARMUP, _ITERATIONS, _FACTOR = 5, 20, 4
 
 
 def add_command(commands: Any) -> None:
     """Add the command to the parser's subparsers."""
     parser = commands.add_parser("bench", help="measure collectives by size, and check them")
-    add = parser.add_argument
-    add(
-        "operations",
-        nargs="*",
-        metavar="COLLECTIVE",
-        help=f"{', '.join(_NAMES)}, or all (default psum)",
-    )
-    add(
-        "--algorithm",
-        type=_parse_names,
-        metavar="NAME,...",
-        help="make the mean as tx.DP(algorithm=) does: plain, chunked, ring, ..., or all",
-    )
-    add("--devices", type=parse_devices, metavar="N", help="simulate N CPU devices a process")
-    add(
-        "--mesh",
-        type=parse_axes,
-        metavar="data=2,model=2",
-        help="the mesh's axes (default data=all devices)",
-    )
-    add(
-        "--axis",
-        type=_parse_names,
-        metavar="NAME,...",
-        help="the axes to communicate over, where other axes make several groups at once "
-        "(default: the mesh's first)",
-    )
-    least, most = _DEFAULT_SIZES
-    add("--min-size", type=_parse_size, default=least, metavar="4K", help=f"default {least}")
-    add("--max-size", type=_parse_size, default=most, metavar="256M", help=f"default {most}")
-    add(
-        "--factor",
-        type=_parse_factor,
-        default=_FACTOR,
-        metavar="F",
-        help=f"from one size to the next (default {_FACTOR})",
-    )
-    add(
-        "--dtype",
-        type=_parse_names,
-        default="float32",
-        metavar="NAME,...",
-        help=f"of {', '.join(_DTYPES)} (default float32)",
-    )
-    add(
-        "--warmup",
-        type=_parse_count,
-        default=_WARMUP,
-        metavar="N",
-        help=f"calls before those that count (default {_WARMUP})",
-    )
-    add(
-        "--iterations",
-        type=parse_positive,
-        default=_ITERATIONS,
-        metavar="N",
-        help=f"calls that count (default {_ITERATIONS})",
-    )
-    add(
-        "--out-of-place",
-        action="store_true",
-        help="a new array for each result (default: in the operand's place, where it is as large)",
-    )
-    add("--json", type=parse_path, metavar="FILE", help="write all that was measured, too")
-    add("--csv", type=parse_path, metavar="FILE", help="write the table, too")
-    add("--plot", type=parse_path, metavar="FILE", help="draw bandwidth over size (.png, .svg)")
-    add(
-        "--record",
-        action="store_true",
-        help="write the fastest algorithm of each size to the tuning file ($TXCORE_TUNING), where "
-        "tx.DP(algorithm=None) finds it",
-    )
+    for name, option in OPTIONS.items():
+        parser.add_argument(name, **option)
     parser.set_defaults(command=measure_collectives)
-
-
-def _parse_names(text: str) -> tuple[str, ...]:
-    names = tuple(name.strip() for name in text.split(","))
-    if not all(names) or len(set(names)) < len(names):
-        raise argparse.ArgumentTypeError(f"needs names, each once, as a,b, but got {text[:80]!r}")
-    return names
-
-
-def _parse_size(text: str) -> int:
-    """Read a size in bytes as nccl-tests does: 4096, 4K, 256M, 1G."""
-    digits = text.upper().rstrip("BKMG")
-    unit = text.upper()[len(digits) :]
-    unit = unit.removesuffix("B") if len(unit) == 2 else unit
-    if not (digits.isdecimal() and len(digits) <= 18 and unit in _UNITS and int(digits)):
-        raise argparse.ArgumentTypeError(
-            f"needs a size of at least 1 byte, as 4096, 4K, 256M or 1G, but got {text[:80]!r}"
-        )
-    return int(digits) * _UNITS[unit]
-
-
-def _parse_factor(text: str) -> int:
-    if (factor := parse_positive(text)) < 2:
-        raise argparse.ArgumentTypeError(f"needs at least 2, but got {factor}")
-    return factor
-
-
-def _parse_count(text: str) -> int:
-    return 0 if text == "0" else parse_positive(text)
 
 
 def measure_collectives(options: argparse.Namespace) -> int:
@@ -147,9 +31,9 @@ def measure_collectives(options: argparse.Namespace) -> int:
     from txcore.bench import report
     from txcore.kernels.tuning.measure import describe_machine
 
-    names = _select_names(options)
-    _check_dtypes(options)
-    sizes = list(_walk_sizes(options))
+    names = select_names(options)
+    check_dtypes(options)
+    sizes = list(walk_sizes(options))
     if options.plot is not None and importlib.util.find_spec("matplotlib") is None:
         raise BadInput("--plot needs matplotlib: pip install 'txcore[examples]'")
     file = _find_tuning_file(options) if options.record else None
@@ -209,29 +93,6 @@ def _record_fastest(file: str, setup: "Setup", rows: list["Row"], machine: str) 
     show(f"written to {file}")
 
 
-def _select_names(options: argparse.Namespace) -> tuple[str, ...]:
-    default = "psum" if options.algorithm is None else "pmean"
-    named = tuple(dict.fromkeys(options.operations)) or (default,)
-    for name in named:
-        if name not in (*_NAMES, "all"):
-            raise BadUsage(f"bench needs collectives among {', '.join(_NAMES)}, all; got {name!r}")
-    names = _NAMES if "all" in named else named
-    if options.algorithm is not None and "pmean" not in names:
-        raise BadUsage(
-            f"--algorithm is for pmean, the mean of gradients, but got {', '.join(names)}: name "
-            "pmean, or leave one of the two out"
-        )
-    return names
-
-
-def _check_dtypes(options: argparse.Namespace) -> None:
-    for name in options.dtype:
-        if name not in _DTYPES:
-            raise BadUsage(f"--dtype needs names among {', '.join(_DTYPES)}, but got {name!r}")
-        if options.algorithm is not None and "int" in name:
-            raise BadUsage(f"--algorithm averages floats, but got --dtype {name}: leave one out")
-
-
 def _select_operations(
     options: argparse.Namespace, names: tuple[str, ...], setup: "Setup"
 ) -> list["Operation"]:
@@ -261,18 +122,6 @@ def _select_algorithms(named: tuple[str, ...], setup: "Setup") -> list[str]:
             axes = ",".join(f"{axis}={setup.mesh.shape[axis]}" for axis in setup.axes)
             raise BadUsage(f"--algorithm {name} needs {lacks[name]}, but got {axes}")
     return [*named]
-
-
-def _walk_sizes(options: argparse.Namespace) -> Iterator[int]:
-    """Yield --min-size, times --factor as often as it stays within --max-size."""
-    size = options.min_size
-    if size > options.max_size:
-        raise BadUsage(
-            f"--max-size needs at least --min-size, {size} bytes, but got {options.max_size}"
-        )
-    while size <= options.max_size:
-        yield size
-        size *= options.factor
 
 
 def _join_run(options: argparse.Namespace) -> None:

@@ -54,7 +54,7 @@ def dump_program(options: argparse.Namespace) -> int:
 
 
 def _write_whole(file: pathlib.Path, text: str) -> None:
-    """Write a file or none: a half-written one would be taken for the whole."""
+    """Write a file completely or not at all: a partial one would look complete."""
     try:
         file.write_text(text, encoding="utf-8")
     except OSError:
@@ -76,7 +76,7 @@ def _check_folder(folder: pathlib.Path) -> None:
 
 
 def _make_texts(program: "Program") -> dict[str, str]:
-    """Return the texts by file, without those that the program lacks."""
+    """Return the text of each file; stages that the program lacks are left out."""
     from txcore.profiling.audit import audit_program
     from txcore.profiling.cost.memory import memory_of
 

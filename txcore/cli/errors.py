@@ -19,7 +19,7 @@ class BadUsage(BadInput):
     """The arguments do not fit together; the line names the command's --help, too.
 
     Attributes:
-      parser: of the command; None if the options name it.
+      parser: that of the command; None if the options name it.
     """
 
     parser: argparse.ArgumentParser | None = None
@@ -81,7 +81,7 @@ def _is_installed(path: str) -> bool:
 
 
 def _is_pythons(path: str) -> bool:
-    """Tell whether a file belongs to Python's own library."""
+    """Tell whether a file belongs to Python's standard library."""
     library = os.path.realpath(sysconfig.get_paths()["stdlib"])
     return path.startswith(f"{library}{os.sep}") and not _is_installed(path)
 

@@ -20,7 +20,7 @@ from txcore.launch.launcher.placement import coordinator_variables, place_ranks,
 if TYPE_CHECKING:
     from txcore.launch.launcher.hosts import Task
 
-# Prefixes of the variables that ranks on other hosts get; the rest are those of their hosts.
+# Ranks on other hosts get the variables with these prefixes; all others are their hosts' own.
 _PASSED_ON = ("JAX_", "XLA_", "TXCORE_", "NCCL_", "GLOO_", "OMP_", "PYTHON", "LD_LIBRARY_PATH")
 _SSH = "ssh -o BatchMode=yes"  # a rank has no terminal to ask for a password on
 
@@ -125,7 +125,7 @@ def run_ranks(options: argparse.Namespace) -> int:
 
 
 def make_tasks(options: argparse.Namespace, held: contextlib.ExitStack) -> "list[Task]":
-    """Return what each rank runs, and where.
+    """Return the task of each rank: what it runs, and where.
 
     Args:
       options: of the command.
@@ -168,7 +168,7 @@ def make_tasks(options: argparse.Namespace, held: contextlib.ExitStack) -> "list
 
 
 def _make_command(options: argparse.Namespace) -> list[str]:
-    """Return the command: this interpreter with a script or module, or any other as it is."""
+    """Return the command to run: a script or module with this interpreter, any other as it is."""
     program = options.program[1:] if options.program[:1] == ["--"] else options.program
     if not program:
         raise BadUsage("launch needs SCRIPT.py, -m MODULE or a command")

@@ -1,4 +1,4 @@
-"""Read what commands are given: axes, devices, MODULE:FACTORY; refuse bad input."""
+"""Read the arguments of commands: axes, devices, MODULE:FACTORY; refuse bad input."""
 
 import argparse
 import contextlib
@@ -177,10 +177,10 @@ def split_factory(text: str) -> tuple[str, str]:
 
 @contextlib.contextmanager
 def _add_to_import_path(factory: str) -> Iterator[None]:
-    """Have the user's modules imported from the file's folder, or the working folder.
+    """Put the file's folder, or the working folder, on the import path of the user's modules.
 
-    As `python FILE.py` and `python -m MODULE` do; a console script does not. While the function is
-    traced, too: it may import.
+    `python FILE.py` and `python -m MODULE` do so; a console script does not. It stays there while
+    the function is traced, which may import modules too.
     """
     module, _ = split_factory(factory)
     folder = os.path.dirname(os.path.abspath(module)) if module.endswith(".py") else os.getcwd()
@@ -221,7 +221,7 @@ def _name_source(module: str) -> str:
 
 
 def _import_file(file: str) -> ModuleType:
-    """Import a file under its own name, or another one if a module already has that."""
+    """Import a file under its own name, or under another one if a module has that name."""
     if not os.path.isfile(file):
         raise BadInput(f"there is no file {file}")
     full, name = os.path.realpath(file), os.path.splitext(os.path.basename(file))[0]

@@ -1,4 +1,4 @@
-"""Print what commands show: without an error if nobody reads it, with one on a full disk."""
+"""Print the output of commands: a closed pipe is no error, a full disk is one."""
 
 import contextlib
 import os
@@ -11,11 +11,11 @@ from txcore.cli.errors import BadInput
 def show(text: str = "", end: str = "\n") -> None:
     """Print on stdout, and check that it was written.
 
-    A reader that has gone (`| head`) is no error: the command goes on, and keeps its exit code.
+    If the reader has gone (`| head`), the command goes on, and keeps its exit code.
 
     Args:
-      text: what to print.
-      end: what follows it.
+      text: the text to print.
+      end: the text after it.
 
     Raises:
       BadInput: it cannot be written, as on a full disk.
@@ -30,7 +30,7 @@ def show(text: str = "", end: str = "\n") -> None:
 
 
 def complain(text: str) -> None:
-    """Print a line on stderr; if that fails, only the exit code reports the error."""
+    """Print a line on stderr; if that fails, the exit code alone reports the error."""
     try:
         _write_text(sys.stderr, f"{text}\n")
     except OSError:
@@ -46,7 +46,7 @@ def _write_text(stream: TextIO | None, text: str) -> None:
 
 
 def _discard_rest(stream: TextIO) -> None:
-    """Discard what is left in a stream, which Python would write at its end and fail."""
+    """Discard what a stream still holds: Python would fail to write it at exit."""
     with contextlib.suppress(OSError, ValueError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())

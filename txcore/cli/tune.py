@@ -132,7 +132,7 @@ def _format_table(measured: "Measured") -> str:
 
 
 def _add_to(file: str, entries: "Mapping[str, Entry] | None" = None) -> None:
-    """Add entries to a tuning file, after each shape, so that Ctrl-C loses none."""
+    """Add entries to a tuning file; called after each shape, so that Ctrl-C loses none."""
     from txcore.kernels.dispatch.tuning_file import TuningError, read_entries, write_entries
 
     try:

@@ -1,4 +1,4 @@
-"""Keep gloo's threads from slowing a step down where several processes share CPU cores."""
+"""Keep gloo's threads from slowing steps down when several processes share CPU cores."""
 
 import functools
 import os
@@ -12,7 +12,7 @@ _TASKS = pathlib.Path("/proc/self/task")
 
 @functools.cache
 def yield_to_compute() -> tuple[int, ...]:
-    """Let gloo's threads run only where nothing else wants the core; do it once a process.
+    """Let gloo's threads run only on cores that are otherwise idle; takes effect once a process.
 
     When a process reaches a collective late, its peer's data has already arrived. Its gloo thread
     is woken again and again until the collective is posted, and takes up to half a core from the
@@ -20,7 +20,7 @@ def yield_to_compute() -> tuple[int, ...]:
     the idle scheduling class the threads still run at once when the step waits for them.
 
     Returns:
-      The ids of the threads; empty outside Linux, or where the system does not show them.
+      The ids of the threads; empty outside Linux, or if the system does not show them.
     """
     calls = _EPOLL.get(platform.machine(), ())
     if not calls or not hasattr(os, "SCHED_IDLE"):
@@ -39,6 +39,6 @@ def _lower_thread(tid: int, name: str, calls: tuple[int, ...]) -> bool:
         if (_TASKS / str(tid) / "comm").read_text() != name or waits_in not in map(str, calls):
             return False
         os.sched_setscheduler(tid, os.SCHED_IDLE, os.sched_param(0))
-    except (OSError, IndexError):  # it has ended, or may not be looked at
+    except (OSError, IndexError):  # it has ended, or may not be read
         return False
     return True

@@ -116,7 +116,7 @@ def agree_on_problem(
     *,
     timeout_s: float = MEET_S,
 ) -> str | None:
-    """Return what any process has found wrong, on every process alike; None where all are well.
+    """Return the problems that any process has found, on every process alike; None without any.
 
     Every process reports how its part went, process 0 collects the reports and returns the outcome:
     two messages a process. A process that failed has to call it as well, so that the others do not
@@ -124,13 +124,13 @@ def agree_on_problem(
 
     Args:
       name: what is agreed on; each name is used once, and is the same on every process.
-      problem: what is wrong on this process; None if nothing is.
+      problem: the problem of this process; None without one.
       conclude: called on process 0 alone, before the others go on, if all are well; returns what
         went wrong.
       timeout_s: seconds that process 0 waits for each of the others.
 
     Returns:
-      The problem, with the ranks that have it where not all do.
+      The problem; if only some ranks have it, with their numbers.
 
     Raises:
       RuntimeError: process 0 did not answer in time.
@@ -162,7 +162,7 @@ def agree_on_problem(
 def _collect_problems(
     client: Any, folder: str, world: int, timeout_s: float
 ) -> dict[int, str | None]:
-    """Return the problem of each of the other processes; of a late one, that it is late."""
+    """Return the problem of each other process; the problem of a late one is that it is late."""
     heard: dict[int, str | None] = {}
     for rank in range(1, world):
         try:

@@ -1,4 +1,4 @@
-"""Check before a program's first run that all ranks run the same one, or they would hang in it."""
+"""Check before a program's first run that all ranks run the same one: otherwise they would hang."""
 
 import contextlib
 import difflib
@@ -48,10 +48,11 @@ def check(
 
     Args:
       name: what is about to run ("train_step").
-      facts: what has to be the same on every rank: texts, or lists of lines, by title (`facts_of`).
+      facts: what has to be the same on every rank: a text or a list of lines for each title
+        (`facts_of`).
       timeout_s: seconds to wait for the others, which may still be compiling.
-      problem: what is wrong if they differ, for the message.
-      remedy: what to do about it.
+      problem: the first words of the message if the facts differ.
+      remedy: the last words of the message: what to do about it.
 
     Raises:
       MismatchError: the facts differ, on every rank with the same text.
@@ -82,7 +83,7 @@ def compare_facts(
     timeout_s: float,
     texts: tuple[str, str] = (PROBLEM, REMEDY),
 ) -> None:
-    """Do what `check` does, in a folder of the coordinator that is used once."""
+    """Compare as `check` does, in a folder of the coordinator that is used once."""
     own = {title: _split_lines(fact) for title, fact in facts.items()} | {"program": [name]}
     text = json.dumps(own, sort_keys=True)
     client.key_value_set(f"{folder}digest/{rank}", hashlib.sha256(text.encode()).hexdigest())
@@ -190,7 +191,7 @@ def describe_difference(
 
 
 def _titles_to_compare(ours: Mapping[str, list[str]], theirs: Mapping[str, list[str]]) -> list[str]:
-    """Return which facts to compare; only the name of two programs that have other facts."""
+    """Return the titles to compare: the name alone of two programs with different titles."""
     other_program = theirs and ours.get("program") != theirs.get("program")
     if other_program and ours.keys() != theirs.keys():
         return ["program"]
@@ -216,7 +217,7 @@ def _diff_lines(
 
 
 def _count_same_lines(before: Sequence[str], after: Sequence[str]) -> int:
-    """Return how many lines two texts have in common at their beginning."""
+    """Return the number of lines that two texts have in common at their beginning."""
     pairs = enumerate(zip(before, after, strict=False))
     return next((i for i, (a, b) in pairs if a != b), min(len(before), len(after)))
 
@@ -254,7 +255,7 @@ def facts_of(
 
 
 def read_surroundings() -> dict[str, list[str]]:
-    """Return what changes a program's results beside its code, and has to be equal on all ranks.
+    """Return what besides its code changes a program's results, and has to be equal on all ranks.
 
     Returns:
       Versions, jax's settings and compiler flags: lines by title, for `check`.

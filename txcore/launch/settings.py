@@ -1,4 +1,4 @@
-"""Read what changes a program's results beside its code: jax's settings and compiler flags."""
+"""Read what besides its code changes a program's results: jax's settings and compiler flags."""
 
 import os
 from pathlib import Path
@@ -72,7 +72,7 @@ def _read_flags(text: str) -> dict[str, str]:
 
 
 def _text_of(text: str) -> str:
-    """Return the flags, out of a file where the text names one (does not begin with a dash)."""
+    """Return the flags in a text, or in the file that a text without a leading dash names."""
     text = text.strip()
     if not text or text.startswith("-"):
         return text

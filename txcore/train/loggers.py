@@ -15,25 +15,25 @@ Metrics = dict[str, Any]
 
 @dataclass(frozen=True)
 class Record:
-    """What happened: a step, an evaluation, or the end of `fit`."""
+    """Hold what a logger is told: a step, an evaluation, or the end of `fit`."""
 
     kind: str  # "step", "eval" or "end"
-    step: int  # completed steps of the run, those before this call of fit among them
+    step: int  # completed steps of the run, including those before this call of fit
     total_steps: int | None  # None where the data's length is unknown
     metrics: Metrics  # Python floats, or lists for arrays
-    seconds: float  # of training so far; compilation and evaluation left out
-    examples: int  # real ones, so far
+    seconds: float  # of training so far, without compilation and evaluation
+    examples: int  # so far, without padding
     compile_seconds: float  # of the engine so far
     since: tuple[int, float, int] = (0, 0.0, 0)  # step, seconds, examples where fit began
 
     @property
     def examples_per_second(self) -> float:
-        """Mean throughput so far."""
+        """The mean throughput so far."""
         return self.examples / self.seconds if self.seconds else 0.0
 
     @property
     def eta_s(self) -> float | None:
-        """Seconds to go, at the mean pace of this call of fit."""
+        """The seconds left at the mean pace of this call of fit."""
         made = self.step - self.since[0]
         if self.total_steps is None or made <= 0:
             return None
@@ -47,8 +47,8 @@ class Basic:
     """Print one aligned line every `every` steps; on a terminal, a line in place with a bar.
 
     Args:
-      every: steps from one line to the next.
-      unit: what an example is called.
+      every: steps between two lines.
+      unit: the word for one example.
       stream: where to print; by default standard output.
 
     Raises:
@@ -94,7 +94,7 @@ def _draw_bar(record: Record, width: int = 20) -> str:
 
 
 def format_line(record: Record, since: Record | None, unit: str) -> str:
-    """Return the record as one aligned line; the pace is that since the record `since`."""
+    """Format the record as one aligned line; the pace is measured from the record `since`."""
     total = f"/{record.total_steps}" if record.total_steps is not None else ""
     parts = [f"{record.kind:<4} {record.step:>5}{total}"]
     if record.total_steps:
@@ -113,7 +113,7 @@ def format_line(record: Record, since: Record | None, unit: str) -> str:
 
 def _format_pace(record: Record, since: Record | None, unit: str) -> str:
     before = record.since
-    if since is not None and since.since == record.since:  # else it is of another fit
+    if since is not None and since.since == record.since:  # else it belongs to another fit
         before = since.step, since.seconds, since.examples
     steps, seconds = record.step - before[0], record.seconds - before[1]
     rate = (record.examples - before[2]) / seconds if seconds else 0.0
@@ -121,7 +121,7 @@ def _format_pace(record: Record, since: Record | None, unit: str) -> str:
 
 
 def _format_number(value: Any) -> str:
-    """Return a metric in at least three digits: 0.2500, and 3e-5 as such."""
+    """Format a metric with at least three digits: 0.2500, and 3e-5 as such."""
     if not isinstance(value, float):
         return str(value)
     if value == 0 or 0.01 <= abs(value) < 1e6 or not math.isfinite(value):

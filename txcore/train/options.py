@@ -1,4 +1,4 @@
-"""What an engine is made with, checked: one frozen value, of which engines differ by `replace`."""
+"""The options of an engine, checked, as one frozen value."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,9 +23,9 @@ class Options:
     Attributes:
       mesh: the devices and their axes.
       plan: what is parallel over which axis.
-      optimizer: as given, and then as `tx.optim.Optimizer`.
+      optimizer: as given; a `tx.optim.Optimizer` once it is checked.
       loggers: functions of a record, kept as a tuple.
-      precision: what steps compute in.
+      precision: the dtype in which steps compute.
       seed: from 0 to 2**32 - 1.
       on_nonfinite: what to do about a NaN or infinity.
       compiler_options: XLA options for the steps; None for the fastest known.

@@ -5,11 +5,11 @@ import re
 import socket
 from collections.abc import Iterable, Mapping, MutableMapping
 
-_PROXIES = ("grpc_proxy", "https_proxy", "http_proxy")  # what gRPC reads, first one first
+_PROXIES = ("grpc_proxy", "https_proxy", "http_proxy")  # as gRPC reads them, in this order
 
 
 def split_address(text: str) -> tuple[str, int]:
-    """Return host and port of "host:port"; an IPv6 address stands in brackets.
+    """Return the host and the port of "host:port"; an IPv6 address stands in brackets.
 
     Raises:
       ValueError: the text does not have that form.
@@ -33,7 +33,7 @@ def join_address(host: str, port: int) -> str:
 
 
 def resolve_host(host: str, port: int) -> str:
-    """Return the IP address of a host, an IPv4 one where it has any.
+    """Return the IP address of a host, preferably an IPv4 one.
 
     Raises:
       OSError: the host is unknown.
@@ -76,7 +76,7 @@ def check_interfaces(
 
     Args:
       environ: the environment variables; this process's by default.
-      interfaces: the names of this host's interfaces; by default, as the system lists them.
+      interfaces: the names of this host's interfaces; those that the system lists by default.
 
     Raises:
       ValueError: no interface matches.

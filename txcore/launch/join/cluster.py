@@ -27,13 +27,13 @@ class Cluster(NamedTuple):
     """Describe the run that a process was started for.
 
     Attributes:
-      name: what started it: "environment", "torchrun", "Open MPI", "SLURM", "Kubernetes" or
+      name: what started the run: "environment", "torchrun", "Open MPI", "SLURM", "Kubernetes" or
         "TPU pod".
-      coordinator: "host:port" of process 0; None where only jax can find out.
-      num_processes: how many processes there are; None where only jax can find out.
-      process_id: which one this is, from 0; None where only jax can find out.
-      local_device_ids: which of the GPUs it sees are this process's own; None for all of them.
-      run: an id that all processes of this run share and no other run has; None without one.
+      coordinator: "host:port" of process 0; None if only jax can find out.
+      num_processes: the number of processes; None if only jax can find out.
+      process_id: the number of this process, from 0; None if only jax can find out.
+      local_device_ids: the GPUs that this process uses of those it sees; None for all of them.
+      run: an id that this run's processes share, and no other run has; None without one.
     """
 
     name: str
@@ -45,7 +45,7 @@ class Cluster(NamedTuple):
 
 
 def run_of(environ: Mapping[str, str], coordinator: str | None) -> str | None:
-    """Return what TXCORE_RUN says of a run.
+    """Return the run's id from TXCORE_RUN.
 
     Where `txcore launch` has set it, it names the run at the launcher's coordinator, and no other
     run that its ranks start or join by hand.
@@ -61,9 +61,9 @@ def run_of(environ: Mapping[str, str], coordinator: str | None) -> str | None:
 
 
 def cluster(environ: Mapping[str, str] | None = None) -> Cluster | None:
-    """Return what `tx.initialize()` without arguments would use, without starting anything.
+    """Detect the cluster that `tx.initialize()` would join without arguments; start nothing.
 
-    Takes the first that is present: JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID
+    The first that is present counts: JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID
     (set by `txcore launch`), torchrun, Open MPI's mpirun, SLURM's srun, a TPU pod, an indexed
     Kubernetes job, and torchrun's variables MASTER_ADDR, MASTER_PORT, RANK and WORLD_SIZE set by
     anything else. A shell within a SLURM job (salloc, or the batch script itself) does not count.
@@ -72,7 +72,7 @@ def cluster(environ: Mapping[str, str] | None = None) -> Cluster | None:
       environ: the environment variables; this process's by default.
 
     Returns:
-      The cluster, or None where this process is alone.
+      The cluster, or None if this process is alone.
 
     Raises:
       ValueError: the variables contradict each other, are not numbers, or some are missing.
@@ -106,7 +106,7 @@ def cluster(environ: Mapping[str, str] | None = None) -> Cluster | None:
 
 
 def _find_launcher(environ: Mapping[str, str]) -> Cluster | None:
-    """Return what the variables of launchers other than `txcore launch` say."""
+    """Return the cluster that the variables of launchers other than `txcore launch` describe."""
     if environ.get(_TORCHRUN):  # it started this process, whatever started it (srun, mpirun)
         return _read_torchrun(environ)
     found = _read_open_mpi(environ) or _read_slurm(environ) or _leave_to_jax(environ)
@@ -125,7 +125,7 @@ def _find_launcher(environ: Mapping[str, str]) -> Cluster | None:
 
 
 def _half_set(environ: Mapping[str, str], names: tuple[str, ...], who: str) -> ValueError:
-    """Return the error where only some of the variables are set."""
+    """Return the error for variables of which only some are set."""
     missing = [name for name in names if not environ.get(name)]
     there = [name for name in names if environ.get(name)]
     return ValueError(
@@ -146,8 +146,8 @@ def _check_agrees(environ: Mapping[str, str], found: Cluster) -> None:
 def _read_torchrun(environ: Mapping[str, str]) -> Cluster | None:
     """Read torchrun's variables (docs.pytorch.org/docs/stable/elastic/run.html), whoever set them.
 
-    MASTER_ADDR and MASTER_PORT alone, which many shells export, say nothing of this process, and
-    a world of one needs no address.
+    Many shells export MASTER_ADDR and MASTER_PORT, which alone do not place this process. A world
+    of one needs no address.
     """
     if not any(environ.get(name) for name in ("RANK", "WORLD_SIZE")):
         return None
@@ -180,7 +180,7 @@ def _read_torchrun(environ: Mapping[str, str]) -> Cluster | None:
 
 
 def _torch_devices(environ: Mapping[str, str], size: int) -> tuple[int, ...] | None:
-    """Return which GPUs torchrun's variables give to a process: the usual one is LOCAL_RANK's."""
+    """Return the GPUs that torchrun's variables give to a process: usually that of LOCAL_RANK."""
     if not environ.get("LOCAL_RANK") or size == 1:
         return None
     local_rank = _read_number(environ, "LOCAL_RANK")
@@ -190,7 +190,7 @@ def _torch_devices(environ: Mapping[str, str], size: int) -> tuple[int, ...] | N
 
 
 def _check_below(environ: Mapping[str, str], name: str, of: str) -> None:
-    """Refuse a rank that is not below its count, where both are set."""
+    """Refuse a rank that is not below its count, if both are set."""
     if not (environ.get(name) and environ.get(of)):
         return
     rank, count = _read_number(environ, name), _read_number(environ, of)
@@ -243,7 +243,7 @@ def _read_slurm(environ: Mapping[str, str]) -> Cluster | None:
 
 
 def _leave_to_jax(environ: Mapping[str, str]) -> Cluster | None:
-    """Return the cluster whose details jax has to ask for over the network."""
+    """Return a cluster whose details jax has to find out over the network."""
     if _compat.on_tpu_vm() and "TPU_SKIP_MDS_QUERY" not in environ:
         return Cluster("TPU pod")
     if "KUBERNETES_SERVICE_HOST" in environ and "JOB_COMPLETION_INDEX" in environ:
@@ -254,16 +254,16 @@ def _leave_to_jax(environ: Mapping[str, str]) -> Cluster | None:
 def local_devices(
     environ: Mapping[str, str], local_rank: int, local_size: int
 ) -> tuple[int, ...] | None:
-    """Return which of its visible GPUs a process takes; None for all.
+    """Return the visible GPUs that a process takes; None for all.
 
     It takes all if it is the only process of its host or has GPUs of its own (`--gpus-per-task`).
-    Where every process of the host sees the same N it takes an equal share; where N is not known,
-    one.
+    If all processes of the host see the same N GPUs, it takes an equal share of them; if N is not
+    known, it takes one.
 
     Args:
       environ: the environment variables.
-      local_rank: which process of its host this is, from 0.
-      local_size: how many there are on its host.
+      local_rank: the number of this process on its host, from 0.
+      local_size: the number of processes on its host.
 
     Example:
       >>> from txcore.launch.join.cluster import local_devices
@@ -310,7 +310,7 @@ def tasks_per_node(text: str) -> list[int]:
 
 
 def _choose_port(environ: Mapping[str, str], job: int) -> int:
-    """Return the coordinator's port: the one that was asked for, or one of this job's number."""
+    """Return the coordinator's port: the given one, or one derived from the job's number."""
     if environ.get("JAX_COORDINATOR_PORT"):
         return _read_number(environ, "JAX_COORDINATOR_PORT")
     return _FIRST_PORT + job % _PORTS

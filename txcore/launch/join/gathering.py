@@ -36,8 +36,8 @@ class Host:
 
     Args:
       listener: from `listen_alone`.
-      size: how many processes there are.
-      name: of this host.
+      size: the number of processes.
+      name: the name of this host.
       run: the run's id; None without one (`launch.cluster`).
     """
 
@@ -62,7 +62,7 @@ class Host:
         return [rank for rank in range(1, self._size) if rank not in self._there]
 
     def gather_all(self, deadline: float) -> None:
-        """Wait until all have joined, and tell them; call `answer_newcomers` or `close` next.
+        """Wait until all have joined, and tell them so; call `answer_newcomers` or `close` next.
 
         Raises:
           NotTogether: a process did not join in time, or cannot join any more.
@@ -102,7 +102,7 @@ class Host:
           on_end: called when the launcher reports that a rank has ended.
 
         Returns:
-          Whether no stranger reaches jax's service; not on other systems than Linux.
+          Whether strangers are kept from jax's service, which only Linux allows.
         """
         self.close()
         self._on_end = on_end
@@ -121,7 +121,7 @@ class Host:
                     self._read_connection(key.fileobj, selector)
 
     def _read_connection(self, connection: Any, selector: selectors.BaseSelector) -> None:
-        """Accept a newcomer, read what one sends, or notice that it is gone."""
+        """Accept a newcomer, read a message, or notice that a process is gone."""
         if connection is self._listener:
             with contextlib.suppress(OSError):
                 newcomer, _ = connection.accept()
@@ -203,7 +203,7 @@ class Host:
         return None
 
     def _hear_of_an_end(self, connection: Any, greeting: dict[str, Any]) -> None:
-        """Note that a rank has ended: only the launcher, which knows the run's id, reports that."""
+        """Note that a rank has ended, as the launcher reports, which knows the run's id."""
         rank, code = greeting["rank"], greeting["ended"]
         if self._run is None or greeting.get("run") != self._run or not 0 <= rank < self._size:
             return
@@ -224,7 +224,7 @@ class Host:
             del self._there[rank]
 
     def _announce_missing(self, missing: list[int]) -> None:
-        """Tell all that have joined who is missing, when that changes, and not too often."""
+        """Tell all that have joined who is missing, when that changes, but not too often."""
         now, news = time.monotonic(), (tuple(missing), tuple(sorted(self._there)))
         if news != self._announced and now >= self._announce_again_at:
             self._send_all(missing=missing)

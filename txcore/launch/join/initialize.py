@@ -24,13 +24,13 @@ JOIN_S = 30.0  # for all processes that have met to join jax's service
 
 
 class Place(NamedTuple):
-    """Place this process in its run.
+    """Hold the place of this process in its run.
 
     Attributes:
       address: "host:port" of the coordinator.
       size: the number of processes.
-      rank: which one this is, from 0.
-      devices: its GPUs among those that it sees; None for all.
+      rank: the number of this process, from 0.
+      devices: the GPUs that it uses of those it sees; None for all.
       run: the run's id; None without one.
     """
 
@@ -54,16 +54,16 @@ def initialize(
 ) -> None:
     """Join the processes of one run; call it first, before jax touches a device.
 
-    With all three of the first arguments None they are what `launch.cluster()` finds: the variables
-    that `txcore launch` or torchrun sets, SLURM, Open MPI, Kubernetes or a TPU pod. Where it finds
+    Without the first three arguments, `launch.cluster()` finds their values: in the variables that
+    `txcore launch` or torchrun sets, or from SLURM, Open MPI, Kubernetes or a TPU pod. If it finds
     nothing, this process is alone, and there is nothing to join. On CPU the collectives go through
     gloo, on GPU through NCCL. Nothing listens on an address but the coordinator's, and on
     each host the one that leads there; on loopback where the coordinator is.
 
     Args:
       coordinator: "host:port" of process 0, the same for all.
-      num_processes: how many processes there are.
-      process_id: which one this is, from 0.
+      num_processes: the number of processes.
+      process_id: the number of this process, from 0.
       timeout_s: seconds to wait for the others. Process 0 tries three times to listen, the others
         again and again to reach it.
       heartbeat_timeout_s: seconds without a sign of life after which jax takes a process for dead.
@@ -153,7 +153,7 @@ def _read_arguments(
 def _check_place(
     coordinator: Any, size: Any, rank: Any, devices: Any = None, run: str | None = None
 ) -> Place:
-    """Return the place; refuse values that do not fit together."""
+    """Return the place of these values; refuse values that do not fit together."""
     try:
         addresses.split_address(coordinator)
     except ValueError:
@@ -202,7 +202,7 @@ def _run_alone(local_device_ids: int | Sequence[int] | None) -> None:
 
 
 def _detect_place(timeout_s: int) -> Place | None:
-    """Return the place that the environment gives, or None where this process is alone."""
+    """Return the place that the environment gives, or None if this process is alone."""
     found = cluster()
     if found is None:
         return None

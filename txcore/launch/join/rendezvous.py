@@ -44,7 +44,7 @@ class Seat(NamedTuple):
 
 
 def make_greeting(rank: int, size: int, run: str | None = None) -> dict[str, Any]:
-    """Return what a process sends of itself at the meeting."""
+    """Return the message by which a process introduces itself at the meeting."""
     own = {"process": secrets.token_hex(8), "host": socket.gethostname()}
     return {"txcore": 1, "rank": rank, "size": size, "run": run, **own}
 
@@ -93,7 +93,7 @@ def listen_alone(
 
 
 def _ask_who_listens(address: str, greeting: dict[str, Any]) -> str:
-    """Return what the process that has a port answers, if it is the process 0 of some run."""
+    """Ask the program that has a port; return its answer if it is the process 0 of some run."""
     try:
         with socket.create_connection(split_address(address), timeout=_ASK_S) as connection:
             _wait_for_others(connection, greeting, time.monotonic() + _ASK_S - 1)
@@ -111,8 +111,8 @@ def join_meeting(
 
     Args:
       address: "host:port" of the coordinator.
-      rank: which process this is.
-      size: how many there are.
+      rank: the number of this process.
+      size: the number of processes.
       deadline: by time.monotonic().
       run: the run's id; None without one (`launch.cluster`).
 
@@ -159,7 +159,7 @@ def join_meeting(
 def _wait_for_others(
     connection: socket.socket, greeting: dict[str, Any], deadline: float
 ) -> tuple[list[int], str]:
-    """Greet process 0; return who is missing in the end, and the start's token if nobody is.
+    """Greet process 0, and wait; return the missing ranks, and the start's token if there are none.
 
     Returns [0] where the other end is not process 0, or is gone. Waits a second longer than the
     deadline, since process 0 names who is missing when its own is over.

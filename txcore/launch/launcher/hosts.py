@@ -34,17 +34,17 @@ _PR_SET_PDEATHSIG = 1  # Linux's include/uapi/linux/prctl.h
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """Describe what one rank runs, and where.
+    """Describe one rank's command, host and share of its host.
 
     Attributes:
       rank: from 0.
       argv: the command.
-      environment: variables beside those of its host.
+      environment: variables besides those of its host.
       cwd: its working folder.
       host: its host's name for the remote shell; "" for this host.
-      local_rank: which of its host's ranks it is.
-      local_size: how many ranks its host has.
-      devices: how many GPUs it gets; None for an equal share of its host's.
+      local_rank: its number among its host's ranks, from 0.
+      local_size: the number of ranks on its host.
+      devices: the number of its GPUs; None for an equal share of its host's.
       pin: whether it gets cores of its own.
     """
 
@@ -61,12 +61,12 @@ class Task:
 
 @dataclasses.dataclass
 class Rank:
-    """Hold a rank that was started.
+    """Hold a started rank.
 
     Attributes:
-      task: what it runs.
+      task: its task.
       process: the rank, or the remote shell that runs it.
-      stderr: its file, which may have had content before.
+      stderr: the file of its stderr, which may have had content before.
       stderr_start: the length of that content in bytes.
       sent: the signals sent to end it.
       code: as Popen.returncode; None while it runs.
@@ -88,11 +88,11 @@ class Rank:
         return self.code in {code for number in self.sent for code in (-number, 128 + number)}
 
     def last_lines(self) -> list[str]:
-        """Return the last lines of its file of stderr."""
+        """Return the last lines of its stderr's file."""
         return [line.decode(errors="replace") for line in self._read_stderr_end()[-_TAIL_LINES:]]
 
     def _read_stderr_end(self) -> list[bytes]:
-        """Return the end of its file of stderr by lines."""
+        """Return the end of its stderr's file, by lines."""
         if self.stderr is None:
             return []
         try:
@@ -109,7 +109,7 @@ class Rank:
         return self.words
 
     def keep_words(self, lines: Sequence[bytes]) -> None:
-        """Keep those of its lines that txcore itself has written."""
+        """Keep the lines that txcore itself has written."""
         for line in lines:
             if line.startswith(OWN_WORDS):
                 self.words = [*self.words[1 - _KEPT_WORDS :], line.decode(errors="replace").strip()]
@@ -126,8 +126,8 @@ def cores_of(local_rank: int, local_size: int) -> set[int]:
     every rank gets all of them.
 
     Args:
-      local_rank: which of the host's ranks it is.
-      local_size: how many ranks the host has.
+      local_rank: its number among the host's ranks, from 0.
+      local_size: the number of ranks on the host.
 
     Example:
       >>> import os
@@ -151,7 +151,7 @@ def _core_topology(core: int) -> tuple[int, int, int]:
 
 
 def gpus_of(task: Task, environment: Mapping[str, str]) -> list[str]:
-    """Return a rank's own, consecutive GPUs; none where it does not run on GPUs.
+    """Return the consecutive GPUs of a rank; none if it does not run on GPUs.
 
     Args:
       task: the rank; without `devices` it gets an equal share of its host's.
@@ -224,7 +224,7 @@ def _pin_thread(task: Task) -> Any:
 
 
 def deliver_signal(pid: int, number: int) -> None:
-    """Send a signal to a rank and to what it has started.
+    """Send a signal to a rank and to the processes that it has started.
 
     SIGUSR1 and SIGUSR2 go to the rank alone: they end a process that does not expect them.
 
@@ -248,7 +248,7 @@ def deliver_signal(pid: int, number: int) -> None:
 
 
 def busy_s(pid: int) -> float:
-    """Return the CPU seconds of a rank and of what it has started and left running.
+    """Return the CPU seconds of a rank and of the processes in its session.
 
     Args:
       pid: the rank's process, which leads its session.
@@ -267,7 +267,7 @@ def busy_s(pid: int) -> float:
 def open_rank(
     task: Task, remote_shell: Sequence[str], output_dir: pathlib.Path | None, *, alone: bool
 ) -> Rank:
-    """Start a rank. It gets our own streams if `alone`; otherwise only rank 0 gets our stdin."""
+    """Start a rank; it gets our own streams if it is `alone`, else rank 0 gets our stdin."""
     stdin = None if task.rank == 0 else subprocess.DEVNULL
     path, at = None, 0
     with contextlib.ExitStack() as files:
@@ -336,7 +336,7 @@ def read_signals(arrived: int, until: float) -> bytes:
 
 @contextlib.contextmanager
 def start_watchman() -> Iterator[Callable[[Sequence[int]], None]]:
-    """Start a process that kills the ranks if we are killed; yield what tells it their pids."""
+    """Start a process that kills the ranks if we are killed; yield what gets their pids."""
     null = subprocess.DEVNULL
     command = ["/bin/sh", "-c", _WATCHMAN]
     process = subprocess.Popen(
@@ -350,7 +350,7 @@ def start_watchman() -> Iterator[Callable[[Sequence[int]], None]]:
 
 
 def _run_far_end() -> int:
-    """Start the rank that stdin's first line describes; send it the signals that the others name.
+    """Start the rank that stdin's first line describes; send it the signals that later lines name.
 
     The end of stdin (the launcher or the connection is gone) kills the rank.
     """

@@ -21,16 +21,16 @@ from txcore.launch.launcher.failure import (
 from txcore.launch.launcher.hosts import Rank, Task
 from txcore.launch.launcher.output import copy_output
 
-_WATCH_S = 5.0  # for the watch to end them, and for the guilty rank to write why
+_WATCH_S = 5.0  # for the watch to end the ranks, and for the failed rank to write why
 _AFTER_WORDS_S = 5.0  # the grace once ranks have written why all end: nothing is saved then
 _SAY_AFTER_S = (10.0, 60.0, 600.0)  # after the first rank ended well: name the ones waited for
 _TELL_AGAIN_S = 1.0  # between two tries to tell process 0 of a rank's end
-_TELL_S = 600.0  # for so long; a program without txcore has nobody to tell
+_TELL_S = 600.0  # between the first try and the last; a program without txcore never answers
 _IDLE_SHARE = 0.03  # of a core: the watch takes less than 1%
 _LOOK_AGAIN_S = 10.0  # between two looks at what the last ranks do
 _SETTLE_S = 0.1  # a lost connection may be seen before its cause, above all over ssh
 _PATIENCE_S = 2.0  # before naming the ranks that it waits for
-_DEAD_S = 10.0  # after SIGKILL, for a process that hangs in the kernel or a lost connection
+_DEAD_S = 10.0  # after SIGKILL: a process may hang in the kernel, or its connection may be lost
 
 
 @dataclasses.dataclass
@@ -39,13 +39,13 @@ class _LastRanks:
 
     Attributes:
       since: when the first rank ended well.
-      times_said: how many of _SAY_AFTER_S have passed.
-      reported: the ended ranks that process 0 knows of.
+      times_said: the number of _SAY_AFTER_S that have passed.
+      reported: the ended ranks that process 0 has been told of.
       report_at: when to report to process 0 next.
       look_at: when to look at the live ranks next.
       busy: CPU seconds of the live ranks.
-      idle_since: when the live ranks were first seen to do nothing.
-      given_up: why they were ended; "" if they were not.
+      idle_since: when the live ranks were first found idle.
+      given_up: why the launcher ended them; "" if it did not.
     """
 
     since: float = math.inf
@@ -65,12 +65,12 @@ class _Launch:
     Attributes:
       grace_s: seconds from asking ranks to end to killing them.
       idle_s: seconds after which idle ranks are ended.
-      last: follows the ranks that go on after others.
+      last: the ranks that go on after others.
       ranks: all of them.
-      failed: those that failed, in the order in which that was seen.
-      asked: the signal from outside that ends the run.
+      failed: those that failed, in the order in which the launcher noticed.
+      asked: the signal from outside that ends the run; None without one.
       interrupted: whether SIGINT has come.
-      write_line: writes a line of our own.
+      write_line: the function that writes a line of the launcher's own.
       stop_at, say_at, kill_at, give_up_at: when to ask the ranks to end, to name those that are
         left, to kill them, and to leave them behind.
     """
@@ -125,7 +125,7 @@ def launch_ranks(
         on this host and the others have ended well.
 
     Returns:
-      How the rank ended that failed first, or None.
+      The failure of the rank that failed first, or None.
 
     Raises:
       OSError: a rank cannot be started; the others are ended first.
@@ -261,7 +261,7 @@ def _watch_last_ranks(run: _Launch, now: float) -> None:
 
 
 def _describe_waiting(run: _Launch, now: float, shares: Mapping[int, float]) -> str:
-    """Return which ranks the launcher waits for, and what they do."""
+    """Describe the ranks that the launcher waits for, and whether they use the CPU."""
     ended = [str(rank.task.rank) for rank in run.ranks if rank.code == 0]
     names = f"rank {ended[0]}" if len(ended) == 1 else f"{len(ended)} ranks"
     rows = []
@@ -294,7 +294,7 @@ def _act_on_time(run: _Launch, now: float) -> None:
 
 
 def _give_up(run: _Launch) -> None:
-    """Leave the ranks behind that SIGKILL does not end."""
+    """Give up the ranks that SIGKILL does not end."""
     for rank in run.live_ranks():
         run.write_line(f"txcore: {rank} outlives SIGKILL by {_DEAD_S:.3g} s")
         hosts.deliver_signal(rank.process.pid, signal.SIGKILL)  # a remote shell without connection

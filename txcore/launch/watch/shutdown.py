@@ -17,8 +17,8 @@ from txcore.launch.watch.status import Verdict
 from txcore.launch.watch.verdict import last_seen, rank_names
 from txcore.launch.watch.watcher import OWN_THREADS, Watcher
 
-LONGEST_ERROR = 600  # characters of an error that are sent to the other ranks
-GRACE_S = 2.0  # for which rank 0 waits for the others when the run ends by a verdict
+LONGEST_ERROR = 600  # characters of an error that the other ranks get
+GRACE_S = 2.0  # that rank 0 waits for the others when a verdict ends the run
 AT_MOST_S = 8.0  # for ending, even if stderr is blocked
 DEEPEST = 60  # frames of a stack that are shown
 PATIENCE_S = 5.0  # before rank 0 names at its end the ranks that it waits for
@@ -32,7 +32,7 @@ _LOST = re.compile(
 
 
 def speaks_of_a_lost_peer(error: BaseException) -> bool:
-    """Tell whether a step's error is caused by another rank's end."""
+    """Tell whether another rank's end caused a step's error."""
     # jax raises a ValueError or its own kind of RuntimeError, by its version.
     return isinstance(error, (RuntimeError, ValueError)) and bool(_LOST.search(str(error)))
 
@@ -59,7 +59,7 @@ def report_failure(watcher: Watcher, error: BaseException) -> None:
 
 
 def describe_error(error: BaseException) -> str:
-    """Return an error's type and message on one line, cut to what others need to know."""
+    """Return an error's type and message in one line of bounded length."""
     text = " ".join(f"{type(error).__name__}: {error}".split())
     return text if len(text) <= LONGEST_ERROR else text[: LONGEST_ERROR - 3] + "..."
 
@@ -176,7 +176,7 @@ def format_stacks() -> str:
 
 
 def wait_until(watcher: Watcher, there: Callable[[], bool], seconds: float) -> bool:
-    """Wait until a condition holds, for so long at most; tell whether it does."""
+    """Wait until a condition holds or the time is over; tell whether it holds."""
     deadline = time.monotonic() + seconds
     while not there() and time.monotonic() < deadline and not watcher.closed:
         time.sleep(0.005)

@@ -1,4 +1,4 @@
-"""Count for how long each rank has been silent, in time that was spent listening."""
+"""Count the time that each rank has been silent while this process listened."""
 
 from collections.abc import Mapping
 
@@ -12,7 +12,7 @@ class SilenceCounter:
 
     Args:
       world: the number of ranks.
-      longest_gap_s: seconds that a gap between two readings counts as at most.
+      longest_gap_s: the most seconds that count of a gap between two readings.
     """
 
     def __init__(self, world: int, longest_gap_s: float) -> None:
@@ -22,7 +22,7 @@ class SilenceCounter:
         self._last = dict.fromkeys(range(world), (-1, 0.0))  # counter, when it changed
 
     def take_in(self, beats: Mapping[int, int], now: float) -> None:
-        """Take in the ranks' counters as read at `now` (seconds of a steady clock)."""
+        """Take in the ranks' counters, read at `now` (seconds of a steady clock)."""
         if self._read_at is not None:
             self.listened_s += min(now - self._read_at, self._longest_gap_s)
         self._read_at = now

@@ -21,7 +21,7 @@ _LAST_WORDS = re.compile(
 
 
 class Phase(StrEnum):
-    """What a rank is doing; the others read the text."""
+    """Name what a rank is doing; the other ranks read the text."""
 
     START = "start"
     DATA = "data"
@@ -46,24 +46,24 @@ TIMED = frozenset({Phase.STEP, Phase.EVAL_STEP, Phase.COMPARISON})
 
 
 class MismatchError(TxcoreError, RuntimeError):
-    """Ranks or devices differ in what has to be the same; every rank raises it alike."""
+    """Ranks or devices differ in something that has to be equal; every rank raises it alike."""
 
     every_rank = True
 
 
 @dataclass(frozen=True)
 class RankEntry:
-    """Hold what one rank tells the others.
+    """Hold the message of one rank to the others.
 
     Attributes:
       beat: a counter that shows that the rank lives.
-      step: the step that it is at.
-      phase: what it is doing; may be unknown, from a rank with another version.
-      seconds: how long it has been in this phase of this step.
-      stop: the boundary before which it could stop; None until it is asked to.
+      step: its current step.
+      phase: its current phase; a rank with another version may send an unknown one.
+      seconds: the time in this phase of this step.
+      stop: the boundary before which it can stop; None until it is asked to.
       reason: why it was asked to stop.
-      failed: its own error.
-      lost: its error about a lost peer.
+      failed: its own error; "" without one.
+      lost: its error about a lost peer; "" without one.
       ended: whether it has ended its program.
       count: the number of its events that need all ranks (order.py).
       order: the digest of all these events.
@@ -145,7 +145,7 @@ def name_of(number: int) -> str:
 
 
 def how_ended(code: int) -> str:
-    """Return in words how a process ended, from its exit code (-n for signal n).
+    """Describe how a process ended, from its exit code (-n for signal n).
 
     Example:
       >>> from txcore.launch.watch.status import how_ended

@@ -47,13 +47,13 @@ def judge_run(
       table: the last entry of each rank; a rank without an entry is absent.
       silent: for every rank, the seconds since its counter last changed.
       peer_timeout_s: seconds after which a silent rank counts as dead.
-      suspect_s: the same if some rank has already lost a connection.
+      suspect_s: as peer_timeout_s, once some rank has lost a connection.
       step_timeout_s: seconds that a step may take.
       order: finds ranks whose events differ from others' (`Order.judge`).
       ends: the exit codes of ranks that the launcher reports as ended.
 
     Returns:
-      The verdict; None where the run goes well.
+      The verdict; None if the run goes well.
     """
     return (
         _judge_failed(table)
@@ -99,7 +99,7 @@ def _judge_silent(
 
 
 def describe_silence(lost: list[int], seconds: float, table: Mapping[int, RankEntry]) -> str:
-    """Return the text about ranks that have been silent for so long."""
+    """Describe ranks that have been silent for too long."""
     have = "has" if len(lost) == 1 else "have"
     return (
         f"{rank_names(lost)} {have} not been heard of for {seconds:.0f} s: killed, stopped, or cut "
@@ -108,7 +108,7 @@ def describe_silence(lost: list[int], seconds: float, table: Mapping[int, RankEn
 
 
 def describe_lost_coordinator(table: Mapping[int, RankEntry]) -> str:
-    """Return the text about rank 0 when its connections are closed."""
+    """Describe the loss of rank 0, whose connections are closed."""
     return f"rank 0 is gone, and with it the coordinator: killed or crashed{last_seen([0], table)}"
 
 

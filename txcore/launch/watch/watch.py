@@ -30,7 +30,7 @@ def start(*, peer_timeout_s: float = 10.0, step_timeout_s: float = 600.0) -> Non
     Args:
       peer_timeout_s: seconds after which a silent rank counts as lost. It has to be longer than
         Python may stand still on a healthy rank (in a call into C that keeps the GIL).
-      step_timeout_s: seconds that a step may take, waiting for the others included.
+      step_timeout_s: seconds that a step may take, including the wait for the others.
 
     Raises:
       ValueError: a timeout is not positive.
@@ -89,10 +89,10 @@ def at(phase: Phase | str, step: int | None = None, label: str = "") -> None:
     """Note where this rank is; about 0.2 us.
 
     Args:
-      phase: what it does, a `Phase` or its text: "data", "compile", "save". In "step", "eval step"
-        and "comparison" it waits for the other ranks, and has to finish within `step_timeout_s`:
-        give these only for programs that span several processes.
-      step: the step that it is at; None for the one that was noted last.
+      phase: what the rank does: a `Phase` or its text ("data", "compile", "save"). In "step", "eval
+        step" and "comparison" it waits for the other ranks, and has to finish within
+        `step_timeout_s`: give these only for programs that span several processes.
+      step: the current step; None for the one that was noted last.
       label: what is running, for the message of a rank that ends while waiting ("train_step, whose
         last collective is all-reduce grads (train.py:120)").
 
@@ -149,7 +149,7 @@ def request_stop(reason: str) -> None:
     """Ask all ranks to stop before the same step; a signal handler may call it.
 
     Args:
-      reason: why, as in "SIGTERM"; the first one counts.
+      reason: the cause, such as "SIGTERM"; the first one counts.
     """
     _watcher.request_stop(reason)
 
@@ -158,7 +158,7 @@ def hear_of_end(rank: int, code: int) -> None:
     """Note on rank 0 that a rank has ended, as the launcher reports.
 
     Args:
-      rank: which one.
+      rank: the rank that has ended.
       code: its exit code, -n for signal n.
     """
     _watcher.hear_of_end(rank, code)

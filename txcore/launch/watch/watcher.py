@@ -64,7 +64,7 @@ class Watcher:
         self.position = (Phase.START, 0, "")  # phase, step, label
         self.stop = Stop()
         self.order = Order()
-        self.error: BaseException | None = None  # what this rank fails by
+        self.error: BaseException | None = None  # the error of this rank
         self.to_tell = RankEntry()  # failed, lost and ended, to be sent
         self.sent = RankEntry()  # the last entry that the coordinator took
         self.table: dict[int, RankEntry] = {}
@@ -129,7 +129,7 @@ class Watcher:
         return {rank for rank, seconds in silent.items() if seconds > 2 * self.interval_s}
 
     def stood_still_s(self) -> float:
-        """Return for how many seconds this process just stood still, 0 if it did not."""
+        """Return the seconds for which this process has just stood still; 0 if it did not."""
         seconds, when = self._stood_still
         return seconds if self.clock() - when < 2 * self.peer_timeout_s else 0.0
 
@@ -237,7 +237,7 @@ class Watcher:
                 end(self, verdict)
 
     def find_verdict(self, waited_s: float, hung_up: bool) -> Verdict | None:
-        """Return the verdict to end by now, None to go on.
+        """Return the verdict that ends this process now, or None to go on.
 
         Args:
           waited_s: seconds without an answer from the coordinator.
@@ -285,7 +285,7 @@ class Watcher:
             thread.start()
 
     def stop_exchanges(self) -> bool:
-        """Have the first thread end, on rank 0 after all others have disconnected; tell if it did.
+        """End the first thread, on rank 0 after all others have disconnected; tell if it ended.
 
         On other ranks the second thread ends the process if the coordinator blocks the first.
         """

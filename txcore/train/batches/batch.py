@@ -1,4 +1,4 @@
-"""A batch: which of its leaves hold examples, and which shapes fit a mesh."""
+"""Find which leaves of a batch hold examples; check that their shapes fit a mesh."""
 
 import math
 from collections import Counter
@@ -16,7 +16,7 @@ from txcore.plan.plan import Plan, top_key
 Leaves = list[tuple[Any, Any]]  # of a batch, each with its path
 
 
-def examples(batch: Any, plan: Plan) -> tuple[int, Any]:
+def batch_size_and_mask(batch: Any, plan: Plan) -> tuple[int, Any]:
     """Return how many examples `batch` holds, and its mask (None where all are real).
 
     Examples lie along the leading dim of those leaves that the plan shards there over its row
@@ -43,25 +43,25 @@ def _read_mask(leaves: Leaves) -> Any:
 
 
 def _count_rows(leaves: Leaves, plan: Plan) -> list[tuple[Any, int]]:
-    """Return path and leading size of each leaf that holds examples; refuse what has none."""
+    """Return the path and leading size of each leaf with examples; refuse a batch without any."""
     found = []
     for path, leaf in leaves:
         if not _holds_examples(top_key(path), plan):
             continue
         shape = getattr(leaf, "shape", ())
         if not shape:
-            raise ValueError(no_rows(name_leaf(path), leaf))
+            raise ValueError(explain_missing_rows(name_leaf(path), leaf))
         found.append((path, int(shape[0])))
     return found
 
 
 def name_leaf(path: Any) -> str:
-    """Return what errors call a leaf; not made for each leaf of each step."""
+    """Return what errors call a leaf; called only for an error, since it takes time."""
     return f"batch{jax.tree_util.keystr(path)}"
 
 
 def _holds_examples(key: str, plan: Plan) -> bool:
-    """Tell whether a leaf has one row for each example, as far as the plan says."""
+    """Tell whether the plan gives a leaf one row for each example."""
     if key not in plan.batch:
         return True
     spec = plan.batch[key]
@@ -77,10 +77,11 @@ def _explain_sharing(path: Any) -> str:
 
 
 def check_rows(leaves: Leaves, plan: Plan) -> list[tuple[Any, int]]:
-    """Return path and leading size of each leaf that holds examples, all equal.
+    """Return the path and leading size of each leaf with examples; the sizes have to be equal.
 
     Raises:
-      ValueError: naming the leaf, and how the plan says that all examples share it.
+      ValueError: the sizes differ; the text names the leaf, and how to say that all examples
+        share it.
     """
     rows = _count_rows(leaves, plan)
     if not rows:
@@ -102,7 +103,7 @@ def check_rows(leaves: Leaves, plan: Plan) -> list[tuple[Any, int]]:
 
 
 def share_of_real(mask: Any, plan: Plan) -> float:
-    """Return the share of real examples by a mask on the host; refuse one but of 0 and 1."""
+    """Return the share of real examples of a mask on the host; refuse values other than 0 and 1."""
     host = np.asarray(mask)
     if host.ndim != 1:
         return 1.0
@@ -115,7 +116,7 @@ def share_of_real(mask: Any, plan: Plan) -> float:
     return int(np.count_nonzero(host)) / max(host.size, 1)
 
 
-def no_rows(where: str, leaf: Any) -> str:
+def explain_missing_rows(where: str, leaf: Any) -> str:
     """Return the error's text for a leaf without a dim of examples."""
     kind = "a scalar array" if hasattr(leaf, "shape") else f"a Python {type(leaf).__name__}"
     return (
@@ -126,11 +127,11 @@ def no_rows(where: str, leaf: Any) -> str:
 
 
 def global_shapes(shard: Any, mesh: MeshSpec, plan: Plan) -> Any:
-    """Return the shapes of the global batch of which `shard` is one data shard, on the mesh.
+    """Return the shapes of the global batch on a mesh from those of one data shard.
 
     Args:
-      shard: pytree of arrays or shapes: what one member of the row axes gets of each leaf, its
-        other dims whole (the sequence too, where the plan splits it).
+      shard: pytree of arrays or shapes: the part of each leaf that one data shard gets. Its other
+        dims are whole (the sequence too, where the plan splits it).
       mesh: the mesh; its devices need not be here.
       plan: the plan.
 
@@ -179,9 +180,9 @@ def check_divisible(shape: tuple[int, ...], sharding: NamedSharding, path: Any, 
 
 
 def count_parts(sharding: NamedSharding) -> int:
-    """Return of how many processes' parts the rows of a leaf consist.
+    """Return the number of processes whose parts make up the rows of a leaf.
 
-    Processes along an axis that does not shard the rows all give the same ones: they count once.
+    Processes along an axis that does not shard the rows give the same rows, and count once.
     """
     if jax.process_count() == 1 or not sharding.spec:
         return 1

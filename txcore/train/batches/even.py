@@ -1,4 +1,4 @@
-"""As many batches of one size on every rank, however the examples are distributed."""
+"""Give every rank the same number of batches of one size, however the examples are distributed."""
 
 import itertools
 import json
@@ -17,13 +17,13 @@ _exchanges = itertools.count()  # of this process; every rank makes the same one
 
 
 def pad_batch(batch: Any, size: int) -> Any:
-    """Pad a batch to `size` rows with zeros, which its leaf "mask" marks as no examples.
+    """Pad a batch with rows of zeros to `size` rows; its leaf "mask" marks them as padding.
 
     Args:
       batch: pytree of host arrays, each with one row for each example, at most `size` of them, or
         none at all. It is a dict, or has a leaf "mask" already: 1 for what is real, of shape
         (batch,), or (batch, length) where tokens are padded too.
-      size: rows that are wanted.
+      size: the number of rows after padding.
 
     Returns:
       The batch with `size` rows; a dict that had no mask has one, float32 of shape (size,).
@@ -63,7 +63,7 @@ def pad_batch(batch: Any, size: int) -> Any:
 def even_batches(
     batches: Iterable[Any], size: int, *, count: int | None = None, like: Any = None
 ) -> Iterator[Any]:
-    """Pad this rank's batches to `size` rows, and their number to that of the rank with the most.
+    """Pad this rank's batches to `size` rows, and add batches until all ranks have as many.
 
     Each rank has its own part of the data, perhaps a smaller one, or none. A rank that has no more
     examples goes on with batches of padding, so that none waits for it, and none drops what it has.
@@ -79,7 +79,7 @@ def even_batches(
         matter.
 
     Returns:
-      An iterator of batches, as many on every rank.
+      An iterator over the batches, the same number on every rank.
 
     Raises:
       ValueError: the ranks differ in `size`, a rank without batches has no `like`, or `batches` are
@@ -132,7 +132,7 @@ def _count_batches(batches: Any, count: int | None) -> int:
 
 
 def _agree_on_count(own: int, size: int, *, has_like: bool) -> int:
-    """Return the largest number of batches that any rank has; refuse what cannot be padded."""
+    """Return the largest number of batches on any rank; refuse batches that cannot be padded."""
     name = f"even_batches/{next(_exchanges)}"
     said = [json.loads(text) for text in key_value.gather(name, json.dumps([own, size, has_like]))]
     sizes = [size for _, size, _ in said]

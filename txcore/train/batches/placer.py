@@ -1,4 +1,4 @@
-"""How batches come to lie on the mesh; what their structure decides is found once."""
+"""Place batches on the mesh; what depends on their structure alone is found once."""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -13,25 +13,25 @@ from txcore.train.batches.batch import (
     check_divisible,
     check_rows,
     count_parts,
+    explain_missing_rows,
     leaves_of,
     name_leaf,
-    no_rows,
     share_of_real,
 )
 from txcore.train.replicas.copies import in_native_order
 
 
 class Placed(NamedTuple):
-    """A batch on the mesh.
+    """Hold a batch on the mesh.
 
     Attributes:
       tree: its arrays, global and sharded.
-      form: the same number for the same structure, shapes and dtypes.
-      rows: rows of the global batch as the given ones say: those of a process, times the processes
-        that give other ones.
+      form: a number that is the same for the same structure, shapes and dtypes.
+      rows: those of the global batch: the rows of this process, times the number of processes
+        that give different ones.
       examples: rows of the global batch.
-      real: those that are no padding. In several processes it is an estimate by this process's
-        mask: throughput needs no communication of its own.
+      real: those without padding. With several processes it is estimated from this process's
+        mask, so that measuring throughput needs no communication.
     """
 
     tree: Any
@@ -43,7 +43,7 @@ class Placed(NamedTuple):
 
 @dataclass
 class _Structure:
-    """What is known of all batches of the same structure, shapes, dtypes and places.
+    """Hold what all batches of one structure, shapes, dtypes and placement share.
 
     Attributes:
       paths: the leaves' paths.
@@ -65,7 +65,7 @@ class _Structure:
 
 
 class Placer:
-    """Place batches on a mesh as a plan says; what their structure decides is found once."""
+    """Place batches on a mesh as a plan says, and remember what their structure decides."""
 
     def __init__(self, mesh: MeshSpec, plan: Plan) -> None:
         self._mesh, self._plan = mesh, plan
@@ -86,14 +86,14 @@ class Placer:
         return Placed(batch, found.form, found.rows, examples, round(examples * share))
 
     def rows(self, batch: Any) -> int:
-        """Return the rows of the global batch of which `batch` is this process's part."""
+        """Return the rows of the global batch, from this process's part of it."""
         return self._look_up(batch)[2].rows
 
     def _look_up(self, batch: Any) -> tuple[list[Any], Any, _Structure]:
         leaves, treedef = jax.tree.flatten(batch)
         try:
             kinds: Any = tuple([(x.shape, x.dtype, getattr(x, "sharding", None)) for x in leaves])
-        except AttributeError:  # a number of Python's
+        except AttributeError:  # a Python number
             kinds = tuple((getattr(x, "shape", type(x)), getattr(x, "dtype", None)) for x in leaves)
         key = treedef, kinds
         found = self._structures.get(key)
@@ -126,8 +126,9 @@ def shard_batch(batch: Any, mesh: MeshSpec, plan: Plan) -> Any:
 
     Args:
       batch: pytree of host arrays; the leading dim is the global batch in one process, this
-        process's part of it in several, and the others are whole. They are copied: a buffer may be
-        filled anew at once. Arrays that lie on the mesh in the right layout are taken as they are.
+        process's part of it in several, and the other dims are whole. They are copied, so the
+        caller may refill a buffer at once. Arrays that lie on the mesh in the right layout are
+        taken as they are.
       mesh: the mesh.
       plan: the plan.
 
@@ -161,7 +162,7 @@ def _place_leaf(leaf: Any, sharding: NamedSharding, path: Any) -> jax.Array:
             "batch"
         )
     if not host.shape and any(sharding.spec):
-        raise ValueError(no_rows(name_leaf(path), leaf))
+        raise ValueError(explain_missing_rows(name_leaf(path), leaf))
     # Several processes give their own parts, which their own devices share.
     parts = count_parts(sharding)
     check_divisible(host.shape, sharding, path, parts)

@@ -13,7 +13,7 @@ KeepBest = tuple[str, str]  # a metric's name, and "max" or "min"
 
 
 def check_keep_best(keep_best: Any) -> KeepBest | None:
-    """Return the value of `Checkpoints(keep_best=)`; refuse what is not one."""
+    """Return the value of `Checkpoints(keep_best=)`; refuse a wrong one."""
     if keep_best is None:
         return None
     if isinstance(keep_best, (tuple, list)) and len(keep_best) == 2:
@@ -27,7 +27,7 @@ def check_keep_best(keep_best: Any) -> KeepBest | None:
 
 
 def find_metric(keep_best: KeepBest, metrics: Mapping[str, Any]) -> Metric | None:
-    """Return the metric by which the best is kept; None if it is not finite.
+    """Return the metric that decides which checkpoint is best; None if it is not finite.
 
     Raises:
       CheckpointError: the evaluation did not return it, or it is not a number.
@@ -46,7 +46,7 @@ def find_metric(keep_best: KeepBest, metrics: Mapping[str, Any]) -> Metric | Non
 def try_find_metric(
     keep_best: KeepBest | None, metrics: Mapping[str, Any] | None
 ) -> tuple[Metric | None, CheckpointError | None]:
-    """Return the metric by which the best is kept, and the error instead of raising it.
+    """Return the metric that decides which checkpoint is best, and an error instead of raising it.
 
     Both are None where no metric is asked for, or nothing was evaluated.
     """
@@ -81,7 +81,7 @@ def best_of(found: Iterable[tuple[str, Metric]], name: str, mode: str) -> tuple[
 
 
 def metrics_in(directory: Path, names: Iterable[str]) -> list[tuple[str, Metric]]:
-    """Return the checkpoints in a folder that have a metric, with it, in the order given."""
+    """Return the checkpoints that have a metric, each with its metric, in the order given."""
     found = []
     for name in names:
         try:

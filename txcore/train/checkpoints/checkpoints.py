@@ -32,8 +32,8 @@ class Checkpoints:
     A checkpoint holds the whole state (parameters, optimizer, loss scale, `extra`, step, seed) and
     the position in the data. It is one folder, "step_00000100", that appears whole or not at all;
     its manifest has the SHA-256 of every file. It restores on any number of devices and processes
-    that makes the same state and the same global batches. Of what each device keeps for itself
-    (what a compression has left over) other numbers of devices get the mean.
+    that makes the same state and the same global batches. What each device keeps for
+    itself (the residuals of a compression) is averaged for another number of devices.
 
     Args:
       directory: the folder, "~" for the home; several processes have to share it.
@@ -123,17 +123,19 @@ class Checkpoints:
         )
         refused: list[str] = []
         self._refused = set()
-        for name in self._turns.run_on_first(lambda: folder.names(self.directory)):
+        for name in self._turns.run_on_first(lambda: folder.list_checkpoints(self.directory)):
             saved = self.directory / name
             problem, found = self._turns.run_on_first(
                 partial(saved_leaves.examine_checkpoint, saved, own, copied, stacked)
             )
             if found is not None:
                 restored = self._turns.run_on_all(partial(self._read_state, saved, state))
-                if not nonfinite.holds_nonfinite(restored):
+                if not nonfinite.has_nonfinite_parameter(restored):
                     self._log_info(f"resuming from {saved}, after {found['steps']} steps")
                     return restored, Position(**found)
-                bad = self._turns.run_on_first(partial(nonfinite.bad_parameters, restored))
+                bad = self._turns.run_on_first(
+                    partial(nonfinite.find_nonfinite_parameters, restored)
+                )
                 where = bad[0] if bad else "parameters of which rank 0 has no part"
                 problem = f"{saved} holds values that are not finite, in {where}"
             refused.append(problem)
@@ -237,7 +239,7 @@ class Checkpoints:
             self._lock = None
         if self._failed is not None:
             failed, self._failed = self._failed, None
-            raise CheckpointError(f"{failed}. {self.newest()}", every_rank=True)
+            raise CheckpointError(f"{failed}. {self.describe_newest()}", every_rank=True)
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -297,13 +299,13 @@ class Checkpoints:
         if jax.process_index() == 0:
             folder.delete_unfinished(self.directory, to.name)
         self._failed = f"{to} was not saved: {reason}"
-        _LOG.warning("txcore: %s; the run goes on. %s", self._failed, self.newest())
+        _LOG.warning("txcore: %s; the run goes on. %s", self._failed, self.describe_newest())
 
     def _usable_names(self) -> list[str]:
-        names = folder.names(self.directory)
+        names = folder.list_checkpoints(self.directory)
         return [name for name in names if name not in self._refused]
 
-    def newest(self) -> str:
+    def describe_newest(self) -> str:
         """Return a sentence, without its full stop, about the newest checkpoint."""
         names = self._usable_names()
         if not names:

@@ -1,4 +1,4 @@
-"""Leaves of which each device has its own copy, read on another number of devices."""
+"""Read leaves of which each device has its own copy on another number of devices."""
 
 import re
 
@@ -15,7 +15,7 @@ _COUNT = re.compile(r"\[(\d+)")
 
 
 def paths_of(state: TrainState) -> frozenset[str]:
-    """Return the paths of the leaves of a state that are copies (`Kept.copies`)."""
+    """Return the paths of the leaves of which each device has its own copy (`Kept.copies`)."""
     engine = state.owner.engine
     if engine is None or state.comm_state is None:
         return frozenset()
@@ -25,12 +25,12 @@ def paths_of(state: TrainState) -> frozenset[str]:
 
 
 def without_count(leaf: Leaf) -> Leaf:
-    """Return a leaf whose type says "copies" in place of their number."""
+    """Return a leaf whose type has the word "copies" in place of their number."""
     return Leaf(leaf.path, _COUNT.sub("[copies", leaf.kind, count=1))
 
 
 def shape_to_read(leaf: Leaf, own: jax.Array) -> jax.ShapeDtypeStruct:
-    """Return how a leaf is to be read: with as many copies as were saved.
+    """Return the shape and sharding to read a leaf with: it has as many copies as were saved.
 
     They are read as the state's own where there are as many; else each device gets its share of
     them, or all where the devices do not divide them.

@@ -12,9 +12,9 @@ from txcore.train.checkpoints.manifest import PREFIX, CheckpointError
 
 UNFINISHED = ".orbax-checkpoint-tmp"  # suffix of a name until the checkpoint is whole
 _NAME = re.compile(rf"{PREFIX}([0-9]{{8}}|[1-9][0-9]{{8,}})")  # as `checkpoint_name` makes them
-_SPARE = 1 << 20  # bytes that a checkpoint takes beside its arrays
+_SPARE = 1 << 20  # bytes of a checkpoint besides its arrays
 _MARK = ".shared-"  # prefix of the file that shows all processes that they share the folder
-_SEEN_S = 10.0  # until all processes see a file of one: a network file system may be late
+_SEEN_S = 10.0  # for all processes to see a new file: a network file system may be late
 _LOOK_S = 0.05  # between two looks
 
 
@@ -34,16 +34,16 @@ def absolute_path(directory: str | os.PathLike[str]) -> Path:
 
 
 def checkpoint_name(steps: int) -> str:
-    """Return the name of the checkpoint after so many steps."""
+    """Return the name of the checkpoint that is made after `steps` steps."""
     return f"{PREFIX}{steps:08d}"
 
 
-def is_name(text: str) -> bool:
-    """Tell whether a folder's name is that of a checkpoint."""
+def is_checkpoint_name(text: str) -> bool:
+    """Tell whether a name is that of a complete checkpoint."""
     return _NAME.fullmatch(text) is not None
 
 
-def names(directory: Path) -> list[str]:
+def list_checkpoints(directory: Path) -> list[str]:
     """Return the checkpoints in a folder, the newest first."""
     found = (_NAME.fullmatch(path.name) for path in directory.glob(f"{PREFIX}*"))
     return [
@@ -71,7 +71,7 @@ def take_folder(directory: Path, *, fresh: bool) -> int:
         _try_to_write(directory, lock)
     except OSError as error:
         raise CheckpointError(_describe_unusable(directory, error)) from None
-    found = names(directory)
+    found = list_checkpoints(directory)
     if found and fresh:
         os.close(lock)
         raise CheckpointError(
@@ -91,7 +91,7 @@ def _try_to_write(directory: Path, lock: int) -> None:
 
 
 def make_mark(directory: Path) -> str:
-    """Make a file with a new name in a folder, by which others recognize it; return the name."""
+    """Make a file with a new name in a folder, so that others recognize the folder; return it."""
     number, path = tempfile.mkstemp(prefix=_MARK, dir=directory)
     os.close(number)
     return Path(path).name
@@ -142,7 +142,7 @@ def _describe_unusable(directory: Path, error: OSError) -> str:
 
 
 def unfinished_path(to: Path) -> Path:
-    """Return the path of a checkpoint until it is whole."""
+    """Return the path of a checkpoint until it is complete."""
     return to.with_name(f"{to.name}{UNFINISHED}")
 
 

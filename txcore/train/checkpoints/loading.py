@@ -80,7 +80,7 @@ def load_extra(path: str | os.PathLike[str], extra: Any, *, best: bool = False) 
 
 def _load_field(path: str | os.PathLike[str], field: str, what: str, like: Any, best: bool) -> Any:
     place = folder.absolute_path(path)
-    single = (place / manifest.NAME).exists() or folder.is_name(place.name)
+    single = (place / manifest.NAME).exists() or folder.is_checkpoint_name(place.name)
     problem = f"{place} has no checkpoint to load"
     for saved in [place] if single else _list_candidates(place, best):
         try:
@@ -97,11 +97,11 @@ def _load_field(path: str | os.PathLike[str], field: str, what: str, like: Any, 
 
 
 class _Unusable(CheckpointError):
-    """The request does not match what is saved, which no other checkpoint of the run changes."""
+    """The request does not fit the run; an older checkpoint would not fit it either."""
 
 
 def _list_candidates(directory: Path, best: bool) -> list[Path]:
-    names = folder.names(directory)
+    names = folder.list_checkpoints(directory)
     if not best:
         return [directory / name for name in names]
     found = metric.metrics_in(directory, reversed(names))

@@ -42,7 +42,7 @@ _SCHEMA = {
 
 
 class CheckpointError(TxcoreError, RuntimeError):
-    """A checkpoint cannot be made or used; says which, why, and what to do.
+    """A checkpoint cannot be made or used; the text says which, why, and what to do.
 
     Attributes:
       every_rank: whether every process raises it alike, so that they may go on together.
@@ -58,12 +58,12 @@ class Position:
     """Hold how far `fit` has come; with the state and the data it determines the rest of the run.
 
     Attributes:
-      steps: batches done, those that a loss scale skipped too.
+      steps: batches done, including those whose update was skipped.
       epoch: the pass over the data, from 0.
       batch: batches of that pass done.
-      rows: of the global batches of that pass, padding among them.
-      examples: real ones so far.
-      seconds: of training so far; compilation, evaluation and saving left out.
+      rows: of the global batches of that pass, including padding.
+      examples: so far, without padding.
+      seconds: of training so far, without compilation, evaluation and saving.
     """
 
     steps: int = 0
@@ -102,10 +102,10 @@ class Manifest:
     Attributes:
       position: where the run stood.
       leaves: the state's arrays, in order.
-      precision: in which dtype the steps compute.
-      files: size in bytes and SHA-256 of every file beside the manifest, by its path.
+      precision: the dtype in which the steps compute.
+      files: size in bytes and SHA-256 of every other file, by its path.
       versions: of txcore, jax and orbax.
-      metric: by which the best checkpoint is kept; None without an evaluation.
+      metric: the one that decides which checkpoint is best; None without an evaluation.
     """
 
     position: Position
@@ -138,7 +138,7 @@ def add_metric(folder: Path, metric: Metric) -> None:
 
 
 def _write_file(path: Path, manifest: Manifest) -> None:
-    """Write a manifest, or refuse one that `read_manifest` would refuse for its length."""
+    """Write a manifest; refuse one that is too long for `read_manifest`."""
     body = asdict(manifest)
     text = json.dumps({"format": FORMAT, "version": VERSION, **body}, indent=1)
     data = f"{_hash_bytes(text.encode())}\n{text}\n".encode()
@@ -237,7 +237,7 @@ def _is_dtype(name: str) -> bool:
 
 
 def _check_name(name: str, steps: int) -> None:
-    """Refuse a checkpoint whose folder's name and position differ in their steps."""
+    """Refuse a checkpoint whose folder's name and manifest name different steps."""
     digits = name.removeprefix(PREFIX)
     if digits != name and digits.isdecimal() and name != f"{PREFIX}{steps:08d}":
         raise ValueError(f"needs the steps of its folder, {name}, got {steps}")
@@ -247,7 +247,7 @@ def verify_files(folder: Path, manifest: Manifest) -> None:
     """Compare every file with its digest.
 
     Raises:
-      CheckpointError: a file is missing, has been added, or holds other bytes; it is named.
+      CheckpointError: a file is missing, was added, or was changed; the text names it.
     """
     try:
         sizes = {name: path.stat().st_size for name, path in _walk_files(folder)}
@@ -274,7 +274,7 @@ def _damage_error(folder: Path, name: str, problem: str) -> CheckpointError:
 
 
 def file_digests(folder: Path) -> dict[str, tuple[int, str]]:
-    """Return size and SHA-256 of each file under `folder`, except those that orbax writes later."""
+    """Return size and SHA-256 of each file under `folder`, except those orbax writes later."""
     return {name: (path.stat().st_size, _file_sha256(path)) for name, path in _walk_files(folder)}
 
 
@@ -287,7 +287,7 @@ def _walk_files(folder: Path) -> Iterator[tuple[str, Path]]:
 
 
 def describe_difference(saved: tuple[Leaf, ...], own: tuple[Leaf, ...]) -> str | None:
-    """Return in words how a state differs from the saved one; None if it does not."""
+    """Describe how a state differs from the saved one; None if it does not."""
     before, now = dict(saved), dict(own)
     texts = [f"{path} ({kind}) is not in this state" for path, kind in saved if path not in now]
     texts += [f"{path} ({kind}) is not in it" for path, kind in own if path not in before]

@@ -1,4 +1,4 @@
-"""Write a state's arrays into a folder by orbax while the run goes on, and read them."""
+"""Write a state's arrays into a folder with orbax while the run goes on, and read them."""
 
 import asyncio
 import itertools
@@ -20,12 +20,12 @@ from txcore.train.state.state import TrainState
 
 Facts = tuple[tuple[Leaf, ...], str]  # a state's leaves and precision, for the manifest
 
-WRITE_S = 300.0  # for which process 0, once done, waits for the others to write their parts
+WRITE_S = 300.0  # that process 0 waits for the others to write their parts
 
 
 @dataclass(frozen=True)
 class Writing:
-    """Hold the checkpoint that is under way."""
+    """Hold the checkpoint that is being written."""
 
     to: Path
     position: Position
@@ -40,17 +40,17 @@ class Store:
     checkpointer is not used, since its own barriers would wait.
 
     Args:
-      name: the same on every process, and another one for each store.
+      name: the same on every process, and different for each store.
     """
 
     def __init__(self, name: str) -> None:
         self._name, self._turns = name, itertools.count()
-        self._handler: Any = None  # orbax's, made when first needed
+        self._handler: Any = None  # orbax's handler, made when first needed
         self._ended: Future[str | None] = Future()
         self.writing: Writing | None = None
 
     def start(self, writing: Writing, state: TrainState) -> str | None:
-        """Copy a state's arrays, and start to write them; `finish` returns how that ended.
+        """Copy a state's arrays, and start to write them; `finish` returns the outcome.
 
         Returns:
           Why nothing is written, on every process alike; None if writing has started.
@@ -143,7 +143,7 @@ def _resolve_future(ended: "Future[str | None]", run: Callable[[], str | None]) 
 
 
 def try_call(function: Callable[[], Any]) -> tuple[Any, str | None]:
-    """Return a function's result and None, or None and its error on one line."""
+    """Call a function; return (result, None), or (None, its error in one line)."""
     try:
         return function(), None
     except Exception as error:

@@ -1,4 +1,4 @@
-"""Map a state's arrays to a checkpoint's: numbered in its files, named in its manifest.
+"""Map a state's arrays to a checkpoint's: its files number them, its manifest names them.
 
 Restoring finds them by name, since an OrderedDict may have been filled in another order. Arrays
 without elements are in the manifest alone, and PRNG keys are saved as their key data.
@@ -39,7 +39,7 @@ def kind_of(x: Any) -> str:
 def leaves_to_compare(
     leaves: tuple[Leaf, ...], precision: str, copied: frozenset[str] = frozenset()
 ) -> tuple[Leaf, ...]:
-    """Return the leaves that have to be equal in a checkpoint and a state, and the precision.
+    """Return the leaves and the precision that a checkpoint and a state have to share.
 
     Leaves out `loss_scaling`, which float16 always has, and other precisions only under "skip". Of
     the leaves of `copied` the number of copies does not count.

@@ -23,7 +23,7 @@ class Turns:
         self._name, self._turns = name, itertools.count()
 
     def run_on_first(self, function: Callable[[], Any]) -> Any:
-        """Return what process 0's call returns, on every process; or raise what it raises."""
+        """Call a function on process 0; return its result, or raise its error, on every process."""
         answer: dict[str, Any] = {}
         failed: Exception | None = None
         if jax.process_index() == 0:
@@ -38,7 +38,7 @@ class Turns:
         return answer["result"]
 
     def run_on_all(self, function: Callable[[], Any]) -> Any:
-        """Return what this process's call returns; raise on every process if one's fails."""
+        """Call a function on every process; return its result, or raise on all if one fails."""
         result, failed, problem = None, None, None
         try:
             result = function()

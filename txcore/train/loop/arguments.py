@@ -1,4 +1,4 @@
-"""What `fit` is given, checked: how long to train, and what to do every so many steps."""
+"""Check the arguments of `fit`: how long to train, and what to do every so many steps."""
 
 import logging
 from collections.abc import Callable
@@ -23,13 +23,13 @@ _LOG = logging.getLogger("txcore")
 
 @dataclass(frozen=True)
 class Length:
-    """Hold how long a run is to be: steps, those before this call among them, or epochs."""
+    """Hold the length of a run in steps or in epochs, counted from the run's beginning."""
 
     steps: int | None
     epochs: int | None
 
     @classmethod
-    def of(cls, steps: Any, epochs: Any) -> "Length":
+    def of_arguments(cls, steps: Any, epochs: Any) -> "Length":
         """Return the length that `fit` was given, or refuse it."""
         if (steps is None) == (epochs is None):
             raise ValueError(f"fit needs one of steps= and epochs=, got {steps=} and {epochs=}")
@@ -39,8 +39,8 @@ class Length:
             raise ValueError(f"fit needs steps= or epochs= a count from 0 on, got {given!r}")
         return cls(number, None) if steps is not None else cls(None, number)
 
-    def total(self, data: Any, at: Position) -> int | None:
-        """Return the number of steps, from a position in the data on, if it is known."""
+    def count_steps(self, data: Any, at: Position) -> int | None:
+        """Return the number of steps from a position in the data to the end; None if unknown."""
         if self.epochs is None:
             return self.steps
         number = agreement.count_batches(data)
@@ -52,7 +52,7 @@ class Length:
 def check_evaluation(
     evaluate: Evaluate | None, eval_every: Any, checkpoints: Checkpoints | None
 ) -> int | None:
-    """Return `eval_every`, or refuse it and what does not go with it."""
+    """Return `eval_every`; refuse a wrong one, and arguments that do not fit it."""
     every = whole_number(eval_every)
     if eval_every is not None and (every is None or every < 1 or evaluate is None):
         raise ValueError(
@@ -70,14 +70,14 @@ def check_evaluation(
     return every
 
 
-def steps_made(state: TrainState) -> int:
-    """Return how many steps a state has made, those that a loss scale skipped too."""
+def count_steps_made(state: TrainState) -> int:
+    """Return the number of steps a state has made, skipped ones included."""
     skipped = 0 if state.loss_scaling is None else int(np.asarray(state.loss_scaling.skipped_steps))
     return int(np.asarray(state.step)) + skipped
 
 
 def check_rest(made: int, total: int) -> None:
-    """Refuse to go on from a state that has made more steps than the run is to."""
+    """Refuse a state that has made more steps than the run is long."""
     more = f"give steps={made + total} for {total} more"
     if made > total:
         raise ValueError(
@@ -88,7 +88,7 @@ def check_rest(made: int, total: int) -> None:
 
 
 def check_count(option: str, value: Any) -> int | None:
-    """Return a count of steps, None for none, or refuse what is no count."""
+    """Return a count of steps, or None for None; refuse anything else."""
     number = whole_number(value)
     if value is not None and (number is None or number < 1):
         raise ValueError(f"fit needs {option}= a count of steps from 1 on, got {value!r}")
@@ -96,7 +96,7 @@ def check_count(option: str, value: Any) -> int | None:
 
 
 def check_length(checkpoints: Checkpoints, position: Position, total: int | None) -> None:
-    """Refuse to resume a run that is longer already than it is to be."""
+    """Refuse to resume a run that is already longer than `fit` is asked to make it."""
     if total is not None and position.steps > total:
         raise CheckpointError(
             f"{checkpoints.directory / folder.checkpoint_name(position.steps)} is after "

@@ -1,4 +1,4 @@
-"""The newest state that can be used, on the exception that leaves `fit`."""
+"""Attach the newest usable state to the exception that leaves `fit`."""
 
 import inspect
 from typing import Any
@@ -17,13 +17,13 @@ _TAKEN = "txcore: this exception has a state of its own; the train state is erro
 def give_state(error: BaseException, state: Any, saved: str | None) -> None:
     """Give an exception the newest state, as `error.state`.
 
-    Where the exception has an attribute of this name already it is `error.train_state`, and a note
-    says so. A class that refuses attributes does not refuse these.
+    If the exception already has a `state`, the attribute is `error.train_state`, and a note says
+    so. Exceptions of a frozen dataclass get it as well.
 
     Args:
       error: the exception.
-      state: what the last step returned; None is given where it cannot be used any more.
-      saved: which checkpoint is the newest, if some are made.
+      state: what the last step returned; the exception gets None if its arrays are gone.
+      saved: a sentence about the newest checkpoint; "" if the run makes none.
     """
     if not isinstance(state, TrainState):
         return
@@ -38,7 +38,7 @@ def give_state(error: BaseException, state: Any, saved: str | None) -> None:
 
 
 def is_alive(state: TrainState) -> bool:
-    """Tell whether a state's arrays are there, and the steps that made them succeeded; waits."""
+    """Wait for a state's arrays; tell whether they exist and were computed without an error."""
     arrays = jax.tree.leaves(state.arrays)
     if any(x.is_deleted() for x in arrays):
         return False

@@ -1,4 +1,4 @@
-"""The batches of a run, in order, from a position on."""
+"""Read the batches of a run in order, from a position on."""
 
 import itertools
 import math
@@ -45,7 +45,7 @@ def read_batches(
 
 
 def _skip_done(data: Iterable[Any], at: Position, rows_of: Callable[[Any], int]) -> Iterator[Any]:
-    """Return an iterator over the batches of an epoch that are not done; the others are read."""
+    """Read and drop the batches of an epoch that are done; return an iterator over the rest."""
     iterator = iter(data)
     dropped = [rows_of(batch) for batch in itertools.islice(iterator, at.batch)]
     if (len(dropped), sum(dropped)) != (at.batch, at.rows):

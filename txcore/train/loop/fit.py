@@ -21,7 +21,7 @@ from txcore.train.loop.arguments import (
     check_evaluation,
     check_length,
     check_rest,
-    steps_made,
+    count_steps_made,
     warn_user,
 )
 from txcore.train.loop.error_state import give_state, is_alive
@@ -52,11 +52,11 @@ def fit(
 ) -> TrainState:
     """Train as `Engine.fit` says."""
     run = Run(runner, step, state, evaluate, checkpoints)
-    with interrupts() as interrupt:  # until the last save is whole
+    with interrupts() as interrupt:  # until the last checkpoint is complete
         try:
             if jax.process_count() > 1:
                 watch.start()  # where tx.initialize did not
-            length = Length.of(steps, epochs)
+            length = Length.of_arguments(steps, epochs)
             run.eval_every = check_evaluation(evaluate, eval_every, checkpoints)
             run.compare_every = check_count("check_replicas_every", check_replicas_every)
             run.state = runner.take(state, "fit")
@@ -75,7 +75,7 @@ def fit(
             return train(run, loggers, data, length, interrupt)
         except BaseException as error:
             interrupt.hold()  # it ends already
-            newest = checkpoints.newest() if isinstance(checkpoints, Checkpoints) else None
+            newest = checkpoints.describe_newest() if isinstance(checkpoints, Checkpoints) else None
             give_state(error, run.state, newest)
             raise
 
@@ -83,7 +83,7 @@ def fit(
 def train(
     run: "Run", loggers: Sequence[Logger], data: Data, length: Length, interrupt: Interrupt
 ) -> TrainState:
-    """Make the steps of a run, and end it as a signal asks for, if one came."""
+    """Run the steps; if a signal came, end the program as the signal asks."""
     begun = False
     try:
         with run.checkpoints or nullcontext():
@@ -94,9 +94,9 @@ def train(
             for after, batch in read_batches(
                 data, length, run.position, run.place, run.runner.rows
             ):
-                if interrupt.due(run.position.steps):
+                if interrupt.is_due(run.position.steps):
                     break
-                run.make(batch, after, interrupt)
+                run.start_step(batch, after, interrupt)
                 if run.is_due(run.eval_every):
                     run.evaluate_once()
                 if run.is_to_be_saved():
@@ -104,7 +104,7 @@ def train(
                 if run.is_due(run.compare_every):
                     run.compare_copies()
                 watch.at(Phase.DATA, run.position.steps)
-            run.wait()
+            run.wait_for_steps()
             if interrupt.stopped is None:
                 run.evaluate_once()
             run.save_once()
@@ -114,11 +114,12 @@ def train(
         # Once the checkpoint under way is whole, and the steps that are: the others, which end
         # when they are told, have to be there for both.
         is_alive(run.state)
-        # Of what all ranks find alike none is told: they may go on, as after a MismatchError.
+        # An error that every rank raises is not reported to the others: all may go on after it, as
+        # after a MismatchError.
         if begun and not (isinstance(error, FloatingPointError) and run.fails_alike(error)):
             watch.failed(error)
         raise
-    if interrupt.stopped is None and not interrupt.due(run.position.steps):
+    if interrupt.stopped is None and not interrupt.is_due(run.position.steps):
         interrupt.stopped = interrupt.asked  # too late for the others to stop with this process
     watch.at(Phase.AFTER_FIT, run.position.steps)
     if interrupt.stopped is not None:
@@ -130,7 +131,7 @@ def train(
 
 @dataclass
 class Run:
-    """Hold what changes while `fit` runs, and do what it does between two batches."""
+    """Hold the state of a running `fit`, with what it does between two batches."""
 
     runner: Steps
     step: StepFn
@@ -142,13 +143,13 @@ class Run:
     evaluates: bool = False  # just now
 
     def begin(self, loggers: Sequence[Logger], data: Data, length: Length) -> None:
-        """Go on from the newest checkpoint, or from where the state is."""
-        given, made = self.state, steps_made(self.state)
+        """Start from the newest checkpoint, or else from the given state."""
+        given, made = self.state, count_steps_made(self.state)
         self.position = Position(steps=made)
         if self.checkpoints is not None:
             self.state, found = self.checkpoints.restore(given)
             self.position = found if self.state is not given else self.position
-        total = length.total(data, self.position)
+        total = length.count_steps(data, self.position)
         if self.checkpoints is not None and self.state is not given:
             check_length(self.checkpoints, self.position, total)
             if self.position.steps < made:
@@ -159,7 +160,7 @@ class Run:
         self.progress = Progress(self.runner, loggers, total, self.position, self._check)
         self.evaluated, self.saved = 0, self.position.steps  # after so many steps
         self.metrics: Metrics = {}  # of the last evaluation
-        self.equal: int | None = None  # after so many steps all copies were
+        self.equal: int | None = None  # the number of steps after which all copies were
 
     def _check(self, done: int, metrics: Metrics) -> None:
         nonfinite.check_loss(done, metrics, self.state, self.runner.options.on_nonfinite)
@@ -168,8 +169,8 @@ class Run:
         """Return a batch on the mesh."""
         return self.runner.place_for(self.step, self.state, host)
 
-    def make(self, batch: Placed, after: Position, interrupt: Interrupt) -> None:
-        """Start a step; wait for an older one if too many are under way."""
+    def start_step(self, batch: Placed, after: Position, interrupt: Interrupt) -> None:
+        """Dispatch a step; wait for an older one if too many are running."""
         runner = self.runner
         if runner.spans and self.equal is not None and self.equal == self.position.steps:
             # As the copies of the state were.
@@ -189,16 +190,16 @@ class Run:
         self.position = after
         self.progress.add(metrics, batch.real)
 
-    def wait(self) -> None:
-        """Wait for the steps that are under way."""
+    def wait_for_steps(self) -> None:
+        """Wait for the dispatched steps."""
         watch.at(Phase.STEP, self.position.steps, self.runner.last_words)
         self.progress.stop_clock()
 
     def evaluate_once(self) -> None:
-        """Evaluate the state, unless there is nothing to do or it was done."""
+        """Evaluate the state, unless no evaluation is asked for or this state has had one."""
         if self.evaluate is None or self.evaluated == self.position.steps:
             return
-        self.wait()
+        self.wait_for_steps()
         self.evaluates = True
         self.metrics = to_host(self.evaluate(self.state))
         self.evaluates = False
@@ -215,11 +216,11 @@ class Run:
         return True
 
     def is_due(self, every: int | None) -> bool:
-        """Tell whether what is done every so many steps is to be done now."""
+        """Tell whether an action that runs every `every` steps is due after this step."""
         return every is not None and self.position.steps % every == 0
 
     def is_to_be_saved(self) -> bool:
-        """Tell whether a checkpoint is due, or the state has just been found to be the best."""
+        """Tell whether a checkpoint is due, or the state has just proved the best so far."""
         if self.checkpoints is None:
             return False
         if self.is_due(self.checkpoints.every):
@@ -227,7 +228,7 @@ class Run:
         return self.evaluated == self.position.steps and self.checkpoints.improved_by(self.metrics)
 
     def save_once(self) -> None:
-        """Start to write a checkpoint, unless there is nowhere to or it was done."""
+        """Start to write a checkpoint, unless there is no folder or this state was saved."""
         if self.checkpoints is None:
             return
         metrics = self.metrics if self.evaluated == self.position.steps else None
@@ -235,7 +236,7 @@ class Run:
             if metrics is not None and self.saved:
                 self.checkpoints.note(self.position, metrics)
             return
-        self.wait()
+        self.wait_for_steps()
         nonfinite.check_parameters(
             self.position.steps, self.state, self.runner.options.on_nonfinite
         )
@@ -246,21 +247,21 @@ class Run:
         self.checkpoints.save(self.state, self.progress.position(self.position), metrics)
 
     def compare_copies(self) -> None:
-        """Refuse to go on where copies that have to be equal differ."""
-        self.wait()
+        """Raise an error if copies that have to be equal differ."""
+        self.wait_for_steps()
         steps = self.position.steps
         self.runner.check_replicas(self.state, after=steps, since=self.equal)
         self.equal = steps
 
     def compare_ends(self) -> None:
-        """Refuse a loop that ended elsewhere on another rank."""
+        """Raise an error if the loop ended at another batch on another rank."""
         if self.runner.spans:
             watch.meet(f"the end of fit, after {self.position.steps} steps")
             watch.at(Phase.COMPARISON, self.position.steps, "the end of fit")
             agreement.check_end(self.position)
 
     def tell_unaveraged(self) -> None:
-        """Say that the last steps are not in the parameters yet, in the middle of a round."""
+        """Warn, in the middle of a round, that the last steps are not in the parameters yet."""
         begun = steps_begun(self.runner.options, self.state)
         if begun:
             warn_user(
@@ -270,7 +271,7 @@ class Run:
             )
 
     def tell_stopped(self, name: str) -> None:
-        """Say by which signal the run stopped, and what is left of it."""
+        """Log which signal stopped the run, and which checkpoint it leaves."""
         kept = "; nothing is saved without checkpoints= (the exception has the state)"
         kept = ", all saved" if self.checkpoints else kept
         warn_user("%s: stopped after %d steps%s", name, self.position.steps, kept)

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT during training: noted, and acted upon between two steps, by all ranks."""
+"""Handle SIGTERM and SIGINT during training: all ranks stop between the same two steps."""
 
 import signal
 import threading
@@ -17,8 +17,8 @@ class Interrupt:
     """Hold the signal that asked the run to stop.
 
     Attributes:
-      asked: what this process got, None until there is one.
-      stopped: by what the run stops, on whichever rank it came; None until it does.
+      asked: the signal that this process received; None until it receives one.
+      stopped: the signal that stops the run, on whichever rank it came; None until then.
     """
 
     def __init__(self) -> None:
@@ -31,7 +31,7 @@ class Interrupt:
         """Note a signal (from its handler).
 
         Raises:
-          KeyboardInterrupt: a second SIGINT: somebody is in a hurry.
+          KeyboardInterrupt: at a second SIGINT.
         """
         if number == signal.SIGINT:
             if self._sigint and not self._held:
@@ -43,23 +43,23 @@ class Interrupt:
             watch.request_stop(self.asked.name)
 
     def hold(self) -> None:
-        """Have a second SIGINT wait for `release`.
+        """Keep a second SIGINT waiting until `release`.
 
-        For the call of a step, which takes one state and returns another: in between there is none.
+        A step consumes one state and returns another: between the two there is none to save.
         """
         self._held = True
 
     def release(self) -> None:
-        """Let a second SIGINT end at once again.
+        """Let a second SIGINT end the program at once again.
 
         Raises:
-          KeyboardInterrupt: one came meanwhile.
+          KeyboardInterrupt: a second SIGINT came meanwhile.
         """
         self._held = False
         if self._hurry:
             raise KeyboardInterrupt
 
-    def due(self, step: int) -> bool:
+    def is_due(self, step: int) -> bool:
         """Tell whether to stop before a step, at the same one on every rank."""
         if jax.process_count() == 1:
             self.stopped = self.asked
@@ -73,7 +73,7 @@ class Interrupt:
 
         Raises:
           KeyboardInterrupt: after SIGINT.
-          SystemExit: after SIGTERM, with exit code 143, which schedulers know.
+          SystemExit: after SIGTERM, with exit code 143, which schedulers recognize.
         """
         if self.stopped is None or self.stopped == signal.SIGINT:
             raise KeyboardInterrupt
@@ -81,7 +81,7 @@ class Interrupt:
 
 
 class interrupts:
-    """Note the first SIGTERM or SIGINT instead of ending at once; a second SIGINT ends.
+    """Note the first SIGTERM or SIGINT instead of ending at once; a second SIGINT ends the program.
 
     Only the main thread may handle signals; in another one nothing is noted. A signal that is
     ignored (SIGINT by `train.py &` of a script) stays ignored. It is a class, since contextlib sets

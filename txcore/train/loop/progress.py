@@ -1,4 +1,4 @@
-"""What `fit` tells the loggers: finished steps as records, timed."""
+"""Report finished steps to the loggers, with their times."""
 
 import errno
 import logging
@@ -28,7 +28,7 @@ _LOG = logging.getLogger("txcore")
 
 @dataclass
 class Progress:
-    """Turn the metrics of finished steps into records, and time them, compilation left out."""
+    """Turn the metrics of finished steps into records; time the steps without compilation."""
 
     runner: Steps
     loggers: Sequence[Logger]
@@ -36,7 +36,7 @@ class Progress:
     start: Position
     check: Callable[[int, Metrics], None]
     pending: deque[tuple[Any, int]] = field(default_factory=deque)
-    _mark: float | None = None  # when the clock was started; None while it stands
+    _mark: float | None = None  # when the clock was started; None while it is stopped
 
     def __post_init__(self) -> None:
         self.done, self.seconds = self.start.steps, self.start.seconds
@@ -53,7 +53,7 @@ class Progress:
         return replace(reached, seconds=self.seconds, examples=self.examples)
 
     def start_clock(self) -> None:
-        """Count time from now on, if the clock stands."""
+        """Start the clock, if it is stopped."""
         if self._mark is None:
             self._mark = self._now()
 
@@ -61,13 +61,13 @@ class Progress:
         return time.perf_counter() - self.runner.compile_seconds
 
     def stop_clock(self) -> None:
-        """Wait for the steps that are under way, and stop counting."""
+        """Wait for the dispatched steps, and stop the clock."""
         while self.pending:
             self._finish_one()
         self._mark = None
 
     def add(self, metrics: Any, examples: int) -> None:
-        """Note a step that was dispatched; wait for an older one if too many are under way."""
+        """Note a dispatched step; wait for an older one if too many are running."""
         self.pending.append((metrics, examples))
         while len(self.pending) > self.run_ahead:
             self._finish_one()
@@ -103,7 +103,7 @@ class Progress:
     def _call(self, i: int, logger: Logger, record: Record) -> None:
         try:
             logger(record)
-        except Exception as error:  # what it only tells must not end a run of days
+        except Exception as error:  # a logger that fails must not end a run of days
             full = isinstance(error, OSError) and error.errno in _FULL
             if i not in self._full:
                 then = "called again for the next record" if full else "left out from now on"

@@ -20,18 +20,18 @@ _SMALLEST, _LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float3
 
 @dataclass(frozen=True)
 class LossScale:
-    """State how the loss scale of a float16 run changes, as `Precision(loss_scale=)`.
+    """Configure how the loss scale of a float16 run changes (`Precision(loss_scale=)`).
 
-    After a step with a gradient that is not finite the scale is multiplied by
-    `backoff_factor`; after `growth_interval` finite steps in a row by `growth_factor`, unless
-    float32 cannot hold that. Powers of two change no digit of a gradient.
+    A step whose gradients are not all finite multiplies the scale by `backoff_factor`; after
+    `growth_interval` finite steps in a row it is multiplied by `growth_factor`, unless the product
+    exceeds float32. Powers of two change no digit of a gradient.
 
     Args:
       initial: the first scale, at least `minimum`.
       growth_interval: steps in a row, at least 1.
       growth_factor: above 1.
       backoff_factor: above 0 and below 1.
-      minimum: the scale never gets below it; above 0.
+      minimum: the least scale, above 0.
 
     Raises:
       ValueError: a number is out of its range.
@@ -76,14 +76,14 @@ class LossScale:
 
 
 class LossScaling(NamedTuple):
-    """Hold the part of the train state that loss scaling keeps; four scalars.
+    """Hold the four scalars of the train state that belong to loss scaling.
 
     Attributes:
-      scale: float32, what the next step's loss is multiplied by.
+      scale: float32, the factor of the next step's loss.
       good_steps: int32, finite steps in a row since the scale last changed.
       skipped_steps: int32, steps so far that overflowed and changed nothing.
-      culprit: int32, in the last of them the first parameter whose gradient was not finite, by
-        its place among the leaves; -1 where there was none.
+      culprit: int32, the first parameter whose gradient was not finite in the last skipped step,
+        by its index among the leaves; -1 if no step was skipped.
     """
 
     scale: jax.Array
@@ -93,7 +93,7 @@ class LossScaling(NamedTuple):
 
 
 def check_scale(op: str, option: str, value: Any) -> None:
-    """Refuse what is no factor above 0, or one that float32 does not hold with all its digits."""
+    """Refuse a scale that is not a number above 0, or that float32 does not hold exactly."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not number or not _SMALLEST <= value <= _LARGEST:
         raise ValueError(f"{op} needs {option}= a finite number above 0, got {value!r}")
@@ -108,15 +108,15 @@ def start(policy: LossScale | float | None) -> LossScaling | None:
 
 
 def advance(policy: LossScale | float, scaling: LossScaling, culprit: jax.Array) -> LossScaling:
-    """Return the loss scaling after a step whose gradients were all finite, or not.
+    """Return the loss scaling after a step.
 
     Args:
-      policy: how the scale changes; a number does not change.
-      scaling: what it was during the step.
-      culprit: int32 scalar, the first gradient that is not finite, as `first_nonfinite` says.
+      policy: how the scale changes; a number is a scale that never changes.
+      scaling: the loss scaling during the step.
+      culprit: int32 scalar, what `first_nonfinite` returned for the step's gradients.
 
     Returns:
-      What it is for the next step.
+      The loss scaling of the next step.
     """
     finite = culprit < 0
     culprit = jnp.where(finite, scaling.culprit, culprit)
@@ -132,11 +132,11 @@ def advance(policy: LossScale | float, scaling: LossScaling, culprit: jax.Array)
 
 
 def first_nonfinite(tree: Any, axes: tuple[str, ...] = ()) -> jax.Array:
-    """Return the place of the first leaf with an inf or nan among the leaves; -1 for none.
+    """Return the index of the first leaf with an inf or nan (int32 scalar); -1 if there is none.
 
     Args:
       tree: pytree of arrays.
-      axes: over which some of them are split: the devices along them agree, by one pmin.
+      axes: the mesh axes over which leaves are split; one pmin over them makes the devices agree.
     """
     flags = [~jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]
     found = [jnp.where(flag, jnp.int32(i), jnp.int32(len(flags))) for i, flag in enumerate(flags)]

@@ -1,4 +1,4 @@
-"""NaN and infinity in training: what is done about them, and where they are."""
+"""Find NaN and infinity in training, and act as the policy says."""
 
 import functools
 import logging
@@ -26,17 +26,17 @@ _LOG = logging.getLogger("txcore")
 
 
 def check_policy(policy: Any) -> None:
-    """Refuse what is no policy."""
+    """Refuse a value that is not a policy."""
     if policy not in get_args(Policy):
         raise ValueError(f"Engine needs on_nonfinite= 'stop', 'skip' or 'ignore', got {policy!r}")
 
 
 def check_loss(steps: int, metrics: dict[str, Any], state: TrainState, policy: Policy) -> None:
-    """Look at the loss of a finished step.
+    """Stop the run if the loss of a finished step is not finite and the policy says so.
 
     Args:
-      steps: how many have finished.
-      metrics: of the last of them, on the host.
+      steps: the number of finished steps.
+      metrics: those of the last step, on the host.
       state: the newest state.
       policy: what to do about a loss that is not finite.
 
@@ -47,9 +47,9 @@ def check_loss(steps: int, metrics: dict[str, Any], state: TrainState, policy: P
     loss = metrics.get("loss")
     if policy == "ignore" or np.all(np.isfinite(jax.tree.leaves(loss))):
         return
-    lowest = _at_minimum(state)
+    lowest = _describe_least_scale(state)
     if state.loss_scaling is not None and (policy == "skip" or not lowest):
-        _LOG.warning("txcore: the loss of step %d is %s; %s", steps, loss, skipped(state))
+        _LOG.warning("txcore: the loss of step %d is %s; %s", steps, loss, describe_skipped(state))
         return
     raise FloatingPointError(
         f"the loss of step {steps} is {loss}. {lowest}{_describe_place(state)}. {_ADVICE}"
@@ -57,12 +57,12 @@ def check_loss(steps: int, metrics: dict[str, Any], state: TrainState, policy: P
 
 
 def check_parameters(steps: int, state: TrainState, policy: Policy) -> None:
-    """Refuse to save what no run can go on from: gradients may be NaN where the loss is not.
+    """Refuse to save parameters that are not finite: they may be NaN where the loss is not.
 
     Args:
-      steps: how many have finished.
+      steps: the number of finished steps.
       state: the state after them; every process has to come, since each may hold parts alone.
-      policy: "ignore" saves it all the same.
+      policy: under "ignore" nothing is refused.
 
     Raises:
       FloatingPointError: a parameter is not finite.
@@ -89,8 +89,8 @@ def _first_nonfinite_on(mesh: Mesh, specs: tuple[P, ...]) -> Callable[[list[jax.
     return jax.jit(jax.shard_map(look, mesh=mesh, in_specs=(list(specs),), out_specs=P()))
 
 
-def _at_minimum(state: TrainState) -> str:
-    """Say that the loss scale cannot be lowered any more, or nothing."""
+def _describe_least_scale(state: TrainState) -> str:
+    """Return a sentence if the loss scale is at its minimum, else ""."""
     policy = state.precision.scaling
     if policy is None or state.loss_scaling is None:
         return ""
@@ -100,8 +100,8 @@ def _at_minimum(state: TrainState) -> str:
     return f"The loss scale is {scale:g}, its minimum. " if scale <= policy.minimum else ""
 
 
-def skipped(state: TrainState) -> str:
-    """Say how many steps were skipped, and because of which parameter's gradient the last.
+def describe_skipped(state: TrainState) -> str:
+    """Describe the skipped steps, and the gradient that made the last one skip.
 
     Args:
       state: a state with loss scaling, not yet donated.
@@ -124,16 +124,16 @@ def skipped(state: TrainState) -> str:
     )
 
 
-def holds_nonfinite(state: TrainState) -> bool:
+def has_nonfinite_parameter(state: TrainState) -> bool:
     """Tell whether a parameter is not finite, alike on every process; all have to come."""
     leaves = jax.tree.leaves(state.stored_params)
     if all(leaf.is_fully_addressable or leaf.is_fully_replicated for leaf in leaves):
-        return bool(bad_parameters(state))
+        return bool(find_nonfinite_parameters(state))
     return _any_nonfinite(leaves)  # each process has parts alone
 
 
-def bad_parameters(state: TrainState) -> list[str]:
-    """Return which parameters are not finite, as far as this process holds them."""
+def find_nonfinite_parameters(state: TrainState) -> list[str]:
+    """Return the names of the parameters of which this process holds a part that is not finite."""
     found = []
     for path, leaf in jax.tree_util.tree_flatten_with_path(state.stored_params)[0]:
         if not jnp.issubdtype(leaf.dtype, jnp.inexact):
@@ -147,7 +147,7 @@ def bad_parameters(state: TrainState) -> list[str]:
 
 
 def _describe_place(state: TrainState) -> str:
-    found = bad_parameters(state)
+    found = find_nonfinite_parameters(state)
     if not found:
         leaves = jax.tree.leaves(state.stored_params)
         here = all(leaf.is_fully_addressable or leaf.is_fully_replicated for leaf in leaves)

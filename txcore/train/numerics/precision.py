@@ -1,4 +1,4 @@
-"""Precision policies: in which dtype a step computes."""
+"""Precision policies: the dtype in which a step computes."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -13,15 +13,15 @@ POLICIES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.flo
 
 @dataclass(frozen=True)
 class Precision:
-    """Parameters, gradients and optimizer state stay float32; the model computes in `compute`.
+    """Choose the dtype in which the model computes; parameters and gradients stay float32.
 
     Inside a step, `state.precision.cast(tree)` casts parameters and inputs. Cast inside the
     differentiated function, so that gradients come out, and are reduced, in float32.
 
-    float16 rounds to zero what is below 6e-8, so its steps scale the loss, by
+    float16 rounds numbers below 6e-8 to zero, so its steps scale the loss, by
     `tx.value_and_grad(f, loss_scale=state.loss_scale)`; the same line works in every precision,
     where `state.loss_scale` is None. A step whose reduced gradients are not all finite changes
-    nothing of the state, its step count included, but the loss scale.
+    only the loss scale: all else in the state stays, the step count included.
 
     Args:
       compute: "float32", "bfloat16" or "float16".
@@ -56,7 +56,7 @@ class Precision:
 
     @property
     def scaling(self) -> LossScale | float | None:
-        """How the loss scale changes; None where there is none."""
+        """How the loss scale changes; None without one."""
         if self.compute == "float16" and self.loss_scale is None:
             return LossScale()
         return self.loss_scale

@@ -1,4 +1,4 @@
-"""Random keys that depend on the seed, the step and the example, and on nothing else."""
+"""Random keys that depend on the seed, the step and the example alone."""
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +21,8 @@ def step_key(seed: jax.Array, step: jax.Array) -> jax.Array:
 def example_keys(key: jax.Array, count: int, row_axes: tuple[str, ...]) -> jax.Array:
     """Return a key for each of this device's `count` examples, shape (count,).
 
-    Each is keyed by the example's place in the global batch, so that dropout drops the same
-    units whatever the number of devices.
+    Each is keyed by the example's index in the global batch, so that dropout drops the same
+    units on any number of devices.
     """
     # Inside a step the axes are those with more than one device; without any, all is local.
     first = axis_index(row_axes) * count if row_axes else jnp.int32(0)

@@ -1,4 +1,4 @@
-"""What must be equal on all ranks and devices: agreed on, compared, copied.
+"""Keep equal what has to be equal on all ranks and devices: agree, compare, copy.
 
 Imports `_compat`, `collectives`, `launch.key_value`, `launch.preflight`, `launch.watch`,
 `train.checkpoints`, `train.options`, `train.state`.

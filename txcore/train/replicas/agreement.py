@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from txcore.train.checkpoints.checkpoints import Checkpoints
     from txcore.train.checkpoints.manifest import Position
 
-COMPILED_S = 1800.0  # until all ranks have compiled what they are about to run
-ALIKE_S = 5.0  # until all ranks have failed, where they fail alike
+COMPILED_S = 1800.0  # for all ranks to compile what they are about to run
+ALIKE_S = 5.0  # for all ranks to fail, if they fail alike
 
-_failures = itertools.count()  # of this process, those that were asked about
+_failures = itertools.count()  # those of this process that were asked about
 
 _SAME_STATE = (
     "Nothing was run. Make the same state on every rank (by the same seed, files and numbers), or "
@@ -56,14 +56,14 @@ def check_fit(
 
     Args:
       options: those of the engine that runs the steps.
-      data: the batches; their number is compared where it is known.
+      data: the batches; their number is compared if it is known.
       evaluate: only whether it is given is compared.
       checkpoints: where and how often the run is saved.
       **counts: the other arguments of `fit`.
 
     Raises:
-      MismatchError: an argument differs, or a setting that changes results; names it, on every rank
-        alike.
+      MismatchError: an argument or a setting that changes results differs; every rank raises it,
+        and the text names it.
     """
     number = count_batches(data)
     lines = [f"{name}={count}" for name, count in counts.items()]
@@ -101,7 +101,7 @@ def check_end(position: "Position") -> None:
       position: where it ended.
 
     Raises:
-      MismatchError: the ranks ended at other batches: their data are of other lengths.
+      MismatchError: the ranks ended at different batches, since their data differ in length.
     """
     names = ("steps", "epoch", "batch", "rows")
     preflight.check(
@@ -117,7 +117,7 @@ def check_end(position: "Position") -> None:
 
 
 def describe_engine(options: Options) -> list[str]:
-    """Return what of an engine has to be the same on every rank, a line for each."""
+    """Describe the options of an engine that have to be the same on every rank, a line each."""
     update = options.optimizer.update
     kind = f"{update.__module__}.{update.__qualname__.partition('.')[0]}"
     return [
@@ -140,8 +140,8 @@ def check_beginning(options: Options, state: TrainState, name: str, batch: Any =
       batch: what it runs on, on the mesh, if that is known: see `check_batch`.
 
     Raises:
-      MismatchError: a leaf differs in path, dtype, shape or any bit, or the engine; it is named,
-        with the ranks, on every rank alike.
+      MismatchError: the engines differ, or a leaf differs in path, dtype, shape or any bit; every
+        rank raises it, and the text names the leaf and the ranks.
     """
     preflight.check(
         f"the state for {name}",
@@ -164,13 +164,14 @@ def check_batch(batch: Any, mesh: Mesh, name: str) -> None:
     """Refuse a batch whose copies on several ranks differ; every process has to call it.
 
     Args:
-      batch: pytree of arrays on the mesh. Leaves that no two ranks have a part of (examples) are
-        not looked at, and cost nothing.
+      batch: pytree of arrays on the mesh. Leaves without copies on several ranks (examples) are
+        not compared, and cost nothing.
       mesh: its devices.
       name: what is about to run.
 
     Raises:
-      MismatchError: copies differ in any bit; the leaf is named, with the ranks, on every rank.
+      MismatchError: copies differ in any bit; every rank raises it, and the text names the leaf and
+        the ranks.
     """
     leaves = jax.tree_util.tree_flatten_with_path(batch)[0]
     shared = {
@@ -187,8 +188,8 @@ def fails_alike(error: BaseException, steps: int) -> bool:
     """Tell whether every rank fails by the same kind of error; each that fails has to call it.
 
     Args:
-      error: of an evaluation, on this rank.
-      steps: how many steps were made before it.
+      error: the one that an evaluation raised on this rank.
+      steps: the number of steps before it.
     """
     kind = f"{type(error).__name__} after {steps} steps"
     try:
@@ -198,13 +199,13 @@ def fails_alike(error: BaseException, steps: int) -> bool:
 
 
 def check_copies(state: TrainState, mesh: Mesh, after: int | None, since: int | None) -> None:
-    """Refuse to go on where copies of a leaf differ.
+    """Raise an error if copies of a leaf differ.
 
     Args:
       state: the state.
       mesh: where it lies.
-      after: how many steps were made, if it is known.
-      since: after how many the copies were equal, if it is known.
+      after: the number of steps made, if known.
+      since: the number of steps after which the copies were last equal, if known.
 
     Raises:
       MismatchError: copies differ; names leaf, devices and ranks, on every rank alike.
@@ -224,7 +225,7 @@ def _format_differences(head: str, found: Sequence[digests.Difference], remedy: 
 
 
 def check_broadcast(root: int, arrays: Any) -> None:
-    """Refuse to send a state to ranks whose leaves differ; every process has to call it."""
+    """Refuse to send a state between ranks whose leaves differ; every process has to call it."""
     preflight.check(
         "create_state",
         {"state": digests.describe_leaves(arrays), "create_state": f"broadcast_from={root}"},

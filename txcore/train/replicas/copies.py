@@ -30,9 +30,9 @@ def copy_to_host(tree: Any, what: str, *, user: str = "create_state", trained: b
 
     Args:
       tree: pytree of arrays and numbers.
-      what: what errors call it ("params").
-      user: what was called with it.
-      trained: whether it is differentiated, so that it may hold no keys.
+      what: the name of the tree in errors ("params").
+      user: the function that was called with it, for errors.
+      trained: whether it is differentiated; then it may hold no keys.
 
     Raises:
       TypeError: a leaf is not an array, or lies in a model that has to be split first.
@@ -55,7 +55,7 @@ def copy_to_host(tree: Any, what: str, *, user: str = "create_state", trained: b
 
 
 def _describe_problem(leaf: Any, in_module: bool, trained: bool) -> str | None:
-    """Return what is needed and what was given; None for an array."""
+    """Describe what a leaf needs to be and what it is; None for an array."""
     if isinstance(leaf, jax.core.Tracer):
         return f"arrays, got {type(leaf).__name__}, which stands for one while jax traces,"
     if _compat.is_key_array(leaf):
@@ -71,7 +71,7 @@ def _describe_problem(leaf: Any, in_module: bool, trained: bool) -> str | None:
 
 
 def in_native_order(array: np.ndarray) -> np.ndarray:
-    """Return an array in this machine's byte order; jax takes no other one (">f4")."""
+    """Return an array in this machine's byte order, the only one that jax takes (not ">f4")."""
     return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
 
 
@@ -121,7 +121,7 @@ def _variable_of(x: Any) -> list[str]:
 
 
 def _remedy_of(x: Any) -> str | None:
-    """Return what to do with a model of another library; none of them is imported."""
+    """Return what to do with a model of another library, without importing the library."""
     for base in type(x).__mro__:
         library, name = base.__module__, base.__name__
         if library.startswith("equinox.") and name == "Module":

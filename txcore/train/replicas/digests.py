@@ -133,7 +133,7 @@ def _on_mesh(leaf: Any, mesh: Mesh) -> jax.Array:
 def _group_devices(
     leaf: jax.Array, mesh: Mesh, digests: np.ndarray
 ) -> tuple[tuple[jax.Device, ...], ...]:
-    """Group the devices by their digests; of a split leaf, those of the first part that differs."""
+    """Group the devices by their digests; of a split leaf, for the first part that differs."""
     parts: dict[str, dict[bytes, list[jax.Device]]] = {}
     places = leaf.sharding.devices_indices_map(leaf.shape)
     for device, digest in zip(mesh.devices.flat, digests, strict=True):
@@ -144,7 +144,7 @@ def _group_devices(
 
 
 def _make_digests(leaves: Sequence[jax.Array], mesh: Mesh) -> jax.Array:
-    """Return each device's digests of what it holds: uint32[devices, leaves, 2]."""
+    """Return the digests of what each device holds: uint32[devices, leaves, 2]."""
     plain = [jax.random.key_data(x) if _compat.is_key_array(x) else x for x in leaves]
     folded = [x if x.size <= SMALL else _fold_on(mesh, _spec_of(x))(x) for x in plain]
     rows: dict[jax.Device, list[np.ndarray]] = {device: [] for device in mesh.local_devices}
@@ -177,7 +177,7 @@ def _fold_on(mesh: Mesh, spec: P) -> Callable[[jax.Array], jax.Array]:
 
 @functools.lru_cache(maxsize=64)
 def _compare_on(mesh: Mesh, specs: tuple[P, ...]) -> Callable[[jax.Array], jax.Array]:
-    """Return a program that tells for each leaf, on every device, whether any copies differ."""
+    """Return a program that tells every device for each leaf whether any copies differ."""
     names = mesh.axis_names
     split = [frozenset(jax.tree.leaves(tuple(spec))) for spec in specs]
 
@@ -264,7 +264,7 @@ def _split_words(x: jax.Array) -> list[jax.Array]:
 
 
 def _join_words(words: Sequence[jax.Array], dtype: Any) -> jax.Array:
-    """Return the elements that `_split_words` has split."""
+    """Return the elements whose words `_split_words` returned."""
     if jnp.issubdtype(dtype, jnp.complexfloating):
         half = len(words) // 2
         part = jnp.dtype("float32" if half == 1 else "float64")
@@ -288,10 +288,10 @@ def send_from(tree: Any, mesh: Mesh, root: int) -> Any:
     Args:
       tree: pytree of host arrays of the same shapes and dtypes on every process, or typed keys.
       mesh: the devices.
-      root: the place of a device in the mesh whose process's values are taken.
+      root: the index in the mesh of a device of the process whose values are sent.
 
     Returns:
-      Arrays that are the same on every device, typed as such.
+      Arrays that are equal on every device, and typed so.
     """
     sharding = NamedSharding(mesh, P(mesh.axis_names))
 

@@ -19,7 +19,7 @@ from txcore.mesh import MeshSpec
 from txcore.plan.plan import Plan
 from txcore.printing import name_of
 from txcore.step_scope import StepScope, tracing
-from txcore.train.batches.batch import examples, mask_of
+from txcore.train.batches.batch import batch_size_and_mask, mask_of
 from txcore.train.state.layout import state_specs
 from txcore.train.state.owner import TracedOwner
 from txcore.train.state.state import TrainState
@@ -99,7 +99,7 @@ def compile_step(
     parts = tuple(shape_of_part(x.shape, layout.gradient, mesh.shape) for x, layout in pairs)
 
     def sharded(arrays: dict[str, Any], batch: Any) -> Any:
-        rows = examples(batch, plan)[0]
+        rows = batch_size_and_mask(batch, plan)[0]
         scope = StepScope(
             *(data_axes, row_axes, left_out, rows, scales_loss, layouts, shapes, parts),
             regathers=dp is None or dp.reshard_after_forward,
