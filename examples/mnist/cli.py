@@ -18,6 +18,7 @@ from txcore.launch import watch
 from txcore.parallel.gradients import algorithms
 from txcore.train.numerics import nonfinite
 
+AXES = ("data", "model")
 BASE_BATCH = 64  # the batch to which --lr-scaling linear refers
 ALGORITHMS = get_args(algorithms.Name)
 EPOCHS = {"mnist": 3, "digits": 20}
@@ -32,6 +33,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--model", default="cnn", choices=list(models.MODELS))
     add("--dropout", type=float, help="replaces the model's dropout rates; 0 leaves them out")
     add("--devices", default="all", help="1, N or all; simulates CPU devices where needed")
+    add("--mesh", help="axes and their sizes: data=2,model=2; default: all devices along data")
     add("--batch-size", type=int, default=128, help="of the global batch")
     add("--learning-rate", type=float, help="default: 0.02 for sgd, 0.001 for adamw")
     add("--optimizer", default="sgd", choices=list(LEARNING_RATES), help="sgd has momentum 0.9")
@@ -108,6 +110,59 @@ def check(args: argparse.Namespace) -> None:
     if args.results:
         # Now, and not after an hour of training.
         pathlib.Path(args.results).parent.mkdir(parents=True, exist_ok=True)
+
+
+def choose_mesh(args: argparse.Namespace, num_processes: int) -> tx.MeshSpec:
+    """Return the mesh: data parallelism over "data", tensor parallelism over "model"."""
+    if args.mesh is None:
+        devices = choose_devices(args.devices, num_processes)
+        return tx.MeshSpec(devices, axes=("data",))
+    sizes = parse_mesh(args.mesh)
+    count = sizes["data"] * sizes["model"]
+    if args.devices not in ("all", str(count)):
+        raise ValueError(
+            f"--mesh {args.mesh} needs {count} devices, got --devices {args.devices}: leave one out"
+        )
+    if sizes["data"] % num_processes:
+        raise ValueError(
+            f"--mesh {args.mesh}: {num_processes} processes share the batch over data, which needs "
+            f"a multiple of {num_processes}"
+        )
+    return tx.MeshSpec(choose_devices(str(count), num_processes), AXES, tuple(sizes.values()))
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+    """Return the size of each axis that --mesh names.
+
+    Example:
+      >>> parse_mesh("model=2")
+      {'data': 1, 'model': 2}
+    """
+    sizes = dict.fromkeys(AXES, 1)
+    for part in text.split(","):
+        axis, _, size = part.partition("=")
+        if axis == "pipe":
+            raise ValueError(
+                f"--mesh {text}: a pipeline needs layers that are alike, to be stacked and shared "
+                "out, and these models have none. See examples/pipeline_two_stage.py and "
+                "examples/gpt_small"
+            )
+        if axis not in AXES or not size.isdigit() or int(size) < 1:
+            raise ValueError(
+                f"--mesh needs sizes of the axes {' and '.join(AXES)}, as data=2,model=2, got "
+                f"{text!r}"
+            )
+        sizes[axis] = int(size)
+    return sizes
+
+
+def make_plan(
+    args: argparse.Namespace, layers: tuple[models.Layer, ...], mesh: tx.MeshSpec
+) -> tx.Plan:
+    """Return what is parallel: the batch, and over several devices along "model" the layers."""
+    splits = mesh.shape.get("model", 1) > 1
+    tensor = tx.TP("model", rules=models.split_rules(layers)) if splits else None
+    return tx.Plan(data_parallel=make_data_parallel(args), tensor_parallel=tensor)
 
 
 def choose_devices(wanted: str, num_processes: int) -> list[Any]:

@@ -1,13 +1,17 @@
 """The five models, as lists of layers, and the two functions that run them."""
 
 import dataclasses
+import functools
+import itertools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+import txcore as tx
 from txcore import kernels
 
 
@@ -107,7 +111,11 @@ def _weights(random: np.random.Generator, shape: tuple[int, ...]) -> dict[str, n
 
 
 def apply(
-    layers: tuple[Layer, ...], params: Any, images: jax.Array, keys: jax.Array | None = None
+    layers: tuple[Layer, ...],
+    params: Any,
+    images: jax.Array,
+    keys: jax.Array | None = None,
+    axis: str | None = None,
 ) -> jax.Array:
     """Compute the logits.
 
@@ -116,23 +124,86 @@ def apply(
       params: what `init` returned, in the dtype to compute in.
       images: [batch, 28, 28, 1], in the same dtype.
       keys: one random key for each image, to train with dropout; None evaluates.
+      axis: the mesh axis over which the layers are split, by `split_rules`; None for whole ones.
 
     Returns:
       [batch, 10] in the same dtype.
     """
     x = images
+    splits = dict.fromkeys(range(len(layers) + 1), "whole")
+    if axis is not None:
+        splits = split_layers(layers)
     for i, layer in enumerate(layers):
         match layer:
             case Conv(_, _, pool):
-                p = params[f"conv{i}"]
-                x = kernels.conv2d(x, **p, activation="relu", pool=2 if pool else None)
+                conv = _split_by(splits[i], axis)
+                x = conv(x, **params[f"conv{i}"], activation="relu", pool=2 if pool else None)
             case Dense():
                 p, dropout = params[f"dense{i}"], _dropout_after(layers, i, keys)
-                x = kernels.dense(x.reshape(len(x), -1), **p, activation="relu", **dropout)
+                x = x.reshape(len(x), -1)
+                x = _dense(x, p, splits[i], axis, activation="relu", **dropout)
             case Dropout(rate) if keys is not None and not _after_dense(layers, i):
                 x = kernels.dropout(x, _layer_keys(keys, i), rate)
     p = params[f"dense{len(layers)}"]
-    return kernels.dense(x.reshape(len(x), -1), **p)
+    return _dense(x.reshape(len(x), -1), p, splits[len(layers)], axis)
+
+
+def split_layers(layers: tuple[Layer, ...]) -> dict[int, str]:
+    """Return how each layer with parameters is split: by columns, then by rows, and so on.
+
+    Two layers make a pair, with one sum at its end; the last one, if it is left over, stays whole.
+
+    Example:
+      >>> split_layers(MODELS["mlp"])
+      {0: 'columns', 1: 'rows', 2: 'whole'}
+    """
+    places = [i for i, layer in enumerate((*layers, Dense(CLASSES))) if not _is_dropout(layer)]
+    splits = dict(zip(places, itertools.cycle(("columns", "rows")), strict=False))
+    if len(places) % 2:
+        splits[places[-1]] = "whole"
+    return splits
+
+
+def split_rules(layers: tuple[Layer, ...]) -> dict[str, int]:
+    """Return which dim of which parameter `split_layers` splits, as `tx.TP` takes it.
+
+    Example:
+      >>> split_rules(MODELS["dense"])
+      {'dense0/w': -1, 'dense0/b': -1, 'dense1/w': -2}
+    """
+    rules: dict[str, int] = {}
+    for i, by in split_layers(layers).items():
+        kind = "conv" if i < len(layers) and isinstance(layers[i], Conv) else "dense"
+        if by == "columns":
+            rules |= {f"{kind}{i}/w": -1, f"{kind}{i}/b": -1}
+        elif by == "rows":
+            rules[f"{kind}{i}/w"] = -2
+    return rules
+
+
+def _split_by(by: str, axis: str | None) -> Callable[..., jax.Array]:
+    """Return the convolution of a layer that is split so."""
+    if by == "whole" or axis is None:
+        return kernels.conv2d
+    split = tx.tensor.column_conv if by == "columns" else tx.tensor.row_conv
+    return functools.partial(split, axis=axis)
+
+
+def _dense(x: jax.Array, p: Any, by: str, axis: Any, **fused: Any) -> jax.Array:
+    """Compute a dense layer, of which each device along the axis may have a part."""
+    if by == "whole":
+        return kernels.dense(x, **p, **fused)
+    if by == "columns":
+        first = tx.axis_index(axis) * p["w"].shape[1]  # of this device's features
+        offset = {"offset": first} if "dropout" in fused else {}
+        return kernels.dense(tx.tensor.enter(x, axis), **p, **fused, **offset)
+    y = tx.tensor.row_dense(x, **p, axis=axis)
+    y = jax.nn.relu(y) if "activation" in fused else y
+    return kernels.dropout(y, fused["keys"], fused["dropout"]) if "keys" in fused else y
+
+
+def _is_dropout(layer: Layer) -> bool:
+    return isinstance(layer, Dropout)
 
 
 def _after_dense(layers: tuple[Layer, ...], i: int) -> bool:

@@ -28,11 +28,12 @@ from txcore import kernels, launch
 def make_steps(
     layers: tuple[models.Layer, ...], label_smoothing: float = 0.0, microbatches: int | None = None
 ) -> tuple[Any, Callable[..., Any]]:
-    """Return the training step and the evaluation step of a model."""
+    """Return the training step and the evaluation step of a model, for every plan."""
 
     def forward(state: tx.TrainState, params: Any, batch: Any, keys: Any = None) -> jax.Array:
-        cast = state.precision.cast
-        return models.apply(layers, cast(params), cast(batch["image"]), keys)
+        cast, tensor = state.precision.cast, state.engine.plan.tensor_parallel
+        axis = None if tensor is None else tensor.axis
+        return models.apply(layers, cast(params), cast(batch["image"]), keys, axis)
 
     @tx.step_fn
     def train_step(state: tx.TrainState, batch: Any) -> Any:
@@ -47,16 +48,14 @@ def make_steps(
         both = tx.value_and_grad(loss_of, loss_scale=scale, microbatches=microbatches)
         loss, grads = both(state.params, batch, keys)
         grads, state = state.sync_gradients(grads)
-        state = state.apply_gradients(grads=grads)
         metrics = {"loss": tx.pmean(loss, "data", name="loss")}
         if scale is not None:  # float16
             metrics["loss_scale"] = scale
-        return state, metrics
+        return state.apply_gradients(grads=grads), metrics
 
     def eval_step(state: tx.TrainState, batch: Any) -> Any:
-        logits = forward(state, state.params, batch)
-        right = (jnp.argmax(logits, axis=-1) == batch["label"]).astype(jnp.float32)
-        accuracy = jnp.mean(right * batch["weight"])
+        right = jnp.argmax(forward(state, state.params, batch), axis=-1) == batch["label"]
+        accuracy = jnp.mean(right.astype(jnp.float32) * batch["weight"])
         return {"test_accuracy": tx.pmean(accuracy, "data", name="test_accuracy")}
 
     return train_step, eval_step
@@ -70,21 +69,21 @@ def train(args: argparse.Namespace) -> int:
     cli.check(args)
     checkpoints = cli.make_checkpoints(args)
     layers = models.layers_of(args.model, args.dropout)
-    devices = cli.choose_devices(args.devices, launch.world_size())
+    mesh = cli.choose_mesh(args, launch.world_size())
     rank, processes = jax.process_index(), jax.process_count()
 
     # ---- Load the data: the same on every process ------------------------------------------------
     dataset = load(args.dataset, args.data_dir, rank=rank, barrier=tx.barrier, agree=cli.agree)
     agreement.check_data(dataset)
-    shares = (len(devices), rank, processes)
+    shares = (mesh.shape["data"], rank, processes)
     feed = Feed(dataset, args.batch_size, shares, seed=args.seed, train_size=args.train_size)
     steps = cli.count_steps(args, dataset.name, feed.steps_per_epoch)
 
     # ---- Say what is parallel, and how to train --------------------------------------------------
     history = results.History()
     engine = tx.Engine(
-        mesh=tx.MeshSpec(devices=devices, axes=("data",)),
-        plan=tx.Plan(data_parallel=cli.make_data_parallel(args)),
+        mesh=mesh,
+        plan=cli.make_plan(args, layers, mesh),
         optimizer=cli.make_optimizer(args, steps),
         loggers=[tx.loggers.Basic(unit="images"), history, *cli.make_loggers(args)],
         precision=args.precision,
@@ -92,7 +91,7 @@ def train(args: argparse.Namespace) -> int:
         on_nonfinite=args.on_nonfinite,
     )
     cli.say(
-        f"{args.model} on {dataset.name}: {len(devices)} x {devices[0].device_kind}, "
+        f"{args.model} on {dataset.name}: {mesh.size} x {mesh.devices[0].device_kind}, "
         f"{processes} process(es), global batch {args.batch_size}, {args.precision}"
     )
 

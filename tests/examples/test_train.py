@@ -85,6 +85,38 @@ def test_100_steps_in_float32_give_one_curve(tmp_path, dropout):
     check_one_curve(tmp_path, "--model", "softmax", "--dropout", dropout, rtol=1e-4)
 
 
+@pytest.mark.parametrize("model", ["small-cnn", "mlp"])
+def test_layers_in_parts_give_the_curve_of_one_device(tmp_path, model):
+    """Channels and features over "model", with dropout of the parts; in float64, as above."""
+    args = ["--model", model, "--dataset", "digits", "--steps", "20", "--eval-every", "20"]
+    args += ["--warmup", "0"]
+    with jax.enable_x64(True):
+        one, *others = (
+            run(tmp_path, *args, *way, script=curves)
+            for way in (["--devices", "1"], ["--mesh", "data=2,model=2"], ["--mesh", "model=4"])
+        )
+    assert np.mean(one["loss_curve"][-5:]) < 0.98 * one["loss_curve"][0]
+    for other in others:
+        np.testing.assert_allclose(other["loss_curve"], one["loss_curve"], rtol=1e-9)
+        assert other["test_accuracy"] == one["test_accuracy"]
+        assert other["audit_ok"]
+        assert {row["origin"] for row in other["collectives"]} == {"txcore"}
+    tags = [tag for row in others[1]["collectives"] for tag in row["tags"]]
+    pairs = 2 if model == "small-cnn" else 1  # a sum each forward, and back into all but the first
+    assert sorted(tags) == ["psum/row"] * pairs + ["vary/enter"] * (pairs - 1)
+
+
+def test_a_run_goes_on_with_its_layers_split_otherwise(tmp_path):
+    args = ["--model", "mlp", "--dataset", "digits", "--no-audit", "--eval-every", "20"]
+    saving = ["--checkpoint-dir", tmp_path / "saved", "--save-every", "10"]
+    whole = run(tmp_path, *args, "--steps", "20", "--devices", "1")
+    run(tmp_path, *args, "--steps", "10", "--mesh", "data=2,model=2", *saving)
+    rest = run(tmp_path, *args, "--steps", "20", "--mesh", "model=4", *saving, "--resume", "must")
+    assert rest["first_step"] == 11
+    np.testing.assert_allclose(rest["loss_curve"], whole["loss_curve"][10:], rtol=1e-5)
+    assert rest["test_accuracy"] == pytest.approx(whole["test_accuracy"], abs=0.003)
+
+
 def numpy_curve(steps, rate=0.02, warmup=100, momentum=0.9):
     """The losses of softmax regression by the script's rule, in float64 and without padding."""
     digits = dataset.load("digits")
@@ -225,6 +257,11 @@ BAD = [
     (["--devices", "0"], "--devices needs a number from 1 on, or all, got '0'"),
     (["--devices", "two"], "--devices needs a number from 1 on, or all, got 'two'"),
     (["--devices", "99"], "--devices 99: this jax has started with 8 devices"),
+    (["--mesh", "data=2,pipe=2"], "a pipeline needs layers that are alike"),
+    (["--mesh", "data=2,model=0"], "--mesh needs sizes of the axes data and model, as data=2,"),
+    (["--mesh", "data"], "--mesh needs sizes of the axes data and model, as data=2,model=2, got"),
+    (["--mesh", "data=2", "--devices", "3"], "--mesh data=2 needs 2 devices, got --devices 3"),
+    (["--mesh", "model=3"], "dim 0 of params['dense0']['b'], shape (128,), divisible by the 3"),
     (["--batch-size", "0"], "--batch-size 0 cannot be shared equally"),
     (["--dropout", "1"], "--dropout needs a number from 0 to below 1, got 1.0"),
     (["--model", "mlp", "--dropout", "0.5"], "--dropout 0.5: model mlp has no dropout"),
