@@ -26,6 +26,7 @@ from txcore.parallel.pipeline.ticks import (
     make_rows,
     slice_rows,
 )
+from txcore.step_scope import current_scope
 
 
 def value_and_grad(
@@ -127,6 +128,8 @@ def value_and_grad(
         plan = where.schedule
         inputs = check_inputs(op, plan, params, batch, mask, where.axis, data_axis)
         stages = prepare_stages(op, functions, inputs, has_aux=has_aux)
+        if (scope := current_scope()) is not None:
+            scope.activations.append(jax.tree.map(jax.typeof, stages.x))
         program = _trace_block(plan, inputs, stages)
         run = Runner(plan, plan_buffers(plan), inputs, stages, program, loss_scale)
         carry, rows = run.start(), make_rows(plan, run.buffers, inputs.stage)
