@@ -1,5 +1,7 @@
 """A plan predicts what a pipeline sends: its permutes, and the sums over its stages."""
 
+import os
+
 import jax
 import jax.numpy as jnp
 import pipeline_plans as models
@@ -14,6 +16,8 @@ SCHEDULES = {
     "interleaved": {"schedule": "interleaved", "chunks": 2},
     "zb-h1": {"schedule": "zb-h1"},
 }
+SWEEP = "TXCORE_ALL_PIPELINES"
+SOME = [("1f1b", "cud"), ("zb-h1", "cud"), ("interleaved", "tpu")]
 ENDS = {"ends' gradients", "loss of the last stage"}
 SIZES = {"data": 2, "model": 2, "pipe": 2}
 
@@ -56,6 +60,8 @@ def check(engine, target, dp=None):
 @pytest.mark.parametrize("target", ["cuda:h100:8", "tpu:v5e:2x4"])
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_each_schedule_sends_what_is_predicted_on_machines_that_are_not_here(name, target):
+    if SWEEP not in os.environ and (name, target[:3]) not in SOME:
+        pytest.skip(f"set {SWEEP}=1 for every schedule on every machine")
     engine = models.make_engine(models.make_plan(pp=SCHEDULES[name]), pipe=2, model=2)
     check(engine, {"target": available(target), "mesh": SIZES})
 
