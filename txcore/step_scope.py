@@ -38,6 +38,7 @@ class StepScope:
         parameters of its own. None where gradients are reduced, and in an evaluation.
       doubts: what looks wrong by its type, and cannot be judged before the whole step is traced.
       weighed: what its means weigh by, each as an error says it ("tokens").
+      activations: the type of what goes from stage to stage, of each of its pipelines.
     """
 
     data_axes: tuple[str, ...]
@@ -56,6 +57,7 @@ class StepScope:
     rounds: Any = None
     doubts: list[str] = field(default_factory=list)
     weighed: list[str] = field(default_factory=list)
+    activations: list[Any] = field(default_factory=list)
 
     @property
     def own_axes(self) -> tuple[str, ...]:

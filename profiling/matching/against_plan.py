@@ -104,6 +104,9 @@ def _cover_along_axes(
     alike = {
         i: d for i, d in left.items() if (d.kind, d.dtype) == (predicted.kind, predicted.dtype)
     }
+    # A scalar over all of its axes is it, and not two others over one of them each.
+    exact = [i for i, d in alike.items() if {*d.axes} == {*predicted.axes}]
+    alike = {i: alike[i] for i in [*exact, *alike]}
     by_axis = [
         _cover_sizes(predicted.elements, {i: d for i, d in alike.items() if axis in d.axes})
         for axis in predicted.axes

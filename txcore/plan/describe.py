@@ -40,6 +40,7 @@ def describe(
     options: dict[str, Any] = {}
     if optimizer is not None:
         options = {"clips": optimizer.clips, "exchanges": optimizer.exchanges}
+    options["activation"] = activation
     schedule = _schedule_of(plan, mesh)
     return Description(
         plan=repr(plan),

@@ -28,6 +28,7 @@ from txcore.plan.description import Description
 from txcore.plan.pipeline_parallel import PP
 from txcore.plan.predict import predict_adasum, predict_average, predict_norms
 from txcore.plan.predict_buckets import choose_exchange, predict_exchange
+from txcore.plan.predict_pipeline import predict_pipeline
 from txcore.plan.predict_shards import predict_optimizer
 from txcore.plan.rules import split_chunks, stored_specs
 from txcore.plan.shards import shard_spec
@@ -274,6 +275,7 @@ class Plan:
         clips: bool = False,
         skips: bool = False,
         exchanges: Exchanges | None = None,
+        activation: Any = None,
     ) -> tuple[Predicted, ...]:
         """Predict what the plan itself makes a training step communicate.
 
@@ -288,6 +290,8 @@ class Plan:
           skips: whether a step with gradients that are not finite changes nothing (in float16, and
             with `Engine(on_nonfinite="skip")`).
           exchanges: what the optimizer sends besides (`Optimizer.exchanges`).
+          activation: of a pipeline, the `jax.ShapeDtypeStruct` (or a pytree of them) of what one
+            device sends to the next of one microbatch; None leaves its permutes out.
 
         Returns:
           For data parallelism one all-reduce of the gradients over the data axes for each dtype,
@@ -296,7 +300,9 @@ class Plan:
           in one step of so many; with Adasum or a compression what that sends. For parameters in
           parts also one of the
           squared norm, where the optimizer `clips`, and one of whether all are finite, where the
-          step `skips`. Nothing over axes of one device.
+          step `skips`. For a pipeline its permutes, over all ticks of a step, and the sums over its
+          stages of the loss and of the gradients of what all stages have. Nothing over axes of one
+          device.
 
         Raises:
           ValueError: as `layouts`.
@@ -319,6 +325,7 @@ class Plan:
             predicted = predict_adasum(pairs, mesh)
         else:
             predicted = predict_exchange(shapes, layouts, mesh, self.data_parallel)
+        predicted += predict_pipeline(self.pipeline, shapes, layouts, mesh, activation)
         if clips:
             predicted += predict_norms(pairs)
         if skips and (axes := tuple(sorted(differing))):

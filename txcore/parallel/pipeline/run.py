@@ -26,6 +26,7 @@ from txcore.parallel.pipeline.ticks import (
     make_rows,
     slice_rows,
 )
+from txcore.step_scope import current_scope
 
 
 def value_and_grad(
@@ -127,6 +128,8 @@ def value_and_grad(
         plan = where.schedule
         inputs = check_inputs(op, plan, params, batch, mask, where.axis, data_axis)
         stages = prepare_stages(op, functions, inputs, has_aux=has_aux)
+        if (scope := current_scope()) is not None:
+            scope.activations.append(jax.tree.map(jax.typeof, stages.x))
         program = _trace_block(plan, inputs, stages)
         run = Runner(plan, plan_buffers(plan), inputs, stages, program, loss_scale)
         carry, rows = run.start(), make_rows(plan, run.buffers, inputs.stage)
@@ -136,16 +139,23 @@ def value_and_grad(
                 return run.tick(carry, row, segment), None
 
             carry, _ = lax.scan(body, carry, slice_rows(rows, segment.ticks))
-        # Every device adds zeros, but the first and the last.
-        loss, aux = psum(carry["means"], where.axis, name="loss")
         grads = _finish({"ends": inputs.ends, "blocks": inputs.blocks}, carry, loss_scale)
-        ends = psum(grads["ends"], where.axis, name="grads")
+        (loss, aux), ends = _sum_over_stages(carry["means"], grads["ends"], where.axis)
         blocks = grads["blocks"]
         if plan.chunks == 1:
             blocks = jax.tree.map(lambda g: g[0], blocks)
         return ((loss, aux) if has_aux else loss), {**ends, "blocks": blocks}
 
     return wrapped
+
+
+def _sum_over_stages(means: Any, ends: Any, axis: str) -> tuple[Any, Any]:
+    """Add up what the stages have: zeros, but for the first and the last one."""
+    summed = psum(means, axis, name="loss"), psum(ends, axis, name="grads")
+    # XLA for GPU would make one nameless all-reduce of these sums and of the means over the data
+    # axes that come next, where there is nothing between them.
+    made: tuple[Any, Any] = lax.optimization_barrier(summed)
+    return made
 
 
 def _finish(params: Any, carry: Carry, loss_scale: Any) -> Any:
@@ -253,7 +263,7 @@ def evaluate(
             return {**carry, "activation": sent}, None
 
         carry = lax.scan(body, {"activation": stages.x, "means": stages.means}, rows)[0]
-        loss, aux = psum(carry["means"], pipe, name="loss")
+        loss, aux = _sum_over_stages(carry["means"], {}, pipe)[0]
         return (loss, aux) if has_aux else loss
 
     return wrapped

@@ -43,6 +43,7 @@ class CompiledStep:
       last_words: what a rank that waits in it says: the step's name and its last collective.
       reduces: whether it has any collective, for which all ranks have to come.
       weighed: what an evaluation's means weigh by, if that is not the real examples of a batch.
+      activation: the type of what the stages of its pipeline send; None without one.
     """
 
     program: "Program"
@@ -51,6 +52,7 @@ class CompiledStep:
     last_words: str
     reduces: bool
     weighed: str | None = None
+    activation: Any = None
 
     @property
     def call(self) -> jax.stages.Compiled:
@@ -92,6 +94,7 @@ def compile_step(
     # state's arrays alone, and what it traces does not keep the engine alive.
     owner = TracedOwner(state.engine)
     weighed: list[str | None] = []
+    activations: list[Any] = []
 
     dp = plan.data_parallel
     pairs = list(zip(jax.tree.leaves(state.stored_params), jax.tree.leaves(layouts), strict=True))
@@ -109,6 +112,7 @@ def compile_step(
             rounds=plan.rounds(mesh) if train else None,
         )
         with tracing(scope):
+            activations.append(scope.activations)
             before = TrainState(**arrays, owner=owner)
             out = fn(before, batch)
             if train:
@@ -143,7 +147,8 @@ def compile_step(
     last = f", whose last collective is {collectives[-1]}" if collectives else ""
     seconds, name = time.perf_counter() - started, name_of(fn)
     other = weighed[-1] if weighed else None
-    return CompiledStep(program, seconds, name, name + last, bool(collectives), other)
+    sent = activations[-1][-1] if activations and activations[-1] else None
+    return CompiledStep(program, seconds, name, name + last, bool(collectives), other, sent)
 
 
 def _lines(declared: Iterable["Declared"]) -> list[str]:

@@ -74,5 +74,6 @@ def report_on(compiled: CompiledStep, state: TrainState, options: Options) -> "R
         clips=clips,
         skips=skips,
         exchanges=options.optimizer.exchanges,
+        activation=compiled.activation,
     )
     return against_plan(report, predicted, factors)
