@@ -1,6 +1,5 @@
 """What a plan says of itself before anything compiles, against what was compiled then."""
 
-
 import described_models as models
 import jax
 import numpy as np
