@@ -32,7 +32,7 @@ def command(*args):
 
 
 @contextlib.contextmanager
-def started(*args, changes=None, **options):
+def start_launcher(*args, changes=None, **options):
     """Start the launcher, and kill it at the end of the context; what it started dies with it."""
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | options
     process = subprocess.Popen(command(*args), env=environment(**changes or {}), **options)
@@ -51,14 +51,14 @@ def launch(*args, changes=None, **options):
     return subprocess.run(command(*args), env=environment(**changes or {}), **options)
 
 
-def script(folder, text, name="script.py"):
+def write_script(folder, text, name="script.py"):
     """Write a script of Python."""
     path = folder / name
     path.write_text("import os, signal, sys, time\n" + textwrap.dedent(text))
     return path
 
 
-def reports(*args, **options):
+def collect_reports(*args, **options):
     """Return what each rank says of itself, in the order of the ranks."""
     done = launch(*args, **options)
     assert done.returncode == 0, done.stderr
@@ -85,7 +85,7 @@ def wait_for_pids(folder, count):
     return [int(path.read_text()) for path in texts]
 
 
-def runs(pid):
+def is_running(pid):
     """Tell whether a process runs; one that nobody has waited for does not."""
     try:
         status = pathlib.Path(f"/proc/{pid}/stat").read_text()
@@ -95,7 +95,7 @@ def runs(pid):
 
 
 def wait_for_end(pids):
-    wait_until(lambda: not any(map(runs, pids)), f"the end of {pids}")
+    wait_until(lambda: not any(map(is_running, pids)), f"the end of {pids}")
 
 
 def main():

@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 import pytest
-from launched_cases import REPORT, environment, launch, reports, script
+from launched_cases import REPORT, collect_reports, environment, launch, write_script
 
 from txcore import cli
 from txcore.cli import launch as launch_command
@@ -104,7 +104,7 @@ REFUSED = [
 def test_what_is_refused(line, says, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder.py").mkdir()
-    script(tmp_path, "open('ran', 'w')", "x.py")
+    write_script(tmp_path, "open('ran', 'w')", "x.py")
     (tmp_path / "no-program").write_bytes(b"\0\0\0\0")
     (tmp_path / "no-program").chmod(0o755)
 
@@ -114,7 +114,7 @@ def test_what_is_refused(line, says, tmp_path, monkeypatch, capfd):
 
 
 def test_ranks_are_told_their_places():
-    first, second, third = reports("-n", 3, REPORT)
+    first, second, third = collect_reports("-n", 3, REPORT)
     for rank, report in enumerate((first, second, third)):
         assert report["env"]["JAX_NUM_PROCESSES"] == "3"
         assert report["env"]["JAX_PROCESS_ID"] == str(rank)
@@ -125,7 +125,7 @@ def test_ranks_are_told_their_places():
 
 
 def test_the_coordinator_is_on_loopback_and_no_port_of_outgoing_connections():
-    (report,) = reports("-n", 1, REPORT)
+    (report,) = collect_reports("-n", 1, REPORT)
     host, _, port = report["env"]["JAX_COORDINATOR_ADDRESS"].rpartition(":")
     low, high = map(int, placement._EPHEMERAL.read_text().split())
     assert host == "127.0.0.1"
@@ -178,13 +178,13 @@ def test_a_coordinator_that_cannot_be_had_here_is_refused(tmp_path, capfd):
 
 def test_the_coordinator_as_given():
     given = ["--coordinator", "localhost:23456"]
-    (report,) = reports("-n", 1, *given, REPORT)
+    (report,) = collect_reports("-n", 1, *given, REPORT)
     assert report["env"]["JAX_COORDINATOR_ADDRESS"] == "localhost:23456"
     assert report["env"]["JAX_COORDINATOR_BIND_ADDRESS"] == "127.0.0.1:23456"
     own = {"JAX_COORDINATOR_BIND_ADDRESS": "0.0.0.0:23456"}
-    (report,) = reports("-n", 1, *given, REPORT, changes=own)
+    (report,) = collect_reports("-n", 1, *given, REPORT, changes=own)
     assert report["env"]["JAX_COORDINATOR_BIND_ADDRESS"] == "0.0.0.0:23456"
-    (report,) = reports("-n", 1, REPORT, changes=own)
+    (report,) = collect_reports("-n", 1, REPORT, changes=own)
     assert report["env"]["JAX_COORDINATOR_BIND_ADDRESS"].startswith("127.0.0.1:")
 
 
@@ -195,13 +195,13 @@ def test_a_coordinator_with_an_address_of_ipv6():
         except OSError as error:
             pytest.skip(f"no IPv6 here: {error}")
     given = ["--coordinator", "[::1]:23456"]
-    (report,) = reports("-n", 1, *given, REPORT)
+    (report,) = collect_reports("-n", 1, *given, REPORT)
     assert report["env"]["JAX_COORDINATOR_ADDRESS"] == "[::1]:23456"
     assert report["env"]["JAX_COORDINATOR_BIND_ADDRESS"] == "[::1]:23456"
 
 
 def test_simulated_devices():
-    for report in reports("-n", 2, "--devices-per-process", 3, REPORT):
+    for report in collect_reports("-n", 2, "--devices-per-process", 3, REPORT):
         assert report["env"]["JAX_NUM_CPU_DEVICES"] == "3"
         assert "CUDA_VISIBLE_DEVICES" not in report["env"]
 
@@ -221,13 +221,13 @@ def test_simulated_devices():
 @pytest.mark.parametrize("platforms", [None, "cuda,cpu"])
 def test_each_rank_has_its_own_gpus(options, given, expected, platforms):
     changes = {"JAX_PLATFORMS": platforms, "CUDA_VISIBLE_DEVICES": given}
-    found = reports(*options, REPORT, changes=changes)
+    found = collect_reports(*options, REPORT, changes=changes)
     assert [report["env"]["CUDA_VISIBLE_DEVICES"] for report in found] == expected
 
 
 def test_on_the_cpu_gpus_are_left_alone():
     changes = {"CUDA_VISIBLE_DEVICES": "0,1"}
-    found = reports("-n", 2, "--devices-per-process", 4, REPORT, changes=changes)
+    found = collect_reports("-n", 2, "--devices-per-process", 4, REPORT, changes=changes)
     assert [report["env"]["CUDA_VISIBLE_DEVICES"] for report in found] == ["0,1"] * 2
 
 
@@ -244,7 +244,7 @@ def test_too_few_gpus(monkeypatch, capfd):
 def test_a_script_gets_its_arguments_untouched():
     words = ["-n", "3", "--grace", "--", "a b", "", "*", "--no-pin", "ü\n'\""]
     for separator in ([], ["--"]):
-        for report in reports("-n", 2, *separator, REPORT, *words):
+        for report in collect_reports("-n", 2, *separator, REPORT, *words):
             assert report["argv"] == words
             assert report["executable"] == sys.executable
             assert report["cwd"] == os.getcwd()
@@ -252,7 +252,7 @@ def test_a_script_gets_its_arguments_untouched():
 
 def test_a_module():
     for options in (["-m", "-n", 2], ["-n", 2, "-m"]):
-        found = reports(*options, "launched_report", "-m", "x", cwd=REPORT.parent)
+        found = collect_reports(*options, "launched_report", "-m", "x", cwd=REPORT.parent)
         assert [report["argv"] for report in found] == [["-m", "x"]] * 2
 
 
@@ -263,14 +263,14 @@ def test_a_command(separator):
 
 
 def test_each_rank_leads_a_session_of_its_own():
-    assert all(report["session"] == report["pid"] for report in reports("-n", 2, REPORT))
+    assert all(report["session"] == report["pid"] for report in collect_reports("-n", 2, REPORT))
 
 
 def test_pinning_shares_the_cores():
     allowed = os.sched_getaffinity(0)
     if len(allowed) < 3:
         pytest.skip("needs three cores")
-    first, second, third = (set(r["cores"]) for r in reports("-n", 3, REPORT))
+    first, second, third = (set(r["cores"]) for r in collect_reports("-n", 3, REPORT))
     assert len(first) == len(second) == len(third) == len(allowed) // 3
     assert len(first | second | third) == 3 * (len(allowed) // 3)
     assert first | second | third <= allowed
@@ -281,14 +281,14 @@ def test_fewer_cores_than_ranks():
     core = min(allowed)
     os.sched_setaffinity(0, {core})
     try:
-        found = reports("-n", 2, REPORT)
+        found = collect_reports("-n", 2, REPORT)
     finally:
         os.sched_setaffinity(0, allowed)
     assert [report["cores"] for report in found] == [[core]] * 2
 
 
 def test_without_pinning():
-    for report in reports("-n", 2, "--no-pin", REPORT):
+    for report in collect_reports("-n", 2, "--no-pin", REPORT):
         assert set(report["cores"]) == os.sched_getaffinity(0)
 
 
@@ -332,7 +332,7 @@ def test_a_folder_that_is_deleted_meanwhile_hides_no_exit_code(tmp_path):
 
 
 def test_rank_0_has_our_stdin(tmp_path):
-    reads = script(tmp_path, "print(os.environ['JAX_PROCESS_ID'], repr(sys.stdin.read()))")
+    reads = write_script(tmp_path, "print(os.environ['JAX_PROCESS_ID'], repr(sys.stdin.read()))")
     done = launch("-n", 2, reads, input="told\n")
     assert sorted(done.stdout.splitlines()) == ["[0] 0 'told\\n'", "[1] 1 ''"]
 

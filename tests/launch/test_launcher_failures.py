@@ -8,7 +8,15 @@ import sys
 import time
 
 import pytest
-from launched_cases import launch, runs, script, started, wait_for_end, wait_for_pids, wait_until
+from launched_cases import (
+    is_running,
+    launch,
+    start_launcher,
+    wait_for_end,
+    wait_for_pids,
+    wait_until,
+    write_script,
+)
 from machine import within
 
 from txcore.launch.launcher import hosts, supervise
@@ -46,7 +54,7 @@ def ranks(tmp_path):
         for rank, body in enumerate(bodies):
             text += f"\n    if rank == '{rank}':\n"
             text += "".join(f"        {line}\n" for line in body.splitlines())
-        return script(tmp_path, text)
+        return write_script(tmp_path, text)
 
     return write
 
@@ -70,7 +78,7 @@ def test_the_exit_code_is_kept_and_the_others_end(tmp_path, ranks):
     pids = wait_for_pids(tmp_path, 3)
     assert done.returncode == 42
     assert done.stderr == f"txcore: rank 1 (pid {pids[1]}) ended with exit code 42\n"
-    assert not any(map(runs, pids))
+    assert not any(map(is_running, pids))
 
 
 def test_nothing_is_said_where_all_is_well():
@@ -84,18 +92,18 @@ def test_ranks_may_end_at_different_times(ranks):
 
 
 def test_a_killed_rank_is_named_with_its_signal(tmp_path, ranks):
-    with started("-n", 3, ranks(SLEEPS, SLEEPS, SLEEPS)) as launcher:
+    with start_launcher("-n", 3, ranks(SLEEPS, SLEEPS, SLEEPS)) as launcher:
         pids = wait_for_pids(tmp_path, 3)
         os.kill(pids[2], signal.SIGKILL)
         _, err = launcher.communicate(timeout=30)
     assert launcher.returncode == 128 + signal.SIGKILL
     assert err == f"txcore: rank 2 (pid {pids[2]}) was killed by SIGKILL\n"
-    assert not any(map(runs, pids))
+    assert not any(map(is_running, pids))
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGSEGV"])
 def test_other_signals_from_elsewhere(tmp_path, ranks, name):
-    with started("-n", 2, ranks(SLEEPS, SLEEPS)) as launcher:
+    with start_launcher("-n", 2, ranks(SLEEPS, SLEEPS)) as launcher:
         pids = wait_for_pids(tmp_path, 2)
         os.kill(pids[1], getattr(signal, name))
         _, err = launcher.communicate(timeout=30)
@@ -130,7 +138,7 @@ with socket.socket(socket.AF_UNIX) as peer:
 
 @pytest.mark.parametrize("time", range(5))
 def test_who_only_notices_the_loss_of_another_is_not_the_first(tmp_path, ranks, time):
-    with started("-n", 3, ranks(NOTICES, SERVES, NOTICES)) as launcher:
+    with start_launcher("-n", 3, ranks(NOTICES, SERVES, NOTICES)) as launcher:
         wait_until((tmp_path / "all-1").exists, "connections")
         pid = wait_for_pids(tmp_path, 3)[1]
         os.kill(pid, signal.SIGKILL)
@@ -202,7 +210,7 @@ def test_a_rank_that_ignores_sigterm_is_killed_after_the_grace(tmp_path, ranks):
         "txcore: rank N (pid N) ended with exit code N",
     ]
     assert done.returncode == 5
-    assert not any(map(runs, wait_for_pids(tmp_path, 2)))
+    assert not any(map(is_running, wait_for_pids(tmp_path, 2)))
 
 
 def test_no_grace(ranks):
@@ -214,7 +222,7 @@ def test_no_grace(ranks):
 
 
 def test_a_stopped_rank_can_end_by_itself(tmp_path, ranks):
-    with started("-n", 2, ranks(obeys("print('saved')"), SLEEPS)) as launcher:
+    with start_launcher("-n", 2, ranks(obeys("print('saved')"), SLEEPS)) as launcher:
         pids = wait_for_pids(tmp_path, 2)
         wait_until((tmp_path / "obeys-0").exists, "its handler")
         os.kill(pids[0], signal.SIGSTOP)
@@ -247,23 +255,23 @@ def test_what_the_others_have_started_ends_too(tmp_path, ranks):
 
 def test_a_killed_launcher_leaves_nothing(tmp_path, ranks):
     body = IGNORES + CHILD + SLEEPS
-    with started("-n", 2, ranks(body, body)) as launcher:
+    with start_launcher("-n", 2, ranks(body, body)) as launcher:
         pids = wait_for_pids(tmp_path, 2) + children(tmp_path, 2)
-        assert all(map(runs, pids))
+        assert all(map(is_running, pids))
         launcher.kill()
         wait_for_end(pids)
 
 
 def test_a_launcher_killed_with_its_group_leaves_nothing(tmp_path, ranks):
     body = IGNORES + SLEEPS
-    with started("-n", 2, ranks(body, body), start_new_session=True) as launcher:
+    with start_launcher("-n", 2, ranks(body, body), start_new_session=True) as launcher:
         pids = wait_for_pids(tmp_path, 2)
         os.killpg(launcher.pid, signal.SIGKILL)
         wait_for_end(pids)
 
 
 def test_the_end_of_the_file_of_the_rank_that_failed_is_shown(tmp_path):
-    fails = script(
+    fails = write_script(
         tmp_path,
         """
         if os.environ["JAX_PROCESS_ID"] == "0":
@@ -295,7 +303,7 @@ def test_nothing_is_left_where_a_later_rank_cannot_start(tmp_path, monkeypatch, 
     before = {n: signal.getsignal(n) for n in (*hosts.STOPS, *hosts.PASSED, signal.SIGCHLD)}
     with pytest.raises(OSError, match="no more processes"):
         supervise.launch_ranks([hosts.Task(rank, argv, environment) for rank in range(2)])
-    assert not runs(wait_for_pids(tmp_path, 1)[0])
+    assert not is_running(wait_for_pids(tmp_path, 1)[0])
     assert {n: signal.getsignal(n) for n in before} == before
 
 

@@ -12,13 +12,13 @@ import time
 import pytest
 from launched_cases import (
     REPORT,
+    collect_reports,
+    is_running,
     launch,
-    reports,
-    runs,
-    script,
-    started,
+    start_launcher,
     wait_for_end,
     wait_for_pids,
+    write_script,
 )
 
 from txcore.launch.launcher import hosts, supervise
@@ -45,7 +45,7 @@ def remote(request, tmp_path):
 
 
 def test_ranks_are_told_their_places(remote, tmp_path):
-    found = reports("-n", 3, *remote, REPORT)
+    found = collect_reports("-n", 3, *remote, REPORT)
     places = ("JAX_PROCESS_ID", "JAX_LOCAL_PROCESS_ID", "JAX_NUM_PROCESSES")
     assert [[r["env"][name] for name in places] for r in found] == [
         ["0", "0", "3"],
@@ -61,7 +61,9 @@ def test_words_variables_and_folder_arrive_as_they_are(remote, tmp_path):
     folder = tmp_path / "with ' and space"
     folder.mkdir()
     changes = {"XLA_FLAGS": "--a='b c' $x \n\"", "OWN": "$(id) '", "OTHER": "not asked for"}
-    found = reports("-n", 2, *remote, "-x", "OWN", REPORT, *words, changes=changes, cwd=folder)
+    found = collect_reports(
+        "-n", 2, *remote, "-x", "OWN", REPORT, *words, changes=changes, cwd=folder
+    )
     for report in found:
         assert report["argv"] == words
         assert report["cwd"] == str(folder)
@@ -75,7 +77,7 @@ def test_what_is_not_asked_for_stays_here(tmp_path):
     path.write_text(f"#!/bin/sh\nshift\n{BY_SHELL}\n")
     path.chmod(0o755)
     where = ["--remote-shell", path, "--hosts", "a", *COORDINATOR]
-    (report,) = reports("-n", 1, *where, REPORT, changes={"OTHER": "not asked for"})
+    (report,) = collect_reports("-n", 1, *where, REPORT, changes={"OTHER": "not asked for"})
     assert "OTHER" not in report["env"]
 
 
@@ -84,7 +86,7 @@ def test_cores_and_gpus_are_those_of_the_host(remote):
     if len(allowed) < 2:
         pytest.skip("needs two cores")
     changes = {"JAX_PLATFORMS": "cuda,cpu", "CUDA_VISIBLE_DEVICES": "3,4"}
-    first, second, third = reports("-n", 3, *remote, REPORT, changes=changes)
+    first, second, third = collect_reports("-n", 3, *remote, REPORT, changes=changes)
     assert set(third["cores"]) == allowed
     assert len(first["cores"]) == len(second["cores"]) == len(allowed) // 2
     assert not {*first["cores"]} & {*second["cores"]}
@@ -96,12 +98,12 @@ def test_cores_and_gpus_are_those_of_the_host(remote):
 def test_this_host_needs_no_remote_shell(remote, tmp_path):
     for own in ("localhost", "127.0.0.1", socket.gethostname()):
         remote[3] = f"{own},b"
-        assert len(reports("-n", 2, *remote, REPORT)) == 2
+        assert len(collect_reports("-n", 2, *remote, REPORT)) == 2
     assert (tmp_path / "reached").read_text() == "b\n" * 3
 
 
 def test_the_first_host_has_the_coordinator(remote):
-    (report,) = reports("-n", 1, *remote[:2], "--hosts", "u@127.0.0.2", REPORT)
+    (report,) = collect_reports("-n", 1, *remote[:2], "--hosts", "u@127.0.0.2", REPORT)
     address, _, port = report["env"]["JAX_COORDINATOR_ADDRESS"].rpartition(":")
     assert address == "127.0.0.2"
     assert 20000 <= int(port) < 2**16
@@ -109,13 +111,13 @@ def test_the_first_host_has_the_coordinator(remote):
 
 
 def test_this_host_as_the_first_is_known_by_the_address_that_the_others_see(remote):
-    found = reports("-n", 2, *remote[:2], "--hosts", "localhost,127.0.0.2", REPORT)
+    found = collect_reports("-n", 2, *remote[:2], "--hosts", "localhost,127.0.0.2", REPORT)
     (address,) = {r["env"]["JAX_COORDINATOR_ADDRESS"] for r in found}
     assert address.startswith("127.0.0.1:")
 
 
 def test_output_and_exit_code(remote, tmp_path):
-    fails = script(
+    fails = write_script(
         tmp_path,
         """
         print("out", file=sys.stdout)
@@ -140,7 +142,7 @@ def test_files_are_here(remote, tmp_path):
     text = (
         "print('out'); print('err', file=sys.stderr); sys.exit(int(os.environ['JAX_PROCESS_ID']))"
     )
-    done = launch("-n", 2, *remote, "--output-dir", tmp_path / "logs", script(tmp_path, text))
+    done = launch("-n", 2, *remote, "--output-dir", tmp_path / "logs", write_script(tmp_path, text))
     assert sorted(path.name for path in (tmp_path / "logs").iterdir()) == [
         "rank-0.err",
         "rank-0.out",
@@ -156,13 +158,13 @@ def test_files_are_here(remote, tmp_path):
 
 
 def test_a_killed_rank_ends_the_rest(remote, tmp_path):
-    idle = script(tmp_path, WRITES_PID + "time.sleep(60)")
-    with started("-n", 3, *remote, idle, tmp_path) as launcher:
+    idle = write_script(tmp_path, WRITES_PID + "time.sleep(60)")
+    with start_launcher("-n", 3, *remote, idle, tmp_path) as launcher:
         pids = wait_for_pids(tmp_path, 3)
         os.kill(pids[2], signal.SIGKILL)
         _, err = launcher.communicate(timeout=30)
     assert err == "txcore: rank 2 (on b) was killed by SIGKILL\n"
-    assert (launcher.returncode, any(map(runs, pids))) == (137, False)
+    assert (launcher.returncode, any(map(is_running, pids))) == (137, False)
 
 
 def test_signals_reach_ranks(remote, tmp_path):
@@ -174,9 +176,9 @@ def test_signals_reach_ranks(remote, tmp_path):
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, handle)
     """
-    tells = script(tmp_path, text)
+    tells = write_script(tmp_path, text)
     tells.write_text(tells.read_text() + WRITES_PID + "while True: time.sleep(0.1)")
-    with started("-n", 2, *remote, tells, tmp_path) as launcher:
+    with start_launcher("-n", 2, *remote, tells, tmp_path) as launcher:
         wait_for_pids(tmp_path, 2)
         for number in (signal.SIGUSR1, signal.SIGTERM):
             launcher.send_signal(number)
@@ -188,26 +190,28 @@ def test_signals_reach_ranks(remote, tmp_path):
 
 def test_a_rank_that_ignores_sigterm_is_killed_after_the_grace(remote, tmp_path):
     ignores = "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + WRITES_PID + "time.sleep(60)"
-    with started("-n", 2, "--grace", 1, *remote, script(tmp_path, ignores), tmp_path) as launcher:
+    with start_launcher(
+        "-n", 2, "--grace", 1, *remote, write_script(tmp_path, ignores), tmp_path
+    ) as launcher:
         pids = wait_for_pids(tmp_path, 2)
         launcher.send_signal(signal.SIGTERM)
         _, err = launcher.communicate(timeout=30)
     says = r"txcore: after SIGTERM from outside rank \d \(on [ab]\) was killed by SIGKILL\n"
     assert re.fullmatch(says, err)
-    assert (launcher.returncode, any(map(runs, pids))) == (137, False)
+    assert (launcher.returncode, any(map(is_running, pids))) == (137, False)
 
 
 def test_a_killed_launcher_leaves_nothing(remote, tmp_path):
     ignores = "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + WRITES_PID + "time.sleep(60)"
-    with started("-n", 2, *remote, script(tmp_path, ignores), tmp_path) as launcher:
+    with start_launcher("-n", 2, *remote, write_script(tmp_path, ignores), tmp_path) as launcher:
         pids = wait_for_pids(tmp_path, 2)
         launcher.kill()
         wait_for_end(pids)
 
 
 def test_a_killed_far_end_leaves_nothing(remote, tmp_path):
-    idle = script(tmp_path, WRITES_PID + "print(os.getppid())\ntime.sleep(60)")
-    with started("-n", 2, *remote, idle, tmp_path) as launcher:
+    idle = write_script(tmp_path, WRITES_PID + "print(os.getppid())\ntime.sleep(60)")
+    with start_launcher("-n", 2, *remote, idle, tmp_path) as launcher:
         pids = wait_for_pids(tmp_path, 2)
         far_end = int(launcher.stdout.readline().partition("] ")[2])
         os.kill(far_end, signal.SIGKILL)

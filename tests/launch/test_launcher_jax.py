@@ -12,13 +12,13 @@ import sys
 import pytest
 from launched_cases import (
     REPORT,
+    collect_reports,
+    is_running,
     launch,
-    reports,
-    runs,
-    script,
-    started,
+    start_launcher,
     wait_for_end,
     wait_for_pids,
+    write_script,
 )
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="tested on Linux")
@@ -39,7 +39,7 @@ def test_two_ranks_of_two_devices_sum_over_all():
 @pytest.mark.slow
 @pytest.mark.parametrize("culprit", [0, 1, 2])
 def test_the_rank_that_fails_is_named_not_those_that_the_watch_ends(culprit, tmp_path):
-    raises = script(
+    raises = write_script(
         tmp_path,
         f"""
         import txcore as tx
@@ -99,18 +99,18 @@ def test_two_hosts_sum_over_both(namespaces):
 
 
 def test_ranks_are_on_their_hosts(namespaces, tmp_path):
-    where = script(tmp_path, "print(os.readlink('/proc/self/ns/net'))")
+    where = write_script(tmp_path, "print(os.readlink('/proc/self/ns/net'))")
     done = launch("-n", 4, *namespaces, where)
     first, second, third, fourth = (line.split()[1] for line in sorted(done.stdout.splitlines()))
     assert first == second != third == fourth
     assert os.readlink("/proc/self/ns/net") not in (first, third)
-    found = reports("-n", 2, *namespaces, REPORT)
+    found = collect_reports("-n", 2, *namespaces, REPORT)
     assert {r["env"]["JAX_COORDINATOR_BIND_ADDRESS"] for r in found} == {"10.77.0.1:23456"}
 
 
 @pytest.mark.parametrize("killed", ["a rank", "the launcher"])
 def test_a_kill_leaves_nothing_on_two_hosts(namespaces, tmp_path, killed):
-    idle = script(
+    idle = write_script(
         tmp_path,
         """
         rank = os.environ["JAX_PROCESS_ID"]
@@ -118,7 +118,7 @@ def test_a_kill_leaves_nothing_on_two_hosts(namespaces, tmp_path, killed):
         time.sleep(60)
         """,
     )
-    with started("-n", 2, *namespaces, idle, tmp_path) as launcher:
+    with start_launcher("-n", 2, *namespaces, idle, tmp_path) as launcher:
         pids = wait_for_pids(tmp_path, 2)
         os.kill(pids[1] if killed == "a rank" else launcher.pid, signal.SIGKILL)
         wait_for_end(pids)
@@ -127,4 +127,4 @@ def test_a_kill_leaves_nothing_on_two_hosts(namespaces, tmp_path, killed):
             name = namespaces[1].split(",")[1]
             assert err == f"txcore: rank 1 (on {name}) was killed by SIGKILL\n"
             assert launcher.returncode == 137
-    assert not any(map(runs, pids))
+    assert not any(map(is_running, pids))

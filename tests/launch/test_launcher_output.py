@@ -10,7 +10,15 @@ import sys
 import time
 
 import pytest
-from launched_cases import launch, runs, script, started, wait_for_end, wait_for_pids, wait_until
+from launched_cases import (
+    is_running,
+    launch,
+    start_launcher,
+    wait_for_end,
+    wait_for_pids,
+    wait_until,
+    write_script,
+)
 from machine import within
 
 from txcore.launch.launcher import output
@@ -38,7 +46,7 @@ def by_rank(text):
 
 
 def test_lines_bear_the_rank_and_stdout_and_stderr_stay_apart(tmp_path):
-    both = script(
+    both = write_script(
         tmp_path,
         """
         for i in range(3):
@@ -53,7 +61,7 @@ def test_lines_bear_the_rank_and_stdout_and_stderr_stay_apart(tmp_path):
 
 
 def test_long_lines_of_all_stay_whole_on_one_pipe(tmp_path):
-    long = script(
+    long = write_script(
         tmp_path,
         f"""
         letter = "abc"[int(os.environ["JAX_PROCESS_ID"])]
@@ -80,7 +88,7 @@ def test_many_lines_come_all_and_in_order():
 
 
 def test_a_line_in_pieces_is_one_line(tmp_path):
-    pieces = script(
+    pieces = write_script(
         tmp_path,
         """
         for piece in ("one ", "two ", "three\\n", "the rest"):
@@ -94,7 +102,7 @@ def test_a_line_in_pieces_is_one_line(tmp_path):
 
 
 def test_progress_comes_while_it_is_made(tmp_path):
-    progress = script(
+    progress = write_script(
         tmp_path,
         """
         if os.environ["JAX_PROCESS_ID"] == "0":
@@ -104,13 +112,13 @@ def test_progress_comes_while_it_is_made(tmp_path):
             time.sleep(60)
         """,
     )
-    with started("-n", 2, progress, text=False) as launcher:
+    with start_launcher("-n", 2, progress, text=False) as launcher:
         assert select.select([launcher.stdout], [], [], 30)[0]
         assert os.read(launcher.stdout.fileno(), 100) == b"[0] 10%\r"
 
 
 def test_another_rank_leaves_the_progress_of_one_to_be_seen(tmp_path):
-    progress = script(
+    progress = write_script(
         tmp_path,
         WAIT
         + """
@@ -123,7 +131,7 @@ def test_another_rank_leaves_the_progress_of_one_to_be_seen(tmp_path):
             print("line")
         """,
     )
-    with started("-n", 2, progress, text=False, cwd=tmp_path) as launcher:
+    with start_launcher("-n", 2, progress, text=False, cwd=tmp_path) as launcher:
         for shown, then in ((b"[0] 10%\r[0] 20%\r", "first"), (b"\n[1] line\n", "second")):
             assert launcher.stdout.read(len(shown)) == shown
             (tmp_path / then).touch()
@@ -131,7 +139,7 @@ def test_another_rank_leaves_the_progress_of_one_to_be_seen(tmp_path):
 
 
 def test_what_the_launcher_says_begins_on_a_line_of_its_own(tmp_path):
-    fails = script(
+    fails = write_script(
         tmp_path,
         WAIT
         + """
@@ -145,7 +153,7 @@ def test_what_the_launcher_says_begins_on_a_line_of_its_own(tmp_path):
             sys.exit(3)
         """,
     )
-    with started("-n", 2, fails, text=False, cwd=tmp_path) as launcher:
+    with start_launcher("-n", 2, fails, text=False, cwd=tmp_path) as launcher:
         err = launcher.stderr.read(len(b"[0] 10%\r"))
         (tmp_path / "shown").touch()
         err += launcher.stderr.readline() + launcher.stderr.readline()
@@ -162,7 +170,7 @@ def test_what_the_launcher_says_begins_on_a_line_of_its_own(tmp_path):
 
 
 def test_a_stuck_reader_of_stderr_does_not_keep_a_rank_alive(tmp_path):
-    fills = script(
+    fills = write_script(
         tmp_path,
         f"""
         if os.environ["JAX_PROCESS_ID"] == "0":
@@ -175,7 +183,7 @@ def test_a_stuck_reader_of_stderr_does_not_keep_a_rank_alive(tmp_path):
         sys.exit(3)
         """,
     )
-    with started("-n", 2, "--grace", 2.5, fills, tmp_path / "pid-0", text=False) as launcher:
+    with start_launcher("-n", 2, "--grace", 2.5, fills, tmp_path / "pid-0", text=False) as launcher:
         wait_for_end(wait_for_pids(tmp_path, 1))
         err = launcher.stderr.read()
         assert launcher.wait(30) == 3
@@ -183,7 +191,7 @@ def test_a_stuck_reader_of_stderr_does_not_keep_a_rank_alive(tmp_path):
 
 
 def test_bytes_that_are_no_text_come_through(tmp_path):
-    raw = script(tmp_path, "os.write(1, bytes(set(range(256)) - {10, 13}) + b'\\n')")
+    raw = write_script(tmp_path, "os.write(1, bytes(set(range(256)) - {10, 13}) + b'\\n')")
     expected = bytes(sorted({*range(256)} - {10, 13})) + b"\n"
     assert by_rank(launch("-n", 2, raw, text=False).stdout) == {0: [expected], 1: [expected]}
 
@@ -222,7 +230,7 @@ def test_a_line_without_end_is_broken(monkeypatch):
 
 @pytest.mark.parametrize("ending", ["os.kill(os.getpid(), signal.SIGKILL)", "os._exit(3)"])
 def test_the_last_lines_of_a_killed_rank(tmp_path, ending):
-    dies = script(
+    dies = write_script(
         tmp_path,
         f"""
         if os.environ["JAX_PROCESS_ID"] == "1":
@@ -242,7 +250,7 @@ def test_the_last_lines_of_a_killed_rank(tmp_path, ending):
 
 
 def test_one_full_pipe_does_not_hold_up_the_other(tmp_path):
-    fills = script(
+    fills = write_script(
         tmp_path,
         f"""
         stream = (sys.stdout, sys.stderr)[int(os.environ["JAX_PROCESS_ID"])]
@@ -250,7 +258,7 @@ def test_one_full_pipe_does_not_hold_up_the_other(tmp_path):
             print("x" * {MEBI}, file=stream)
         """,
     )
-    with started("-n", 2, fills, text=False) as launcher:
+    with start_launcher("-n", 2, fills, text=False) as launcher:
         err = launcher.stderr.read(8 * (MEBI + len("[1] \n")))  # while nobody reads stdout
         out = launcher.stdout.read()
         assert launcher.wait(30) == 0
@@ -259,8 +267,8 @@ def test_one_full_pipe_does_not_hold_up_the_other(tmp_path):
 
 
 def test_a_slow_reader_gets_everything(tmp_path):
-    fills = script(tmp_path, f"print('x' * {MEBI})")
-    with started("-n", 2, fills, text=False) as launcher:
+    fills = write_script(tmp_path, f"print('x' * {MEBI})")
+    with start_launcher("-n", 2, fills, text=False) as launcher:
         time.sleep(1)  # the ranks would have ended by now
         assert launcher.poll() is None
         line = b"x" * MEBI + b"\n"
@@ -269,8 +277,8 @@ def test_a_slow_reader_gets_everything(tmp_path):
 
 
 def test_ctrl_c_does_not_wait_for_a_reader_that_has_stopped(tmp_path):
-    fills = script(tmp_path, f"print('x' * {MEBI})")
-    with started("-n", 2, fills, text=False) as launcher:
+    fills = write_script(tmp_path, f"print('x' * {MEBI})")
+    with start_launcher("-n", 2, fills, text=False) as launcher:
         assert select.select([launcher.stdout], [], [], 30)[0]
         time.sleep(0.5)
 
@@ -283,7 +291,7 @@ def test_ctrl_c_does_not_wait_for_a_reader_that_has_stopped(tmp_path):
 
 
 def test_nobody_reads(tmp_path):
-    endless = script(
+    endless = write_script(
         tmp_path,
         f"""
         rank = os.environ["JAX_PROCESS_ID"]
@@ -293,7 +301,7 @@ def test_nobody_reads(tmp_path):
             time.sleep(0.01)
         """,
     )
-    with started("-n", 2, endless, text=False) as launcher:
+    with start_launcher("-n", 2, endless, text=False) as launcher:
         pids = wait_for_pids(tmp_path, 2)
         launcher.stdout.close()
         assert launcher.wait(30) == 1
@@ -302,7 +310,7 @@ def test_nobody_reads(tmp_path):
 
 
 def test_one_that_left_its_group_and_holds_the_pipes_holds_up_nobody(tmp_path):
-    leaves = script(
+    leaves = write_script(
         tmp_path,
         f"""
         import subprocess
@@ -319,19 +327,19 @@ def test_one_that_left_its_group_and_holds_the_pipes_holds_up_nobody(tmp_path):
         assert within(time.monotonic() - begun, 30)
     finally:
         for pid in wait_for_pids(tmp_path, 2):
-            assert runs(pid)
+            assert is_running(pid)
             os.kill(pid, signal.SIGKILL)
 
 
 def test_a_single_rank_writes_by_itself(tmp_path):
-    single = script(tmp_path, "print(os.readlink('/proc/self/fd/1'), end='')")
+    single = write_script(tmp_path, "print(os.readlink('/proc/self/fd/1'), end='')")
     with (tmp_path / "out").open("w") as out:
         launch("-n", 1, single, capture_output=False, stdout=out)
     assert (tmp_path / "out").read_text() == str(tmp_path / "out")
 
 
 def test_a_file_for_each_rank_and_stream(tmp_path):
-    both = script(
+    both = write_script(
         tmp_path,
         "print('out', os.environ['JAX_PROCESS_ID']); print('err', file=sys.stderr)",
     )

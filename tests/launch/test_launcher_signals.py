@@ -12,12 +12,12 @@ import pytest
 from launched_cases import (
     command,
     environment,
-    runs,
-    script,
-    started,
+    is_running,
+    start_launcher,
     wait_for_end,
     wait_for_pids,
     wait_until,
+    write_script,
 )
 from machine import within
 
@@ -49,7 +49,7 @@ COUNTS = """
 def counting(folder, *options, stays_s=1.0, code=0, **more):
     """Start two ranks that count signals; yield the launcher and their pids once they can."""
     text = COUNTS.format(folder=str(folder), stays_s=stays_s, code=code)
-    with started("-n", 2, *options, script(folder, text), **more) as launcher:
+    with start_launcher("-n", 2, *options, write_script(folder, text), **more) as launcher:
         yield launcher, wait_for_pids(folder, 2)
 
 
@@ -92,8 +92,8 @@ def test_ranks_without_handlers(tmp_path, name):
         open(sys.argv[1] + os.environ["JAX_PROCESS_ID"], "w").write(f"{os.getpid()}\\n")
         time.sleep(60)
     """
-    idle = script(tmp_path, text)
-    with started("-n", 2, idle, tmp_path / "pid-") as launcher:
+    idle = write_script(tmp_path, text)
+    with start_launcher("-n", 2, idle, tmp_path / "pid-") as launcher:
         pids = wait_for_pids(tmp_path, 2)
         launcher.send_signal(getattr(signal, name))
         _, err = launcher.communicate(timeout=30)
@@ -122,12 +122,12 @@ def test_user_signals_do_not_reach_children(tmp_path):
         open(sys.argv[1], "w").write(f"{child.pid}\\n")
         child.wait()
     """
-    with started("-n", 1, script(tmp_path, text), tmp_path / "pid-0") as launcher:
+    with start_launcher("-n", 1, write_script(tmp_path, text), tmp_path / "pid-0") as launcher:
         (child,) = wait_for_pids(tmp_path, 1)
         launcher.send_signal(signal.SIGUSR1)
         assert launcher.stdout.readline() == "asked\n"
         time.sleep(0.3)
-        assert runs(child)
+        assert is_running(child)
 
 
 def test_a_second_ctrl_c_kills(tmp_path):
@@ -141,7 +141,7 @@ def test_a_second_ctrl_c_kills(tmp_path):
     says = "txcore: after SIGINT from outside rank {} (pid {}) was killed by SIGKILL"
     assert err.splitlines()[-1] in [says.format(rank, pid) for rank, pid in enumerate(pids)]
     assert launcher.returncode == 137
-    assert not any(map(runs, pids))
+    assert not any(map(is_running, pids))
 
 
 def test_the_end_of_the_grace_kills(tmp_path):
@@ -154,7 +154,7 @@ def test_the_end_of_the_grace_kills(tmp_path):
     assert within(seconds, 15)
     assert sorted(out.splitlines()) == lines("SIGTERM")
     assert err.endswith("was killed by SIGKILL\n")
-    assert (launcher.returncode, any(map(runs, pids))) == (137, False)
+    assert (launcher.returncode, any(map(is_running, pids))) == (137, False)
 
 
 def test_it_says_for_whom_it_waits(tmp_path):
@@ -186,7 +186,7 @@ def test_under_nohup_a_hangup_ends_nothing(tmp_path):
             launcher.send_signal(signal.SIGHUP)
             time.sleep(1)
             assert launcher.poll() is None
-            assert all(map(runs, pids))
+            assert all(map(is_running, pids))
     finally:
         signal.signal(signal.SIGHUP, before)
     wait_for_end(pids)
@@ -196,7 +196,7 @@ TERMINAL = "import os, pty, sys; sys.exit(os.waitstatus_to_exitcode(pty.spawn(sy
 
 
 def test_ctrl_c_in_a_terminal_comes_once(tmp_path):
-    text = script(tmp_path, COUNTS.format(folder=str(tmp_path), stays_s=1, code=0))
+    text = write_script(tmp_path, COUNTS.format(folder=str(tmp_path), stays_s=1, code=0))
     with subprocess.Popen(
         [sys.executable, "-c", TERMINAL, *command("-n", 2, text)],
         stdin=subprocess.PIPE,
