@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -23,8 +23,6 @@ from txcore.parallel.gradients.compression.feedback import keep_compressed
 from txcore.parallel.predicted import Predicted
 from txcore.plan.checks import axes_by_kind, check_axes, check_together
 from txcore.plan.data_parallel import DP
-from txcore.plan.describe import describe
-from txcore.plan.description import Description
 from txcore.plan.pipeline_parallel import PP
 from txcore.plan.predict import predict_adasum, predict_average, predict_norms
 from txcore.plan.predict_buckets import choose_exchange, predict_exchange
@@ -34,6 +32,9 @@ from txcore.plan.rules import split_chunks, stored_specs
 from txcore.plan.shards import shard_spec
 from txcore.plan.tensor_parallel import TP
 from txcore.printing import format_call
+
+if TYPE_CHECKING:
+    from txcore.plan.description import Description
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -341,7 +342,7 @@ class Plan:
         *,
         optimizer: Any = None,
         activation: Any = None,
-    ) -> Description:
+    ) -> "Description":
         """Describe what this plan makes of a model and a mesh, before anything is compiled.
 
         Args:
@@ -370,6 +371,8 @@ class Plan:
           144
         """
         optimizer = None if optimizer is None else as_optimizer(optimizer)
+        from txcore.plan.describe import describe  # few that make a plan print one
+
         return describe(self, params, mesh, optimizer, activation)
 
     def batch_specs(self, batch: Any, mesh: MeshSpec) -> Any:
