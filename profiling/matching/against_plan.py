@@ -1,5 +1,6 @@
 """Compare a plan's prediction of a program's communication with an audit of it."""
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -91,6 +92,8 @@ def against_plan(
         line = _plan_line(predicted, covered, gone)
         times = 1 if predicted.per_microbatch else _times_sent(covered, left)
         lines.append(replace(line, times=times))
+        if predicted.per_microbatch:
+            used |= _sent_in_other_trips(predicted, used, left)
         left = {i: d for i, d in left.items() if i not in used}
     lines = _read_factors(lines, factors)
     beyond = [d for i, d in left.items() if i not in gone]
@@ -137,6 +140,29 @@ def _cover_sizes(sizes: Iterable[int], declared: Mapping[int, Declared]) -> dict
             covered[place] = min(elements, missing)
             missing -= covered[place]
     return covered
+
+
+def _sent_in_other_trips(
+    predicted: Prediction, used: set[int], left: Mapping[int, Declared]
+) -> set[int]:
+    """Return what is sent under the same label, of the same kind, in pieces.
+
+    One microbatch's pieces may cover all that is predicted of a line, in all trips.
+    """
+    labels = {_label_of(left[i]) for i in used} - {""}
+    return {
+        i
+        for i, d in left.items()
+        if (d.kind, d.dtype, d.axes) == (predicted.kind, predicted.dtype, predicted.axes)
+        and d.trips > 1
+        and _label_of(d) in labels
+    }
+
+
+def _label_of(declared: Declared) -> str:
+    """Return the label of a tag: "grads" of "pmean/grads['w']"."""
+    parts = re.split(r"[/\[]", declared.tag or "", maxsplit=2)
+    return parts[1] if len(parts) > 1 else ""
 
 
 def _times_sent(covered: Mapping[int, int], declared: Mapping[int, Declared]) -> int:

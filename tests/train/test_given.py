@@ -180,11 +180,49 @@ class TestReplace:
                 ValueError,
                 "state.replace needs stored_params= with the leaves [(\"['w']\", (3,))], got a ",
             ),
+            (
+                {"stored_params": None},
+                ValueError,
+                "state.replace needs stored_params= with the leaves [(\"['w']\", (3,))], got None",
+            ),
+            (
+                {"loss_scaling": {}},
+                ValueError,
+                "state.replace needs loss_scaling= as it is, None, got another structure: it is "
+                "that of the engine's precision and on_nonfinite=",
+            ),
+            (
+                {"comm_state": {"errors": np.zeros(3)}},
+                ValueError,
+                "state.replace needs comm_state= as it is, None, got (\"['errors']\", (3,)): what "
+                "communication keeps is that of the engine's plan",
+            ),
         ],
     )
     def test_refused(self, changes, error, text, engine):
         with says(error, text):
             engine.create_state(W).replace(**changes)
+
+
+@pytest.mark.parametrize(
+    "field, remedy",
+    [
+        ("opt_state", "begin anew by opt_state=engine.optimizer.init(params)"),
+        ("comm_state", "take it of a new state (engine.create_state(params).comm_state)"),
+    ],
+)
+@pytest.mark.parametrize("value, named", [(None, "None"), ({}, "a leaf less")])
+def test_what_a_state_keeps_is_not_left_out(field, remedy, value, named):
+    plan = tx.Plan(data_parallel=tx.DP("data", compression="int8"))
+    engine = tx.Engine(
+        mesh=tx.MeshSpec(jax.devices()[:2]), plan=plan, optimizer=tx.optim.adamw(0.1)
+    )
+    state = engine.create_state(W)
+    with pytest.raises(ValueError, match=re.escape(f"], got {named}: ")) as found:
+        state.replace(**{field: value})
+    assert f"state.replace needs {field}= with the leaves [(" in str(found.value)
+    assert remedy in str(found.value)
+    state.replace(**{field: getattr(engine.create_state(W), field)})
 
 
 def test_whole_numbers_of_every_kind(engine, tmp_path):

@@ -37,7 +37,8 @@ class DP:
         parameters as a gradient: sgd(0.7, momentum=0.9, nesterov=True) is DiLoCo. None takes the
         averaged parameters.
       compression: how gradients are averaged with fewer bytes: "bf16", "fp16", "int8" or what a
-        function of `tx.compression` returns, as powersgd(rank=2) or top_k(). None: exactly.
+        function of `tx.compression` returns, as powersgd(rank=2) or top_k(). None: exactly. With
+        shard="gradients" or "parameters" one that keeps nothing.
       buckets: MiB of the pieces in which gradients are exchanged, or `tx.Buckets(mb, first_mb)`;
         None leaves it to XLA to combine them.
       algorithm: how, as `tx.sync_gradients` has them: "plain", "chunked", "ring" ...; None for the
@@ -90,11 +91,13 @@ class DP:
 
     def _check_compression(self) -> None:
         compression = as_compression("DP", self.compression)
-        if compression is not None and self.shard in ("gradients", "parameters"):
+        scatters_early = self.shard in ("gradients", "parameters")
+        if compression is not None and compression.has_state and scatters_early:
             raise ValueError(
                 f"DP needs shard= 'optimizer' or None with compression={compression}, got "
-                f"{self.shard!r}: there a gradient is averaged as soon as it is there, which has "
-                "no place for what a compression keeps"
+                f"{self.shard!r}: what it keeps from step to step is as large on each device as "
+                "all gradients, of which a device keeps a part there. Write 'bf16', 'fp16' or "
+                "tx.compression.int8(feedback=False), which keep nothing"
             )
 
     def _check_shard_axis(self) -> None:
@@ -114,15 +117,14 @@ class DP:
     def _check_exchange(self) -> None:
         as_buckets("DP", self.buckets)
         check_algorithm("DP", self.algorithm, self.axes)
-        check_not_compressed("DP", self.buckets, self.algorithm, self.compression)
-        for option in ("buckets", "algorithm"):
-            given = getattr(self, option)
-            if given is not None and self.shard in ("gradients", "parameters"):
-                raise ValueError(
-                    f"DP needs shard= 'optimizer' or None with {option}={given!r}, got "
-                    f"{self.shard!r}: there each gradient is reduced by itself as soon as it is "
-                    "there"
-                )
+        check_not_compressed("DP", self.algorithm, self.compression)
+        if self.buckets is not None and self.shard == "parameters":
+            raise ValueError(
+                f"DP needs buckets=None with shard='parameters', got {self.buckets!r}: there the "
+                "layers are the pieces, each gathered and its gradients reduced by itself. Say "
+                "in the model where they begin, by tx.zero.layers or tx.zero.layer of "
+                "state.shards, or write shard='gradients'"
+            )
 
     def _check_less(self) -> None:
         """Refuse what does not go together with less synchronisation."""

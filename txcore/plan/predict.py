@@ -3,36 +3,19 @@
 import math
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from txcore.collectives import _leaves
 from txcore.kernels.common import checks
-from txcore.layout import Layout, drop_axes, shape_of_part
+from txcore.layout import Layout
 from txcore.mesh import MeshSpec
 from txcore.parallel.gradients.adasum import packed_columns
-from txcore.parallel.gradients.compression import Compression
-from txcore.parallel.gradients.compression.feedback import (
-    exchange_of,
-    group_of,
-    is_compressed,
-    predict_compressed,
-)
 from txcore.parallel.local_sgd import Rounds
 from txcore.parallel.predicted import Predicted
 
 
-def predict_gradients(
-    pairs: list[tuple[Any, Layout]], mesh: MeshSpec, compression: Compression | None = None
-) -> list[Predicted]:
-    """Predict one all-reduce for each dtype and axes, of parameters with their layouts.
-
-    Of those that are compressed, what the compression sends in its place.
-    """
-    compressed = []
-    if compression is not None:
-        compressed = _predict_compressed(compression, pairs, mesh)
-        pairs = [pair for pair in pairs if not is_compressed(pair[0])]
+def predict_gradients(pairs: list[tuple[Any, Layout]], mesh: MeshSpec) -> list[Predicted]:
+    """Predict one all-reduce for each dtype and axes, of parameters with their layouts."""
     sizes: dict[tuple[tuple[str, ...], str], list[int]] = {}
     for leaf, layout in pairs:
         if not (layout.reduced and leaf.size and jnp.issubdtype(leaf.dtype, jnp.inexact)):
@@ -42,30 +25,10 @@ def predict_gradients(
         parts = math.prod(mesh.shape[axis] for axis in layout.norm_axes)
         key = layout.reduced, _leaves.mean_dtype(leaf.dtype).name
         sizes.setdefault(key, []).append(leaf.size // parts)
-    plain = [
+    return [
         Predicted("gradients", "all-reduce", axes, dtype, tuple(elements))
         for (axes, dtype), elements in sizes.items()
     ]
-    return compressed + plain
-
-
-def _predict_compressed(
-    compression: Compression, pairs: list[tuple[Any, Layout]], mesh: MeshSpec
-) -> list[Predicted]:
-    """Predict what is sent of the leaves that are laid out alike, in one dtype."""
-    groups: dict[Any, list[tuple[jax.ShapeDtypeStruct, Layout]]] = {}
-    for leaf, layout in pairs:
-        if not (layout.reduced and is_compressed(leaf)):
-            continue
-        local = drop_axes(layout.gradient, frozenset(layout.reduced))
-        shape = shape_of_part(leaf.shape, local, mesh.shape)
-        own = jax.ShapeDtypeStruct(shape, leaf.dtype), layout
-        groups.setdefault(group_of(layout, leaf.dtype), []).append(own)
-    predicted = []
-    for chosen in groups.values():
-        exchange = exchange_of([layout for _, layout in chosen], mesh.shape)
-        predicted += predict_compressed(compression, [shape for shape, _ in chosen], exchange)
-    return predicted
 
 
 def predict_average(

@@ -10,7 +10,6 @@ from txcore.collectives import _leaves
 from txcore.layout import Layout, shape_of_part
 from txcore.mesh import MeshSpec
 from txcore.optim.optimizer import Exchange
-from txcore.parallel.gradients.compression.feedback import is_compressed
 from txcore.parallel.predicted import Predicted
 from txcore.plan.data_parallel import DP
 
@@ -43,10 +42,9 @@ def predict_shards(pairs: Pairs, mesh: MeshSpec, dp: DP | None) -> list[Predicte
         whole = math.prod(shape_of_part(leaf.shape, layout.view, mesh.shape))
         part = math.prod(shape_of_part(leaf.shape, layout.gradient, mesh.shape))
         dtype, of_mean = leaf.dtype.name, _leaves.mean_dtype(leaf.dtype).name
-        if dp.compression is None or not is_compressed(leaf):  # else it sends them in its own way
-            sent.setdefault(("gradients", "reduce-scatter", axes, of_mean), []).append(whole)
-            if rest:
-                sent.setdefault(("gradients", "all-reduce", rest, of_mean), []).append(part)
+        sent.setdefault(("gradients", "reduce-scatter", axes, of_mean), []).append(whole)
+        if rest:
+            sent.setdefault(("gradients", "all-reduce", rest, of_mean), []).append(part)
         sent.setdefault(("parameters", "all-gather", axes, dtype), []).append(whole)
         if layout.gathered and dp.reshard_after_forward:
             sent.setdefault((AGAIN, "all-gather", axes, dtype), []).append(whole)

@@ -192,12 +192,12 @@ def test_a_gradient_that_is_reduced_already_is_refused():
         ({"buckets": 0}, "DP needs buckets= a number of MiB above 0, got 0"),
         ({"buckets": "25"}, "DP needs buckets= a number of MiB, tx.Buckets(mb=...) or None"),
         (
-            {"algorithm": "ring", "shard": "parameters"},
-            "DP needs shard= 'optimizer' or None with algorithm='ring', got 'parameters'",
+            {"buckets": 25, "shard": "parameters"},
+            "DP needs buckets=None with shard='parameters', got 25: there the layers are",
         ),
         (
-            {"buckets": 25, "compression": "int8"},
-            "DP needs buckets=None with compression='int8', got 25: a compression has an exchange",
+            {"algorithm": "plain", "compression": "int8"},
+            "DP needs algorithm=None with compression='int8', got 'plain': a compression has an",
         ),
         ({"algorithm": "ring", "reduction": "adasum"}, "DP needs algorithm=None with reduction="),
         ({"buckets": 1, "sync_every": 4}, "DP needs buckets=None with sync_every=4, got 1"),

@@ -2,7 +2,7 @@
 
 Imports `_compat`, `collectives`, `kept`, `kernels`, `kernels.common`, `kernels.dispatch`,
 `layout`, `parallel`, `parallel.gradients.algorithms`, `parallel.gradients.compression`,
-`step_scope`, `varying`.
+`step_scope`.
 """
 
 from txcore.parallel.gradients import compression as compression

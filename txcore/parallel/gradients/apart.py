@@ -1,48 +1,49 @@
 """Keep collectives apart that XLA would combine into one."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 from jax import lax
 
-from txcore import _compat, varying
+from txcore import _compat
 from txcore.kernels.dispatch.registry import current_device
+from txcore.parallel.parts import typed_as
 
 
 def keep_apart(
-    jobs: Sequence[Callable[[jax.Array], jax.Array]], arrays: Sequence[jax.Array], key: str
-) -> list[jax.Array]:
-    """Apply each job, which sends its array, so that XLA combines no two jobs' collectives.
+    jobs: Sequence[Callable[[Any], Any]], arguments: Sequence[Any], key: str
+) -> list[Any]:
+    """Apply each job, which sends its argument, so that XLA combines no two jobs' collectives.
 
     On GPU and TPU each job has a `combiner_key`, and they may run at the same time. XLA for CPU
     knows none: there each begins after the one before, which a barrier says (jax 0.10.2 removes
     it, and combines them all the same).
 
     Args:
-      jobs: functions of one array.
-      arrays: their arguments.
+      jobs: functions of one pytree of arrays.
+      arguments: a pytree for each.
       key: what the keys start with; another one for each call.
 
     Returns:
-      Their results.
+      Their results, pytrees of arrays.
     """
     if current_device()[0] != "cpu":
         results = []
-        for i, (job, array) in enumerate(zip(jobs, arrays, strict=True)):
+        for i, (job, argument) in enumerate(zip(jobs, arguments, strict=True)):
             with _compat.combiner_key(f"{key}/{i}"):
-                results.append(job(array))
+                results.append(job(argument))
         return results
     results = []
-    for job, array in zip(jobs, arrays, strict=True):
+    for job, argument in zip(jobs, arguments, strict=True):
         if results:
-            array, results[-1] = _order(array, results[-1])
-        results.append(job(array))
+            argument, results[-1] = _order(argument, results[-1])
+        results.append(job(argument))
     return results
 
 
-def _order(array: jax.Array, before: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return both, where what uses the array waits for what comes before."""
-    array, after = lax.optimization_barrier((array, before))
-    # jax 0.10 types all results alike.
-    added = _compat.varying_axes(after) - _compat.varying_axes(before)
-    return array, varying.claim(after, "", (), drop=added) if added else after
+def _order(later: Any, before: Any) -> tuple[Any, Any]:
+    """Return both, where what uses the first waits for the second."""
+    both = later, before
+    ordered: tuple[Any, Any] = jax.tree.map(typed_as, lax.optimization_barrier(both), both)
+    return ordered

@@ -2,14 +2,14 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from txcore.collectives._leaves import mean_dtype
-from txcore.layout import Layout
+from txcore.collectives import _leaves
+from txcore.layout import Layout, axes_of
 
 _MIB = 1 << 20
 
@@ -145,11 +145,30 @@ def bucket_layout(tree: Any, layouts: Any, buckets: Buckets) -> BucketLayout:
     return BucketLayout(made)
 
 
+def whole_before(leaf: Any, layout: Layout, axes: tuple[str, ...]) -> tuple[Any, Layout]:
+    """Return the size and layout that a gradient had before it was scattered, if it was.
+
+    A loop over microbatches, and what is gathered for a loss, scatter gradients before the others
+    are there. What is left to average of them is in the same buckets as all of it would be.
+
+    Args:
+      leaf: a gradient, or a device's part of one.
+      layout: with what is left to reduce.
+      axes: the data axes.
+    """
+    done = [a for a in axes_of(layout.gradient) if a in axes and a not in layout.reduced]
+    if not done:
+        return leaf, layout
+    reduced = tuple(a for a in axes if a in layout.reduced or a in done)
+    size = leaf.size * _leaves.axes_size(done)
+    return jax.ShapeDtypeStruct((size,), leaf.dtype), replace(layout, reduced=reduced)
+
+
 def _group_of(leaf: Any, layout: Layout) -> tuple[Any, ...]:
     scattered = layout.scattered[1] if layout.scattered is not None else ()
     # A flat array of leaves that are equal along an axis and others that differ would differ.
     split = tuple(axis for axis in layout.norm_axes if axis not in layout.reduced)
-    return mean_dtype(leaf.dtype).name, layout.reduced, scattered, split
+    return _leaves.mean_dtype(leaf.dtype).name, layout.reduced, scattered, split
 
 
 def _fill(sizes: Sequence[int], buckets: Buckets, itemsize: int) -> list[list[int]]:

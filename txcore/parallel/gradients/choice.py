@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 import jax
@@ -95,18 +95,17 @@ def check_algorithm(op: str, algorithm: Any, axes: tuple[str, ...] | None) -> No
         )
 
 
-def check_not_compressed(op: str, buckets: Any, algorithm: Any, compression: Any) -> None:
-    """Refuse buckets and algorithms of what a compression exchanges.
+def check_not_compressed(op: str, algorithm: Any, compression: Any) -> None:
+    """Refuse an algorithm for what a compression exchanges.
 
     Raises:
       ValueError: there are both.
     """
-    for option, given in (("buckets", buckets), ("algorithm", algorithm)):
-        if given is not None and compression is not None:
-            raise ValueError(
-                f"{op} needs {option}=None with compression={compression!r}, got {given!r}: a "
-                "compression has an exchange of its own; leave one of them out"
-            )
+    if algorithm is not None and compression is not None:
+        raise ValueError(
+            f"{op} needs algorithm=None with compression={compression!r}, got {algorithm!r}: a "
+            "compression has an exchange of its own; leave one of them out"
+        )
 
 
 def plan_exchange(
@@ -168,16 +167,30 @@ def _refuse_devices(bucket: Bucket, sizes: Mapping[str, int]) -> None:
 
 
 def predict_bucket(
-    bucket: Bucket, algorithm: Algorithm, sizes: Mapping[str, int]
+    bucket: Bucket,
+    algorithm: Algorithm,
+    sizes: Mapping[str, int],
+    *,
+    early: bool = False,
+    together: bool = True,
 ) -> list[Predicted]:
-    """Predict what the exchange of a bucket sends."""
+    """Predict what the exchange of a bucket sends.
+
+    Args:
+      bucket: of the gradients.
+      algorithm: by which it is averaged.
+      sizes: of the axes.
+      early: whether a loop over microbatches scatters its gradients in each trip.
+      together: whether its gradients are scattered together, and not each by itself.
+    """
     elements = sum(bucket.elements)
     sent: list[Predicted] = []
     for step in split_steps(bucket, sizes):
         if bucket.scattered and not sent:
-            sent += algorithm.sends_blocks(elements, bucket.dtype, step)
-            for size in step.values():
-                elements //= size
+            for own in [elements] if together else bucket.elements:
+                lines = algorithm.sends_blocks(own, bucket.dtype, step)
+                sent += [replace(line, per_microbatch=early) for line in lines]
+            elements //= math.prod(step.values())
         else:
             sent += algorithm.sends_flat(elements, bucket.dtype, step)
     return sent

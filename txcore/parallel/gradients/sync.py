@@ -1,6 +1,7 @@
 """The mean of the devices' gradients, whole or in shards."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,7 +19,14 @@ from txcore.layout import Layout
 from txcore.parallel.gradients.adasum import adasum
 from txcore.parallel.gradients.algorithms import Algorithm, Name, mean_blocks, mean_flat
 from txcore.parallel.gradients.apart import keep_apart
-from txcore.parallel.gradients.buckets import Bucket, Buckets, as_blocks, as_buckets, from_block
+from txcore.parallel.gradients.buckets import (
+    Bucket,
+    Buckets,
+    as_blocks,
+    as_buckets,
+    from_block,
+    whole_before,
+)
 from txcore.parallel.gradients.choice import (
     check_algorithm,
     check_not_compressed,
@@ -88,7 +96,7 @@ def sync_gradients(
     # A step's plan has checked its own axes, of which the engine leaves out those of one device.
     given = None if current_scope() is not None else _leaves.check_axes("sync_gradients", axis)
     check_algorithm("tx.sync_gradients", algorithm, given)
-    check_not_compressed("tx.sync_gradients", buckets, algorithm, compression)
+    check_not_compressed("tx.sync_gradients", algorithm, compression)
     if delay:
         grads, comm_state = take_delayed(grads, comm_state)
     if reduction != "mean":
@@ -102,9 +110,11 @@ def sync_gradients(
     means: dict[int, jax.Array] = {}
     how: list[Any] = [(one.reduced, one.scattered) for one in jax.tree.leaves(layouts)]
     if (record := as_compression("sync_gradients", compression)) is not None:
-        means, comm_state = average_leaves(record, grads, layouts, comm_state, name)
+        means, comm_state = average_leaves(
+            record, grads, layouts, comm_state, name, buckets=buckets, axes=_as_tuple(axis)
+        )
     elif buckets is not None or algorithm != "plain":
-        means = _average_buckets(grads, layouts, buckets, algorithm, name)
+        means = _average_buckets(grads, layouts, buckets, algorithm, name, _as_tuple(axis))
     leaves = [means.get(i, leaf) for i, leaf in enumerate(leaves)]
     how = [None if i in means else key for i, key in enumerate(how)]
     for key in dict.fromkeys(key for key in how if key is not None and key[0]):
@@ -112,6 +122,10 @@ def sync_gradients(
         done = treedef.flatten_up_to(_average(treedef.unflatten(chosen), *key, name=name))
         leaves = [d if own == key else x for d, x, own in zip(done, leaves, how, strict=True)]
     return treedef.unflatten(leaves), comm_state
+
+
+def _as_tuple(axis: str | tuple[str, ...]) -> tuple[str, ...]:
+    return axis if isinstance(axis, tuple) else (axis,)
 
 
 def _check_adasum(reduction: str, others: dict[str, Any], algorithm: Name | None) -> None:
@@ -147,22 +161,30 @@ def _average(
 
 
 def _average_buckets(
-    grads: Any, layouts: Any, buckets: Buckets | None, algorithm: Name | None, name: str
+    grads: Any,
+    layouts: Any,
+    buckets: Buckets | None,
+    algorithm: Name | None,
+    name: str,
+    axes: tuple[str, ...],
 ) -> dict[int, jax.Array]:
     """Average the leaves that are in buckets; return them by their places."""
     treedef: Any = jax.tree.structure(layouts)
     paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(grads)[0]]
     leaves = [jnp.asarray(leaf) for leaf in treedef.flatten_up_to(grads)]
     laid: list[Layout] = [_without_axes_of_one(layout) for layout in jax.tree.leaves(layouts)]
-    sizes = {axis: _leaves.axes_size((axis,)) for layout in laid for axis in layout.reduced}
-    chosen = plan_exchange(
-        jax.tree.unflatten(jax.tree.structure(grads), leaves),
-        treedef.unflatten(laid),
+    whole = [whole_before(leaf, layout, axes) for leaf, layout in zip(leaves, laid, strict=True)]
+    sizes = {axis: _leaves.axes_size((axis,)) for _, one in whole for axis in one.reduced}
+    planned = plan_exchange(
+        jax.tree.unflatten(jax.tree.structure(grads), [leaf for leaf, _ in whole]),
+        treedef.unflatten([layout for _, layout in whole]),
         sizes=sizes,
         platform=current_device()[0],
         buckets=buckets,
         algorithm=algorithm,
     )
+    pairs = [(_left_of(bucket, laid[bucket.leaves[0]]), by) for bucket, by in planned]
+    chosen = [(bucket, by) for bucket, by in pairs if bucket.axes]
     packed: list[jax.Array] = []
     jobs: list[Callable[[jax.Array], jax.Array]] = []
     for i, (bucket, by) in enumerate(chosen):
@@ -182,9 +204,18 @@ def _average_buckets(
     return done
 
 
+def _left_of(bucket: Bucket, layout: Layout) -> Bucket:
+    """Return a bucket of what is left to reduce: all of it, or the others' mean of a part."""
+    return (
+        bucket
+        if bucket.axes == layout.reduced
+        else replace(bucket, axes=layout.reduced, scattered=())
+    )
+
+
 def _without_axes_of_one(layout: Layout) -> Layout:
     reduced = tuple(axis for axis in layout.reduced if _leaves.axes_size((axis,)) > 1)
-    return Layout(layout.stored, layout.gradient, reduced)
+    return replace(layout, reduced=reduced)
 
 
 def _pack(

@@ -1,7 +1,7 @@
 """Sharded state (ZeRO, FSDP): each device keeps its part, and gathers what it needs.
 
-Imports `_compat`, `collectives`, `kernels.dispatch`, `layout`, `optim`, `parallel`, `step_scope`,
-`varying`.
+Imports `_compat`, `collectives`, `kernels.dispatch`, `layout`, `optim`, `parallel`,
+`parallel.gradients`, `step_scope`.
 """
 
 from txcore.parallel.zero.layers import call_with_views as call_with_views

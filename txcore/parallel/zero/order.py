@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from txcore import _compat, varying
+from txcore import _compat
 from txcore.kernels.dispatch.registry import current_device
+from txcore.parallel.parts import typed_as
 
 _BITS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint64}
 
@@ -31,7 +32,7 @@ def after(tree: Any, other: Any) -> Any:
     if numbers and not _compat.keeps_barriers(current_device()[0]):
         zero = _zero_of(numbers[-1])
         waiting = [_with_zero(leaf, zero) for leaf in waiting]
-    typed = [_typed_as(leaf, was) for leaf, was in zip(waiting, leaves, strict=True)]
+    typed = [typed_as(leaf, was) for leaf, was in zip(waiting, leaves, strict=True)]
     return jax.tree.unflatten(structure, typed)
 
 
@@ -49,9 +50,3 @@ def _with_zero(x: jax.Array, zero: jax.Array) -> jax.Array:
         return x
     bits = lax.bitcast_convert_type(x, _BITS[x.dtype.itemsize])
     return lax.bitcast_convert_type(bits ^ zero.astype(bits.dtype), x.dtype)
-
-
-def _typed_as(x: jax.Array, like: jax.Array) -> jax.Array:
-    """Return an array typed as varying along the axes of another alone."""
-    added = _compat.varying_axes(x) - _compat.varying_axes(like)
-    return varying.claim(x, "", (), drop=added) if added else x

@@ -3,18 +3,11 @@
 from typing import Any
 
 import jax
-from jax import lax
 
-from txcore.collectives import all_gather, axis_index, axis_size
+from txcore.collectives import all_gather
 from txcore.layout import Layout, Split, map_alike
 from txcore.optim import Optimizer
-
-
-def take_part(x: jax.Array, split: Split) -> jax.Array:
-    """Return this device's part of an array that is whole."""
-    dim, axes = split
-    length = x.shape[dim] // axis_size(axes)
-    return lax.dynamic_slice_in_dim(x, axis_index(axes) * length, length, dim)
+from txcore.parallel.parts import take_part
 
 
 def parts_to_update(params: Any, layouts: Any) -> Any:

@@ -11,9 +11,9 @@ from jax.sharding import PartitionSpec as P
 
 from txcore import _compat
 from txcore.collectives.all_gather import all_gather
-from txcore.collectives.reduce_scatter import reduce_scatter
 from txcore.collectives.vary import vary
-from txcore.layout import Layout, Split, map_alike, same_structure
+from txcore.layout import Layout, same_structure
+from txcore.parallel.gradients.sync import sync_gradients
 from txcore.step_scope import StepScope, current_scope
 
 
@@ -134,15 +134,12 @@ def scatter_early(grads: Any) -> Any:
     if scope is None or not scope.shards_gradients or not same_structure(grads, scope.layouts):
         return grads
 
-    def scatter(tree: Any, split: Split) -> Any:
-        dim, axes = split
-        return reduce_scatter(tree, axes, dim=dim, mean=True, name="grads")
+    def first_step(layout: Layout) -> Layout:
+        axes = () if layout.scattered is None else layout.scattered[1]
+        return replace(layout, reduced=axes)
 
-    def split_of(layout: Layout) -> Split | None:
-        return layout.scattered
-
-    left = yet_to_reduce(grads, scope)
-    return map_alike(scatter, grads, left, split_of)
+    early = jax.tree.map(first_step, yet_to_reduce(grads, scope))
+    return sync_gradients(grads, scope.data_axes, layouts=early, **scope.sync_options)[0]
 
 
 def yet_to_reduce(grads: Any, scope: StepScope) -> Any:
@@ -154,7 +151,7 @@ def yet_to_reduce(grads: Any, scope: StepScope) -> Any:
     for grad, layout, part in rows:
         if layout.scattered is not None and np.shape(grad) == part:
             rest = tuple(axis for axis in layout.reduced if axis not in layout.scattered[1])
-            layout = replace(layout, gradient=P(), reduced=rest)
+            layout = replace(layout, reduced=rest)
         left.append(layout)
     return treedef.unflatten(left)
 
@@ -218,26 +215,50 @@ def _gather_one(shard: Shard, key: str) -> jax.Array:
             "where another dim than the layers' is split. Make the layers' dim the smaller one, or "
             "keep them in a list"
         )
-    return _gathered(shard.part, shard.dim, shard.axes, str(shard.name), key)
+    scope = current_scope()
+    options = {} if scope is None else scope.sync_options
+    how = _Gather(
+        *(shard.dim, shard.axes, str(shard.name), key),
+        algorithm=options.get("algorithm"),
+        compression=options.get("compression"),
+    )
+    return _gathered(shard.part, how)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
-def _gathered(part: jax.Array, dim: int, axes: tuple[str, ...], name: str, key: str) -> jax.Array:
-    with _combined(key):
-        return all_gather({name: part}, axes, dim=dim, name="params")[name]
+@dataclass(frozen=True)
+class _Gather:
+    """State how a part becomes whole, and the whole's gradient one of the part."""
+
+    dim: int
+    axes: tuple[str, ...]
+    name: str
+    key: str
+    algorithm: Any = None
+    compression: Any = None
 
 
-def _forward(
-    part: jax.Array, dim: int, axes: tuple[str, ...], name: str, key: str
-) -> tuple[jax.Array, None]:
-    return _gathered(part, dim, axes, name, key), None
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _gathered(part: jax.Array, how: _Gather) -> jax.Array:
+    with _combined(how.key):
+        return all_gather({how.name: part}, how.axes, dim=how.dim, name="params")[how.name]
 
 
-def _backward(
-    dim: int, axes: tuple[str, ...], name: str, key: str, _: None, cotangent: jax.Array
-) -> tuple[jax.Array]:
-    with _combined(key):
-        return (reduce_scatter({name: cotangent}, axes, dim=dim, mean=True, name="grads")[name],)
+def _forward(part: jax.Array, how: _Gather) -> tuple[jax.Array, None]:
+    return _gathered(part, how), None
+
+
+def _backward(how: _Gather, _: None, cotangent: jax.Array) -> tuple[jax.Array]:
+    entries: list[Any] = [None] * cotangent.ndim
+    entries[how.dim] = how.axes
+    with _combined(how.key):
+        grads, _ = sync_gradients(
+            {how.name: cotangent},
+            how.axes,
+            layouts={how.name: Layout(P(), P(*entries), how.axes)},
+            algorithm=how.algorithm,
+            compression=how.compression,
+        )
+    return (grads[how.name],)
 
 
 _gathered.defvjp(_forward, _backward)

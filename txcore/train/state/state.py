@@ -213,7 +213,8 @@ class TrainState:
 
         Raises:
           TypeError: there is no such field, or a leaf is no array.
-          ValueError: parameters of another structure or shape than those that are trained.
+          ValueError: parameters, or what is kept for them (all fields but `extra`), of another
+            structure or shape than those that are trained.
         """
         if unknown := sorted(set(changes) - set(_ARRAYS)):
             raise TypeError(

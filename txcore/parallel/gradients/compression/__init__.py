@@ -1,6 +1,7 @@
 """Compression: gradients averaged with fewer bytes on the wire, and what that keeps.
 
-Imports `collectives`, `kept`, `kernels.common`, `layout`, `parallel`, `parallel.zero`, `varying`.
+Imports `collectives`, `kept`, `kernels.common`, `layout`, `parallel`,
+`parallel.gradients`, `varying`.
 """
 
 from txcore.parallel.gradients.compression.feedback import start as start

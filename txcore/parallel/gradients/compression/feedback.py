@@ -17,10 +17,11 @@ from txcore.collectives import pmean, reduce_scatter
 from txcore.kept import Kept, as_copy, own_copy, specs_of, start_all
 from txcore.kernels.common import checks
 from txcore.layout import Layout, drop_axes
+from txcore.parallel.gradients.buckets import Buckets, bucket_layout
 from txcore.parallel.gradients.compression.named import as_compression
 from txcore.parallel.gradients.compression.record import Compression, Exchange
+from txcore.parallel.parts import take_part
 from txcore.parallel.predicted import Predicted
-from txcore.parallel.zero.parts import take_part
 
 KEY = "compression"  # of what is kept, in comm_state
 
@@ -41,6 +42,27 @@ def group_of(layout: Layout, dtype: Any) -> tuple[Any, ...]:
     split = tuple(axis for axis in layout.norm_axes if axis not in layout.reduced)
     parts = layout.scattered[1] if layout.scattered is not None else ()
     return layout.reduced, parts, split, jnp.dtype(dtype)
+
+
+def group_leaves(
+    leaves: Sequence[Any], laid: Sequence[Layout], buckets: Buckets | None
+) -> list[list[int]]:
+    """Return the places of the leaves that are averaged together: those of a bucket, else all.
+
+    Args:
+      leaves: gradients of one device, arrays or shapes.
+      laid: the layout of each.
+      buckets: their sizes; None where all leaves that are laid out alike are averaged together.
+    """
+    groups: list[list[int]] = []
+    if buckets is not None:
+        groups = [[*bucket.leaves] for bucket in bucket_layout([*leaves], [*laid], buckets)]
+    taken = {place for group in groups for place in group}
+    others: dict[Any, list[int]] = {}
+    for place, (leaf, layout) in enumerate(zip(leaves, laid, strict=True)):
+        if is_compressed(leaf) and place not in taken:
+            others.setdefault(group_of(layout, leaf.dtype), []).append(place)
+    return groups + list(others.values())
 
 
 def exchange_of(laid: Sequence[Layout], sizes: Mapping[str, int], name: str = "grads") -> Exchange:
@@ -102,14 +124,20 @@ def _average_pending(
         else:
             means, left, new = compression.average(full, kept, exchange.along(exchange.axes))
             means = _own_parts(means, exchange)
-        kind = varying.MEAN_SHARD if exchange.parts else varying.MEAN
-        return [varying.claim(mean, kind, exchange.axes) for mean in means], left, new
+        return [_claim_mean(mean, exchange) for mean in means], left, new
 
     if exchange.devices == 1:
         return plain(full, kept)
     if steps is None:
         return compressed(full, kept)
     return lax.cond(steps < compression.start, plain, compressed, full, kept)
+
+
+def _claim_mean(mean: jax.Array, exchange: Exchange) -> jax.Array:
+    """Claim what a compression has made: along each axis a part of the mean, or all of it."""
+    if exchange.parts:
+        mean = varying.claim(mean, varying.MEAN_SHARD, exchange.parts)
+    return varying.claim(mean, varying.MEAN, exchange.others) if exchange.others else mean
 
 
 def _average_plainly(grads: list[jax.Array], exchange: Exchange) -> list[jax.Array]:

@@ -1,5 +1,6 @@
 """Compressed averages of a pytree's leaves, in groups that are laid out alike."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -8,19 +9,28 @@ import jax.numpy as jnp
 from txcore.collectives import _leaves
 from txcore.collectives._leaves import Leaf
 from txcore.layout import Layout
+from txcore.parallel.gradients.apart import keep_apart
+from txcore.parallel.gradients.buckets import Buckets, whole_before
 from txcore.parallel.gradients.compression.feedback import (
     KEY,
     average_compressed,
     exchange_of,
-    group_of,
+    group_leaves,
     is_compressed,
 )
-from txcore.parallel.gradients.compression.record import Compression
+from txcore.parallel.gradients.compression.record import Compression, Exchange
 from txcore.parallel.lone_axes import make_equal_along_lone_axes
 
 
 def average_leaves(
-    compression: Compression, grads: Any, layouts: Any, comm_state: Any, name: str
+    compression: Compression,
+    grads: Any,
+    layouts: Any,
+    comm_state: Any,
+    name: str,
+    *,
+    buckets: Buckets | None = None,
+    axes: tuple[str, ...] = (),
 ) -> tuple[dict[int, jax.Array], Any]:
     """Average the leaves that are compressed.
 
@@ -30,6 +40,8 @@ def average_leaves(
       layouts: pytree of `Layout` like them.
       comm_state: with what the compression keeps, if it does.
       name: label of the operations' tags.
+      buckets: the sizes of what is averaged together; None for all.
+      axes: the data axes.
 
     Returns:
       The means by the number of the leaf, and the new `comm_state`.
@@ -47,21 +59,29 @@ def average_leaves(
     errors = _kept_of("errors", state, treedef, found)
     own = _kept_of("own", state, treedef, found)
     steps = state.get("steps")
-    groups: dict[Any, list[int]] = {}
-    for i, (leaf, layout) in enumerate(zip(found, laid, strict=True)):
-        if leaf is not None:
-            groups.setdefault(group_of(layout, leaf.dtype), []).append(i)
-    means: dict[int, jax.Array] = {}
-    for chosen in groups.values():
-        axes = laid[chosen[0]].reduced
-        sizes = {axis: _leaves.axes_size((axis,)) for axis in axes}
-        grads = [make_equal_along_lone_axes(found[i], axes, name) for i in chosen]
+    arrays = [jnp.asarray(leaf) for _, leaf in _with_paths(grads)]
+    whole = [whole_before(leaf, layout, axes) for leaf, layout in zip(arrays, laid, strict=True)]
+    groups = group_leaves([leaf for leaf, _ in whole], [layout for _, layout in whole], buckets)
+    jobs, arguments = [], []
+    for i, chosen in enumerate(groups):
+        over = laid[chosen[0]].reduced
+        sizes = {axis: _leaves.axes_size((axis,)) for axis in over}
+        local = [make_equal_along_lone_axes(found[i], over, name) for i in chosen]
         left = [errors[i] for i in chosen]
         if "errors" in state:
-            left = [make_equal_along_lone_axes(error, axes, name) for error in left]
-        kept = [own[i] for i in chosen]
-        exchange = exchange_of([laid[i] for i in chosen], sizes, name)
-        done = average_compressed(compression, grads, left, kept, steps, exchange)
+            left = [make_equal_along_lone_axes(error, over, name) for error in left]
+        label = name if buckets is None else f"{name}/{i}"
+        exchange = exchange_of([laid[i] for i in chosen], sizes, label)
+        jobs.append(partial(_average_group, compression, exchange))
+        arguments.append((local, left, [own[i] for i in chosen], steps))
+    pairs = zip(jobs, arguments, strict=True)
+    results = (
+        [job(argument) for job, argument in pairs]
+        if buckets is None
+        else keep_apart(jobs, arguments, name)
+    )
+    means: dict[int, jax.Array] = {}
+    for chosen, done in zip(groups, results, strict=True):
         for i, mean, error, new_own in zip(chosen, *done, strict=True):
             means[i], errors[i], own[i] = mean, error, new_own
     if not state:
@@ -70,6 +90,11 @@ def average_leaves(
     if steps is not None:
         new["steps"] = steps + 1
     return means, {**comm_state, KEY: {key: new[key] for key in state}}
+
+
+def _average_group(compression: Compression, exchange: Exchange, given: Any) -> Any:
+    grads, errors, kept, steps = given
+    return average_compressed(compression, grads, errors, kept, steps, exchange)
 
 
 def _with_paths(tree: Any) -> list[tuple[Any, Any]]:

@@ -30,7 +30,7 @@ def bf16() -> Compression:
       >>> tx.DP("data", compression="bf16").axes
       ('data',)
     """
-    return _quantized("bf16", codecs.BF16, feedback=False)
+    return _quantized("bf16()", codecs.BF16, feedback=False)
 
 
 def fp16() -> Compression:
@@ -50,16 +50,23 @@ def fp16() -> Compression:
       >>> run(f, np.float32([2.0**100, 2.0**102]), axes={"data": 2}, out_specs=P()) / 2.0**100
       array([2.5], dtype=float32)
     """
-    return _quantized("fp16", codecs.FP16, feedback=False)
+    return _quantized("fp16()", codecs.FP16, feedback=False)
 
 
-def int8() -> Compression:
+def int8(*, feedback: bool = True) -> Compression:
     """Send int8, a quarter of the bytes of float32, and a scale for each 256; sums are float32.
 
     Each device keeps what both roundings left over, and adds it to its next gradients.
 
+    Args:
+      feedback: False to keep nothing, and lose what is left over. `DP(shard="gradients")` and
+        "parameters" need that: kept, it is as large as all gradients, on each device.
+
     Returns:
       A compression for `DP(compression=)`, which also takes it by its name, "int8".
+
+    Raises:
+      TypeError: `feedback` is no bool.
 
     Example:
       >>> tx.DP("data", compression=tx.compression.int8())
@@ -68,12 +75,15 @@ def int8() -> Compression:
     References:
       Tang et al., "DoubleSqueeze", 2019 (error feedback of both roundings).
     """
-    return _quantized("int8", codecs.INT8, feedback=True)
+    if not isinstance(feedback, bool):
+        raise TypeError(f"int8 needs feedback= True or False, got {feedback!r}")
+    options = "" if feedback else "feedback=False"
+    return _quantized(f"int8({options})", codecs.INT8, feedback=feedback)
 
 
 def _quantized(name: str, codec: Codec, *, feedback: bool) -> Compression:
     return Compression(
-        f"{name}()",
+        name,
         partial(_average, codec),
         partial(_sends, codec),
         feedback=feedback,
