@@ -90,6 +90,7 @@ class _Surroundings:
       trips_known: False in a while loop: then `trips` is a lower bound.
       foldable: the compiler may find that the equation never runs.
       path: the jax transformations that made what is around it.
+      frames: (file, line) of the calls that made what is around it, innermost first.
     """
 
     sizes: meshes.Sizes = ()
@@ -98,6 +99,7 @@ class _Surroundings:
     trips_known: bool = True
     foldable: bool = False
     path: str = ""
+    frames: tuple[tuple[str, int], ...] = ()
 
     @property
     def size_known(self) -> bool:
@@ -237,7 +239,8 @@ def _loop_constants(eqn: Eqn, inner: Jaxpr, inputs: Sequence[Value]) -> Sequence
 
 def _scope_inside(eqn: Eqn, scope: _Surroundings, inputs: Sequence[Value]) -> _Surroundings:
     name = eqn.primitive.name
-    scope = replace(scope, path=path_of(eqn, scope.path))
+    frames = (*_compat.eqn_frames(eqn), *scope.frames)
+    scope = replace(scope, path=path_of(eqn, scope.path), frames=frames)
     if name == "scan":
         return replace(scope, trips=scope.trips * int(eqn.params["length"]))
     if name == "while":
@@ -247,6 +250,11 @@ def _scope_inside(eqn: Eqn, scope: _Surroundings, inputs: Sequence[Value]) -> _S
     if name == "shard_map":
         return replace(scope, sizes=_sizes_of(eqn), manual=scope.manual | _manual_axes(eqn))
     return scope
+
+
+def _source_of(eqn: Eqn, scope: _Surroundings) -> str:
+    """Return the user's line; what jax traces by itself (checkpoint) knows none but around it."""
+    return source.user_source_line((*_compat.eqn_frames(eqn), *scope.frames))
 
 
 def _manual_axes(eqn: Eqn) -> frozenset[str]:
@@ -281,7 +289,7 @@ def _declare_operands(
             payload_bytes=scale * elements * dtype.itemsize,
             trips=scope.trips,
             tag=tag,
-            source=source.user_source_line(_compat.eqn_frames(eqn)),
+            source=_source_of(eqn, scope),
             autodiff=tag is None and made_by_autodiff(path),
             elements=scale * elements,
             trips_known=scope.trips_known,
@@ -313,7 +321,7 @@ def _declare_reshard(eqn: Eqn, scope: _Surroundings, value: Value) -> Iterator[D
         payload_bytes=elements * dtype.itemsize,
         trips=scope.trips,
         tag=None,
-        source=source.user_source_line(_compat.eqn_frames(eqn)),
+        source=_source_of(eqn, scope),
         autodiff=False,
         elements=elements,
         trips_known=scope.trips_known,

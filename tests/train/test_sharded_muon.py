@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import txcore as tx
-from txcore.optim.muon import orthogonalize_leaves
+from txcore.optim.muon import deal_out, orthogonalize_leaves
 
 # Five of one shape, for four devices: dealt out in two rounds; one by itself; one of a stack.
 SHAPES = {**{f"h{i}": (8, 8) for i in range(5)}, "out": (8, 4), "stack": (2, 8, 8)}
@@ -76,10 +76,50 @@ def test_the_audit_is_exact_and_as_predicted():
     assert report.exact, report
     lines = [(n.kind, n.payload_bytes, n.found_bytes) for n in report.plan if n.what == "optimizer"]
     # Five matrices of 8 x 8 padded to eight, of which a device has a quarter each; there and back.
-    dealt = 2 * 4 * 8 * 16
-    gathered = 4 * (8 * 4 + 2 * 8 * 8)
+    dealt = 2 * 4 * 8 * 16 + 2 * 4 * (8 * 4)
+    gathered = 4 * (2 * 8 * 8)
     assert sorted(lines) == [("all-gather", gathered, gathered), ("all-to-all", dealt, dealt)]
     assert {n.what for n in report.plan if not n.payload_bytes} == {"pmean/loss"}
+
+
+def test_the_devices_share_the_cost_of_all_shapes():
+    """Of matrices that the devices share unevenly, whoever has least to do gets the next."""
+    sizes = {"data": 4}
+    large, middle, small = (64, 256), (32, 128), (16, 64)  # a part's; the cost falls to an eighth
+    shapes = [small, large, middle, large, middle, small, large, small, small, small]
+    deals = deal_out(shapes, [P("data")] * len(shapes), sizes)
+    owners = {shapes[deal.places[0]]: deal.owners for deal in deals}
+    assert owners == {large: (0, 1, 2), middle: (3, 0), small: (3,)}
+    assert all(deal.by_owner for deal in deals)
+    (alone,) = deal_out([large], [P("data")], sizes)
+    assert not alone.by_owner
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_whoever_owns_a_matrix_it_is_that_of_numpy(dim):
+    """Seven matrices of three shapes by four devices, against the iteration in float64."""
+    rng = np.random.default_rng(0)
+    whole = [rng.normal(size=s) for s in [(8, 16)] * 5 + [(4, 4), (16, 8)]]
+    spec = P(*[None] * dim, "data")
+
+    def truth(x):
+        tall = x.shape[0] > x.shape[1]
+        x = x.T if tall else x
+        x = x / np.linalg.norm(x)
+        for _ in range(5):
+            a = x @ x.T
+            x = 3.4445 * x + (-4.775 * a + 2.0315 * a @ a) @ x
+        return x.T if tall else x
+
+    found = tx.testing.run_sharded(
+        lambda *parts: tuple(orthogonalize_leaves(parts, [spec] * 7, 5)),
+        *(np.float32(x) for x in whole),
+        axes={"data": 4},
+        in_specs=(spec,) * 7,
+        out_specs=(spec,) * 7,
+    )
+    for ours, x in zip(found, whole, strict=True):
+        np.testing.assert_allclose(ours, truth(x), rtol=2e-3, atol=1e-4)
 
 
 def test_one_device_orthogonalizes_a_share_of_the_matrices():

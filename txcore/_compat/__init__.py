@@ -11,6 +11,8 @@ from txcore._compat.compiling import lowered_name as lowered_name
 from txcore._compat.compiling import marks_partitioner as marks_partitioner
 from txcore._compat.compiling import mesh_device as mesh_device
 from txcore._compat.compiling import no_persistent_cache as no_persistent_cache
+from txcore._compat.jaxprs import called_from as called_from
+from txcore._compat.jaxprs import current_traceback as current_traceback
 from txcore._compat.jaxprs import eqn_collective as eqn_collective
 from txcore._compat.jaxprs import eqn_frames as eqn_frames
 from txcore._compat.jaxprs import eqn_name_stack as eqn_name_stack

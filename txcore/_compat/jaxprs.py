@@ -1,5 +1,6 @@
 """Traced programs as each version of jax holds them."""
 
+import contextlib
 from typing import Any
 
 
@@ -17,6 +18,29 @@ def eqn_frames(eqn: Any) -> tuple[tuple[str, int], ...]:
     if user_frames is None or traceback is None:
         return ()
     return tuple((str(f.file_name), int(f.start_line)) for f in user_frames(traceback))
+
+
+def current_traceback() -> Any:
+    """Return where the code is that is traced now, for `called_from`; None where jax keeps none."""
+    from jax._src import source_info_util  # as above
+
+    current = getattr(source_info_util, "current", None)
+    return getattr(current(), "traceback", None) if current is not None else None
+
+
+def called_from(traceback: Any) -> contextlib.AbstractContextManager[Any]:
+    """Let what is traced within say that it was called from elsewhere.
+
+    What jax traces by itself (checkpoint) knows nothing of the calls around it, and its equations
+    become the outer program's.
+    """
+    from jax._src import source_info_util  # as above
+
+    user_context = getattr(source_info_util, "user_context", None)
+    if user_context is None or traceback is None:
+        return contextlib.nullcontext()
+    context: contextlib.AbstractContextManager[Any] = user_context(traceback)
+    return context
 
 
 def eqn_collective(eqn: Any) -> str | None:

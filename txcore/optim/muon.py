@@ -1,7 +1,9 @@
 """Muon: momentum whose step is an orthogonal matrix; it needs each matrix whole."""
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +14,7 @@ from jax.typing import ArrayLike
 
 from txcore.collectives import all_gather, all_to_all, axis_index, axis_size
 from txcore.kernels.common import checks
-from txcore.layout import Split, entry_axes, shape_of_part
+from txcore.layout import Split, axes_of, entry_axes, shape_of_part
 from txcore.optim import optimizer
 from txcore.optim.schedules import Schedule, as_schedule
 from txcore.printing import format_call
@@ -39,9 +41,10 @@ def muon(
     sqrt(max(1, outputs / inputs)) O`. An array of more dims is a stack of matrices.
 
     O needs the whole of U. Where the state is sharded over the devices (`DP(shard=)`), V stays in
-    parts, and matrices of one shape are dealt out to the devices as to owners by an all-to-all,
-    each then orthogonalized by one device alone, and dealt back; one matrix by itself, or one that
-    is split over several dims, is gathered on every device.
+    parts, and matrices are dealt out to the devices as to owners by an all-to-all for each shape,
+    each then orthogonalized by one device alone, and dealt back. What a shape has more than the
+    devices share evenly goes to those with the least to compute. A matrix that is the only one, or
+    is split over several dims, is gathered on every device, as is a stack.
 
     Args:
       learning_rate: at least 0, or a schedule: step -> float32 scalar.
@@ -154,19 +157,27 @@ class Deal(NamedTuple):
       places: of them among the leaves.
       splits: the dims that are split, with their axes; () where they are whole.
       by_owner: whether each goes to one device by an all-to-all, and not to all by a gather.
+      owners: the devices, one for each of the last matrices, that the others do not get as many of.
     """
 
     places: tuple[int, ...]
     splits: tuple[Split, ...]
     by_owner: bool
+    owners: tuple[int, ...] = ()
 
 
-def deal_out(shapes: Sequence[tuple[int, ...]], specs: Sequence[P]) -> list[Deal]:
+def deal_out(
+    shapes: Sequence[tuple[int, ...]], specs: Sequence[P], sizes: Mapping[str, int]
+) -> list[Deal]:
     """Return how matrices become whole: those of one shape, split alike, together.
 
     Args:
       shapes: of each on this device.
       specs: how each is split.
+      sizes: the devices along each axis of the mesh.
+
+    Returns:
+      The deals, those whose matrices cost most to orthogonalize first.
     """
     groups: dict[tuple[tuple[int, ...], tuple[Split, ...]], list[int]] = {}
     for place, (shape, spec) in enumerate(zip(shapes, specs, strict=True)):
@@ -176,12 +187,37 @@ def deal_out(shapes: Sequence[tuple[int, ...]], specs: Sequence[P]) -> list[Deal
             if entry_axes(entry) and dim >= len(shape) - 2
         )
         groups.setdefault((shape, splits), []).append(place)
-    deals = []
+    number: Counter[tuple[str, ...]] = Counter()
     for (shape, splits), places in groups.items():
-        alone = len(places) == 1 or len(splits) != 1 or len(shape) != 2
-        groups_of = [(place,) for place in places] if alone else [tuple(places)]
-        deals += [Deal(own, splits, not alone) for own in groups_of]
+        if _has_owners(shape, splits):
+            number[splits[0][1]] += len(places)
+    loads: dict[tuple[str, ...], list[int]] = {}
+    deals = []
+    by_cost = sorted(groups.items(), key=lambda item: -_cost(item[0][0], item[0][1], sizes))
+    for (shape, splits), places in by_cost:
+        if not _has_owners(shape, splits) or number[splits[0][1]] == 1:
+            deals += [Deal((place,), splits, False) for place in places]
+            continue
+        ((_, axes),) = splits
+        load = loads.setdefault(axes, [0] * math.prod(sizes[axis] for axis in axes))
+        least = sorted(range(len(load)), key=lambda device: load[device])
+        owners = tuple(least[: len(places) % len(load)])
+        for device in owners:
+            load[device] += _cost(shape, splits, sizes)
+        deals.append(Deal(tuple(places), splits, True, owners))
     return deals
+
+
+def _has_owners(shape: tuple[int, ...], splits: tuple[Split, ...]) -> bool:
+    return len(splits) == 1 and len(shape) == 2
+
+
+def _cost(shape: tuple[int, ...], splits: tuple[Split, ...], sizes: Mapping[str, int]) -> int:
+    """Return the multiplications of an iteration, up to a factor."""
+    whole = list(shape)
+    for dim, axes in splits:
+        whole[dim] *= math.prod(sizes[axis] for axis in axes)
+    return math.prod(whole) * min(whole[-2:])
 
 
 def orthogonalize_leaves(
@@ -189,9 +225,10 @@ def orthogonalize_leaves(
 ) -> list[jax.Array]:
     """Return this device's parts of the orthogonal matrices of leaves of which it has parts."""
     done: dict[int, jax.Array] = {}
-    for deal in deal_out([leaf.shape for leaf in leaves], specs):
+    sizes = {axis: axis_size((axis,)) for spec in specs for axis in axes_of(spec)}
+    for deal in deal_out([leaf.shape for leaf in leaves], specs, sizes):
         if deal.by_owner:
-            own = _by_owner([leaves[i] for i in deal.places], *deal.splits[0], iterations)
+            own = _by_owner([leaves[i] for i in deal.places], deal, iterations)
         else:
             own = [_gathered(leaves[i], deal.splits, iterations) for i in deal.places]
         done.update(zip(deal.places, own, strict=True))
@@ -208,16 +245,27 @@ def _gathered(x: jax.Array, splits: Sequence[Split], iterations: int) -> jax.Arr
     return x
 
 
-def _by_owner(
-    parts: Sequence[jax.Array], dim: int, axes: tuple[str, ...], iterations: int
-) -> list[jax.Array]:
-    missing = -len(parts) % axis_size(axes)
-    stack = jnp.stack([*parts, *[jnp.zeros_like(parts[0])] * missing])
+def _by_owner(parts: Sequence[jax.Array], deal: Deal, iterations: int) -> list[jax.Array]:
+    ((dim, axes),) = deal.splits
+    devices = axis_size(axes)
+    each = len(parts) // devices  # and one more for the owners
+    rows: list[list[int | None]] = [[*range(i * each, i * each + each)] for i in range(devices)]
+    if deal.owners:
+        last = dict(zip(deal.owners, range(devices * each, len(parts)), strict=True))
+        rows = [[*row, last.get(i)] for i, row in enumerate(rows)]
+    dealt = [place for row in rows for place in row]
+    empty = jnp.zeros_like(parts[0])
+    stack = jnp.stack([empty if i is None else parts[i] for i in dealt])
     # The dims of the matrices come after that of the stack.
     whole = all_to_all(stack, axes, split_dim=0, concat_dim=dim + 1, name="muon")
-    whole = newton_schulz(whole, iterations)
+    done = [newton_schulz(whole[:each], iterations)] if each else []
+    if deal.owners:
+        is_owner = jnp.any(axis_index(axes) == jnp.asarray(deal.owners))
+        orthogonalize = partial(newton_schulz, iterations=iterations)
+        done.append(lax.cond(is_owner, orthogonalize, lambda x: x, whole[each:]))
+    whole = jnp.concatenate(done)
     back = all_to_all(whole, axes, split_dim=dim + 1, concat_dim=0, name="muon")
-    return [back[i] for i in range(len(parts))]
+    return [back[dealt.index(i)] for i in range(len(parts))]
 
 
 def predict_exchanges(
@@ -235,7 +283,7 @@ def predict_exchanges(
     parts = [
         shape_of_part(leaf.shape, spec, sizes) for leaf, spec in zip(leaves, own_specs, strict=True)
     ]
-    for deal in deal_out(parts, own_specs):
+    for deal in deal_out(parts, own_specs, sizes):
         first = deal.places[0]
         dtype = jnp.dtype(checks.accumulator(leaves[first].dtype)).name
         elements = math.prod(parts[first])

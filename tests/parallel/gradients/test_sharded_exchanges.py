@@ -133,3 +133,26 @@ def test_gathered_parameters_have_the_mean_of_rounded_gradients(compression, bit
     wanted = -np.float64(x).mean(0)
     error = np.abs(np.asarray(state.stored_params) - wanted)
     assert 0 < error.max() < 2.0**-bits * np.abs(x).max()
+
+
+@tx.step_fn
+def by_layers(state, batch):
+    def loss_of(shards, batch):
+        first = {name: shards[name] for name in ("w1", "b1")}
+        hidden = tx.zero.layer(lambda p, x: x @ p["w1"] + p["b1"])(first, batch["x"])
+        hidden = tx.zero.layers(lambda p, x: x + p, [shards["b1"]], hidden)
+        out = hidden @ tx.zero.gather(shards["w2"])
+        return tx.example_mean(out.sum(-1), axis=DATA)
+
+    loss, grads = tx.value_and_grad(loss_of)(state.shards, batch)
+    grads, state = state.sync_gradients(grads)
+    state = state.apply_gradients(grads=grads)
+    return state, {"loss": tx.pmean(loss, DATA, name="loss")}
+
+
+@pytest.mark.parametrize("step", [plans.train_step, by_layers])
+def test_gathers_name_the_users_line(step):
+    trainer = plans.engine(shard="parameters")
+    report = trainer.audit(step, trainer.create_state(plans.params()), plans.batch())
+    own = ("test_exchange_plans.py:", "test_sharded_exchanges.py:")
+    assert [row.source for row in report.collectives if not row.source.startswith(own)] == []

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from txcore import _compat
 from txcore.parallel.microbatches import current_part
 from txcore.parallel.zero.order import after
 from txcore.parallel.zero.shard import gather, gather_together, is_shard, is_view
@@ -51,6 +52,16 @@ def _gathering(f: Callable[..., Any], *, prevent_cse: bool = True) -> Callable[.
     return jax.checkpoint(f, policy=keep_but_gathered, prevent_cse=prevent_cse)
 
 
+def _gather_from(called: Any) -> Callable[[Any], Any]:
+    """Return `gather` as if it were called from there, which an audit then shows."""
+
+    def gather_here(shards: Any) -> Any:
+        with _compat.called_from(called):
+            return gather(shards)
+
+    return gather_here
+
+
 def layer(f: Callable[..., Any]) -> Callable[..., Any]:
     """Make a layer gather its parameters when it runs, and again in the backward pass.
 
@@ -79,7 +90,8 @@ def layer(f: Callable[..., Any]) -> Callable[..., Any]:
             return f(shards, *args)
         arrays = [x for x in jax.tree.leaves(args) if isinstance(x, jax.Array)]
         shards = _wait(shards, lax.stop_gradient(arrays))
-        return _gathering(lambda s: f(gather(s), *args))(shards)
+        gather_here = _gather_from(_compat.current_traceback())
+        return _gathering(lambda s: f(gather_here(s), *args))(shards)
 
     return run
 
@@ -92,8 +104,11 @@ def call_with_views(f: Callable[..., Any], args: tuple[Any, ...], options: dict[
     if not views:
         return f(*args, **options)
 
+    called = _compat.current_traceback()
+
     def run(views: list[Any]) -> Any:
-        whole = iter(gather_together(views, ""))
+        with _compat.called_from(called):
+            whole = iter(gather_together(views, ""))
         given = treedef.unflatten([next(whole) if is_view(leaf) else leaf for leaf in leaves])
         return f(*given, **options)
 
@@ -149,6 +164,7 @@ def _forward(
     f: Callable[..., Any], shards: list[Any], x: Any, constants: list[Any]
 ) -> tuple[Any, list[tuple[Any, Any]]]:
     """Return what the last layer returns, and of each layer what pulls a cotangent back."""
+    gather_here = _gather_from(_compat.current_traceback())
     pulls, before = [], None
     for own in shards:
         # The layer before has what it begins with when this gather may begin.
@@ -156,7 +172,7 @@ def _forward(
         before = x
 
         def one(own: Any, x: Any, constants: list[Any]) -> Any:
-            return f(gather(own), x, *constants)
+            return f(gather_here(own), x, *constants)
 
         x, pull = jax.vjp(_gathering(one, prevent_cse=False), later, x, constants)
         pulls.append((pull, later))
