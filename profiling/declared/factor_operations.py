@@ -40,6 +40,9 @@ _MEETINGS = frozenset(
 )
 
 
+_KEEP_MEANS = ("div", "mul", "split", "slice")
+
+
 def value_after(eqn: Eqn, name: str, inputs: list[Value], frame: Frame, devices: int) -> Value:
     """Return what is known of the result of an operation that does not communicate.
 
@@ -61,8 +64,8 @@ def value_after(eqn: Eqn, name: str, inputs: list[Value], frame: Frame, devices:
             return Value(differs)
     gradients = [value for value in inputs if value.gradient is not None]
     if not gradients and not any(value.number for value in inputs):
-        # What is averaged stays so while it is scaled, whatever it is.
-        kept = inputs[0] if name in ("div", "mul") and inputs[0].reduced else Value()
+        # What is averaged stays so while it is scaled or taken apart, whatever it is.
+        kept = inputs[0] if name in _KEEP_MEANS and inputs[0].reduced else Value()
         return replace(kept, differs=differs)
     if not gradients and all(value.number for value in inputs):
         number = _number_after(eqn, name, inputs, frame, devices)

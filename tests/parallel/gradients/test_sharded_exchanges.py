@@ -156,3 +156,12 @@ def test_gathers_name_the_users_line(step):
     report = trainer.audit(step, trainer.create_state(plans.params()), plans.batch())
     own = ("test_exchange_plans.py:", "test_sharded_exchanges.py:")
     assert [row.source for row in report.collectives if not row.source.startswith(own)] == []
+
+
+@pytest.mark.parametrize("how", [{}, {"compression": "bf16"}], ids=str)
+def test_the_factor_of_delayed_buckets_is_read(how):
+    """What is averaged is no gradient of this step, and is unpacked of a bucket."""
+    trainer = plans.engine(delay=1, buckets=BUCKETS, **how)
+    report = trainer.audit(plans.train_step, trainer.create_state(plans.params()), plans.batch())
+    assert report.exact, report
+    assert {line.factor for line in plans.gradient_lines(report)} == {"mean"}
