@@ -83,7 +83,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def calls_for(size: int) -> int:
     """Return how many calls a turn has: fewer of those that take long."""
-    return 100 if size <= MIB // 4 else 40 if size <= MIB else 15 if size <= 16 * MIB else 5
+    most = {MIB // 4: 100, MIB: 40, 16 * MIB: 15, 64 * MIB: 5}
+    return next((calls for limit, calls in most.items() if size <= limit), 3)
 
 
 class Workers:
