@@ -155,7 +155,7 @@ def test_two_epochs_of_250_with_a_masked_last_batch(tmp_path, model):
     args += ["--train-size", "250", "--batch-size", "32"]
     one = run(tmp_path, *args, "--devices", "1", script=curves)
     assert len(one["loss_curve"]) == 16  # 7 batches of 32 and one of 26, twice
-    others = [run(tmp_path, *args, "--devices", n, script=curves) for n in (2, 4)]
+    others = [run(tmp_path, *args, "--devices", "4", script=curves)]
     others.append(run_processes(tmp_path, 2, *args, "--devices", "2", script=curves))
     for other in others:
         np.testing.assert_allclose(other["loss_curve"], one["loss_curve"], rtol=1e-5)

@@ -54,6 +54,7 @@ def differentiate(q, k, v, cotangent, causal):
     return out, grads
 
 
+@pytest.mark.usefixtures("unoptimized")
 @pytest.mark.parametrize("check_vma", [True, False], ids=["vma", "no_vma"])
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
 @pytest.mark.parametrize("n,groups", [(1, 4), (2, 1), (4, 2), (3, 4)])
