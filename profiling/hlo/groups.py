@@ -126,6 +126,33 @@ def groups_of_block(dims: Iterable[Dim]) -> Groups:
     return Groups(tuple(merged))
 
 
+def fold_groups(first: Groups, second: Groups) -> Groups | None:
+    """Return the groups of one sum that does the work of two, one after the other.
+
+    Returns:
+      The groups that hold every device which two steps reach; None where the two are not those of
+      different axes of one block.
+
+    Example:
+      >>> rows = groups_of_block([(2, False), (2, True)])
+      >>> columns = groups_of_block([(2, True), (2, False)])
+      >>> list(fold_groups(rows, columns))
+      [(0, 1, 2, 3)]
+    """
+    if first.dims is None or second.dims is None or first.devices != second.devices:
+        return None
+    ours, theirs, folded = [*first.dims], [*second.dims], list[Dim]()
+    while ours and theirs:
+        (size, together), (other, also) = ours.pop(), theirs.pop()
+        shared = min(size, other)
+        if size % shared or other % shared or (together and also):
+            return None
+        folded.append((shared, together or also))
+        ours += [(size // shared, together)] if size > shared else []
+        theirs += [(other // shared, also)] if other > shared else []
+    return groups_of_block(reversed(folded))
+
+
 def sort_groups(groups: Iterable[Iterable[int]]) -> Groups:
     """Sort the members of each group and the groups; keep the dims of a block if they are one.
 

@@ -6,20 +6,24 @@ Where the optimized module alone leaves a doubt:
 
 - an undeclared collective takes its origin and line from the early module
 - a collective that is undeclared early and gone later was merged into one that looks declared
-- a later collective without a match, where all early ones are declared, is a rewritten declared one
+- a later collective without a match, where all early ones are declared, is a rewritten declared
+  one, or several that were folded into one over all their axes
 """
 
+import itertools
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import replace
 
 from txcore.profiling.declared.collectives import RESHARD, Declared
-from txcore.profiling.hlo import Op
+from txcore.profiling.hlo import Groups, Op
+from txcore.profiling.hlo.groups import fold_groups
 from txcore.profiling.matching.arrays import Unit, size_of
 from txcore.profiling.matching.fates import LINEAR
 from txcore.profiling.matching.match import Matched
 from txcore.profiling.matching.origin import UNEXPLAINED
 
+_MOST_FOLDED = 4  # sums after one another that became one: over as many axes of a mesh
 _LOST = (("missing",), ("reassociated",))
 _Way = Callable[[Unit, Hashable], Hashable]
 # The properties by which an array of the optimized module is paired with its early one.
@@ -120,6 +124,10 @@ class _State:
         for i, d in enumerate(self.declared):
             if self.fates[i] in _LOST:
                 lost[_devices_of(d)][i] = size_of(d) * d.trips
+        self._explain_folded(added_on)
+        for of_devices in lost.values():  # what is left of it
+            for i in [i for i in of_devices if self.fates[i] not in _LOST]:
+                del of_devices[i]
         for place, unit in enumerate(self.units):
             devices = _devices_of(self.ops[unit.op])
             is_open = not self.links[place] and place not in self.blamed
@@ -129,6 +137,38 @@ class _State:
             for i in self.links[place]:
                 self.fates[i] = ("rewritten",)
         self._settle_sums(lost)
+
+    def _explain_folded(self, added_on: set[Hashable]) -> None:
+        """Explain an open sum over several axes by lost ones over each, one after the other.
+
+        XLA for GPU folds a sum of a sum (over the stages, then over the data axis) into one.
+        """
+        for place, unit in enumerate(self.units):
+            op = self.ops[unit.op]
+            is_open = not self.links[place] and place not in self.blamed
+            if unit.kind != "all-reduce" or not is_open or _devices_of(op) in added_on:
+                continue
+            sizes = [piece.size for piece in unit.pieces] or [unit.size]
+            if chosen := self._choose_folded(op.groups, sizes, unit.trips.count):
+                self.links[place] = tuple(chosen)
+                for i in chosen:
+                    self.fates[i] = ("rewritten",)
+
+    def _choose_folded(self, groups: Groups, sizes: Sequence[int], trips: int) -> list[int]:
+        """Take for each array a lost sum over each of the axes that make up these groups."""
+        lost: dict[Groups, list[int]] = defaultdict(list)
+        for i, d in enumerate(self.declared):
+            if self.fates[i] in _LOST and d.kind == "all-reduce" and d.trips == trips:
+                lost[d.groups].append(i)
+        for number in range(2, _MOST_FOLDED + 1):
+            for along in itertools.combinations(lost, number):
+                if _fold_all(along) != groups:
+                    continue
+                waiting = {one: list(lost[one]) for one in along}
+                chosen = [_take_size(waiting[g], s, self.declared) for g in along for s in sizes]
+                if None not in chosen:
+                    return [i for i in chosen if i is not None]
+        return []
 
     def _settle_sums(self, lost: dict[Hashable, dict[int, int]]) -> None:
         """Find for each declaration that is still lost an equal one that does its work."""
@@ -161,6 +201,21 @@ class _State:
 
 def _devices_of(one: Op | Declared) -> Hashable:
     return one.groups, one.pairs
+
+
+def _fold_all(groups: Sequence[Groups]) -> Groups | None:
+    folded: Groups | None = groups[0]
+    for one in groups[1:]:
+        folded = None if folded is None else fold_groups(folded, one)
+    return folded
+
+
+def _take_size(waiting: list[int], size: int, declared: Sequence[Declared]) -> int | None:
+    """Take the first of these declarations that is of a size."""
+    found = next((i for i in waiting if size_of(declared[i]) == size), None)
+    if found is not None:
+        waiting.remove(found)
+    return found
 
 
 def _is_opaque(unit: Unit) -> bool:

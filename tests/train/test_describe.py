@@ -15,6 +15,8 @@ from txcore.plan.drawing import Held, draw_mesh
 from txcore.train.steps import proof
 
 PP = tx.PP("pipe", microbatches=4)
+# Of one of 4 microbatches of 16 rows over two data shards.
+ACTIVATION = jax.ShapeDtypeStruct((2, models.WIDTH), np.float32)
 ADAMW = tx.optim.adamw(0.01, clip_norm=1.0)
 PLANS = {
     "TP": ((1, 4, 1), tx.Plan(data_parallel=tx.DP("data"), tensor_parallel=models.TP)),
@@ -84,7 +86,7 @@ def test_the_figures_are_those_of_the_compiled_step(case, compiled_step):
     shape, plan = PLANS[case]
     engine, batch = engine_on(shape, plan), models.batch()
     state = engine.create_state(models.params())
-    described = plan.describe(models.params(), engine.mesh, optimizer=ADAMW)
+    described = plan.describe(models.params(), engine.mesh, optimizer=ADAMW, activation=ACTIVATION)
     memory, report = compiled_step(engine, state, batch)
     check_figures(described, memory, report, state, bytes_of(batch) // shape[0])
 
@@ -96,7 +98,9 @@ def test_they_are_those_of_a_step_for_eight_h100(case, compiled_step):
     state = engine.create_state(models.params())
     shard = models.batch(8)
     memory, report = compiled_step(engine, state, shard, target=target, mesh=sizes)
-    described = PLANS[case][1].describe(models.params(), models.mesh(2, 2, 2), optimizer=ADAMW)
+    described = PLANS[case][1].describe(
+        models.params(), models.mesh(2, 2, 2), optimizer=ADAMW, activation=ACTIVATION
+    )
     check_figures(described, memory, report, state, bytes_of(shard))
 
 
@@ -115,6 +119,17 @@ def test_a_row_says_how_a_parameter_lies():
     local = tx.Plan(data_parallel=tx.DP("data", sync_every=4))
     rows = local.describe(models.params(), models.mesh(2, 1, 1)).parameters
     assert rows[0].gradient == "stays; parameters are averaged over data"
+
+
+def test_the_layers_of_chunks_are_described_as_a_state_stores_them():
+    pp = tx.PP("pipe", microbatches=4, schedule="interleaved", chunks=2)
+    activation = jax.ShapeDtypeStruct((2, models.WIDTH), np.float32)
+    mesh = models.mesh(1, 1, 2)
+    described = tx.Plan(pipeline=pp).describe(models.params(), mesh, activation=activation)
+    up = next(row for row in described.parameters if row.path == "blocks/up")
+    assert (up.shape, up.spec, up.part) == ((2, 2, 32, 64), P(None, "pipe"), (2, 1, 32, 64))
+    assert [held.lines[1] for held in described.held] == ["layers 0, 2", "layers 1, 3"]
+    assert {one.kind for one in described.collectives} == {"collective-permute", "all-reduce"}
 
 
 def test_gradients_are_what_a_step_holds_of_them():
@@ -170,7 +185,8 @@ def test_it_is_printed_and_drawn():
         "mesh data=2, model=2, pipe=2: 8 x cpu",
         "blocks/up    float32  (4, 32, 64)  pipe, -, model  (2, 32, 32)  mean over data",
         "embed        float32  (16, 32)     whole           (16, 32)     sum over pipe; mean over",
-        "gradients              all-reduce  data         float32  18.7 kB",
+        "gradients               all-reduce  data         float32  18.7 kB",
+        "ends' gradients         all-reduce  pipe         float32  2.05 kB",
         "optimizer state     37,376 B  37.4 kB",
         "pipeline 1f1b: 2 stages, 4 microbatches, 6 ticks, bubble 1/5",
     ):

@@ -69,6 +69,29 @@ def by_columns(params, batch):
     return jnp.mean(tx.tensor.leave(jnp.sum(up, -1), "model"))
 
 
+def in_microbatches(microbatches, rows):
+    """A pipeline of two stages, on a batch of so many rows."""
+
+    def run():
+        plan = tx.Plan(pipeline=tx.PP("pipe", microbatches=microbatches))
+        engine = tx.Engine(mesh=mesh(pipe=2), plan=plan, optimizer=tx.optim.sgd(0.1))
+
+        @tx.step_fn
+        def train_step(state, batch):
+            both = tx.pipeline.value_and_grad(
+                lambda params, batch: batch,
+                lambda params, x, batch, stage: x * params["w"][0],
+                lambda params, x, batch: x,
+            )
+            _, grads = both(state.params, batch)
+            return state.apply_gradients(grads=grads), {}
+
+        params = {"blocks": {"w": np.ones(2, np.float32)}}
+        train_step(engine.create_state(params), np.ones(rows, np.float32))
+
+    return run
+
+
 def attention_of(heads, kv_heads, devices):
     return lambda: tx.tensor.check_heads(heads, kv_heads, devices)
 
@@ -318,6 +341,10 @@ IMPOSSIBLE = {
             tensor_parallel=tx.TP("model", rules={"head": -1}),
         ),
         ["has 7 examples, which 2 devices along axis 'data' cannot share", "divisible by 2"],
+    ),
+    "microbatches that do not divide a device's batch": (
+        in_microbatches(3, 8),
+        ["multiple of 3 rows on each device", "3 microbatches", "got shape (8,)"],
     ),
     "a sequence that 2 x devices do not divide": (
         lambda: tx.context.split_chunks(np.zeros((1, 12)), 4),

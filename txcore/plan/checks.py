@@ -1,6 +1,6 @@
 """What does not go together in a `Plan`, whatever the mesh and the model."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from jax.sharding import PartitionSpec as P
@@ -8,7 +8,29 @@ from jax.sharding import PartitionSpec as P
 from txcore.layout import axes_of, entry_axes
 from txcore.plan.rules import check_rules
 
+_EXAMPLES = {
+    "data_parallel": "tx.DP(axis=...)",
+    "tensor_parallel": "tx.TP(axis, rules=...)",
+    "pipeline": "tx.PP(axis, microbatches=...)",
+    "context": "'context', the axis' name",
+}
 _USUAL = {"data_parallel": "data", "tensor_parallel": "model", "pipeline": "pipe"}
+
+
+def check_kinds(plan: Any, kinds: Mapping[str, type]) -> None:
+    """Refuse what is no kind of parallelism, or none of that option's.
+
+    Raises:
+      TypeError: naming the option, and what to write.
+    """
+    for option, kind in {**kinds, "context": str}.items():
+        given = getattr(plan, option)
+        if given is not None and not isinstance(given, kind):
+            what = "a mesh axis name" if kind is str else f"a tx.{kind.__name__}"
+            raise TypeError(
+                f"Plan needs {option}= {what} or None, got {given!r}: write "
+                f"tx.Plan({option}={_EXAMPLES[option]})"
+            )
 
 
 def axes_by_kind(plan: Any) -> Iterator[tuple[str, str]]:

@@ -23,7 +23,7 @@ def describe(
     activation: Any,
 ) -> Description:
     """Return what `Plan.describe` says."""
-    shapes = jax.eval_shape(lambda tree: tree, params)
+    shapes = plan.as_stored(jax.eval_shape(lambda tree: tree, params))
     layouts = plan.layouts(shapes, mesh)
     leaves, placed = jax.tree.leaves(shapes), jax.tree.leaves(layouts)
     rows = [
@@ -40,14 +40,13 @@ def describe(
     options: dict[str, Any] = {}
     if optimizer is not None:
         options = {"clips": optimizer.clips, "exchanges": optimizer.exchanges}
-    options["activation"] = activation
     schedule = _schedule_of(plan, mesh)
     return Description(
         plan=repr(plan),
         sizes=mesh.shape,
         device=mesh.devices[0].device_kind,
         parameters=tuple(rows),
-        collectives=plan.predict(shapes, mesh, **options),
+        collectives=plan.predict(shapes, mesh, activation=activation, **options),
         memory=_count_memory(plan, shapes, layouts, mesh, optimizer, activation),
         schedule="" if schedule is None else str(schedule).splitlines()[0],
         bubble=None if schedule is None else schedule.find_bubble(),
@@ -117,7 +116,8 @@ def _count_memory(
     if activation is not None and (schedule := _schedule_of(plan, mesh)) is not None:
         from txcore.parallel.pipeline.buffers import plan_buffers  # by those alone who have stages
 
-        buffers, size = plan_buffers(schedule), _bytes(activation.shape, activation.dtype)
+        buffers = plan_buffers(schedule)
+        size = sum(_bytes(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(activation))
         memory["pipeline's messages"] = size * (buffers.activations.size + buffers.cotangents.size)
         memory["pipeline's inputs"] = size * buffers.stash.size
     return memory

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from txcore.layout import Layout, axes_of, drop_axes, gradient_specs, split_axes
+from txcore.layout import Layout, axes_of, drop_axes
 from txcore.mesh import MeshSpec
 from txcore.optim import Optimizer, as_optimizer
 from txcore.optim.optimizer import Exchanges
@@ -21,13 +21,11 @@ from txcore.parallel.gradients.compression import Compression, as_compression
 from txcore.parallel.gradients.compression.feedback import KEY as COMPRESSION
 from txcore.parallel.gradients.compression.feedback import keep_compressed
 from txcore.parallel.predicted import Predicted
-from txcore.plan.checks import axes_by_kind, check_axes, check_together
+from txcore.plan.checks import axes_by_kind, check_axes, check_kinds, check_together
 from txcore.plan.data_parallel import DP
 from txcore.plan.pipeline_parallel import PP
-from txcore.plan.predict import predict_adasum, predict_average, predict_norms
-from txcore.plan.predict_buckets import choose_exchange, predict_exchange
-from txcore.plan.predict_pipeline import predict_pipeline
-from txcore.plan.predict_shards import predict_optimizer
+from txcore.plan.predict_buckets import choose_exchange
+from txcore.plan.predict_step import predict_step
 from txcore.plan.rules import split_chunks, stored_specs
 from txcore.plan.shards import shard_spec
 from txcore.plan.tensor_parallel import TP
@@ -86,25 +84,9 @@ class Plan:
         return format_call("Plan", **given)
 
     def __post_init__(self) -> None:
-        self._check_kinds()
+        check_kinds(self, {"data_parallel": DP, "tensor_parallel": TP, "pipeline": PP})
         check_axes(self)
         check_together(self)
-
-    def _check_kinds(self) -> None:
-        kinds = {
-            "data_parallel": (DP, "tx.DP(axis=...)"),
-            "tensor_parallel": (TP, "tx.TP(axis, rules=...)"),
-            "pipeline": (PP, "tx.PP(axis, microbatches=...)"),
-            "context": (str, "'context', the axis' name"),
-        }
-        for option, (kind, example) in kinds.items():
-            given = getattr(self, option)
-            if given is not None and not isinstance(given, kind):
-                what = "a mesh axis name" if kind is str else f"a tx.{kind.__name__}"
-                raise TypeError(
-                    f"Plan needs {option}= {what} or None, got {given!r}: write "
-                    f"tx.Plan({option}={example})"
-                )
 
     @property
     def _reduction(self) -> str:
@@ -315,25 +297,15 @@ class Plan:
           ...     print(p.what, p.kind, p.axes, p.dtype, p.elements, p.payload_bytes)
           gradients all-reduce ('data',) float32 (4, 12) 64
         """
-        shapes = jax.eval_shape(lambda tree: tree, params)
-        layouts = self.layouts(shapes, mesh)
-        pairs = list(zip(jax.tree.leaves(shapes), jax.tree.leaves(layouts), strict=True))
-        rounds, differing = self.rounds(mesh), set(split_axes(layouts))
-        if rounds is not None:
-            predicted = predict_average(pairs, mesh, rounds)
-            differing.update(rounds.axes)
-        elif self._reduction == "adasum":
-            predicted = predict_adasum(pairs, mesh)
-        else:
-            predicted = predict_exchange(shapes, layouts, mesh, self.data_parallel)
-        predicted += predict_pipeline(self.pipeline, shapes, layouts, mesh, activation)
-        if clips:
-            predicted += predict_norms(pairs)
-        if skips and (axes := tuple(sorted(differing))):
-            predicted.append(Predicted("finite gradients", "all-reduce", axes, "int32", (1,)))
-        if exchanges is not None:
-            predicted += predict_optimizer(exchanges(shapes, gradient_specs(layouts), mesh.shape))
-        return tuple(predicted)
+        return predict_step(
+            self,
+            params,
+            mesh,
+            clips=clips,
+            skips=skips,
+            exchanges=exchanges,
+            activation=activation,
+        )
 
     def describe(
         self,
