@@ -210,3 +210,20 @@ def test_float16_needs_its_scale_and_finds_gradients_that_it_could_not_hold(size
         norms[precision] = float(metrics["norm"])
     assert norms["float32"] < 1e-5
     np.testing.assert_allclose(norms["float16"], norms["float32"], rtol=1e-2)
+
+
+def test_muon_takes_stacked_matrices_and_refuses_stacked_vectors():
+    """A layer's bias is no matrix, though that of all layers has two dims."""
+    optimizer = tx.optim.groups({"blocks/*": tx.optim.muon(0.02), "*": tx.optim.adamw(0.01)})
+    engine = models.make_engine(models.make_plan(tp=False, pp=CHUNKS), pipe=2, optimizer=optimizer)
+    state = engine.create_state(models.init())
+    text = r"each layer's part of params\['blocks'\]\['b'\], stacked in shape \(2, 2, 16\), is none"
+    with pytest.raises(ValueError, match=text):
+        engine.run(models.step, state, models.make_batch())
+    muon = {name: tx.optim.muon(0.02) for name in ("blocks/w", "blocks/u")}
+    curves = []
+    for pp, sizes in (({}, {}), (CHUNKS, {"pipe": 2, "data": 2})):
+        optimizer = tx.optim.groups({**muon, "*": tx.optim.adamw(0.01)})
+        plan = models.make_plan(tp=False, pp=pp, dp={"shard": "optimizer"})
+        curves.append(models.train(models.make_engine(plan, **sizes, optimizer=optimizer), 3)[1])
+    np.testing.assert_allclose(curves[1], curves[0], rtol=1e-4)
