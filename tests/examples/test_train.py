@@ -343,3 +343,16 @@ def test_zero_mlp_is_run():
     assert [held for _, held in losses] == ["1.58", "1.58", "1.58", "0.39"]
     assert len({loss for loss, _ in losses}) == 1
     assert done.stdout.count("proved: ") == 4
+
+
+def test_pipeline_two_stage_is_run():
+    script = ROOT / "examples" / "pipeline_two_stage.py"
+    done = subprocess.run(
+        [sys.executable, "-W", "error", script], capture_output=True, text=True, check=True
+    )
+    losses = [float(x) for x in re.findall(r"^  loss (\S+) after 5 steps", done.stdout, re.M)]
+    assert len(losses) == 5
+    assert 0.1 < losses[0] < 4
+    assert max(losses) - min(losses) < 1e-4
+    assert done.stdout.count("as the plan predicts; nothing was added") == 4
+    assert "1f1b: 2 stages, 4 microbatches, 6 ticks, bubble 1/5" in done.stdout

@@ -210,3 +210,44 @@ def test_float16_needs_its_scale_and_finds_gradients_that_it_could_not_hold(size
         norms[precision] = float(metrics["norm"])
     assert norms["float32"] < 1e-5
     np.testing.assert_allclose(norms["float16"], norms["float32"], rtol=1e-2)
+
+
+def test_muon_takes_stacked_matrices_and_refuses_stacked_vectors():
+    """A layer's bias is no matrix, though that of all layers has two dims."""
+    optimizer = tx.optim.groups({"blocks/*": tx.optim.muon(0.02), "*": tx.optim.adamw(0.01)})
+    engine = models.make_engine(models.make_plan(tp=False, pp=CHUNKS), pipe=2, optimizer=optimizer)
+    state = engine.create_state(models.init())
+    text = r"each layer's part of params\['blocks'\]\['b'\], stacked in shape \(2, 2, 16\), is none"
+    with pytest.raises(ValueError, match=text):
+        engine.run(models.step, state, models.make_batch())
+    muon = {name: tx.optim.muon(0.02) for name in ("blocks/w", "blocks/u")}
+    curves = []
+    for pp, sizes in (({}, {}), (CHUNKS, {"pipe": 2, "data": 2})):
+        optimizer = tx.optim.groups({**muon, "*": tx.optim.adamw(0.01)})
+        plan = models.make_plan(tp=False, pp=pp, dp={"shard": "optimizer"})
+        curves.append(models.train(models.make_engine(plan, **sizes, optimizer=optimizer), 3)[1])
+    np.testing.assert_allclose(curves[1], curves[0], rtol=1e-4)
+
+
+OPTIONS = {
+    "bf16 on the wire": {"compression": "bf16"},
+    "delay": {"delay": 1},
+    "local": {"sync_every": 2},
+}
+
+
+@pytest.mark.skipif(SWEEP not in os.environ, reason=f"set {SWEEP}=1: takes minutes")
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options_of_data_parallelism_are_under_a_pipeline_what_they_are_without(name):
+    curves, ends = [], []
+    for pp, sizes in ((None, {"data": 2}), ({}, {"data": 2, "pipe": 2})):
+        plan = models.make_plan(tp=False, dp=OPTIONS[name], pp=pp)
+        engine = models.make_engine(plan, **sizes)
+        state, losses = models.train(engine, 4)
+        report = engine.audit(models.step, state, models.make_batch())
+        assert report.exact, str(report)
+        assert all(line.ok for line in report.plan)
+        curves.append(losses)
+        ends.append(models.params_of(state))
+    np.testing.assert_allclose(curves[1], curves[0], rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), *ends)

@@ -18,7 +18,7 @@ from txcore.layout import Split, axes_of, entry_axes, shape_of_part
 from txcore.optim import optimizer
 from txcore.optim.schedules import Schedule, as_schedule
 from txcore.printing import format_call
-from txcore.step_scope import specs_like
+from txcore.step_scope import current_scope, specs_like
 from txcore.trees import Grads, OptState, Params, PyTree
 
 # Of the quintic whose iteration brings singular values near 1, steepest at 0.
@@ -38,7 +38,8 @@ def muon(
     Equations, for a gradient G and the velocity V of a matrix of shape (inputs, outputs):
     `V = momentum V + G`; `U = G + momentum V` (or V without `nesterov`); O is U with its singular
     values brought near 1, by Newton-Schulz iterations; `W = (1 - rate decay) W - rate
-    sqrt(max(1, outputs / inputs)) O`. An array of more dims is a stack of matrices.
+    sqrt(max(1, outputs / inputs)) O`. An array of more dims is a stack of matrices, as the layers
+    of a pipeline are.
 
     O needs the whole of U. Where the state is sharded over the devices (`DP(shard=)`), V stays in
     parts, and matrices are dealt out to the devices as to owners by an all-to-all for each shape,
@@ -58,7 +59,8 @@ def muon(
 
     Raises:
       TypeError: `learning_rate` is neither a number nor a schedule.
-      ValueError: a number is out of its range. From `init`: a parameter is no matrix.
+      ValueError: a number is out of its range. From `init`: a parameter is no matrix. In a step:
+        the layers of a pipeline are no stacks of matrices.
 
     Example:
       >>> import txcore as tx
@@ -99,6 +101,7 @@ def muon(
         def follow(v: jax.Array, g: jax.Array) -> jax.Array:
             return momentum * v + g.astype(v.dtype)
 
+        _refuse_stacked_vectors(params)
         velocity = jax.tree.map(follow, opt_state["velocity"], grads)
         ahead = jax.tree.map(follow, velocity, grads) if nesterov else velocity
         structure: Any = jax.tree.structure(params)
@@ -125,6 +128,22 @@ def muon(
     return optimizer.Optimizer(
         init, update, handles_shards=True, exchanges=predict_exchanges, text=text
     )
+
+
+def _refuse_stacked_vectors(params: Params) -> None:
+    """Refuse vectors of a pipeline's layers, which look like a matrix where they are stacked."""
+    scope = current_scope()
+    if scope is None or scope.pipeline is None:
+        return
+    stacked = 1 + (scope.pipeline.chunks > 1)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if getattr(path[0], "key", None) == "blocks" and jnp.ndim(leaf) < stacked + 2:
+            raise ValueError(
+                f"muon: every parameter must be a matrix; each layer's part of params"
+                f"{jax.tree_util.keystr(path)}, stacked in shape {jnp.shape(leaf)}, is none. Give "
+                "it to another optimizer: tx.optim.groups({'blocks/w': tx.optim.muon(0.02), '*': "
+                "tx.optim.adamw(3e-4)})."
+            )
 
 
 def newton_schulz(x: jax.Array, iterations: int) -> jax.Array:
