@@ -6,7 +6,6 @@ import re
 import shutil
 from collections import Counter
 
-import jax
 import numpy as np
 import pytest
 from gpt_modules import gpt
@@ -15,7 +14,7 @@ import txcore as tx
 
 ROWS = 8
 TEXT = gpt.data.load(None)[1]
-SMALL = {"length": 32, "width": 32, "layers": 4, "heads": 4, "kv_heads": 2}
+SMALL = {"length": 32, "width": 32, "layers": 2, "heads": 4, "kv_heads": 2}
 
 
 def make_engine(config, mesh, pipeline=None, precision="float32", **dp):
@@ -93,7 +92,7 @@ def temporary_bytes(config, mesh):
 
 
 def test_activation_memory_shrinks_with_the_parts_of_the_sequence():
-    config = gpt.model.GPT(length=256, width=32, layers=2, heads=8, kv_heads=8)
+    config = gpt.model.GPT(length=256, width=32, layers=1, heads=8, kv_heads=8)
     context = [temporary_bytes(config, f"context={n}")[0] for n in (1, 2, 4, 8)]
     for more, less in itertools.pairwise(context):
         assert less < 0.6 * more, context
@@ -102,7 +101,7 @@ def test_activation_memory_shrinks_with_the_parts_of_the_sequence():
 def test_sequence_parallelism_keeps_less_than_tensor_parallelism_alone():
     def of(n, sequence):
         config = gpt.model.GPT(
-            length=256, width=32, layers=4, heads=8, kv_heads=8, sequence=sequence
+            length=256, width=32, layers=2, heads=4, kv_heads=4, sequence=sequence
         )
         return temporary_bytes(config, f"model={n}")[0]
 
@@ -184,7 +183,3 @@ def test_what_does_not_fit_is_refused_in_a_line(flags, text, capsys):
     error = capsys.readouterr().err.strip()
     assert text in error, error
     assert len(error.splitlines()) == 1
-
-
-def test_devices_are_simulated():
-    assert len(jax.devices()) >= 8

@@ -87,8 +87,8 @@ class _Partial(NamedTuple):
     """A softmax-weighted sum over some of the keys: not divided by its normaliser yet.
 
     Attributes:
-      total: shape (batch, tokens, groups, heads in each, values), float32 or wider.
-      normaliser: the same without `values`: the sum of the exponentials.
+      total: shape (batch, groups, heads in each, tokens, values), float32 or wider.
+      normaliser: the same with 1 for `values`: the sum of the exponentials.
       highest: like it: the largest score so far.
     """
 
@@ -122,9 +122,18 @@ def _check_shapes(q: jax.Array, k: jax.Array, v: jax.Array, axis: str, causal: b
         )
 
 
+# Inside, tokens are the last dim but one: matrices lie whole in memory, which CPUs need for speed.
 def _split_heads(q: jax.Array, groups: int) -> jax.Array:
-    """Return (batch, tokens, heads, ...) as (batch, tokens, groups, heads in each, ...)."""
-    return q.reshape(*q.shape[:2], groups, q.shape[2] // groups, *q.shape[3:])
+    """Return (batch, tokens, heads, x) as (batch, groups, heads in each, tokens, x)."""
+    batch, tokens, heads, features = q.shape
+    parts = q.reshape(batch, tokens, groups, heads // groups, features)
+    return parts.transpose(0, 2, 3, 1, 4)
+
+
+def _join_heads(x: jax.Array) -> jax.Array:
+    """Return (batch, groups, heads in each, tokens, x) as (batch, tokens, heads, x)."""
+    batch, groups, shared, tokens, features = x.shape
+    return x.transpose(0, 3, 1, 2, 4).reshape(batch, tokens, groups * shared, features)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -139,17 +148,16 @@ def _attend_forward(
     groups = k.shape[2]
     mine = _split_heads(q, groups)
     mask = _causal_mask(q.shape[1]) if how.causal else None
-    result = _attend_to(how, mine, k, v, mask)
-    there_k, there_v = k, v
+    there_k, there_v = (x.swapaxes(1, 2) for x in (k, v))
+    result = _attend_to(how, mine, there_k, there_v, mask)
     for distance in range(1, n):
         there_k, there_v = shift((there_k, there_v), how.axis, by=1, name=how.name)
         if how.causal:
             result = _add_half(how, result, mine, there_k, there_v, rank >= distance)
         else:
             result = _merge(result, _attend_to(how, mine, there_k, there_v, None))
-    out = result.total / result.normaliser[..., None]
     log_sum = result.highest + jnp.log(result.normaliser)
-    out = out.reshape(*q.shape[:3], v.shape[3]).astype(q.dtype)
+    out = _join_heads((result.total / result.normaliser).astype(q.dtype))
     return out, (q, k, v, out, log_sum)
 
 
@@ -157,19 +165,35 @@ def _attend_to(
     how: _How, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None
 ) -> _Partial:
     """Attend to some keys; `mask` of shape (tokens, tokens of k) is true where they are seen."""
+    shape, q = q.shape[:4], _fold(q)
     scores = _scores(how, q, k, mask)
-    highest = jnp.max(scores, axis=-1)
-    weights = jnp.exp(scores - highest[..., None])
-    total = jnp.einsum("bqghk,bkgv->bqghv", weights, v.astype(weights.dtype))
-    return _Partial(total, jnp.sum(weights, axis=-1), highest)
+    highest = jnp.max(scores, axis=-1, keepdims=True)
+    weights = jnp.exp(scores - highest)
+    total = _multiply("bgqk,bgkv->bgqv", weights, v)
+    normaliser = jnp.sum(weights, axis=-1, keepdims=True)
+    return _Partial(*(x.reshape(*shape, -1) for x in (total, normaliser, highest)))
+
+
+def _fold(x: jax.Array) -> jax.Array:
+    """Return (batch, groups, heads in each, tokens, x) with the rows of its heads in one dim.
+
+    XLA for CPU is twice as slow with the dims apart.
+    """
+    return x.reshape(*x.shape[:2], -1, x.shape[-1])
 
 
 def _scores(how: _How, q: jax.Array, k: jax.Array, mask: jax.Array | None) -> jax.Array:
     wide = accumulator(q.dtype)
-    scores = how.scale * jnp.einsum("bqghf,bkgf->bqghk", q, k, preferred_element_type=wide)
+    scores = how.scale * jnp.einsum("bgqf,bgkf->bgqk", q, k, preferred_element_type=wide)
     if mask is None:
         return scores
-    return jnp.where(mask[None, :, None, None, :], scores, -jnp.inf)
+    mask = jnp.tile(mask, (q.shape[2] // mask.shape[0], 1))  # of each head
+    return jnp.where(mask, scores, -jnp.inf)
+
+
+def _multiply(equation: str, wide: jax.Array, given: jax.Array) -> jax.Array:
+    """Multiply what is computed in float32 by what is given, as this is: sums are float32."""
+    return jnp.einsum(equation, wide.astype(given.dtype), given, preferred_element_type=wide.dtype)
 
 
 def _causal_mask(tokens: int) -> jax.Array:
@@ -183,7 +207,7 @@ def _merge(a: _Partial, b: _Partial) -> _Partial:
     highest = jnp.maximum(a.highest, b.highest)
     of_a, of_b = jnp.exp(a.highest - highest), jnp.exp(b.highest - highest)
     return _Partial(
-        a.total * of_a[..., None] + b.total * of_b[..., None],
+        a.total * of_a + b.total * of_b,
         a.normaliser * of_a + b.normaliser * of_b,
         highest,
     )
@@ -215,13 +239,14 @@ def _add_half(
     )
     first = _select(is_earlier, _merge(first, other), first)
     second = _select(is_earlier, second, _merge(second, other))
-    return jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), first, second)
+    return jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=-2), first, second)
 
 
 def _halves(tree):  # type: ignore[no-untyped-def]
     """Return the first and the second chunk of each array."""
-    half = jax.tree.leaves(tree)[0].shape[1] // 2
-    return jax.tree.map(lambda x: x[:, :half], tree), jax.tree.map(lambda x: x[:, half:], tree)
+    half = jax.tree.leaves(tree)[0].shape[-2] // 2
+    first = jax.tree.map(lambda x: x[..., :half, :], tree)
+    return first, jax.tree.map(lambda x: x[..., half:, :], tree)
 
 
 def _select(flag, then, otherwise):  # type: ignore[no-untyped-def]
@@ -229,7 +254,7 @@ def _select(flag, then, otherwise):  # type: ignore[no-untyped-def]
 
 
 class _Given(NamedTuple):
-    """What the backward pass of some queries needs, all with the tokens as their second dim."""
+    """What the backward pass of some queries needs, all with the tokens as the last dim but one."""
 
     q: jax.Array
     cotangent: jax.Array
@@ -241,19 +266,21 @@ def _attend_backward(
     how: _How, kept: tuple[jax.Array, ...], cotangent: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     q, k, v, out, log_sum = kept
-    # Or XLA takes these exchanges for those of the forward pass, and keeps what arrived there until
-    # now: the whole sequence's keys and values.
-    k, v = after((k, v), cotangent)
     n, rank, groups = axis_size(how.axis), axis_index(how.axis), k.shape[2]
+    if n > 1:
+        # Or XLA takes these exchanges for those of the forward pass, and keeps what arrived there
+        # until now: the whole sequence's keys and values.
+        k, v = after((k, v), cotangent)
     wide = accumulator(q.dtype)
-    inner = jnp.sum(out.astype(wide) * cotangent.astype(wide), axis=-1)
+    inner = jnp.sum(out.astype(wide) * cotangent.astype(wide), axis=-1, keepdims=True)
     given = _Given(
         q=_split_heads(q, groups),
-        cotangent=_split_heads(cotangent.astype(wide), groups),
+        cotangent=_split_heads(cotangent, groups),
         log_sum=log_sum,
         inner=_split_heads(inner, groups),
     )
     mask = _causal_mask(q.shape[1]) if how.causal else None
+    k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
     of_q, of_k, of_v = _gradients(how, given, k, v, mask)
     there = (k, v, of_k, of_v)
     for distance in range(1, n):
@@ -266,21 +293,24 @@ def _attend_backward(
         of_q = of_q + more[0]
         there = (there_k, there_v, there_of_k + more[1], there_of_v + more[2])
     of_k, of_v = shift(there[2:], how.axis, by=1, name=f"{how.name}.home") if n > 1 else there[2:]
-    return of_q.reshape(q.shape).astype(q.dtype), of_k.astype(k.dtype), of_v.astype(v.dtype)
+    of_k, of_v = of_k.swapaxes(1, 2), of_v.swapaxes(1, 2)
+    return _join_heads(of_q.astype(q.dtype)), of_k.astype(k.dtype), of_v.astype(v.dtype)
 
 
 def _gradients(
     how: _How, given: _Given, k: jax.Array, v: jax.Array, mask: jax.Array | None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Return the gradients of some queries and of the keys and values that they see."""
-    weights = jnp.exp(_scores(how, given.q, k, mask) - given.log_sum[..., None])
-    wide = weights.dtype
-    of_v = jnp.einsum("bqghk,bqghv->bkgv", weights, given.cotangent)
-    of_weights = jnp.einsum("bqghv,bkgv->bqghk", given.cotangent, v.astype(wide))
-    of_scores = how.scale * weights * (of_weights - given.inner[..., None])
-    of_q = jnp.einsum("bqghk,bkgf->bqghf", of_scores, k.astype(wide))
-    of_k = jnp.einsum("bqghk,bqghf->bkgf", of_scores, given.q.astype(wide))
-    return of_q, of_k, of_v
+    shape, given = given.q.shape, _Given(*map(_fold, given))
+    weights = jnp.exp(_scores(how, given.q, k, mask) - given.log_sum)
+    of_v = _multiply("bgqk,bgqv->bgkv", weights, given.cotangent)
+    of_weights = jnp.einsum(
+        "bgqv,bgkv->bgqk", given.cotangent, v, preferred_element_type=weights.dtype
+    )
+    of_scores = how.scale * weights * (of_weights - given.inner)
+    of_q = _multiply("bgqk,bgkf->bgqf", of_scores, k)
+    of_k = _multiply("bgqk,bgqf->bgkf", of_scores, given.q)
+    return of_q.reshape(shape), of_k, of_v
 
 
 def _half_gradients(
@@ -301,9 +331,9 @@ def _half_gradients(
     if_earlier = _select(is_earlier, other, nothing)
     if_later = _select(is_earlier, nothing, other)
     return (
-        jnp.concatenate([if_earlier[0], of_q2 + if_later[0]], axis=1),
-        jnp.concatenate([of_k1 + if_earlier[1], if_later[1]], axis=1),
-        jnp.concatenate([of_v1 + if_earlier[2], if_later[2]], axis=1),
+        jnp.concatenate([if_earlier[0], of_q2 + if_later[0]], axis=-2),
+        jnp.concatenate([of_k1 + if_earlier[1], if_later[1]], axis=-2),
+        jnp.concatenate([of_v1 + if_earlier[2], if_later[2]], axis=-2),
     )
 
 
