@@ -1,0 +1,77 @@
+"""Compare two runs of anything, outside of an engine's step."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from txcore import _compat
+from txcore.parity.agreement import Agreement, name_factors
+from txcore.parity.operations import Side, find_first_difference
+from txcore.parity.recording import recording
+
+
+def assert_runs_agree(
+    first: Callable[[], Any],
+    second: Callable[[], Any],
+    *,
+    meshes: Sequence[Mapping[str, int]] = (),
+    row_axes: tuple[str, ...] | None = None,
+    rtol: float = 1e-4,
+    atol: float = 1e-6,
+) -> None:
+    """Check that two functions return the same numbers, leaf by leaf.
+
+    For a model of your own outside of an engine's step: a `shard_map` against the same on one
+    device, a new implementation against the old one. Where they differ, both are called once more,
+    and what they record (`record`) says at which operation they part first.
+
+    Args:
+      first: without arguments; returns a pytree of global arrays, as {"loss": ..., "grads": ...}.
+        The reference.
+      second: returns a pytree of the same structure.
+      meshes: the sizes of the mesh axes by name, of either: what a ratio may come from.
+      row_axes: the axes along which the devices of the second have different examples, or layers;
+        of what others hold, each has to be right. None: of all devices one has to be.
+      rtol: relative tolerance.
+      atol: absolute tolerance, as a share of the leaf's largest value.
+
+    Raises:
+      AssertionError: naming the leaf, how many of its elements differ, the ratio between the two,
+        what usually causes it, and the first recorded operation that differs.
+
+    Example:
+      >>> def run(scale):
+      ...     def f(x):
+      ...         return tx.psum(tx.testing.record(scale * x, "scaled"), "data")
+      ...     return lambda: tx.testing.run_sharded(
+      ...         f, np.arange(4.0), axes={"data": 2}, in_specs=P("data"), out_specs=P())
+      >>> tx.testing.assert_runs_agree(run(1), run(1))
+      >>> try:
+      ...     tx.testing.assert_runs_agree(run(1), run(3))
+      ... except AssertionError as error:
+      ...     print(str(error).split(": ", 1)[1])  # doctest: +ELLIPSIS
+      2 of 2 elements, ...
+      the first recorded operation that differs is 'scaled': 3 of 4 examples, by up to 6, ...
+    """
+    factors = name_factors(meshes, {})
+    results = [_to_float64(run()) for run in (first, second)]
+    agreement = Agreement("the results", factors, rtol, atol, between="runs")
+    try:
+        agreement.check("", *results)
+    except AssertionError as error:
+        sides = []
+        for run, axes in ((first, None), (second, row_axes)):
+            with recording() as found:
+                jax.block_until_ready(run())
+            sides.append(Side(found, axes))
+        where = find_first_difference(*sides, factors=factors, rtol=rtol)
+        raise AssertionError(f"{error}\n{where}") from None
+
+
+def _to_float64(tree: Any) -> Any:
+    def convert(leaf: Any) -> np.ndarray:
+        return np.asarray(jax.random.key_data(leaf) if _compat.is_key_array(leaf) else leaf, float)
+
+    return jax.tree.map(convert, tree)
