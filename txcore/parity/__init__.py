@@ -1,6 +1,6 @@
 """Parity: whether two runs of one computation agree, and where they part.
 
-Imports `_compat`, `layout`, `parallel.context`, `parallel.pipeline`, `plan`, `train`,
+Imports `_compat`, `layout`, `parallel.context`, `plan`, `train`,
 `train.numerics`.
 """
 

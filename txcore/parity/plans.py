@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from txcore import _compat
-from txcore.parallel.pipeline.layers import split_chunks
 from txcore.parity.agreement import Agreement, name_factors, norm_of, of_inputs, of_rounding
 from txcore.parity.operations import Side, find_first_difference
 from txcore.parity.recording import recording
@@ -53,8 +52,7 @@ def assert_plans_agree(
 
     Args:
       step: the training step.
-      params: initial parameters; of a pipeline with stacked layers (layers, ...) in "blocks", from
-        which those of a plan with several chunks are made.
+      params: initial parameters.
       batches: the global batches; a few with different data.
       engines: two engines with different meshes or plans, the first the reference.
       extra: initial model state that is not trained.
@@ -87,7 +85,7 @@ def assert_plans_agree(
         )
     factors = _name_factors(engines)
     recorded = [_record_gradients(engine) for engine in engines]
-    states = [engine.create_state(_for_plan(params, engine), extra) for engine in recorded]
+    states = [engine.create_state(params, extra) for engine in recorded]
     begun = [_to_float64(state.arrays["loss_scaling"]) for state in states]
     if None not in begun:  # float16 may be compared with another precision
         Agreement("step 0", factors, rtol, atol).check("loss_scaling", *begun)
@@ -115,16 +113,6 @@ def _name_factors(engines: tuple[Engine, Engine]) -> dict[int, str]:
     pipelines = [engine.plan.pipeline for engine in engines]
     counts = {"microbatches": max((p.microbatches for p in pipelines if p is not None), default=1)}
     return name_factors([engine.mesh.shape for engine in engines], counts)
-
-
-def _for_plan(params: Any, engine: Engine) -> Any:
-    """Return parameters as a plan stores them: the layers of a pipeline in its chunks."""
-    chunks = 1 if engine.plan.pipeline is None else engine.plan.pipeline.chunks
-
-    def of_leaf(path: Any, leaf: Any) -> Any:
-        return split_chunks(leaf, chunks) if is_of_blocks(path) else leaf
-
-    return jax.tree_util.tree_map_with_path(of_leaf, params)
 
 
 @dataclass(frozen=True)
