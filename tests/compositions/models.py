@@ -3,7 +3,7 @@
 `fault` plants a mistake that people make into the one place where they make it.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -35,7 +35,6 @@ class Model:
     rules: dict[str, int]
     make_batch: Any
     sequence: tuple[str, ...] = ()
-    extra: dict[str, Any] = field(default_factory=dict)
 
 
 def normal(rng, *shape):
@@ -86,8 +85,6 @@ def embed(params, batch, fault):
 
 
 def run_layers(params, x, batch, stage, fault):
-    if fault == "swapped stage":
-        params = jax.tree.map(lambda w: w[::-1], params)
     return over_layers(lambda layer, x: run_layer(layer, x, fault), params, x)
 
 
@@ -109,13 +106,22 @@ def run_layer(layer, x, fault):
     out = tx.context.ring_attention(rotate(q, places), rotate(k, places), v, axis="context")
     out = record(out, "attention", P(None, "context", "model"))
     out = out.reshape(*x.shape[:2], -1)
-    x = x + tx.tensor.row_dense(out, layer["out"], axis="model", name="out")
+    x = x + (
+        out @ layer["out"]
+        if fault == "missing all-reduce"
+        else tx.tensor.row_dense(out, layer["out"], axis="model", name="out")
+    )
     x = record(x, "residual", P(None, "context"))
-    inner = jax.nn.gelu(tx.tensor.column_dense(x, layer["up"], axis="model", name="up"))
+    up = layer["up"]
+    if fault == "wrong shard":
+        up = tx.shift(up, "model", 1)
+    inner = jax.nn.gelu(tx.tensor.column_dense(x, up, axis="model", name="up"))
     inner = record(inner, "inner", P(None, "context", "model"))
     if fault == "bias added on each device before the row sum":
         part = inner @ layer["down"] + layer["bias"]
         x = x + tx.tensor.leave(part, "model", name="down")
+    elif fault == "mean for sum":
+        x = x + tx.pmean(inner @ layer["down"], "model") + layer["bias"]
     else:
         x = x + tx.tensor.row_dense(inner, layer["down"], layer["bias"], axis="model", name="down")
     return record(x, "feed-forward", P(None, "context"))
@@ -145,7 +151,7 @@ def score(params, x, batch, fault):
 # --- MLP ------------------------------------------------------------------------------------------
 
 
-def make_mlp(layers=8):
+def make_mlp(layers=8, fault=""):
     rng = np.random.default_rng(1)
     params = {
         "in": normal(rng, 6, WIDTH),
@@ -158,12 +164,24 @@ def make_mlp(layers=8):
     }
 
     def first(params, batch):
-        return batch["x"] @ params["in"]
+        x = batch["x"] @ params["in"]
+        if "key" not in batch:
+            return x
+        keys = jax.random.wrap_key_data(batch["key"])
+        if fault == "dropout key equal on all shards":
+            keys = jax.random.split(jax.random.key(0), ROWS)[: len(x)]
+        kept = jax.vmap(lambda key: jax.random.bernoulli(key, 0.8, x.shape[1:]))(keys)
+        return record(jnp.where(kept, x, 0), "dropout")
 
     def block(params, x, batch, stage):
+        if fault == "swapped stage":  # each takes the layers of the next
+            params = tx.shift(params, "pipe", 1)
         return over_layers(run, params, x)
 
     def run(layer, x):
+        if fault == "missing all-reduce of the backward pass":
+            part = jnp.tanh(x @ layer["up"] + layer["b"]) @ layer["down"]
+            return record(x + tx.tensor.leave(part, "model"), "layer")
         inner = jnp.tanh(tx.tensor.column_dense(x, layer["up"], layer["b"], axis="model"))
         x = x + tx.tensor.row_dense(inner, layer["down"], axis="model")
         return record(x, "layer")
@@ -180,3 +198,43 @@ def make_mlp(layers=8):
 
     rules = {"blocks/up": -1, "blocks/b": -1, "blocks/down": -2, "head": -1}
     return Model((first, block, last), params, rules, make_batch)
+
+
+# --- CNN ------------------------------------------------------------------------------------------
+
+
+def make_cnn(layers=0):
+    """A CNN by channels: of the first convolution columns, of the second rows; no pipeline."""
+    rng = np.random.default_rng(2)
+    params = {
+        "conv1": 0.5 * rng.standard_normal((3, 3, 1, 8)).astype(np.float32),
+        "b1": 0.1 * rng.standard_normal(8).astype(np.float32),
+        "conv2": 0.2 * rng.standard_normal((3, 3, 8, 8)).astype(np.float32),
+        "b2": 0.1 * rng.standard_normal(8).astype(np.float32),
+        "head": normal(rng, 32, 8),
+    }
+
+    def convolve(x, w):
+        dims = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(x, w, (2, 2), "SAME", dimension_numbers=dims)
+
+    def losses_of(params, batch):
+        x = tx.tensor.enter(batch["x"], "model", name="conv1")
+        x = jnp.tanh(convolve(x, params["conv1"]) + params["b1"])
+        x = record(x, "columns", P(None, None, None, "model"))
+        x = tx.tensor.leave(convolve(x, params["conv2"]), "model", name="conv2") + params["b2"]
+        x = record(jnp.tanh(x), "rows").reshape(x.shape[0], -1)
+        logits = tx.tensor.column_dense(x, params["head"], axis="model")
+        return tx.tensor.cross_entropy(logits, batch["y"], axis="model")
+
+    def make_batch(seed):
+        rng = np.random.default_rng(seed)
+        mask = np.maximum((rng.random(ROWS) < 0.8).astype(np.float32), seed == 0)
+        x = rng.standard_normal((ROWS, 8, 8, 1)).astype(np.float32)
+        return {"x": x, "y": rng.integers(0, 8, ROWS).astype(np.int32), "mask": mask}
+
+    rules = {"conv1": -1, "b1": -1, "conv2": -2, "head": -1}
+    return Model((losses_of,), params, rules, make_batch)
+
+
+MODELS = {"mlp": make_mlp, "cnn": make_cnn, "gpt": make_gpt}

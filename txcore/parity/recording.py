@@ -1,7 +1,6 @@
 """Record activations by name, inside of anything that jax traces."""
 
 import contextlib
-import contextvars
 import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ class Call:
 
     Attributes:
       name: given by the user.
+      rank: of the name, among those of the traced program.
       site: the place among all places of the traced program that record, in order.
       spec: how the value's dims are split.
       sizes: of the mesh's axes.
@@ -31,6 +31,7 @@ class Call:
     """
 
     name: str
+    rank: int
     site: int
     spec: P
     sizes: Mapping[str, int]
@@ -44,30 +45,29 @@ class Recording:
 
     Attributes:
       calls: as they came.
-      names: in the order in which the program was traced.
+      sites: the names at all places that record, in the order in which they were traced.
     """
 
     calls: list[Call] = field(default_factory=list)
-    names: list[str] = field(default_factory=list)
-    sites: int = 0
+    sites: list[str] = field(default_factory=list)
 
-    def open_site(self, name: str) -> int:
-        """Return the number of a place of the program that records."""
-        if name not in self.names:
-            self.names.append(name)
-        self.sites += 1
-        return self.sites - 1
+    @property
+    def names(self) -> list[str]:
+        """The names that were recorded, in the order of the traced program."""
+        ranks: dict[str, int] = {}
+        for call in self.calls:
+            ranks.setdefault(call.name, call.rank)
+        return sorted(ranks, key=ranks.__getitem__)
 
     def take(self) -> "Recording":
         """Return what was recorded so far, and begin anew with the same program."""
-        taken = Recording(self.calls.copy(), self.names.copy(), self.sites)
+        taken = Recording(self.calls.copy())
         self.calls.clear()
         return taken
 
 
-_current: contextvars.ContextVar[Recording | None] = contextvars.ContextVar(
-    "txcore_recording", default=None
-)
+# The innermost is recorded: a program that was compiled while recording may run in a later one.
+_active: list[Recording] = []
 
 
 @functools.cache
@@ -81,17 +81,17 @@ def _make_context() -> Any:
 
 @contextlib.contextmanager
 def recording() -> Iterator[Recording]:
-    """Record what is traced and run in this context; a program compiled before it records nothing.
+    """Record what is traced and run in this context; a program compiled before records nothing.
 
     What a program records is there when its results are.
     """
     made = Recording()
-    token = _current.set(made)
+    _active.append(made)
     try:
-        with _make_context()(id(made)):
+        with _make_context()(True):
             yield made
     finally:
-        _current.reset(token)
+        _active.remove(made)
 
 
 def record(x: Any, name: str, spec: P | None = None) -> Any:
@@ -128,8 +128,7 @@ def record(x: Any, name: str, spec: P | None = None) -> Any:
       ...                        out_specs=P()).round(3).tolist()
       [3.98, 3.98]
     """
-    made = _current.get()
-    if made is None:
+    if not _active:
         return x
     if not isinstance(name, str) or not (spec is None or isinstance(spec, P)):
         raise TypeError(
@@ -138,13 +137,13 @@ def record(x: Any, name: str, spec: P | None = None) -> Any:
         )
     split = P() if spec is None else spec
     return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: _record_leaf(made, path, leaf, name, split), x
+        lambda path, leaf: _record_leaf(path, leaf, name, split), x
     )
 
 
-def _record_leaf(made: Recording, path: Any, leaf: Any, name: str, spec: P) -> Any:
+def _record_leaf(path: Any, leaf: Any, name: str, spec: P) -> Any:
     if _compat.is_key_array(leaf):
-        data = _record_leaf(made, path, jax.random.key_data(leaf), name, spec)
+        data = _record_leaf(path, jax.random.key_data(leaf), name, spec)
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
     name += jax.tree_util.keystr(path)
     leaf = jnp.asarray(leaf)
@@ -155,14 +154,17 @@ def _record_leaf(made: Recording, path: Any, leaf: Any, name: str, spec: P) -> A
         )
     axes = _compat.bound_axes()
     sizes = {axis: _compat.axis_size(axis) or 1 for axis in axes}
-    site = made.open_site(name)
+    sites = _active[-1].sites
+    sites.append(name)
+    rank, site = sites.index(name), len(sites)
 
     def keep(batch_dims: int, value: np.ndarray, *place: np.ndarray) -> None:
         where = {axis: int(i) for axis, i in zip(axes, place, strict=True)}
         # A copy, since the runtime's memory is lent; dims of vmap are examples too.
         host = np.array(value, np.float64)
         host = host.reshape(-1, *host.shape[max(1, batch_dims) :])
-        made.calls.append(Call(name, site, spec, sizes, where, host))
+        if _active:
+            _active[-1].calls.append(Call(name, rank, site, spec, sizes, where, host))
 
     indices = [lax.axis_index(axis) for axis in axes]
     return _make_primitive()[0].bind(leaf, *indices, keep=keep, batch_dims=0)

@@ -1,6 +1,6 @@
 """Compare two runs of anything, outside of an engine's step."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -16,7 +16,9 @@ def assert_runs_agree(
     first: Callable[[], Any],
     second: Callable[[], Any],
     *,
-    meshes: Sequence[Mapping[str, int]] = (),
+    axes: Mapping[str, int] | None = None,
+    counts: Mapping[str, int] | None = None,
+    context: str | None = None,
     row_axes: tuple[str, ...] | None = None,
     rtol: float = 1e-4,
     atol: float = 1e-6,
@@ -31,7 +33,10 @@ def assert_runs_agree(
       first: without arguments; returns a pytree of global arrays, as {"loss": ..., "grads": ...}.
         The reference.
       second: returns a pytree of the same structure.
-      meshes: the sizes of the mesh axes by name, of either: what a ratio may come from.
+      axes: the size of each mesh axis by name: what a ratio may come from.
+      counts: other numbers that it may come from, by what they count: {"microbatches": 4}.
+      context: the axis along which the second's devices hold the sequence as
+        `tx.context.split_chunks` deals it out.
       row_axes: the axes along which the devices of the second have different examples, or layers;
         of what others hold, each has to be right. None: of all devices one has to be.
       rtol: relative tolerance.
@@ -55,17 +60,17 @@ def assert_runs_agree(
       2 of 2 elements, ...
       the first recorded operation that differs is 'scaled': 3 of 4 examples, by up to 6, ...
     """
-    factors = name_factors(meshes, {})
+    factors = name_factors([axes or {}], counts or {})
     results = [_to_float64(run()) for run in (first, second)]
     agreement = Agreement("the results", factors, rtol, atol, between="runs")
     try:
         agreement.check("", *results)
     except AssertionError as error:
         sides = []
-        for run, axes in ((first, None), (second, row_axes)):
+        for run, where in ((first, (None, None)), (second, (row_axes, context))):
             with recording() as found:
                 jax.block_until_ready(run())
-            sides.append(Side(found, axes))
+            sides.append(Side(found, *where))
         where = find_first_difference(*sides, factors=factors, rtol=rtol)
         raise AssertionError(f"{error}\n{where}") from None
 
