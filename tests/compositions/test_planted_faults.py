@@ -7,6 +7,7 @@ itself is in `test_what_an_engine_refuses`.
 import functools
 
 import jax
+import jax.numpy as jnp
 import models
 import numpy as np
 import plans
