@@ -174,8 +174,6 @@ def make_mlp(layers=8, fault=""):
         return record(jnp.where(kept, x, 0), "dropout")
 
     def block(params, x, batch, stage):
-        if fault == "swapped stage":  # each takes the layers of the next
-            params = tx.shift(params, "pipe", 1)
         return over_layers(run, params, x)
 
     def run(layer, x):

@@ -48,6 +48,8 @@ def compile_run(make, sizes, fault="", reduce=average, split=True, microbatches=
     axes = ("data", "context")
 
     def differentiate(params, batch):
+        if fault == "swapped stage":
+            params = {**params, "blocks": tx.shift(params["blocks"], "pipe", 1)}
         if sizes["pipe"] > 1:
             made = tx.pipeline.make_schedule("1f1b", stages=sizes["pipe"], microbatches=2)
             both = tx.pipeline.value_and_grad(*model.functions, made, axis="pipe", data_axis=axes)

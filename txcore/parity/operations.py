@@ -34,11 +34,14 @@ class Side:
       row_axes: axes along which devices have different examples, or different layers; None if
         unknown: then any device may have any example.
       balanced: the axis whose devices hold the sequence as `tx.context.split_chunks` deals it out.
+      computes_idly: whether devices compute where it is not their turn, and drop it: stages of a
+        pipeline with permutes in them.
     """
 
     recording: Recording
     row_axes: tuple[str, ...] | None = None
     balanced: str | None = None
+    computes_idly: bool = False
 
 
 class _Rows(NamedTuple):
@@ -87,6 +90,13 @@ def find_first_difference(
             of_all = f", call {number + 1} of {counts[name]}" if counts[name] > 1 else ""
             text = texts[name, number]
             return f"the first recorded operation that differs is {name!r}{of_all}: {text}"
+    if not second.computes_idly:
+        for name in counts:
+            if (number := _count_unknown(name, first, second, rtol, noise)) > 0:
+                return (
+                    f"the first recorded operation that differs is {name!r}: it has all of the "
+                    f"reference's examples, and {number} that the reference does not have"
+                )
     names = ", ".join(map(repr, counts))
     return (
         f"all recorded operations agree ({names}): what differs is made of them later, in the "
@@ -143,6 +153,14 @@ def _compare(
             of_all = int((wanted.numbers == number).sum())
             return number, f"{int(mine.sum())} of {of_all} examples{where}, {text}"
     return None
+
+
+def _count_unknown(name: str, first: Side, second: Side, rtol: float, noise: Sequence[Side]) -> int:
+    """Count the examples of the second run that the reference does not have."""
+    wanted = _assemble(first, name)[0]
+    allowed = _allow(wanted, rtol, [_assemble(side, name)[0] for side in noise]).max(initial=0.0)
+    found = _assemble(second, name)
+    return sum(int((_distances(r.values, wanted.values).min(1) > allowed).sum()) for r in found)
 
 
 def _allow(wanted: _Rows, rtol: float, noise: Sequence[_Rows]) -> np.ndarray:

@@ -235,7 +235,8 @@ def _find_operation(
             for start in starts:
                 fresh = TrainState(**_starting_at(start, state).arrays)
                 jax.block_until_ready(engine.run(reference.step, fresh, batch))
-                made.append(Side(found.take(), axes, plan.context))
+                idly = plan.pipeline is not None and plan.context is not None
+                made.append(Side(found.take(), axes, plan.context, idly))
         return made
 
     starts = [reference.start, *(reference.change_start(seed) for seed in range(2))]
