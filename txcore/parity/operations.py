@@ -181,11 +181,12 @@ def _flat(values: np.ndarray) -> np.ndarray:
 def _distances(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     """Return the norms of all differences between rows; inf where one is not finite."""
     left, right = _flat(left), _flat(right)
-    squares = (left**2).sum(1)[:, None] + (right**2).sum(1) - 2 * left @ right.T
-    near = np.sqrt(np.maximum(np.where(np.isfinite(squares), squares, np.inf), 0))
-    # What the difference of squares loses is taken anew from those that are nearest.
-    best = near.argmin(1)
-    exact = np.linalg.norm(left - right[best], axis=1)
+    with np.errstate(invalid="ignore", over="ignore"):
+        squares = (left**2).sum(1)[:, None] + (right**2).sum(1) - 2 * left @ right.T
+        near = np.sqrt(np.maximum(np.where(np.isfinite(squares), squares, np.inf), 0))
+        # What the difference of squares loses is taken anew from those that are nearest.
+        best = near.argmin(1)
+        exact = np.linalg.norm(left - right[best], axis=1)
     near[np.arange(len(left)), best] = np.where(np.isfinite(exact), exact, np.inf)
     return near
 

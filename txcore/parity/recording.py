@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -10,7 +11,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from txcore import _compat
@@ -125,8 +125,8 @@ def record(x: Any, name: str, spec: P | None = None) -> Any:
       ...     return tx.psum(h.sum(1), "model")
       >>> x, w = np.ones((2, 3), np.float32), np.ones((3, 4), np.float32)
       >>> tx.testing.run_sharded(f, x, w, axes={"model": 2}, in_specs=(P(), P(None, "model")),
-      ...                        out_specs=P()).round(3).tolist()
-      [3.98, 3.98]
+      ...                        out_specs=P()).round(2)
+      array([3.98, 3.98], dtype=float32)
     """
     if not _active:
         return x
@@ -158,16 +158,15 @@ def _record_leaf(path: Any, leaf: Any, name: str, spec: P) -> Any:
     sites.append(name)
     rank, site = sites.index(name), len(sites)
 
-    def keep(batch_dims: int, value: np.ndarray, *place: np.ndarray) -> None:
-        where = {axis: int(i) for axis, i in zip(axes, place, strict=True)}
+    def keep(batch_dims: int, value: np.ndarray, place: Mapping[str, int]) -> None:
+        where = {axis: place.get(axis, 0) for axis in axes}
         # A copy, since the runtime's memory is lent; dims of vmap are examples too.
         host = np.array(value, np.float64)
         host = host.reshape(-1, *host.shape[max(1, batch_dims) :])
         if _active:
             _active[-1].calls.append(Call(name, rank, site, spec, sizes, where, host))
 
-    indices = [lax.axis_index(axis) for axis in axes]
-    return _make_primitive()[0].bind(leaf, *indices, keep=keep, batch_dims=0)
+    return _make_primitive()[0].bind(leaf, keep=keep, batch_dims=0)
 
 
 @functools.cache
@@ -179,24 +178,36 @@ def _make_primitive() -> tuple[Any]:
     are all in callbacks (jax 0.10).
     """
     from jax.extend.core import Primitive
+    from jax.extend.mlir.dialects import stablehlo
     from jax.interpreters import ad, batching, mlir
 
     primitive = Primitive("txcore_record")
 
     def batch(args: Any, dims: Any, *, batch_dims: int, **params: Any) -> Any:
         x = jnp.moveaxis(args[0], dims[0], 0)
-        return primitive.bind(x, *args[1:], batch_dims=batch_dims + 1, **params), 0
+        return primitive.bind(x, batch_dims=batch_dims + 1, **params), 0
 
     def differentiate(primals: Any, tangents: Any, **params: Any) -> Any:
         return primitive.bind(*primals, **params), tangents[0]
 
-    def lower(ctx: Any, x: Any, *place: Any, keep: Any, batch_dims: int) -> Any:
-        def call(*values: Any) -> tuple[()]:
-            keep(batch_dims, *map(np.asarray, values))
+    def lower(ctx: Any, x: Any, *, keep: Any, batch_dims: int) -> Any:
+        # The device is found here: as an operand its index would make what is recorded look as if
+        # it differed along all axes.
+        mesh = getattr(ctx.module_context.axis_context, "mesh", None)
+        sizes = {} if mesh is None else dict(mesh.shape)
+        operands, avals = [x], list(ctx.avals_in)
+        if math.prod(sizes.values()) > 1:
+            operands.append(stablehlo.partition_id())
+            avals.append(jax.core.ShapedArray((), np.dtype(np.uint32)))
+
+        def call(value: Any, device: Any = 0) -> tuple[()]:
+            index = np.unravel_index(int(device), tuple(sizes.values())) if sizes else ()
+            place = {axis: int(i) for axis, i in zip(sizes, index, strict=True)}
+            keep(batch_dims, np.asarray(value), place)
             return ()
 
         _, _, keepalive = mlir.emit_python_callback(
-            *(ctx.replace(avals_out=[]), call, None, [x, *place], ctx.avals_in, []),
+            *(ctx.replace(avals_in=avals, avals_out=[]), call, None, operands, avals, []),
             has_side_effect=True,
             returns_token=False,
         )
