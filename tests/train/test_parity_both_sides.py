@@ -18,7 +18,7 @@ import txcore as tx
 from txcore.parity import Agreement, norm_of, of_inputs, of_rounding
 
 ALL = os.environ.get("TXCORE_ALL_PARITY") == "1"
-AGREEMENT = Agreement("step 0", {4}, 1e-4, 1e-6)
+AGREEMENT = Agreement("step 0", {4: "devices"}, 1e-4, 1e-6)
 LEAVES = {"large": 1e3, "middle": 1.0, "small": 1e-4, "bias": 1e-2}
 
 

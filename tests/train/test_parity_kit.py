@@ -40,12 +40,13 @@ def wrong_by(how):
     [
         (
             lambda g: tx.psum(g, "data"),
-            "median ratio second/first 4 = N for N = 4 devices: summed where the mean is meant, "
-            "or twice",
+            "median ratio second/first 4 = N for N = 4 devices along 'data': summed where the mean "
+            "is meant, or once more over it",
         ),
         (
             lambda g: jax.tree.map(lambda x: x / tx.axis_size("data"), tx.pmean(g, "data")),
-            "median ratio second/first 0.25 = 1/N for N = 4 devices: averaged twice",
+            "median ratio second/first 0.25 = 1/N for N = 4 devices along 'data': averaged "
+            "twice, or not summed over it",
         ),
     ],
     ids=["N", "1/N"],

@@ -91,7 +91,7 @@ def sum_mask(mask: Any, data_axes: tuple[str, ...]) -> Any:
     if mask is None:
         return None
     if (scope := current_scope()) is not None:  # an evaluation has to weigh its batches by it too
-        is_of_examples = jnp.shape(mask) == (scope.examples,)
+        is_of_examples = jnp.size(mask) == scope.examples  # maybe in microbatches
         scope.weighed.append("examples" if is_of_examples else "tokens")
     if jnp.issubdtype(mask.dtype, jnp.inexact):
         count = jnp.sum(mask.astype(accumulator(mask.dtype)))

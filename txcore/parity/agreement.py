@@ -1,7 +1,8 @@
 """Compare two trees of numbers up to rounding, and explain their differences."""
 
 import logging
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,15 +26,17 @@ class Agreement:
 
     Attributes:
       when: what errors begin with.
-      sizes: the numbers of devices that may explain a ratio.
+      factors: numbers that may explain a ratio, and of what they are: "devices along 'data'".
       rtol: tolerance relative to each element.
       atol: tolerance relative to the leaf's largest element.
+      between: what is compared.
     """
 
     when: str
-    sizes: set[int]
+    factors: Mapping[int, str]
     rtol: float
     atol: float
+    between: str = "plans"
 
     def check(
         self,
@@ -59,7 +62,7 @@ class Agreement:
         """
         if jax.tree.structure(first) != jax.tree.structure(second):  # type: ignore[operator]
             raise AssertionError(
-                f"{self.when}: {what} have another structure under the second plan: "
+                f"{self.when}: {what} have another structure in the second of the {self.between}: "
                 f"{jax.tree.structure(first)} and {jax.tree.structure(second)}"
             )
         paths = jax.tree_util.tree_flatten_with_path(first)[0]
@@ -78,8 +81,10 @@ class Agreement:
             of_all = f"{count} of {left.size} elements"
             reason = excuse(i, beyond) if excuse is not None else None
             if reason is None:
-                text = _explain_difference(left, right, beyond, self.sizes)
-                raise AssertionError(f"{where} differs between the plans: {of_all}, {text}")
+                text = _explain_difference(left, right, beyond, self)
+                raise AssertionError(
+                    f"{where} differs between the {self.between}: {of_all}, {text}"
+                )
             _LOG.info("txcore: %s: %s differ: %s", where, of_all, reason)
 
 
@@ -128,23 +133,74 @@ def norm_of(tree: Any) -> float:
 
 
 def _explain_difference(
-    left: np.ndarray, right: np.ndarray, beyond: np.ndarray, sizes: set[int]
+    left: np.ndarray, right: np.ndarray, beyond: np.ndarray, agreement: Agreement
 ) -> str:
     """Explain a difference by its ratio if it has one: N and 1/N are the usual mistakes."""
     worst = float(np.max(np.abs(left - right)))
+    differs = beyond > 0
+    few = 10 * np.count_nonzero(differs) < differs.size
+    box = _describe_box(differs)
     large = np.abs(left) > 1e-3 * np.max(np.abs(left), initial=0.0)
+    if box or not few:  # elsewhere it has another ratio: in other layers, in other devices' parts
+        large &= differs
     ratios = right[large] / left[large] if large.any() else np.array([np.nan])
     ratio = float(np.median(ratios))
-    text = f"largest difference {worst:.3g}, median ratio second/first {ratio:.4g}"
+    text = f"largest difference {worst:.3g}{box}, median ratio second/first {ratio:.4g}"
     if np.isnan(ratio) or np.max(np.abs(ratios - ratio)) > 1e-2 * abs(ratio):
-        few = 10 * np.count_nonzero(beyond) < beyond.size
         tie = "; so few may be a tie (of a max-pool, a sort, an argmax) that the plans break"
-        return text + (f"{tie} differently, but rounding otherwise does not show it" if few else "")
-    for n in sorted(sizes):
+        told = few and not box
+        return text + (
+            f"{tie} differently, but rounding otherwise does not show it" if told else ""
+        )
+    return text + explain_ratio(ratio, agreement.factors)
+
+
+def explain_ratio(ratio: float, factors: Mapping[int, str]) -> str:
+    """Say which mistake makes a value `ratio` times what it should be, if one is known."""
+    for n, what in sorted(factors.items()):
         if abs(ratio - n) < 1e-2 * n:
-            return f"{text} = N for N = {n} devices: summed where the mean is meant, or twice"
+            return f" = N for N = {n} {what}: summed where the mean is meant, or once more over it"
         if abs(ratio - 1 / n) < 1e-2 / n:
-            return f"{text} = 1/N for N = {n} devices: averaged twice"
+            return f" = 1/N for N = {n} {what}: averaged twice, or not summed over it"
     if abs(ratio + 1) < 1e-2:
-        return f"{text}: the sign is another one"
-    return text
+        return ": the sign is another one"
+    if abs(ratio) < 1e-6:
+        return ": it is missing"
+    return ""
+
+
+def name_factors(meshes: Sequence[Mapping[str, int]], counts: Mapping[str, int]) -> dict[int, str]:
+    """Return what numbers may be factors by mistake, and of what each is.
+
+    Args:
+      meshes: the size of each axis by name.
+      counts: other numbers by what they count: {"microbatches": 4}.
+    """
+    found: dict[int, list[str]] = {}
+
+    def add(number: int, what: str) -> None:
+        names = found.setdefault(number, [])
+        if number > 1 and what not in names:
+            names.append(what)
+
+    for mesh in meshes:
+        for axis, size in mesh.items():
+            add(size, f"devices along {axis!r}")
+    for what, number in counts.items():
+        add(number, what)
+    for mesh in meshes:
+        if math.prod(mesh.values()) not in found:
+            add(math.prod(mesh.values()), "devices")
+    return {number: " or ".join(names) for number, names in found.items() if number > 1}
+
+
+def _describe_box(differs: np.ndarray) -> str:
+    """Say which layers, or which part of a dim, hold all that differs; "" if that is no slab."""
+    for dim, whole in enumerate(differs.shape):
+        others = tuple(d for d in range(differs.ndim) if d != dim)
+        at = np.flatnonzero(differs.any(axis=others))
+        start, stop = int(at[0]), int(at[-1]) + 1
+        slab = np.take(differs, range(start, stop), dim)
+        if stop - start < whole and 2 * np.count_nonzero(slab) > slab.size > 1:
+            return f", all in [{start}:{stop}] of dim {dim}"
+    return ""
