@@ -117,8 +117,8 @@ def test_a_row_says_how_a_parameter_lies():
     sharded = PLANS["optimizer x TP"][1].describe(models.params(), models.mesh(2, 2, 1)).parameters
     assert sharded[-1].gradient == "mean over data; a part of dim 1 along data is kept"
     local = tx.Plan(data_parallel=tx.DP("data", sync_every=4))
-    rows = local.describe(models.params(), models.mesh(2, 1, 1)).parameters
-    assert rows[0].gradient == "stays; parameters are averaged over data"
+    kept = local.describe(models.params(), models.mesh(2, 1, 1)).parameters
+    assert kept[0].gradient == "stays; parameters are averaged over data"
 
 
 def test_the_layers_of_chunks_are_described_as_a_state_stores_them():
