@@ -1,6 +1,7 @@
 """One step under every plan with a pipeline: the same curve, all of it proved."""
 
 import os
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -251,3 +252,35 @@ def test_options_of_data_parallelism_are_under_a_pipeline_what_they_are_without(
         ends.append(models.params_of(state))
     np.testing.assert_allclose(curves[1], curves[0], rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), *ends)
+
+
+def test_dropout_by_the_examples_keys_is_the_same_in_a_pipeline():
+    """Keys are a leaf of the batch; those of a layer follow from its number."""
+
+    def block(params, x, batch, stage):
+        layers = params["w"].shape[0]
+        for i in range(layers):
+            keys = jax.vmap(lambda key, i=i: jax.random.fold_in(key, stage * layers + i))(
+                batch["keys"]
+            )
+            out = jnp.tanh(x @ params["w"][i] + params["b"][i]) @ params["u"][i]
+            kept = jax.vmap(partial(jax.random.bernoulli, p=0.5, shape=x.shape[1:]))(keys)
+            x = x + jnp.where(kept, out, 0)
+        return x
+
+    def last(params, x, batch):
+        return models.last(params, x, batch)[0]
+
+    @tx.step_fn
+    def step(state, batch):
+        batch = {**batch, "keys": state.example_keys(batch)}
+        run = tx.pipeline.value_and_grad(models.first, block, last)
+        loss, grads = run(state.params, batch)
+        grads, state = state.sync_gradients(grads)
+        return state.apply_gradients(grads=grads), {"loss": tx.pmean(loss, "data")}
+
+    curves = []
+    for pp, sizes in ((None, {}), ({"microbatches": 2}, {"pipe": 2, "data": 2})):
+        engine = models.make_engine(models.make_plan(tp=False, pp=pp), **sizes)
+        curves.append(models.train(engine, 2, mask="", step=step)[1])
+    np.testing.assert_allclose(curves[1], curves[0], rtol=1e-5)

@@ -69,8 +69,8 @@ def check_inputs(
         axis_index(pipe),
         vary(ends, every, name="params"),
         vary(jax.tree.map(lambda leaf: leaf[None] if one else leaf, blocks), every, name="params"),
-        vary(batch, pipe, name="batch"),
-        None if mask is None else vary(mask, pipe, name="mask"),
+        vary_rows(batch, (pipe,)),
+        vary_rows(mask, (pipe,)),
         means,
         every,
     )
@@ -204,6 +204,19 @@ def split_rows(tree: Any, microbatches: int) -> Any:
         return leaf.reshape(microbatches, leaf.shape[0] // microbatches, *leaf.shape[1:])
 
     return jax.tree.map(split, tree)
+
+
+def vary_rows(tree: Any, axes: tuple[str, ...]) -> Any:
+    """Return a batch that varies along some axes; it may hold the keys of its examples."""
+
+    def one(leaf: Any) -> jax.Array:
+        if not _compat.is_key_array(leaf):
+            varying: jax.Array = vary(leaf, axes, name="batch")
+            return varying
+        missing = tuple(sorted({*axes} - _compat.varying_axes(leaf)))
+        return _compat.cast_to_varying(leaf, missing) if missing else leaf
+
+    return jax.tree.map(one, tree) if axes else tree
 
 
 def _as_array(leaf: Any) -> jax.Array:

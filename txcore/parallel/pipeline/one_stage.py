@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from txcore.collectives import vary
 from txcore.parallel import zero
 from txcore.parallel.differentiate import value_and_grad as differentiate
 from txcore.parallel.pipeline.inputs import (
@@ -17,6 +16,7 @@ from txcore.parallel.pipeline.inputs import (
     split_params,
     split_rows,
     take_means,
+    vary_rows,
 )
 from txcore.parallel.pipeline.means import Means
 from txcore.parallel.pipeline.route import Route
@@ -91,7 +91,7 @@ def _prepare(
     rows = count_rows(op, {"batch": batch, "mask": mask}, count)
     data_axes = find_data_axes(op, data_axis)
     means = take_means(op, mask, rows, count, data_axes)
-    return means, vary((batch, mask), data_axes, name="batch") if data_axes else (batch, mask)
+    return means, vary_rows((batch, mask), data_axes)
 
 
 def _run(
