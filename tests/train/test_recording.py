@@ -75,7 +75,7 @@ def test_without_recording_the_program_is_the_same():
 
 def test_a_wrong_call_is_refused():
     with recording():
-        with pytest.raises(TypeError, match="needs \\(x, name, spec\\), a name and a PartitionSpec"):
+        with pytest.raises(TypeError, match="a name and a PartitionSpec"):
             record(X, 3)
         text = r"needs 'x' with the examples in dim 0 and a dim for each entry of .*, got shape"
         for value, spec in ((np.float32(1), None), (X, P(None, None, "model"))):
@@ -102,7 +102,8 @@ def test_what_is_said_of_two_runs():
         "the first recorded operation that differs is 'b': 4 of 4 examples, 2 times the "
         "reference's = N for N = 2 devices: "
     )
-    assert record_runs(f, lambda x: record(x, "a")).endswith("'b': the second run does not record it")
+    alone = record_runs(f, lambda x: record(x, "a"))
+    assert alone.endswith("'b': the second run does not record it")
     assert "an example has shape (3,) in the first run and (2,) in the second" in record_runs(
         f, lambda x: record(x[:, :2], "a")
     )

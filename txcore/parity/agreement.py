@@ -191,7 +191,8 @@ def name_factors(meshes: Sequence[Mapping[str, int]], counts: Mapping[str, int])
     for mesh in meshes:
         if math.prod(mesh.values()) not in found:
             add(math.prod(mesh.values()), "devices")
-    return {number: " or ".join(names) for number, names in found.items() if number > 1}
+    joined = {number: " or ".join(names) for number, names in found.items() if number > 1}
+    return {number: text.replace(" or devices along", " or") for number, text in joined.items()}
 
 
 def _describe_box(differs: np.ndarray) -> str:

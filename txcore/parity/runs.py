@@ -70,8 +70,8 @@ def assert_runs_agree(
             with recording() as found:
                 jax.block_until_ready(run())
             sides.append(Side(found, *where))
-        where = find_first_difference(*sides, factors=factors, rtol=rtol)
-        raise AssertionError(f"{error}\n{where}") from None
+        text = find_first_difference(*sides, factors=factors, rtol=rtol)
+        raise AssertionError(f"{error}\n{text}") from None
 
 
 def _to_float64(tree: Any) -> Any:
