@@ -17,11 +17,11 @@ from plans import Case, with_options
 ALL = os.environ.get("TXCORE_ALL_PLANS") == "1"
 
 SAMPLE = [
-    Case("gpt", 2, 1, 2, 2, "zb-h1", deep=2),
+    Case("gpt", 1, 2, 2, 2, "zb-h1", deep=2),
     Case("gpt", 1, 2, 2, 2, "interleaved"),
     Case("gpt", 2, 2, 1, 2, deep=4),
     Case("gpt", 2, 2, 2, 1, "gpipe", deep=2),
-    Case("gpt", 1, 1, 4, 2, "1f1b"),
+    Case("gpt", 1, 2, 2, 2, "1f1b", deep=2),
     Case("mlp", 2, 1, 2, 2, "interleaved"),
     Case("mlp", 1, 1, 2, 4, "gpipe", deep=2),
     Case("mlp", 4, 1, 2, 1, "1f1b", deep=2),
