@@ -124,6 +124,7 @@ def run_script(folder, *flags):
     return json.loads((folder / "results.json").read_text())
 
 
+@pytest.mark.slow
 def test_the_script_learns_more_than_pairs(tmp_path, capsys):
     flags = "--layers 1 --width 64 --heads 4 --length 32 --batch-size 32 --learning-rate 5e-3"
     flags += " --mesh data=2 --sample 20 --steps 200"
@@ -136,6 +137,7 @@ def test_the_script_learns_more_than_pairs(tmp_path, capsys):
         assert text in out
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_under_another_plan(tmp_path):
     saved = tmp_path / "saved"
     flags = "--layers 2 --width 32 --heads 4 --length 16 --sample 0 --steps 12 --no-audit"
