@@ -25,7 +25,7 @@ def specs_of(model):
 
     def of_leaf(path, leaf):
         keys = [key.key for key in path]
-        entries = [None] * leaf.ndim
+        entries: list[str | None] = [None] * leaf.ndim
         if keys[0] == "blocks":
             entries[0] = "pipe"
         if (dim := model.rules.get("/".join(keys))) is not None:
@@ -54,7 +54,8 @@ def compile_run(make, sizes, fault="", reduce=average, split=True, microbatches=
             params = {**params, "blocks": tx.shift(params["blocks"], "pipe", 1)}
         if sizes["pipe"] > 1:
             made = tx.pipeline.make_schedule("1f1b", stages=sizes["pipe"], microbatches=2)
-            both = tx.pipeline.value_and_grad(*model.functions, made, axis="pipe", data_axis=axes)
+            first, block, last = model.functions
+            both = tx.pipeline.value_and_grad(first, block, last, made, axis="pipe", data_axis=axes)
             return both(params, batch, mask=batch["mask"])
         both = tx.value_and_grad(
             functools.partial(mean_loss, model, fault), axis=axes, microbatches=microbatches

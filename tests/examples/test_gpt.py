@@ -140,8 +140,8 @@ def test_the_script_learns_more_than_pairs(tmp_path, capsys):
 @pytest.mark.slow
 def test_a_run_goes_on_under_another_plan(tmp_path):
     saved = tmp_path / "saved"
-    flags = "--layers 2 --width 32 --heads 4 --length 16 --sample 0 --steps 12 --no-audit"
-    flags = [*flags.split(), "--checkpoint-dir", str(saved), "--save-every", "6"]
+    small = "--layers 2 --width 32 --heads 4 --length 16 --sample 0 --steps 12 --no-audit"
+    flags = [*small.split(), "--checkpoint-dir", str(saved), "--save-every", "6"]
     whole = run_script(tmp_path, *flags, "--mesh", "data=2")
     newest = max(saved.iterdir(), key=lambda path: path.name)
     assert "12" in newest.name
