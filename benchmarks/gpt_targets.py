@@ -67,7 +67,12 @@ def audit_plan(config, plan, target, sizes, args):
     tokens = jax.ShapeDtypeStruct((args.rows, config.length), np.int32)
     batch = {"tokens": tokens, "labels": tokens}
     kept, report_on = [], proof.report_on
-    proof.report_on = lambda compiled, *rest: kept.append(compiled) or report_on(compiled, *rest)
+
+    def keep_and_report(compiled, *rest):
+        kept.append(compiled)
+        return report_on(compiled, *rest)
+
+    proof.report_on = keep_and_report
     try:
         report = engine.audit(train.make_steps(config)[0], state, batch, target=target, mesh=sizes)
     finally:
@@ -78,7 +83,8 @@ def audit_plan(config, plan, target, sizes, args):
 def plain_loss(config, params, batch):
     """Return the mean loss of the same model in plain jax.numpy, computed in bfloat16."""
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
-    rows, length, shared = *batch["tokens"].shape, config.heads // config.kv_heads
+    rows, length = batch["tokens"].shape
+    shared = config.heads // config.kv_heads
     half = config.features // 2
     angles = jnp.arange(length)[:, None] * 10_000.0 ** (-jnp.arange(half) / half)
     cos, sin = (f(angles)[:, None].astype(jnp.bfloat16) for f in (jnp.cos, jnp.sin))

@@ -125,9 +125,9 @@ def main():
                 state, metrics = step(state, batch)
             jax.block_until_ready(metrics)
             pairs.append(((time.process_time() - started) / 5, ask("time 5")))
-        ratios = sorted(t / o for o, t in pairs)
-        for ours, theirs in pairs:
-            print(f"  ours {1e3 * ours:.1f} ms, torch {1e3 * theirs:.1f} ms")
+        ratios = sorted(their_s / our_s for our_s, their_s in pairs)
+        for our_s, their_s in pairs:
+            print(f"  ours {1e3 * our_s:.1f} ms, torch {1e3 * their_s:.1f} ms")
         print(
             f"{args.precision}, {args.threads} threads, {form}: torch / ours, median "
             f"{ratios[len(ratios) // 2]:.2f}"

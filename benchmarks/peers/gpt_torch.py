@@ -80,13 +80,12 @@ def main(path, threads, precision, compiled):
     for line in sys.stdin:
         command, _, count = line.strip().partition(" ")
         if command == "curve":
-            answer = [step(i) for i in range(len(batches[0]))]
-        else:
-            started = time.process_time()
-            for i in range(int(count)):
-                step(i)
-            answer = (time.process_time() - started) / int(count)
-        print(json.dumps(answer), flush=True)
+            print(json.dumps([step(i) for i in range(len(batches[0]))]), flush=True)
+            continue
+        started = time.process_time()
+        for i in range(int(count)):
+            step(i)
+        print(json.dumps((time.process_time() - started) / int(count)), flush=True)
 
 
 if __name__ == "__main__":
