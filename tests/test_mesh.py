@@ -225,8 +225,16 @@ def test_plan_wants_partition_specs():
 @pytest.mark.parametrize(
     "plan, needs, axis",
     [
-        (tx.Plan(data_parallel=tx.DP("batch")), "Plan(data_parallel=DP(...)) needs", "batch"),
-        (tx.Plan(data_parallel=tx.DP(("data", "pod"))), "Plan(data_parallel=DP(...)) needs", "pod"),
+        (
+            tx.Plan(data_parallel=tx.DP("batch")),
+            "Plan(data_parallel=DP(axis='batch')) needs",
+            "batch",
+        ),
+        (
+            tx.Plan(data_parallel=tx.DP(("data", "pod"))),
+            "Plan(data_parallel=DP(axis=('data', 'pod'))) needs",
+            "pod",
+        ),
         (
             tx.Plan(data_parallel=tx.DP("data"), batch={"x": P("data", ("seq",))}),
             "Plan(batch={'x': ...}) needs",

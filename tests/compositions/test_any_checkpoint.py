@@ -8,10 +8,10 @@ import itertools
 import os
 import shutil
 
+import composed_plans as plans
 import numpy as np
-import plans
 import pytest
-from plans import Case, with_options
+from composed_plans import Case, with_options
 
 import txcore as tx
 

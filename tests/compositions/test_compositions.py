@@ -8,11 +8,11 @@ pipe and model, each schedule; else a sample in which every two choices meet.
 import itertools
 import os
 
+import composed_plans as plans
 import jax
 import numpy as np
-import plans
 import pytest
-from plans import Case, with_options
+from composed_plans import Case, with_options
 
 ALL = os.environ.get("TXCORE_ALL_PLANS") == "1"
 

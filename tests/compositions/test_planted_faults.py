@@ -8,11 +8,11 @@ TXCORE_ALL_PLANS=1 plants all of them.
 import functools
 import os
 
+import composed_models as models
+import composed_plans as plans
 import jax
 import jax.numpy as jnp
-import models
 import numpy as np
-import plans
 import pytest
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P

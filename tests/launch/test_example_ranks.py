@@ -45,6 +45,7 @@ OTHER = {
     "delay": "1",
     "reduction": "adasum",
     "precision": "bfloat16",
+    "mesh": "data=1,model=2",
     "seed": "1",
     "dataset": "digits",
     "train_size": "500",

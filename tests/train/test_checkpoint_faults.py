@@ -248,7 +248,7 @@ def test_what_is_not_ours_is_left_alone(run, whole, caplog):
 def test_only_names_that_we_make_are_checkpoints(tmp_path):
     for name in ("step_²", "step_9", "step_0000000009", "step_00000009", "step_123456789"):
         (tmp_path / name).mkdir()
-    assert checkpoint_folder.names(tmp_path) == ["step_123456789", "step_00000009"]
+    assert checkpoint_folder.list_checkpoints(tmp_path) == ["step_123456789", "step_00000009"]
 
 
 @pytest.mark.parametrize("place", ["a file", "in a file", "read-only"])

@@ -248,8 +248,8 @@ CALLS = [
     (
         lambda: toys.engine(2, plan=tx.Plan(data_parallel=tx.DP(axis="batch"))),
         ValueError,
-        "Plan(data_parallel=DP(...)) needs mesh axis 'batch', but the mesh's axes are 'data': use "
-        "one of them, or name the axis in MeshSpec(axes=...)",
+        "Plan(data_parallel=DP(axis='batch')) needs mesh axis 'batch', but the mesh's axes are "
+        "'data': use one of them, or name the axis in MeshSpec(axes=...)",
     ),
     (
         lambda: toys.engine(2, precision="float8"),

@@ -160,7 +160,9 @@ def test_the_mnist_step_s_automatic_twin(target):
     assert {(c.kind, c.axes, c.origin) for c in report.unexplained} == {
         ("all-reduce", ("data",), "partitioner")
     }
-    assert {c.source for c in report.unexplained} <= lines_of(mnist_loss, mnist_step, models.apply)
+    assert {c.source for c in report.unexplained} <= lines_of(
+        mnist_loss, mnist_step, models.apply, models._dense
+    )
     leaves = jax.tree.leaves(models.init(models.layers_of("mlp"), 0))
     assert report.payload_bytes == sum(leaf.nbytes for leaf in leaves) + 4
 

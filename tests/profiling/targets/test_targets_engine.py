@@ -131,7 +131,8 @@ MISUSED = {
     "no such target": ({"target": "cpu", "mesh": {"data": 8}}, ValueError, "a target needs to be"),
     "no such axis": (
         {"target": "cpu:8", "mesh": {"model": 8}}, ValueError,
-        "Plan(data_parallel=DP(...)) needs mesh axis 'data', but the mesh's axes are 'model'",
+        "Plan(data_parallel=DP(axis='data')) needs mesh axis 'data', but the mesh's axes are "
+        "'model'",
     ),
     "too few": ({"target": "cpu:8", "mesh": {"data": 4}}, ValueError, "got data=4 = 4"),
 }  # fmt: skip

@@ -4,9 +4,9 @@ import functools
 from dataclasses import dataclass, replace
 from typing import Any
 
+import composed_models as models
 import jax
 import jax.numpy as jnp
-import models
 import numpy as np
 
 import txcore as tx
