@@ -19,7 +19,8 @@ VERSIONED = tests/collectives tests/profiling tests/train/test_engine.py tests/t
   tests/launch/test_initialize.py tests/multiprocess/test_ranks_agree.py tests/examples/test_ecosystem.py \
   tests/test_import.py tests/test_packaging.py
 # Compiled for machines that are not here.
-TARGET_TESTS = tests/profiling/targets tests/profiling/gate/test_gate_target.py tests/train/test_*target*.py
+TARGET_TESTS = tests/profiling/targets tests/profiling/gate/test_gate_target.py tests/train/test_*target*.py \
+  tests/train/test_describe.py tests/train/test_pipeline_prediction.py
 TARGETS_VERSIONED = tests/profiling/targets/test_sends_target.py tests/profiling/targets/test_targets_compile.py
 
 .PHONY: setup mnist test test-versioned lint bench bench-peers clean

@@ -1,5 +1,7 @@
 """The tests of this folder share what they compile."""
 
+import importlib.util
+
 import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
@@ -18,6 +20,9 @@ def share_compiled(compiled_dir):
     Two programs are the same where code and names are: by default jax leaves out the names, which
     audits read. With the lines of all callers in them no two would be, so the innermost is kept.
     """
+    if any(map(importlib.util.find_spec, ("libtpu", "jax_cuda12_plugin"))):
+        yield  # what is compiled for a machine that is not here can be written, but not read back
+        return
     settings = {
         "jax_compilation_cache_dir": str(compiled_dir),
         "jax_compilation_cache_include_metadata_in_key": True,
