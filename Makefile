@@ -54,6 +54,7 @@ lint: setup  ## ruff and mypy over everything
 	$(BIN)/mypy -p txcore
 	$(BIN)/mypy examples/*.py examples/mnist
 	$(BIN)/mypy examples/ecosystem
+	MYPYPATH=examples/gpt_small $(BIN)/mypy examples/gpt_small
 	$(BIN)/mypy tests benchmarks
 
 bench: setup  ## run the benchmark suites

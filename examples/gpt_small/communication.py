@@ -76,7 +76,10 @@ def predict(
     ]
     # Of each layer, of a chunk of them, and of what stands before and after them.
     times = {"F": forward * layers, "B": backward * layers, "c": backward, "f": ends, "b": ends}
-    return [Sent(*row, times[when] * n) for when, n, *row in made]
+    return [
+        Sent(what, kind, axis, name, elements, times[when] * n)
+        for when, n, what, kind, axis, name, elements in made
+    ]
 
 
 def _of_model(

@@ -14,6 +14,8 @@ import numpy as np
 
 import txcore as tx
 
+Function = Callable[..., Any]
+
 AXES = ("data", "context", "pipe", "model")
 DATA_AXES = ("data", "context")  # over which losses and gradients are averaged
 
@@ -105,7 +107,7 @@ def init(config: GPT, seed: int = 0) -> dict[str, Any]:
     return params
 
 
-def functions(config: GPT, cast: Callable[[Any], Any]) -> tuple[Callable[..., Any], ...]:
+def functions(config: GPT, cast: Callable[[Any], Any]) -> tuple[Function, Function, Function]:
     """Return `first`, `block` and `last`, computing in the dtype of `cast`."""
     dim = 1 if config.sequence else None
 
