@@ -10,7 +10,7 @@ from typing import Any
 from txcore.profiling.bandwidth import ring_steps, wire_bytes
 from txcore.profiling.cost.instruction import Work
 from txcore.profiling.hlo import Groups, Op
-from txcore.profiling.hlo.groups import Pairs
+from txcore.profiling.hlo.read_groups import Pairs
 from txcore.profiling.targets.chips import Chip
 
 _POINT_TO_POINT = ("collective-permute", "send")

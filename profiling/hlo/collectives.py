@@ -8,9 +8,10 @@ from typing import Any
 from txcore.profiling.hlo import attributes, custom_calls
 from txcore.profiling.hlo.consumer import find_consumer, find_maker, full_name
 from txcore.profiling.hlo.graph import Graph, Value
-from txcore.profiling.hlo.groups import NO_GROUPS, Groups, Pairs, parse_pairs
+from txcore.profiling.hlo.groups import NO_GROUPS, Groups
 from txcore.profiling.hlo.modes import mode_of, pairs_of_devices
 from txcore.profiling.hlo.operands import Input, Words, find_witnesses, inputs_of, words_of
+from txcore.profiling.hlo.read_groups import Pairs, parse_pairs
 from txcore.profiling.hlo.scan import without_quoted
 from txcore.profiling.hlo.text import KINDS, Instruction, Module, read_modules
 from txcore.profiling.hlo.tpu_async import is_later_step

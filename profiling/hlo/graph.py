@@ -5,8 +5,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from txcore.profiling.hlo import attributes
-from txcore.profiling.hlo.groups import Groups, parse_groups
+from txcore.profiling.hlo.groups import Groups
 from txcore.profiling.hlo.modes import groups_of_devices
+from txcore.profiling.hlo.read_groups import parse_groups
 from txcore.profiling.hlo.text import Computation, Instruction, Module
 from txcore.profiling.hlo.types import Shape, parse_shapes, to_int
 

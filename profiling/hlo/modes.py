@@ -16,15 +16,8 @@ No groups, `{}`, mean one group of all that the numbers are of.
 
 from collections.abc import Mapping
 
-from txcore.profiling.hlo.groups import (
-    NO_GROUPS,
-    Allow,
-    Groups,
-    Pairs,
-    check_listing,
-    groups_of_block,
-    sort_groups,
-)
+from txcore.profiling.hlo.groups import NO_GROUPS, Groups, groups_of_block, sort_groups
+from txcore.profiling.hlo.read_groups import Allow, Pairs, check_listing
 from txcore.profiling.hlo.text import Module
 from txcore.profiling.hlo.types import HloError
 

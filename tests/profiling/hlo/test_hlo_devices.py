@@ -13,7 +13,7 @@ import pytest
 
 from txcore.profiling import audit_text
 from txcore.profiling.hlo import HloError, find_collectives, groups_of_block, sort_groups
-from txcore.profiling.hlo.groups import parse_groups
+from txcore.profiling.hlo.read_groups import parse_groups
 
 ADD = """
 add {

@@ -5,7 +5,7 @@ import time
 import pytest
 
 from txcore.profiling.hlo import HloError, find_collectives, parse_shapes, read_modules
-from txcore.profiling.hlo.groups import parse_groups, parse_pairs
+from txcore.profiling.hlo.read_groups import parse_groups, parse_pairs
 
 ROWS = ((0, 1), (2, 3))
 COLUMNS = ((0, 2), (1, 3))
