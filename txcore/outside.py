@@ -40,6 +40,18 @@ def brief(value: Any, most: int = 80) -> str:
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
+def first_line(error: BaseException) -> str:
+    """Return an error's kind and the first line of its text.
+
+    Example:
+      >>> from txcore.outside import first_line
+      >>> first_line(ValueError("of two\\nlines"))
+      'ValueError: of two'
+    """
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
 def open_regular(path: str | os.PathLike[str]) -> IO[bytes]:
     """Open a regular file to read; never block, as opening a pipe without a writer would.
 

@@ -1,7 +1,7 @@
 """The command line: each command is a module here, with `add_command` and its function.
 
-Imports `_compat`, `bench`, `errors`, `kernels.dispatch`, `kernels.tuning`, `launch`,
-`launch.join`, `launch.launcher`, `outside`, `profiling`, `profiling.audit`, `profiling.cost`,
+Imports `_compat`, `bench`, `doctor`, `errors`, `kernels.dispatch`, `kernels.tuning`, `launch`,
+`launch.join`, `launch.launcher`, `launch.watch`, `outside`, `profiling`, `profiling.audit`, `profiling.cost`,
 `profiling.costs`, `profiling.lock`, `profiling.program`, `profiling.report`, `profiling.targets`,
 `version`.
 """
@@ -12,11 +12,11 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from txcore.cli import bench, costs, dump, env, inspect, launch, lock, tune
+from txcore.cli import bench, costs, doctor, dump, env, inspect, launch, lock, tune
 from txcore.cli.errors import BadInput, BadUsage
 from txcore.cli.output import complain, show
 
-_COMMANDS = (inspect, costs, dump, lock, bench, tune, launch, env)
+_COMMANDS = (inspect, costs, dump, lock, bench, tune, launch, doctor, env)
 
 
 class _Parser(argparse.ArgumentParser):

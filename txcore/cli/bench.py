@@ -37,7 +37,7 @@ def measure_collectives(options: argparse.Namespace) -> int:
     if options.plot is not None and importlib.util.find_spec("matplotlib") is None:
         raise BadInput("--plot needs matplotlib: pip install 'txcore[examples]'")
     file = _find_tuning_file(options) if options.record else None
-    _join_run(options)
+    join_run(options)
     setup = _make_setup(options)
     operations = _select_operations(options, names, setup)
     run = report.describe_run(setup, describe_machine())
@@ -124,7 +124,7 @@ def _select_algorithms(named: tuple[str, ...], setup: "Setup") -> list[str]:
     return [*named]
 
 
-def _join_run(options: argparse.Namespace) -> None:
+def join_run(options: argparse.Namespace) -> None:
     """Simulate the devices, and join the other ranks where there are some."""
     from txcore import launch
 

@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Iterator
 
 from txcore.errors import TxcoreError
+from txcore.outside import first_line as first_line
 
 
 class BadInput(TxcoreError):
@@ -23,12 +24,6 @@ class BadUsage(BadInput):
     """
 
     parser: argparse.ArgumentParser | None = None
-
-
-def first_line(error: BaseException) -> str:
-    """Return an error's kind and the first line of its text."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def blame_user_line(error: BaseException) -> str:
