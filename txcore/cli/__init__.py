@@ -1,9 +1,9 @@
 """The command line: each command is a module here, with `add_command` and its function.
 
 Imports `_compat`, `bench`, `doctor`, `errors`, `kernels.dispatch`, `kernels.tuning`, `launch`,
-`launch.join`, `launch.launcher`, `launch.watch`, `outside`, `profiling`, `profiling.audit`, `profiling.cost`,
-`profiling.costs`, `profiling.lock`, `profiling.program`, `profiling.report`, `profiling.targets`,
-`version`.
+`launch.join`, `launch.launcher`, `launch.watch`, `outside`, `profiling`, `profiling.audit`,
+`profiling.cost`, `profiling.costs`, `profiling.lock`, `profiling.program`, `profiling.report`,
+`profiling.targets`, `version`.
 """
 
 import argparse
