@@ -60,6 +60,7 @@ if TYPE_CHECKING:
     from txcore.parallel import context as context
     from txcore.parallel import pipeline as pipeline
     from txcore.parallel import tensor as tensor
+    from txcore.profiling.trace.record import profile as profile
     from txcore.train import CheckpointError as CheckpointError
     from txcore.train import Checkpoints as Checkpoints
     from txcore.train import load_extra as load_extra
@@ -74,6 +75,7 @@ _LATER = {
     "initialize": "txcore.launch",
     "load_extra": "txcore.train",
     "load_params": "txcore.train",
+    "profile": "txcore.profiling.trace.record",
 }
 _LATER_ROOMS = {
     "context": "txcore.parallel.context",

@@ -26,6 +26,9 @@ from txcore._compat.processes import coordinator_address as coordinator_address
 from txcore._compat.processes import detect_cluster as detect_cluster
 from txcore._compat.processes import listen_with_gloo_at as listen_with_gloo_at
 from txcore._compat.processes import on_tpu_vm as on_tpu_vm
+from txcore._compat.profiles import live_programs as live_programs
+from txcore._compat.profiles import profile_options as profile_options
+from txcore._compat.profiles import read_profile as read_profile
 from txcore._compat.settings import backend_started as backend_started
 from txcore._compat.settings import combiner_key as combiner_key
 from txcore._compat.settings import is_key_array as is_key_array

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from txcore import step_events
 from txcore.launch import watch
 from txcore.launch.watch import Phase
 from txcore.printing import name_of
@@ -91,9 +92,8 @@ def train(
             begun = True
             if run.compare_every:
                 run.compare_copies()
-            for after, batch in read_batches(
-                data, length, run.position, run.place, run.runner.rows
-            ):
+            batches = read_batches(data, length, run.position, run.place, run.runner.rows)
+            for after, batch in step_events.told_of(batches):
                 if interrupt.is_due(run.position.steps):
                     break
                 run.start_step(batch, after, interrupt)

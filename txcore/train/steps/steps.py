@@ -4,6 +4,7 @@ from typing import Any, NoReturn
 
 import jax
 
+from txcore import step_events
 from txcore.launch import watch
 from txcore.launch.watch import Phase
 from txcore.printing import name_of
@@ -39,6 +40,7 @@ class Steps:
         placer = Placer(options.mesh, options.plan)
         self.place, self.rows = placer.place, placer.rows
         self._xla_options = options.xla_options
+        self._platform = options.mesh.mesh.devices.flat[0].platform
         self._compiled: dict[Any, CompiledStep] = {}
         self._forms: dict[Any, int] = {}  # of states: structure, shapes and dtypes
 
@@ -52,7 +54,8 @@ class Steps:
         state, compiled = self.compile(step, state, batch, train=True)
         if self.spans:
             self.come_to(compiled, state, batch.tree)
-        arrays, metrics = compiled.call(state.arrays, batch.tree)
+        with step_events.during_step(compiled.program):
+            arrays, metrics = compiled.call(state.arrays, batch.tree)
         state = state.with_arrays(arrays)
         if self.spans:
             agreement.note_equal(state)
@@ -69,10 +72,11 @@ class Steps:
         """
         fn = function_of(step)
         state = self.take(state, fn)
-        key = (train, fn, state.form, batch.form)
+        told = step_events.compiler_options(self._platform)
+        key = (train, fn, state.form, batch.form, *told.items())
         compiled = self._compiled.get(key)
         if compiled is None:
-            compiled = self._compiled[key] = self._compile(fn, state, batch.tree, train)
+            compiled = self._compiled[key] = self._compile(fn, state, batch.tree, train, told)
         if train:
             self.last_words = compiled.last_words
         return state, compiled
@@ -82,7 +86,9 @@ class Steps:
         fn = function_of(step)
         return any(train and known is fn for train, known, *_ in self._compiled)
 
-    def _compile(self, fn: Any, state: TrainState, batch: Any, train: bool) -> CompiledStep:
+    def _compile(
+        self, fn: Any, state: TrainState, batch: Any, train: bool, told: dict[str, Any]
+    ) -> CompiledStep:
         check_jit(name_of(fn))
         watch.at(Phase.COMPILE, label=name_of(fn))
         compiled = compile_step(
@@ -91,7 +97,7 @@ class Steps:
             batch,
             mesh=self.options.mesh,
             plan=self.options.plan,
-            options=self._xla_options,
+            options={**self._xla_options, **told},
             train=train,
             together=self.spans,
         )

@@ -1,0 +1,157 @@
+"""`read_trace`: from a folder to the figures of a trace, as data."""
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from txcore.profiling.trace.clocks import align_ranks
+from txcore.profiling.trace.figures import (
+    CollectiveTime,
+    OperationTime,
+    time_collectives,
+    time_operations,
+)
+from txcore.profiling.trace.folder import read_folder
+from txcore.profiling.trace.join import Joined, join_rank
+from txcore.profiling.trace.model import Rank, TraceError, Work
+from txcore.profiling.trace.steps import Step, choose_step_program, find_steps
+from txcore.profiling.trace.stragglers import Straggler, find_stragglers
+from txcore.profiling.trace.waits import find_waits
+
+# (kind, group size) to (bytes of S, bytes a second on the bus) of each measured size.
+Best = Mapping[tuple[str, int], Sequence[tuple[int, float]]]
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What a trace says; all times in nanoseconds.
+
+    Attributes:
+      platform: "cpu" or "gpu".
+      devices: (rank, place) of each device that has events.
+      program: the module whose runs are the steps.
+      collectives: what each took, the longest first.
+      operations: what each other operation took, the longest first.
+      steps: of each device.
+      stragglers: the devices that others wait for.
+      events: all of them, on one clock, by start.
+      work: each rank's host work, on the same clock.
+      joined: how many events have an instruction, of how many.
+      checked: whether all programs with collectives were compared with their traced ones.
+      notes: what is missing, cut off or guessed.
+    """
+
+    platform: str
+    devices: tuple[tuple[int, int], ...]
+    program: str
+    collectives: tuple[CollectiveTime, ...]
+    operations: tuple[OperationTime, ...]
+    steps: tuple[Step, ...]
+    stragglers: tuple[Straggler, ...]
+    events: tuple[Joined, ...]
+    work: Mapping[int, tuple[Work, ...]]
+    joined: tuple[int, int]
+    checked: bool
+    notes: tuple[str, ...]
+
+    @property
+    def undeclared(self) -> tuple[CollectiveTime, ...]:
+        """Return the collectives that ran and that nobody asked for, or that no program has."""
+        return tuple(c for c in self.collectives if c.calls and not c.row.explained)
+
+    @property
+    def ok(self) -> bool:
+        """Tell whether every collective that ran was declared."""
+        return not self.undeclared
+
+    def __str__(self) -> str:
+        from txcore.profiling.trace.report import format_trace  # tabulate
+
+        return format_trace(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the figures as plain lists, numbers and strings; times in seconds."""
+        from txcore.profiling.trace.report import describe_trace
+
+        return describe_trace(self)
+
+
+def read_trace(
+    folder: str | os.PathLike[str],
+    *,
+    hlo: Sequence[str] = (),
+    program: str | None = None,
+    best: Best | None = None,
+) -> Trace:
+    """Read a folder of `tx.profile`, join its events to the programs, and measure.
+
+    Args:
+      folder: of `tx.profile`, or of `jax.profiler.trace`, or one `.xplane.pb`.
+      hlo: texts of the optimized HLO of programs that ran, where the folder does not hold them.
+      program: the module whose runs are the steps; by default the one that took the most time.
+      best: what this machine was measured to reach.
+
+    Returns:
+      The trace.
+
+    Raises:
+      TraceError: there is no trace, or a file of it cannot be read; or no such program in it.
+    """
+    ranks, missing = read_folder(folder, hlo)
+    return measure_ranks(ranks, notes=missing, program=program, best=best)
+
+
+def measure_ranks(
+    ranks: Sequence[Rank],
+    *,
+    notes: Sequence[str] = (),
+    program: str | None = None,
+    best: Best | None = None,
+) -> Trace:
+    """Measure traces that were read; see `read_trace`."""
+    both = [join_rank(rank) for rank in ranks]
+    joined = [event for events, _ in both for event in events]
+    said = [*notes, *(note for rank in ranks for note in rank.notes)]
+    said += [note for _, each in both for note in each]
+    events, work, aligned = align_ranks(ranks, joined)
+    modules = {event.module for event in events}
+    if program is not None and program not in modules:
+        raise TraceError(
+            f"the trace needs runs of the program {program!r} for its steps, but has those of "
+            f"{', '.join(sorted(modules)) or 'none'}: name one of them"
+        )
+    if not events:
+        said.append("the trace has no event of a device: nothing ran while it was recorded")
+    events = tuple(sorted(events, key=lambda e: (e.start, e.rank, e.device)))
+    waits, together = find_waits(events, ranks)
+    chosen = choose_step_program(events) if program is None else program
+    steps, cut = find_steps(events, work, waits, chosen)
+    programs = [p for p in ranks[0].programs if p.module in modules] if ranks else []
+    collectives = time_collectives(events, waits, together, programs)
+    with_rows = [p for rank in ranks for p in rank.programs if p.rows and p.module in modules]
+    return Trace(
+        platform=ranks[0].platform,
+        devices=tuple(sorted({(e.rank, e.device) for e in events})),
+        program=chosen,
+        collectives=tuple(_with_best(c, best or {}) for c in collectives),
+        operations=time_operations(events),
+        steps=steps,
+        stragglers=find_stragglers(steps),
+        events=events,
+        work=work,
+        joined=(sum(e.place is not None for e in events), len(events)),
+        checked=all(p.checked for p in with_rows),
+        notes=tuple(dict.fromkeys((*said, *aligned, *cut))),
+    )
+
+
+def _with_best(time: CollectiveTime, best: Best) -> CollectiveTime:
+    """Add what the machine reaches at the measured size that is the nearest, by ratio."""
+    measured = best.get((time.row.kind, time.row.group_size), ())
+    payload = time.row.payload_bytes
+    if not measured or not payload:
+        return time
+    _, speed = min(measured, key=lambda each: abs(math.log(max(each[0], 1) / payload)))
+    return replace(time, best=speed)
