@@ -1,8 +1,8 @@
 """The folder of a profile: for each rank its trace, the programs that ran, and what it was.
 
-    rank0.xplane.pb    what jax's profiler recorded
-    rank0.json         host, devices, steps, and the audit of each program's collectives
-    rank0.0.hlo        the optimized HLO of its program 0
+rank0.xplane.pb    what jax's profiler recorded
+rank0.json         host, devices, steps, and the audit of each program's collectives
+rank0.0.hlo        the optimized HLO of its program 0
 """
 
 import dataclasses
@@ -151,7 +151,7 @@ def _read_rank(
 
 
 def _name_devices(traced: Rank, ids: list[int]) -> tuple[int, ...]:
-    """Return the ids of the devices that have events: on GPU a plane's number is a place in them."""
+    """Return the ids of the devices with events: on GPU a plane's number is a place in them."""
     if traced.platform == "cpu":
         return traced.devices
     return tuple(ids[place] if place < len(ids) else place for place in traced.devices)

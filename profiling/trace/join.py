@@ -6,9 +6,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from txcore.profiling.hlo import KINDS
+from txcore.profiling.trace.ends import find_ends
 from txcore.profiling.trace.model import Event, Place, Program, Rank, Row
+from txcore.profiling.trace.programs import RUNS_OTHERS
 
-_RUNS_OTHERS = ("while", "call", "conditional", "async-start")
 _UNSAFE = re.compile(r"[^\w]")  # a kernel's name is its instruction's with these as _
 _JAX_NAMES = {
     **{"psum": "all-reduce", "pmean": "all-reduce", "pmax": "all-reduce", "pmin": "all-reduce"},
@@ -73,8 +74,10 @@ def join_rank(rank: Rank) -> tuple[tuple[Joined, ...], tuple[str, ...]]:
     for (device, module), events in by_place.items():
         program = chosen[module]
         names = {_UNSAFE.sub("_", op): op for op in program.places} if program else {}
-        for event, run in zip(events, _number_runs(events), strict=True):
-            joined.append(_join_event(rank.rank, device, event, run, program, names))
+        runs = _number_runs(events)
+        for event, run, end in zip(events, runs, find_ends(events, runs, program), strict=True):
+            ended = event._replace(end=end)
+            joined.append(_join_event(rank.rank, device, ended, run, program, names))
     absent = sorted(module for module, program in chosen.items() if program is None)
     if absent:
         notes.append(
@@ -86,8 +89,8 @@ def join_rank(rank: Rank) -> tuple[tuple[Joined, ...], tuple[str, ...]]:
     if in_graphs:
         notes.append(
             f"rank {rank.rank}: {in_graphs} of {len(rank.events)} events ran in command buffers "
-            "(CUDA graphs), where kernels are joined by name alone: tx.profile compiles an engine's "
-            "steps without them; elsewhere set XLA_FLAGS=--xla_gpu_enable_command_buffer="
+            "(CUDA graphs), where kernels are joined by name alone: tx.profile compiles an "
+            "engine's steps without them; elsewhere set XLA_FLAGS=--xla_gpu_enable_command_buffer="
         )
     return tuple(_without_enclosing(joined)), tuple(notes)
 
@@ -166,7 +169,7 @@ def _without_enclosing(events: list[Joined]) -> Iterator[Joined]:
     """Leave out a loop's or call's event where the events of what it runs are there, too."""
     events.sort(key=lambda e: (e.rank, e.device, e.start, -e.end))
     for event, after in zip(events, [*events[1:], None], strict=True):
-        encloses = event.place is not None and event.place.opcode in _RUNS_OTHERS
+        encloses = event.place is not None and event.place.opcode in RUNS_OTHERS
         same = after is not None and (after.device, after.run) == (event.device, event.run)
         if encloses and same and after is not None and after.start < event.end:
             continue

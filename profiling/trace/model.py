@@ -21,6 +21,7 @@ class Event(NamedTuple):
       module, op: the HLO module's and instruction's names, as the profiler says.
       run: which execution of the module: the runtime's number, or 0 where the trace has none.
       start, end: nanoseconds.
+      latest: when it had ended at the latest, where it may go on after `end` in a pool of threads.
       kernel: the name of what ran; the op's on CPU.
       in_graph: whether it ran in a command buffer (a CUDA graph), where `op` names the buffer.
     """
@@ -31,6 +32,7 @@ class Event(NamedTuple):
     run: int
     start: int
     end: int
+    latest: int
     kernel: str = ""
     in_graph: bool = False
 
@@ -103,6 +105,8 @@ class Program:
       rows: its collectives, by op.
       checked: whether the traced program was there to compare with, when it was audited.
       devices: the ids of the devices of its mesh, in order; empty where that is not known.
+      users: by instruction those that need its result, and have events.
+      caller: by instruction the loop or call that runs its computation, if there is just one.
     """
 
     module: str
@@ -110,6 +114,8 @@ class Program:
     rows: Mapping[str, Row]
     checked: bool = False
     devices: tuple[int, ...] = ()
+    users: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    caller: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

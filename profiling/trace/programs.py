@@ -1,16 +1,19 @@
 """From a module's text to what its events are joined to: source lines, and its collectives."""
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from txcore.profiling.audit import audit_text
 from txcore.profiling.declared.source import user_source_line
-from txcore.profiling.hlo import KINDS, Instruction, Module, Op, attributes
+from txcore.profiling.hlo import KINDS, Computation, Instruction, Module, Op, attributes
 from txcore.profiling.hlo.collectives import collectives_of
 from txcore.profiling.hlo.text import read_modules
 from txcore.profiling.report import Collective
 from txcore.profiling.trace.model import Place, Program, Row
 
+RUNS_OTHERS = ("while", "call", "conditional", "async-start")
+_NAMES_ONLY = ("get-tuple-element", "tuple", "bitcast", "opt-barrier")
 _MOST_WRAPPED = 8  # computations within each other that a start may hide a collective in
 
 
@@ -38,11 +41,44 @@ def read_program(
     said = rows_of_report(audit_text(hlo).collectives) if rows is None else rows
     found = {row.op: _with_groups(row, ops.get(row.op)) for row in said}
     places: dict[str, Place] = {}
+    users: dict[str, tuple[str, ...]] = {}
+    callers: dict[str, str] = {}
     for module in modules:
+        for computation in module.computations.values():
+            users.update(_find_users(computation))
+        callers.update(_find_callers(module))
         by_name = {i.name: i for c in module.computations.values() for i in c.instructions}
         for instruction in by_name.values():
             places[instruction.name] = _place_of(instruction, module, by_name, ops)
-    return Program(modules[0].name, places, found, checked, tuple(devices))
+    return Program(
+        *(modules[0].name, places, found, checked, tuple(devices)), users=users, caller=callers
+    )
+
+
+def _find_users(computation: Computation) -> dict[str, tuple[str, ...]]:
+    """Return for each instruction those that need its result and run, past what only names it."""
+    users: dict[str, list[str]] = defaultdict(list)
+    for instruction in reversed(computation.instructions):
+        own = users[instruction.name]
+        for operand in instruction.operand_names:
+            users[operand] += own if instruction.opcode in _NAMES_ONLY else [instruction.name]
+    return {name: tuple(dict.fromkeys(found)) for name, found in users.items() if found}
+
+
+def _find_callers(module: Module) -> dict[str, str]:
+    """Return for each instruction the one loop or call that runs its computation."""
+    calls: dict[str, set[str]] = defaultdict(set)
+    for computation in module.computations.values():
+        for instruction in computation.instructions:
+            if instruction.opcode in RUNS_OTHERS:
+                for name in instruction.callees:
+                    calls[name].add(instruction.name)
+    return {
+        instruction.name: next(iter(calls[name]))
+        for name, computation in module.computations.items()
+        if len(calls[name]) == 1
+        for instruction in computation.instructions
+    }
 
 
 def rows_of_report(collectives: Iterable[Collective]) -> list[Row]:

@@ -1,8 +1,10 @@
 """Read one process's `.xplane.pb` by jax's own reader into plain tuples.
 
 CPU: events of devices are on threads of the host, and have `hlo_op`, `hlo_module`, `run_id` and
-`device_ordinal`. GPU: they are on the streams of a device's plane, without a run; in a command
-buffer (a CUDA graph) `hlo_op` names the buffer, and the kernel's name the op.
+`device_ordinal`. An operation may go on in a pool of threads after its event; an event "end: ..."
+of the same number begins when it has ended, or later: after what the same thread goes on with.
+GPU: they are on the streams of a device's plane, without a run; in a command buffer (a CUDA graph)
+`hlo_op` names the buffer, and the kernel's name the op.
 """
 
 import os
@@ -63,8 +65,9 @@ def _by_start(event: Event | Work) -> tuple[int, int]:
 
 def _sort_lines(lines: Any) -> tuple[list[Event], list[Work]]:
     on_devices: list[Event] = []
-    on_host: list[Event] = []
+    on_host: list[tuple[Event, int | None]] = []
     work: list[Work] = []
+    ends: dict[int, int] = {}  # by number, on CPU
     for line in lines:
         device = _DEVICE.match(line.plane)
         for name, start, duration, stats in line.events:
@@ -72,18 +75,24 @@ def _sort_lines(lines: Any) -> tuple[list[Event], list[Work]]:
             if "hlo_op" in stats and "hlo_module" in stats:
                 ordinal = int(device[1]) if device else int(stats.get("device_ordinal", 0))
                 event = _make_event(ordinal, name, begin, end, stats)
-                (on_devices if device else on_host).append(event)
+                if device:
+                    on_devices.append(event)
+                else:
+                    on_host.append((event, stats.get("_p")))
+            elif name.startswith("end: ") and "_c" in stats:
+                ends[stats["_c"]] = begin
             elif not device and (what := _name_work(name)):
                 work.append(Work(what, begin, end))
-    # Beside a device's own plane, the host's events of an op are its launches.
-    return on_devices or on_host, work
+    if on_devices:  # then the host's events of an op are its launches
+        return on_devices, work
+    return [e._replace(latest=max(e.end, ends.get(n or 0, e.end))) for e, n in on_host], work
 
 
 def _make_event(ordinal: int, name: str, begin: int, end: int, stats: dict[str, Any]) -> Event:
     in_graph = "cuda_graph_id" in stats
     run = int(stats.get("run_id", 0))
     return Event(
-        *(ordinal, str(stats["hlo_module"]), str(stats["hlo_op"]), run, begin, end),
+        *(ordinal, str(stats["hlo_module"]), str(stats["hlo_op"]), run, begin, end, end),
         name,
         in_graph,
     )
@@ -151,6 +160,6 @@ def _read_varint(file: Any, path: str | os.PathLike[str]) -> int:
 
 def _refuse_bytes(path: str | os.PathLike[str]) -> TraceError:
     return TraceError(
-        f"{os.fspath(path)} is cut off, or no trace: it needs to be an .xplane.pb that jax.profiler "
-        "or tx.profile has finished writing; profile again"
+        f"{os.fspath(path)} is cut off, or no trace: it needs to be an .xplane.pb that "
+        "jax.profiler or tx.profile has finished writing; profile again"
     )

@@ -4,6 +4,7 @@ import contextlib
 import os
 import pathlib
 import platform
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -17,6 +18,9 @@ from txcore.profiling.trace.folder import is_own_file, write_rank
 from txcore.profiling.trace.programs import rows_of_report
 from txcore.profiling.trace.read import read_events
 
+_INSTRUCTION = re.compile(
+    r"^\s*(?:ROOT )?%?[\w.\-]+ = \(?\w+\[[^\]]*\]|^HloModule [^,\s]+", re.MULTILINE
+)
 _BOOT = "/proc/sys/kernel/random/boot_id"
 
 
@@ -173,11 +177,11 @@ class Recording:
         for program in self._programs.values():
             text = program.compiled.as_text() or ""
             report = audit_program(program)
-            known.add(text)
+            known.add(_outline(text))
             yield text, rows_of_report(report.collectives), report.checked, _mesh_devices(program)
-        for name, text in _compat.live_programs(names):
-            if text not in known and f"HloModule {name}" in text:
-                known.add(text)
+        for _, text in _compat.live_programs(names):
+            if (outline := _outline(text)) not in known:
+                known.add(outline)
                 yield text, rows_of_report(audit_text(text).collectives), False, []
 
 
@@ -222,6 +226,11 @@ def _name_host() -> str:
             return f"{platform.node()} {file.read(64).strip()}"
     except OSError:
         return platform.node()
+
+
+def _outline(hlo: str) -> tuple[str, ...]:
+    """Return names and types of a module's instructions: its backend_configs print in any order."""
+    return tuple(_INSTRUCTION.findall(hlo))
 
 
 def _mesh_devices(program: Any) -> list[int]:

@@ -78,7 +78,9 @@ def write_verdict(trace: "Trace") -> str:
         return printable(f"failed: the program did not declare {named}{and_more}")
     if not ran:
         return "ok: no collective ran"
-    by = "" if trace.checked else ", by the words of the compiled program (no traced one to compare)"
+    by = (
+        "" if trace.checked else ", by the words of the compiled program (no traced one to compare)"
+    )
     return f"ok: every collective that ran ({len(ran)}) was declared{by}"
 
 

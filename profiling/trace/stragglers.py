@@ -89,7 +89,9 @@ def _compare_past(
             continue
         usual = statistics.median(rest)
         noise = statistics.median(abs(value - usual) for value in rest)
-        others = [theirs[number] for key, theirs in own.items() if key != device and number in theirs]
+        others = [
+            theirs[number] for key, theirs in own.items() if key != device and number in theirs
+        ]
         with_them = statistics.median(others) if others else 0
         over = took - max(usual, with_them)
         if over > max(least, usual / 2, _OVER_NOISE * noise):
@@ -97,9 +99,7 @@ def _compare_past(
     return found
 
 
-def _merge_ranks(
-    found: Sequence[Straggler], own: dict[Device, dict[int, int]]
-) -> list[Straggler]:
+def _merge_ranks(found: Sequence[Straggler], own: dict[Device, dict[int, int]]) -> list[Straggler]:
     """Name a rank once where all of its devices are slow alike: what they share is the process."""
     devices: dict[int, int] = defaultdict(int)
     for rank, _ in own:

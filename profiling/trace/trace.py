@@ -20,8 +20,8 @@ from txcore.profiling.trace.steps import Step, choose_step_program, find_steps
 from txcore.profiling.trace.stragglers import Straggler, find_stragglers
 from txcore.profiling.trace.waits import find_waits
 
-# (kind, group size) to (bytes of S, bytes a second on the bus) of each measured size.
-Best = Mapping[tuple[str, int], Sequence[tuple[int, float]]]
+# (platform, processes, kind, group size) to (bytes of S, bytes a second on the bus) of each size.
+Best = Mapping[tuple[str, int, str, int], Sequence[tuple[int, float]]]
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class Trace:
       stragglers: the devices that others wait for.
       events: all of them, on one clock, by start.
       work: each rank's host work, on the same clock.
+      waiting: by (rank, device, start) of a collective how long it waited for others.
       joined: how many events have an instruction, of how many.
       checked: whether all programs with collectives were compared with their traced ones.
       notes: what is missing, cut off or guessed.
@@ -52,6 +53,7 @@ class Trace:
     stragglers: tuple[Straggler, ...]
     events: tuple[Joined, ...]
     work: Mapping[int, tuple[Work, ...]]
+    waiting: Mapping[tuple[int, int, int], int]
     joined: tuple[int, int]
     checked: bool
     notes: tuple[str, ...]
@@ -135,21 +137,28 @@ def measure_ranks(
         platform=ranks[0].platform,
         devices=tuple(sorted({(e.rank, e.device) for e in events})),
         program=chosen,
-        collectives=tuple(_with_best(c, best or {}) for c in collectives),
+        collectives=tuple(_with_best(c, ranks, best or {}) for c in collectives),
         operations=time_operations(events),
         steps=steps,
         stragglers=find_stragglers(steps),
         events=events,
         work=work,
+        waiting={
+            (events[i].rank, events[i].device, events[i].start): wait.waiting
+            for i, wait in waits.items()
+            if wait.waiting
+        },
         joined=(sum(e.place is not None for e in events), len(events)),
         checked=all(p.checked for p in with_rows),
         notes=tuple(dict.fromkeys((*said, *aligned, *cut))),
     )
 
 
-def _with_best(time: CollectiveTime, best: Best) -> CollectiveTime:
+def _with_best(time: CollectiveTime, ranks: Sequence[Rank], best: Best) -> CollectiveTime:
     """Add what the machine reaches at the measured size that is the nearest, by ratio."""
-    measured = best.get((time.row.kind, time.row.group_size), ())
+    processes = ranks[0].processes or len(ranks)
+    key = (ranks[0].platform, processes, time.row.kind, time.row.group_size)
+    measured = best.get(key, ())
     payload = time.row.payload_bytes
     if not measured or not payload:
         return time

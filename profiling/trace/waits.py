@@ -65,7 +65,9 @@ class _Members:
 
     def __init__(self, ranks: Sequence[Rank], events: Iterable[Joined]) -> None:
         self._by_id = {
-            device: (rank.rank, place) for rank in ranks for place, device in enumerate(rank.devices)
+            device: (rank.rank, place)
+            for rank in ranks
+            for place, device in enumerate(rank.devices)
         }
         self._programs: dict[str, list[Program]] = defaultdict(list)
         for rank in ranks:
@@ -108,6 +110,5 @@ def _connect(pairs: Iterable[tuple[int, int]]) -> list[tuple[int, ...]]:
     group_of: dict[int, set[int]] = {}
     for source, target in pairs:
         merged = group_of.get(source, {source}) | group_of.get(target, {target})
-        group_of.update({device: merged for device in merged})
+        group_of.update(dict.fromkeys(merged, merged))
     return list({id(group): tuple(sorted(group)) for group in group_of.values()}.values())
-

@@ -74,15 +74,11 @@ def profile_options() -> Any:
 def live_programs(names: set[str]) -> list[tuple[str, str]]:
     """Return (name, optimized HLO) of the loaded programs with these module names.
 
-    Returns:
-      None where this jax does not show its loaded programs: then only those of engines are known.
+    A jax that does not show its loaded programs has none: then those of engines alone are known.
     """
     from jax.extend import backend
 
     list_live = getattr(backend.get_backend(), "live_executables", None)
-    found = []
-    for executable in list_live() if list_live is not None else ():
-        for module in executable.hlo_modules()[:1]:
-            if module.name in names:
-                found.append((str(module.name), str(module.to_string())))
-    return found
+    live = list_live() if list_live is not None else ()
+    modules = [module for executable in live for module in executable.hlo_modules()[:1]]
+    return [(str(m.name), str(m.to_string())) for m in modules if m.name in names]

@@ -12,11 +12,11 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from txcore.cli import bench, costs, doctor, dump, env, inspect, launch, lock, tune
+from txcore.cli import bench, costs, doctor, dump, env, inspect, launch, lock, trace, tune
 from txcore.cli.errors import BadInput, BadUsage
 from txcore.cli.output import complain, show
 
-_COMMANDS = (inspect, costs, dump, lock, bench, tune, launch, doctor, env)
+_COMMANDS = (inspect, costs, dump, lock, trace, bench, tune, launch, doctor, env)
 
 
 class _Parser(argparse.ArgumentParser):

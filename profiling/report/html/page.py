@@ -6,6 +6,7 @@ import math
 import os
 import pathlib
 import tempfile
+from collections.abc import Iterable
 from importlib import resources
 
 from txcore.profiling.declared.kernels import kernels_line
@@ -66,7 +67,7 @@ def to_html(report: Findings, other: Findings | None = None, *, title: str = _TI
                 f"to_html needs reports, but got a {type(given).__name__}: pass what audit or "
                 "audit_text returned"
             )
-    style, script = _read_asset("style.css"), _read_asset("script.js")
+    style, script = read_asset("style.css"), read_asset("script.js")
     body = (
         el("header", el("h1", title), _verdict_banner(report), _facts_list(report)),
         changes_section(other, report, diff(other, report)) if other is not None else None,
@@ -78,15 +79,27 @@ def to_html(report: Findings, other: Findings | None = None, *, title: str = _TI
         fates_section(report),
         _make_footer(),
     )
+    return make_page(title, body, style, script)
+
+
+def make_page(title: str, body: Iterable[Html | None], style: str, script: str = "") -> str:
+    """Write a whole page: a head with its own security policy, and a body.
+
+    Args:
+      title: of the browser's window.
+      body: what is shown, in order.
+      style, script: the only ones that the page's policy allows.
+    """
     head = (
         el("meta", charset="utf-8"),
         el("meta", http_equiv="Content-Security-Policy", content=_security_policy(style, script)),
         el("meta", name="viewport", content="width=device-width, initial-scale=1"),
         el("meta", name="color-scheme", content="light dark"),
         el("title", title),
-        el("style", style),
+        el("style", Html(style)),
     )
-    page = el("html", el("head", *head), el("body", *body, el("script", script)), lang="en")
+    last = el("script", Html(script)) if script else None
+    page = el("html", el("head", *head), el("body", *body, last), lang="en")
     return f"<!doctype html>\n{page}\n"
 
 
@@ -103,7 +116,16 @@ def write_html(
       FileNotFoundError: its folder does not exist.
       TypeError: as `to_html`.
     """
-    page, target = to_html(report, other), pathlib.Path(path).resolve()
+    replace_page(to_html(report, other), path)
+
+
+def replace_page(page: str, path: str | os.PathLike[str]) -> None:
+    """Write a page into a file, which is replaced whole or stays as it is.
+
+    Raises:
+      FileNotFoundError: its folder does not exist.
+    """
+    target = pathlib.Path(path).resolve()
     if not target.parent.is_dir():
         raise FileNotFoundError(
             f"an HTML report needs an existing folder to be written into, but {target.parent} is "
@@ -115,9 +137,10 @@ def write_html(
         whole.replace(target)
 
 
-def _read_asset(name: str) -> Html:
+def read_asset(name: str) -> str:
+    """Return the page's style.css or script.js."""
     file = resources.files("txcore.profiling.report.html").joinpath(name)
-    return Html(file.read_text(encoding="utf-8"))
+    return file.read_text(encoding="utf-8")
 
 
 def _security_policy(style: str, script: str) -> str:
