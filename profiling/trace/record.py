@@ -131,7 +131,7 @@ class Recording:
 
     def start(self) -> None:
         """Begin to record, once the devices have done what came before."""
-        jax.block_until_ready(jax.live_arrays())
+        _wait_for_devices()
         self._folder.mkdir(parents=True, exist_ok=True)
         self._draft = tempfile.mkdtemp(dir=self._folder, prefix=".draft-")
         jax.profiler.start_trace(self._draft, profiler_options=_compat.profile_options())
@@ -142,8 +142,7 @@ class Recording:
             return
         draft, self._draft = self._draft, None
         try:
-            with contextlib.suppress(Exception):  # of a step that failed: not this trace's
-                jax.block_until_ready(jax.live_arrays())
+            _wait_for_devices()
             jax.profiler.stop_trace()
             self._keep_trace(pathlib.Path(draft))
         finally:
@@ -183,6 +182,14 @@ class Recording:
             if (outline := _outline(text)) not in known:
                 known.add(outline)
                 yield text, rows_of_report(audit_text(text).collectives), False, []
+
+
+def _wait_for_devices() -> None:
+    """Wait for all that was dispatched: no array that is alive is left to come."""
+    for array in jax.live_arrays():
+        # A donated array may be listed, and a step that failed before is not this trace's to tell.
+        with contextlib.suppress(Exception):
+            array.block_until_ready()
 
 
 def _check_steps(steps: int | range | None) -> range | None:

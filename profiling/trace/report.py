@@ -88,12 +88,10 @@ def say_straggler(straggler: Straggler) -> str:
     """Say in a line who is slow, and against whom."""
     device = f" device {straggler.device}" if straggler.device >= 0 else ""
     own, usual = format_time(straggler.own), format_time(straggler.usual)
+    who, cause = f"rank {straggler.rank}{device}", f"most of it in {straggler.cause}"
     if straggler.against == "others":
-        return f"rank {straggler.rank}{device} works {own} a step, the others {usual}"
-    return (
-        f"rank {straggler.rank}{device} worked {own} in step {straggler.step}, "
-        f"{usual} in its other steps"
-    )
+        return f"{who} works {own} a step, the others {usual}: {cause}"
+    return f"{who} worked {own} in step {straggler.step}, {usual} in its other steps: {cause}"
 
 
 def _table(head: Sequence[str], rows: list[list[str]], left: Sequence[int]) -> list[str]:
@@ -183,7 +181,7 @@ def describe_trace(trace: "Trace") -> dict[str, Any]:
             {
                 **{"rank": s.rank, "device": None if s.device < 0 else s.device},
                 **{"against": s.against, "step": None if s.step < 0 else s.step},
-                **{"own_seconds": s.own / 1e9, "usual_seconds": s.usual / 1e9},
+                **{"own_seconds": s.own / 1e9, "usual_seconds": s.usual / 1e9, "cause": s.cause},
             }
             for s in trace.stragglers
         ],

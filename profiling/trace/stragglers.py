@@ -2,12 +2,19 @@
 
 import statistics
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from txcore.profiling.trace.steps import Step
 from txcore.profiling.trace.waits import Device
 
+_CAUSES: dict[str, Callable[[Step], int]] = {
+    "compute": lambda step: step.compute,
+    "moving": lambda step: max(0, step.exposed - step.waiting),
+    "input": lambda step: step.input,
+    "host": lambda step: step.host,
+    "idle": lambda step: step.idle,
+}
 SHARE = 0.1  # of a step: less is not worth a name
 _OVER_NOISE = 3.0  # times the usual distance from the median
 _LEAST_PAST = 3  # steps, to call one unusual
@@ -22,6 +29,8 @@ class Straggler(NamedTuple):
         `step` is the one that took `own`, and its other steps take `usual`.
       own, usual: see there.
       step: -1 where it is every step.
+      cause: the part of its steps that is the most above the usual: "compute", "moving" (its
+        collectives, once all have arrived), "input", "host" or "idle".
     """
 
     rank: int
@@ -30,6 +39,7 @@ class Straggler(NamedTuple):
     own: int
     usual: int
     step: int = -1
+    cause: str = ""
 
 
 def find_stragglers(steps: Sequence[Step]) -> tuple[Straggler, ...]:
@@ -62,7 +72,27 @@ def find_stragglers(steps: Sequence[Step]) -> tuple[Straggler, ...]:
         if device not in slow and (device[0], -1) not in slow
         for straggler in _compare_past(device, mine, own, SHARE * usual_step)
     ]
-    return (*_merge_ranks(always, own), *_merge_ranks(once, own))
+    found = (*_merge_ranks(always, own), *_merge_ranks(once, own))
+    return tuple(straggler._replace(cause=_find_cause(straggler, steps)) for straggler in found)
+
+
+def _find_cause(straggler: Straggler, steps: Sequence[Step]) -> str:
+    """Return the part whose median is the most above that of the steps it is compared with."""
+    mine = [
+        step
+        for step in steps
+        if step.rank == straggler.rank and straggler.device in (-1, step.device)
+    ]
+    if straggler.against == "others":
+        usual = [step for step in steps if step not in mine]
+    else:
+        usual = [step for step in mine if step.number != straggler.step]
+        mine = [step for step in mine if step.number == straggler.step]
+    excess = {
+        name: statistics.median(map(take, mine)) - statistics.median(map(take, usual))
+        for name, take in _CAUSES.items()
+    }
+    return max(excess, key=lambda name: excess[name])
 
 
 def _compare_devices(own: dict[Device, dict[int, int]], least: float) -> list[Straggler]:
