@@ -9,7 +9,7 @@ from import_graph import FOLDERS, ROOT, find_cycles, find_modules, read_graph, r
 
 DOCUMENT = ROOT / "docs" / "architecture.md"
 # What kernels and profiling may import of the rest: the ground floor.
-GROUND = {"_compat", "bounded_json", "errors", "later", "outside", "tags", "varying"}
+GROUND = {"_compat", "bounded_json", "errors", "later", "outside", "step_events", "tags", "varying"}
 OPS = [
     "bucket",
     "conv",

@@ -1,7 +1,8 @@
 """What ran: a profiler's trace, joined to the program's collectives and source lines.
 
-`record` writes a folder, `folder` and `read` read it, `join`, `clocks`, `waits` and `steps` make
-the figures, `report` and its neighbours show them.
+`record` writes a folder; `folder`, `read` and `programs` read it; `join` joins events to
+instructions; `clocks`, `waits`, `steps`, `stragglers` and `figures` measure; `trace` does all of it.
 
-Imports `_compat`.
+Imports `_compat`, `bounded_json`, `errors`, `outside`, `profiling`, `profiling.declared`,
+`profiling.hlo`, `profiling.report`, `step_events`.
 """

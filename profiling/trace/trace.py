@@ -4,7 +4,6 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from txcore.profiling.trace.clocks import align_ranks
 from txcore.profiling.trace.figures import (
@@ -67,17 +66,6 @@ class Trace:
     def ok(self) -> bool:
         """Tell whether every collective that ran was declared."""
         return not self.undeclared
-
-    def __str__(self) -> str:
-        from txcore.profiling.trace.report import format_trace  # tabulate
-
-        return format_trace(self)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the figures as plain lists, numbers and strings; times in seconds."""
-        from txcore.profiling.trace.report import describe_trace
-
-        return describe_trace(self)
 
 
 def read_trace(

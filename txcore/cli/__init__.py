@@ -3,7 +3,7 @@
 Imports `_compat`, `bench`, `doctor`, `errors`, `kernels.dispatch`, `kernels.tuning`, `launch`,
 `launch.join`, `launch.launcher`, `launch.watch`, `outside`, `profiling`, `profiling.audit`,
 `profiling.cost`, `profiling.costs`, `profiling.lock`, `profiling.program`, `profiling.report`,
-`profiling.targets`, `version`.
+`profiling.targets`, `profiling.trace`, `profiling.trace.show`, `version`.
 """
 
 import argparse

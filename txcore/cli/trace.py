@@ -72,7 +72,8 @@ def add_command(commands: Any) -> None:
 
 def show_trace(options: argparse.Namespace) -> int:
     """Print the report; with --check return 1 where a collective ran that is not declared."""
-    from txcore.profiling.trace.diff import compare_traces, format_changes
+    from txcore.profiling.trace.show.changes import compare_traces, format_changes
+    from txcore.profiling.trace.show.table import describe_trace, format_trace
 
     if options.json and options.against is not None:
         raise BadUsage("--against is for people: compare two --json outputs instead")
@@ -82,7 +83,7 @@ def show_trace(options: argparse.Namespace) -> int:
     _write_files(trace, options)
     if earlier is not None:
         show(f"since the earlier trace:\n{format_changes(compare_traces(earlier, trace))}\n")
-    show(json.dumps(trace.to_dict(), sort_keys=True) if options.json else str(trace))
+    show(json.dumps(describe_trace(trace), sort_keys=True) if options.json else format_trace(trace))
     return 1 if options.check and not trace.ok else 0
 
 
@@ -98,8 +99,8 @@ def _read_folder(folder: str, options: argparse.Namespace, texts: list[str]) -> 
 
 
 def _write_files(trace: "Trace", options: argparse.Namespace) -> None:
-    from txcore.profiling.trace.html import write_page
-    from txcore.profiling.trace.perfetto import write_perfetto
+    from txcore.profiling.trace.show.page import write_page
+    from txcore.profiling.trace.show.perfetto import write_perfetto
 
     for file, write in ((options.html, write_page), (options.perfetto, write_perfetto)):
         if file is None:

@@ -4,6 +4,7 @@ import pytest
 from hand_made import ADDED, HLO, US, make_event, make_rank, make_run
 
 from txcore.profiling.trace.model import TraceError
+from txcore.profiling.trace.show.table import format_trace
 from txcore.profiling.trace.trace import measure_ranks
 
 LOOP = """HloModule jit_step
@@ -185,7 +186,7 @@ def test_a_rank_that_is_always_late_is_named():
     assert (named.own, named.usual) == (100 * US, 40 * US)
     assert (
         "straggler: rank 0 device 1 works 100 us a step, the others 40 us: most of it in compute"
-        in str(trace)
+        in format_trace(trace)
     )
 
 
@@ -218,7 +219,7 @@ def test_equal_ranks_are_not_named():
 def test_a_collective_that_nobody_declared_fails():
     trace = measure_ranks([make_rank([*make_run(0), *make_run(0, device=1)], hlo=ADDED)])
     assert not trace.ok
-    assert str(trace).splitlines()[-1] == (
+    assert format_trace(trace).splitlines()[-1] == (
         "failed: the program did not declare all-reduce all-reduce.1 of jit_step "
         "(partitioner, m.py:9)"
     )
@@ -251,7 +252,7 @@ def test_bandwidth_is_compared_with_the_nearest_measured_size():
     (found,) = measure_ranks([make_rank(events)], best=best).collectives
     assert found.best == 1e8
     assert found.bus_bandwidth == pytest.approx(1000 / 20e-6)
-    assert " 50%" in str(measure_ranks([make_rank(events)], best=best))
+    assert " 50%" in format_trace(measure_ranks([make_rank(events)], best=best))
 
 
 def test_a_collective_that_did_not_run_has_no_calls():

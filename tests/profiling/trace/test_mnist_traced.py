@@ -9,7 +9,7 @@ import processes
 import pytest
 from raw_times import time_collectives
 
-from txcore.profiling.trace.html import to_page
+from txcore.profiling.trace.show.page import to_page
 from txcore.profiling.trace.trace import read_trace
 
 HERE = pathlib.Path(__file__).parent

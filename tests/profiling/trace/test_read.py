@@ -12,6 +12,7 @@ from hand_made import HLO, make_event, make_rank, make_xspace
 from txcore.profiling.trace.folder import read_folder, write_rank
 from txcore.profiling.trace.model import Row, TraceError
 from txcore.profiling.trace.read import read_events
+from txcore.profiling.trace.show.table import format_trace
 from txcore.profiling.trace.trace import measure_ranks, read_trace
 
 FIXTURES = pathlib.Path(__file__).parents[1] / "fixtures" / "trace"
@@ -111,7 +112,7 @@ def test_jax_profilers_own_folder_takes_hlo(tmp_path):
     trace = read_trace(tmp_path, hlo=[HLO])
     assert trace.joined == (4, 4)
     assert not trace.checked
-    assert "by the words of the compiled program" in str(trace)
+    assert "by the words of the compiled program" in format_trace(trace)
     assert read_trace(tmp_path).joined == (0, 4)
 
 

@@ -2,19 +2,16 @@
 
 import os
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
 
 from txcore.profiling.report.html.figures import format_size
 from txcore.profiling.report.html.markup import Html, el, join_html, make_head_row
 from txcore.profiling.report.html.page import make_page, read_asset, replace_page
 from txcore.profiling.report.html.rows import origin_badge
 from txcore.profiling.trace.figures import CollectiveTime
-from txcore.profiling.trace.report import format_time, say_straggler, write_verdict
+from txcore.profiling.trace.show.table import format_time, say_straggler, write_verdict
+from txcore.profiling.trace.show.timeline import Lane, choose_step, draw_lanes
 from txcore.profiling.trace.steps import Step
-from txcore.profiling.trace.timeline import Lane, choose_step, draw_lanes
-
-if TYPE_CHECKING:
-    from txcore.profiling.trace.trace import Trace
+from txcore.profiling.trace.trace import Trace
 
 _TITLE = "What ran: collectives and steps"
 _PARTS = ("compute", "exposed", "input", "host", "idle")
@@ -49,7 +46,7 @@ _STYLE = """
 """
 
 
-def to_page(trace: "Trace", *, title: str = _TITLE) -> str:
+def to_page(trace: Trace, *, title: str = _TITLE) -> str:
     """Write a trace as one HTML page: nothing is fetched, no script, light and dark.
 
     Args:
@@ -71,7 +68,7 @@ def to_page(trace: "Trace", *, title: str = _TITLE) -> str:
     return make_page(title, body, read_asset("style.css") + _STYLE)
 
 
-def write_page(trace: "Trace", path: str | os.PathLike[str]) -> None:
+def write_page(trace: Trace, path: str | os.PathLike[str]) -> None:
     """Write a trace's page into a file, which is replaced whole or stays as it is.
 
     Raises:
@@ -80,7 +77,7 @@ def write_page(trace: "Trace", path: str | os.PathLike[str]) -> None:
     replace_page(to_page(trace), path)
 
 
-def _verdict_banner(trace: "Trace") -> Html:
+def _verdict_banner(trace: Trace) -> Html:
     name, icon, label = ("good", "✓", "Declared") if trace.ok else ("bad", "✕", "Not declared")
     if trace.ok and not trace.checked:
         name, icon, label = "warn", "?", "Declared, by its own words"
@@ -89,7 +86,7 @@ def _verdict_banner(trace: "Trace") -> Html:
     return el("div", icon_, said, class_=f"verdict {name}", role="status")
 
 
-def _facts_list(trace: "Trace") -> Html:
+def _facts_list(trace: Trace) -> Html:
     numbers = {step.number for step in trace.steps}
     facts = [
         ("Devices", f"{len(trace.devices)} {trace.platform}"),
@@ -102,7 +99,7 @@ def _facts_list(trace: "Trace") -> Html:
     return el("dl", *(el("div", el("dt", name), el("dd", fact)) for name, fact in facts))
 
 
-def _notes_section(trace: "Trace") -> Html | None:
+def _notes_section(trace: Trace) -> Html | None:
     said = [f"Straggler: {say_straggler(s)}" for s in trace.stragglers] + [*trace.notes]
     if not said:
         return None
@@ -110,7 +107,7 @@ def _notes_section(trace: "Trace") -> Html | None:
     return el("section", el("h2", "Stragglers and notes"), el("ul", *items))
 
 
-def _timeline_section(trace: "Trace") -> Html | None:
+def _timeline_section(trace: Trace) -> Html | None:
     chosen = choose_step(trace.steps)
     if chosen is None:
         return None
@@ -255,7 +252,7 @@ def _collective_row(c: CollectiveTime) -> Html:
     )
 
 
-def _operations_section(trace: "Trace") -> Html | None:
+def _operations_section(trace: Trace) -> Html | None:
     shown = trace.operations[:_MOST_OPERATIONS]
     if not shown:
         return None

@@ -3,19 +3,16 @@
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from tabulate import tabulate
 
 from txcore.outside import printable
 from txcore.profiling.report.numbers import format_bytes
 from txcore.profiling.report.table import cut_middle
-from txcore.profiling.trace.report import format_time
+from txcore.profiling.trace.figures import CollectiveTime
+from txcore.profiling.trace.show.table import format_time
 from txcore.profiling.trace.steps import Step
-
-if TYPE_CHECKING:
-    from txcore.profiling.trace.figures import CollectiveTime
-    from txcore.profiling.trace.trace import Trace
+from txcore.profiling.trace.trace import Trace
 
 _PARTS = ("time", "compute", "hidden", "exposed", "input", "host", "idle", "waiting")
 
@@ -39,7 +36,7 @@ class Change:
     bytes_now: int = 0
 
 
-def compare_traces(before: "Trace", now: "Trace") -> tuple[Change, ...]:
+def compare_traces(before: Trace, now: Trace) -> tuple[Change, ...]:
     """Return the parts of the median step, then every collective of either trace.
 
     Collectives are the same where their kind, axes and tags are, or without tags their source.
@@ -93,7 +90,7 @@ def _median_parts(steps: Sequence[Step]) -> dict[str, float]:
     return {name: statistics.median(column) for name, column in columns.items() if column}
 
 
-def _sum_by_name(collectives: Sequence["CollectiveTime"]) -> dict[str, tuple[float, int]]:
+def _sum_by_name(collectives: Sequence[CollectiveTime]) -> dict[str, tuple[float, int]]:
     found: dict[str, tuple[float, int]] = {}
     for c in collectives:
         named = ",".join(c.row.tags) or c.row.source or c.row.op
