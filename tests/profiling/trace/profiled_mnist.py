@@ -30,7 +30,7 @@ def main(folder, late_rank, delay_s, steps, flags):
                 time.sleep(delay_s)
             yield batch
 
-    Engine.audit, feed.Feed.train = audit_and_keep, come_late
+    Engine.audit, feed.Feed.train = audit_and_keep, come_late  # type: ignore[method-assign]
     with tx.profile(folder, steps=steps):
         code = train.main(flags)
     if jax.process_index() == 0:
