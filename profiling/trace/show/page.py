@@ -41,6 +41,7 @@ _STYLE = """
 .scroll td, .scroll th { white-space: nowrap; }
 .scroll td:last-child { white-space: normal; min-width: 20em; }
 .figures :is(td, th):not(:first-child):not(.text) { text-align: right; }
+.figures thead th:last-child { text-align: left; }
 .bar svg { display: block; width: 100%; min-width: 120px; height: 14px; }
 @media (max-width: 600px) { .lane { grid-template-columns: 5.5em minmax(0, 1fr); } }
 """
@@ -80,7 +81,7 @@ def write_page(trace: Trace, path: str | os.PathLike[str]) -> None:
 def _verdict_banner(trace: Trace) -> Html:
     name, icon, label = ("good", "✓", "Declared") if trace.ok else ("bad", "✕", "Not declared")
     if trace.ok and not trace.checked:
-        name, icon, label = "warn", "?", "Declared, by its own words"
+        name, icon, label = "warn", "?", "Declared, not compared"
     said = el("div", el("strong", label), el("p", write_verdict(trace)))
     icon_ = el("span", icon, class_="icon", aria_hidden="true")
     return el("div", icon_, said, class_=f"verdict {name}", role="status")
