@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from txcore.errors import TxcoreError
-from txcore.profiling.hlo import Groups
-from txcore.profiling.hlo.groups import NO_GROUPS, Pairs
+from txcore.profiling.hlo import NO_GROUPS, Groups
+from txcore.profiling.hlo.read_groups import Pairs
 
 
 class TraceError(TxcoreError, ValueError):
