@@ -38,8 +38,3 @@ def told_of(batches: Iterator[T]) -> Iterator[T]:
             except StopIteration:
                 return
         yield batch
-
-
-def compiler_options(platform: str) -> dict[str, Any]:
-    """Return what steps are compiled with now, beside an engine's own options."""
-    return {} if listener is None else listener.compiler_options(platform)

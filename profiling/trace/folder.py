@@ -140,6 +140,11 @@ def _read_rank(
             f"rank {rank}: the trace is cut off after {data['recorded_steps']} of "
             f"{data['asked_steps']} steps: training ended first"
         )
+    if traced.platform == "gpu" and not any(event.in_graph for event in traced.events):
+        notes.append(
+            f"rank {rank}: an engine's steps ran without command buffers (CUDA graphs), as "
+            "tx.profile compiles them: outside of a profile a step may take less time"
+        )
     return dataclasses.replace(
         traced,
         host=data["host"],

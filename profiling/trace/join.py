@@ -1,5 +1,6 @@
 """Join each event to its HLO instruction and source line, and number the runs of each module."""
 
+import itertools
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -159,7 +160,7 @@ def _guess_row(op: str, kernel: str) -> Row | None:
     """Return a row for what looks like a collective and is in no program that is known."""
     if found := _NCCL.search(kernel):
         return Row(op, _NCCL_KINDS[found[1].lower()], "unknown", explained=False)
-    if found := _LOOKS.match(op):
+    if "fusion" not in op and (found := _LOOKS.match(op)):
         kind = _JAX_NAMES.get(found[1], found[1])
         return Row(op, kind, "unknown", explained=False)
     return None
@@ -168,9 +169,9 @@ def _guess_row(op: str, kernel: str) -> Row | None:
 def _without_enclosing(events: list[Joined]) -> Iterator[Joined]:
     """Leave out a loop's or call's event where the events of what it runs are there, too."""
     events.sort(key=lambda e: (e.rank, e.device, e.start, -e.end))
-    for event, after in zip(events, [*events[1:], None], strict=True):
+    for event, after in itertools.zip_longest(events, events[1:]):
         encloses = event.place is not None and event.place.opcode in RUNS_OTHERS
-        same = after is not None and (after.device, after.run) == (event.device, event.run)
-        if encloses and same and after is not None and after.start < event.end:
+        within = after is not None and after.start < event.end and after[:3] == event[:3]
+        if encloses and within:
             continue
         yield event

@@ -17,7 +17,7 @@ from txcore.outside import open_regular
 from txcore.profiling.trace.model import Event, Rank, TraceError, Work
 
 MOST_BYTES = 1 << 31
-_DEVICE = re.compile(r"/device:(?:GPU|TPU):(\d+)")
+_DEVICE = re.compile(r"/device:(GPU|TPU):(\d+)")
 _INPUT = re.compile(r"txcore\.input$|DevicePut|BufferFromHost|TransferToDevice|copy_to_device")
 _HOST = re.compile(r"txcore\.step\b|PjitFunction|LoadedExecutable::Execute|ParseArguments")
 _PLANES, _ERRORS, _WARNINGS, _HOSTNAMES = 1, 2, 3, 4  # the fields of an XSpace
@@ -52,7 +52,7 @@ def read_events(path: str | os.PathLike[str], rank: int = 0) -> Rank:
         clock=int(planes.get("Task Environment", {}).get("profile_start_time", 0)),
         host=host,
         devices=tuple(ordinals),
-        platform="gpu" if any(_DEVICE.match(name) for name in planes) else "cpu",
+        platform=next((m[1].lower() for name in planes if (m := _DEVICE.match(name))), "cpu"),
         events=tuple(sorted((e._replace(device=place[e.device]) for e in events), key=_by_start)),
         work=tuple(sorted(work, key=_by_start)),
         notes=tuple(notes),
@@ -73,7 +73,7 @@ def _sort_lines(lines: Any) -> tuple[list[Event], list[Work]]:
         for name, start, duration, stats in line.events:
             begin, end = round(start), round(start + duration)
             if "hlo_op" in stats and "hlo_module" in stats:
-                ordinal = int(device[1]) if device else int(stats.get("device_ordinal", 0))
+                ordinal = int(device[2]) if device else int(stats.get("device_ordinal", 0))
                 event = _make_event(ordinal, name, begin, end, stats)
                 if device:
                     on_devices.append(event)

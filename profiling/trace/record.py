@@ -133,8 +133,13 @@ class Recording:
         """Begin to record, once the devices have done what came before."""
         _wait_for_devices()
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._draft = tempfile.mkdtemp(dir=self._folder, prefix=".draft-")
-        jax.profiler.start_trace(self._draft, profiler_options=_compat.profile_options())
+        draft = tempfile.mkdtemp(dir=self._folder, prefix=".draft-")
+        try:
+            jax.profiler.start_trace(draft, profiler_options=_compat.profile_options())
+        except BaseException:  # another profile of jax's is active: it is not ours to stop
+            shutil.rmtree(draft, ignore_errors=True)
+            raise
+        self._draft = draft
 
     def stop(self) -> None:
         """End the trace, if it is being recorded, and write its files."""

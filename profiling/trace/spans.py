@@ -4,6 +4,7 @@ Overlap and idle time come from these, never from sums of durations: two events 
 are one second of time, not two.
 """
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 
 Span = tuple[int, int]  # nanoseconds, from and to
@@ -67,6 +68,18 @@ def subtract(a: Sequence[Span], b: Sequence[Span]) -> Spans:
         if start < end:
             found.append((start, end))
     return tuple(found)
+
+
+def clip(a: Spans, window: Span) -> Spans:
+    """Return the part of a union that lies in a window, in time that does not grow with the rest.
+
+    Example:
+      >>> clip(((0, 4), (5, 9), (20, 30)), (3, 8))
+      ((3, 4), (5, 8))
+    """
+    first = bisect_right(a, window[0], key=lambda span: span[1])
+    last = bisect_left(a, window[1], lo=first, key=lambda span: span[0])
+    return tuple((max(s, window[0]), min(e, window[1])) for s, e in a[first:last])
 
 
 def length(spans: Iterable[Span]) -> int:

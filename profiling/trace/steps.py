@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from txcore.profiling.trace.join import Joined
 from txcore.profiling.trace.model import Work
-from txcore.profiling.trace.spans import Span, Spans, intersect, length, subtract, unite
+from txcore.profiling.trace.spans import Span, Spans, clip, intersect, length, subtract, unite
 from txcore.profiling.trace.waits import Device, Wait
 
 
@@ -90,9 +90,10 @@ def find_steps(
     shared = min(counts, default=0)
     steps = []
     for device, found in windows.items():
-        mine = [(events[i], waits.get(i)) for i in by_device[device]]
+        busy = _unite_device([(events[i], waits.get(i)) for i in by_device[device]])
+        busy |= {what: _unite_work(work.get(device[0], ()), what) for what in ("input", "host")}
         for number, window in enumerate(found[len(found) - shared :] if found else ()):
-            steps.append(_part_window(number, device, window, mine, work.get(device[0], ())))
+            steps.append(_part_window(number, device, window, busy))
     return tuple(sorted(steps)), tuple(notes)
 
 
@@ -139,33 +140,34 @@ def _find_windows(
     return windows
 
 
-def _part_window(
-    number: int,
-    device: Device,
-    window: Span,
-    events: Iterable[tuple[Joined, Wait | None]],
-    work: Iterable[Work],
-) -> Step:
-    inside = [(e, w) for e, w in events if e.start < window[1] and e.end > window[0]]
-    compute = _clip(((e.start, e.end) for e, _ in inside if e.row is None), window)
-    moving = _clip(((e.start, e.end) for e, _ in inside if e.row is not None), window)
-    waiting = _clip(((e.start, e.start + w.waiting) for e, w in inside if w and w.waiting), window)
-    exposed = subtract(moving, compute)
+def _unite_device(events: Sequence[tuple[Joined, Wait | None]]) -> dict[str, Spans]:
+    """Return when a device computes, communicates, and waits."""
+    return {
+        "compute": unite((e.start, e.end) for e, _ in events if e.row is None),
+        "moving": unite((e.start, e.end) for e, _ in events if e.row is not None),
+        "waiting": unite((e.start, e.start + w.waiting) for e, w in events if w and w.waiting),
+    }
+
+
+def _unite_work(work: Iterable[Work], what: str) -> Spans:
+    return unite((each.start, each.end) for each in work if each.what == what)
+
+
+def _part_window(number: int, device: Device, window: Span, busy: Mapping[str, Spans]) -> Step:
+    inside = {what: clip(spans, window) for what, spans in busy.items()}
+    compute, moving = inside["compute"], inside["moving"]
     free = subtract((window,), unite((*compute, *moving)))
-    inputs = intersect(free, _clip(((w.start, w.end) for w in work if w.what == "input"), window))
+    inputs = intersect(free, inside["input"])
     free = subtract(free, inputs)
-    host = intersect(free, _clip(((w.start, w.end) for w in work if w.what == "host"), window))
+    host = intersect(free, inside["host"])
+    waiting = length(inside["waiting"])
     return Step(
         *(number, *device, *window, length(compute)),
         hidden=length(intersect(moving, compute)),
-        exposed=length(exposed),
+        exposed=length(subtract(moving, compute)),
         input=length(inputs),
         host=length(host),
         idle=length(subtract(free, host)),
-        waiting=length(waiting),
-        own=window[1] - window[0] - length(waiting),
+        waiting=waiting,
+        own=window[1] - window[0] - waiting,
     )
-
-
-def _clip(spans: Iterable[Span], window: Span) -> Spans:
-    return intersect(unite(spans), (window,))

@@ -113,7 +113,9 @@ def measure_ranks(
             f"{', '.join(sorted(modules)) or 'none'}: name one of them"
         )
     if not events:
-        said.append("the trace has no event of a device: nothing ran while it was recorded")
+        why = "nothing ran while it was recorded"
+        why = "those of TPUs are not read yet" if ranks[0].platform == "tpu" else why
+        said.append(f"the trace has no event of a device that can be joined: {why}")
     events = tuple(sorted(events, key=lambda e: (e.start, e.rank, e.device)))
     waits, together = find_waits(events, ranks)
     chosen = choose_step_program(events) if program is None else program

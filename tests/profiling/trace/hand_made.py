@@ -54,7 +54,7 @@ def make_rank(events, rank=0, clock=1, host="a", hlo=HLO, work=(), **more):
     return Rank(rank, clock, host, devices, "cpu", ordered, waited, programs, **more)
 
 
-def make_xspace(events, *, host="vm", clock=0, extra=""):
+def make_xspace(events, *, host="vm", clock=0, extra="", plane="/host:CPU"):
     """Return the bytes of an .xplane.pb of (line, name, start, duration in ns, stats)."""
     names = {name: i + 1 for i, name in enumerate(dict.fromkeys(e[1] for e in events))}
     keys = {key: i + 1 for i, key in enumerate(dict.fromkeys(k for e in events for k in e[4]))}
@@ -77,5 +77,5 @@ def make_xspace(events, *, host="vm", clock=0, extra=""):
         f"uint64_value: {clock} }} stat_metadata {{ key: 1 value {{ id: 1 "
         'name: "profile_start_time" } } }\n'
     )
-    text = f'planes {{ name: "/host:CPU" {body} }}\n{start}hostnames: "{host}"\n{extra}'
+    text = f'planes {{ name: "{plane}" {body} }}\n{start}hostnames: "{host}"\n{extra}'
     return jax.profiler.ProfileData.text_proto_to_serialized_xspace(text)

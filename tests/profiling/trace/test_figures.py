@@ -1,5 +1,7 @@
 """The figures of traces that were written by hand."""
 
+import dataclasses
+
 import pytest
 from hand_made import ADDED, HLO, US, make_event, make_rank, make_run
 
@@ -253,6 +255,15 @@ def test_bandwidth_is_compared_with_the_nearest_measured_size():
     assert found.best == 1e8
     assert found.bus_bandwidth == pytest.approx(1000 / 20e-6)
     assert " 50%" in format_trace(measure_ranks([make_rank(events)], best=best))
+
+
+def test_a_trace_without_events_says_so():
+    rank = make_rank([], devices=())
+    trace = measure_ranks([rank])
+    assert (trace.steps, trace.collectives, trace.ok) == ((), (), True)
+    assert "nothing ran while it was recorded" in format_trace(trace)
+    tpu = measure_ranks([dataclasses.replace(rank, platform="tpu")])
+    assert "those of TPUs are not read yet" in format_trace(tpu)
 
 
 def test_a_collective_that_did_not_run_has_no_calls():

@@ -192,6 +192,19 @@ def test_an_h100s_busy_time_is_that_of_its_stream(h100):
         assert step.compute + step.host + step.idle + step.input == step.end - step.start
 
 
+def test_a_profile_on_gpu_says_what_it_leaves_out(tmp_path):
+    folder = write_folder(tmp_path / "a")
+    on_gpu = make_xspace([op("dot.1", 0, 10), op("all-reduce.1", 10, 50)], plane="/device:GPU:1")
+    (folder / "rank0.xplane.pb").write_bytes(on_gpu)
+    ranks, _ = read_folder(folder)
+    assert (ranks[0].platform, ranks[0].devices) == ("gpu", (2048,))  # the process's second device
+    assert ranks[0].notes == (
+        "rank 0: an engine's steps ran without command buffers (CUDA graphs), as tx.profile "
+        "compiles them: outside of a profile a step may take less time",
+    )
+    assert read_trace(folder).collectives[0].waiting is None
+
+
 def test_hand_made_events_of_nccl_are_collectives():
     kernel = "ncclDevKernel_AllReduce_Sum_f32_RING_LL(ncclDevKernelArgsStorage<4096ul>)"
     rank = make_rank([make_event("x.1", 0, 5, kernel=kernel)], hlo="")

@@ -149,6 +149,18 @@ def test_one_profile_at_a_time(tmp_path):
         assert not pathlib.Path(tmp_path / "b").exists()
 
 
+def test_a_profile_of_jaxs_own_is_left_alone(tmp_path):
+    jax.profiler.start_trace(str(tmp_path / "theirs"))
+    try:
+        with pytest.raises(RuntimeError), tx.profile(tmp_path / "mine"):
+            pass
+        assert list((tmp_path / "mine").iterdir()) == []
+        assert step_events.listener is None
+    finally:
+        jax.profiler.stop_trace()
+    assert list((tmp_path / "theirs").rglob("*.xplane.pb"))
+
+
 def test_on_gpu_steps_are_compiled_without_command_buffers(training, tmp_path):
     recording = Recording(tmp_path, None)
     assert recording.compiler_options("cpu") == {}

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from txcore.profiling.trace.spans import intersect, length, subtract, unite
+from txcore.profiling.trace.spans import clip, intersect, length, subtract, unite
 
 
 def moments(spans):
@@ -26,4 +26,6 @@ def test_unions_are_those_of_sets(seed):
     assert all(one[1] < other[0] for one, other in itertools.pairwise(a))
     assert moments(intersect(a, b)) == moments(first) & moments(second)
     assert moments(subtract(a, b)) == moments(first) - moments(second)
+    for window in first:
+        assert moments(clip(a, window)) == moments(a) & moments([window])
     assert length(intersect(a, b)) + length(subtract(a, b)) == length(a)

@@ -72,8 +72,9 @@ class Steps:
         """
         fn = function_of(step)
         state = self.take(state, fn)
-        told = step_events.compiler_options(self._platform)
-        key = (train, fn, state.form, batch.form, *told.items())
+        listener = step_events.listener
+        told = {} if listener is None else listener.compiler_options(self._platform)
+        key = (train, fn, state.form, batch.form, bool(told))
         compiled = self._compiled.get(key)
         if compiled is None:
             compiled = self._compiled[key] = self._compile(fn, state, batch.tree, train, told)
