@@ -16,6 +16,7 @@ _CAUSES: dict[str, Callable[[Step], int]] = {
     "idle": lambda step: step.idle,
 }
 SHARE = 0.1  # of a step: less is not worth a name
+_LEAST = 50_000  # nanoseconds: less is how threads are woken
 _OVER_NOISE = 3.0  # times the usual distance from the median
 _LEAST_PAST = 3  # steps, to call one unusual
 
@@ -46,9 +47,9 @@ def find_stragglers(steps: Sequence[Step]) -> tuple[Straggler, ...]:
     """Find stragglers by the part of each step that is not waiting for others.
 
     Against the others: the median of its steps is longer than the median of the other devices',
-    by a tenth of a step and by three times what it varies. Against its own past: one step is longer
-    than the median of its others by half of that and a tenth of a step, and the other devices did
-    not do the same in that step.
+    by a tenth of a step (and 50 us) and by three times what it varies. Against its own past: one
+    step is longer than the median of its others by half of that and a tenth of a step, and the
+    other devices did not do the same in that step.
 
     Args:
       steps: of all devices.
@@ -63,14 +64,14 @@ def find_stragglers(steps: Sequence[Step]) -> tuple[Straggler, ...]:
         took[step.number] = max(took.get(step.number, 0), step.end - step.start)
     if not own:
         return ()
-    usual_step = statistics.median(took.values())
-    always = _compare_devices(own, SHARE * usual_step)
+    least = max(_LEAST, SHARE * statistics.median(took.values()))
+    always = _compare_devices(own, least)
     slow = {(s.rank, s.device) for s in always} | {(s.rank, -1) for s in always if s.device < 0}
     once = [
         straggler
         for device, mine in own.items()
         if device not in slow and (device[0], -1) not in slow
-        for straggler in _compare_past(device, mine, own, SHARE * usual_step)
+        for straggler in _compare_past(device, mine, own, least)
     ]
     found = (*_merge_ranks(always, own), *_merge_ranks(once, own))
     return tuple(straggler._replace(cause=_find_cause(straggler, steps)) for straggler in found)

@@ -88,6 +88,18 @@ def read_trace(
 
     Raises:
       TraceError: there is no trace, or a file of it cannot be read; or no such program in it.
+
+    Example:
+      >>> import tempfile
+      >>> double, x = jax.jit(lambda x: x + x), jnp.ones(3)
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     with tx.profile(folder, steps=2) as recording:
+      ...         for _ in range(3):
+      ...             with recording.step():
+      ...                 x = double(x)
+      ...     trace = read_trace(folder)
+      >>> trace.program, len(trace.steps), trace.ok
+      ('jit__lambda', 2, True)
     """
     ranks, missing = read_folder(folder, hlo)
     return measure_ranks(ranks, notes=missing, program=program, best=best)
