@@ -14,13 +14,13 @@ from txcore.kernels.dispatch import registry
 
 PACK: registry.Kernels = {
     "xla": registry.Kernel(xla.pack),
-    "pallas": registry.Kernel(pallas.pack, pallas.list_configs, pallas.refuse_pack),
-    "triton": registry.Kernel(triton.pack, triton.list_configs, triton.refuse_pack),
+    "pallas_triton": registry.Kernel(pallas.pack, pallas.list_configs, pallas.refuse_pack),
+    "triton_ir": registry.Kernel(triton.pack, triton.list_configs, triton.refuse_pack),
 }
 UNPACK: registry.Kernels = {
     "xla": registry.Kernel(xla.unpack),
-    "pallas": registry.Kernel(pallas.unpack, pallas.list_configs, pallas.refuse_unpack),
-    "triton": registry.Kernel(triton.unpack, triton.list_configs, triton.refuse_unpack),
+    "pallas_triton": registry.Kernel(pallas.unpack, pallas.list_configs, pallas.refuse_unpack),
+    "triton_ir": registry.Kernel(triton.unpack, triton.list_configs, triton.refuse_unpack),
 }
 
 
@@ -43,7 +43,8 @@ def pack(
         mesh axis that one of them varies along.
       dtype: floating dtype of the buffer; None for the dtype that all arrays have.
       scale: scalar, a number or an array; None does not scale.
-      implementation: None for the fastest known, "xla", "pallas" or "triton".
+      implementation: None for the fastest known, or a back end by name: "xla", or "pallas" for the
+        platform's Pallas kernel (`txcore.kernels.dispatch.back_ends` lists all).
 
     Returns:
       Shape (number of elements,): the leaves in the order of `jax.tree.leaves`, each in row-major
@@ -92,7 +93,8 @@ def unpack(
       flat: shape (number of elements,), any floating dtype.
       like: pytree of arrays or of `jax.ShapeDtypeStruct`s, of floating dtypes.
       scale: scalar, a number or an array; None does not scale.
-      implementation: None for the fastest known, "xla", "pallas" or "triton".
+      implementation: None for the fastest known, or a back end by name: "xla", or "pallas" for the
+        platform's Pallas kernel (`txcore.kernels.dispatch.back_ends` lists all).
 
     Returns:
       The arrays, with the structure, shapes and dtypes of `like`. They vary along the mesh axes

@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 
 from txcore import _compat, varying
+from txcore.kernels.common import mosaic_blocks
 from txcore.kernels.dispatch import registry
 
-Spec = tuple[
-    tuple[int, int], Callable[[Any, Any], tuple[Any, Any]]
-]  # a block's shape, and its place by tile
+# A block's shape (None: one element of a dim that the kernel does not see), and its place by tile.
+Spec = tuple[tuple[int | None, ...], Callable[[Any, Any], tuple[Any, ...]]]
 
 SCALAR: Spec = ((1, 1), lambda i, j: (0, 0))
 
@@ -27,8 +27,19 @@ def row_spec(columns: int) -> Spec:
 
 
 def block_size(size: int, largest: int) -> int:
-    """Return the power of two, from 16 (a GPU's least) to `largest`, that covers most of `size`."""
-    return max(16, min(largest, 1 << max(size - 1, 0).bit_length()))
+    """Return the power of two that covers most of `size`, up to `largest`.
+
+    It is at least 16 on a GPU, and on a TPU the 128 elements of a row of its vector registers.
+    """
+    least = 128 if registry.current_device()[0] == "tpu" else 16
+    return max(least, min(largest, 1 << max(size - 1, 0).bit_length()))
+
+
+def slice_block(step: Any, size: int) -> Any:
+    """Return the slice of the block number `step` of a reference's dim."""
+    from jax.experimental import pallas as pl
+
+    return pl.ds(pl.multiple_of(step * size, size), size)  # which Mosaic must know to be aligned
 
 
 def pad_to_blocks(x: jax.Array, rows: int, columns: int) -> jax.Array:
@@ -49,7 +60,7 @@ def call_kernel(
     *,
     warps: int,
 ) -> list[jax.Array]:
-    """Run a kernel on every tile of a grid: compiled for a GPU, interpreted elsewhere.
+    """Run a kernel on every tile of a grid: compiled for a GPU or a TPU, interpreted elsewhere.
 
     Args:
       kernel: called with a reference to each operand's and result's block.
@@ -62,9 +73,9 @@ def call_kernel(
       The results.
     """
     from jax.experimental import pallas as pl
-    from jax.experimental.pallas import triton
 
-    on_gpu = registry.current_device()[0] == "gpu"
+    platform = registry.current_device()[0]
+    compiled = platform in ("gpu", "tpu")
 
     def run_grid(*arrays: jax.Array) -> list[jax.Array]:
         return pl.pallas_call(  # type: ignore[no-any-return]
@@ -73,9 +84,22 @@ def call_kernel(
             grid=grid,
             in_specs=[pl.BlockSpec(*spec) for _, spec in operands],
             out_specs=[pl.BlockSpec(*spec) for *_, spec in results],
-            interpret=not on_gpu,
-            compiler_params=triton.CompilerParams(num_warps=warps),
+            interpret=not compiled,
+            compiler_params=_compiler_params(platform, warps),
         )(*arrays)
 
     arrays = [array for array, _ in operands]
-    return run_grid(*arrays) if on_gpu else varying.run_untracked(run_grid, *arrays)
+    return run_grid(*arrays) if compiled else varying.run_untracked(run_grid, *arrays)
+
+
+def _compiler_params(platform: str, warps: int) -> Any:
+    """Return what selects the platform's back end of Pallas; an interpreter simulates a TPU."""
+    if platform == "gpu":
+        from jax.experimental.pallas import triton
+
+        return triton.CompilerParams(num_warps=warps)
+    from jax.experimental.pallas import tpu
+
+    return tpu.CompilerParams(
+        dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=mosaic_blocks.VMEM_BYTES
+    )

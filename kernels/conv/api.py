@@ -15,7 +15,7 @@ Padding = Literal["SAME", "VALID"]
 
 KERNELS: registry.Kernels = {
     "xla": registry.Kernel(xla.conv2d, xla.list_configs),
-    "pallas": registry.Kernel(pallas.conv2d, pallas.list_configs, pallas.explain_refusal),
+    "pallas_triton": registry.Kernel(pallas.conv2d, pallas.list_configs, pallas.explain_refusal),
 }
 
 
@@ -47,7 +47,8 @@ def conv2d(
       pool: None, or 2 for the maximum over 2x2 windows with stride 2; an odd last row or
         column is left out.
       padding: "SAME" pads with zeros to keep height and width, "VALID" does not pad.
-      implementation: None for the fastest known, "xla" or "pallas".
+      implementation: None for the fastest known, or a back end by name: "xla", or "pallas" for the
+        platform's Pallas kernel (`txcore.kernels.dispatch.back_ends` lists all).
       config: how the named implementation computes it, `kernels.conv.xla.Config` or
         `kernels.conv.geometry.Blocks`; None for the fastest known. The forms "winograd" and
         "windows" (the first choices on CPU) round differently from XLA's convolution, as

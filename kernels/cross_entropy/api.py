@@ -8,16 +8,19 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from txcore import varying
-from txcore.kernels.common import checks
-from txcore.kernels.cross_entropy import pallas_rows, xla
+from txcore.kernels.common import checks, mosaic_blocks
+from txcore.kernels.cross_entropy import mosaic, pallas, pallas_rows, xla
 from txcore.kernels.cross_entropy.blocks import ClassBlocks
 from txcore.kernels.cross_entropy.pallas_rows import LossRuns
 from txcore.kernels.dispatch import registry
 
 KERNELS: registry.Kernels = {
     "xla": registry.Kernel(xla.cross_entropy, xla.list_configs),
-    "pallas": registry.Kernel(
+    "pallas_triton": registry.Kernel(
         pallas_rows.cross_entropy, pallas_rows.list_configs, pallas_rows.explain_refusal
+    ),
+    "mosaic_tpu": registry.Kernel(
+        mosaic.cross_entropy, pallas.list_configs, mosaic_blocks.explain_refusal
     ),
 }
 
@@ -63,8 +66,9 @@ def cross_entropy(
       logits: unnormalised log-probabilities, shape (..., classes), any floating dtype.
       labels: index of the true class, shape (...), any integer dtype.
       label_smoothing: the weight s of the uniform distribution, a Python number in [0, 1].
-      implementation: None for the fastest known, "xla" or "pallas".
-      config: `blocks.ClassBlocks` for "xla" or `pallas_rows.LossRuns` for "pallas" (both in
+      implementation: None for the fastest known, or a back end by name: "xla", or "pallas" for the
+        platform's Pallas kernel (`txcore.kernels.dispatch.back_ends` lists all).
+      config: `blocks.ClassBlocks` for "xla" or `pallas_rows.LossRuns` for "pallas_triton" (both in
         `txcore.kernels.cross_entropy`); None for the best known.
 
     Returns:

@@ -48,6 +48,8 @@ class Source:
 
 def list_configs(problem: Problem) -> Sequence[LossTiles]:
     """Return the tiles worth trying, the best guess first."""
+    if problem.platform == "tpu":
+        return LossTiles(256, 512, features=512), LossTiles(512, 512, features=512)
     if problem.platform != "gpu":  # an interpreter's time goes by the number of programs
         return LossTiles(512, 1024, features=1024), LossTiles(64, 256, features=64, block=1024)
     return LossTiles(16, 512), LossTiles(64, 64), LossTiles(64, 128, warps=8)
@@ -71,7 +73,8 @@ def compute_stats(source: Source, labels: jax.Array, smoothing: float) -> online
         for ref, part in zip(out_refs, jax.tree.leaves(known), strict=True):
             ref[...] = part[:, None]
 
-    result = ((height * rows, width), dtype, ((rows, 1), lambda i, j: (i, j)))
+    # A column for each tile of classes, since a TPU's block takes whole rows of a matrix.
+    result = ((width, height * rows, 1), dtype, ((None, rows, 1), lambda i, j: (j, i, 0)))
     parts = pallas_tiles.call_kernel(
         kernel,
         (height, width),
@@ -79,7 +82,7 @@ def compute_stats(source: Source, labels: jax.Array, smoothing: float) -> online
         [result] * (4 if smoothing else 3),
         warps=source.warps,
     )
-    top, total, label, *lag = (part[:count].T for part in parts)
+    top, total, label, *lag = (part[:, :count, 0] for part in parts)
     return online.combine_stats(
         online.Stats(top, total, label, lag[0] if lag else None), Cut(classes, columns).fresh
     )

@@ -25,7 +25,7 @@ Residuals = tuple[jax.Array, jax.Array, online.Normalizer]
 
 @dataclass(frozen=True)
 class LossRuns:
-    """Configure implementation="pallas" of `cross_entropy`.
+    """Configure implementation="pallas_triton" of `cross_entropy`.
 
     Args:
       classes: how many of a row's classes a program reads at a time, a power of two from 16.

@@ -15,7 +15,8 @@ Activation = Literal["relu", "gelu", "tanh", "silu"] | None
 
 KERNELS: registry.Kernels = {
     "xla": registry.Kernel(xla.dense, xla.list_configs),
-    "pallas": registry.Kernel(pallas.dense, pallas.list_configs),
+    "pallas_triton": registry.Kernel(pallas.dense, pallas.list_configs),
+    "mosaic_tpu": registry.Kernel(pallas.dense, pallas.list_configs, pallas.explain_refusal_on_tpu),
 }
 
 
@@ -56,7 +57,8 @@ def dense(
         uint32 of shape (*x.shape[:-1], 2). Without dropout None.
       offset: the number of w's first output feature in the whole layer, an integer scalar, traced
         or not: `tx.axis_index(axis) * w.shape[1]` for a shard. Only dropout uses it.
-      implementation: None for the fastest known, "xla" or "pallas".
+      implementation: None for the fastest known, or a back end by name: "xla", or "pallas" for the
+        platform's Pallas kernel (`txcore.kernels.dispatch.back_ends` lists all).
       config: the configuration of the implementation that is named, or None for the best guess.
 
     Returns:

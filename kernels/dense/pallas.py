@@ -3,12 +3,13 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from txcore.kernels.common import checks, pallas_tiles, random_bits
+from txcore.kernels.common import checks, mosaic_blocks, pallas_tiles, random_bits
 from txcore.kernels.dense import elementwise
 from txcore.kernels.dispatch.problem import Problem
 from txcore.kernels.dropout import tile_masks
@@ -35,9 +36,20 @@ class Config:
 
 def list_configs(problem: Problem) -> Sequence[Config]:
     """Return the tiles worth trying, the best guess first."""
+    if problem.platform == "tpu":
+        return Config(256, 256, 512), Config(512, 256, 512), Config(128, 128, 512)
     if problem.platform != "gpu":  # an interpreter's time goes by the number of programs
         return Config(1024, 1024, 1024), Config(64, 256, 512)
     return Config(64, 64, 32), Config(32, 64, 64), Config(64, 128, 32, warps=8), Config(16, 64, 64)
+
+
+def explain_refusal_on_tpu(problem: Problem) -> str | None:
+    """Return why the kernels cannot compute a problem on a TPU, or None."""
+    *batch, features = problem.shapes[0]
+    tile = list_configs(problem)[0] if problem.platform == "tpu" else Config(256, 256, 512)
+    longest = max(features, problem.shapes[1][1], prod(batch))  # of the dims that are contracted
+    size = (tile.rows + tile.columns) * longest * jnp.dtype(problem.dtypes[0]).itemsize
+    return mosaic_blocks.explain_refusal(problem) or mosaic_blocks.explain_too_wide(size)
 
 
 def dense(
@@ -145,8 +157,6 @@ def _contract_dims(
     results: int = 1,
 ) -> list[jax.Array]:
     """Contract one dim of each of two matrices, and `finish` each tile before it is written."""
-    from jax.experimental import pallas as pl
-
     dtype = checks.accumulator(a.dtype)
     shape = (a.shape[1 - contract[0]], b.shape[1 - contract[1]])
     rows = pallas_tiles.block_size(shape[0], config.rows)
@@ -154,7 +164,7 @@ def _contract_dims(
     inner = pallas_tiles.block_size(a.shape[contract[0]], config.inner)
 
     def load_part(ref: Any, step: Any, dim: int) -> jax.Array:
-        where = pl.ds(step * inner, inner)
+        where = pallas_tiles.slice_block(step, inner)
         return ref[where, :] if dim == 0 else ref[:, where]  # type: ignore[no-any-return]
 
     def kernel(a_ref: Any, b_ref: Any, *refs: Any) -> None:
@@ -210,8 +220,6 @@ def _compute_derivative(
     config: Config,
 ) -> tuple[jax.Array, jax.Array]:
     """Return the gradients at the activation's input and at the bias."""
-    from jax.experimental import pallas as pl
-
     dtype, (count, features) = checks.accumulator(g.dtype), g.shape
     rows = pallas_tiles.block_size(count, config.rows)
     columns = pallas_tiles.block_size(features, config.columns)
@@ -225,7 +233,7 @@ def _compute_derivative(
         counters = tile_masks.tile_counters(seed_refs[2][...], columns) if seed_refs else None
 
         def add_rows(i: Any, db: jax.Array) -> jax.Array:
-            where, kept = pl.ds(i * rows, rows), None
+            where, kept = pallas_tiles.slice_block(i, rows), None
             wide, *more = (ref[where, :].astype(dtype) for ref in matrix_refs)
             if counters is not None:
                 key = seed_refs[0][where, :], seed_refs[1][where, :]

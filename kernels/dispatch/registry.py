@@ -4,48 +4,45 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
 from txcore import _compat
 from txcore.kernels.dispatch import tuned
+from txcore.kernels.dispatch.back_ends import BACK_ENDS, NAMES, PLATFORMS, resolve_pallas
+from txcore.kernels.dispatch.back_ends import Implementation as Implementation
 from txcore.kernels.dispatch.problem import Problem
-
-Implementation = Literal["xla", "pallas", "triton"]
-NAMES: tuple[Implementation, ...] = ("xla", "pallas", "triton")
-_COMPILED_FOR = {"pallas": ("gpu",), "triton": ("gpu",)}  # "xla": for every platform
 
 
 @dataclass(frozen=True)
 class Kernel:
     """Hold one implementation of an op.
 
+    It is compiled for the platforms of its back end (`back_ends.PLATFORMS`). On another accelerator
+    it is refused. On CPU it is interpreted, if it is named and `refuse` allows it.
+
     Args:
       run: `run(*operands, config=, **options)` computes the op on checked operands.
       configs: returns the configurations worth trying for a problem, the best guess first; (None,)
         for an implementation that has none.
       refuse: returns why it cannot run a problem, or None where it can.
-      compiled_for: the platforms for which it is compiled; None for those of its name: all for
-        "xla", "gpu" for "pallas" and "triton". On another accelerator it is refused. On CPU it is
-        interpreted, if it is named and `refuse` allows it.
     """
 
     run: Callable[..., Any]
     configs: Callable[[Problem], Sequence[Any]] = lambda problem: (None,)
     refuse: Callable[[Problem], str | None] = lambda problem: None
-    compiled_for: tuple[str, ...] | None = None
 
 
-Kernels = Mapping[Implementation, Kernel]
+Kernels = Mapping[str, Kernel]  # by back end
 
 
 @dataclass(frozen=True)
 class Choice:
     """Hold the implementation that runs an op, and where the choice comes from."""
 
-    implementation: Implementation
+    implementation: str  # a back end
     config: Any
     source: str  # "given", a cache file's path, "recorded" or "heuristic"
 
@@ -71,7 +68,7 @@ def choose_implementation(
 
     Args:
       problem: what to compute, and where.
-      kernels: the op's implementations by name; every op has "xla".
+      kernels: the op's implementations by back end; every op has "xla".
       implementation: one of `NAMES`, or None.
       config: a configuration of the implementation that is named, or None.
 
@@ -95,21 +92,20 @@ def choose_implementation(
     if implementation not in NAMES:
         raise ValueError(
             f"{op}: implementation needs to be None or one of {', '.join(map(repr, NAMES))}, "
-            f"got {implementation!r}: leave it out to have one chosen"
+            f"got {implementation!r}: {_name_able(problem, kernels)}"
         )
-    reason = _explain_refusal(problem, kernels, implementation)
+    name = resolve_pallas(implementation, problem.platform, kernels)
+    reason = _explain_refusal(problem, kernels, name)
     if reason is not None:
-        able = [name for name in kernels if _explain_refusal(problem, kernels, name) is None]
         raise NotImplementedError(
             f"{op}: implementation={implementation!r} was asked for, but {reason}: "
-            f"pass {' or '.join(map(repr, able))}, or leave implementation out to have one chosen"
+            f"{_name_able(problem, kernels)}"
         )
-    name: Implementation = implementation  # type: ignore[assignment]
     guess = kernels[name].configs(problem)[0]
     if config is not None and type(config) is not type(guess):
         wanted = "no config" if guess is None else f"config= a {_name_class(guess)}"
         raise TypeError(
-            f"{op}: implementation={name!r} needs {wanted}, got {_name_class(config)}: "
+            f"{op}: implementation={implementation!r} needs {wanted}, got {_name_class(config)}: "
             "leave config out for the best guess"
         )
     return Choice(name, guess if config is None else config, "given")
@@ -122,25 +118,31 @@ def _name_class(config: Any) -> str:
     return kind.__qualname__ if module == "builtins" else f"{module}.{kind.__qualname__}"
 
 
+def _name_able(problem: Problem, kernels: Kernels) -> str:
+    """Say what to do: which implementations can compute a problem on its platform."""
+    able = [name for name in kernels if _explain_refusal(problem, kernels, name) is None]
+    return f"pass {' or '.join(map(repr, able))}, or leave implementation out to have one chosen"
+
+
 def _explain_refusal(problem: Problem, kernels: Kernels, name: str) -> str | None:
+    if name == "pallas":
+        return f"{problem.op} has no Pallas kernel for {problem.platform}"
     if name not in kernels:
         return f"{problem.op} has no {name} kernel"
-    reason = kernels[name].refuse(problem)  # type: ignore[index]
-    if reason is None and problem.platform != "cpu" and not is_compiled(problem, kernels, name):
-        platforms = " and ".join(_platforms_compiled_for(kernels, name) or ()) or "no platform"
+    reason = kernels[name].refuse(problem)
+    if reason is None and problem.platform != "cpu" and not is_compiled(problem, name):
         return (
-            f"its kernel is compiled for {platforms}, and on {problem.platform} it would be "
-            "interpreted, which is for tests on CPU"
+            f"its kernel is compiled for {' and '.join(PLATFORMS[name] or ())}, and on "
+            f"{problem.platform} it would be interpreted, which is for tests on CPU"
         )
     return reason
 
 
 def _choose_fastest(problem: Problem, kernels: Kernels) -> Choice:
     for source, entry in tuned.find_entries(problem):
-        name: Implementation = entry.implementation  # type: ignore[assignment]
-        if _explain_refusal(problem, kernels, name) is not None or not is_compiled(
-            problem, kernels, name
-        ):
+        name = entry.implementation
+        refused = _explain_refusal(problem, kernels, name) is not None
+        if refused or not is_compiled(problem, name):
             continue
         configs = kernels[name].configs(problem)
         config = tuned.config_of(configs[0], problem.key, source, entry)
@@ -150,16 +152,10 @@ def _choose_fastest(problem: Problem, kernels: Kernels) -> Choice:
     return Choice("xla", kernels["xla"].configs(problem)[0], "heuristic")
 
 
-def is_compiled(problem: Problem, kernels: Kernels, name: str) -> bool:
-    """Tell whether an implementation is compiled for a problem's platform (else interpreted)."""
-    platforms = _platforms_compiled_for(kernels, name)
+def is_compiled(problem: Problem, name: str) -> bool:
+    """Tell whether a back end compiles for a problem's platform."""
+    platforms = PLATFORMS[name]
     return platforms is None or problem.platform in platforms
-
-
-def _platforms_compiled_for(kernels: Kernels, name: str) -> tuple[str, ...] | None:
-    """Return the platforms for which an implementation is compiled; None for all."""
-    given = kernels[name].compiled_for  # type: ignore[index]
-    return _COMPILED_FOR.get(name) if given is None else given
 
 
 def list_candidates(
@@ -173,13 +169,14 @@ def list_candidates(
       named: the implementations to list, interpreted ones too; None for all that are compiled.
 
     Returns:
-      The candidates, with the implementations in the order of `NAMES`.
+      The candidates, with the implementations in the order of `BACK_ENDS`.
     """
+    asked = [resolve_pallas(name, problem.platform, kernels) for name in named or ()]
     found = []
-    for name in NAMES:
+    for name in BACK_ENDS:
         if _explain_refusal(problem, kernels, name) is not None:
             continue
-        if is_compiled(problem, kernels, name) if named is None else name in named:
+        if is_compiled(problem, name) if named is None else name in asked:
             found += [Choice(name, config, "given") for config in kernels[name].configs(problem)]
     return found
 

@@ -9,13 +9,14 @@ from typing import Any
 
 from txcore import bounded_json
 from txcore.errors import TxcoreError
+from txcore.kernels.dispatch.back_ends import BACK_ENDS
 from txcore.outside import brief, read_regular, replace_text
 
 _FORMAT = "txcore-tuning"
 _VERSION = 1
 _MOST_BYTES = 1 << 24
 _ENTRY = {
-    "implementation": frozenset({"xla", "pallas", "triton"}),
+    "implementation": frozenset(BACK_ENDS),
     "config": {str: int | str | bool | None},
     **{"microseconds": {str: float}, "jax": str, "machine": str},
 }
@@ -31,7 +32,7 @@ class Entry:
     """Hold the fastest candidate measured for a class of problems.
 
     Attributes:
-      implementation: "xla", "pallas" or "triton".
+      implementation: its back end, one of `back_ends.BACK_ENDS`.
       config: the fields of its configuration, {} where it has none.
       microseconds: label -> the median time of one call, for every candidate.
       jax: the version of jax that measured it.
@@ -49,8 +50,8 @@ def label_candidate(implementation: str, config: Mapping[str, Any]) -> str:
     """Name a candidate by its implementation and its configuration's fields.
 
     Example:
-      >>> label_candidate("pallas", {"rows": 8})
-      'pallas(rows=8)'
+      >>> label_candidate("pallas_triton", {"rows": 8})
+      'pallas_triton(rows=8)'
     """
     fields = ", ".join(f"{name}={value}" for name, value in config.items())
     return f"{implementation}({fields})" if fields else implementation

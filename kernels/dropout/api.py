@@ -6,13 +6,16 @@ import jax
 from jax.typing import ArrayLike
 
 from txcore import varying
-from txcore.kernels.common import checks, random_bits
+from txcore.kernels.common import checks, mosaic_blocks, random_bits
 from txcore.kernels.dispatch import registry
 from txcore.kernels.dropout import operands, pallas, xla
 
 KERNELS: registry.Kernels = {
     "xla": registry.Kernel(xla.dropout),
-    "pallas": registry.Kernel(pallas.dropout, pallas.list_configs),
+    "pallas_triton": registry.Kernel(pallas.dropout, pallas.list_configs),
+    "mosaic_tpu": registry.Kernel(
+        pallas.dropout, pallas.list_configs, mosaic_blocks.explain_refusal
+    ),
 }
 
 
@@ -46,7 +49,8 @@ def dropout(
         compiled program.
       offset: the counter of the first element, an integer scalar, traced or not. A shard of
         features passes the place of its first feature in the whole row.
-      implementation: None for the fastest known, "xla" or "pallas".
+      implementation: None for the fastest known, or a back end by name: "xla", or "pallas" for the
+        platform's Pallas kernel (`txcore.kernels.dispatch.back_ends` lists all).
       config: the configuration of the implementation that is named, or None for the best guess.
 
     Returns:

@@ -24,6 +24,8 @@ class Config:
 
 def list_configs(problem: Problem) -> Sequence[Config]:
     """Return the tiles worth trying, the best guess first."""
+    if problem.platform == "tpu":
+        return Config(256, 512), Config(512, 512)
     if problem.platform != "gpu":  # an interpreter's time goes by the number of programs
         return Config(1024, 1024), Config(64, 1024)
     return Config(16, 64), Config(16, 128), Config(32, 128, warps=8)

@@ -15,7 +15,12 @@ from txcore.kernels.linear_cross_entropy import xla
 
 KERNELS: registry.Kernels = {
     "xla": registry.Kernel(xla.linear_cross_entropy, xla.list_configs),
-    "pallas": registry.Kernel(linear_pallas.linear_cross_entropy, pallas.list_configs),
+    "pallas_triton": registry.Kernel(linear_pallas.linear_cross_entropy, pallas.list_configs),
+    "mosaic_tpu": registry.Kernel(
+        linear_pallas.linear_cross_entropy,
+        pallas.list_configs,
+        linear_pallas.explain_refusal_on_tpu,
+    ),
 }
 
 
@@ -49,7 +54,8 @@ def linear_cross_entropy(
       b: bias, shape (classes,), x's dtype; None for none.
       labels: index of the true class, shape (...), any integer dtype.
       label_smoothing: the weight of the uniform distribution, a Python number in [0, 1].
-      implementation: None for the fastest known, "xla" or "pallas".
+      implementation: None for the fastest known, or a back end by name: "xla", or "pallas" for the
+        platform's Pallas kernel (`txcore.kernels.dispatch.back_ends` lists all).
       config: the block sizes (`txcore.kernels.cross_entropy.blocks`): `ClassBlocks` for "xla",
         `LossTiles` for "pallas"; None for the best known.
 

@@ -6,12 +6,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from txcore.kernels.common import checks, pallas_tiles
+from txcore.kernels.common import checks, mosaic_blocks, pallas_tiles
 from txcore.kernels.cross_entropy import online, pallas
 from txcore.kernels.cross_entropy.blocks import Cut, LossTiles
+from txcore.kernels.dispatch.problem import Problem
 from txcore.kernels.linear_cross_entropy import xla
 
 Residuals = tuple[xla.Operands, online.Normalizer]
+
+
+def explain_refusal_on_tpu(problem: Problem) -> str | None:
+    """Return why the kernels cannot compute a problem on a TPU, or None."""
+    tile = LossTiles(256, 512)
+    size = (tile.rows + tile.classes) * problem.shapes[1][0]
+    size *= jnp.dtype(problem.dtypes[0]).itemsize
+    return mosaic_blocks.explain_refusal(problem) or mosaic_blocks.explain_too_wide(size)
 
 
 def linear_cross_entropy(
@@ -83,7 +92,6 @@ _linear_cross_entropy.defvjp(_forward, _backward)
 def _source_of(
     x: jax.Array, w: jax.Array, b: jax.Array, factors: jnp.dtype, config: LossTiles
 ) -> pallas.Source:
-    from jax.experimental import pallas as pl
 
     (count, features), classes = x.shape, w.shape[1]
     rows = pallas_tiles.block_size(count, config.rows)
@@ -94,7 +102,7 @@ def _source_of(
 
     def read_scores(x_ref: Any, w_ref: Any, b_ref: Any) -> jax.Array:
         def add_product(step: Any, total: jax.Array) -> jax.Array:
-            where = pl.ds(step * inner, inner)
+            where = pallas_tiles.slice_block(step, inner)
             left, right = x_ref[:, where].astype(factors), w_ref[where, :].astype(factors)
             # HIGHEST, since a GPU would otherwise round float32 factors to the 10 bits of TF32.
             precision = jax.lax.Precision.HIGHEST if factors == dtype else None

@@ -9,16 +9,20 @@ from jax.typing import ArrayLike, DTypeLike
 from txcore import varying
 from txcore.kernels.common import checks
 from txcore.kernels.dispatch import registry
-from txcore.kernels.optimizer import equations, pallas, xla
+from txcore.kernels.optimizer import equations, mosaic, pallas, xla
 
 INFINITY = float("inf")
 SGD_MOMENTUM: registry.Kernels = {
     "xla": registry.Kernel(xla.sgd_momentum),
-    "pallas": registry.Kernel(pallas.sgd_momentum, pallas.list_configs, pallas.explain_refusal),
+    "pallas_triton": registry.Kernel(
+        pallas.sgd_momentum, pallas.list_configs, pallas.explain_refusal
+    ),
+    "mosaic_tpu": registry.Kernel(mosaic.sgd_momentum, mosaic.list_configs, mosaic.explain_refusal),
 }
 ADAMW: registry.Kernels = {
     "xla": registry.Kernel(xla.adamw),
-    "pallas": registry.Kernel(pallas.adamw, pallas.list_configs, pallas.explain_refusal),
+    "pallas_triton": registry.Kernel(pallas.adamw, pallas.list_configs, pallas.explain_refusal),
+    "mosaic_tpu": registry.Kernel(mosaic.adamw, mosaic.list_configs, mosaic.explain_refusal),
 }
 
 
@@ -59,7 +63,8 @@ def sgd_momentum(
         inverse of a loss scale, a clipping factor (see `squared_norm`), or their product.
       cast: floating dtype of a second copy of the new param, for the next forward pass; None
         returns no copy.
-      implementation: None for the fastest known, "xla" or "pallas" (not differentiable).
+      implementation: None for the fastest known, or a back end by name: "xla", or "pallas" for the
+        platform's Pallas kernel (not differentiable).
       config: a configuration of the named implementation; None for its best guess.
 
     Returns:
@@ -150,7 +155,8 @@ def adamw(
         inverse of a loss scale, a clipping factor (see `squared_norm`), or their product.
       cast: floating dtype of a second copy of the new param, for the next forward pass; None
         returns no copy.
-      implementation: None for the fastest known, "xla" or "pallas" (not differentiable).
+      implementation: None for the fastest known, or a back end by name: "xla", or "pallas" for the
+        platform's Pallas kernel (not differentiable).
       config: a configuration of the named implementation; None for its best guess.
 
     Returns:

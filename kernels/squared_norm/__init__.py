@@ -1,6 +1,6 @@
 """The sum of an array's squares, from which a norm to clip by is computed.
 
-Imports `kernels.common`, `kernels.dispatch`, `kernels.optimizer`.
+Imports `_compat`, `kernels.common`, `kernels.dispatch`, `kernels.optimizer`, `varying`.
 """
 
 from txcore.kernels.squared_norm.api import squared_norm

@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from txcore.kernels.common import checks, pallas_tiles
+from txcore.kernels.common import checks, mosaic_blocks, pallas_tiles
 from txcore.kernels.common import pallas_masked as masked
 from txcore.kernels.dispatch import registry
 from txcore.kernels.dispatch.problem import Problem
 from txcore.kernels.optimizer import pallas
+from txcore.kernels.squared_norm import mosaic
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,9 @@ class Config:
     """Hold the number of parts of the array that are added up elementwise, before one sum."""
 
     parts: int
+
+
+_AnyConfig = Config | pallas.Config | mosaic.Config
 
 
 def squared_norm(
@@ -39,7 +43,8 @@ def squared_norm(
 
     Args:
       x: any shape and floating dtype.
-      implementation: None for the fastest known, "xla" or "pallas".
+      implementation: None for the fastest known, or a back end by name: "xla", or "pallas" for the
+        platform's Pallas kernel (`txcore.kernels.dispatch.back_ends` lists all).
       config: a configuration of the named implementation; None for its best guess.
 
     Returns:
@@ -67,12 +72,14 @@ def _list_configs(problem: Problem) -> Sequence[Config]:
     return (Config(64), Config(1)) if problem.platform == "cpu" else (Config(1), Config(64))
 
 
-def _compute_squared_norm(x: jax.Array, *, config: Config | pallas.Config) -> jax.Array:
+def _compute_squared_norm(x: jax.Array, *, config: _AnyConfig) -> jax.Array:
     return _sum_squares(x, config)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
-def _sum_squares(x: jax.Array, config: Config | pallas.Config) -> jax.Array:
+def _sum_squares(x: jax.Array, config: _AnyConfig) -> jax.Array:
+    if isinstance(config, mosaic.Config):
+        return mosaic.sum_squares(x, config)
     return _sum_in_parts(x, config) if isinstance(config, Config) else _sum_by_runs(x, config)
 
 
@@ -126,5 +133,8 @@ def _sum_by_runs(x: jax.Array, config: pallas.Config) -> jax.Array:
 
 KERNELS: registry.Kernels = {
     "xla": registry.Kernel(_compute_squared_norm, _list_configs),
-    "pallas": registry.Kernel(_compute_squared_norm, pallas.list_configs),
+    "pallas_triton": registry.Kernel(_compute_squared_norm, pallas.list_configs),
+    "mosaic_tpu": registry.Kernel(
+        _compute_squared_norm, mosaic.list_configs, mosaic_blocks.explain_refusal
+    ),
 }

@@ -63,7 +63,7 @@ def measure_shape(
     }
     calls, failed = compile_calls(shape, dtype, choices, backward=backward)
     times = timing.time_calls(calls, rounds)
-    able = [n for n in times if registry.is_compiled(problem, kernels, choices[n].implementation)]
+    able = [n for n in times if registry.is_compiled(problem, choices[n].implementation)]
     if not able:
         return Measured(problem.key, times, failed)
     best = choices[min(able, key=times.__getitem__)]

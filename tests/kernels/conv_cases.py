@@ -71,7 +71,9 @@ def variants(case: Case, dtype: Any = jnp.float32) -> list[Variant]:
             configs = list(dict.fromkeys(kernel.configs(asked)))
             if name == "xla":  # the cases are small: a loop over the images all the same
                 configs = [replace(c, images=1) if c.images else c for c in configs]
-            if name == "pallas":  # its blocks differ in size only: the smallest stand for all
+            if (
+                name == "pallas_triton"
+            ):  # its blocks differ in size only: the smallest stand for all
                 taps = [SMALL_TAPS] if math.prod(case.shapes[1][:3]) <= LARGEST_PATCH else []
                 configs = [SMALL_BLOCKS, *taps, *(configs if ALL else [])]
             found += [Variant(name, config, i == 0) for i, config in enumerate(configs)]

@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from txcore import kernels
-from txcore.kernels.optimizer import pallas
+from txcore.kernels.optimizer import mosaic, pallas
 from txcore.kernels.squared_norm import api
 
 WAYS = {
@@ -20,6 +20,8 @@ WAYS = {
     "pallas": {"implementation": "pallas"},
     "small blocks": {"implementation": "pallas", "config": pallas.Config(32)},
 }
+if machine.ON_CPU:
+    WAYS["mosaic"] = {"implementation": "mosaic_tpu", "config": mosaic.Config(1024)}
 EVERY_WAY = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 
 

@@ -15,7 +15,7 @@ from txcore import kernels
 AXIS = "data"
 # The Pallas kernels are interpreted, which an accelerator refuses.
 BOTH = pytest.mark.parametrize(
-    "implementation", ["xla", "pallas"] if machine.ON_CPU else ["xla", "pallas", "triton"]
+    "implementation", ["xla", "pallas"] if machine.ON_CPU else ["xla", "pallas", "triton_ir"]
 )
 SHAPES = {
     "tree": {"w": (3, 5), "b": [(7,), ()]},
@@ -256,14 +256,14 @@ def test_bad_arguments_are_refused(bad):
 
 
 @machine.cpu_only("a GPU compiles it")
-def test_triton_is_refused_where_nothing_compiles_it():
+def test_triton_ir_is_refused_where_nothing_compiles_it():
     text = (
-        "pack: implementation='triton' was asked for, but its kernel is Triton's, and nothing "
-        "compiles that for cpu: pass 'xla' or 'pallas', or leave implementation out to have "
+        "pack: implementation='triton_ir' was asked for, but its kernel is Triton's, and nothing "
+        "compiles that for cpu: pass 'xla' or 'pallas_triton', or leave implementation out to have "
         "one chosen"
     )
     with pytest.raises(NotImplementedError, match=re.escape(text)):
-        kernels.pack([ONE], implementation="triton")
+        kernels.pack([ONE], implementation="triton_ir")
 
 
 @BOTH
@@ -288,25 +288,26 @@ def kernel_calls(function, *args):
 
 
 @pytest.mark.parametrize("scale", [None, 0.5])
-def test_triton_packs_200_arrays_in_one_launch(scale):
+def test_triton_ir_packs_200_arrays_in_one_launch(scale):
     leaves = [jax.ShapeDtypeStruct((64 + i,), jnp.float32) for i in range(200)]
     text, calls = kernel_calls(
-        lambda *x: kernels.pack(x, dtype="bfloat16", scale=scale, implementation="triton"), *leaves
+        lambda *x: kernels.pack(x, dtype="bfloat16", scale=scale, implementation="triton_ir"),
+        *leaves,
     )
     assert calls == 1
     assert "grid_x = 200 : i32" in text
     flat = jax.ShapeDtypeStruct((sum(x.size for x in leaves),), jnp.bfloat16)
     _, calls = kernel_calls(
-        lambda x: kernels.unpack(x, leaves, scale=scale, implementation="triton"), flat
+        lambda x: kernels.unpack(x, leaves, scale=scale, implementation="triton_ir"), flat
     )
     assert calls == 1
 
 
-def test_triton_packs_each_dtype_and_every_256_arrays_in_one_launch():
+def test_triton_ir_packs_each_dtype_and_every_256_arrays_in_one_launch():
     dtypes = [jnp.float32] * 300 + [jnp.bfloat16] * 2
     leaves = [jax.ShapeDtypeStruct((5,), dtype) for dtype in dtypes]
     text, calls = kernel_calls(
-        lambda *x: kernels.pack(x, dtype="float32", implementation="triton"), *leaves
+        lambda *x: kernels.pack(x, dtype="float32", implementation="triton_ir"), *leaves
     )
     assert calls == 3
     # The others fill more of the first's buffer.

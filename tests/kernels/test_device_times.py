@@ -65,8 +65,8 @@ def test_what_a_benchmark_found_fastest_is_recorded(tmp_path, monkeypatch):
         return {"key": key, "implementation": implementation, "config": {}, "us": us}
 
     rows = [
-        *(row("a", "xla", 10.0), row("a", "triton", 5.0)),
-        *(row("b", "xla", 10.0), row("b", "pallas", 9.8)),  # no more than noise
+        *(row("a", "xla", 10.0), row("a", "triton_ir", 5.0)),
+        *(row("b", "xla", 10.0), row("b", "pallas_triton", 9.8)),  # no more than noise
         {"case": "b", "name": "xla plain", "us": 1.0},  # no implementation
     ]
     result = {"machine": {"jax": "0.11.2", "card": "A card"}, "parts": {"x": rows}}
@@ -76,6 +76,6 @@ def test_what_a_benchmark_found_fastest_is_recorded(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_results, "ROOT", tmp_path)
     gpu_results.record_fastest(file)
     found = tuning_file.read_entries(tmp_path / "kernels" / "dispatch" / "recorded" / "gpu.json")
-    assert (found["a"].implementation, found["b"].implementation) == ("triton", "xla")
+    assert (found["a"].implementation, found["b"].implementation) == ("triton_ir", "xla")
     assert found["a"].machine == "A card"
-    assert found["b"].microseconds == {"xla": 10.0, "pallas": 9.8}
+    assert found["b"].microseconds == {"xla": 10.0, "pallas_triton": 9.8}

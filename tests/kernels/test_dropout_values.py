@@ -185,9 +185,10 @@ BAD = {
     ),
     "implementation": (
         NotImplementedError,
-        lambda: kernels.dropout(X, KEYS, 0.5, implementation="triton"),
-        "dropout: implementation='triton' was asked for, but dropout has no triton kernel: "
-        "pass 'xla' or 'pallas', or leave implementation out to have one chosen",
+        lambda: kernels.dropout(X, KEYS, 0.5, implementation="triton_ir"),
+        "dropout: implementation='triton_ir' was asked for, but dropout has no triton_ir kernel: "
+        "pass 'xla' or 'pallas_triton' or 'mosaic_tpu', or leave implementation out to have one "
+        "chosen",
     ),
 }
 

@@ -168,12 +168,11 @@ def test_bad_arguments_are_refused(bad):
     }.items(),
 )
 def test_each_op_hands_its_implementation_on(op, call):
-    missing = f"{op}: implementation='triton' was asked for, but {op} has no triton kernel: pass "
+    asked = f"{op}: implementation='triton_ir' was asked for, but "
+    missing = f"{asked}{op} has no triton_ir kernel: pass "
     with pytest.raises(NotImplementedError, match=re.escape(missing)):
-        call("triton")
-    unknown = (
-        f"{op}: implementation needs to be None or one of 'xla', 'pallas', 'triton', got 'cuda'"
-    )
+        call("triton_ir")
+    unknown = f"{op}: implementation needs to be None or one of 'xla', 'pallas', 'pallas_triton', "
     with pytest.raises(ValueError, match=re.escape(unknown)):
         call("cuda")
 

@@ -40,7 +40,7 @@ def in_blocks(x, *, config, times=2):
 
 KERNELS: registry.Kernels = {
     "xla": registry.Kernel(doubled),
-    "pallas": registry.Kernel(in_blocks, lambda problem: (Blocks(), Blocks(16)), refuse_odd),
+    "pallas_triton": registry.Kernel(in_blocks, lambda problem: (Blocks(), Blocks(16)), refuse_odd),
 }
 
 
@@ -57,11 +57,11 @@ class TestChoice:
 
     def test_a_name_takes_its_first_configuration(self):
         chosen = registry.choose_implementation(problem(), KERNELS, "pallas")
-        assert chosen == registry.Choice("pallas", Blocks(8), "given")
+        assert chosen == registry.Choice("pallas_triton", Blocks(8), "given")
 
     def test_a_configuration(self):
         chosen = registry.choose_implementation(problem(), KERNELS, "pallas", Blocks(4))
-        assert chosen == registry.Choice("pallas", Blocks(4), "given")
+        assert chosen == registry.Choice("pallas_triton", Blocks(4), "given")
 
     def test_a_name_that_is_not_the_best_is_taken(self):
         assert registry.choose_implementation(problem(), KERNELS, "xla").implementation == "xla"
@@ -71,14 +71,15 @@ REFUSED = {
     "no such name": (
         ValueError,
         (problem(), "cuda", None),
-        "double: implementation needs to be None or one of 'xla', 'pallas', 'triton', got "
-        "'cuda': leave it out to have one chosen",
+        "double: implementation needs to be None or one of 'xla', 'pallas', 'pallas_triton', "
+        "'mosaic_tpu', 'triton_ir', 'jax_triton', got 'cuda': pass 'xla' or 'pallas_triton', or "
+        "leave implementation out to have one chosen",
     ),
     "none of that name here": (
         NotImplementedError,
-        (problem(), "triton", None),
-        "double: implementation='triton' was asked for, but double has no triton kernel: "
-        "pass 'xla' or 'pallas', or leave implementation out to have one chosen",
+        (problem(), "triton_ir", None),
+        "double: implementation='triton_ir' was asked for, but double has no triton_ir kernel: "
+        "pass 'xla' or 'pallas_triton', or leave implementation out to have one chosen",
     ),
     "cannot run this": (
         NotImplementedError,
@@ -126,11 +127,68 @@ def test_run_hands_on_operands_options_and_configuration():
 
 def test_an_unknown_name_is_refused_by_a_public_op():
     text = (
-        "dense: implementation needs to be None or one of 'xla', 'pallas', 'triton', got "
-        "'fast': leave it out to have one chosen"
+        "dense: implementation needs to be None or one of 'xla', 'pallas', 'pallas_triton', "
+        "'mosaic_tpu', 'triton_ir', 'jax_triton', got 'fast': pass 'xla' or "
     )
     with pytest.raises(ValueError, match=re.escape(text)):
         kernels.dense(jnp.ones((2, 2)), jnp.ones((2, 2)), jnp.ones(2), implementation="fast")
+
+
+TWO_OF_PALLAS: registry.Kernels = {
+    "xla": registry.Kernel(doubled),
+    "pallas_triton": registry.Kernel(doubled),
+    "mosaic_tpu": registry.Kernel(in_blocks, lambda problem: (Blocks(),)),
+}
+
+
+class TestPallas:
+    """ "pallas" is the platform's own Pallas back end."""
+
+    @pytest.mark.parametrize(
+        "platform, back_end",
+        [("gpu", "pallas_triton"), ("tpu", "mosaic_tpu"), ("cpu", "pallas_triton")],
+    )
+    def test_it_is_the_platform_s(self, platform, back_end):
+        what = Problem.from_call("double", (platform, "kind"), (SMALL,), {})
+        assert (
+            registry.choose_implementation(what, TWO_OF_PALLAS, "pallas").implementation == back_end
+        )
+        named = registry.list_candidates(what, TWO_OF_PALLAS, ["pallas"])
+        assert [choice.implementation for choice in named] == [back_end]
+
+    def test_the_program_shows_which_one_it_is(self):
+        def run(x):
+            return registry.run_op("double", TWO_OF_PALLAS, x, implementation="pallas")
+
+        text = jax.jit(run).lower(jnp.ones(3)).as_text(debug_info=True)
+        assert "kernel.double.pallas_triton" in text
+
+    def test_a_platform_without_one_says_what_it_has(self):
+        what = Problem.from_call("double", ("tpu", "TPU v5 lite"), (SMALL,), {})
+        text = (
+            "double: implementation='pallas' was asked for, but double has no Pallas kernel for "
+            "tpu: pass 'xla', or leave implementation out to have one chosen"
+        )
+        with pytest.raises(NotImplementedError) as raised:
+            registry.choose_implementation(what, KERNELS, "pallas")
+        assert str(raised.value) == text
+
+    def test_another_platform_s_is_refused(self):
+        what = Problem.from_call("double", ("gpu", "NVIDIA H200"), (SMALL,), {})
+        text = (
+            "double: implementation='mosaic_tpu' was asked for, but its kernel is compiled for "
+            "tpu, and on gpu it would be interpreted, which is for tests on CPU: pass 'xla' or "
+            "'pallas_triton', or leave implementation out to have one chosen"
+        )
+        with pytest.raises(NotImplementedError) as raised:
+            registry.choose_implementation(what, TWO_OF_PALLAS, "mosaic_tpu")
+        assert str(raised.value) == text
+
+    def test_every_command_offers_every_name(self):
+        from txcore.cli.tune import _IMPLEMENTATIONS
+        from txcore.kernels.dispatch.back_ends import NAMES
+
+        assert _IMPLEMENTATIONS == NAMES
 
 
 class TestDevice:
@@ -176,7 +234,7 @@ class TestDevice:
 
         only = {
             "xla": registry.Kernel(doubled),
-            "pallas": registry.Kernel(in_blocks, refuse=refuse),
+            "pallas_triton": registry.Kernel(in_blocks, refuse=refuse),
         }
         absent = AbstractDevice(device_kind="NVIDIA H200", num_cores=None, platform="gpu")
         mesh = AbstractMesh((1,), ("data",), (AxisType.Auto,), abstract_device=absent)

@@ -204,27 +204,26 @@ class TestMeasure:
         compile_call = measure.compile_call
 
         def fail(shape, dtype, choice, *, backward, **options):
-            if choice.implementation == "pallas":
+            if choice.implementation == "pallas_triton":
                 raise RuntimeError("out of registers")
             return compile_call(shape, dtype, choice, backward=backward, **options)
 
         problem, _ = measure.problem_of(SHAPES["logits-b64"], FLOAT)
         two = {
             "xla": registry.Kernel(kernels.dense),
-            "pallas": registry.Kernel(kernels.dense, compiled_for=("cpu", "gpu")),
+            "pallas_triton": registry.Kernel(kernels.dense),
         }
         monkeypatch.setattr(measure, "compile_call", fail)
         monkeypatch.setattr(measure, "problem_of", lambda shape, dtype: (problem, two))
         found = measure.measure_shape(SHAPES["logits-b64"], FLOAT, rounds=1, named=["pallas"])
-        assert found.failed == {"pallas": "RuntimeError: out of registers"}
+        assert found.failed == {"pallas_triton": "RuntimeError: out of registers"}
         assert (dict(found.microseconds), found.entry) == ({}, None)
 
     @machine.cpu_only("an accelerator refuses what it would interpret")
     def test_an_interpreted_kernel_never_wins(self, monkeypatch):
         shape = SHAPES["logits-b64"]
         problem, able = measure.problem_of(shape, FLOAT)
-        interpreted = registry.Kernel(able["xla"].run, compiled_for=())
-        two = {"xla": registry.Kernel(able["xla"].run), "pallas": interpreted}
+        two = {name: registry.Kernel(able["xla"].run) for name in ("xla", "pallas_triton")}
         monkeypatch.setattr(measure, "problem_of", lambda shape, dtype: (problem, two))
         monkeypatch.setattr(measure, "compile_call", lambda *_, **__: lambda: None)
         monkeypatch.setattr(
@@ -232,6 +231,6 @@ class TestMeasure:
         )
         assert list(measure.measure_shape(shape, FLOAT).microseconds) == ["xla"]
         both = measure.measure_shape(shape, FLOAT, named=["xla", "pallas"])
-        assert list(both.microseconds) == ["xla", "pallas"]
+        assert list(both.microseconds) == ["xla", "pallas_triton"]
         assert both.entry.implementation == "xla"
         assert measure.measure_shape(shape, FLOAT, named=["pallas"]).entry is None

@@ -36,22 +36,21 @@ def run(x, *, config):
 
 KERNELS: registry.Kernels = {
     "xla": registry.Kernel(run),
-    "pallas": registry.Kernel(run, configs, compiled_for=("cpu",)),
-    "triton": registry.Kernel(run, refuse=lambda problem: "it needs a GPU"),
+    "pallas_triton": registry.Kernel(run, configs),
+    "triton_ir": registry.Kernel(run, refuse=lambda problem: "it needs one dtype"),
 }
-INTERPRETED = {**KERNELS, "pallas": registry.Kernel(run, configs)}
 
 
-def problem(rows=60):
-    return Problem.from_call(
-        "scan", ("cpu", "cpu"), (jax.ShapeDtypeStruct((rows, 3), jnp.float32),), {}
-    )
+def problem(rows=60, platform="gpu"):
+    x = jax.ShapeDtypeStruct((rows, 3), jnp.float32)
+    return Problem.from_call("scan", (platform, "a card"), (x,), {})
 
 
 KEY = problem().key
+PLATFORMS = ("cpu", "gpu", "tpu", "other")
 CONFIG = {"rows": 16, "order": "rows", "depth": None}
-LABEL = "pallas(rows=16, order=rows, depth=None)"
-BEST = Entry("pallas", CONFIG, {"xla": 20.0, LABEL: 12.5}, "0.10.2", "a laptop")
+LABEL = "pallas_triton(rows=16, order=rows, depth=None)"
+BEST = Entry("pallas_triton", CONFIG, {"xla": 20.0, LABEL: 12.5}, "0.10.2", "a laptop")
 XLA = Entry("xla", {}, {"xla": 3}, "0.10.2", "a laptop")
 
 
@@ -76,7 +75,7 @@ class TestChoice:
         assert registry.choose_implementation(problem(), KERNELS, None).source == "heuristic"
         recorded({KEY: BEST})
         chosen = registry.choose_implementation(problem(), KERNELS, None)
-        assert chosen == registry.Choice("pallas", Blocks(16), "recorded")
+        assert chosen == registry.Choice("pallas_triton", Blocks(16), "recorded")
         write_entries(cache, {KEY: XLA})
         chosen = registry.choose_implementation(problem(), KERNELS, None)
         assert chosen == registry.Choice("xla", None, str(cache))
@@ -98,8 +97,10 @@ class TestChoice:
     @pytest.mark.parametrize(
         "entry",
         [
-            Entry("triton", {}, {"triton": 1}, "0.11", "another machine"),
-            Entry("pallas", CONFIG | {"rows": 32}, {}, "0.11", "blocks that it does not try"),
+            Entry("triton_ir", {}, {"triton_ir": 1}, "0.11", "another machine"),
+            Entry(
+                "pallas_triton", CONFIG | {"rows": 32}, {}, "0.11", "blocks that it does not try"
+            ),
         ],
     )
     def test_what_cannot_run_is_passed_over(self, recorded, entry):
@@ -107,12 +108,11 @@ class TestChoice:
         assert registry.choose_implementation(problem(), KERNELS, None).source == "heuristic"
 
     def test_an_interpreted_kernel_runs_only_where_it_is_named(self, recorded):
-        recorded({KEY: BEST})
-        assert registry.choose_implementation(problem(), INTERPRETED, None).implementation == "xla"
-        assert (
-            registry.choose_implementation(problem(), INTERPRETED, "pallas").implementation
-            == "pallas"
-        )
+        here = problem(platform="cpu")
+        recorded({here.key: BEST})
+        assert registry.choose_implementation(here, KERNELS, None).implementation == "xla"
+        named = registry.choose_implementation(here, KERNELS, "pallas")
+        assert named.implementation == "pallas_triton"
 
     def test_an_op_without_a_kernel_of_that_name(self, recorded):
         recorded({KEY: BEST})
@@ -127,29 +127,27 @@ class TestCandidates:
         found = registry.list_candidates(problem(), KERNELS)
         assert [(c.implementation, c.config) for c in found] == [
             ("xla", None),
-            ("pallas", Blocks(8)),
-            ("pallas", Blocks(16)),
+            ("pallas_triton", Blocks(8)),
+            ("pallas_triton", Blocks(16)),
         ]
-        assert [c.implementation for c in registry.list_candidates(problem(), INTERPRETED)] == [
-            "xla"
-        ]
+        interpreted = registry.list_candidates(problem(platform="cpu"), KERNELS)
+        assert [c.implementation for c in interpreted] == ["xla"]
 
     def test_the_interpreted_ones_that_are_named(self):
-        found = registry.list_candidates(problem(8), INTERPRETED, ["pallas", "triton"])
-        assert [(c.implementation, c.config) for c in found] == [("pallas", Blocks(8))]
+        asked = ["pallas", "triton_ir"]
+        found = registry.list_candidates(problem(8, "cpu"), KERNELS, asked)
+        assert [(c.implementation, c.config) for c in found] == [("pallas_triton", Blocks(8))]
 
     @pytest.mark.parametrize(
-        "name, platforms", [("xla", "cpu gpu tpu other"), ("pallas", "gpu"), ("triton", "gpu")]
+        "name, platforms",
+        {
+            **{"xla": "cpu gpu tpu other", "pallas_triton": "gpu", "mosaic_tpu": "tpu"},
+            **{"triton_ir": "gpu", "jax_triton": "gpu"},
+        }.items(),
     )
-    def test_what_is_compiled_by_default(self, name, platforms):
-        kernels = {name: registry.Kernel(run)}
-        compiled = [
-            platform
-            for platform in ("cpu", "gpu", "tpu", "other")
-            if registry.is_compiled(
-                Problem.from_call("x", (platform, "kind"), (), {}), kernels, name
-            )
-        ]
+    def test_what_each_back_end_compiles_for(self, name, platforms):
+        platform_of = {p: Problem.from_call("x", (p, "kind"), (), {}) for p in PLATFORMS}
+        compiled = [p for p in PLATFORMS if registry.is_compiled(platform_of[p], name)]
         assert compiled == platforms.split()
 
 
@@ -253,7 +251,8 @@ DAMAGED = {
     ),
     "no such kernel": (
         with_entry(implementation="cuda"),
-        "needs 'pallas' or 'triton' or 'xla' as entries['a']['implementation'], got 'cuda'",
+        "needs 'jax_triton' or 'mosaic_tpu' or 'pallas_triton' or 'triton_ir' or 'xla' as "
+        "entries['a']['implementation'], got 'cuda'",
     ),
     "an unhashable kernel": (with_entry(implementation=[]), "['implementation'], got []"),
     "config": (with_entry(config=[]), "needs an object as entries['a']['config'], got []"),
@@ -374,7 +373,7 @@ def test_a_configuration_of_another_class_is_refused(config, recorded):
     with pytest.raises(TuningError) as raised:
         registry.choose_implementation(problem(), KERNELS, None)
     assert str(raised.value) == (
-        f"scan: the configuration of 'pallas' for {KEY!r} needs rows: int, order: "
+        f"scan: the configuration of 'pallas_triton' for {KEY!r} needs rows: int, order: "
         f"typing.Literal['rows', 'columns'], depth: int | None, got {config} in recorded (other "
         "fields or types): run `txcore tune scan` to measure again, or delete the file"
     )

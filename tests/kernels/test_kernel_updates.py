@@ -25,7 +25,9 @@ ADAM = {"learning_rate": 1e-2, "b1": 0.9, "b2": 0.999, "eps": 1e-8, "weight_deca
 ADAM_OPTIONS = [ADAM, {**ADAM, "b1": 0.0, "b2": 0.0}, {**ADAM, "weight_decay": 0.0, "eps": 0.1}]
 
 
-BOTH = pytest.mark.parametrize("implementation", ["xla", "pallas"])
+BOTH = pytest.mark.parametrize(
+    "implementation", ["xla", "pallas", "mosaic_tpu"] if machine.ON_CPU else ["xla", "pallas"]
+)
 UPDATES = {
     "sgd": (
         partial(kernels.sgd_momentum, learning_rate=0.1, momentum=0.9, nesterov=True),
@@ -220,9 +222,9 @@ BAD = {
         "the next forward pass, such as jnp.bfloat16",
     ),
     "triton": (
-        {"implementation": "triton"},
+        {"implementation": "triton_ir"},
         NotImplementedError,
-        "implementation='triton' was asked for, but",
+        "implementation='triton_ir' was asked for, but",
     ),
     "config": (
         {"implementation": "xla", "config": 3},

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from txcore.kernels.tuning.shapes import Shape
 
 _DTYPES = ("float32", "bfloat16", "float16")
+# Those of kernels.dispatch.back_ends, which imports jax; a test compares them.
+_IMPLEMENTATIONS = ("xla", "pallas", "pallas_triton", "mosaic_tpu", "triton_ir", "jax_triton")
 _ROUNDS = 7
 
 
@@ -29,7 +31,7 @@ def add_command(commands: Any) -> None:
     parser.add_argument(
         "--implementation",
         nargs="+",
-        choices=("xla", "pallas", "triton"),
+        choices=_IMPLEMENTATIONS,
         help="time these alone, interpreted ones too, which are never written down",
     )
     parser.add_argument(

@@ -1,0 +1,79 @@
+"""The updates in one Pallas kernel for TPUs, over blocks of a flat array: interpreted elsewhere."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from txcore.kernels.common import mosaic_blocks
+from txcore.kernels.dispatch.problem import Problem
+from txcore.kernels.optimizer import equations
+
+
+@dataclass(frozen=True)
+class Config:
+    """Hold how many elements of each array lie in a TPU's vector memory at a time."""
+
+    elements: int
+
+
+def list_configs(problem: Problem) -> Sequence[Config]:
+    """Return the blocks worth trying, the best guess first."""
+    return Config(65536), Config(131072), Config(32768)
+
+
+def explain_refusal(problem: Problem) -> str | None:
+    """Return why the kernel cannot update this array, or None."""
+    return mosaic_blocks.explain_refusal(problem, *problem.get_option("dtypes"))
+
+
+def sgd_momentum(
+    *operands: jax.Array, config: Config, dtypes: tuple[str, ...], **options: Any
+) -> tuple[jax.Array, ...]:
+    """Compute the op of `txcore.kernels.sgd_momentum` on checked operands."""
+    equation = partial(equations.sgd_momentum, **options)
+    return _update_arrays(equation, operands[:3], operands[3:], dtypes, config)
+
+
+def adamw(
+    *operands: jax.Array, config: Config, dtypes: tuple[str, ...], **options: Any
+) -> tuple[jax.Array, ...]:
+    """Compute the op of `txcore.kernels.adamw` on checked operands."""
+    equation = partial(equations.adamw, **options)
+    return _update_arrays(equation, operands[:4], operands[4:], dtypes, config)
+
+
+def _update_arrays(
+    equation: Callable[..., tuple[jax.Array, ...]],
+    arrays: tuple[jax.Array, ...],
+    scalars: tuple[jax.Array, ...],
+    dtypes: tuple[str, ...],
+    config: Config,
+) -> tuple[jax.Array, ...]:
+    shape, size, wide = arrays[0].shape, arrays[0].size, scalars[0].dtype
+    if not size:
+        return tuple(jnp.zeros(shape, dtype) for dtype in dtypes)
+    count = len(arrays)
+
+    def kernel(*refs: Any) -> None:
+        inputs, scalar_ref, outputs = refs[:count], refs[count], refs[count + 1 :]
+        known = (ref[...].astype(wide) for ref in inputs)
+        new, *moments = equation(*known, *(scalar_ref[i] for i in range(len(scalars))))
+        copies = [new] * (len(outputs) - len(moments) - 1)
+        for ref, result in zip(outputs, (new, *moments, *copies), strict=True):
+            ref[...] = result.astype(ref.dtype)
+
+    results = mosaic_blocks.call_kernel(
+        kernel,
+        size,
+        config.elements,
+        [x.reshape(-1) for x in arrays],
+        jnp.stack(scalars),
+        dtypes,
+        # In place, since callers donate the arrays: else XLA would copy the results there.
+        aliases={0: 0} | {place: place - 1 for place in range(2, count)},
+    )
+    return tuple(x.reshape(shape) for x in results)
