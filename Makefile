@@ -7,6 +7,8 @@ SETUP = $(VENV)/.installed
 PARALLEL ?= -n auto --dist worksteal
 # Compilers for TPUs and GPUs lie apart: beside them jax looks for the devices, and says so.
 TARGETS = $(VENV)-targets
+# Kernels in Triton's language need a jax and a triton that jax-triton works with.
+TRITON = $(VENV)-triton
 # The peers that txcore is measured against lie apart too: they are large, and no part of it.
 PEERS = $(VENV)-peers
 PEERS_FALLBACK ?= python3
@@ -20,10 +22,11 @@ VERSIONED = tests/collectives tests/profiling tests/train/test_engine.py tests/t
   tests/test_import.py tests/test_packaging.py
 # Compiled for machines that are not here.
 TARGET_TESTS = tests/profiling/targets tests/profiling/gate/test_gate_target.py tests/train/test_*target*.py \
-  tests/train/test_describe.py tests/train/test_pipeline_prediction.py
+  tests/train/test_describe.py tests/train/test_pipeline_prediction.py tests/kernels/test_*target*.py
 TARGETS_VERSIONED = tests/profiling/targets/test_sends_target.py tests/profiling/targets/test_targets_compile.py
+TRITON_TESTS = tests/kernels/test_jax_triton.py tests/kernels/test_triton_ptx.py
 
-.PHONY: setup mnist test test-versioned lint bench bench-peers clean
+.PHONY: setup mnist test test-versioned test-triton lint bench bench-peers clean
 
 setup: $(SETUP)
 
@@ -46,6 +49,15 @@ test-versioned: setup $(TARGETS)/.installed  ## run the tests of what depends on
 $(TARGETS)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(TARGETS)
 	$(TARGETS)/bin/python -m pip install --quiet --editable ".[test,tpu-target,gpu-target]"
+	touch $@
+
+test-triton: $(TRITON)/.installed  ## compile the GPU kernels to PTX, and run those in Triton's language by its interpreter
+	$(TRITON)/bin/python -m pytest $(PARALLEL) $(TRITON_TESTS)
+	TRITON_INTERPRET=1 $(TRITON)/bin/python -m pytest $(TRITON_TESTS)
+
+$(TRITON)/.installed: tests/kernels/jax_triton_requirements.txt
+	$(PYTHON) -m venv $(TRITON)
+	$(TRITON)/bin/python -m pip install --quiet --requirement $<
 	touch $@
 
 lint: setup  ## ruff and mypy over everything

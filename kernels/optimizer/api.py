@@ -9,7 +9,7 @@ from jax.typing import ArrayLike, DTypeLike
 from txcore import varying
 from txcore.kernels.common import checks
 from txcore.kernels.dispatch import registry
-from txcore.kernels.optimizer import equations, mosaic, pallas, xla
+from txcore.kernels.optimizer import equations, jax_triton_updates, mosaic, pallas, xla
 
 INFINITY = float("inf")
 SGD_MOMENTUM: registry.Kernels = {
@@ -18,11 +18,21 @@ SGD_MOMENTUM: registry.Kernels = {
         pallas.sgd_momentum, pallas.list_configs, pallas.explain_refusal
     ),
     "mosaic_tpu": registry.Kernel(mosaic.sgd_momentum, mosaic.list_configs, mosaic.explain_refusal),
+    "jax_triton": registry.Kernel(
+        jax_triton_updates.sgd_momentum,
+        jax_triton_updates.list_configs,
+        jax_triton_updates.explain_refusal,
+    ),
 }
 ADAMW: registry.Kernels = {
     "xla": registry.Kernel(xla.adamw),
     "pallas_triton": registry.Kernel(pallas.adamw, pallas.list_configs, pallas.explain_refusal),
     "mosaic_tpu": registry.Kernel(mosaic.adamw, mosaic.list_configs, mosaic.explain_refusal),
+    "jax_triton": registry.Kernel(
+        jax_triton_updates.adamw,
+        jax_triton_updates.list_configs,
+        jax_triton_updates.explain_refusal,
+    ),
 }
 
 
