@@ -26,12 +26,14 @@ class Op:
       products: returns the number of multiplications in the matrix products of the forward pass,
         given the operands' dims. Elementwise operations are not counted.
       updates: for an update of arrays in place, the operands that its results replace.
+      forgotten: the operands that the backward pass does not read.
     """
 
     call: Callable[..., Any]
     kinds: tuple[Kind, ...] = ("float",)
     products: Callable[..., int] = lambda *shapes, **options: 0
     updates: tuple[int, ...] = ()
+    forgotten: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,9 @@ class Shape:
         read, written = _bytes_of(operands), _bytes_of(results)
         if not (backward and self.differentiable):
             return read + written
-        return 2 * (read + written) + _bytes_of([operands[i] for i in self.differentiable])
+        again = [x for i, x in enumerate(operands) if i not in OPS[self.op].forgotten]
+        gradients = [operands[i] for i in self.differentiable]
+        return read + written + _bytes_of(again) + written + _bytes_of(gradients)
 
 
 def _make_operand(
@@ -160,7 +164,7 @@ def _dense_products(x: Dims, w: Dims, *rest: Dims, **_: Any) -> int:
 OPS: Mapping[str, Op] = {
     "conv2d": Op(kernels.conv2d, products=_conv_products),
     "dense": Op(_call_dense, ("float", "float", "float", "key"), _dense_products),
-    "dropout": Op(kernels.dropout, ("float", "key")),
+    "dropout": Op(kernels.dropout, ("float", "key"), forgotten=(0,)),
     "cross_entropy": Op(kernels.cross_entropy, ("float", "label")),
     "linear_cross_entropy": Op(
         kernels.linear_cross_entropy, ("float", "float", "float", "label"), _dense_products
