@@ -7,7 +7,7 @@ from jax.typing import ArrayLike
 
 from txcore import varying
 from txcore.kernels.common import checks, random_bits
-from txcore.kernels.dense import elementwise, pallas, xla
+from txcore.kernels.dense import elementwise, mosaic_gpu, pallas, xla
 from txcore.kernels.dispatch import registry
 from txcore.kernels.dropout import operands
 
@@ -16,6 +16,9 @@ Activation = Literal["relu", "gelu", "tanh", "silu"] | None
 KERNELS: registry.Kernels = {
     "xla": registry.Kernel(xla.dense, xla.list_configs),
     "pallas_triton": registry.Kernel(pallas.dense, pallas.list_configs),
+    "mosaic_gpu": registry.Kernel(
+        mosaic_gpu.dense, mosaic_gpu.list_configs, mosaic_gpu.explain_refusal
+    ),
     "mosaic_tpu": registry.Kernel(pallas.dense, pallas.list_configs, pallas.explain_refusal_on_tpu),
 }
 
@@ -30,7 +33,7 @@ def dense(
     keys: ArrayLike | None = None,
     offset: ArrayLike = 0,
     implementation: registry.Implementation | None = None,
-    config: xla.Config | pallas.Config | None = None,
+    config: xla.Config | pallas.Config | mosaic_gpu.Config | None = None,
 ) -> jax.Array:
     """Compute dropout(activation(x @ w + b)).
 

@@ -98,9 +98,10 @@ def _dropout_mask(
     return random_bits.keep_mask_of_rows(words, offset, features, dropout)
 
 
-def _backward(
+def backward(
     activation: str | None, dropout: float, config: Config, residuals: Residuals, g: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array, None, None]:
+    """Return the gradients of x, w and b from what the forward pass kept."""
     x, w, saved, words, offset = residuals
     dtype = checks.accumulator(x.dtype)
     needs_mask = elementwise.needs_mask(activation, dropout)
@@ -123,4 +124,4 @@ def _input_gradient(rows: jax.Array, w: jax.Array, config: Config) -> jax.Array:
     return lax.optimization_barrier(jnp.matmul(w, rows.T, preferred_element_type=dtype)).T
 
 
-_dense.defvjp(_forward, _backward)
+_dense.defvjp(_forward, backward)

@@ -3,19 +3,22 @@
 from collections.abc import Iterable, Mapping
 from typing import Literal, get_args
 
-Implementation = Literal["xla", "pallas", "pallas_triton", "mosaic_tpu", "triton_ir", "jax_triton"]
+Implementation = Literal[
+    "xla", "pallas", "pallas_triton", "mosaic_gpu", "mosaic_tpu", "triton_ir", "jax_triton"
+]
 
 # None: every platform. Elsewhere a Pallas kernel can be interpreted, and the others cannot run.
 PLATFORMS: Mapping[str, tuple[str, ...] | None] = {
     "xla": None,
     "pallas_triton": ("gpu",),  # Pallas by its Triton lowering, which jax deprecates since 0.11
+    "mosaic_gpu": ("gpu",),  # Pallas' own language for Hopper, by Mosaic
     "mosaic_tpu": ("tpu",),  # Pallas by Mosaic
     "triton_ir": ("gpu",),  # Triton's intermediate representation, compiled by XLA itself
     "jax_triton": ("gpu",),  # Triton's language, by the package jax-triton
 }
 BACK_ENDS = tuple(PLATFORMS)
 # "pallas" is the Pallas back end of the platform, as jax's pallas_call has one for each: a program
-# that names it runs on TPUs and GPUs.
+# that names it runs on TPUs and GPUs. Mosaic GPU has a call and a language of its own.
 PALLAS = ("pallas_triton", "mosaic_tpu")
 NAMES: tuple[str, ...] = get_args(Implementation)
 

@@ -72,8 +72,8 @@ REFUSED = {
         ValueError,
         (problem(), "cuda", None),
         "double: implementation needs to be None or one of 'xla', 'pallas', 'pallas_triton', "
-        "'mosaic_tpu', 'triton_ir', 'jax_triton', got 'cuda': pass 'xla' or 'pallas_triton', or "
-        "leave implementation out to have one chosen",
+        "'mosaic_gpu', 'mosaic_tpu', 'triton_ir', 'jax_triton', got 'cuda': pass 'xla' or "
+        "'pallas_triton', or leave implementation out to have one chosen",
     ),
     "none of that name here": (
         NotImplementedError,
@@ -128,7 +128,7 @@ def test_run_hands_on_operands_options_and_configuration():
 def test_an_unknown_name_is_refused_by_a_public_op():
     text = (
         "dense: implementation needs to be None or one of 'xla', 'pallas', 'pallas_triton', "
-        "'mosaic_tpu', 'triton_ir', 'jax_triton', got 'fast': pass 'xla' or "
+        "'mosaic_gpu', 'mosaic_tpu', 'triton_ir', 'jax_triton', got 'fast': pass 'xla' or "
     )
     with pytest.raises(ValueError, match=re.escape(text)):
         kernels.dense(jnp.ones((2, 2)), jnp.ones((2, 2)), jnp.ones(2), implementation="fast")

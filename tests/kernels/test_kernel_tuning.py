@@ -142,7 +142,7 @@ class TestCandidates:
         "name, platforms",
         {
             **{"xla": "cpu gpu tpu other", "pallas_triton": "gpu", "mosaic_tpu": "tpu"},
-            **{"triton_ir": "gpu", "jax_triton": "gpu"},
+            **{"mosaic_gpu": "gpu", "triton_ir": "gpu", "jax_triton": "gpu"},
         }.items(),
     )
     def test_what_each_back_end_compiles_for(self, name, platforms):
@@ -251,8 +251,8 @@ DAMAGED = {
     ),
     "no such kernel": (
         with_entry(implementation="cuda"),
-        "needs 'jax_triton' or 'mosaic_tpu' or 'pallas_triton' or 'triton_ir' or 'xla' as "
-        "entries['a']['implementation'], got 'cuda'",
+        "needs 'jax_triton' or 'mosaic_gpu' or 'mosaic_tpu' or 'pallas_triton' or "
+        "'triton_ir' or 'xla' as entries['a']['implementation'], got 'cuda'",
     ),
     "an unhashable kernel": (with_entry(implementation=[]), "['implementation'], got []"),
     "config": (with_entry(config=[]), "needs an object as entries['a']['config'], got []"),

@@ -4,6 +4,7 @@
 """
 
 import os
+import re
 import warnings
 
 import jax
@@ -14,7 +15,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from target_cases import available
 
-from txcore.kernels.tuning.shapes import SHAPES
+from txcore.kernels.tuning.shapes import SHAPES, dense_shape
 from txcore.profiling.targets import parse_target
 
 ALL = os.environ.get("TXCORE_ALL_KERNELS") == "1"
@@ -29,8 +30,8 @@ if ALL:
     ON_EACH += [("tpu:v5e:2x2", "bfloat16"), ("tpu:v6e:2x2", "float32")]
 
 
-def compile_for(target, shape, dtype, **options):
-    """Compile a shape's results and gradients by the target's Pallas kernels; return the HLO."""
+def compile_for(target, shape, dtype, implementation="pallas", **options):
+    """Compile a shape's results and gradients by the target's kernels; return the HLO."""
     machine = parse_target(available(target))
     mesh = Mesh(np.array(machine.devices[:1]), ("i",), axis_types=(AxisType.Auto,))
 
@@ -38,7 +39,7 @@ def compile_for(target, shape, dtype, **options):
         def forward(*some):
             given = dict(zip(shape.differentiable, some, strict=True))
             values = (given.get(i, x) for i, x in enumerate(operands))
-            return shape.call_op(*values, implementation="pallas")
+            return shape.call_op(*values, implementation=implementation)
 
         if not shape.differentiable:
             return forward()
@@ -68,3 +69,10 @@ def test_xla_compiles_it_for_an_h100_without_spilling(name):
     options = {"xla_gpu_fail_ptx_compilation_on_register_spilling": True}
     hlo = compile_for("cuda:h100:1", SHAPES[name], "bfloat16", **options)
     assert hlo.count('custom_call_target="__gpu$xla.gpu.triton"') == ON_GPU[name]
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="jax 0.10 has another language")
+def test_mosaic_compiles_the_dense_layer_for_an_h100():
+    shape = dense_shape("dense-relu", (200, 320), 192, activation="relu")
+    hlo = compile_for("cuda:h100:1", shape, "bfloat16", implementation="mosaic_gpu")
+    assert len(re.findall(r'custom_call_target="mosaic_gpu\w*"', hlo)) == 1

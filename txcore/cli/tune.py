@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 _DTYPES = ("float32", "bfloat16", "float16")
 # Those of kernels.dispatch.back_ends, which imports jax; a test compares them.
-_IMPLEMENTATIONS = ("xla", "pallas", "pallas_triton", "mosaic_tpu", "triton_ir", "jax_triton")
+_IMPLEMENTATIONS = (
+    *("xla", "pallas", "pallas_triton", "mosaic_gpu", "mosaic_tpu", "triton_ir", "jax_triton"),
+)
 _ROUNDS = 7
 
 
