@@ -110,7 +110,7 @@ def format_table() -> str:
     """Return the table in Markdown."""
     measured = read_measured()
     rows = [HEADERS, ("---",) * len(HEADERS)]
-    rows += [describe_shape(*problem, measured) for problem in list_problems()]
+    rows += [describe_shape(shape, dtype, measured) for shape, dtype in list_problems()]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 

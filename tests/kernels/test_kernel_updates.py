@@ -13,6 +13,9 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from txcore import kernels
+from txcore.kernels.common import jax_triton_calls
+from txcore.kernels.dispatch.problem import Problem
+from txcore.kernels.optimizer.api import SGD_MOMENTUM
 
 SHAPE = (33, 7)
 SGD_OPTIONS = [
@@ -285,3 +288,18 @@ def test_a_learning_rate_may_be_traced():
     update = jax.jit(lambda rate: kernels.sgd_momentum(p, g, v, learning_rate=rate, momentum=0.9))
     truth = oracles.sgd_momentum(p, g, v, learning_rate=0.25, momentum=0.9)
     check(update(jnp.float32(0.25)), truth, (p.dtype,) * 2, 1e-6)
+
+
+@pytest.mark.parametrize(
+    "version, reason",
+    {
+        None: "its kernel needs the package jax-triton (pip install 'txcore[triton]')",
+        "0.4.1": "its kernel needs jax-triton 0.3, and 0.4.1 is installed",
+        "0.3.1": None,
+    }.items(),
+)
+def test_another_jax_triton_is_refused(version, reason, monkeypatch):
+    monkeypatch.setattr(jax_triton_calls, "_find_version", lambda package: version)
+    shapes, dtypes = ((8,),) * 3, ("float32",) * 3
+    what = Problem("sgd_momentum", "gpu", "NVIDIA H100", shapes, dtypes, (("dtypes", dtypes[:2]),))
+    assert SGD_MOMENTUM["jax_triton"].refuse(what) == reason

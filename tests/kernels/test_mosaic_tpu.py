@@ -14,7 +14,10 @@ from jax.experimental.pallas import tpu as pltpu
 from txcore import kernels
 from txcore.kernels.cross_entropy.blocks import LossTiles
 from txcore.kernels.dense import pallas as dense
+from txcore.kernels.dense.api import KERNELS as DENSE
+from txcore.kernels.dispatch.problem import Problem
 from txcore.kernels.dropout import pallas as dropout
+from txcore.kernels.optimizer.api import SGD_MOMENTUM
 from txcore.kernels.optimizer.mosaic import Config
 
 pytestmark = machine.cpu_only("it simulates a TPU")
@@ -131,3 +134,28 @@ def test_a_planted_race_is_found():
     assert interpreter.races.races_found
     assert not raised or "RACE DETECTED" in raised
     pltpu.reset_tpu_interpret_mode_state()
+
+
+def on_tpu(op, shapes, dtype="bfloat16", **options):
+    settings = tuple(sorted(options.items()))
+    return Problem(op, "tpu", "TPU v5 lite", shapes, (dtype,) * len(shapes), settings)
+
+
+def test_a_dtype_that_a_tpu_does_not_load_is_refused():
+    reason = "its kernel computes in bfloat16 and float32, and got float16"
+    what = on_tpu("sgd_momentum", ((8,),) * 3, "float16", dtypes=("float32",))
+    assert SGD_MOMENTUM["mosaic_tpu"].refuse(what) == reason
+    what = on_tpu("sgd_momentum", ((8,),) * 3, "float32", dtypes=("float32", "float16"))
+    assert SGD_MOMENTUM["mosaic_tpu"].refuse(what) == reason
+
+
+@pytest.mark.parametrize("shapes", [((8, 20_000), (20_000, 16)), ((20_000, 8), (8, 16))])
+def test_factors_that_do_not_fit_into_vector_memory_are_refused(shapes):
+    what = on_tpu("dense", (*shapes, shapes[1][1:]), activation=None, dropout=0.0)
+    held = (256 + 256) * 20_000 * 2
+    assert DENSE["mosaic_tpu"].refuse(what) == (
+        "its kernel holds whole rows and columns of its factors in a TPU's vector memory, and "
+        f"{held} bytes of them are more than {8 << 20} (use fewer features or smaller batches)"
+    )
+    small = on_tpu("dense", ((8, 4096), (4096, 16), (16,)), activation=None, dropout=0.0)
+    assert DENSE["mosaic_tpu"].refuse(small) is None

@@ -79,12 +79,12 @@ def assemble(ptx, folder):
     import triton
 
     ptxas = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
-    source, arch = folder / "kernel.ptx", re.search(r"\.target (\w+)", ptx)[1]
+    source, (arch,) = folder / "kernel.ptx", re.findall(r"\.target (\w+)", ptx)
     source.write_text(ptx)
     done = subprocess.run(
         [ptxas, "-v", f"-arch={arch}", str(source), "-o", str(folder / "kernel.cubin")],
         capture_output=True, text=True, check=True,
     )  # fmt: skip
-    registers = re.search(r"Used (\d+) registers", done.stderr)[1]
+    (registers,) = re.findall(r"Used (\d+) registers", done.stderr)
     spilled = re.findall(r"(\d+) bytes spill", done.stderr)
     return int(registers), sum(map(int, spilled))
