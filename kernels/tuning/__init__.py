@@ -1,4 +1,4 @@
 """Measurements of the candidates for a problem, on named shapes.
 
-Imports `kernels`, `kernels.common`, `kernels.dispatch`.
+Imports `_compat`, `kernels`, `kernels.common`, `kernels.dispatch`.
 """
