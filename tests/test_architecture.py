@@ -18,6 +18,7 @@ OPS = [
     "dropout",
     "linear_cross_entropy",
     "optimizer",
+    "ring",
     "squared_norm",
 ]
 MODULES = find_modules()

@@ -54,6 +54,9 @@ CLAIM = "claim"
 # shard of each. They are believed; tests compare the algorithms with float64 NumPy.
 MEAN = "mean"
 MEAN_SHARD = "mean shard"
+# What kernels that communicate claim of theirs: the sum over the devices; all devices' shards.
+SUM = "sum"
+GATHERED = "gathered"
 
 
 def claim(

@@ -231,7 +231,13 @@ class Uniformity(Forward[Relation]):
 
     def _after_claim(self, params: Mapping[str, Any], value: Relation) -> Relation:
         kind = params["kind"]
-        if kind not in (varying.MEAN, varying.MEAN_SHARD) or self.axis not in params["mesh_axes"]:
+        if self.axis not in params["mesh_axes"]:
+            return value
+        if kind == varying.SUM:
+            return relation.after_all_reduced_sum(value)
+        if kind == varying.GATHERED:
+            return relation.after_gather(value)
+        if kind not in (varying.MEAN, varying.MEAN_SHARD):
             return value
         return relation.after_sum(value) | (DIFFERS if kind == varying.MEAN_SHARD else 0)
 

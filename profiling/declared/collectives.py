@@ -26,6 +26,7 @@ from txcore.profiling.declared.equations import (
     path_of,
     sub_jaxprs,
 )
+from txcore.profiling.declared.remote_dma import REMOTE_DMA, Sent, sent_by_kernel
 from txcore.profiling.declared.value_numbering import Numbering, Value
 from txcore.profiling.hlo import NO_GROUPS, Groups
 
@@ -38,7 +39,8 @@ class Declared:
     """One operand of one collective of a traced program.
 
     Attributes:
-      kind: the HLO op it lowers to ("all-reduce"), or "reshard", which the compiler translates.
+      kind: the HLO op it lowers to ("all-reduce"), or "reshard", which the compiler translates, or
+        "remote-dma", a Pallas kernel that sends: then S is what each device sends.
       primitive: jax's name ("psum").
       axes: mesh axes as the program names them.
       group_size: devices along them.
@@ -51,10 +53,12 @@ class Declared:
       elements: S in elements, as `payload_bytes`.
       trips_known: False in a while loop.
       size_known: False under a shard_map that leaves axes to the partitioner, which may shard the
-        operand further: then `elements` and `payload_bytes` are upper bounds.
+        operand further: then `elements` and `payload_bytes` are upper bounds. False for a kernel
+        whose branches and loops decide what it sends.
       foldable: the compiler may eliminate it (its operand does not depend on the program's
         inputs, or its group is one device).
       live: something uses its result.
+      simulated: a Pallas kernel that is interpreted: the compiled program has callbacks for it.
       operand: the number of its operand's value: equal values have equal numbers.
       groups, pairs: the devices that talk to each other, by place in the mesh.
     """
@@ -74,6 +78,7 @@ class Declared:
     size_known: bool = True
     foldable: bool = False
     live: bool = True
+    simulated: bool = False
     operand: int = field(default=-1, repr=False, compare=False)
     groups: Groups = field(default=NO_GROUPS, repr=False)
     pairs: tuple[tuple[int, int], ...] = field(default=(), repr=False)
@@ -143,7 +148,11 @@ def list_declared(jaxpr: Jaxpr) -> tuple[Declared, ...]:
 def _count_declared(jaxpr: Jaxpr) -> int:
     """Count the equations of collectives and reshards in a jaxpr."""
     return sum(
-        (name_of(eqn) in KIND_OF or eqn.primitive.name == RESHARD)
+        (
+            name_of(eqn) in KIND_OF
+            or eqn.primitive.name == RESHARD
+            or sent_by_kernel(eqn, ()) is not None
+        )
         + sum(map(_count_declared, sub_jaxprs(eqn)))
         for eqn in jaxpr.eqns
     )
@@ -203,6 +212,8 @@ def _walk_jaxpr(
             yield from _declare_operands(eqn, kind, name, scope, inputs)
         elif name == RESHARD:
             yield from _declare_reshard(eqn, scope, inputs[0])
+        elif sent := sent_by_kernel(eqn, scope.sizes):
+            yield _declare_kernel(eqn, sent, scope, inputs)
         for inner in sub_jaxprs(eqn):
             values = _values_of_inputs(eqn, inner, inputs, numbering)
             yield from _walk_jaxpr(inner, _scope_inside(eqn, scope, inputs), values, numbering)
@@ -329,6 +340,30 @@ def _declare_reshard(eqn: Eqn, scope: _Surroundings, value: Value) -> Iterator[D
         foldable=True,
         operand=value.number,
         groups=meshes.device_groups(sizes, sums) if sums else NO_GROUPS,
+    )
+
+
+def _declare_kernel(
+    eqn: Eqn, sent: Sent, scope: _Surroundings, inputs: Sequence[Value]
+) -> Declared:
+    path = path_of(eqn, scope.path)
+    return Declared(
+        kind=REMOTE_DMA,
+        primitive=eqn.primitive.name,
+        axes=sent.axes,
+        group_size=meshes.count_devices(scope.sizes, sent.axes),
+        dtype=sent.dtype.name,
+        payload_bytes=sent.elements * sent.dtype.itemsize,
+        trips=scope.trips,
+        tag=tags.tag_in(path),
+        source=_source_of(eqn, scope),
+        autodiff=False,
+        elements=sent.elements,
+        trips_known=scope.trips_known,
+        size_known=sent.known and scope.size_known,
+        foldable=scope.foldable or not any(value.depends for value in inputs),
+        simulated=_compat.is_simulated(eqn),
+        operand=inputs[-1].number if inputs else -1,
     )
 
 

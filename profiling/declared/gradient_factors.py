@@ -140,13 +140,16 @@ class _Factors(Forward[Value]):
     def _after_claim(self, eqn: Eqn, value: Value) -> Value:
         along = frozenset(eqn.params["mesh_axes"]) & frozenset(self._axes)
         kind = eqn.params["kind"]
-        if kind not in (varying.MEAN, varying.MEAN_SHARD) or not along:
+        if kind == varying.GATHERED and along:
+            return replace(value, differs=False) if value.reduced else Value()
+        if kind not in (varying.MEAN, varying.MEAN_SHARD, varying.SUM) or not along:
             return value
         place = source.user_source_line(_compat.eqn_frames(eqn))
         # An exchange of several steps hides the weights of what went in.
         gradient = value.gradient or Gradient(weight=None)
         differs, reduced = kind == varying.MEAN_SHARD, value.reduced | along
-        return Value(differs, gradient=gradient, reduced=reduced, is_mean=True, source=place)
+        is_mean = kind != varying.SUM
+        return Value(differs, gradient=gradient, reduced=reduced, is_mean=is_mean, source=place)
 
     def _name_scalar(self, eqn: Eqn, value: Value, var: Var, frame: Frame) -> Value:
         """Name an unknown scalar, so that its inverse cancels it."""

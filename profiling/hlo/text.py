@@ -60,6 +60,8 @@ _SECOND = re.compile(r"(?:^|[\s,)}])%?[\w.\-]++ = (?:[a-z]\w*\[|\()")
 _TABLE_ROW = re.compile(rf"\s*(\d{{1,9}})\s+({QUOTED}|\{{[^{{}}]*\}})\s*$")
 _PLAIN_OPERANDS = re.compile(r"\(([^()\"/]*)\)")  # most lines: names and commas only
 _METADATA = re.compile(rf"(?<![\w])(\w++)=({QUOTED}|[^\s\"{{}}]*+)")
+_KERNEL_METADATA = "kernel_metadata={"
+_MOST_LINES = 64  # of one kernel's metadata
 
 
 @dataclass(frozen=True)
@@ -213,9 +215,7 @@ def read_modules(text: str) -> tuple[Module, ...]:
 
 def _read_drafts(lines: Iterable[str]) -> Iterable[_Draft]:
     draft = _Draft()
-    for line in lines:
-        if prefix := _LOG_PREFIX.match(line)[0]:  # type: ignore[index]  # it matches nothing, too
-            line = line[len(prefix) :]
+    for line in _join_metadata(map(_without_prefix, lines)):
         start = line.lstrip("\ufeff \t") if line[:1] in "\ufeff \t" else line
         if start.startswith("HloModule"):
             yield draft
@@ -223,6 +223,30 @@ def _read_drafts(lines: Iterable[str]) -> Iterable[_Draft]:
         else:
             _read_line(draft, line)
     yield draft
+
+
+def _without_prefix(line: str) -> str:
+    prefix = _LOG_PREFIX.match(line)[0]  # type: ignore[index]  # it matches nothing, too
+    return line[len(prefix) :] if prefix else line
+
+
+def _join_metadata(lines: Iterable[str]) -> Iterator[str]:
+    """Join an instruction with the lines of its kernel's metadata, which XLA prints below it."""
+    held: list[str] = []
+    for line in lines:
+        if held:
+            held.append(line)
+            if line.startswith("}"):
+                yield "".join(held)
+                held = []
+            elif len(held) > _MOST_LINES:
+                yield from held
+                held = []
+        elif line.endswith(_KERNEL_METADATA):
+            held = [line]
+        else:
+            yield line
+    yield from held
 
 
 def _begin_module(header: str) -> _Draft:

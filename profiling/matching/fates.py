@@ -41,6 +41,8 @@ def fates_of(
     for i, d in enumerate(declared):
         if d.primitive == RESHARD:
             fates.append(("kept",) if i in carried else ("eliminated",))
+        elif d.simulated:
+            fates.append(("simulated",))
         elif i in carried:
             fates.append(_fates_of_kept(d, carried[i], shared))
         elif not d.live or d.foldable:
@@ -63,6 +65,11 @@ def _fates_of_kept(
     def is_alone(unit: Unit) -> bool:
         return shared[unit.op] == 1
 
+    def is_rewritten(unit: Unit) -> bool:
+        # A custom call is a kernel whose sizes are not known.
+        other = unit.kind not in (d.kind, "custom-call")
+        return other or (is_alone(unit) and unit.size > size_of(d))
+
     bits = 8 * jnp.dtype(d.dtype).itemsize
     is_cut = any(u.size < size_of(d) for u in units) and d.size_known
     fates = {
@@ -70,7 +77,7 @@ def _fates_of_kept(
         "split": is_cut,
         "unrolled": len(units) > 1 and not is_cut,
         "hoisted": known and not is_cut and trips < d.trips,
-        "rewritten": any(u.kind != d.kind or (is_alone(u) and u.size > size_of(d)) for u in units),
+        "rewritten": any(map(is_rewritten, units)),
         "promoted": any(u.shape.bits > bits for u in units),
         "narrowed": any(8 <= u.shape.bits < bits for u in units) and not is_cut,
     }

@@ -12,21 +12,29 @@ elements (not bytes: compilers promote dtypes). `rules.py` tries the plain forms
 6. without its tag, where the compiler marks what it adds itself and did not mark this
 7. under a tag that this trace does not have: jax's cache on disk ignores names
 
+A Pallas kernel that sends by remote DMA is one custom call, whose line has no sizes: it is matched
+by its tag, its line in the source and its trips.
+
 A unit without a match is unexplained, whatever its tag says. A declaration without a match is
 missing, unless nothing uses it, an equal one does its work, or it has no work.
 """
 
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import jax.numpy as jnp
 
 from txcore.profiling.declared.collectives import RESHARD, RESHARD_OF_A_SUM, Declared
-from txcore.profiling.hlo import Op
+from txcore.profiling.declared.remote_dma import REMOTE_DMA
+from txcore.profiling.hlo import Op, Shape
 from txcore.profiling.matching import rules
 from txcore.profiling.matching.arrays import Unit, size_of, units_of
 from txcore.profiling.matching.fates import fates_of
 from txcore.profiling.matching.origin import UNEXPLAINED
 
+# The last parts of the paths of Pallas kernels on TPU.
+KERNEL_CALLS = ("/pallas_call", "/core_map", "/mpmd_map")
 _MATCHED = ("txcore", "user", "autodiff")
 _SUMS = ("all-reduce", "reduce-scatter")
 _MOVES = ("all-gather", "all-to-all", "collective-permute")
@@ -67,6 +75,7 @@ def match_collectives(ops: Sequence[Op], declared: Sequence[Declared], *, marks:
     work.match_declared(certain, marks=marks)
     if not has_copies:
         work.match_declared(doubtful, marks=marks)
+    work.match_kernels()
     work.explain_reshards()
     work.settle_loops()
     work.settle_doubts()
@@ -203,6 +212,21 @@ class _Match:
             declared[d.kind, self.devices[i], d.trips].append(i)
         return units, declared
 
+    def match_kernels(self) -> None:
+        """Match custom calls that send with the Pallas kernels that the program declares to send.
+
+        The call's line has the kernel's name and tag, and no sizes: those are the declaration's.
+        """
+        self.order = [i for i, d in enumerate(self.declared) if d.kind == REMOTE_DMA]
+        waiting = self.open_units(("opaque",))
+        calls = [i for i in waiting if self.units[i].op_name.endswith(KERNEL_CALLS)]
+        for rule in rules.KERNELS:
+            self.join_by_rule(rule, [i for i in calls if i not in self.links])
+        for i in calls:
+            if i in self.links:
+                (place,) = self.links[i]
+                self.units[i] = _with_sizes(self.units[i], self.declared[place])
+
     def explain_reshards(self) -> None:
         """Explain collectives at an explicit reshard's line; the compiler chooses their kind."""
         live = (i for i, d in enumerate(self.declared) if d.primitive == RESHARD and d.live)
@@ -273,6 +297,15 @@ class _Match:
         return found
 
 
+def _with_sizes(unit: Unit, declared: Declared) -> Unit:
+    """Return a custom call's unit with the sizes that its kernel's declaration gives it."""
+    if not declared.size_known:
+        return unit
+    bits = 8 * jnp.dtype(declared.dtype).itemsize
+    shape = Shape(declared.dtype, (declared.elements,), bits)
+    return replace(unit, kind=REMOTE_DMA, shape=shape, elements=declared.elements, note="")
+
+
 def _number_devices(numbers: dict[Hashable, int], one: Op | Declared) -> int:
     """Return a number for the devices that talk to each other: equal for equal ones."""
     return numbers.setdefault((one.groups, one.pairs), len(numbers))
@@ -286,7 +319,7 @@ def _split_by_credibility(
     certain: list[int] = []
     doubtful: list[int] = []
     for i, d in enumerate(declared):
-        if d.primitive == RESHARD:
+        if d.primitive == RESHARD or d.kind == REMOTE_DMA:
             continue
         value = d.kind, devices[i], d.operand
         (certain if d.live and value not in seen else doubtful).append(i)

@@ -9,10 +9,11 @@ import jax.numpy as jnp
 from txcore.profiling import meshes
 from txcore.profiling.bandwidth import wire_bytes
 from txcore.profiling.declared.collectives import RESHARD, Declared
+from txcore.profiling.declared.remote_dma import REMOTE_DMA
 from txcore.profiling.hlo import Op
 from txcore.profiling.hlo.trip_counts import Trips
 from txcore.profiling.matching.arrays import Unit
-from txcore.profiling.matching.match import Matched
+from txcore.profiling.matching.match import KERNEL_CALLS, Matched
 from txcore.profiling.matching.origin import UNEXPLAINED
 from txcore.profiling.report import Collective, Fate, Part
 
@@ -95,13 +96,19 @@ def _judge_by_match(
     """
     if unit.added:
         return unit.origin, False, f"one that was added at {unit.added} was merged into it"
+    if declared and unit.kind == "custom-call":
+        return "opaque", True, "what its kernel sends is decided when it runs"
     if declared:
         origin = _origin_of_declared(declared)
+        if unit.kind == REMOTE_DMA:
+            return origin, True, ""
         differs = unit.has_own_line and unit.origin not in (origin, "reshard", "boundary")
         claimed = {tag for tag in unit.claims if tag}
         if claimed and claimed.isdisjoint(names):
             return origin, True, f"compiled under the name {','.join(sorted(claimed))}"
         return origin, True, f"its own line looks like {unit.origin}" if differs else ""
+    if unit.origin == "opaque" and unit.op_name.endswith(KERNEL_CALLS):
+        return "opaque", False, f"{unit.note}, and no kernel of the traced program sends anything"
     if unit.origin in (*UNEXPLAINED, "opaque"):
         return unit.origin, unit.origin == "opaque", unit.note
     tags = [tag for tag in unit.claims if tag]
@@ -121,6 +128,9 @@ def _make_row(
     op: Op, arrays: Sequence[_Array], sizes: Sequence[meshes.Sizes], *, merged: bool
 ) -> Collective:
     axes, group_size = _axes_and_size(op, _sort_meshes(sizes, arrays))
+    first = arrays[0]
+    if op.kind == "custom-call" and first.declared:  # only its kernel says who talks to whom
+        axes, group_size = first.declared[0].axes, first.declared[0].group_size
     parts = tuple(part for array in arrays for part in _parts_of(array, group_size))
     trips = _trips_of(op, arrays)
     notes = [array.note for array in arrays]
@@ -132,9 +142,8 @@ def _make_row(
         array.unit.shape.bytes for array in arrays
     )
     sources = {part.source for part in parts}
-    first = arrays[0]
     return Collective(
-        kind=op.kind,
+        kind=first.unit.kind if op.kind == "custom-call" else op.kind,
         origin=first.origin,
         tags=tuple(dict.fromkeys(part.tag for part in parts if part.tag)),
         axes=axes,

@@ -71,3 +71,9 @@ RENAMED = Rule(
     lambda u, tag: (u.kind, u.size, u.trips.count),
     lambda d: (d.kind, size_of(d), d.trips),
 )
+# Of a custom call, whose sizes its line does not have, with the kernel that it runs.
+KERNELS = (
+    Rule(lambda u, tag: (tag, u.trips.count, u.source), lambda d: (d.tag, d.trips, d.source)),
+    Rule(lambda u, tag: (tag, u.trips.count), lambda d: (d.tag, d.trips)),
+    Rule(lambda u, tag: tag, lambda d: d.tag, _has_enough_trips),
+)

@@ -14,7 +14,11 @@ from txcore.profiling.report.numbers import cap_figure
 from txcore.profiling.report.rows import Collective, Fate, PlanLine
 
 Status = Literal["proved", "not proved", "failed"]
-_HIDDEN = {"autodiff": "left to autodiff", "opaque": "hidden in opaque calls"}
+_HIDDEN = {
+    "autodiff": "left to autodiff",
+    "opaque": "hidden in opaque calls",
+    "simulated": "simulated by callbacks on the host",
+}
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,7 @@ class Findings:
     @property
     def exact(self) -> bool:
         """Tell whether it is ok, was checked, and nothing is left to autodiff or opaque."""
-        return self.ok and self.checked and not list_doubts(self.collectives)
+        return self.ok and self.checked and not list_doubts(self.collectives, self.fates)
 
     @property
     def payload_bytes(self) -> int:
@@ -120,9 +124,10 @@ class Findings:
         return json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
 
 
-def list_doubts(rows: Sequence[Collective]) -> list[str]:
+def list_doubts(rows: Sequence[Collective], fates: Sequence[Fate] = ()) -> list[str]:
     """List the reasons why an audit that is ok is not exact."""
     counts = Counter(c.origin for c in rows)
+    counts["simulated"] = sum("simulated" in fate.fates for fate in fates)
     said = []
     for origin, text in _HIDDEN.items():
         if number := counts[origin]:

@@ -8,7 +8,7 @@ from txcore.profiling.declared.collectives import Declared
 from txcore.profiling.report.numbers import cap_figure
 
 # Each device sends the whole of these, whatever the size of its group.
-_SENT_WHOLE = ("collective-permute", "collective-broadcast", "send")
+_SENT_WHOLE = ("collective-permute", "collective-broadcast", "send", "remote-dma")
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,8 @@ class Collective:
     With S as in nccl-tests: the operands' bytes on one device, times n for an all-gather.
 
     Attributes:
-      kind: HLO's name ("all-reduce"), "custom-call" or "unknown".
+      kind: HLO's name ("all-reduce"), "custom-call" or "unknown"; "remote-dma" for a custom call
+        that runs a Pallas kernel of the traced program, whose copies to other devices were counted.
       origin: "txcore" (tagged), "user" (plain jax), "autodiff", "partitioner", "boundary" (a
         reshard at a shard_map or jit edge), "reshard" (asked for by name), "opaque" (a custom
         call that can communicate) or "unknown" (cannot be read).
@@ -119,7 +120,8 @@ class Fate:
         a loop into several), "hoisted" (out of a loop), "rewritten" (as another kind or form),
         "promoted" (to a wider dtype), "narrowed" (to a smaller one), "deduplicated" (an equal one
         does its work), "reassociated" (one of a sum does the work of several), "eliminated"
-        (nothing used it, or it had no work) or "missing"; several where the compiler did several.
+        (nothing used it, or it had no work), "simulated" (a Pallas kernel that callbacks on the
+        host interpret) or "missing"; several where the compiler did several.
       rows: its places in `Report.collectives`; empty where it is gone.
     """
 

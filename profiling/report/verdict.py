@@ -21,10 +21,10 @@ def _describe_found(report: Findings) -> str:
     """Describe what a program without a fault sends, and why it is not proved if it is not."""
     rows = report.collectives
     doubts = [] if report.checked else ["there is no traced program to compare with"]
-    doubts += list_doubts(rows)
+    doubts += list_doubts(rows, report.fates)
     but = f", but {' and '.join(doubts)}" if doubts else ""
     if not rows:
-        return "no collective in the program" if report.checked else f"no collective found{but}"
+        return f"no collective {'in the program' if report.checked else 'found'}{but}"
     counts = Counter(c.origin for c in rows)
     origins = ", ".join(f"{count} {origin}" for origin, count in sorted(counts.items()))
     is_known = all(c.trips_known and c.payload_known for c in rows)

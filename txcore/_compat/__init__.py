@@ -19,6 +19,13 @@ from txcore._compat.jaxprs import eqn_name_stack as eqn_name_stack
 from txcore._compat.jaxprs import live_jaxpr as live_jaxpr
 from txcore._compat.jaxprs import plain_jaxpr as plain_jaxpr
 from txcore._compat.jaxprs import scan_counts as scan_counts
+from txcore._compat.pallas import copied_array as copied_array
+from txcore._compat.pallas import is_of_gpu as is_of_gpu
+from txcore._compat.pallas import is_simulated as is_simulated
+from txcore._compat.pallas import kernel_grid as kernel_grid
+from txcore._compat.pallas import kernel_metadata as kernel_metadata
+from txcore._compat.pallas import remote_device as remote_device
+from txcore._compat.pallas import simulates_tpu as simulates_tpu
 from txcore._compat.processes import coordination_client as coordination_client
 from txcore._compat.processes import coordination_rank as coordination_rank
 from txcore._compat.processes import coordination_size as coordination_size

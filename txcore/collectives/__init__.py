@@ -1,6 +1,6 @@
 """Collectives on pytrees inside `shard_map`: checked, tagged, with their transposes stated.
 
-Imports `_compat`, `step_scope`, `tags`, `varying`.
+Imports `_compat`, `kernels.ring`, `step_scope`, `tags`, `varying`.
 """
 
 from txcore.collectives.all_gather import all_gather as all_gather

@@ -7,8 +7,10 @@ from jax import lax
 
 from txcore import _compat
 from txcore.collectives import _leaves
+from txcore.collectives._algorithms import Algorithm, check_algorithm, check_ring_leaf
 from txcore.collectives._calls import explain_calls
 from txcore.collectives._leaves import Leaf
+from txcore.kernels.ring import ring_all_gather
 
 
 @explain_calls
@@ -18,6 +20,7 @@ def all_gather(
     *,
     dim: int = 0,
     invariant: bool = False,
+    algorithm: Algorithm | None = None,
     name: str | None = None,
 ) -> Any:
     """Concatenate the shards of all devices along `axis`, on every device.
@@ -35,6 +38,8 @@ def all_gather(
       dim: the array dim to concatenate along.
       invariant: type the result as invariant along `axis`, so that it can leave a
         `shard_map` through `P()`. Reducing it again is then refused.
+      algorithm: None for XLA's own; "remote_dma" for a ring of TPUs by remote DMA in a Pallas
+        kernel, over one axis, of float32, bfloat16 or int32.
       name: label of the operation's tag; letters, digits and `_ . / -`.
 
     Returns:
@@ -44,6 +49,7 @@ def all_gather(
       ValueError: a leaf does not have `dim`.
       TypeError: a leaf is no array.
       NameError: `axis` is not bound here.
+      NotImplementedError: `algorithm="remote_dma"` on a device that is no TPU.
 
     Example:
       >>> def f(x):
@@ -52,13 +58,19 @@ def all_gather(
       array([0., 1., 2., 3.], dtype=float32)
     """
     axes = _leaves.check_axes("all_gather", axis)
+    check_algorithm("all_gather", algorithm)
 
     def gather_leaf(leaf: Leaf) -> jax.Array:
         at = _leaves.check_dim("all_gather", "dim", dim, leaf)
         _leaves.refuse_unreduced("all_gather", leaf, axes)
+        value, kept = _leaves.moved_axes("all_gather", leaf, axes)
+        if algorithm and kept:
+            ring = check_ring_leaf("all_gather", leaf, kept)
+            whole = ring_all_gather(value, ring, dim=at, invariant=invariant)
+            lone = tuple(a for a in axes if a not in kept) if invariant else ()
+            return _gather_invariant(whole, lone, at)
         if invariant:
             return _gather_invariant(leaf.value, axes, at)
-        value, kept = _leaves.moved_axes("all_gather", leaf, axes)
         return lax.all_gather(value, kept, axis=at, tiled=True) if kept else value
 
     return _leaves.map_leaves("all_gather", x, gather_leaf, name=name, verb="gather")

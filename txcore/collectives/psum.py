@@ -6,13 +6,22 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from txcore import _compat, varying
 from txcore.collectives import _leaves
+from txcore.collectives._algorithms import Algorithm, check_algorithm, check_ring_leaf
 from txcore.collectives._calls import explain_calls
 from txcore.collectives._leaves import Leaf
+from txcore.kernels.ring import ring_all_reduce
 
 
 @explain_calls
-def psum(x: Any, axis: str | tuple[str, ...], *, name: str | None = None) -> Any:
+def psum(
+    x: Any,
+    axis: str | tuple[str, ...],
+    *,
+    algorithm: Algorithm | None = None,
+    name: str | None = None,
+) -> Any:
     """Sum `x` over all devices along `axis`; every device gets the sum (all-reduce).
 
     Equation: `y[i] = sum_j x[j]`. The result is invariant along `axis`.
@@ -25,6 +34,8 @@ def psum(x: Any, axis: str | tuple[str, ...], *, name: str | None = None) -> Any
     Args:
       x: pytree of numeric arrays, any shape, each varying along `axis`.
       axis: mesh axis name, or a tuple of names to sum over together.
+      algorithm: None for XLA's own; "remote_dma" for a ring of TPUs by remote DMA in a Pallas
+        kernel, over one axis, of float32, bfloat16 or int32.
       name: label of the operation's tag; letters, digits and `_ . / -`.
 
     Returns:
@@ -37,6 +48,7 @@ def psum(x: Any, axis: str | tuple[str, ...], *, name: str | None = None) -> Any
       ValueError: a leaf does not vary along `axis` (it would be multiplied by the size).
       TypeError: a leaf is a Python number or no array.
       NameError: `axis` is not bound here.
+      NotImplementedError: `algorithm="remote_dma"` on a device that is no TPU.
 
     Example:
       >>> def f(x):
@@ -47,11 +59,17 @@ def psum(x: Any, axis: str | tuple[str, ...], *, name: str | None = None) -> Any
     References:
       Shoeybi et al., Megatron-LM, 2019, section 3 (the conjugate f and g).
     """
-    return _reduce_leaves("psum", x, axis, name, mean=False)
+    return _reduce_leaves("psum", x, axis, algorithm, name, mean=False)
 
 
 @explain_calls
-def pmean(x: Any, axis: str | tuple[str, ...], *, name: str | None = None) -> Any:
+def pmean(
+    x: Any,
+    axis: str | tuple[str, ...],
+    *,
+    algorithm: Algorithm | None = None,
+    name: str | None = None,
+) -> Any:
     """Average `x` over all devices along `axis`; every device gets the mean (all-reduce).
 
     Equation: `pmean(x) = psum(x) / axis_size`. The result is invariant along `axis`. Where the
@@ -65,6 +83,8 @@ def pmean(x: Any, axis: str | tuple[str, ...], *, name: str | None = None) -> An
     Args:
       x: pytree of numeric arrays, any shape, each varying along `axis`.
       axis: mesh axis name, or a tuple of names to average over together.
+      algorithm: None for XLA's own; "remote_dma" for a ring of TPUs by remote DMA in a Pallas
+        kernel, over one axis, of float32, bfloat16 or int32.
       name: label of the operation's tag; letters, digits and `_ . / -`.
 
     Returns:
@@ -72,7 +92,7 @@ def pmean(x: Any, axis: str | tuple[str, ...], *, name: str | None = None) -> An
       point.
 
     Raises:
-      ValueError, TypeError, NameError: as `psum`.
+      ValueError, TypeError, NameError, NotImplementedError: as `psum`.
 
     Example:
       >>> def f(x):
@@ -80,17 +100,26 @@ def pmean(x: Any, axis: str | tuple[str, ...], *, name: str | None = None) -> An
       >>> tx.testing.run_sharded(f, np.arange(4.0), axes={"data": 4}, out_specs=P())
       array([1.5], dtype=float32)
     """
-    return _reduce_leaves("pmean", x, axis, name, mean=True)
+    return _reduce_leaves("pmean", x, axis, algorithm, name, mean=True)
 
 
 def _reduce_leaves(
-    op: str, x: Any, axis: str | tuple[str, ...], name: str | None, *, mean: bool
+    op: str,
+    x: Any,
+    axis: str | tuple[str, ...],
+    algorithm: Algorithm | None,
+    name: str | None,
+    *,
+    mean: bool,
 ) -> Any:
     axes = _leaves.check_axes(op, axis)
+    check_algorithm(op, algorithm)
 
     def reduce_leaf(leaf: Leaf) -> jax.Array:
         leaf = _leaves.claim_differing(op, leaf, axes, mean=mean)
         kept = _leaves.reduced_axes(op, leaf, axes, mean=mean)
+        if algorithm and kept:
+            return _reduce_round(op, leaf, kept, mean=mean)
         if mean:
             return _leaves.mean_of(leaf.value, kept, lambda value: _psum_leaf(value, kept))
         return _psum_leaf(leaf.value, kept)
@@ -102,3 +131,22 @@ def _psum_leaf(value: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     if value.dtype == jnp.bool_:
         value = value.astype(jnp.int32)
     return lax.psum(_leaves.in_one_state(value, axes), axes) if axes else value
+
+
+def _reduce_round(op: str, leaf: Leaf, axes: tuple[str, ...], *, mean: bool) -> jax.Array:
+    """Reduce a leaf round a ring by remote DMA."""
+    several = tuple(a for a in axes if _compat.axis_size(a) != 1)
+    lone = tuple(a for a in axes if a not in several)
+
+    def add(value: jax.Array) -> jax.Array:
+        if value.dtype == jnp.bool_:
+            value = value.astype(jnp.int32)
+        if several:
+            ring = check_ring_leaf(op, leaf._replace(value=value), several)
+            value = ring_all_reduce(value, ring)
+        return _psum_leaf(value, lone)
+
+    if not mean:
+        return add(leaf.value)
+    # No reduction of jax tells that a kernel's result is one.
+    return varying.claim(_leaves.mean_of(leaf.value, axes, add), varying.MEAN, several)

@@ -6,10 +6,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from txcore import _compat
+from txcore import _compat, varying
 from txcore.collectives import _leaves
+from txcore.collectives._algorithms import Algorithm, check_algorithm, check_ring_leaf
 from txcore.collectives._calls import explain_calls
 from txcore.collectives._leaves import Leaf
+from txcore.kernels.ring import ring_reduce_scatter
 
 
 @explain_calls
@@ -19,6 +21,7 @@ def reduce_scatter(
     *,
     dim: int = 0,
     mean: bool = False,
+    algorithm: Algorithm | None = None,
     name: str | None = None,
 ) -> Any:
     """Sum `x` over all devices along `axis` and keep this device's shard of the sum.
@@ -34,6 +37,8 @@ def reduce_scatter(
       dim: the array dim to scatter.
       mean: divide by the axis size; integers become floating point, and the sum does not
         overflow, as for `pmean`.
+      algorithm: None for XLA's own; "remote_dma" for a ring of TPUs by remote DMA in a Pallas
+        kernel, over one axis, of float32, bfloat16 or int32.
       name: label of the operation's tag; letters, digits and `_ . / -`.
 
     Returns:
@@ -43,6 +48,7 @@ def reduce_scatter(
       ValueError: a leaf does not vary along `axis`, lacks `dim`, or its dim is indivisible.
       TypeError: a leaf is a Python number or no array.
       NameError: `axis` is not bound here.
+      NotImplementedError: `algorithm="remote_dma"` on a device that is no TPU.
 
     Example:
       >>> def f(x):
@@ -52,6 +58,7 @@ def reduce_scatter(
       array([ 4.,  6.,  8., 10.], dtype=float32)
     """
     axes = _leaves.check_axes("reduce_scatter", axis)
+    check_algorithm("reduce_scatter", algorithm)
 
     def scatter_leaf(leaf: Leaf) -> jax.Array:
         at = _leaves.check_dim("reduce_scatter", "dim", dim, leaf)
@@ -67,9 +74,16 @@ def reduce_scatter(
                 value = value.astype(jnp.int32)
             if not kept:
                 return value
+            if algorithm:
+                ring = check_ring_leaf("reduce_scatter", leaf._replace(value=value), kept)
+                return ring_reduce_scatter(value, ring, dim=at)
             return lax.psum_scatter(value, kept, scatter_dimension=at, tiled=True)
 
-        return _leaves.mean_of(value, kept, add_over_devices) if mean else add_over_devices(value)
+        if not mean:
+            return add_over_devices(value)
+        part = _leaves.mean_of(value, kept, add_over_devices)
+        # No reduction of jax tells that a kernel's result is one.
+        return varying.claim(part, varying.MEAN_SHARD, kept) if algorithm and kept else part
 
     return _leaves.map_leaves("reduce_scatter", x, scatter_leaf, name=name, verb="reduce")
 

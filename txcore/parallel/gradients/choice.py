@@ -7,7 +7,14 @@ from typing import Any, get_args
 
 import jax
 
-from txcore.parallel.gradients.algorithms import ALGORITHMS, Algorithm, Name, is_power_of_two
+from txcore.kernels.ring import check_platform
+from txcore.parallel.gradients.algorithms import (
+    ALGORITHMS,
+    ALGORITHMS_OF_TPU,
+    Algorithm,
+    Name,
+    is_power_of_two,
+)
 from txcore.parallel.gradients.buckets import Bucket, Buckets, bucket_layout
 from txcore.parallel.gradients.measured import find_measured
 from txcore.parallel.predicted import Predicted
@@ -57,7 +64,7 @@ def fastest(platform: str, nbytes: int, sizes: Mapping[str, int], dtype: str = "
     What `txcore bench --record` has measured on this machine comes first.
     """
     found = find_measured(platform, nbytes, dtype, sizes)
-    for name in get_args(Name):
+    for name in ALGORITHMS:
         if name == found and _can_run(name, sizes) and _has_levels(name, sizes):
             return name
     devices, over_processes = math.prod(sizes.values()), jax.process_count() > 1
@@ -137,6 +144,8 @@ def plan_exchange(
     """
     if buckets is None and algorithm == "plain":
         return []
+    if algorithm in ALGORITHMS_OF_TPU:
+        check_platform(f"algorithm={algorithm!r}", platform)
     chosen = []
     for bucket in bucket_layout(tree, layouts, buckets or Buckets()):
         if buckets is None and algorithm is None and bucket.scattered:
@@ -145,9 +154,11 @@ def plan_exchange(
         name = algorithm or fastest(platform, bucket.nbytes, steps[0], bucket.dtype)
         if not all(_can_run(name, step) for step in steps if step):
             _refuse_devices(bucket, sizes)
+        if name in ALGORITHMS_OF_TPU and any(len(step) > 1 for step in steps):
+            _refuse_several_axes(name, bucket)
         is_packed = len(bucket.leaves) >= _WORTH_PACKING.get(platform, math.inf)
         if buckets is not None or name != "plain" or is_packed:
-            chosen.append((bucket, ALGORITHMS[name]))
+            chosen.append((bucket, {**ALGORITHMS, **ALGORITHMS_OF_TPU}[name]))
     return chosen
 
 
@@ -163,6 +174,13 @@ def _refuse_devices(bucket: Bucket, sizes: Mapping[str, int]) -> None:
     raise ValueError(
         "algorithm='recursive_doubling' needs a number of devices that is a power of two, got the "
         f"axes {over}: write algorithm='chunked', or None for the fastest that can run"
+    )
+
+
+def _refuse_several_axes(name: Name, bucket: Bucket) -> None:
+    raise ValueError(
+        f"algorithm={name!r} needs one axis of more than one device, a ring of TPUs, got "
+        f"{bucket.axes}: shard the state over one of them, or write algorithm=None"
     )
 
 

@@ -5,13 +5,21 @@ flat array and axes of more than one device calls `mean_flat`, or `mean_blocks` 
 to have its own block of the mean alone. Both have the derivatives of the plain collective: no
 algorithm differentiates its own steps.
 
-Imports `_compat`, `collectives`, `parallel`, `varying`.
+Imports `_compat`, `collectives`, `kernels.ring`, `parallel`, `varying`.
 """
 
 from collections.abc import Mapping
 from typing import get_args
 
-from txcore.parallel.gradients.algorithms import doubling, levels, narrow, pieces, plain, ring
+from txcore.parallel.gradients.algorithms import (
+    doubling,
+    levels,
+    narrow,
+    pieces,
+    plain,
+    remote,
+    ring,
+)
 from txcore.parallel.gradients.algorithms.doubling import is_power_of_two as is_power_of_two
 from txcore.parallel.gradients.algorithms.means import mean_blocks as mean_blocks
 from txcore.parallel.gradients.algorithms.means import mean_flat as mean_flat
@@ -66,4 +74,14 @@ ALGORITHMS: Mapping[Name, Algorithm] = {
         ),
     )
 }
-assert set(ALGORITHMS) == set(get_args(Name))
+# Those that run on one platform alone.
+ALGORITHMS_OF_TPU: Mapping[Name, Algorithm] = {
+    "remote_dma": Algorithm(
+        "remote_dma",
+        remote.remote_mean,
+        remote.remote_blocks,
+        remote.send_remote,
+        remote.send_remote_blocks,
+    )
+}
+assert {*ALGORITHMS, *ALGORITHMS_OF_TPU} == {*get_args(Name)}

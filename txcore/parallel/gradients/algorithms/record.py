@@ -19,6 +19,7 @@ Name = Literal[
     "recursive_doubling",
     "hierarchical",
     "bf16_wire",
+    "remote_dma",
 ]
 Axes = tuple[str, ...]
 Sizes = Mapping[str, int]  # of the axes, outermost first
