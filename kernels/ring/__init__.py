@@ -8,3 +8,5 @@ from txcore.kernels.ring.api import ring_all_reduce as ring_all_reduce
 from txcore.kernels.ring.api import ring_reduce_scatter as ring_reduce_scatter
 from txcore.kernels.ring.blocks import count_sent as count_sent
 from txcore.kernels.ring.call import check_platform as check_platform
+from txcore.kernels.ring.matmul import ring_all_gather_matmul as ring_all_gather_matmul
+from txcore.kernels.ring.matmul import ring_matmul_reduce_scatter as ring_matmul_reduce_scatter

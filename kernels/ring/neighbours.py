@@ -27,7 +27,7 @@ class Ring(NamedTuple):
 
 
 def place_of(ring: Ring, by: Any) -> jax.Array:
-    """Return the place on the ring of the device `by` places from here, not a whole round away."""
+    """Return the place on the ring of the device `by` places from here, a round at most."""
     return lax.rem(ring.place[ring.axis] + by + ring.size, ring.size)
 
 

@@ -58,6 +58,7 @@ class Declared:
       foldable: the compiler may eliminate it (its operand does not depend on the program's
         inputs, or its group is one device).
       live: something uses its result.
+      kernel: the name of a Pallas kernel.
       simulated: a Pallas kernel that is interpreted: the compiled program has callbacks for it.
       operand: the number of its operand's value: equal values have equal numbers.
       groups, pairs: the devices that talk to each other, by place in the mesh.
@@ -78,6 +79,7 @@ class Declared:
     size_known: bool = True
     foldable: bool = False
     live: bool = True
+    kernel: str = ""
     simulated: bool = False
     operand: int = field(default=-1, repr=False, compare=False)
     groups: Groups = field(default=NO_GROUPS, repr=False)
@@ -362,6 +364,7 @@ def _declare_kernel(
         trips_known=scope.trips_known,
         size_known=sent.known and scope.size_known,
         foldable=scope.foldable or not any(value.depends for value in inputs),
+        kernel=_compat.kernel_name(eqn),
         simulated=_compat.is_simulated(eqn),
         operand=inputs[-1].number if inputs else -1,
     )

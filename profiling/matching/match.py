@@ -13,7 +13,7 @@ elements (not bytes: compilers promote dtypes). `rules.py` tries the plain forms
 7. under a tag that this trace does not have: jax's cache on disk ignores names
 
 A Pallas kernel that sends by remote DMA is one custom call, whose line has no sizes: it is matched
-by its tag, its line in the source and its trips.
+by its tag, its name, its line in the source and its trips; those that nothing uses come last.
 
 A unit without a match is unexplained, whatever its tag says. A declaration without a match is
 missing, unless nothing uses it, an equal one does its work, or it has no work.
@@ -217,11 +217,13 @@ class _Match:
 
         The call's line has the kernel's name and tag, and no sizes: those are the declaration's.
         """
-        self.order = [i for i, d in enumerate(self.declared) if d.kind == REMOTE_DMA]
+        kernels = [i for i, d in enumerate(self.declared) if d.kind == REMOTE_DMA]
         waiting = self.open_units(("opaque",))
         calls = [i for i in waiting if self.units[i].op_name.endswith(KERNEL_CALLS)]
-        for rule in rules.KERNELS:
-            self.join_by_rule(rule, [i for i in calls if i not in self.links])
+        for live in (True, False):
+            self.order = [i for i in kernels if self.declared[i].live is live]
+            for rule in rules.KERNELS:
+                self.join_by_rule(rule, [i for i in calls if i not in self.links])
         for i in calls:
             if i in self.links:
                 (place,) = self.links[i]

@@ -71,9 +71,22 @@ RENAMED = Rule(
     lambda u, tag: (u.kind, u.size, u.trips.count),
     lambda d: (d.kind, size_of(d), d.trips),
 )
+
+
+def _kernel_of(unit: Unit) -> str:
+    """Return the name of the kernel that a custom call runs: the last but one part of its path."""
+    return ([""] + unit.op_name.split("/"))[-2]
+
+
 # Of a custom call, whose sizes its line does not have, with the kernel that it runs.
 KERNELS = (
-    Rule(lambda u, tag: (tag, u.trips.count, u.source), lambda d: (d.tag, d.trips, d.source)),
-    Rule(lambda u, tag: (tag, u.trips.count), lambda d: (d.tag, d.trips)),
+    Rule(
+        lambda u, tag: (tag, _kernel_of(u), u.trips.count, u.source),
+        lambda d: (d.tag, d.kernel, d.trips, d.source),
+    ),
+    Rule(
+        lambda u, tag: (tag, _kernel_of(u), u.trips.count),
+        lambda d: (d.tag, d.kernel, d.trips),
+    ),
     Rule(lambda u, tag: tag, lambda d: d.tag, _has_enough_trips),
 )

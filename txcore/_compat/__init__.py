@@ -24,6 +24,7 @@ from txcore._compat.pallas import is_of_gpu as is_of_gpu
 from txcore._compat.pallas import is_simulated as is_simulated
 from txcore._compat.pallas import kernel_grid as kernel_grid
 from txcore._compat.pallas import kernel_metadata as kernel_metadata
+from txcore._compat.pallas import kernel_name as kernel_name
 from txcore._compat.pallas import remote_device as remote_device
 from txcore._compat.pallas import simulates_tpu as simulates_tpu
 from txcore._compat.processes import coordination_client as coordination_client

@@ -25,6 +25,12 @@ def is_of_gpu(eqn: Any) -> bool:
     return any("mosaic_gpu" in type(one).__module__ for one in given)
 
 
+def kernel_name(eqn: Any) -> str:
+    """Return the name of a traced equation's kernel, "" where this jax hides it."""
+    named = eqn.params.get("name") or getattr(eqn.params.get("name_and_src_info"), "name", "")
+    return str(named or "")
+
+
 def kernel_metadata(eqn: Any) -> Mapping[str, str]:
     """Return what the author of a traced equation's kernel says of it (`metadata=`)."""
     return dict(eqn.params.get("metadata") or {})

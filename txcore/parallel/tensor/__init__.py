@@ -1,7 +1,7 @@
 """Tensor parallelism: layers of which each device holds a part, as Megatron-LM splits them.
 
-Imports `_compat`, `collectives`, `kernels`, `kernels.common`, `kernels.conv`, `step_scope`,
-`varying`.
+Imports `_compat`, `collectives`, `kernels`, `kernels.common`, `kernels.conv`, `kernels.ring`,
+`step_scope`, `tags`, `varying`.
 """
 
 from txcore.parallel.tensor.conv import column_conv as column_conv

@@ -3,6 +3,7 @@
 import jax
 
 from txcore.collectives import all_gather, reduce_scatter
+from txcore.collectives._algorithms import Algorithm, check_algorithm
 from txcore.parallel.tensor import overlap as rings
 from txcore.parallel.tensor.pair import check_part, enter, leave, split_axes
 
@@ -15,6 +16,7 @@ def column_dense(
     axis: str,
     gather_dim: int | None = None,
     overlap: bool = False,
+    algorithm: Algorithm | None = None,
     name: str = "column",
 ) -> jax.Array:
     """Compute this device's columns of a dense layer.
@@ -34,6 +36,8 @@ def column_dense(
       gather_dim: the dim of `x` along which it is gathered first; not the last.
       overlap: with `gather_dim`, send one shard on while another is multiplied, in both directions
         of a ring, in place of one all-gather before one product.
+      algorithm: of the ring: None for permutes and products of XLA's, "remote_dma" for one Pallas
+        kernel on TPU (`kernels.ring_all_gather_matmul`).
       name: label of the operations' tags.
 
     Returns:
@@ -62,11 +66,11 @@ def column_dense(
     check_part(op, "w", w, axes, 1)
     if b is not None:
         check_part(op, "b", b, axes, 0)
-    dim = _check_dim(op, "gather_dim", gather_dim, overlap, x)
+    dim = _check_dim(op, "gather_dim", gather_dim, overlap, x, algorithm)
     if dim is None:
         y = enter(x, axis, name=name) @ w
     elif overlap and axes:
-        y = rings.gather_and_multiply(x, w, axis, dim, name)
+        y = rings.gather_and_multiply(x, w, axis, dim, name, algorithm)
     else:
         y = all_gather(x, axis, dim=dim, name=name) @ w
     return y if b is None else y + b
@@ -80,6 +84,7 @@ def row_dense(
     axis: str,
     scatter_dim: int | None = None,
     overlap: bool = False,
+    algorithm: Algorithm | None = None,
     name: str = "row",
 ) -> jax.Array:
     """Compute a dense layer of which each device has some of the input features.
@@ -98,6 +103,8 @@ def row_dense(
       scatter_dim: the dim of the result along which it is split over the devices; not the last.
       overlap: with `scatter_dim`, send one shard's sum on while another's is computed, in both
         directions of a ring, in place of one product before one reduce-scatter.
+      algorithm: of the ring: None for permutes and products of XLA's, "remote_dma" for one Pallas
+        kernel on TPU (`kernels.ring_matmul_reduce_scatter`).
       name: label of the operations' tags.
 
     Returns:
@@ -122,12 +129,12 @@ def row_dense(
     op = "tensor.row_dense"
     axes = split_axes(op, axis)
     check_part(op, "w", w, axes, 0)
-    dim = _check_dim(op, "scatter_dim", scatter_dim, overlap, x)
+    dim = _check_dim(op, "scatter_dim", scatter_dim, overlap, x, algorithm)
     if dim is None:
         y = leave(x @ w, axis, name=name)
         return y if b is None else y + b
     if overlap and axes:
-        y = rings.multiply_and_scatter(x, w, axis, dim, name)
+        y = rings.multiply_and_scatter(x, w, axis, dim, name, algorithm)
     elif axes:
         y = reduce_scatter(x @ w, axis, dim=dim, name=name)
     else:
@@ -135,8 +142,21 @@ def row_dense(
     return y if b is None else y + enter(b, axis, name=f"{name}_bias")
 
 
-def _check_dim(op: str, option: str, dim: int | None, overlap: bool, x: jax.Array) -> int | None:
+def _check_dim(
+    op: str,
+    option: str,
+    dim: int | None,
+    overlap: bool,
+    x: jax.Array,
+    algorithm: Algorithm | None,
+) -> int | None:
     """Return the dim of the sequence counted from the front."""
+    check_algorithm(op, algorithm)
+    if algorithm and not overlap:
+        raise ValueError(
+            f"{op} needs overlap=True with algorithm={algorithm!r}, got False: it is of the ring "
+            "that overlaps"
+        )
     if dim is None:
         if overlap:
             raise ValueError(

@@ -5,15 +5,27 @@ and the product beside it do not depend on each other: a compiler with asynchron
 runs them at the same time.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from txcore import tags
 from txcore.collectives import axis_index, axis_size, shift
+from txcore.collectives._algorithms import Algorithm
+from txcore.kernels.ring import ring_all_gather_matmul, ring_matmul_reduce_scatter
 from txcore.varying import match_varying
 
 
-def gather_and_multiply(x: jax.Array, w: jax.Array, axis: str, dim: int, name: str) -> jax.Array:
+def gather_and_multiply(
+    x: jax.Array,
+    w: jax.Array,
+    axis: str,
+    dim: int,
+    name: str,
+    algorithm: Algorithm | None = None,
+) -> jax.Array:
     """Return `all_gather(x, axis, dim) @ w`, a shard at a time.
 
     Args:
@@ -22,7 +34,11 @@ def gather_and_multiply(x: jax.Array, w: jax.Array, axis: str, dim: int, name: s
       axis: the mesh axis of the ring.
       dim: not the last.
       name: label of the tags.
+      algorithm: None, or "remote_dma" for one Pallas kernel on TPU.
     """
+    if algorithm:
+        with tags.tag_scope(f"all_gather_matmul/{name}"):
+            return _multiply_rows(ring_all_gather_matmul, x, w, axis, dim)
     n, rank, length = axis_size(axis), axis_index(axis), x.shape[dim]
     first = x @ w
     shape = list(first.shape)
@@ -45,7 +61,14 @@ def gather_and_multiply(x: jax.Array, w: jax.Array, axis: str, dim: int, name: s
     return whole
 
 
-def multiply_and_scatter(x: jax.Array, w: jax.Array, axis: str, dim: int, name: str) -> jax.Array:
+def multiply_and_scatter(
+    x: jax.Array,
+    w: jax.Array,
+    axis: str,
+    dim: int,
+    name: str,
+    algorithm: Algorithm | None = None,
+) -> jax.Array:
     """Return `reduce_scatter(x @ w, axis, dim)`, a shard at a time.
 
     The sums of one half of the output features go up the ring, those of the other half down.
@@ -56,6 +79,7 @@ def multiply_and_scatter(x: jax.Array, w: jax.Array, axis: str, dim: int, name: 
       axis: the mesh axis of the ring.
       dim: not the last.
       name: label of the tags.
+      algorithm: None, or "remote_dma" for one Pallas kernel on TPU.
     """
     n, rank, total = axis_size(axis), axis_index(axis), x.shape[dim]
     if total % n:
@@ -63,6 +87,9 @@ def multiply_and_scatter(x: jax.Array, w: jax.Array, axis: str, dim: int, name: 
             f"tensor.row_dense needs scatter_dim={dim} of x divisible by the {n} devices of "
             f"{axis!r}, got shape {x.shape}: pad it to {-(-total // n) * n}"
         )
+    if algorithm:
+        with tags.tag_scope(f"matmul_reduce_scatter/{name}"):
+            return _multiply_rows(ring_matmul_reduce_scatter, x, w, axis, dim)
     length, half = total // n, w.shape[-1] // 2
     halves = [(1, w[:, :half]), (-1, w[:, half:])] if half and n > 2 else [(1, w)]
 
@@ -80,3 +107,13 @@ def multiply_and_scatter(x: jax.Array, w: jax.Array, axis: str, dim: int, name: 
             total_here = total_here + part(columns, rank - by * (1 + step))
         sums.append(total_here)
     return jnp.concatenate(sums, axis=-1) if len(sums) > 1 else sums[0]
+
+
+def _multiply_rows(
+    kernel: Callable[..., jax.Array], x: jax.Array, w: jax.Array, axis: str, dim: int
+) -> jax.Array:
+    """Apply a kernel of matrices to x, whose dim becomes the first, and so the slowest, of rows."""
+    rows = jnp.moveaxis(x, dim, 0)
+    y = kernel(rows.reshape(-1, x.shape[-1]), w, axis)
+    others = rows.shape[1:-1]
+    return jnp.moveaxis(y.reshape(-1, *others, w.shape[1]), 0, dim)

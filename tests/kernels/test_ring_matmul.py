@@ -1,0 +1,104 @@
+"""Products that overlap with a collective by remote DMA, on simulated TPUs, against NumPy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ring_cases import assert_near, found_race, make_rows, mesh_of, run_ring, simulated
+
+from txcore.kernels import ring
+from txcore.kernels.ring import neighbours
+
+CASES = [(2, "float32", 5), (4, "bfloat16", 20), (8, "float32", 3)]
+
+
+@pytest.mark.parametrize(("devices", "dtype", "rows"), CASES)
+def test_all_gather_matmul(devices, dtype, rows):
+    x, w = make_rows(devices, (rows, 130), dtype), make_rows(devices, (130, 9), dtype, seed=1)
+    found = run_ring(
+        lambda x, w: ring.ring_all_gather_matmul(x, w, "data", interpret=simulated()),
+        *(mesh_of(data=devices), x, w),
+    )
+    wanted = np.float64(x).reshape(-1, 130) @ np.float64(w)
+    np.testing.assert_allclose(
+        np.float64(found), wanted, rtol=0, atol=1e-4 if dtype == "float32" else 0.25
+    )
+    assert found.dtype == jnp.dtype(dtype)
+    assert not found_race()
+
+
+@pytest.mark.parametrize(("devices", "dtype", "rows"), CASES)
+def test_matmul_reduce_scatter(devices, dtype, rows):
+    x = make_rows(devices, (devices * rows, 7), dtype)
+    w = make_rows(devices, (7, 9), dtype, seed=1)
+    found = run_ring(
+        lambda x, w: ring.ring_matmul_reduce_scatter(x, w, "data", interpret=simulated()),
+        *(mesh_of(data=devices), x, w),
+    )
+    wanted = (np.float64(x) @ np.float64(w)).sum(0).reshape(devices, rows, 9)
+    assert_near(found, wanted, dtype)
+    assert not found_race()
+
+
+def test_without_credit_a_sender_overruns_its_neighbour(monkeypatch):
+    monkeypatch.setattr(neighbours, "take_room", lambda credit: None)
+    x, w = make_rows(8, (8, 7)), make_rows(8, (7, 9), seed=1)
+    run_ring(
+        lambda x, w: ring.ring_matmul_reduce_scatter(x, w, "data", interpret=simulated()),
+        *(mesh_of(data=8), x, w),
+    )
+    assert found_race()
+
+
+@pytest.mark.parametrize(("devices", "check_vma"), [(4, True), (2, False)])
+def test_the_transposes_are_each_other(devices, check_vma):
+    """Column then row parallel, as a transformer block has them."""
+    params = simulated()
+    x, a, b = (make_rows(devices, s, seed=i) for i, s in enumerate([(3, 5), (5, 6), (6, 7)]))
+    g = make_rows(devices, (3, 7), seed=3)
+
+    def block(x, a, b):
+        wide = ring.ring_all_gather_matmul(x, a, "data", interpret=params)
+        return ring.ring_matmul_reduce_scatter(wide, b, "data", interpret=params)
+
+    def gradients(x, a, b, g):
+        return jax.vjp(block, x, a, b)[1](g)
+
+    found = run_ring(gradients, mesh_of(data=devices), x, a, b, g, check_vma=check_vma)
+    whole, cotangent = np.float64(x).reshape(-1, 5), np.float64(g).reshape(-1, 7)
+    a, b = np.float64(a), np.float64(b)
+    wide = cotangent @ b.swapaxes(1, 2)
+    wanted = (
+        (wide @ a.swapaxes(1, 2)).sum(0).reshape(x.shape),
+        whole.T @ wide,
+        (whole @ a).swapaxes(1, 2) @ cotangent,
+    )
+    for one, other in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-4)
+    assert not found_race()
+
+
+def test_what_does_not_fit_is_refused():
+    params = simulated()
+
+    def error_of(error, x, w, function=ring.ring_all_gather_matmul):
+        with pytest.raises(error) as said:
+            run_ring(
+                lambda x, w: function(x, w, "data", interpret=params),
+                *(mesh_of(data=2), np.zeros((2, *x[0]), x[1]), np.zeros((2, *w[0]), w[1])),
+            )
+        return str(said.value)
+
+    assert error_of(TypeError, ((2, 3), np.int32), ((3, 4), np.int32)) == (
+        "ring_all_gather_matmul needs x and w of one dtype, float32 or bfloat16, got int32 and "
+        "int32: cast them"
+    )
+    assert error_of(ValueError, ((2, 3), np.float32), ((2, 4), np.float32)) == (
+        "ring_all_gather_matmul needs x of shape (rows, in) and w (in, out), none of them 0, got "
+        "(2, 3) and (2, 4): reshape them"
+    )
+    scatter = ring.ring_matmul_reduce_scatter
+    assert error_of(ValueError, ((3, 3), np.float32), ((3, 4), np.float32), scatter) == (
+        "ring_matmul_reduce_scatter over 'data' needs rows of x divisible by 2, got shape (3, 3): "
+        "pad them to 4"
+    )
