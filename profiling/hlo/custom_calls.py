@@ -22,7 +22,7 @@ _COMPUTES = re.compile(
     r"|xla_python_(?:cpu|gpu)_callback|xla_ffi_(?:partitioned_)?python_(?:cpu|gpu)_callback"
 )
 # A Pallas TPU kernel says so itself, where it sends anything to another chip.
-_TPU_KERNEL = "tpu_custom_call"
+TPU_KERNEL = "tpu_custom_call"
 _TPU_COMMUNICATES = re.compile(r'\\?"(?:has_communication\\?":\s*true|collective_id\\?":)')
 # So does a Mosaic GPU kernel, but for NVSHMEM, whose functions its module names.
 _GPU_KERNEL = "mosaic_gpu"
@@ -35,7 +35,7 @@ def can_communicate(instruction: Instruction) -> bool:
     Python callbacks on the host are not counted: they are the user's own code.
     """
     target = attributes.custom_call_target(instruction)
-    if target == _TPU_KERNEL:
+    if target == TPU_KERNEL:
         is_cut = "custom_call_config" not in instruction.rest
         return is_cut or bool(_TPU_COMMUNICATES.search(instruction.rest))
     if target.startswith(_GPU_KERNEL):

@@ -32,6 +32,7 @@ class Unit:
       has_own_line: whether the line describes this array alone, not all that its op merged.
       doubtful: whether its op contains an array of the partitioner's, and nothing tells which.
       pieces: the arrays that it was concatenated from, perhaps by the program itself.
+      target: the function that a custom call runs.
       added: "file.py:12" of an undeclared array that was merged into this one, else "".
     """
 
@@ -51,6 +52,7 @@ class Unit:
     doubtful: bool = False
     pieces: tuple["Unit", ...] = ()
     added: str = ""
+    target: str = ""
 
     @property
     def size(self) -> int:
@@ -129,6 +131,7 @@ def _describe_unit(place: int, op: Op, one: Input, *, is_piece: bool) -> Unit:
         note=note,
         has_own_line=has_own or not is_merged,
         doubtful=doubtful,
+        target=op.target,
     )
 
 

@@ -11,9 +11,10 @@ from txcore.profiling.bandwidth import wire_bytes
 from txcore.profiling.declared.collectives import RESHARD, Declared
 from txcore.profiling.declared.remote_dma import REMOTE_DMA
 from txcore.profiling.hlo import Op
+from txcore.profiling.hlo.custom_calls import TPU_KERNEL
 from txcore.profiling.hlo.trip_counts import Trips
 from txcore.profiling.matching.arrays import Unit
-from txcore.profiling.matching.match import KERNEL_CALLS, Matched
+from txcore.profiling.matching.match import Matched
 from txcore.profiling.matching.origin import UNEXPLAINED
 from txcore.profiling.report import Collective, Fate, Part
 
@@ -107,7 +108,7 @@ def _judge_by_match(
         if claimed and claimed.isdisjoint(names):
             return origin, True, f"compiled under the name {','.join(sorted(claimed))}"
         return origin, True, f"its own line looks like {unit.origin}" if differs else ""
-    if unit.origin == "opaque" and unit.op_name.endswith(KERNEL_CALLS):
+    if unit.origin == "opaque" and unit.target == TPU_KERNEL:
         return "opaque", False, f"{unit.note}, and no kernel of the traced program sends anything"
     if unit.origin in (*UNEXPLAINED, "opaque"):
         return unit.origin, unit.origin == "opaque", unit.note

@@ -66,3 +66,19 @@ def test_a_gpu_kernel_that_reads_its_neighbour_is_opaque():
     assert report.ok
     assert not report.exact
     assert [row.origin for row in report.collectives] == ["opaque"]
+
+
+def test_the_collectives_by_multimem_that_come_with_jax_compile():
+    """Those that a kernel of ours would have to beat; what they send is not read."""
+    gather = pytest.importorskip("jax.experimental.pallas.ops.gpu.all_gather_mgpu").all_gather
+    module = pytest.importorskip("jax.experimental.pallas.ops.gpu.reduce_scatter_mgpu")
+
+    def body(x):
+        whole = gather(x, axis_name=("data",), num_blocks=132)
+        return module.reduce_scatter(
+            whole, axis_name=("data",), scatter_dimension=0, num_blocks=132
+        )
+
+    report = audited(body, check_vma=False)
+    assert report.status == "not proved"
+    assert [(row.kind, row.origin) for row in report.collectives] == [("custom-call", "opaque")] * 2
