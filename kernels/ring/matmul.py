@@ -99,7 +99,9 @@ def _prepare(
     check_ring(op, axis, interpret, x=x, w=w)
     x, w = varying.match_varying(x, w)
     is_equal = _compat.tracks_varying(axis) and axis not in _compat.varying_axes(x)
-    return tuple(_compat.cast_to_varying(a, (axis,)) for a in (x, w)) if is_equal else (x, w)
+    if is_equal:
+        x, w = (_compat.cast_to_varying(a, (axis,)) for a in (x, w))
+    return x, w
 
 
 def _multiply(x: jax.Array, w: jax.Array) -> jax.Array:
