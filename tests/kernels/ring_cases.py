@@ -61,8 +61,10 @@ def make_rows(devices, shape, dtype="float32", seed=0):
     return np.asarray(jnp.asarray(rng.normal(size=(devices, *shape)), dtype))
 
 
+def wide(x):
+    return np.asarray(x, np.float64)
+
+
 def assert_near(found, wanted, dtype):
     assert found.dtype == jnp.dtype(dtype)
-    np.testing.assert_allclose(
-        np.float64(found), np.float64(wanted), rtol=0, atol=TOLERANCE[dtype] * 8
-    )
+    np.testing.assert_allclose(wide(found), wide(wanted), rtol=0, atol=TOLERANCE[dtype] * 8)

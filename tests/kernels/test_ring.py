@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
-from ring_cases import assert_near, found_race, make_rows, mesh_of, run_ring, simulated
+from ring_cases import assert_near, found_race, make_rows, mesh_of, run_ring, simulated, wide
 
 from txcore.kernels import ring
 from txcore.kernels.ring import blocks, neighbours
@@ -38,7 +38,7 @@ def test_reduce_scatter(devices, dtype):
         lambda v: ring.ring_reduce_scatter(v, "data", dim=1, interpret=simulated()),
         *(mesh_of(data=devices), x),
     )
-    wanted = np.split(np.float64(x).sum(0), devices, axis=1)
+    wanted = np.split(wide(x).sum(0), devices, axis=1)
     assert_near(found, wanted, dtype)
     assert not found_race()
 
@@ -51,7 +51,7 @@ def test_all_reduce(devices, dtype):
         *(mesh_of(data=devices), x),
         out_specs=P(),
     )
-    assert_near(found, np.float64(x).sum(0), dtype)
+    assert_near(found, wide(x).sum(0), dtype)
     assert not found_race()
 
 
@@ -67,7 +67,7 @@ def test_one_axis_of_two(axis):
     gathered, total = run_ring(both, mesh, x)
     along = list(mesh.axis_names).index(axis)
     grid = x.reshape(2, 4, 5)
-    sums = np.broadcast_to(np.float64(grid).sum(along, keepdims=True), grid.shape)
+    sums = np.broadcast_to(wide(grid).sum(along, keepdims=True), grid.shape)
     assert_near(total, sums.reshape(8, 5), "float32")
     of_ring = np.moveaxis(grid, along, 1)  # (others, ring, 5)
     wanted = np.stack([of_ring[i // 4 if along else i % 4].reshape(-1) for i in range(8)])
@@ -85,7 +85,7 @@ def test_many_chunks_go_through_two_slots(small_chunks, mode):
     found = run_ring(
         lambda v: ring.ring_reduce_scatter(v, "data", interpret=params), mesh_of(data=devices), x
     )
-    assert_near(found, np.float64(x).sum(0).reshape(devices, -1), "float32")
+    assert_near(found, wide(x).sum(0).reshape(devices, -1), "float32")
     assert not found_race()
 
 
@@ -132,7 +132,7 @@ def test_transposes(devices, check_vma):
         return back, forth
 
     back, forth = run_ring(derivatives, mesh_of(data=devices), x, whole, check_vma=check_vma)
-    wanted = np.float64(whole).sum(0).reshape(devices, 6)
+    wanted = wide(whole).sum(0).reshape(devices, 6)
     assert_near(back, wanted, "float32")
     for row in forth:
         assert_near(row, wanted.reshape(-1), "float32")

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ring_cases import assert_near, found_race, make_rows, mesh_of, run_ring, simulated
+from ring_cases import assert_near, found_race, make_rows, mesh_of, run_ring, simulated, wide
 
 from txcore.kernels import ring
 from txcore.kernels.ring import neighbours
@@ -21,9 +21,9 @@ def test_all_gather_matmul(devices, dtype, inner, rows):
         lambda x, w: ring.ring_all_gather_matmul(x, w, "data", interpret=simulated()),
         *(mesh_of(data=devices), x, w),
     )
-    wanted = np.float64(x).reshape(-1, inner) @ np.float64(w)
+    wanted = wide(x).reshape(-1, inner) @ wide(w)
     np.testing.assert_allclose(
-        np.float64(found), wanted, rtol=0, atol=1e-4 if dtype == "float32" else 0.25
+        wide(found), wanted, rtol=0, atol=1e-4 if dtype == "float32" else 0.25
     )
     assert found.dtype == jnp.dtype(dtype)
     assert not found_race()
@@ -37,7 +37,7 @@ def test_matmul_reduce_scatter(devices, dtype, inner, rows):
         lambda x, w: ring.ring_matmul_reduce_scatter(x, w, "data", interpret=simulated()),
         *(mesh_of(data=devices), x, w),
     )
-    wanted = (np.float64(x) @ np.float64(w)).sum(0).reshape(devices, rows, 9)
+    wanted = (wide(x) @ wide(w)).sum(0).reshape(devices, rows, 9)
     assert_near(found, wanted, dtype)
     assert not found_race()
 
@@ -60,19 +60,19 @@ def test_the_transposes_are_each_other(devices, check_vma):
     g = make_rows(devices, (3, 7), seed=3)
 
     def block(x, a, b):
-        wide = ring.ring_all_gather_matmul(x, a, "data", interpret=params)
-        return ring.ring_matmul_reduce_scatter(wide, b, "data", interpret=params)
+        y = ring.ring_all_gather_matmul(x, a, "data", interpret=params)
+        return ring.ring_matmul_reduce_scatter(y, b, "data", interpret=params)
 
     def gradients(x, a, b, g):
         return jax.vjp(block, x, a, b)[1](g)
 
     found = run_ring(gradients, mesh_of(data=devices), x, a, b, g, check_vma=check_vma)
-    whole, cotangent = np.float64(x).reshape(-1, 5), np.float64(g).reshape(-1, 7)
-    a, b = np.float64(a), np.float64(b)
-    wide = cotangent @ b.swapaxes(1, 2)
+    whole, cotangent = wide(x).reshape(-1, 5), wide(g).reshape(-1, 7)
+    a, b = wide(a), wide(b)
+    before = cotangent @ b.swapaxes(1, 2)
     wanted = (
-        (wide @ a.swapaxes(1, 2)).sum(0).reshape(x.shape),
-        whole.T @ wide,
+        (before @ a.swapaxes(1, 2)).sum(0).reshape(x.shape),
+        whole.T @ before,
         (whole @ a).swapaxes(1, 2) @ cotangent,
     )
     for one, other in zip(found, wanted, strict=True):
