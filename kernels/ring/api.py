@@ -130,7 +130,7 @@ def _gather(x: jax.Array, axis: str, dim: int, interpret: Any) -> jax.Array:
     laid = lay_in_rows(x.shape, x.dtype)
     blocks = gather_blocks(to_rows(x, laid), axis, interpret)
     shards = jnp.moveaxis(from_rows(blocks, laid), 0, dim)
-    whole = shards.reshape(*x.shape[:dim], -1, *x.shape[dim + 1 :])
+    whole = shards.reshape(*x.shape[:dim], shards.shape[dim] * x.shape[dim], *x.shape[dim + 1 :])
     return varying.claim(whole, varying.GATHERED, (axis,))
 
 
@@ -142,7 +142,7 @@ def _gather_equal(x: jax.Array, axis: str, dim: int, interpret: Any) -> jax.Arra
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
 def _scatter(x: jax.Array, axis: str, dim: int, interpret: Any) -> jax.Array:
     size = ring_size(axis)
-    split = x.reshape(*x.shape[:dim], size, -1, *x.shape[dim + 1 :])
+    split = x.reshape(*x.shape[:dim], size, x.shape[dim] // size, *x.shape[dim + 1 :])
     shards = jnp.moveaxis(split, dim, 0)
     laid = lay_in_rows(shards.shape[1:], x.dtype, parts=2)
     return from_rows(scatter_sums(to_rows(shards, laid), laid, axis, interpret), laid)

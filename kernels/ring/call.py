@@ -24,7 +24,8 @@ def check_ring(op: str, axis: Any, interpret: Any, **arrays: jax.Array) -> None:
     Raises:
       TypeError: the axis is no name, or the dtype is none of `DTYPES`.
       NameError: the axis is not bound here.
-      NotImplementedError: the device is no TPU, and no simulation was asked for.
+      NotImplementedError: the device is no TPU, and no simulation was asked for; an array is
+        vmapped; or an axis of the mesh is left to the partitioner.
     """
     if not isinstance(axis, str):
         raise TypeError(
@@ -36,6 +37,11 @@ def check_ring(op: str, axis: Any, interpret: Any, **arrays: jax.Array) -> None:
         raise NameError(
             f"{op} needs a mesh axis that is bound here, got {axis!r}, where the bound ones are "
             f"{bound}: call it inside jax.shard_map over that axis"
+        )
+    if any(map(_compat.is_vmapped, arrays.values())):
+        raise NotImplementedError(
+            f"{op} needs whole arrays, got a row of what jax.vmap goes over: call it outside of "
+            "the vmap, or use the collectives of txcore without algorithm="
         )
     for name, array in arrays.items():
         if array.dtype.name not in DTYPES:
@@ -107,7 +113,6 @@ def call_ring(
     from jax.experimental.pallas import tpu as pltpu
 
     in_hbm = pl.BlockSpec(memory_space=pltpu.MemorySpace.HBM)
-
     size, axes = ring_size(axis), _compat.bound_axes()
 
     def run_there(places: Any, *refs: Any) -> None:

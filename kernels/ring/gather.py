@@ -13,7 +13,6 @@ from txcore.kernels.ring.neighbours import Ring
 def gather_blocks(block: jax.Array, axis: str, interpret: Any) -> jax.Array:
     """Return (n, rows, columns), the blocks (rows, columns) of all devices of an axis.
 
-
     A block lands in a place of its own, which is written once: the kernel's one start suffices.
     Each device sends n - 1 blocks.
     """
@@ -36,10 +35,8 @@ def gather_blocks(block: jax.Array, axis: str, interpret: Any) -> jax.Array:
 def _gather_kernel(ring: Ring, block: Any, out: Any, sent: Any, received: Any, copied: Any) -> None:
     from jax.experimental.pallas import tpu as pltpu
 
-    steps = {
-        1: ring.size // 2,
-        -1: (ring.size - 1) // 2,
-    }  # an even ring's opposite device gets it once
+    # In an even ring the opposite device gets a block from one side alone.
+    steps = {1: ring.size // 2, -1: (ring.size - 1) // 2}
 
     def send(by: int, step: Any, source: Any = None) -> Any:
         """Describe the copy onward of the block from `step` places back."""

@@ -18,6 +18,7 @@ from txcore.profiling.declared.equations import (
     CASTS,
     EQUALIZERS,
     GATHERS,
+    KERNELS,
     OPAQUE,
     PLAIN,
     REFS,
@@ -147,7 +148,9 @@ class Uniformity(Forward[Relation]):
     ) -> None:
         """Show the equation to `look`, unless it is plain, and keep the finding."""
         name = name_of(eqn)
-        if not self._every and (name in PLAIN or name in OPAQUE):
+        is_quiet = name in PLAIN or name in OPAQUE
+        may_hang = frame.under is not None and name in KERNELS
+        if not self._every and is_quiet and not may_hang:
             return
         seen = Seen(eqn, jaxpr, name, self.axis, self.sizes, inputs, outputs, splits, frame)
         if (found := self._look(seen)) is not None:

@@ -19,6 +19,7 @@ from txcore.profiling.declared.equations import (
     open_jaxpr,
 )
 from txcore.profiling.declared.relation import may_differ
+from txcore.profiling.declared.remote_dma import REMOTE_DMA, sent_by_kernel
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,8 @@ def _find_in_equation(seen: Seen) -> Divergence | None:
         return _find_false_type(seen)
     axes = tuple(a for a in seen.axes if a in seen.sizes)
     kind = KIND_OF.get(seen.name)
+    if sent := sent_by_kernel(seen.eqn, tuple(seen.sizes.items())):
+        kind, axes = REMOTE_DMA, sent.axes
     # A psend waits for its precv alone, which may stand in another branch.
     if kind is None or seen.name == "psend" or seen.frame.under is None or not axes:
         return None

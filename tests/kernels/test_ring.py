@@ -220,3 +220,22 @@ def test_what_no_ring_can_run_is_refused():
         lambda v: ring.ring_all_gather(v, "data", interpret=params),
         shape=(),
     )
+    refused(
+        NotImplementedError,
+        "ring_all_gather needs whole arrays, got a row of what jax.vmap goes over: call it outside",
+        lambda v: jax.vmap(lambda row: ring.ring_all_gather(row, "data", interpret=params))(v),
+        shape=(2, 3),
+    )
+
+
+def test_arrays_without_elements():
+    params = simulated()
+    x = np.zeros((2, 4, 0), np.float32)
+
+    def all_three(v):
+        whole = ring.ring_all_gather(v, "data", dim=1, interpret=params)
+        part = ring.ring_reduce_scatter(whole, "data", interpret=params)
+        return part, ring.ring_all_reduce(part, "data", interpret=params)
+
+    part, total = run_ring(all_three, mesh_of(data=2), x)
+    assert (part.shape, total.shape) == ((2, 2, 0), (2, 2, 0))

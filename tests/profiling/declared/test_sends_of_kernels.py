@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 import txcore as tx
 from txcore.profiling import audit
 from txcore.profiling.declared.collectives import list_declared
+from txcore.profiling.declared.divergence import find_divergences
 from txcore.profiling.hlo import find_collectives
 from txcore.profiling.matching.match import match_collectives
 from txcore.profiling.matching.rows import rows_of
@@ -121,6 +122,25 @@ def test_only_the_rings_axis_is_named():
         axes={"data": 2, "model": 4},
     )
     assert (found.axes, found.group_size) == (("model",), 4)
+
+
+def divergences(axis):
+    mesh = tpu_mesh(data=2, model=4)
+
+    def body(x):
+        return lax.cond(
+            x[0, 0] > 0, lambda x: tx.psum(x, axis, algorithm="remote_dma", name="t"), jnp.cos, x
+        )
+
+    with jax.sharding.use_abstract_mesh(mesh):
+        f = jax.shard_map(body, in_specs=P("data"), out_specs=P("data"), check_vma=False)
+        return find_divergences(jax.make_jaxpr(f)(array(8, 128)))
+
+
+def test_a_kernel_that_not_all_devices_reach_hangs():
+    found = [(d.problem, d.name, d.kind, d.axes) for d in divergences("data")]
+    assert found == [("hangs", "psum/t", "remote-dma", ("data",))]
+    assert divergences("model") == (), "all devices along it agree"
 
 
 CALL = (

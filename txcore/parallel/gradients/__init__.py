@@ -1,7 +1,7 @@
 """The exchange of gradients over the data axes: in which pieces, by which algorithm and dtype.
 
-Imports `_compat`, `collectives`, `kept`, `kernels`, `kernels.common`, `kernels.dispatch`,
-`layout`, `parallel`, `parallel.gradients.algorithms`, `parallel.gradients.compression`,
+Imports `_compat`, `collectives`, `kept`, `kernels.common`, `kernels.dispatch`, `kernels.ring`,
+`kernels`, `layout`, `parallel.gradients.algorithms`, `parallel.gradients.compression`, `parallel`,
 `step_scope`.
 """
 
