@@ -1,8 +1,8 @@
 """The exchange of gradients over the data axes: in which pieces, by which algorithm and dtype.
 
-Imports `_compat`, `collectives`, `kept`, `kernels.common`, `kernels.dispatch`, `kernels.ring`,
-`kernels`, `layout`, `parallel.gradients.algorithms`, `parallel.gradients.compression`, `parallel`,
-`step_scope`.
+Imports `_compat`, `collectives`, `kept`, `kernels`, `kernels.common`, `kernels.dispatch`,
+`kernels.ring`, `layout`, `parallel`, `parallel.gradients.algorithms`,
+`parallel.gradients.compression`, `step_scope`.
 """
 
 from txcore.parallel.gradients import compression as compression
