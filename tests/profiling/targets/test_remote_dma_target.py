@@ -111,9 +111,10 @@ def test_products_and_their_transposes(target, sizes, dtype):
     )
 
 
-def test_a_step_by_its_plan():
-    """The plan predicts what the exchange of gradients sends."""
-    plan = tx.Plan(data_parallel=tx.DP("data", algorithm="remote_dma"))
+@pytest.mark.parametrize("shard, kernels_of", [(None, 2), ("gradients", 1)])
+def test_a_step_by_its_plan(shard, kernels_of):
+    """The plan predicts what the exchange of gradients sends: a scatter alone where they stay."""
+    plan = tx.Plan(data_parallel=tx.DP("data", shard=shard, algorithm="remote_dma"))
     engine = tx.Engine(
         mesh=tx.MeshSpec(jax.devices()[:1], axes=("data",)), plan=plan, optimizer=tx.optim.sgd(0.1)
     )
@@ -133,7 +134,8 @@ def test_a_step_by_its_plan():
     report = engine.audit(step, state, batch, target=target, mesh={"data": 8})
     assert report.status == "proved", report
     [line] = [line for line in report.plan if line.what == "gradients"]
-    assert (line.kind, line.payload_bytes, line.found_bytes) == ("remote-dma", *[2 * 7 * 8192] * 2)
+    sent = kernels_of * 7 * 8192
+    assert (line.kind, line.payload_bytes, line.found_bytes) == ("remote-dma", sent, sent)
     assert line.factor == "mean"
 
 
