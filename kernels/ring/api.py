@@ -42,6 +42,16 @@ def ring_all_gather(
       NameError: `axis` is not bound here.
       ValueError: x does not have `dim`.
 
+    Example:
+      >>> from jax.sharding import Mesh, PartitionSpec as P
+      >>> from txcore import kernels
+      >>> mesh = Mesh(jax.devices()[:2], "data")
+      >>> specs = {"mesh": mesh, "in_specs": P("data"), "out_specs": P("data")}
+      >>> gather = jax.shard_map(
+      ...     lambda x: kernels.ring_all_gather(x, "data", interpret=True), **specs)
+      >>> gather(jnp.arange(4.0))
+      Array([0., 1., 2., 3., 0., 1., 2., 3.], dtype=float32)
+
     References:
       https://docs.jax.dev/en/latest/pallas/tpu/distributed.html
     """
@@ -75,6 +85,16 @@ def ring_reduce_scatter(
     Raises:
       NotImplementedError, TypeError, NameError: as `ring_all_gather`.
       ValueError: x does not have `dim`, or the axis size does not divide it.
+
+    Example:
+      >>> from jax.sharding import Mesh, PartitionSpec as P
+      >>> from txcore import kernels
+      >>> mesh = Mesh(jax.devices()[:2], "data")
+      >>> specs = {"mesh": mesh, "in_specs": P("data"), "out_specs": P("data")}
+      >>> scatter = jax.shard_map(
+      ...     lambda x: kernels.ring_reduce_scatter(x, "data", interpret=True), **specs)
+      >>> scatter(jnp.arange(4.0))
+      Array([2., 4.], dtype=float32)
     """
     x = _prepare("ring_reduce_scatter", jnp.asarray(x), axis, interpret)
     at, size = _check_dim("ring_reduce_scatter", x, dim), ring_size(axis)
@@ -104,6 +124,16 @@ def ring_all_reduce(x: ArrayLike, axis: str, *, interpret: Any = None) -> jax.Ar
 
     Raises:
       NotImplementedError, TypeError, NameError: as `ring_all_gather`.
+
+    Example:
+      >>> from jax.sharding import Mesh, PartitionSpec as P
+      >>> from txcore import kernels
+      >>> mesh = Mesh(jax.devices()[:2], "data")
+      >>> specs = {"mesh": mesh, "in_specs": P("data"), "out_specs": P()}
+      >>> total = jax.shard_map(
+      ...     lambda x: kernels.ring_all_reduce(x, "data", interpret=True), **specs)
+      >>> total(jnp.arange(4.0))
+      Array([2., 4.], dtype=float32)
     """
     x = _prepare("ring_all_reduce", jnp.asarray(x), axis, interpret)
     return _reduce(x, axis, interpret) if ring_size(axis) > 1 else _drop_varying(x, axis)

@@ -42,6 +42,16 @@ def ring_all_gather_matmul(
       TypeError: the dtypes differ, or are others.
       ValueError: the shapes do not fit.
 
+    Example:
+      >>> from jax.sharding import Mesh, PartitionSpec as P
+      >>> from txcore import kernels
+      >>> mesh = Mesh(jax.devices()[:2], "data")
+      >>> product = jax.shard_map(
+      ...     lambda x, w: kernels.ring_all_gather_matmul(x, w, "data", interpret=True),
+      ...     mesh=mesh, in_specs=(P("data"), P(None, "data")), out_specs=P(None, "data"))
+      >>> product(jnp.ones((6, 4)), jnp.ones((4, 10))).shape
+      (6, 10)
+
     References:
       Wang et al., "Overlap communication with dependent computation via decomposition", 2023.
     """
@@ -71,6 +81,16 @@ def ring_matmul_reduce_scatter(
 
     Raises:
       NotImplementedError, TypeError, NameError, ValueError: as `ring_all_gather_matmul`.
+
+    Example:
+      >>> from jax.sharding import Mesh, PartitionSpec as P
+      >>> from txcore import kernels
+      >>> mesh = Mesh(jax.devices()[:2], "data")
+      >>> product = jax.shard_map(
+      ...     lambda x, w: kernels.ring_matmul_reduce_scatter(x, w, "data", interpret=True),
+      ...     mesh=mesh, in_specs=(P(None, "data"), P("data")), out_specs=P("data"))
+      >>> product(jnp.ones((6, 4)), jnp.ones((4, 10))).shape
+      (6, 10)
     """
     x, w = _prepare("ring_matmul_reduce_scatter", x, w, axis, interpret)
     size = ring_size(axis)
