@@ -7,6 +7,7 @@ from typing import Any
 import jax
 
 from txcore import _compat
+from txcore.profiling.compiled_with import CompiledWith, read_compiled_with
 from txcore.profiling.declared.collectives import is_one_shard_map
 from txcore.profiling.declared.equations import Jaxpr
 from txcore.profiling.dump import compile_with_partitioned
@@ -25,6 +26,7 @@ class Program:
         was partitioned.
       target: the machine that it was compiled for: "cpu:8", "tpu:v5p:16x16x16".
       options: the compiler options that it was compiled with.
+      compiled_with: those, and jax's settings then.
     """
 
     jaxpr: Jaxpr
@@ -33,6 +35,7 @@ class Program:
     partitioned: str
     target: str
     options: Mapping[str, Any]
+    compiled_with: CompiledWith
 
     def read_partitioned(self) -> str:
         """Return the module right after SPMD partitioning; compile again where it was not kept."""
@@ -154,7 +157,8 @@ def compile_lowered(
     else:
         compiled, partitioned = lowered.compile(compiler_options=dict(options)), ""
     machine = target or machine_of(compiled)
-    return Program(jaxpr, lowered, compiled, partitioned, machine, options)
+    used = read_compiled_with(options)
+    return Program(jaxpr, lowered, compiled, partitioned, machine, options, used)
 
 
 def _replace_absent_arrays(args: Sequence[Any], target: Target) -> Any:

@@ -40,11 +40,12 @@ def check(path: str | os.PathLike[str], report: Report, *, exact: bool = False) 
     Args:
       path: the lock file.
       report: of `audit`, on the target to check.
-      exact: fail on entries that shrank or are gone, too.
+      exact: fail on entries that shrank or are gone, and on other compiler settings, too.
 
     Returns:
       The outcome. It is not ok where the report is not, where anything grew (an entry that the lock
-      lacks, more bytes, more executions), or where an axis is over its budget.
+      lacks, more bytes, more executions), or where an axis is over its budget. Its text says which
+      XLA options and jax settings differ from those that were locked; with `exact` that fails, too.
 
     Raises:
       LockError: the file cannot be read, or has nothing for the report's target; a budget's axis
@@ -68,11 +69,13 @@ def check(path: str | os.PathLike[str], report: Report, *, exact: bool = False) 
     if not report.ok:
         return Outcome(False, True, str(report))
     locked = locks[target]
-    changes = compare(locked, lock_of(report))
+    now = lock_of(report)
+    changes = compare(locked, now)
+    other = _describe_settings(locked, now)
     over = list_over_budget(report, locked.budgets)
-    ok = not over and not any(change.grew or exact for change in changes)
-    said = [*write_changes(changes), _summary_line(changes, locked, exact), *over]
-    return Outcome(ok, bool(changes), "\n".join(said))
+    ok = not over and not any(change.grew or exact for change in changes) and not (other and exact)
+    said = [*write_changes(changes), *other, _summary_line(changes, locked, exact), *over]
+    return Outcome(ok, bool(changes or other), "\n".join(said))
 
 
 def update(
@@ -111,7 +114,20 @@ def update(
     said = (
         f"{path}: {_count_entries(new)} locked for {new.target}{'' if changed else ', as before'}"
     )
-    return Outcome(True, changed, "\n".join([*write_changes(compare(old, new)), said]))
+    differing = [*write_changes(compare(old, new)), *_describe_settings(old, new)]
+    return Outcome(True, changed, "\n".join([*differing, said]))
+
+
+def _describe_settings(locked: Lock, now: Lock) -> list[str]:
+    """Return a line for what was compiled otherwise than what is locked."""
+    was, used = locked.compiled_with, now.compiled_with
+    names = sorted(name for name in {*was, *used} if was.get(name) != used.get(name))
+    shown = [f"{name} {_quoted(was.get(name))} -> {_quoted(used.get(name))}" for name in names]
+    return [f"compiled with other settings: {printable(', '.join(shown))}"] if shown else []
+
+
+def _quoted(text: str | None) -> str:
+    return "default" if text is None else repr(text)
 
 
 def list_over_budget(report: Report, budgets: Mapping[str, int]) -> list[str]:

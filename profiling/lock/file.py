@@ -17,7 +17,11 @@ _COLLECTIVE = {
     **{"tag?": str, "source?": str, "kind": str, "axes": [str], "dtype": str, "origin": str},
     **{"payload_bytes": _COUNT, "trips": _COUNT, "trips_known?": bool},
 }
-_SCHEMA = {"targets": {str: {"budgets?": {str: _COUNT}, "collectives": [_COLLECTIVE]}}}
+_SCHEMA = {
+    "targets": {
+        str: {"budgets?": {str: _COUNT}, "compiled_with?": {str: str}, "collectives": [_COLLECTIVE]}
+    }
+}
 
 
 def read_locks(path: str | os.PathLike[str], *, max_bytes: int = _MOST_BYTES) -> dict[str, Lock]:
@@ -67,7 +71,8 @@ def _parse_lock(target: str, section: Mapping[str, Any]) -> Lock:
         if (same := first.setdefault(entry.key, i)) != i:
             raise LockError(f"needs each collective once in {where}, got {same} again as {i}")
     entries.sort(key=lambda entry: entry.key)
-    return Lock(target, tuple(entries), section.get("budgets", {}))
+    budgets, used = section.get("budgets", {}), section.get("compiled_with", {})
+    return Lock(target, tuple(entries), budgets, used)
 
 
 def _parse_entry(data: Mapping[str, Any], where: str) -> Entry:
@@ -92,8 +97,10 @@ def _format_section(lock: Lock) -> str:
     lines = ",".join(f"\n        {json.dumps(_to_dict(entry))}" for entry in lock.entries)
     collectives = f"[{lines}\n      ]" if lines else "[]"
     budgets = json.dumps(dict(lock.budgets), sort_keys=True)
+    used = json.dumps(dict(lock.compiled_with), sort_keys=True)
+    with_it = f'      "compiled_with": {used},\n' if lock.compiled_with else ""
     return (
-        f'    {json.dumps(lock.target)}: {{\n      "budgets": {budgets},\n'
+        f'    {json.dumps(lock.target)}: {{\n      "budgets": {budgets},\n{with_it}'
         f'      "collectives": {collectives}\n    }}'
     )
 

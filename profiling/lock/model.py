@@ -61,11 +61,13 @@ class Lock:
       target: what it was compiled for and its mesh: "cpu:8 data=4,model=2".
       entries: sorted by their keys, each key once.
       budgets: bytes on the wire that each device may send in one call, by mesh axis.
+      compiled_with: XLA options and jax's settings that differ from the defaults, by name.
     """
 
     target: str
     entries: tuple[Entry, ...]
     budgets: Mapping[str, int] = field(default_factory=dict)
+    compiled_with: Mapping[str, str] = field(default_factory=dict)
 
 
 def lock_of(report: Report) -> Lock:
@@ -104,7 +106,8 @@ def lock_of(report: Report) -> Lock:
     matched = {place for fate in report.fates for place in fate.rows}
     rows = enumerate(report.collectives)
     sent += [_entry_of_row(row) for place, row in rows if place not in matched]
-    return Lock(target_of(report), _sum_by_key(sent))
+    used = report.compiled_with.changed if report.compiled_with else {}
+    return Lock(target_of(report), _sum_by_key(sent), compiled_with=used)
 
 
 def target_of(report: Report) -> str:

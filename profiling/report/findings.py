@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from txcore.profiling.compiled_with import CompiledWith
 from txcore.profiling.declared.collectives import Declared
 from txcore.profiling.declared.divergence import Divergence
 from txcore.profiling.declared.kernels import KernelUse
@@ -38,6 +39,7 @@ class Findings:
       divergent: hangs and false types under a cond or while whose predicate differs.
       plan: an engine's plan, line by line, and then the collectives beyond it.
       kernels: the kernels of txcore that it calls, and how often.
+      compiled_with: XLA options and jax's settings; None where unknown.
     """
 
     collectives: tuple[Collective, ...]
@@ -49,6 +51,7 @@ class Findings:
     divergent: tuple[Divergence, ...] = ()
     plan: tuple[PlanLine, ...] = ()
     kernels: tuple[KernelUse, ...] = ()
+    compiled_with: CompiledWith | None = None
 
     @property
     def status(self) -> Status:
@@ -116,6 +119,7 @@ class Findings:
             ],
             "divergent": [dataclasses.asdict(d) for d in self.divergent],
             "plan": [dataclasses.asdict(line) for line in self.plan],
+            "compiled_with": self.compiled_with.changed if self.compiled_with else {},
             "kernels": [dataclasses.asdict(use) for use in self.kernels],
         }
 

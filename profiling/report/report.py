@@ -39,6 +39,8 @@ class Report(Findings):
         lines = table_lines(self.collectives)
         if self.kernels:
             lines.append(f"kernels: {kernels_line(self.kernels)}")
+        if self.compiled_with is not None and self.compiled_with.changed:
+            lines.append(f"compiled with {self.compiled_with}")
         if lines:  # the verdict says it again, but below a table that may be long
             lines.insert(0, self.status)
         return "\n".join([*lines, self.verdict()])
