@@ -55,6 +55,8 @@ def against_plan(
     report: Report,
     predictions: Sequence[Prediction],
     factors: Sequence[GradientFactor] = (),
+    *,
+    steps: int = 1,
 ) -> Report:
     """Return a report that says, line by line, whether the program does what a plan predicts.
 
@@ -64,9 +66,11 @@ def against_plan(
 
     Args:
       report: an audit that was compared with the traced program.
-      predictions: what the plan predicts of one call of the program.
+      predictions: what the plan predicts of one step.
       factors: with which factor the program's gradients reach its parameters, where the plan
         predicts their mean.
+      steps: how many steps the program makes in a loop: of what it declares inside, a step has
+        one `steps`-th of the trips.
 
     Returns:
       The report with `plan`: a line for each prediction, then one for each tag (or primitive),
@@ -81,7 +85,7 @@ def against_plan(
             "checked=False: audit the function itself, not what it was compiled to"
         )
     left = {
-        i: f.declared
+        i: _of_one_step(f.declared, steps)
         for i, f in enumerate(report.fates)
         if "missing" not in f.fates and (f.declared.live or f.declared.kind != "all-gather")
     }  # a gather whose result nobody uses is that of a view that is not looked at
@@ -98,6 +102,11 @@ def against_plan(
     lines = _read_factors(lines, factors)
     beyond = [d for i, d in left.items() if i not in gone]
     return replace(report, plan=(*lines, *_lines_beyond_plan(beyond)))
+
+
+def _of_one_step(declared: Declared, steps: int) -> Declared:
+    each, rest = divmod(declared.trips, steps)
+    return declared if rest else replace(declared, trips=each)
 
 
 def _cover_along_axes(

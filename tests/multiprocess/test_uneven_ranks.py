@@ -48,12 +48,14 @@ def in_float64(sizes):
 @pytest.mark.parametrize("world, devices", [(2, 2), (4, 1)])
 def test_the_curve_is_that_of_all_examples(world, devices):
     sizes = UNEVEN[world]
-    cases = [["curve", {"sizes": sizes, "size": SIZE}], ["refused", {}]]
+    given = {"sizes": sizes, "size": SIZE}
+    cases = [["curve", given], ["curve_of_groups", given], ["refused", {}]]
     found = ranks.found(run(cases, world, devices))
     losses, params, evaluation = in_float64(sizes)
     np.testing.assert_allclose(found[0]["curve"]["losses"][: len(losses)], losses, rtol=1e-5)
     assert len(found[0]["curve"]["losses"]) == len(losses) + 1  # and the end of fit
     for row in found:
+        assert row["curve_of_groups"] == row["curve"]
         np.testing.assert_allclose(row["curve"]["eval"], evaluation, rtol=1e-5)
         for name in params:
             np.testing.assert_allclose(row["curve"]["params"][name], params[name], rtol=2e-4)

@@ -34,7 +34,7 @@ def parts(sizes):
     return [part(rank, batch, rows) for batch, rows in enumerate(sizes[rank])]
 
 
-def curve(sizes, size):
+def curve(sizes, size, **options):
     """Train for two epochs, then evaluate; return the losses, the parameters and the evaluation."""
     losses = []
     engine = tx.Engine(
@@ -47,10 +47,16 @@ def curve(sizes, size):
     def data(epoch):
         return tx.even_batches(parts(sizes), size, like=LIKE)
 
-    state = engine.fit(toys.train_step, engine.create_state(toys.params()), data, epochs=2)
+    start = engine.create_state(toys.params())
+    state = engine.fit(toys.train_step, start, data, epochs=2, **options)
     found = engine.evaluate(toys.eval_step, state, data(2))
     params = {name: np.asarray(value).tolist() for name, value in state.stored_params.items()}
     return {"losses": losses, "params": params, "eval": found["loss"]}
+
+
+def curve_of_groups(sizes, size):
+    """Return the same with two steps in each program, over the end of an epoch too."""
+    return curve(sizes, size, steps_per_call=2)
 
 
 def refused():

@@ -63,7 +63,16 @@ def start(engine, params=None):
 
 
 def train(
-    directory, *, n=2, steps=STEPS, data=batches, resume="auto", keep=3, params=None, **options
+    directory,
+    *,
+    n=2,
+    steps=STEPS,
+    data=batches,
+    resume="auto",
+    keep=3,
+    params=None,
+    prefetch=2,
+    **options,
 ):
     """Run to `steps`; return (curve, state)."""
     curve = Curve()
@@ -71,7 +80,8 @@ def train(
     checkpoints = None
     if directory is not None:
         checkpoints = tx.Checkpoints(directory, every=EVERY, keep=keep, resume=resume)
-    state = made.fit(step, start(made, params), data, steps=steps, checkpoints=checkpoints)
+    given = {"steps": steps, "checkpoints": checkpoints, "prefetch": prefetch}
+    state = made.fit(step, start(made, params), data, **given)
     return curve, state
 
 

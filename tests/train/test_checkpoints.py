@@ -176,7 +176,7 @@ def test_a_signal_saves_and_ends_as_it_would(tmp_path, whole):
                 yield batch
 
         with pytest.raises(error) as ended:
-            train(folder, data=data)
+            train(folder, data=data, prefetch=0)
         assert getattr(ended.value, "code", None) == code
         assert signal.getsignal(number) is handler
         assert saved(folder)[-1] == "step_00000005"
@@ -193,7 +193,7 @@ def test_resumed_after_a_signal_it_is_the_uninterrupted_run(tmp_path, whole):
             yield batch
 
     with pytest.raises(SystemExit):
-        train(tmp_path, data=data)
+        train(tmp_path, data=data, prefetch=0)
     curve, state = train(tmp_path, resume="must")
     assert min(curve.steps) == 7
     cases.equal(state, whole[1])

@@ -173,7 +173,7 @@ class TestCheckpoints:
                     signal.raise_signal(number)
                 yield batch
 
-        error = fails((KeyboardInterrupt, SystemExit), data=data, directory=tmp_path)
+        error = fails((KeyboardInterrupt, SystemExit), data=data, directory=tmp_path, prefetch=0)
         holds(error, 4)
         assert cases.saved(tmp_path)[-1] == "step_00000004"
 
@@ -215,7 +215,7 @@ def test_a_signal_without_checkpoints(number, caplog):
             yield batch
 
     handler = signal.getsignal(number)
-    error = fails((KeyboardInterrupt, SystemExit), data=data)
+    error = fails((KeyboardInterrupt, SystemExit), data=data, prefetch=0)
     assert getattr(error, "code", None) == (143 if number == signal.SIGTERM else None)
     assert signal.getsignal(number) is handler
     holds(error, 4)
@@ -247,7 +247,7 @@ def test_a_second_sigint_ends_at_once():
         signal.raise_signal(signal.SIGINT)
         pytest.fail("it goes on")
 
-    holds(fails(KeyboardInterrupt, data=data), 2)
+    holds(fails(KeyboardInterrupt, data=data, prefetch=0), 2)
 
 
 def test_sigint_at_any_time():

@@ -5,7 +5,9 @@ Imports only jax. Callers write `_compat.name`, which shows where versions diffe
 Imports nothing of txcore.
 """
 
+from txcore._compat.compiling import array_type as array_type
 from txcore._compat.compiling import compilation_seams as compilation_seams
+from txcore._compat.compiling import direct_call as direct_call
 from txcore._compat.compiling import executable_shardings as executable_shardings
 from txcore._compat.compiling import lowered_name as lowered_name
 from txcore._compat.compiling import marks_partitioner as marks_partitioner
@@ -47,6 +49,7 @@ from txcore._compat.settings import program_settings as program_settings
 from txcore._compat.settings import set_if_there as set_if_there
 from txcore._compat.settings import setting as setting
 from txcore._compat.settings import simulate_cpu_devices as simulate_cpu_devices
+from txcore._compat.settings import thread_settings as thread_settings
 from txcore._compat.varying import all_gather_invariant as all_gather_invariant
 from txcore._compat.varying import axis_size as axis_size
 from txcore._compat.varying import bound_axes as bound_axes

@@ -1,7 +1,7 @@
 """How each version of jax lowers, compiles and keeps programs."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -61,6 +61,18 @@ def compilation_seams() -> dict[str, tuple[Any, str]]:
 def marks_partitioner() -> bool:
     """Tell whether XLA marks the collectives that its partitioner adds (since jax 0.11)."""
     return jax.__version_info__ >= (0, 11)
+
+
+def array_type() -> type:
+    """Return the type of jax's concrete arrays; asking for it starts no backend."""
+    from jax._src import array  # private: jax.Array is the type of tracers too
+
+    return getattr(array, "ArrayImpl", jax.Array)
+
+
+def direct_call(compiled: jax.stages.Compiled) -> Callable[..., Any]:
+    """Return what a compiled program that has run calls in C++, without the frame around it."""
+    return getattr(compiled, "_call", None) or compiled
 
 
 def executable_shardings(executable: Any) -> tuple[list[Any], list[Any]]:

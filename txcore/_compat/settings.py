@@ -62,6 +62,14 @@ def program_settings() -> dict[str, Any]:
     return found
 
 
+def thread_settings() -> tuple[Any, ...]:
+    """Return what jax traces and computes by in this thread, contexts such as `enable_x64` too."""
+    from jax._src import config
+
+    context = getattr(config, "trace_context", lambda: None)()
+    return context, tuple(program_settings().items())
+
+
 def _read_flag(name: str) -> Any:
     return jax.config.read(name)  # some settings are no attributes
 

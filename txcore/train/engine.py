@@ -12,22 +12,22 @@ from txcore.plan.plan import Plan
 from txcore.train.loggers import Logger, Metrics
 from txcore.train.numerics import nonfinite
 from txcore.train.numerics.precision import Precision
-from txcore.train.options import Options, OptionsView
+from txcore.train.options import Options
+from txcore.train.proofs import Proofs
 from txcore.train.state import placing
 from txcore.train.state.owner import Owner
 from txcore.train.state.state import TrainState
-from txcore.train.steps import evaluation, proof
+from txcore.train.steps import evaluation
 from txcore.train.steps.step_fn import StepFn
 from txcore.train.steps.steps import Steps
 
 if TYPE_CHECKING:
-    from txcore.profiling import Report
     from txcore.train.checkpoints.checkpoints import Checkpoints
     from txcore.train.loop.arguments import Evaluate
     from txcore.train.loop.feed import Data
 
 
-class Engine(OptionsView):
+class Engine(Proofs):
     """Run training steps on a mesh, by a plan, and prove what they communicate.
 
     Args:
@@ -136,54 +136,6 @@ class Engine(OptionsView):
         """Return what the plan's communication keeps from step to step (`Plan.kept`)."""
         return self.plan.kept(params, self.mesh, self.optimizer)
 
-    def audit_broadcast(self, state: TrainState, broadcast_from: int = 0) -> "Report":
-        """Account for every collective by which `create_state(broadcast_from=)` sends a state.
-
-        Args:
-          state: a state that this engine made; nothing of it is sent.
-          broadcast_from: the rank whose state would be sent.
-
-        Returns:
-          A `txcore.profiling.Report` of the compiled program.
-
-        Raises:
-          ValueError: `broadcast_from` is no rank of this run, or the state another engine's.
-
-        Example:
-          >>> engine = tx.Engine(mesh=tx.MeshSpec(jax.devices()[:2]), optimizer=tx.optim.sgd(0.1),
-          ...                    plan=tx.Plan(data_parallel=tx.DP("data")))
-          >>> report = engine.audit_broadcast(engine.create_state({"w": np.zeros(3, np.float32)}))
-          >>> report.ok, {c.kind for c in report.collectives}
-          (True, {'all-reduce'})
-        """
-        from txcore.profiling import audit
-
-        self._steps.check_own(state)
-        return audit(*placing.broadcast_program(state.arrays, self.mesh, broadcast_from))
-
-    def check_replicas(
-        self, state: TrainState, *, after: int | None = None, since: int | None = None
-    ) -> None:
-        """Compare the copies of a state on all devices and ranks, bit for bit.
-
-        Cheap: digests are made on the devices and compared there. Every process has to come.
-
-        Args:
-          state: a state that this engine made; it is not donated.
-          after: how many steps were made, for the message.
-          since: after how many the copies were last known to be equal.
-
-        Raises:
-          MismatchError: copies differ; names leaf, devices and ranks, on every rank alike.
-
-        Example:
-          >>> engine = tx.Engine(mesh=tx.MeshSpec(jax.devices()[:2]), optimizer=tx.optim.sgd(0.1),
-          ...                    plan=tx.Plan(data_parallel=tx.DP("data")))
-          >>> state = engine.create_state({"w": np.zeros(3, np.float32)})
-          >>> engine.check_replicas(state)
-        """
-        self._steps.check_replicas(state, after=after, since=since)
-
     def end_round(self, state: TrainState) -> TrainState:
         """Average the devices' parameters before a round of local SGD (`DP(sync_every=)`) is over.
 
@@ -224,8 +176,42 @@ class Engine(OptionsView):
         Raises:
           ValueError, TypeError: what the step does wrong, found before anything runs.
         """
-        steps = self._steps
-        return steps.run(step, state, steps.place_for(step, state, batch))
+        return self._steps.run_on(step, state, batch)
+
+    def run_many(
+        self, step: StepFn, state: TrainState, batches: Sequence[Any]
+    ) -> tuple[TrainState, Metrics]:
+        """Run a training step for each of several batches, in one program; `state` is donated.
+
+        The host starts one program in place of several, which gains where a step is shorter than
+        its start: short steps on GPUs and TPUs. Each number of batches is compiled once.
+        `fit(steps_per_call=)` does it between evaluations and checkpoints.
+
+        Args:
+          step: the step.
+          state: a state that this engine made.
+          batches: as for `run`, all of one structure, shapes and dtypes.
+
+        Returns:
+          The new state, and the step's metrics, each with a first dim of as many as batches.
+
+        Raises:
+          ValueError, TypeError: there is no batch, they are not alike, or what the step does wrong.
+
+        Example:
+          >>> @tx.step_fn
+          ... def step(state, batch):
+          ...     loss, grads = tx.value_and_grad(lambda w: jax.numpy.mean(w * batch))(state.params)
+          ...     state = state.apply_gradients(grads=tx.pmean(grads, "data"))
+          ...     return state, {"loss": tx.pmean(loss, "data")}
+          >>> engine = tx.Engine(mesh=tx.MeshSpec(jax.devices()[:2]), optimizer=tx.optim.sgd(0.5),
+          ...                    plan=tx.Plan(data_parallel=tx.DP("data")))
+          >>> state = engine.create_state(np.float32(1))
+          >>> state, metrics = engine.run_many(step, state, [np.arange(4.0)] * 3)
+          >>> int(state.step), metrics["loss"].tolist()
+          (3, [1.5, 0.375, -0.75])
+        """
+        return self._steps.run_each(step, state, batches)
 
     def evaluate(self, step: Any, state: TrainState, data: Iterable[Any]) -> Metrics:
         """Average a step's metrics over batches, weighted by their real examples.
@@ -259,6 +245,8 @@ class Engine(OptionsView):
         eval_every: int | None = None,
         checkpoints: "Checkpoints | None" = None,
         check_replicas_every: int | None = None,
+        prefetch: int = 2,
+        steps_per_call: int = 1,
     ) -> TrainState:
         """Train: run the step over batches, tell the loggers, and save checkpoints.
 
@@ -281,6 +269,11 @@ class Engine(OptionsView):
           checkpoints: where and how often to save the run, and whether to resume it.
           check_replicas_every: steps between comparisons of the state's copies on all devices, bit
             for bit (`check_replicas`): before the first step, and after every so many.
+          prefetch: how many batches a thread reads, cuts and sends while the step runs; with 0 each
+            is read when its step is due (docs/data.md).
+          steps_per_call: how many steps there are in one program (`run_many`). Checkpoints,
+            evaluations and signals come between two programs; steps that are too few for one, at
+            the end or after resuming, run one by one.
 
         Returns:
           The state after the last step.
@@ -312,63 +305,6 @@ class Engine(OptionsView):
             eval_every=eval_every,
             checkpoints=checkpoints,
             check_replicas_every=check_replicas_every,
+            prefetch=prefetch,
+            steps_per_call=steps_per_call,
         )
-
-    def audit(
-        self,
-        step: StepFn,
-        state: TrainState,
-        batch: Any,
-        *,
-        target: str | None = None,
-        mesh: Mapping[str, int] | None = None,
-    ) -> "Report":
-        """Account for every collective of the compiled step, here or on another machine.
-
-        Args:
-          step: the training step.
-          state: a state that this engine made; it is not used up.
-          batch: a batch as for `run`; with `target` one data shard of it, as arrays or shapes.
-          target: a machine to compile for, which need not be here: "tpu:v5p:16x16x16",
-            "cuda:h100:64x8" (hosts x GPUs), "cpu:8".
-          mesh: the target's axes and their sizes, `{"data": 512}`; needed with `target`.
-
-        Returns:
-          A `txcore.profiling.Report`; `report.status` is the answer.
-
-        Raises:
-          ValueError: no such target, or a mesh that does not fit it or the plan.
-          TypeError: one of `target` and `mesh` without the other.
-          ImportError, RuntimeError: the target's compiler is missing or does not work.
-
-        Example:
-          >>> engine = tx.Engine(mesh=tx.MeshSpec(jax.devices()[:2]), optimizer=tx.optim.sgd(0.1),
-          ...                    plan=tx.Plan(data_parallel=tx.DP("data")))
-          >>> state = engine.create_state({"w": np.zeros(3, np.float32)})
-          >>> @tx.step_fn
-          ... def step(state, batch):
-          ...     loss_of = lambda params: tx.example_mean((batch @ params["w"]) ** 2, axis="data")
-          ...     loss, grads = tx.value_and_grad(loss_of)(state.params)
-          ...     state = state.apply_gradients(grads=tx.pmean(grads, "data"))
-          ...     return state, {"loss": tx.pmean(loss, "data")}
-          >>> shard = np.ones((4, 3), np.float32)
-          >>> report = engine.audit(step, state, shard, target="cpu:8", mesh={"data": 8})
-          >>> report.ok, report.target, report.payload_bytes
-          (True, 'cpu:8', 16)
-        """
-        if (target is None) != (mesh is None):
-            raise TypeError(
-                "engine.audit needs target= and mesh= together, as target='cuda:h100:8', "
-                f"mesh={{'data': 8}}, got {target=}, {mesh=}"
-            )
-        if target is None or mesh is None:
-            return proof.audit_here(self._steps, step, state, batch)
-        from txcore.profiling.targets import parse_target
-
-        self._steps.check_own(state)
-        machine = parse_target(target)
-        devices = list(machine.mesh(mesh).devices.flat)
-        there = MeshSpec(devices, tuple(mesh), tuple(mesh.values()))
-        engine = Engine(**vars(replace(self._options, mesh=there)))
-        report = proof.audit_there(engine._options, engine._owner, machine, step, state, batch)
-        return replace(report, target=target)

@@ -1,5 +1,5 @@
 """Batches: which leaves hold examples, and how they are placed on the mesh.
 
-Imports `kernels.common`, `launch.key_value`, `launch.watch`, `layout`, `mesh`, `plan`,
+Imports `_compat`, `kernels.common`, `launch.key_value`, `launch.watch`, `layout`, `mesh`, `plan`,
 `train.replicas`.
 """

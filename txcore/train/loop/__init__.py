@@ -1,6 +1,6 @@
 """The training loop: batches in, steps out, records to the loggers, signals between two steps.
 
-Imports `kernels.common`, `launch.watch`, `printing`, `step_events`, `train.batches`,
+Imports `_compat`, `kernels.common`, `launch.watch`, `printing`, `step_events`, `train.batches`,
 `train.checkpoints`, `train.loggers`, `train.numerics`, `train.replicas`, `train.state`,
 `train.steps`.
 """

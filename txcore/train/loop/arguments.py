@@ -1,6 +1,7 @@
 """Check the arguments of `fit`: how long to train, and what to do every so many steps."""
 
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -92,6 +93,38 @@ def check_count(option: str, value: Any) -> int | None:
     number = whole_number(value)
     if value is not None and (number is None or number < 1):
         raise ValueError(f"fit needs {option}= a count of steps from 1 on, got {value!r}")
+    return number
+
+
+def check_prefetch(value: Any) -> int:
+    """Return how many batches to read ahead; refuse anything else than a count."""
+    number = whole_number(value)
+    if number is None or number < 0:
+        raise ValueError(
+            f"fit needs prefetch= a count of batches, got {value!r}: give 0 to read each batch "
+            "when its step is due"
+        )
+    return number
+
+
+def check_steps_per_call(value: Any, every: dict[str, int | None]) -> int:
+    """Return how many steps there are in one program; refuse a count that does not fit the rest.
+
+    Args:
+      value: as given.
+      every: what happens after every so many steps, by the argument that says so.
+    """
+    number = whole_number(value)
+    if number is None or number < 1:
+        raise ValueError(f"fit needs steps_per_call= a count of steps from 1 on, got {value!r}")
+    for name, steps in every.items():
+        if steps is not None and steps % number:
+            nearest = max(steps // number, 1) * number
+            raise ValueError(
+                f"fit needs {name}= a multiple of steps_per_call={number}, since nothing comes "
+                f"between the steps of one program, got {steps}: give {name}={nearest}, or "
+                f"steps_per_call={math.gcd(steps, number)}"
+            )
     return number
 
 

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 
@@ -11,7 +10,7 @@ from txcore import step_events
 from txcore.launch import watch
 from txcore.launch.watch import Phase
 from txcore.printing import name_of
-from txcore.train.batches.placer import Placed
+from txcore.train.batches.placer import Placed, Stacked
 from txcore.train.checkpoints.checkpoints import Checkpoints
 from txcore.train.checkpoints.manifest import Position
 from txcore.train.loggers import Logger, Metrics
@@ -21,19 +20,22 @@ from txcore.train.loop.arguments import (
     check_count,
     check_evaluation,
     check_length,
+    check_prefetch,
     check_rest,
+    check_steps_per_call,
     count_steps_made,
     warn_user,
 )
 from txcore.train.loop.error_state import give_state, is_alive
-from txcore.train.loop.feed import Data, read_batches
+from txcore.train.loop.feed import Data, Reading, group_steps, lies_on_devices, read_batches
 from txcore.train.loop.interrupt import Interrupt, interrupts
+from txcore.train.loop.prefetch import Reader
 from txcore.train.loop.progress import Progress, to_host
 from txcore.train.numerics import nonfinite
 from txcore.train.replicas import agreement
 from txcore.train.state.state import TrainState
 from txcore.train.steps.rounds import steps_begun
-from txcore.train.steps.step_fn import StepFn
+from txcore.train.steps.step_fn import StepFn, refuse_tracing
 from txcore.train.steps.steps import Steps
 
 
@@ -50,6 +52,8 @@ def fit(
     eval_every: int | None,
     checkpoints: Checkpoints | None,
     check_replicas_every: int | None = None,
+    prefetch: int = 2,
+    steps_per_call: int = 1,
 ) -> TrainState:
     """Train as `Engine.fit` says."""
     run = Run(runner, step, state, evaluate, checkpoints)
@@ -60,8 +64,15 @@ def fit(
             length = Length.of_arguments(steps, epochs)
             run.eval_every = check_evaluation(evaluate, eval_every, checkpoints)
             run.compare_every = check_count("check_replicas_every", check_replicas_every)
+            run.prefetch = check_prefetch(prefetch)
+            every = {
+                "eval_every": run.eval_every,
+                "check_replicas_every": run.compare_every,
+                "Checkpoints(every)": None if checkpoints is None else checkpoints.every,
+            }
+            run.steps_per_call = check_steps_per_call(steps_per_call, every)
             run.state = runner.take(state, "fit")
-            run.state.known_equal.clear()  # compared before the first step, whatever was done to it
+            agreement.forget_equal(run.state)  # whatever was done to it
             if runner.spans:
                 agreement.check_fit(
                     runner.options,
@@ -72,6 +83,7 @@ def fit(
                     eval_every=run.eval_every,
                     checkpoints=checkpoints,
                     check_replicas_every=run.compare_every,
+                    steps_per_call=run.steps_per_call,
                 )
             return train(run, loggers, data, length, interrupt)
         except BaseException as error:
@@ -92,18 +104,18 @@ def train(
             begun = True
             if run.compare_every:
                 run.compare_copies()
-            batches = read_batches(data, length, run.position, run.place, run.runner.rows)
-            for after, batch in step_events.told_of(batches):
-                if interrupt.is_due(run.position.steps):
-                    break
-                run.start_step(batch, after, interrupt)
-                if run.is_due(run.eval_every):
-                    run.evaluate_once()
-                if run.is_to_be_saved():
-                    run.save_once()
-                if run.is_due(run.compare_every):
-                    run.compare_copies()
-                watch.at(Phase.DATA, run.position.steps)
+            with run.read(data, length, interrupt) as batches:
+                for after, batch in step_events.told_of(iter(batches)):
+                    if interrupt.is_due(run.position.steps):
+                        break
+                    run.start_step(batch, after, interrupt)
+                    if run.is_due(run.eval_every):
+                        run.evaluate_once()
+                    if run.is_to_be_saved():
+                        run.save_once()
+                    if run.is_due(run.compare_every):
+                        run.compare_copies()
+                    watch.at(Phase.DATA, run.position.steps)
             run.wait_for_steps()
             if interrupt.stopped is None:
                 run.evaluate_once()
@@ -140,6 +152,8 @@ class Run:
     checkpoints: Checkpoints | None
     eval_every: int | None = None
     compare_every: int | None = None
+    prefetch: int = 0
+    steps_per_call: int = 1
     evaluates: bool = False  # just now
 
     def begin(self, loggers: Sequence[Logger], data: Data, length: Length) -> None:
@@ -165,12 +179,29 @@ class Run:
     def _check(self, done: int, metrics: Metrics) -> None:
         nonfinite.check_loss(done, metrics, self.state, self.runner.options.on_nonfinite)
 
-    def place(self, host: Any) -> Placed:
-        """Return a batch on the mesh."""
-        return self.runner.place_for(self.step, self.state, host)
+    def read(self, data: Data, length: Length, interrupt: Interrupt) -> Reader:
+        """Return the batches from the position on, on the mesh, read ahead where that gains."""
+        refuse_tracing(self.step, self.state, ())
+        runner, several = self.runner, jax.process_count() > 1
+        ahead = 0 if lies_on_devices(data) else self.prefetch
+        made: Reading[Placed] | Reading[Placed | Stacked]
+        if self.steps_per_call == 1:
+            made = read_batches(data, length, self.position, runner.place, runner.rows)
+        else:
+            copied = read_batches(data, length, self.position, runner.copy, runner.rows)
+            made = group_steps(copied, self.steps_per_call, runner.stack, runner.place)
+        if several:
+            return Reader(made, ahead, begins_here=True)
 
-    def start_step(self, batch: Placed, after: Position, interrupt: Interrupt) -> None:
-        """Dispatch a step; wait for an older one if too many are running."""
+        def should_end() -> bool:
+            return interrupt.is_due(self.position.steps)
+
+        reader = Reader(made, ahead, should_end=should_end)
+        interrupt.wake = reader.wake
+        return reader
+
+    def start_step(self, batch: Placed | Stacked, after: Position, interrupt: Interrupt) -> None:
+        """Dispatch a step, or several of one program; wait for older ones if too many run."""
         runner = self.runner
         if runner.spans and self.equal is not None and self.equal == self.position.steps:
             # As the copies of the state were.
@@ -184,7 +215,10 @@ class Run:
             watch.meet(at if compared else f"{at}, {batch.rows} rows")
         interrupt.hold()
         try:
-            self.state, metrics = runner.run(self.step, self.state, batch)
+            if isinstance(batch, Stacked):
+                self.state, metrics = runner.run_many(self.step, self.state, batch)
+            else:
+                self.state, metrics = runner.run(self.step, self.state, batch)
         finally:
             interrupt.release()
         self.position = after

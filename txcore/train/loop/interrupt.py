@@ -2,6 +2,7 @@
 
 import signal
 import threading
+from collections.abc import Callable
 from signal import Signals
 from types import FrameType
 from typing import Any, NoReturn
@@ -19,11 +20,14 @@ class Interrupt:
     Attributes:
       asked: the signal that this process received; None until it receives one.
       stopped: the signal that stops the run, on whichever rank it came; None until then.
+      wake: called at a signal, for who waits for a batch; it may interrupt anything.
     """
 
     def __init__(self) -> None:
         self.asked: Signals | None = None
         self.stopped: Signals | None = None
+        self.wake: Callable[[], None] = lambda: None
+        self._alone = jax.process_count() == 1
         self._sigint = False  # whether one came
         self._held = self._hurry = False  # a second one waits; it came meanwhile
 
@@ -39,6 +43,7 @@ class Interrupt:
             self._hurry = self._sigint
             self._sigint = True
         self.asked = self.asked or Signals(number)
+        self.wake()
         if jax.process_count() > 1:
             watch.request_stop(self.asked.name)
 
@@ -61,7 +66,7 @@ class Interrupt:
 
     def is_due(self, step: int) -> bool:
         """Tell whether to stop before a step, at the same one on every rank."""
-        if jax.process_count() == 1:
+        if self._alone:
             self.stopped = self.asked
         elif watch.reach(step):
             name = (watch.stop_reason() or "").partition(" ")[0]  # of "SIGTERM on rank 1"

@@ -6,21 +6,25 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
 
+from txcore import _compat
 from txcore.printing import name_of
 from txcore.train.checkpoints.manifest import Position
 from txcore.train.loggers import Logger, Metrics, Record
 from txcore.train.steps.steps import Steps
 
-# How many steps the host may run ahead of the devices: enough to hide its work, few enough not
-# to pile up batches. A simulated device shares the host's cores: what waits there takes time from
-# the step under way.
-RUN_AHEAD, RUN_AHEAD_ON_CPU = 4, 1
+# How many steps the host may run ahead of the devices: some at least, and of short ones as many as
+# hide a pause of the host. Not more, since a signal waits for them, and each holds its batch. A
+# simulated device shares the host's cores: what waits there takes time from the step under way.
+RUN_AHEAD, MOST_AHEAD, HIDDEN_S = 4, 64, 0.1
+RUN_AHEAD_ON_CPU = 1
 
+_ARRAY = _compat.array_type()
 _FULL = (errno.ENOSPC, errno.EDQUOT)  # of a disk that may have room again
 
 _LOG = logging.getLogger("txcore")
@@ -35,15 +39,15 @@ class Progress:
     total_steps: int | None
     start: Position
     check: Callable[[int, Metrics], None]
-    pending: deque[tuple[Any, int]] = field(default_factory=deque)
+    pending: deque[tuple[Any, int | tuple[int, ...]]] = field(default_factory=deque)
     _mark: float | None = None  # when the clock was started; None while it is stopped
 
     def __post_init__(self) -> None:
         self.done, self.seconds = self.start.steps, self.start.seconds
         self.examples = self.start.examples
         self.loggers = self.loggers if jax.process_index() == 0 else ()
-        on_cpu = self.runner.options.mesh.devices[0].platform == "cpu"
-        self.run_ahead = RUN_AHEAD_ON_CPU if on_cpu else RUN_AHEAD
+        self._on_cpu = self.runner.options.mesh.devices[0].platform == "cpu"
+        self.run_ahead = RUN_AHEAD_ON_CPU if self._on_cpu else RUN_AHEAD
         self.since = (self.start.steps, self.start.seconds, self.start.examples)
         # By the loggers' places, since they may be equal or have no hash.
         self._full, self._left_out = set[int](), set[int]()
@@ -66,8 +70,13 @@ class Progress:
             self._finish_one()
         self._mark = None
 
-    def add(self, metrics: Any, examples: int) -> None:
-        """Note a dispatched step; wait for an older one if too many are running."""
+    def add(self, metrics: Any, examples: int | tuple[int, ...]) -> None:
+        """Note a dispatched step, or several of one program; wait for older ones if too many run.
+
+        Args:
+          metrics: of the step; of several they are stacked.
+          examples: of the step without padding, or of each of several.
+        """
         self.pending.append((metrics, examples))
         while len(self.pending) > self.run_ahead:
             self._finish_one()
@@ -78,11 +87,27 @@ class Progress:
         now = self._now()
         elapsed = now - self._mark if self._mark is not None else 0.0
         self._mark = now if self._mark is not None else None
+        if not isinstance(examples, tuple):
+            self._finish_step(host, elapsed, examples)
+        else:
+            for i, count in enumerate(examples):
+                own = jax.tree.map(partial(_read_step, i), metrics)
+                self._finish_step(to_host(own), elapsed / len(examples), count)
+        if not self._on_cpu:
+            self.run_ahead = self._count_ahead()
+
+    def _finish_step(self, metrics: Metrics, seconds: float, examples: int) -> None:
         self.done += 1
-        self.seconds += elapsed
+        self.seconds += seconds
         self.examples += examples
-        self.tell("step", host)
-        self.check(self.done, host)
+        if self.loggers:
+            self.tell("step", metrics)
+        self.check(self.done, metrics)
+
+    def _count_ahead(self) -> int:
+        """Return how many steps may run ahead at the pace so far."""
+        made, seconds = self.done - self.since[0], self.seconds - self.since[1]
+        return min(max(RUN_AHEAD, int(HIDDEN_S * made / max(seconds, 1e-9))), MOST_AHEAD)
 
     def tell(self, kind: str, metrics: Metrics) -> None:
         """Send a record to the loggers."""
@@ -113,9 +138,16 @@ class Progress:
                 )
             (self._full if full else self._left_out).add(i)
         else:
-            self._full.discard(i)
+            if self._full:
+                self._full.discard(i)
+
+
+def _read_step(i: int, stacked: jax.Array) -> np.ndarray:
+    return np.asarray(stacked)[i]
 
 
 def to_host(metrics: Any) -> Metrics:
     """Return metrics as Python floats (lists for arrays), waiting for the devices."""
+    if type(metrics) is dict and set(map(type, metrics.values())) == {_ARRAY}:  # as most are
+        return {name: np.asarray(value).tolist() for name, value in metrics.items()}
     return jax.tree.map(lambda value: np.asarray(value).tolist(), metrics)

@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import math
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
@@ -45,6 +46,8 @@ def check_loss(steps: int, metrics: dict[str, Any], state: TrainState, policy: P
         that can be lowered.
     """
     loss = metrics.get("loss")
+    if type(loss) is float and math.isfinite(loss):  # as it is in nearly all steps
+        return
     if policy == "ignore" or np.all(np.isfinite(jax.tree.leaves(loss))):
         return
     lowest = _describe_least_scale(state)

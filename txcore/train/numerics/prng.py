@@ -1,5 +1,7 @@
 """Random keys that depend on the seed, the step and the example alone."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -16,6 +18,17 @@ def step_key(seed: jax.Array, step: jax.Array) -> jax.Array:
     for many keys at once depend on how many there are, and so on the number of devices.
     """
     return jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), step)
+
+
+def check_whole_batch(batch: Any, examples: int) -> None:
+    """Refuse a part of a device's batch, whose keys would be those of its first examples."""
+    sizes = [leaf.shape[:1] for leaf in jax.tree.leaves(batch)]
+    if (examples,) not in sizes:
+        raise ValueError(
+            f"state.example_keys needs the whole batch of this device, {examples} "
+            f"examples, got leading dims {sizes}: make the keys before splitting the batch "
+            "into microbatches, and split them with it"
+        )
 
 
 def example_keys(key: jax.Array, count: int, row_axes: tuple[str, ...]) -> jax.Array:

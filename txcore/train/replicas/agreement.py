@@ -255,10 +255,15 @@ def check_rank(op: str, option: str, rank: Any) -> int:
 
 def note_equal(state: TrainState) -> None:
     """Note that a state is equal on all ranks."""
-    state.known_equal.update(state.arrays)
+    vars(state)["known_equal"] = state.returned or state.arrays
+
+
+def forget_equal(state: TrainState) -> None:
+    """Have a state compared before its next step."""
+    vars(state)["known_equal"] = None
 
 
 def is_equal(state: TrainState) -> bool:
     """Tell whether a state is known to be equal on all ranks."""
-    known = state.known_equal
+    known = state.known_equal or {}
     return all(known.get(name) is tree for name, tree in state.arrays.items())

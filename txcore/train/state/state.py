@@ -42,13 +42,14 @@ class TrainState:
     comm_state: Any = None  # what a plan's communication keeps from step to step; None if nothing
     owner: Owner = field(default=NOBODY, repr=False)
     # The fields that are known to be equal on all ranks (agreement.py).
-    known_equal: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
-
+    known_equal: dict[str, Any] | None = field(default=None, init=False, repr=False, compare=False)
     # What `steps.py` calls its structure, shapes and dtypes; known of what it made itself.
     form: int | None = field(default=None, init=False, repr=False, compare=False)
-
     # What this process was given and holds a part of alone, to be compared on all ranks.
     given: tuple[str, ...] = field(default=(), init=False, repr=False, compare=False)
+    # Of what a step returned: its fields with arrays, and those that its next one will have too.
+    returned: dict[str, Any] | None = field(default=None, init=False, repr=False, compare=False)
+    lasting: dict[str, Any] | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if type(self.owner) is not Owner:
@@ -63,7 +64,7 @@ class TrainState:
         return {name: getattr(self, name) for name in (*_ARRAYS, "owner")}
 
     def __setstate__(self, fields: dict[str, Any]) -> None:
-        vars(self).update(fields, known_equal={}, form=None, given=())
+        vars(self).update(fields, form=None, given=())
         self.__post_init__()
 
     def made_of(self, given: Iterable[str]) -> "TrainState":
@@ -73,11 +74,14 @@ class TrainState:
 
     def with_arrays(self, arrays: dict[str, Any]) -> "TrainState":
         """Return the state with other arrays of the same shapes and dtypes; no tree is walked."""
+        lasting = self.lasting
+        if lasting is None:
+            own = (*_ARRAYS, "known_equal", "returned")
+            lasting = {name: value for name, value in vars(self).items() if name not in own}
         new = object.__new__(TrainState)
-        fields = vars(new)
-        fields.update(vars(self))
-        fields.update(arrays)
-        fields["known_equal"] = {}
+        fields = lasting | arrays
+        fields["returned"], fields["lasting"] = arrays, lasting
+        object.__setattr__(new, "__dict__", fields)  # the fields one by one take twice as long
         return new
 
     @property
@@ -227,7 +231,8 @@ class TrainState:
             changes |= checked if engine is None else engine.place(checked, self)
         new = replace(self, **changes)
         if self.known_equal:
-            new.known_equal.update({k: v for k, v in self.known_equal.items() if k not in changes})
+            kept = {k: v for k, v in self.known_equal.items() if k not in changes}
+            vars(new)["known_equal"] = kept
         return new
 
     def example_keys(self, batch: Any) -> jax.Array:
@@ -247,13 +252,7 @@ class TrainState:
           RuntimeError: called outside a step.
         """
         scope = _scope_of("example_keys")
-        sizes = [leaf.shape[:1] for leaf in jax.tree.leaves(batch)]
-        if (scope.examples,) not in sizes:
-            raise ValueError(
-                f"state.example_keys needs the whole batch of this device, {scope.examples} "
-                f"examples, got leading dims {sizes}: make the keys before splitting the batch "
-                "into microbatches, and split them with it"
-            )
+        prng.check_whole_batch(batch, scope.examples)
         return prng.example_keys(self.key, scope.examples, scope.row_axes)
 
     def sync_gradients(self, grads: Any, *, name: str = "grads") -> tuple[Any, "TrainState"]:
@@ -331,8 +330,7 @@ class TrainState:
         if self.loss_scaling is None:
             return new
         differing = tuple(sorted({*split_axes(scope.layouts), *scope.own_axes}))
-        culprit = loss_scale.first_nonfinite(grads, differing)
-        policy = self.precision.scaling
+        policy, culprit = self.precision.scaling, loss_scale.first_nonfinite(grads, differing)
         scaling = loss_scale.advance(1.0 if policy is None else policy, self.loss_scaling, culprit)
         return loss_scale.select(culprit < 0, new, self).replace(loss_scaling=scaling)
 

@@ -1,13 +1,16 @@
 """From a step function to a checked, compiled program for one mesh, plan and batch shape."""
 
+import functools
 import hashlib
 import time
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import jax
+from jax import lax
 from jax.sharding import PartitionSpec as P
 from jax.tree_util import DictKey, GetAttrKey, SequenceKey
 
@@ -44,6 +47,8 @@ class CompiledStep:
       reduces: whether it has any collective, for which all ranks have to come.
       weighed: what an evaluation's means weigh by, if that is not the real examples of a batch.
       activation: the type of what the stages of its pipeline send; None without one.
+      steps: how many steps a call makes.
+      step_jaxpr: the traced program of one of them.
     """
 
     program: "Program"
@@ -53,8 +58,10 @@ class CompiledStep:
     reduces: bool
     weighed: str | None = None
     activation: Any = None
+    steps: int = 1
+    step_jaxpr: Any = None
 
-    @property
+    @functools.cached_property
     def call(self) -> jax.stages.Compiled:
         """The compiled function."""
         return self.program.compiled
@@ -70,13 +77,16 @@ def compile_step(
     options: dict[str, Any],
     train: bool,
     together: bool = False,
+    many: bool = False,
 ) -> CompiledStep:
     """Check and compile a step, as a function of the state's arrays and the batch.
 
     To train, `fn(state, batch) -> (state, metrics)` becomes a program that returns the new
     arrays and the metrics, and whose state is donated. Else `fn(state, batch) -> metrics`
     becomes one that returns the metrics and the number of real examples (None without a mask).
-    With `together` every process of the run compiles it now, and all compare what it is.
+    With `together` every process of the run compiles it now, and all compare what it is. With
+    `many` the batch is stacked: one step for each index of its first dim, in one program, which
+    returns the metrics stacked.
     """
     # Imported when first needed: the audit's readers would be a third of `import txcore`.
     from txcore.profiling.declared.collectives import list_declared
@@ -124,10 +134,14 @@ def compile_step(
 
     sharded.__name__ = name_of(fn)  # the HLO module's name
     started = time.perf_counter()
+    steps = jax.tree.leaves(batch)[0].shape[0] if many else 1
+    batch = jax.tree.map(partial(_shape_of_step, many), batch)
+    batch_specs = plan.batch_specs(batch, mesh)
+    batch = jax.tree.map(partial(_shape_on, mesh), batch, batch_specs)
     mapped = jax.shard_map(
         sharded,
         mesh=mesh.mesh,
-        in_specs=(specs, plan.batch_specs(batch, mesh)),
+        in_specs=(specs, batch_specs),
         out_specs=(specs, P()) if train else P(),
     )
     traced = jax.jit(mapped, donate_argnums=(0,) if train else ()).trace(state.arrays, batch)
@@ -138,6 +152,13 @@ def compile_step(
     _warn_of_shared_draws(fn, jaxpr, data_axes)
     if train and scales_loss:
         _check_scaled(fn, jaxpr, (state.arrays, batch), traced.out_info)
+    step_jaxpr = jaxpr
+    if many:  # of steps that were checked, one after the other
+        traced, batch = _trace_steps(
+            sharded, state.arrays, batch, mesh, (specs, batch_specs), steps
+        )
+        jaxpr = _compat.plain_jaxpr(traced.jaxpr)
+        declared = list_declared(jaxpr)
     collectives = _lines(declared)
     lowered = traced.lower()
     if together:
@@ -148,7 +169,48 @@ def compile_step(
     seconds, name = time.perf_counter() - started, name_of(fn)
     other = weighed[-1] if weighed else None
     sent = activations[-1][-1] if activations and activations[-1] else None
-    return CompiledStep(program, seconds, name, name + last, bool(collectives), other, sent)
+    return CompiledStep(
+        *(program, seconds, name, name + last, bool(collectives), other, sent),
+        steps=steps,
+        step_jaxpr=step_jaxpr,
+    )
+
+
+def _trace_steps(
+    step: Callable[..., Any],
+    arrays: dict[str, Any],
+    batch: Any,
+    mesh: MeshSpec,
+    specs: tuple[Any, Any],
+    steps: int,
+) -> tuple[Any, Any]:
+    """Trace several steps as one program; return it, and the shapes of the stacked batches."""
+
+    def run_steps(arrays: dict[str, Any], batches: Any) -> Any:
+        return lax.scan(step, arrays, batches)
+
+    run_steps.__name__ = f"{step.__name__}_{steps}_times"
+    over = jax.tree.map(lambda spec: P(None, *spec), specs[1], is_leaf=_is_spec)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct((steps, *x.shape), x.dtype), batch)
+    batches = jax.tree.map(partial(_shape_on, mesh), shapes, over)
+    mapped = jax.shard_map(
+        run_steps, mesh=mesh.mesh, in_specs=(specs[0], over), out_specs=(specs[0], P())
+    )
+    return jax.jit(mapped, donate_argnums=0).trace(arrays, batches), batches
+
+
+def _is_spec(x: Any) -> bool:
+    return isinstance(x, P)
+
+
+def _shape_of_step(many: bool, leaf: Any) -> Any:
+    """Return the shape of a batch's leaf; of a stacked one, that of a single step's."""
+    return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype) if many else leaf
+
+
+def _shape_on(mesh: MeshSpec, leaf: Any, spec: P) -> jax.ShapeDtypeStruct:
+    """Return the shape of a leaf that lies as the plan says; its own spec may say it otherwise."""
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=mesh.sharding(*spec))
 
 
 def _lines(declared: Iterable["Declared"]) -> list[str]:

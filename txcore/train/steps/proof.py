@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING, Any
 
+import jax
+
 from txcore.printing import name_of
 from txcore.train.batches.batch import global_shapes
 from txcore.train.options import Options
@@ -17,14 +19,24 @@ if TYPE_CHECKING:
     from txcore.profiling.targets import Target
 
 
-def audit_here(steps: Steps, step: Any, state: TrainState, batch: Any) -> "Report":
-    """Account for the collectives of a step as it runs here."""
-    state, compiled = steps.compile(step, state, steps.place(batch), train=True)
+def audit_here(
+    steps: Steps, step: Any, state: TrainState, batch: Any, per_call: int | None
+) -> "Report":
+    """Account for the collectives of a step, or of so many in one program, as it runs here."""
+    placed = steps.place(batch) if per_call is None else steps.stack([batch] * per_call)
+    assert placed is not None, "a batch is like itself"
+    state, compiled = steps.compile(step, state, placed, train=True)
     return report_on(compiled, state, steps.options)
 
 
 def audit_there(
-    options: Options, owner: Owner, machine: "Target", step: Any, state: TrainState, batch: Any
+    options: Options,
+    owner: Owner,
+    machine: "Target",
+    step: Any,
+    state: TrainState,
+    batch: Any,
+    per_call: int | None,
 ) -> "Report":
     """Account for the collectives of a step compiled for another machine.
 
@@ -35,6 +47,7 @@ def audit_there(
       step: the training step.
       state: a state of an engine here; its shapes are taken.
       batch: arrays or shapes of one data shard.
+      per_call: how many steps there are in one program; None for one without a loop.
     """
     check_jit(name_of(step))
     plan, params = options.plan, state.stored_params
@@ -44,14 +57,18 @@ def audit_there(
     arrays = {**state.arrays, "comm_state": kept}
     specs = state_specs(arrays, plan.layouts(params, options.mesh), kept)
     state = TrainState(**place_shapes(arrays, options.mesh, specs), owner=owner)
+    shapes = global_shapes(batch, options.mesh, options.plan)
+    if per_call is not None:
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct((per_call, *x.shape), x.dtype), shapes)
     compiled = compile_step(
         function_of(step),
         state,
-        global_shapes(batch, options.mesh, options.plan),
+        shapes,
         mesh=options.mesh,
         plan=options.plan,
         options={**options.xla_options, **machine.compiler_options},
         train=True,
+        many=per_call is not None,
     )
     return report_on(compiled, state, options)
 
@@ -66,7 +83,7 @@ def report_on(compiled: CompiledStep, state: TrainState, options: Options) -> "R
     report = audit_program(compiled.program)
     if options.optimizer.per_example:  # gathers what the plan would have averaged
         return report
-    factors = read_gradient_factors(compiled.program.jaxpr, options.plan.data_axes)
+    factors = read_gradient_factors(compiled.step_jaxpr, options.plan.data_axes)
     clips, skips = options.optimizer.clips, state.loss_scaling is not None
     predicted = options.plan.predict(
         state.stored_params,
@@ -76,4 +93,4 @@ def report_on(compiled: CompiledStep, state: TrainState, options: Options) -> "R
         exchanges=options.optimizer.exchanges,
         activation=compiled.activation,
     )
-    return against_plan(report, predicted, factors)
+    return against_plan(report, predicted, factors, steps=compiled.steps)
