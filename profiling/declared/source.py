@@ -2,6 +2,7 @@
 
 import functools
 import os
+import sysconfig
 from collections.abc import Iterable
 
 import jax
@@ -12,10 +13,42 @@ _LIBRARIES = tuple(f"{os.sep}site-packages{os.sep}{name}{os.sep}" for name in ("
 
 
 def user_source_line(frames: Iterable[tuple[str, int]]) -> str:
-    """Return "file.py:12" for the innermost frame outside jax and txcore, "" without frames."""
-    frames = tuple(frames)
-    chosen = next((f for f in frames if not _is_library(f[0])), frames[0] if frames else None)
+    """Return "file.py:12" for the frame of `user_frame`, "" without frames."""
+    chosen = user_frame(frames)
     return f"{os.path.basename(chosen[0])}:{chosen[1]}" if chosen else ""
+
+
+def user_place(frames: Iterable[tuple[str, int]]) -> str:
+    """Return as `user_source_line`, but the path from the working folder of what lies below it."""
+    chosen = user_frame(frames)
+    if chosen is None:
+        return ""
+    below = os.path.realpath(os.getcwd()) + os.sep
+    path = os.path.realpath(chosen[0])
+    name = path.removeprefix(below) if path.startswith(below) else os.path.basename(chosen[0])
+    return f"{name}:{chosen[1]}"
+
+
+def user_frame(frames: Iterable[tuple[str, int]]) -> tuple[str, int] | None:
+    """Return the innermost frame (file, line) of the user's own code.
+
+    Of installed packages and Python itself there may be lines below the user's; they count where
+    there is no other, and those of jax and txcore where there is no line of anyone else.
+    """
+    frames = tuple(frames)
+    others = [frame for frame in frames if not _is_library(frame[0])]
+    theirs = (frame for frame in others if not _is_installed(frame[0]))
+    return next(theirs, None) or next(iter(others or frames), None)
+
+
+@functools.lru_cache(maxsize=4096)
+def _is_installed(file: str) -> bool:
+    """Tell whether a file is of an installed package, of Python, or none at all ("<frozen x>")."""
+    if file.startswith("<frozen"):
+        return True
+    packages = (f"{os.sep}site-packages{os.sep}", f"{os.sep}dist-packages{os.sep}")
+    library = sysconfig.get_paths()["stdlib"] + os.sep
+    return any(name in file for name in packages) or file.startswith(library)
 
 
 @functools.cache
