@@ -166,4 +166,4 @@ def guard_block(origins: frozenset[str], mode: Mode) -> Iterator[None]:
             yield
     finally:
         if is_outermost:
-            warn_of_collected(stacklevel=4)
+            warn_of_collected(stacklevel=5)

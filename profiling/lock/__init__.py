@@ -20,3 +20,5 @@ from txcore.profiling.lock.model import Lock as Lock
 from txcore.profiling.lock.model import LockError as LockError
 from txcore.profiling.lock.model import lock_of as lock_of
 from txcore.profiling.lock.model import target_of as target_of
+from txcore.profiling.lock.proof import Proof as Proof
+from txcore.profiling.lock.proof import proof_of as proof_of

@@ -124,10 +124,11 @@ def test_a_dump(tmp_path, capsys, primitive, code):
     assert ("not proved" in out) == (code == 0)
 
 
+NEEDS_ONE = "needs either MODULE:FACTORY, --hlo FILE or -- COMMAND"
 BAD = {
     "unknown command": (["prove"], "invalid choice: 'prove'"),
-    "nothing to inspect": (["inspect", "--json"], "needs either MODULE:FACTORY or --hlo FILE"),
-    "both": (["inspect", "a:b", "--hlo", "c"], "needs either MODULE:FACTORY or --hlo FILE"),
+    "nothing to inspect": (["inspect", "--json"], NEEDS_ONE),
+    "both": (["inspect", "a:b", "--hlo", "c"], NEEDS_ONE),
     "no colon": (["inspect", "cli_factories"], "needs MODULE:FACTORY or FILE.py:FACTORY, but "
                  "got 'cli_factories' (see txcore inspect --help)"),
     "no module": (["inspect", "cli_absent:f"], "ModuleNotFoundError: No module named 'cli_absent'"),

@@ -17,6 +17,7 @@ from txcore.train.state.owner import Owner
 from txcore.train.state.state import TrainState
 from txcore.train.steps import rounds
 from txcore.train.steps.compile import CompiledStep, compile_step
+from txcore.train.steps.locked import hold_to_lock
 from txcore.train.steps.step_fn import check_jit, function_of, refuse_tracing
 
 
@@ -30,6 +31,7 @@ class Steps:
       place: places a batch on the mesh.
       last_words: what is running, for a rank that waits in it.
       compile_seconds: seconds spent tracing and compiling so far.
+      proof: which proof the newest training step has; "" without a lock file.
     """
 
     def __init__(self, options: Options, owner: Owner) -> None:
@@ -37,6 +39,7 @@ class Steps:
         self.spans = options.spans_processes
         self.last_words = ""
         self.compile_seconds = 0.0
+        self.proof = ""
         placer = Placer(options.mesh, options.plan)
         self.place, self.rows = placer.place, placer.rows
         self._xla_options = options.xla_options
@@ -103,6 +106,8 @@ class Steps:
             together=self.spans,
         )
         self.compile_seconds += compiled.seconds
+        if train:
+            self.proof = hold_to_lock(self.options, compiled)
         watch.at(Phase.STEP if train else Phase.EVAL_STEP, label=compiled.last_words)
         return compiled
 
