@@ -6,8 +6,8 @@
 
 `txcore lock update|check` and the pytest fixture `collectives_lock` do the same.
 
-Imports `bounded_json`, `errors`, `outside`, `profiling.declared`, `profiling.report`,
-`profiling.report.html`.
+Imports `_compat`, `bounded_json`, `errors`, `outside`, `profiling.declared`, `profiling.program`,
+`profiling.report`, `profiling.report.html`.
 """
 
 from txcore.profiling.lock.check import Outcome as Outcome
