@@ -9,27 +9,46 @@ import jax
 
 from txcore import _compat
 
+Frame = tuple[str, int]  # a file and the number of a line
 _LIBRARIES = tuple(f"{os.sep}site-packages{os.sep}{name}{os.sep}" for name in ("jax", "txcore"))
 
 
-def user_source_line(frames: Iterable[tuple[str, int]]) -> str:
+def user_source_line(frames: Iterable[Frame]) -> str:
     """Return "file.py:12" for the frame of `user_frame`, "" without frames."""
-    chosen = user_frame(frames)
-    return f"{os.path.basename(chosen[0])}:{chosen[1]}" if chosen else ""
+    return short_line(user_frame(frames))
 
 
-def user_place(frames: Iterable[tuple[str, int]]) -> str:
+def short_line(frame: Frame | None) -> str:
+    """Return "file.py:12" of a frame, "" without one."""
+    return f"{os.path.basename(frame[0])}:{frame[1]}" if frame else ""
+
+
+def whole_line(frame: Frame | None) -> str:
+    """Return as `short_line` with the file's whole path."""
+    return f"{frame[0]}:{frame[1]}" if frame else ""
+
+
+def user_place(frames: Iterable[Frame]) -> str:
     """Return as `user_source_line`, but the path from the working folder of what lies below it."""
-    chosen = user_frame(frames)
-    if chosen is None:
-        return ""
-    below = os.path.realpath(os.getcwd()) + os.sep
-    path = os.path.realpath(chosen[0])
-    name = path.removeprefix(below) if path.startswith(below) else os.path.basename(chosen[0])
-    return f"{name}:{chosen[1]}"
+    return near_line(whole_line(user_frame(frames)))
 
 
-def user_frame(frames: Iterable[tuple[str, int]]) -> tuple[str, int] | None:
+def near_line(place: str) -> str:
+    """Return a whole line with the path from the working folder, or else the file's name.
+
+    Example:
+      >>> near_line(f"{os.getcwd()}/examples/train.py:12"), near_line("/elsewhere/train.py:3")
+      ('examples/train.py:12', 'train.py:3')
+    """
+    file, _, line = place.rpartition(":")
+    if not file:
+        return place
+    below, path = os.path.realpath(os.getcwd()) + os.sep, os.path.realpath(file)
+    name = path.removeprefix(below) if path.startswith(below) else os.path.basename(file)
+    return f"{name}:{line}"
+
+
+def user_frame(frames: Iterable[Frame]) -> Frame | None:
     """Return the innermost frame (file, line) of the user's own code.
 
     Of installed packages and Python itself there may be lines below the user's; they count where

@@ -121,7 +121,7 @@ def _describe(program: Compilation, report: Report) -> dict[str, Any]:
         "rank": jax.process_index(),
         "ranks": jax.process_count(),
         "status": "proved" if alone else report.status,
-        "text": str(report) if report.collectives else "",
+        "text": "\n".join(filter(None, [str(report), report.why()])) if report.collectives else "",
         "digest": hashlib.sha256(repr(rows).encode()).hexdigest(),
         "report": report.to_dict(),
     }

@@ -43,6 +43,17 @@ class Report(Findings):
         )
         return self if rows == self.collectives else replace(self, collectives=rows)
 
+    def why(self) -> str:
+        """Return why each collective is there that nobody asked for, and what to write instead.
+
+        Returns:
+          A few lines for each line of source and kind of operation, those that send the most first;
+          "" where all is explained.
+        """
+        from txcore.profiling.report.why import explain_rows, write_reasons
+
+        return "\n".join(write_reasons(explain_rows(self.collectives)))
+
     def to_html(self, path: str | os.PathLike[str], other: Findings | None = None) -> None:
         """Write the report as one HTML page that needs no network and no script.
 

@@ -93,6 +93,8 @@ def inspect_program(options: argparse.Namespace) -> int:
     if earlier is not None:
         show(_describe_changes(earlier, report))
     show(report.to_json() if options.json else str(report))
+    if not options.json and (reasons := report.why()):
+        show(f"\n{reasons}")
     return 0 if report.ok else 1
 
 
