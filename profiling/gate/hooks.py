@@ -22,8 +22,11 @@ from txcore.profiling.dump import compile_and_dump
 from txcore.profiling.gate import watches
 from txcore.profiling.gate.device_put import row_of_move
 from txcore.profiling.gate.watches import Compilation, Onlooker, Watch, active_watches
-from txcore.profiling.report import Collective
+from txcore.profiling.program import machine_of
+from txcore.profiling.report import Collective, Report
 
+# Words without which a module of one device has nothing to account for: most small ones.
+_COMMUNICATES = ("all-", "scatter", "collective", "custom-call", "send", "recv", "-start")
 _log = logging.getLogger("txcore.profiling.gate")
 
 
@@ -126,16 +129,18 @@ def _watch_compiling(original: Callable[..., Any], lowered: Any, *args: Any, **k
         with _compat.compiling_watched():
             return early or _compile_with_partitioned(original, lowered, *args, **kwargs)[1]
 
-    compiled = _as_compiled(executable)
+    compiled, devices = _as_compiled(executable), _compat.lowered_devices(lowered)
     try:
-        report = audit_compiled(compiled, jaxpr, partition=read_partitioned)
+        if len(devices) == 1 and not any(word in compiled.text for word in _COMMUNICATES):
+            report = Report((), checked=jaxpr is not None, target=machine_of(compiled))
+        else:
+            report = audit_compiled(compiled, jaxpr, partition=read_partitioned)
     except Exception as error:
         if watches.watches_of_thread():
             raise
         for watch in watches.everywhere:  # they only look on: a program runs as it would
             watch.see_failure(_compat.lowered_name(lowered), error)
         return executable
-    devices = _compat.lowered_devices(lowered)
     program = Compilation(
         _compat.lowered_name(lowered),
         source.user_place(_list_frames()),

@@ -247,7 +247,10 @@ def test_what_changed_since_an_earlier_program(tmp_path, capsys):
     out = capsys.readouterr().out
     changes, table = out.removeprefix("since the earlier program:\n").split("\n\n")
     assert table.splitlines()[0] == "failed"
-    assert table.splitlines()[-1].startswith("failed: 1 of 1 collective unexplained")
+    verdict, *why = table.splitlines()[4:]
+    assert verdict.startswith("failed: 1 of 1 collective unexplained")
+    assert why[0].startswith("why all-reduce over ")
+    assert why[1].startswith("  write tx.psum(y, ")
     assert changes.count("all-reduce") == 2  # the one that came, and the one that went
     assert "partitioner" in page.read_text()
 

@@ -94,7 +94,7 @@ def inspect_program(options: argparse.Namespace) -> int:
         show(_describe_changes(earlier, report))
     show(report.to_json() if options.json else str(report))
     if not options.json and (reasons := report.why()):
-        show(f"\n{reasons}")
+        show(reasons)
     return 0 if report.ok else 1
 
 

@@ -92,8 +92,9 @@ def use_all_ways(fn, x, warned):
 
 
 def test_a_gate_that_warns_says_all_once_at_its_end():
+    fn, x = arrays()
     with pytest.warns(UnaskedCommunicationWarning) as warned:
-        use_all_ways(*arrays(), warned)
+        use_all_ways(fn, x, warned)
     (one,) = warned.list
     assert one.filename == __file__
     text = str(one.message)

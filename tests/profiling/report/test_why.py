@@ -93,7 +93,8 @@ def test_the_line_is_the_users_while_the_stack_holds_one():
 
 
 def test_lines_and_modules_of_a_flax_model():
-    nn = pytest.importorskip("flax.linen")
+    pytest.importorskip("flax")
+    from flax import linen as nn
 
     class Block(nn.Module):
         @nn.compact
