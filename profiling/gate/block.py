@@ -60,8 +60,8 @@ def no_auto_collectives(*, allow: Iterable[str] = (), mode: Mode = "raise") -> "
       allow: origins of `Collective.origin` to let through, of "partitioner", "boundary" (a reshard
         at a shard_map or jit edge), "reshard" (asked for by name, `device_put` too) and "unknown".
         "txcore", "user", "autodiff" and "opaque" are never refused.
-      mode: "raise" refuses, from the call that compiles; "warn" collects, and gives one
-        `UnaskedCommunicationWarning` at the end of the block.
+      mode: "raise" refuses, from the call that compiles; "warn" collects, and gives one warning
+        (a UserWarning) at the end of the block.
 
     Returns:
       The gate, a context manager and decorator that can be used any number of times.

@@ -16,10 +16,6 @@ REFUSED = ("boundary", "partitioner", "reshard", "unknown")
 _MOST_ROWS = 10
 
 
-class UnaskedCommunicationWarning(UserWarning):
-    """What `no_auto_collectives(mode="warn")` found, once at the end of its block."""
-
-
 @dataclass(frozen=True)
 class Refusal:
     """The watch of a gate: it refuses rows of these origins, in sorted order."""
@@ -91,9 +87,7 @@ def warn_of_collected(stacklevel: int) -> None:
         often = "" if times == 1 else f" ({times} times)"
         lines += [f"{doing} adds {len(rows)}{often}:", *_list_rows(rows)] if rows else [doing]
     every = tuple(row for _, rows in offences for row in rows)
-    warnings.warn(
-        _describe_refusal("\n".join(lines), every), UnaskedCommunicationWarning, stacklevel
-    )
+    warnings.warn(_describe_refusal("\n".join(lines), every), stacklevel=stacklevel)
 
 
 def _rows_of(report: Report, origins: Iterable[str]) -> tuple[Collective, ...]:
