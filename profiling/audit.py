@@ -1,7 +1,7 @@
 """Account for every collective of a compiled program: `audit`, `audit_text` and their helpers."""
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -26,6 +26,7 @@ from txcore.profiling.matching.reconcile import reconcile_modules
 from txcore.profiling.matching.rows import rows_of
 from txcore.profiling.program import Program, compile_for_target, compile_program, machine_of
 from txcore.profiling.report import Report
+from txcore.profiling.report.report import check_allowed
 
 MOST_BYTES = 1 << 28  # of a text from elsewhere
 
@@ -275,6 +276,7 @@ def assert_no_auto_sharding(
     *args: Any,
     target: str | None = None,
     mesh: Mapping[str, int] | None = None,
+    allow: Iterable[str] = (),
 ) -> Report:
     """Audit a function and raise unless every collective in it was asked for.
 
@@ -283,6 +285,9 @@ def assert_no_auto_sharding(
       *args: as for `audit`.
       target: as for `audit`.
       mesh: as for `audit`.
+      allow: origins of what nobody asked for to let through, as {"partitioner"} in a program that
+        leaves its sharding to the compiler: see `Report.allowing`. `txcore lock update --allow`
+        also refuses more of it.
 
     Returns:
       The report, which is ok.
@@ -291,7 +296,8 @@ def assert_no_auto_sharding(
       AutoShardingError: something is unexplained or missing; its text has the table.
       TypeError, ValueError, ImportError, RuntimeError: as `audit`.
     """
-    report = audit(fn, *args, target=target, mesh=mesh)
+    allowed = check_allowed(allow)
+    report = audit(fn, *args, target=target, mesh=mesh).allowing(allowed)
     if not report.ok:
         raise AutoShardingError(report)
     return report

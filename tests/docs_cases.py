@@ -80,7 +80,9 @@ def assert_shown(shown, printed):
 def environment():
     """Return this process's environment without what make and its own devices add to it."""
     drop = ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "XLA_FLAGS")
-    return {k: v for k, v in os.environ.items() if k not in drop} | {"JAX_PLATFORMS": "cpu"}
+    path = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")])
+    own = {"JAX_PLATFORMS": "cpu", "PATH": path}
+    return {k: v for k, v in os.environ.items() if k not in drop} | own
 
 
 def run(*args, cwd=ROOT, **options):
@@ -125,4 +127,5 @@ def run_txcore(page, language, folder):
         done = run(sys.executable, "-m", "txcore", *_cut_down(line), cwd=folder)
         fails = re.search(r"^failed: |entries grew|over budget", shown, re.MULTILINE)
         assert done.returncode == (fails is not None), f"{line}\n{done.stdout}{done.stderr}"
-        assert_shown(shown, done.stdout)
+        # A report on a command is on stderr: stdout is the command's own.
+        assert_shown(shown, done.stdout + (done.stderr if " -- " in line else ""))

@@ -16,6 +16,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 # Every one of them, with the class of Python's by which others catch it.
 CLASSES = {
     "TxcoreError": Exception,
+    "AttestationError": RuntimeError,
     "AutoShardingError": AssertionError,
     "BadInput": Exception,
     "BadUsage": Exception,
@@ -25,6 +26,7 @@ CLASSES = {
     "LockError": ValueError,
     "MismatchError": RuntimeError,
     "NotTogether": RuntimeError,
+    "TraceError": ValueError,
     "TuningError": ValueError,
     "_Refused": RuntimeError,
     "_Unusable": RuntimeError,

@@ -60,6 +60,7 @@ if TYPE_CHECKING:
     from txcore.parallel import context as context
     from txcore.parallel import pipeline as pipeline
     from txcore.parallel import tensor as tensor
+    from txcore.profiling.gate.attested import attested as attested
     from txcore.profiling.trace.record import profile as profile
     from txcore.train import CheckpointError as CheckpointError
     from txcore.train import Checkpoints as Checkpoints
@@ -70,6 +71,7 @@ __version__ = VERSION
 
 # Only who names these waits for them: all together would be a third of the import.
 _LATER = {
+    "attested": "txcore.profiling.gate.attested",
     "CheckpointError": "txcore.train",
     "Checkpoints": "txcore.train",
     "initialize": "txcore.launch",

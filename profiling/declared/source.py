@@ -2,20 +2,72 @@
 
 import functools
 import os
+import sysconfig
 from collections.abc import Iterable
 
 import jax
 
 from txcore import _compat
 
+Frame = tuple[str, int]  # a file and the number of a line
 _LIBRARIES = tuple(f"{os.sep}site-packages{os.sep}{name}{os.sep}" for name in ("jax", "txcore"))
 
 
-def user_source_line(frames: Iterable[tuple[str, int]]) -> str:
-    """Return "file.py:12" for the innermost frame outside jax and txcore, "" without frames."""
+def user_source_line(frames: Iterable[Frame]) -> str:
+    """Return "file.py:12" for the frame of `user_frame`, "" without frames."""
+    return short_line(user_frame(frames))
+
+
+def short_line(frame: Frame | None) -> str:
+    """Return "file.py:12" of a frame, "" without one."""
+    return f"{os.path.basename(frame[0])}:{frame[1]}" if frame else ""
+
+
+def whole_line(frame: Frame | None) -> str:
+    """Return as `short_line` with the file's whole path."""
+    return f"{frame[0]}:{frame[1]}" if frame else ""
+
+
+def user_place(frames: Iterable[Frame]) -> str:
+    """Return as `user_source_line`, but the path from the working folder of what lies below it."""
+    return near_line(whole_line(user_frame(frames)))
+
+
+def near_line(place: str) -> str:
+    """Return a whole line with the path from the working folder, or else the file's name.
+
+    Example:
+      >>> near_line(f"{os.getcwd()}/examples/train.py:12"), near_line("/elsewhere/train.py:3")
+      ('examples/train.py:12', 'train.py:3')
+    """
+    file, _, line = place.rpartition(":")
+    if not file:
+        return place
+    below, path = os.path.realpath(os.getcwd()) + os.sep, os.path.realpath(file)
+    name = path.removeprefix(below) if path.startswith(below) else os.path.basename(file)
+    return f"{name}:{line}"
+
+
+def user_frame(frames: Iterable[Frame]) -> Frame | None:
+    """Return the innermost frame (file, line) of the user's own code.
+
+    Of installed packages and Python itself there may be lines below the user's; they count where
+    there is no other, and those of jax and txcore where there is no line of anyone else.
+    """
     frames = tuple(frames)
-    chosen = next((f for f in frames if not _is_library(f[0])), frames[0] if frames else None)
-    return f"{os.path.basename(chosen[0])}:{chosen[1]}" if chosen else ""
+    others = [frame for frame in frames if not _is_library(frame[0])]
+    theirs = (frame for frame in others if not _is_installed(frame[0]))
+    return next(theirs, None) or next(iter(others or frames), None)
+
+
+@functools.lru_cache(maxsize=4096)
+def _is_installed(file: str) -> bool:
+    """Tell whether a file is of an installed package, of Python, or none at all ("<frozen x>")."""
+    if file.startswith("<frozen"):
+        return True
+    packages = (f"{os.sep}site-packages{os.sep}", f"{os.sep}dist-packages{os.sep}")
+    library = sysconfig.get_paths()["stdlib"] + os.sep
+    return any(name in file for name in packages) or file.startswith(library)
 
 
 @functools.cache

@@ -15,22 +15,32 @@ A program that was lowered before the block comes without its traced one. Then t
 mark decides; jax 0.10 has none, so there the gate refuses such a program if it communicates at all.
 """
 
+import contextlib
 import functools
 import inspect
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, Literal, ParamSpec, TypeVar
 
-from txcore.profiling.gate.hooks import refuse_in_block
-from txcore.profiling.gate.policy import REFUSED
+from txcore.profiling.gate.hooks import watch_in_block
+from txcore.profiling.gate.policy import (
+    REFUSED,
+    Collection,
+    Refusal,
+    begin_collecting,
+    warn_of_collected,
+)
+from txcore.profiling.gate.watches import watches_of_thread
 
 P = ParamSpec("P")
 R = TypeVar("R")
+Mode = Literal["raise", "warn"]
+_MODES = ("raise", "warn")
 
 
-def no_auto_collectives(*, allow: Iterable[str] = ()) -> "Gate":
+def no_auto_collectives(*, allow: Iterable[str] = (), mode: Mode = "raise") -> "Gate":
     """Refuse, within a block or a function, every program that communicates unasked.
 
     The gate checks all that the calling thread compiles in the block: jitted functions, single
@@ -38,6 +48,9 @@ def no_auto_collectives(*, allow: Iterable[str] = ()) -> "Gate":
     traced and compiled anew, once for each set of refused origins. The gate bypasses jax's
     compilation cache on disk, and logs where it would have been used. It refuses a
     `jax.device_put` that sends a committed array's data between devices.
+
+    With `mode="warn"` nothing is refused: the outermost such block of a thread warns once, at its
+    end, of all that would have been.
 
     Blocks nest: an origin is refused where any of them refuses it. As a decorator the gate guards
     each call. It belongs to one thread from beginning to end, as jax's own contexts do: do not
@@ -47,6 +60,8 @@ def no_auto_collectives(*, allow: Iterable[str] = ()) -> "Gate":
       allow: origins of `Collective.origin` to let through, of "partitioner", "boundary" (a reshard
         at a shard_map or jit edge), "reshard" (asked for by name, `device_put` too) and "unknown".
         "txcore", "user", "autodiff" and "opaque" are never refused.
+      mode: "raise" refuses, from the call that compiles; "warn" collects, and gives one warning
+        (a UserWarning) at the end of the block.
 
     Returns:
       The gate, a context manager and decorator that can be used any number of times.
@@ -75,7 +90,11 @@ def no_auto_collectives(*, allow: Iterable[str] = ()) -> "Gate":
             f"{', '.join(map(repr, unknown))}: leave it out (txcore, user, autodiff and opaque "
             "are never refused)"
         )
-    return Gate(frozenset(REFUSED) - frozenset(allowed))
+    if mode not in _MODES:
+        raise ValueError(
+            f"mode needs to be one of {', '.join(map(repr, _MODES))}, but got {mode!r}"
+        )
+    return Gate(frozenset(REFUSED) - frozenset(allowed), mode)
 
 
 @dataclass(frozen=True)
@@ -84,9 +103,11 @@ class Gate:
 
     Attributes:
       refused: the origins that it does not let through.
+      mode: "raise" or "warn".
     """
 
     refused: frozenset[str]
+    mode: Mode = "raise"
 
     def __call__(self, function: Callable[P, R]) -> Callable[P, R]:
         """Return the function with each of its calls in a block of its own."""
@@ -103,13 +124,13 @@ class Gate:
 
         @functools.wraps(function)
         def call_guarded(*args: P.args, **kwargs: P.kwargs) -> R:
-            with refuse_in_block(self.refused):
+            with guard_block(self.refused, self.mode):
                 return function(*args, **kwargs)
 
         return call_guarded
 
     def __enter__(self) -> None:
-        entered = refuse_in_block(self.refused)
+        entered = guard_block(self.refused, self.mode)
         entered.__enter__()
         _entered_blocks().append(entered)
 
@@ -130,3 +151,19 @@ def _entered_blocks() -> list[Any]:
     if not hasattr(_thread, "entered"):
         _thread.entered = []
     return _thread.entered
+
+
+@contextlib.contextmanager
+def guard_block(origins: frozenset[str], mode: Mode) -> Iterator[None]:
+    """Refuse or collect these origins in this thread, with those of the blocks around."""
+    kind = Refusal if mode == "raise" else Collection
+    outer = watches_of_thread()
+    merged = origins.union(*(watch.origins for watch in outer if isinstance(watch, kind)))
+    others = (watch for watch in outer if not isinstance(watch, kind))
+    is_outermost = mode == "warn" and begin_collecting()
+    try:
+        with watch_in_block(*others, kind(tuple(sorted(merged)))):
+            yield
+    finally:
+        if is_outermost:
+            warn_of_collected(stacklevel=5)

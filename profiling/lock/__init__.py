@@ -6,8 +6,8 @@
 
 `txcore lock update|check` and the pytest fixture `collectives_lock` do the same.
 
-Imports `bounded_json`, `errors`, `outside`, `profiling.declared`, `profiling.report`,
-`profiling.report.html`.
+Imports `_compat`, `bounded_json`, `errors`, `outside`, `profiling.declared`, `profiling.program`,
+`profiling.report`, `profiling.report.html`.
 """
 
 from txcore.profiling.lock.check import Outcome as Outcome
@@ -20,3 +20,5 @@ from txcore.profiling.lock.model import Lock as Lock
 from txcore.profiling.lock.model import LockError as LockError
 from txcore.profiling.lock.model import lock_of as lock_of
 from txcore.profiling.lock.model import target_of as target_of
+from txcore.profiling.lock.proof import Proof as Proof
+from txcore.profiling.lock.proof import proof_of as proof_of

@@ -1,14 +1,16 @@
 """Check a program against its lock file, and update the file."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from txcore.outside import printable
 from txcore.profiling.lock.diff import Change, compare, write_changes
 from txcore.profiling.lock.file import format_locks, read_locks, write_file
 from txcore.profiling.lock.model import Lock, LockError, lock_of, target_of
+from txcore.profiling.lock.proof import Proof
 from txcore.profiling.report import Report
+from txcore.profiling.report.report import check_allowed
 
 
 @dataclass(frozen=True)
@@ -66,9 +68,10 @@ def check(path: str | os.PathLike[str], report: Report, *, exact: bool = False) 
     if target not in locks:
         has = printable(", ".join(sorted(locks))) or "none"
         raise LockError(f"{path} needs a section {target!r}, but has {has}: lock this target first")
+    locked = locks[target]
+    report = report.allowing(locked.allow)
     if not report.ok:
         return Outcome(False, True, str(report))
-    locked = locks[target]
     now = lock_of(report)
     changes = compare(locked, now)
     other = _describe_settings(locked, now)
@@ -79,7 +82,12 @@ def check(path: str | os.PathLike[str], report: Report, *, exact: bool = False) 
 
 
 def update(
-    path: str | os.PathLike[str], report: Report, *, budgets: Mapping[str, int | None] | None = None
+    path: str | os.PathLike[str],
+    report: Report,
+    *,
+    budgets: Mapping[str, int | None] | None = None,
+    allow: Iterable[str] | None = None,
+    proof: Proof | None = None,
 ) -> Outcome:
     """Write a program's communication into its lock file, and make the file where there is none.
 
@@ -92,6 +100,10 @@ def update(
         an axis's budget. A collective over several axes counts for each of them, and one over
         groups that no mesh axes form counts for all. Opaque calls count nothing, since nobody
         knows what they send; they are in the lock, so that a new one is growth.
+      allow: the origins of what nobody asked for that are locked, too, so that only more of it
+        fails: see `Report.allowing`. None keeps those of the file, () removes them.
+      proof: what the program is (`proof_of(program)`), so that a run can be held to it: see
+        `txcore.attested`. It takes the place of one of the same versions of jax.
 
     Returns:
       The outcome. Where the report is not ok or over a budget it is not ok, and nothing is written.
@@ -101,12 +113,19 @@ def update(
         was not compared with a traced program.
     """
     locks = read_locks(path) if os.path.lexists(path) else {}
+    target = target_of(report)
+    old = locks.get(target, Lock(target, ()))
+    allowed = old.allow if allow is None else tuple(sorted(check_allowed(allow)))
+    report = report.allowing(allowed)
     if not report.ok:
         return Outcome(False, False, str(report))
-    new = lock_of(report)
-    old = locks.get(new.target, Lock(new.target, ()))
     wanted = {**old.budgets, **(budgets or {})}
-    new = replace(new, budgets={axis: most for axis, most in wanted.items() if most is not None})
+    new = replace(
+        lock_of(report),
+        budgets={axis: most for axis, most in wanted.items() if most is not None},
+        allow=allowed,
+        proofs=_add_proof(old.proofs, proof),
+    )
     if over := list_over_budget(report, new.budgets):
         return Outcome(False, False, "\n".join([*over, f"{path} is left as it was"]))
     changed = locks.get(new.target) != new
@@ -128,6 +147,13 @@ def _describe_settings(locked: Lock, now: Lock) -> list[str]:
 
 def _quoted(text: str | None) -> str:
     return "default" if text is None else repr(text)
+
+
+def _add_proof(proofs: tuple[Proof, ...], proof: Proof | None) -> tuple[Proof, ...]:
+    if proof is None:
+        return proofs
+    others = [other for other in proofs if other.versions != proof.versions]
+    return tuple(sorted((*others, proof), key=lambda one: sorted(one.versions.items())))
 
 
 def list_over_budget(report: Report, budgets: Mapping[str, int]) -> list[str]:

@@ -3,11 +3,14 @@
 import json
 import os
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from typing import Any
 
 from txcore import bounded_json
 from txcore.outside import brief, read_regular, replace_text
 from txcore.profiling.lock.model import Entry, Lock, LockError
+from txcore.profiling.lock.proof import Proof
+from txcore.profiling.report.report import check_allowed
 
 _FORMAT = "txcore-lock"
 _VERSION = 1
@@ -17,11 +20,15 @@ _COLLECTIVE = {
     **{"tag?": str, "source?": str, "kind": str, "axes": [str], "dtype": str, "origin": str},
     **{"payload_bytes": _COUNT, "trips": _COUNT, "trips_known?": bool},
 }
-_SCHEMA = {
-    "targets": {
-        str: {"budgets?": {str: _COUNT}, "compiled_with?": {str: str}, "collectives": [_COLLECTIVE]}
-    }
+_PROOF = {
+    **{"name": str, "versions": {str: str}, "options": {str: str}, "flags": [str]},
+    **{"arguments": str, "opcodes": {str: _COUNT}, "module": str},
 }
+_SECTION = {
+    **{"budgets?": {str: _COUNT}, "compiled_with?": {str: str}, "collectives": [_COLLECTIVE]},
+    **{"allow?": [str], "proofs?": [_PROOF]},
+}
+_SCHEMA = {"targets": {str: _SECTION}}
 
 
 def read_locks(path: str | os.PathLike[str], *, max_bytes: int = _MOST_BYTES) -> dict[str, Lock]:
@@ -72,7 +79,14 @@ def _parse_lock(target: str, section: Mapping[str, Any]) -> Lock:
             raise LockError(f"needs each collective once in {where}, got {same} again as {i}")
     entries.sort(key=lambda entry: entry.key)
     budgets, used = section.get("budgets", {}), section.get("compiled_with", {})
-    return Lock(target, tuple(entries), budgets, used)
+    proofs = tuple(
+        Proof(**{**data, "flags": tuple(data["flags"])}) for data in section.get("proofs", ())
+    )
+    try:
+        allow = tuple(sorted(check_allowed(section.get("allow", ()))))
+    except ValueError as error:
+        raise LockError(f"in {where}: {error}") from None
+    return Lock(target, tuple(entries), budgets, used, allow, proofs)
 
 
 def _parse_entry(data: Mapping[str, Any], where: str) -> Entry:
@@ -99,9 +113,12 @@ def _format_section(lock: Lock) -> str:
     budgets = json.dumps(dict(lock.budgets), sort_keys=True)
     used = json.dumps(dict(lock.compiled_with), sort_keys=True)
     with_it = f'      "compiled_with": {used},\n' if lock.compiled_with else ""
+    allow = f'      "allow": {json.dumps(lock.allow)},\n' if lock.allow else ""
+    kept = ",".join(f"\n        {json.dumps(asdict(proof))}" for proof in lock.proofs)
+    proofs = f',\n      "proofs": [{kept}\n      ]' if kept else ""
     return (
-        f'    {json.dumps(lock.target)}: {{\n      "budgets": {budgets},\n{with_it}'
-        f'      "collectives": {collectives}\n    }}'
+        f'    {json.dumps(lock.target)}: {{\n{allow}      "budgets": {budgets},\n{with_it}'
+        f'      "collectives": {collectives}{proofs}\n    }}'
     )
 
 

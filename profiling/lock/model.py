@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 
 from txcore.errors import TxcoreError
 from txcore.profiling.declared.collectives import Declared
+from txcore.profiling.lock.proof import Proof
 from txcore.profiling.report import Collective, Report
 
 
@@ -62,12 +63,16 @@ class Lock:
       entries: sorted by their keys, each key once.
       budgets: bytes on the wire that each device may send in one call, by mesh axis.
       compiled_with: XLA options and jax's settings that differ from the defaults, by name.
+      allow: the origins of what nobody asked for that are let through: its rows are entries.
+      proofs: what the program was, for each version of jax with which that was kept.
     """
 
     target: str
     entries: tuple[Entry, ...]
     budgets: Mapping[str, int] = field(default_factory=dict)
     compiled_with: Mapping[str, str] = field(default_factory=dict)
+    allow: tuple[str, ...] = ()
+    proofs: tuple[Proof, ...] = ()
 
 
 def lock_of(report: Report) -> Lock:

@@ -28,6 +28,7 @@ class Unit:
       tag: those tags, joined by commas.
       op_name: its path of scopes.
       source, wanted_source: "file.py:12" of itself, and of its consumer.
+      place, wanted_place: the same with the files' whole paths.
       origin, note: its origin by its line, and what the line leaves open.
       has_own_line: whether the line describes this array alone, not all that its op merged.
       doubtful: whether its op contains an array of the partitioner's, and nothing tells which.
@@ -46,6 +47,8 @@ class Unit:
     op_name: str = ""
     source: str = ""
     wanted_source: str = ""
+    place: str = ""
+    wanted_place: str = ""
     origin: str = "unknown"
     note: str = ""
     has_own_line: bool = True
@@ -116,6 +119,7 @@ def _describe_unit(place: int, op: Op, one: Input, *, is_piece: bool) -> Unit:
     origin, note = origin_of(line)
     doubtful = origin in UNEXPLAINED and (bool(one.pieces) or (is_merged and not has_own))
     may_be_untagged = not tags or len(tags) > 1 or (is_merged and not has_own)
+    own, wanted = _find_frame(line, origin), source.user_frame(op.wanted_frames)
     return Unit(
         op=place,
         kind=op.kind,
@@ -125,8 +129,10 @@ def _describe_unit(place: int, op: Op, one: Input, *, is_piece: bool) -> Unit:
         claims=(*tags, None) if may_be_untagged else tags,
         tag=_join_tags(tags),
         op_name=op_name,
-        source=_find_source(line, origin),
-        wanted_source=source.user_source_line(op.wanted_frames),
+        source=source.short_line(own),
+        wanted_source=source.short_line(wanted),
+        place=source.whole_line(own),
+        wanted_place=source.whole_line(wanted),
         origin=origin,
         note=note,
         has_own_line=has_own or not is_merged,
@@ -146,9 +152,9 @@ def _join_tags(tags: Sequence[str]) -> str:
     return ",".join(named[:_MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
-def _find_source(op: Op, origin: str) -> str:
-    """Return the source line of an op, or of its consumer where it was inserted."""
-    own, wanted = source.user_source_line(op.frames), source.user_source_line(op.wanted_frames)
+def _find_frame(op: Op, origin: str) -> source.Frame | None:
+    """Return the user's line of an op, or of its consumer where it was inserted."""
+    own, wanted = source.user_frame(op.frames), source.user_frame(op.wanted_frames)
     if origin == "reshard" and not op.op_name.endswith("/reshard"):
         return wanted
     # Named after the shard_map where it is needed: by a compiler that does not mark it, or where

@@ -29,8 +29,8 @@ import functools
 from txcore.profiling.declared.equations import KIND_OF, made_by_autodiff
 from txcore.profiling.hlo import Op
 from txcore.profiling.hlo.scan import split_outside
+from txcore.profiling.report.findings import UNEXPLAINED as UNEXPLAINED
 
-UNEXPLAINED = ("partitioner", "boundary", "unknown")
 _EDGES = {"", "shard_map"}
 
 

@@ -225,6 +225,10 @@ def _is_opaque(unit: Unit) -> bool:
 def _with_early_origin(unit: Unit, early: Unit) -> Unit:
     # What looks like the user's and is not was inserted for what uses it.
     is_known = early.origin in (*UNEXPLAINED, RESHARD)
-    line = early.source if is_known else early.wanted_source or early.source
+    at_use = bool(early.wanted_source) and not is_known
+    line, place = (
+        (early.wanted_source, early.wanted_place) if at_use else (early.source, early.place)
+    )
     origin = early.origin if is_known else "partitioner"
-    return replace(unit, origin=origin, source=line, note=early.note)
+    name = early.op_name or unit.op_name
+    return replace(unit, origin=origin, source=line, place=place, note=early.note, op_name=name)

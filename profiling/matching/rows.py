@@ -191,6 +191,8 @@ def _parts_of(array: _Array, group_size: int) -> Iterator[Part]:
         payload_bytes=payload,
         source=unit.added or (sources.pop() if len(sources) == 1 else unit.source),
         fates=array.fates,
+        op_name=unit.op_name,
+        place="" if unit.added or array.declared else unit.place,
     )
 
 

@@ -15,6 +15,7 @@ from txcore.profiling.report.numbers import cap_figure
 from txcore.profiling.report.rows import Collective, Fate, PlanLine
 
 Status = Literal["proved", "not proved", "failed"]
+UNEXPLAINED = ("partitioner", "boundary", "unknown")  # origins of what nobody asked for
 _HIDDEN = {
     "autodiff": "left to autodiff",
     "opaque": "hidden in opaque calls",
@@ -74,6 +75,11 @@ class Findings:
         return tuple(c for c in self.collectives if not c.explained)
 
     @property
+    def let_through(self) -> tuple[Collective, ...]:
+        """Return the collectives that nobody asked for, and that `Report.allowing` lets through."""
+        return tuple(c for c in self.collectives if c.explained and c.origin in UNEXPLAINED)
+
+    @property
     def ok(self) -> bool:
         """Tell whether nothing is unexplained, missing, divergent, or short of the plan."""
         faults = self.unexplained or self.missing or self.divergent
@@ -81,8 +87,9 @@ class Findings:
 
     @property
     def exact(self) -> bool:
-        """Tell whether it is ok, was checked, and nothing is left to autodiff or opaque."""
-        return self.ok and self.checked and not list_doubts(self.collectives, self.fates)
+        """Tell whether it is ok, checked, and nothing left to autodiff, opaque or let through."""
+        doubts = list_doubts(self.collectives, self.fates) or self.let_through
+        return self.ok and self.checked and not doubts
 
     @property
     def payload_bytes(self) -> int:

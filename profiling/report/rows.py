@@ -23,6 +23,8 @@ class Part:
       payload_bytes: S of one execution in the declared dtype.
       source: "file.py:12", or "".
       fates: what became of its declaration: see `Fate`; empty where none matches.
+      op_name: jax's path to what needed it, where it is told apart; not in `to_dict`.
+      place: its source with the file's whole path, where none matches; not in `to_dict`.
     """
 
     tag: str
@@ -32,6 +34,13 @@ class Part:
     payload_bytes: int
     source: str
     fates: tuple[str, ...] = ()
+    op_name: str = ""
+    place: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what does not depend on where the program's files lie."""
+        fields = {name: cap_figure(value) for name, value in dataclasses.asdict(self).items()}
+        return {name: value for name, value in fields.items() if name not in ("op_name", "place")}
 
 
 @dataclass(frozen=True)
@@ -98,10 +107,7 @@ class Collective:
     def to_dict(self) -> dict[str, Any]:
         """Return the row as plain lists, numbers and strings; unknown values are None."""
         row = {name: cap_figure(value) for name, value in dataclasses.asdict(self).items()}
-        row["parts"] = [
-            {name: cap_figure(value) for name, value in dataclasses.asdict(part).items()}
-            for part in self.parts
-        ]
+        row["parts"] = [part.to_dict() for part in self.parts]
         unknown = {
             "group_size": self.group_size == 0,
             "payload_bytes": not self.payload_known,

@@ -1,6 +1,7 @@
 """Write the last line of a report: the status, and the reason."""
 
 from collections import Counter
+from collections.abc import Iterable
 
 from txcore.outside import printable
 from txcore.profiling.report.findings import Findings, list_doubts
@@ -25,17 +26,26 @@ def _describe_found(report: Findings) -> str:
     but = f", but {' and '.join(doubts)}" if doubts else ""
     if not rows:
         return f"no collective {'in the program' if report.checked else 'found'}{but}"
-    counts = Counter(c.origin for c in rows)
-    origins = ", ".join(f"{count} {origin}" for origin, count in sorted(counts.items()))
+    passed = report.let_through
+    origins = _count_origins(c for c in rows if c not in passed)
+    through = f", {len(passed)} let through ({_count_origins(passed)})" if passed else ""
+    declared = f"{len(rows) - len(passed) if passed else 'all'} declared ({origins or 'none'})"
+    nothing = "nothing else" if passed else "nothing"
     is_known = all(c.trips_known and c.payload_known for c in rows)
     payload = ("" if is_known else "at least ") + format_bytes(report.payload_bytes)
     sent = f"{_count_noun(len(rows), 'collective')}, {payload} payload a call"
     if not report.checked:
-        return f"{sent}, nothing looks added ({origins}){but}"
+        looks = f"{nothing} looks added ({origins or 'none'})"
+        return f"{sent}{through}, {looks}{but}"
     planned = _as_planned(report.plan)
     planned += "".join(map(_describe_how_often, report.plan))
     planned += "".join(f", {line.factor_note}" for line in report.plan if line.factor_note)
-    return f"{sent}, all declared ({origins}){planned}; nothing was added{but}"
+    return f"{sent}, {declared}{planned}{through}; {nothing} was added{but}"
+
+
+def _count_origins(rows: Iterable[Collective]) -> str:
+    counts = Counter(c.origin for c in rows)
+    return ", ".join(f"{count} {origin}" for origin, count in sorted(counts.items()))
 
 
 def _describe_how_often(line: PlanLine) -> str:

@@ -124,10 +124,11 @@ def test_a_dump(tmp_path, capsys, primitive, code):
     assert ("not proved" in out) == (code == 0)
 
 
+NEEDS_ONE = "needs either MODULE:FACTORY, --hlo FILE or -- COMMAND"
 BAD = {
     "unknown command": (["prove"], "invalid choice: 'prove'"),
-    "nothing to inspect": (["inspect", "--json"], "needs either MODULE:FACTORY or --hlo FILE"),
-    "both": (["inspect", "a:b", "--hlo", "c"], "needs either MODULE:FACTORY or --hlo FILE"),
+    "nothing to inspect": (["inspect", "--json"], NEEDS_ONE),
+    "both": (["inspect", "a:b", "--hlo", "c"], NEEDS_ONE),
     "no colon": (["inspect", "cli_factories"], "needs MODULE:FACTORY or FILE.py:FACTORY, but "
                  "got 'cli_factories' (see txcore inspect --help)"),
     "no module": (["inspect", "cli_absent:f"], "ModuleNotFoundError: No module named 'cli_absent'"),
@@ -246,7 +247,10 @@ def test_what_changed_since_an_earlier_program(tmp_path, capsys):
     out = capsys.readouterr().out
     changes, table = out.removeprefix("since the earlier program:\n").split("\n\n")
     assert table.splitlines()[0] == "failed"
-    assert table.splitlines()[-1].startswith("failed: 1 of 1 collective unexplained")
+    verdict, *why = table.splitlines()[4:]
+    assert verdict.startswith("failed: 1 of 1 collective unexplained")
+    assert why[0].startswith("why all-reduce over ")
+    assert why[1].startswith("  write tx.psum(y, ")
     assert changes.count("all-reduce") == 2  # the one that came, and the one that went
     assert "partitioner" in page.read_text()
 

@@ -172,3 +172,16 @@ def test_bad_input_is_one_line_and_exits_2(name, capsys):
     assert err.startswith("txcore: error: ")
     assert message in err
     assert err.count("\n") == 1
+
+
+def test_what_nobody_asked_for_and_what_the_program_is_are_locked_on_request(capsys):
+    args = ["lock_factories:automatic", "--target", "cpu:4", "--mesh", "data=4", "--file", "a.json"]
+    assert cli.main(["lock", "update", *args]) == 1
+    assert cli.main(["lock", "update", *args, "--allow", "partitioner", "--attest"]) == 0
+    assert cli.main(["lock", "check", *args]) == 0
+    text = pathlib.Path("a.json").read_text()
+    assert '"allow": ["partitioner"]' in text
+    assert '"proofs": [' in text
+    assert cli.main(["lock", "update", *args, "--allow", "none"]) == 1
+    assert cli.main(["lock", "update", *args, "--allow", "user"]) == 2
+    assert "allow needs origins of what nobody asked for" in capsys.readouterr().err

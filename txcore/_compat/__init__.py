@@ -7,12 +7,16 @@ Imports nothing of txcore.
 
 from txcore._compat.compiling import array_type as array_type
 from txcore._compat.compiling import compilation_seams as compilation_seams
+from txcore._compat.compiling import compiling_watched as compiling_watched
 from txcore._compat.compiling import direct_call as direct_call
 from txcore._compat.compiling import executable_shardings as executable_shardings
+from txcore._compat.compiling import lowered_devices as lowered_devices
 from txcore._compat.compiling import lowered_name as lowered_name
+from txcore._compat.compiling import lowered_options as lowered_options
 from txcore._compat.compiling import marks_partitioner as marks_partitioner
 from txcore._compat.compiling import mesh_device as mesh_device
 from txcore._compat.compiling import no_persistent_cache as no_persistent_cache
+from txcore._compat.compiling import tell_of_unwatched as tell_of_unwatched
 from txcore._compat.jaxprs import called_from as called_from
 from txcore._compat.jaxprs import current_traceback as current_traceback
 from txcore._compat.jaxprs import eqn_collective as eqn_collective

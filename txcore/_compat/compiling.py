@@ -1,6 +1,7 @@
 """How each version of jax lowers, compiles and keeps programs."""
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -85,6 +86,56 @@ def executable_shardings(executable: Any) -> tuple[list[Any], list[Any]]:
 def lowered_name(lowered: Any) -> str:
     """Return the name of the program that jax has lowered ("jit(step)")."""
     return str(getattr(lowered, "_name", "a program"))
+
+
+def lowered_devices(lowered: Any) -> tuple[Any, ...]:
+    """Return the devices that jax has lowered a program for; () where they are not known yet."""
+    return tuple(getattr(lowered, "_device_list", None) or ())
+
+
+def lowered_options(lowered: Any, compiler_options: Any = None, **_: Any) -> dict[str, Any]:
+    """Return the compiler options of a lowered program, and those that `compile` was given."""
+    return {**dict(getattr(lowered, "_compiler_options_kvs", ())), **(compiler_options or {})}
+
+
+_watched = threading.local()
+
+
+@contextlib.contextmanager
+def compiling_watched() -> Iterator[None]:
+    """Compile what `tell_of_unwatched` is not to count."""
+    before, _watched.inside = getattr(_watched, "inside", False), True
+    try:
+        yield
+    finally:
+        _watched.inside = before
+
+
+def tell_of_unwatched(tell: Callable[[str], None]) -> None:
+    """Call `tell` with the kind of each program that gets past the seams from now on.
+
+    "compiled": by another way than jax's lowering. "loaded": a serialized executable.
+    """
+    import jax.experimental.serialize_executable as serialized
+    from jax import monitoring
+
+    def count(event: str, *_: Any, **__: Any) -> None:
+        is_compile = event == "/jax/core/compile/backend_compile_duration"
+        if is_compile and not getattr(_watched, "inside", False):
+            tell("compiled")
+
+    monitoring.register_event_duration_secs_listener(count)
+    unpickler: Any = getattr(serialized, "_JaxPjrtUnpickler", None)
+    if unpickler is None:  # renamed: then loading is only seen where jax compiles, too
+        return
+    load = unpickler.persistent_load
+
+    def load_told(self: Any, pid: Any) -> Any:
+        if pid[0] == "exec":
+            tell("loaded")
+        return load(self, pid)
+
+    unpickler.persistent_load = load_told
 
 
 def mesh_device() -> tuple[str, str] | None:

@@ -71,6 +71,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run_command(given: Sequence[str], options: argparse.Namespace) -> int:
+    options.program = None
+    if given[:1] == ["inspect"] and "--" in given:  # what follows is a command, with its options
+        cut = given.index("--")
+        given, options.program = given[:cut], given[cut + 1 :]
     try:
         _make_parser().parse_args(given, options)
     except SystemExit:  # after --help and --version

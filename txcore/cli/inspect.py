@@ -7,7 +7,13 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from txcore.cli.errors import BadInput, BadUsage, first_line
-from txcore.cli.load import add_program, compile_factory, parse_path, parse_positive
+from txcore.cli.load import (
+    add_program,
+    compile_factory,
+    parse_allowed,
+    parse_path,
+    parse_positive,
+)
 from txcore.cli.output import show
 from txcore.outside import read_regular
 
@@ -19,7 +25,12 @@ _MOST_BYTES = 1 << 28
 
 def add_command(commands: Any) -> None:
     """Add the command to the parser's subparsers."""
-    parser = commands.add_parser("inspect", help="list the collectives of a compiled program")
+    parser = commands.add_parser(
+        "inspect",
+        help="list the collectives of a compiled program, or of all that a script compiles",
+        usage="txcore inspect [options] MODULE:FACTORY | --hlo FILE | "
+        "-- python SCRIPT.py ARGS... (or -m MODULE, pytest, ...)",
+    )
     add_program(parser, optional=True)
     parser.add_argument(
         "--hlo",
@@ -39,7 +50,23 @@ def add_command(commands: Any) -> None:
         help="show what changed since this text of compiled HLO (- for stdin)",
     )
     parser.add_argument(
-        "--html", type=parse_path, metavar="FILE", help="write the report as a page, too"
+        "--html",
+        type=parse_path,
+        metavar="FILE",
+        help="write the report as a page, too; of a command, a folder for the pages",
+    )
+    parser.add_argument(
+        "--allow",
+        type=parse_allowed,
+        default=(),
+        metavar="ORIGINS",
+        help="let through what nobody asked for, of partitioner, boundary, unknown",
+    )
+    parser.add_argument(
+        "--first",
+        type=parse_positive,
+        metavar="N",
+        help="end the command once it has compiled N programs with a collective",
     )
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.add_argument(
@@ -53,14 +80,21 @@ def add_command(commands: Any) -> None:
 
 def inspect_program(options: argparse.Namespace) -> int:
     """Print the report; return 1 where it is not ok."""
+    if options.program is not None:
+        from txcore.cli.script import inspect_script
+
+        return inspect_script(options)
     _check_options(options)
     report = _audit_factory(options) if options.hlo is None else _audit_file(options, options.hlo)
+    report = report.allowing(options.allow)
     earlier = None if options.against is None else _audit_file(options, options.against)
     if options.html is not None:
         _write_page(report, earlier, options.html)
     if earlier is not None:
         show(_describe_changes(earlier, report))
     show(report.to_json() if options.json else str(report))
+    if not options.json and (reasons := report.why()):
+        show(reasons)
     return 0 if report.ok else 1
 
 
@@ -72,7 +106,9 @@ def _describe_changes(earlier: "Report", report: "Report") -> str:
 
 def _check_options(options: argparse.Namespace) -> None:
     if (options.factory is None) == (options.hlo is None):
-        raise BadUsage("inspect needs either MODULE:FACTORY or --hlo FILE")
+        raise BadUsage("inspect needs either MODULE:FACTORY, --hlo FILE or -- COMMAND")
+    if options.first is not None:
+        raise BadUsage("--first is for a command after --: leave it out")
     for name in ("devices", "target") if options.hlo is not None else ():
         if getattr(options, name) is not None:
             raise BadUsage(

@@ -9,6 +9,7 @@ import secrets
 import shlex
 import shutil
 import sys
+import tempfile
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -81,6 +82,16 @@ def add_command(commands: Any) -> None:
         "(default 1800; ranks on other hosts are waited for)",
     )
     parser.add_argument(
+        "--lock",
+        type=parse_path,
+        metavar="FILE",
+        help="the training step of the ranks' engines, and what runs in tx.attested(), has to be "
+        "the program that is locked there",
+    )
+    parser.add_argument(
+        "--update-lock", action="store_true", help="lock what the ranks run in --lock FILE instead"
+    )
+    parser.add_argument(
         "--no-pin", dest="pin", action="store_false", help="let every rank use all cores"
     )
     parser.add_argument("program", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
@@ -117,11 +128,41 @@ def run_ranks(options: argparse.Namespace) -> int:
             )
         except (OSError, ValueError) as error:
             raise BadInput(f"launch cannot start the ranks: {error}") from error
+        unheld = _find_unheld(options, tasks) if failure is None else ""
     if failure is None:
-        return 0
+        if unheld:
+            complain(f"txcore: {unheld}")
+        return 1 if unheld else 0
     lines = [f"[{failure.rank}] {line}" for line in failure.tail]
     complain("\n".join([*lines, f"txcore: {failure.text}"]))
     return failure.exit_code
+
+
+def _lock_variables(options: argparse.Namespace, held: contextlib.ExitStack) -> dict[str, str]:
+    if options.lock is None:
+        if options.update_lock:
+            raise BadUsage("--update-lock needs the file to write: give --lock FILE too")
+        return {}
+    file = os.path.abspath(options.lock)
+    if not options.update_lock and not os.path.isfile(file):
+        raise BadInput(f"--lock needs a lock file, but there is none at {file}: --update-lock")
+    options.notes = held.enter_context(tempfile.TemporaryDirectory(prefix="txcore-lock-"))
+    own = {"TXCORE_LOCK": file, "TXCORE_LOCK_NOTES": options.notes}
+    return own | ({"TXCORE_LOCK_UPDATE": "1"} if options.update_lock else {})
+
+
+def _find_unheld(options: argparse.Namespace, tasks: "Sequence[Task]") -> str:
+    """Describe which ranks of this host ended well without a program that was held to --lock."""
+    if options.lock is None:
+        return ""
+    ranks = [task.rank for task in tasks if not task.host]
+    unheld = [str(rank) for rank in ranks if not os.path.exists(f"{options.notes}/{rank}")]
+    if not unheld:
+        return ""
+    return (
+        f"--lock {options.lock} held nothing on rank {', '.join(unheld)}: no engine trained "
+        "there, and no program ran in tx.attested()"
+    )
 
 
 def make_tasks(options: argparse.Namespace, held: contextlib.ExitStack) -> "list[Task]":
@@ -148,6 +189,7 @@ def make_tasks(options: argparse.Namespace, held: contextlib.ExitStack) -> "list
     environment["PYTHONUNBUFFERED"] = os.environ.get("PYTHONUNBUFFERED", "1")
     if options.devices_per_process:
         environment["JAX_NUM_CPU_DEVICES"] = str(options.devices_per_process)
+    environment |= _lock_variables(options, held)
     if options.size > 1:  # a single process may belong to another run
         environment[RUN_VARIABLE] = secrets.token_hex(8)
     passed_on, cwd = _select_variables(options.export), os.getcwd()

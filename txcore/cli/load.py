@@ -67,6 +67,16 @@ def parse_path(text: str) -> str:
     return expanded
 
 
+def parse_allowed(text: str) -> tuple[str, ...]:
+    """Read "partitioner,boundary", as the type of an option."""
+    from txcore.profiling.report.report import check_allowed
+
+    try:
+        return tuple(sorted(check_allowed(part.strip() for part in text.split(","))))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def add_program(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:
     """Add MODULE:FACTORY to a command's parser, and the options that say where it runs."""
     parser.add_argument(

@@ -6,7 +6,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from txcore.cli.errors import BadInput, BadUsage
-from txcore.cli.load import add_program, compile_factory, parse_path, split_factory
+from txcore.cli.load import add_program, compile_factory, parse_allowed, parse_path, split_factory
 from txcore.cli.output import show
 
 if TYPE_CHECKING:
@@ -29,6 +29,18 @@ def add_command(commands: Any) -> None:
         metavar="AXIS=SIZE",
         help="bytes on the wire that each device may send in one call, as data=2MB or data=none; "
         "kept by later updates",
+    )
+    update.add_argument(
+        "--allow",
+        type=_parse_allow,
+        metavar="ORIGINS",
+        help="lock what nobody asked for, too, of partitioner, boundary, unknown, so that only "
+        "more of it fails; kept by later updates, none takes it away",
+    )
+    update.add_argument(
+        "--attest",
+        action="store_true",
+        help="keep what the program is, too, so that a run can be held to it (tx.attested)",
     )
     update.set_defaults(command=_update_lock)
     check = actions.add_parser("check", help="exit 1 if the program sends more than its lock has")
@@ -55,15 +67,23 @@ def _parse_budget(text: str) -> tuple[str, int | None]:
     return axis, round(float(number[1]) * unit) if number and unit else None
 
 
+def _parse_allow(text: str) -> tuple[str, ...]:
+    return () if text == "none" else parse_allowed(text)
+
+
 def _update_lock(options: argparse.Namespace) -> int:
     from txcore.profiling import lock
+    from txcore.profiling.audit import audit_program
 
     file, budgets = _lock_file(options), dict(options.budget)
     if len(budgets) < len(options.budget):
         raise BadUsage("--budget needs each axis once, but got one twice")
-    report = _audit_factory(options)
+    program = compile_factory(options)
+    proof = lock.proof_of(program) if options.attest else None
     try:
-        outcome = lock.update(file, report, budgets=budgets)
+        outcome = lock.update(
+            file, audit_program(program), budgets=budgets, allow=options.allow, proof=proof
+        )
     except lock.LockError as error:
         raise BadInput(str(error)) from error
     show(outcome.text)

@@ -1,5 +1,6 @@
 """The engine: runs steps on a mesh by a plan."""
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -41,6 +42,8 @@ class Engine(Proofs):
         has one; "skip" also lets a step whose reduced gradients have one change nothing (float16
         always does, and lowers its loss scale); "ignore" does nothing.
       compiler_options: XLA options for the steps; None takes the fastest known for the platform.
+      lock: a lock file: a training step runs only if it is the program that is locked there (see
+        `tx.attested`). None takes that of `txcore launch --lock`, if there is one.
 
     Raises:
       TypeError: `mesh` is no MeshSpec, `plan` no Plan, or `optimizer` no optimizer.
@@ -65,11 +68,13 @@ class Engine(Proofs):
         seed: int = 0,
         on_nonfinite: nonfinite.Policy = "stop",
         compiler_options: Mapping[str, Any] | None = None,
+        lock: str | os.PathLike[str] | None = None,
     ) -> None:
         if not isinstance(precision, Precision):
             precision = Precision(precision)
         options = Options(
-            mesh, plan, optimizer, loggers, precision, seed, on_nonfinite, compiler_options
+            *(mesh, plan, optimizer, loggers, precision, seed, on_nonfinite, compiler_options),
+            lock=lock,
         )
         super().__init__(options)
         if jax.process_count() > 1 and mesh.devices[0].platform == "cpu":
@@ -79,12 +84,17 @@ class Engine(Proofs):
 
     def with_optimizer(self, optimizer: Any) -> "Engine":
         """Return an engine that differs in its optimizer alone, without loggers."""
-        return Engine(**vars(replace(self._options, optimizer=optimizer, loggers=())))
+        return Engine(**vars(replace(self._options, optimizer=optimizer, loggers=(), lock=None)))
 
     @property
     def compile_seconds(self) -> float:
         """Seconds spent tracing and compiling steps so far."""
         return self._steps.compile_seconds
+
+    @property
+    def proof(self) -> str:
+        """Which proof the newest training step has, in a line; "" without a lock file."""
+        return self._steps.proof
 
     @property
     def last_words(self) -> str:

@@ -1,5 +1,6 @@
 """The options of an engine, checked, as one frozen value."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -29,6 +30,7 @@ class Options:
       seed: from 0 to 2**32 - 1.
       on_nonfinite: what to do about a NaN or infinity.
       compiler_options: XLA options for the steps; None for the fastest known.
+      lock: the lock file whose program training steps have to be; None for that of the run, if any.
 
     Raises:
       TypeError, ValueError: as `Engine` says.
@@ -42,6 +44,7 @@ class Options:
     seed: int
     on_nonfinite: nonfinite.Policy
     compiler_options: Mapping[str, Any] | None
+    lock: str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.mesh, MeshSpec):
@@ -106,6 +109,7 @@ class OptionsView:
             seed=(self.seed, 0),
             on_nonfinite=(self.on_nonfinite, "stop"),
             compiler_options=(self._options.compiler_options, None),
+            lock=(self._options.lock, None),
         )
 
     @property

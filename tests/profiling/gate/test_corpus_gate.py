@@ -27,7 +27,8 @@ def test_added(name):
     with no_auto_collectives(), pytest.raises(AutoShardingError) as error:
         fn(*arrays)
     if program.limit("gate"):
-        assert "called at test_corpus_gate.py:" in str(error.value)
+        called_at = str(error.value).partition("called at ")[2].split()[0]
+        assert "test_corpus_gate.py:" in called_at
         return
     rows = [c for c in error.value.report.collectives if c.origin == program.origin]
     assert rows

@@ -119,7 +119,8 @@ BAD = {
     "an unknown name": (TEXT.replace('"targets"', '"budgets": {"data": 0}, "targets"'),
                         "no name but format, version, targets in the file, got 'budgets'"),
     "an unknown name of a section": (SECTION % '{"collectives": [], "budget": {"data": 0}}',
-                                     "collectives in targets['cpu:8'], got 'budget'"),
+                                     "but budgets, compiled_with, collectives, allow, proofs in "
+                                      "targets['cpu:8'], got 'budget'"),
     "negative": (changed(payload_bytes=-1), "['payload_bytes'], got -1"),
     "a fraction": (changed(trips=1.5), "['trips'], got 1.5"),
     "a bool": (changed(trips=True), "['trips'], got True"),

@@ -104,7 +104,7 @@ class Manifest:
       leaves: the state's arrays, in order.
       precision: the dtype in which the steps compute.
       files: size in bytes and SHA-256 of every other file, by its path.
-      versions: of txcore, jax and orbax.
+      versions: of txcore, jax and orbax, and the "proof" of a run that was held to a lock file.
       metric: the one that decides which checkpoint is best; None without an evaluation.
     """
 

@@ -18,7 +18,8 @@ from txcore.train.checkpoints import folder, manifest, saved_leaves
 from txcore.train.checkpoints.manifest import CheckpointError, Leaf, Metric, Position
 from txcore.train.state.state import TrainState
 
-Facts = tuple[tuple[Leaf, ...], str]  # a state's leaves and precision, for the manifest
+# For the manifest: a state's leaves and precision, and of what made it the versions and the proof.
+Facts = tuple[tuple[Leaf, ...], str, dict[str, str]]
 
 WRITE_S = 300.0  # that process 0 waits for the others to write their parts
 
@@ -120,9 +121,7 @@ class Store:
         """Merge the parts of all processes, add the manifest, and rename the folder."""
         unfinished = folder.unfinished_path(writing.to)
         self._get_handler().finalize(_as_epath(unfinished))
-        manifest.write_manifest(
-            unfinished, writing.position, *facts, _find_versions(), writing.metric
-        )
+        manifest.write_manifest(unfinished, writing.position, *facts, writing.metric)
         folder.commit_finished(writing.to)
 
 
@@ -132,7 +131,10 @@ def _prepare_save(writing: Writing, state: TrainState) -> Facts:
         raise CheckpointError(problem)
     if jax.process_index() == 0:
         folder.make_unfinished(writing.to)
-    return saved_leaves.leaves_of(state), state.precision.compute
+    versions, proof = _find_versions(), getattr(state.owner.engine, "proof", "")
+    if proof:
+        versions["proof"] = proof
+    return saved_leaves.leaves_of(state), state.precision.compute, versions
 
 
 def _resolve_future(ended: "Future[str | None]", run: Callable[[], str | None]) -> None:

@@ -2,7 +2,7 @@
 
 Imports `_compat`, `collectives`, `launch.preflight`, `launch.watch`, `layout`, `mesh`, `parallel`,
 `parallel.gradients`, `plan`, `printing`, `profiling`, `profiling.audit`, `profiling.declared`,
-`profiling.matching`, `profiling.program`, `profiling.targets`, `step_events`, `step_scope`,
-`train.batches`, `train.loggers`, `train.numerics`, `train.options`, `train.replicas`,
-`train.state`, `varying`.
+`profiling.lock`, `profiling.matching`, `profiling.program`, `profiling.targets`, `step_events`,
+`step_scope`, `train.batches`, `train.loggers`, `train.numerics`, `train.options`,
+`train.replicas`, `train.state`, `varying`.
 """

@@ -19,6 +19,7 @@ from txcore.train.state.owner import Owner
 from txcore.train.state.state import TrainState
 from txcore.train.steps import rounds
 from txcore.train.steps.compile import CompiledStep, compile_step
+from txcore.train.steps.locked import hold_to_lock
 from txcore.train.steps.step_fn import StepFn, check_jit, function_of, refuse_tracing
 
 
@@ -63,6 +64,7 @@ class Steps:
       stack: places several batches as one.
       last_words: what is running, for a rank that waits in it.
       compile_seconds: seconds spent tracing and compiling so far.
+      proof: which proof the newest training step has; "" without a lock file.
     """
 
     def __init__(self, options: Options, owner: Owner) -> None:
@@ -70,6 +72,7 @@ class Steps:
         self.spans = options.spans_processes
         self.last_words = ""
         self.compile_seconds = 0.0
+        self.proof = ""
         placer = Placer(options.mesh, options.plan)
         self.place, self.rows = placer.place, placer.rows
         self.copy, self.stack = placer.copy, placer.stack
@@ -214,6 +217,8 @@ class Steps:
             many=many,
         )
         self.compile_seconds += compiled.seconds
+        if train:
+            self.proof = hold_to_lock(self.options, compiled)
         watch.at(Phase.STEP if train else Phase.EVAL_STEP, label=compiled.last_words)
         return compiled
 
