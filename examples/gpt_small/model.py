@@ -128,7 +128,7 @@ def functions(config: GPT, cast: Callable[[Any], Any]) -> tuple[Function, Functi
             x = x + attend(config, layer, normalise(x, norms[0][i]), rotate)
             h = normalise(x, norms[1][i])
             h = tx.tensor.column_dense(h, layer["up"], axis="model", gather_dim=dim, name="up")
-            h = jax.nn.gelu(h)
+            h = jax.nn.gelu(h.astype(jnp.float32)).astype(h.dtype)
             x = x + tx.tensor.row_dense(
                 h, layer["down"], axis="model", scatter_dim=dim, name="down"
             )
@@ -150,8 +150,8 @@ def attend(config: GPT, layer: Any, x: jax.Array, rotate: Callable[..., Any]) ->
     shared = config.heads // config.kv_heads
     groups = columns // ((shared + 2) * config.features)
     made = made.reshape(batch, tokens, groups, shared + 2, config.features)
-    q, k, v = made[..., :shared, :], made[..., shared, :], made[..., shared + 1, :]
-    q = q.reshape(batch, tokens, groups * shared, config.features)
+    q, k, v = jnp.split(made, (shared, shared + 1), axis=3)
+    q, k, v = (x.reshape(batch, tokens, -1, config.features) for x in (q, k, v))
     out = tx.context.ring_attention(rotate(q), rotate(k), v, axis="context")
     out = out.reshape(batch, tokens, groups * shared * config.features)
     return tx.tensor.row_dense(out, layer["out"], axis="model", scatter_dim=dim, name="out")

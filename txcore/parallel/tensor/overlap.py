@@ -15,6 +15,7 @@ from txcore import tags
 from txcore.collectives import axis_index, axis_size, shift
 from txcore.collectives._algorithms import Algorithm
 from txcore.kernels.ring import ring_all_gather_matmul, ring_matmul_reduce_scatter
+from txcore.parallel.tensor.product import multiply
 from txcore.varying import match_varying
 
 
@@ -40,7 +41,7 @@ def gather_and_multiply(
         with tags.tag_scope(f"all_gather_matmul/{name}"):
             return _multiply_rows(ring_all_gather_matmul, x, w, axis, dim)
     n, rank, length = axis_size(axis), axis_index(axis), x.shape[dim]
-    first = x @ w
+    first = multiply(x, w)
     shape = list(first.shape)
     shape[dim] *= n
     whole = match_varying(jnp.zeros(shape, first.dtype), first)[0]
@@ -55,9 +56,9 @@ def gather_and_multiply(
         is_last_of_even = 2 * distance == n
         if not is_last_of_even:  # the one opposite comes once
             from_right = shift(from_right, axis, by=-1, name=f"{name}.down")
-        whole = place(whole, from_left @ w, (rank - distance) % n)
+        whole = place(whole, multiply(from_left, w), (rank - distance) % n)
         if not is_last_of_even:
-            whole = place(whole, from_right @ w, (rank + distance) % n)
+            whole = place(whole, multiply(from_right, w), (rank + distance) % n)
     return whole
 
 
@@ -95,7 +96,7 @@ def multiply_and_scatter(
 
     def part(columns: jax.Array, owner: jax.Array) -> jax.Array:
         rows = lax.dynamic_slice_in_dim(x, (owner % n) * length, length, dim)
-        return rows @ columns
+        return multiply(rows, columns)
 
     sums = []
     for by, columns in halves:
