@@ -43,13 +43,11 @@ def test_what_lies_over_processes_computes_what_one_device_does():
     for name, options in CASES.items():
         case = plans.Case(**{key: value for key, value in options.items() if key != "axes"})
         losses, evaluated, params = alone(case)
-        for row in rows:
-            found = row["train"][name]
-            np.testing.assert_allclose(found["losses"], losses, rtol=2e-5, err_msg=name)
-            np.testing.assert_allclose(found["evaluated"], evaluated, rtol=2e-5, err_msg=name)
-            for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
-                own = found["params"]
-                for key in path:
-                    own = own[key.key]
-                np.testing.assert_allclose(own, leaf.ravel(), rtol=2e-4, atol=2e-6)
-            assert found["exact"]
+        found = [row["train"][name] for row in rows]
+        for one in found:
+            np.testing.assert_allclose(one["losses"], losses, rtol=2e-5, err_msg=name)
+            np.testing.assert_allclose(one["evaluated"], evaluated, rtol=2e-5, err_msg=name)
+            assert one["exact"]
+        assert len({one["digest"] for one in found}) == 1
+        for own, leaf in zip(found[0]["params"], jax.tree.leaves(params), strict=True):
+            np.testing.assert_allclose(own, leaf.ravel(), rtol=2e-4, atol=2e-6, err_msg=name)

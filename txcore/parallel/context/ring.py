@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from txcore.collectives import axis_index, axis_size, shift
 from txcore.kernels.common.checks import accumulator
-from txcore.parallel.context.local import Given, How, Partial, attend, find_gradients
+from txcore.parallel.context.local import Given, How, Partial, attend, find_gradients, over_rows
 from txcore.parallel.zero.order import after
 from txcore.varying import match_varying
 
@@ -118,9 +118,25 @@ def _attend(how: How, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     return _attend_forward(how, q, k, v)[0]
 
 
+# Alone, a device does all of it for one row after the other, the transpositions too.
 def _attend_forward(
     how: How, q: jax.Array, k: jax.Array, v: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    run = partial(_go_round, how)
+    out, log_sum = over_rows(run, q, k, v) if axis_size(how.axis) == 1 else run(q, k, v)
+    return out, (q, k, v, out, log_sum)
+
+
+def _attend_backward(
+    how: How, kept: tuple[jax.Array, ...], cotangent: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    run, given = partial(_go_round_again, how), (*kept, cotangent)
+    grads: tuple[jax.Array, jax.Array, jax.Array]
+    grads = over_rows(run, *given) if axis_size(how.axis) == 1 else run(*given)
+    return grads
+
+
+def _go_round(how: How, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
     n, rank = axis_size(how.axis), axis_index(how.axis)
     groups = k.shape[2]
     mine = _split_heads(q, groups)
@@ -133,8 +149,7 @@ def _attend_forward(
         else:
             result = _merge(result, attend(how, mine, there_k, there_v, masked=False))
     log_sum = result.highest + jnp.log(result.normaliser)
-    out = _join_heads((result.total / result.normaliser).astype(q.dtype))
-    return out, (q, k, v, out, log_sum)
+    return _join_heads((result.total / result.normaliser).astype(q.dtype)), log_sum
 
 
 def _merge(a: Partial, b: Partial) -> Partial:
@@ -188,10 +203,15 @@ def _select(flag, then, otherwise):  # type: ignore[no-untyped-def]
     return jax.tree.map(partial(jnp.where, flag), then, otherwise)
 
 
-def _attend_backward(
-    how: How, kept: tuple[jax.Array, ...], cotangent: jax.Array
+def _go_round_again(
+    how: How,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    out: jax.Array,
+    log_sum: jax.Array,
+    cotangent: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    q, k, v, out, log_sum = kept
     n, rank, groups = axis_size(how.axis), axis_index(how.axis), k.shape[2]
     if n > 1:
         # Or XLA takes these exchanges for those of the forward pass, and keeps what arrived there
