@@ -39,7 +39,7 @@ def alone(case):
 
 def test_what_lies_over_processes_computes_what_one_device_does():
     # One run of all, since starting two ranks takes longer than all this.
-    rows = ranks.found(ranks.run([["train", {"cases": CASES}]], 2, 2, worker=WORKER))
+    rows = ranks.found(ranks.run([["train", {"cases": CASES}]], 2, 2, seconds=600, worker=WORKER))
     for name, options in CASES.items():
         case = plans.Case(**{key: value for key, value in options.items() if key != "axes"})
         losses, evaluated, params = alone(case)
