@@ -128,7 +128,7 @@ def functions(config: GPT, cast: Callable[[Any], Any]) -> tuple[Function, Functi
             x = x + attend(config, layer, normalise(x, norms[0][i]), rotate)
             h = normalise(x, norms[1][i])
             h = tx.tensor.column_dense(h, layer["up"], axis="model", gather_dim=dim, name="up")
-            h = jax.nn.gelu(h)
+            h = activate(h)
             x = x + tx.tensor.row_dense(
                 h, layer["down"], axis="model", scatter_dim=dim, name="down"
             )
@@ -141,6 +141,12 @@ def functions(config: GPT, cast: Callable[[Any], Any]) -> tuple[Function, Functi
     return first, block, last
 
 
+@jax.checkpoint  # of the backward pass' needs, to read twice as much takes longer than a tanh
+def activate(h: jax.Array) -> jax.Array:
+    """Return GELU by its tanh, computed in float32."""
+    return jax.nn.gelu(h.astype(jnp.float32)).astype(h.dtype)
+
+
 def attend(config: GPT, layer: Any, x: jax.Array, rotate: Callable[..., Any]) -> jax.Array:
     """Return what attention adds: this device's heads, over the whole sequence."""
     dim = 1 if config.sequence else None
@@ -150,8 +156,8 @@ def attend(config: GPT, layer: Any, x: jax.Array, rotate: Callable[..., Any]) ->
     shared = config.heads // config.kv_heads
     groups = columns // ((shared + 2) * config.features)
     made = made.reshape(batch, tokens, groups, shared + 2, config.features)
-    q, k, v = made[..., :shared, :], made[..., shared, :], made[..., shared + 1, :]
-    q = q.reshape(batch, tokens, groups * shared, config.features)
+    q, k, v = jnp.split(made, (shared, shared + 1), axis=3)
+    q, k, v = (x.reshape(batch, tokens, -1, config.features) for x in (q, k, v))
     out = tx.context.ring_attention(rotate(q), rotate(k), v, axis="context")
     out = out.reshape(batch, tokens, groups * shared * config.features)
     return tx.tensor.row_dense(out, layer["out"], axis="model", scatter_dim=dim, name="out")
@@ -178,11 +184,11 @@ def make_rotation(config: GPT, tokens: int) -> Callable[[jax.Array], jax.Array]:
     places = tx.context.positions("context", tokens)
     angles = places[:, None] * 10_000.0 ** (-jnp.arange(half, dtype=jnp.float32) / half)
     cos, sin = jnp.cos(angles)[:, None], jnp.sin(angles)[:, None]
+    cos, sin = jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1)
 
     def rotate(x: jax.Array) -> jax.Array:
-        a, b = x[..., :half], x[..., half:]
-        c, s = cos.astype(x.dtype), sin.astype(x.dtype)
-        return jnp.concatenate([a * c - b * s, a * s + b * c], axis=-1)
+        wide = x.astype(jnp.float32)  # of features (a, b): (a cos - b sin, b cos + a sin)
+        return (wide * cos + jnp.roll(wide, half, axis=-1) * sin).astype(x.dtype)
 
     return rotate
 

@@ -9,6 +9,7 @@ import os
 import shutil
 
 import composed_plans as plans
+import jax
 import numpy as np
 import pytest
 from composed_plans import Case, with_options
@@ -31,8 +32,11 @@ CASES = {
 SAMPLE = [("interleaved", "zb-h1"), ("1f1b", "tensor"), ("tensor", "interleaved")]
 
 
-def train(case, folder, steps):
-    """Train up to a number of steps, from the newest checkpoint; return the losses by step."""
+def train(case, folder, steps, ended=None):
+    """Train up to a number of steps, from the newest checkpoint; return the losses by step.
+
+    With `ended` return the state too.
+    """
     losses = {}
 
     def note(record):
@@ -44,8 +48,9 @@ def train(case, folder, steps):
     state = engine.create_state(model.params)
     data = [model.make_batch(i) for i in range(STEPS)]
     saves = tx.Checkpoints(folder, every=SAVED) if folder else None
-    engine.fit(step_of(case.model, case.layers), state, data, steps=steps, checkpoints=saves)
-    return losses
+    step = step_of(case.model, case.layers)
+    state = engine.fit(step, state, data, steps=steps, checkpoints=saves)
+    return losses if ended is None else (losses, state)
 
 
 @functools.cache
@@ -79,3 +84,23 @@ def test_resumed_under_another_composition(before, after, folders, tmp_path):
     whole = curve_of_one_device()
     assert sorted(losses) == list(range(SAVED + 1, STEPS + 1))
     np.testing.assert_allclose([losses[i] for i in losses], [whole[i] for i in losses], rtol=1e-5)
+
+
+def test_what_powersgd_has_left_over_goes_with_its_layers(tmp_path):
+    """Other chunks, and back: its factors, of other layers then, are where it begins to iterate."""
+    powersgd = {"compression": tx.compression.powersgd(rank=2)}
+    one = with_options(Case("mlp", 2, 1, 2, 1, "1f1b", deep=2), dp=powersgd)
+    chunks = with_options(Case("mlp", 2, 1, 2, 1, "interleaved"), dp=powersgd)
+    _, saved = train(one, tmp_path / "run", SAVED, ended=True)
+    shutil.copytree(tmp_path / "run", tmp_path / "same")
+    _, read = train(chunks, tmp_path / "run", SAVED, ended=True)
+    before, after = (state.comm_state["compression"] for state in (saved, read))
+    for part in ("errors", "own"):
+        pairs = zip(jax.tree.leaves(before[part]), jax.tree.leaves(after[part]), strict=True)
+        for left, there in pairs:
+            np.testing.assert_array_equal(np.asarray(there).reshape(left.shape), left)
+    other, _ = train(chunks, tmp_path / "run", STEPS, ended=True)
+    same, _ = train(one, tmp_path / "same", STEPS, ended=True)
+    assert other.keys() == same.keys()
+    assert other[SAVED + 1] == same[SAVED + 1]
+    np.testing.assert_allclose([*other.values()], [*same.values()], rtol=2e-3)

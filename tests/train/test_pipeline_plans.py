@@ -30,7 +30,7 @@ MANY = {
     "tp x interleaved": ({}, {"schedule": "interleaved", "chunks": 4}, {"pipe": 2, "model": 2}),
     "dp x pp": ({}, {}, {"data": 4, "pipe": 2}),
     "zero1": ({"shard": "optimizer"}, {}, {"data": 2, "model": 2, "pipe": 2}),
-    "zero2": ({"shard": "gradients"}, {}, {"data": 2, "model": 2, "pipe": 2}),
+    "zero2 on one stage": ({"shard": "gradients"}, {}, {"data": 2, "model": 2}),
     "zero3": ({"shard": "parameters"}, {}, {"data": 2, "model": 2, "pipe": 2}),
     "zero3 on one stage": ({"shard": "parameters"}, CHUNKS, {"data": 2, "model": 2}),
     "buckets": ({"buckets": 0.001}, {}, {"data": 2, "pipe": 2}),

@@ -127,3 +127,20 @@ def check_together(plan: Any) -> None:
             f"along which the devices have parts of the same sequences, got DP({option}): leave "
             "one of them out"
         )
+
+
+def check_shards_in_stages(plan: Any, sizes: Mapping[str, int]) -> None:
+    """Refuse gradients in shards where a pipeline adds them up whole.
+
+    Raises:
+      ValueError: naming both, and what to write.
+    """
+    dp, pipeline = plan.data_parallel, plan.pipeline
+    if dp is None or dp.shard != "gradients" or pipeline is None or sizes[pipeline.axis] == 1:
+        return
+    raise ValueError(
+        f"Plan needs shard= 'optimizer', 'parameters' or None with a pipeline over "
+        f"{sizes[pipeline.axis]} devices of {pipeline.axis!r}, got 'gradients': there the "
+        "gradients of all microbatches add up whole before they are sent, so that it would save "
+        "nothing beside 'optimizer'. Write shard='optimizer', the same numbers and bytes"
+    )

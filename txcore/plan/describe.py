@@ -95,6 +95,8 @@ def _count_memory(
         "gradients",
         "parameters",
     )
+    if plan.pipeline is not None and mesh.shape[plan.pipeline.axis] > 1:
+        keeps_parts = False  # they add up whole over the microbatches
 
     def count(trees: Any, specs: Any) -> int:
         pairs = zip(jax.tree.leaves(trees), specs, strict=True)

@@ -21,7 +21,13 @@ from txcore.parallel.gradients.compression import Compression, as_compression
 from txcore.parallel.gradients.compression.feedback import KEY as COMPRESSION
 from txcore.parallel.gradients.compression.feedback import keep_compressed
 from txcore.parallel.predicted import Predicted
-from txcore.plan.checks import axes_by_kind, check_axes, check_kinds, check_together
+from txcore.plan.checks import (
+    axes_by_kind,
+    check_axes,
+    check_kinds,
+    check_shards_in_stages,
+    check_together,
+)
 from txcore.plan.data_parallel import DP
 from txcore.plan.pipeline_parallel import PP
 from txcore.plan.predict_buckets import choose_exchange
@@ -129,8 +135,8 @@ class Plan:
         not allow by `layouts`: all of it before anything is compiled.
 
         Raises:
-          ValueError: an axis that `mesh` does not have, with those that it has; or a number of
-            devices along one.
+          ValueError: an axis that `mesh` does not have, with those that it has; a number of
+            devices along one; or shard="gradients" in stages.
         """
         for option, axis in axes_by_kind(self):
             mesh.check_axis(axis, f"Plan({option}={getattr(self, option)!r})")
@@ -144,6 +150,7 @@ class Plan:
                 "DP(reduction='adasum') needs 1, 2, 4, 8, ... devices over its axes, which it "
                 f"joins in pairs, got {devices}: take a power of two, or reduction='mean'"
             )
+        check_shards_in_stages(self, mesh.shape)
 
     def active_data_axes(self, mesh: MeshSpec) -> tuple[str, ...]:
         """Return the data axes that have more than one device."""

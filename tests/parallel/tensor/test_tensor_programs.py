@@ -44,7 +44,7 @@ def kinds(report):
     assert report.exact, str(report)
     found = {}
     for c in report.collectives:
-        found[c.kind] = found.get(c.kind, 0) + 1
+        found[c.kind] = found.get(c.kind, 0) + c.trips
     return found
 
 

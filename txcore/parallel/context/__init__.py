@@ -1,6 +1,6 @@
 """Context parallelism: attention over a sequence of which each device holds a part.
 
-Imports `collectives`, `kernels.common`, `parallel.zero`, `varying`.
+Imports `collectives`, `kernels.common`, `kernels.dispatch`, `parallel.zero`, `varying`.
 """
 
 from txcore.parallel.context.chunks import merge_chunks as merge_chunks

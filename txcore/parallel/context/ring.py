@@ -6,13 +6,13 @@ arrives, so that no device ever holds another's keys, values or scores for longe
 """
 
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from txcore.collectives import axis_index, axis_size, shift
 from txcore.kernels.common.checks import accumulator
+from txcore.parallel.context.local import Given, How, Partial, attend, find_gradients, over_rows
 from txcore.parallel.zero.order import after
 from txcore.varying import match_varying
 
@@ -70,31 +70,8 @@ def ring_attention(
     _check_shapes(q, k, v, axis, causal)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     q, k, v = match_varying(q, k, v)
-    how = _How(axis, causal, float(scale), name)
+    how = How(axis, causal, float(scale), name)
     return _attend(how, q, k, v)
-
-
-class _How(NamedTuple):
-    """What is known when the program is made."""
-
-    axis: str
-    causal: bool
-    scale: float
-    name: str
-
-
-class _Partial(NamedTuple):
-    """A softmax-weighted sum over some of the keys: not divided by its normaliser yet.
-
-    Attributes:
-      total: shape (batch, groups, heads in each, tokens, values), float32 or wider.
-      normaliser: the same with 1 for `values`: the sum of the exponentials.
-      highest: like it: the largest score so far.
-    """
-
-    total: jax.Array
-    normaliser: jax.Array
-    highest: jax.Array
 
 
 def _check_shapes(q: jax.Array, k: jax.Array, v: jax.Array, axis: str, causal: bool) -> None:
@@ -137,76 +114,49 @@ def _join_heads(x: jax.Array) -> jax.Array:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(how: _How, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+def _attend(how: How, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     return _attend_forward(how, q, k, v)[0]
 
 
+# Alone, a device does all of it for one row after the other, the transpositions too.
 def _attend_forward(
-    how: _How, q: jax.Array, k: jax.Array, v: jax.Array
+    how: How, q: jax.Array, k: jax.Array, v: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    run = partial(_go_round, how)
+    out, log_sum = over_rows(run, q, k, v) if axis_size(how.axis) == 1 else run(q, k, v)
+    return out, (q, k, v, out, log_sum)
+
+
+def _attend_backward(
+    how: How, kept: tuple[jax.Array, ...], cotangent: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    run, given = partial(_go_round_again, how), (*kept, cotangent)
+    grads: tuple[jax.Array, jax.Array, jax.Array]
+    grads = over_rows(run, *given) if axis_size(how.axis) == 1 else run(*given)
+    return grads
+
+
+def _go_round(how: How, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
     n, rank = axis_size(how.axis), axis_index(how.axis)
     groups = k.shape[2]
     mine = _split_heads(q, groups)
-    mask = _causal_mask(q.shape[1]) if how.causal else None
     there_k, there_v = (x.swapaxes(1, 2) for x in (k, v))
-    result = _attend_to(how, mine, there_k, there_v, mask)
+    result = attend(how, mine, there_k, there_v, masked=how.causal)
     for distance in range(1, n):
         there_k, there_v = shift((there_k, there_v), how.axis, by=1, name=how.name)
         if how.causal:
             result = _add_half(how, result, mine, there_k, there_v, rank >= distance)
         else:
-            result = _merge(result, _attend_to(how, mine, there_k, there_v, None))
+            result = _merge(result, attend(how, mine, there_k, there_v, masked=False))
     log_sum = result.highest + jnp.log(result.normaliser)
-    out = _join_heads((result.total / result.normaliser).astype(q.dtype))
-    return out, (q, k, v, out, log_sum)
+    return _join_heads((result.total / result.normaliser).astype(q.dtype)), log_sum
 
 
-def _attend_to(
-    how: _How, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None
-) -> _Partial:
-    """Attend to some keys; `mask` of shape (tokens, tokens of k) is true where they are seen."""
-    shape, q = q.shape[:4], _fold(q)
-    scores = _scores(how, q, k, mask)
-    highest = jnp.max(scores, axis=-1, keepdims=True)
-    weights = jnp.exp(scores - highest)
-    total = _multiply("bgqk,bgkv->bgqv", weights, v)
-    normaliser = jnp.sum(weights, axis=-1, keepdims=True)
-    return _Partial(*(x.reshape(*shape, -1) for x in (total, normaliser, highest)))
-
-
-def _fold(x: jax.Array) -> jax.Array:
-    """Return (batch, groups, heads in each, tokens, x) with the rows of its heads in one dim.
-
-    XLA for CPU is twice as slow with the dims apart.
-    """
-    return x.reshape(*x.shape[:2], -1, x.shape[-1])
-
-
-def _scores(how: _How, q: jax.Array, k: jax.Array, mask: jax.Array | None) -> jax.Array:
-    wide = accumulator(q.dtype)
-    scores = how.scale * jnp.einsum("bgqf,bgkf->bgqk", q, k, preferred_element_type=wide)
-    if mask is None:
-        return scores
-    mask = jnp.tile(mask, (q.shape[2] // mask.shape[0], 1))  # of each head
-    return jnp.where(mask, scores, -jnp.inf)
-
-
-def _multiply(equation: str, wide: jax.Array, given: jax.Array) -> jax.Array:
-    """Multiply what is computed in float32 by what is given, as this is: sums are float32."""
-    return jnp.einsum(equation, wide.astype(given.dtype), given, preferred_element_type=wide.dtype)
-
-
-def _causal_mask(tokens: int) -> jax.Array:
-    """Return which of its own tokens each token sees: the second chunk is behind the first."""
-    place = jnp.arange(tokens)
-    return place[:, None] >= place[None, :]
-
-
-def _merge(a: _Partial, b: _Partial) -> _Partial:
+def _merge(a: Partial, b: Partial) -> Partial:
     """Put two sums over different keys together."""
     highest = jnp.maximum(a.highest, b.highest)
     of_a, of_b = jnp.exp(a.highest - highest), jnp.exp(b.highest - highest)
-    return _Partial(
+    return Partial(
         a.total * of_a + b.total * of_b,
         a.normaliser * of_a + b.normaliser * of_b,
         highest,
@@ -214,13 +164,13 @@ def _merge(a: _Partial, b: _Partial) -> _Partial:
 
 
 def _add_half(
-    how: _How,
-    result: _Partial,
+    how: How,
+    result: Partial,
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
     is_earlier: jax.Array,
-) -> _Partial:
+) -> Partial:
     """Add what causal attention sees of another device's two chunks.
 
     Of a device before this one (`is_earlier`) both chunks of queries see its first chunk alone; of
@@ -229,13 +179,13 @@ def _add_half(
     """
     first, second = _halves(result)
     (q1, q2), (k1, k2), (v1, v2) = _halves(q), _halves(k), _halves(v)
-    second = _merge(second, _attend_to(how, q2, k1, v1, None))
-    other = _attend_to(
+    second = _merge(second, attend(how, q2, k1, v1, masked=False))
+    other = attend(
         how,
         jnp.where(is_earlier, q1, q2),
         jnp.where(is_earlier, k1, k2),
         jnp.where(is_earlier, v1, v2),
-        None,
+        masked=False,
     )
     first = _select(is_earlier, _merge(first, other), first)
     second = _select(is_earlier, second, _merge(second, other))
@@ -253,19 +203,15 @@ def _select(flag, then, otherwise):  # type: ignore[no-untyped-def]
     return jax.tree.map(partial(jnp.where, flag), then, otherwise)
 
 
-class _Given(NamedTuple):
-    """What the backward pass of some queries needs, all with the tokens as the last dim but one."""
-
-    q: jax.Array
-    cotangent: jax.Array
-    log_sum: jax.Array
-    inner: jax.Array  # the sum of out * cotangent
-
-
-def _attend_backward(
-    how: _How, kept: tuple[jax.Array, ...], cotangent: jax.Array
+def _go_round_again(
+    how: How,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    out: jax.Array,
+    log_sum: jax.Array,
+    cotangent: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    q, k, v, out, log_sum = kept
     n, rank, groups = axis_size(how.axis), axis_index(how.axis), k.shape[2]
     if n > 1:
         # Or XLA takes these exchanges for those of the forward pass, and keeps what arrived there
@@ -273,15 +219,14 @@ def _attend_backward(
         k, v = after((k, v), cotangent)
     wide = accumulator(q.dtype)
     inner = jnp.sum(out.astype(wide) * cotangent.astype(wide), axis=-1, keepdims=True)
-    given = _Given(
+    given = Given(
         q=_split_heads(q, groups),
         cotangent=_split_heads(cotangent, groups),
         log_sum=log_sum,
         inner=_split_heads(inner, groups),
     )
-    mask = _causal_mask(q.shape[1]) if how.causal else None
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
-    of_q, of_k, of_v = _gradients(how, given, k, v, mask)
+    of_q, of_k, of_v = find_gradients(how, given, k, v, masked=how.causal)
     there = (k, v, of_k, of_v)
     for distance in range(1, n):
         there = shift(there, how.axis, by=1, name=f"{how.name}.backward")
@@ -289,7 +234,7 @@ def _attend_backward(
         if how.causal:
             more = _half_gradients(how, given, there_k, there_v, rank >= distance)
         else:
-            more = _gradients(how, given, there_k, there_v, None)
+            more = find_gradients(how, given, there_k, there_v, masked=False)
         of_q = of_q + more[0]
         there = (there_k, there_v, there_of_k + more[1], there_of_v + more[2])
     of_k, of_v = shift(there[2:], how.axis, by=1, name=f"{how.name}.home") if n > 1 else there[2:]
@@ -297,35 +242,19 @@ def _attend_backward(
     return _join_heads(of_q.astype(q.dtype)), of_k.astype(k.dtype), of_v.astype(v.dtype)
 
 
-def _gradients(
-    how: _How, given: _Given, k: jax.Array, v: jax.Array, mask: jax.Array | None
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return the gradients of some queries and of the keys and values that they see."""
-    shape, given = given.q.shape, _Given(*map(_fold, given))
-    weights = jnp.exp(_scores(how, given.q, k, mask) - given.log_sum)
-    of_v = _multiply("bgqk,bgqv->bgkv", weights, given.cotangent)
-    of_weights = jnp.einsum(
-        "bgqv,bgkv->bgqk", given.cotangent, v, preferred_element_type=weights.dtype
-    )
-    of_scores = how.scale * weights * (of_weights - given.inner)
-    of_q = _multiply("bgqk,bgkf->bgqf", of_scores, k)
-    of_k = _multiply("bgqk,bgqf->bgkf", of_scores, given.q)
-    return of_q.reshape(shape), of_k, of_v
-
-
 def _half_gradients(
-    how: _How, given: _Given, k: jax.Array, v: jax.Array, is_earlier: jax.Array
+    how: How, given: Given, k: jax.Array, v: jax.Array, is_earlier: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Return the gradients of what `_add_half` adds."""
     (k1, k2), (v1, v2) = _halves(k), _halves(v)
     first, second = _halves(given)
-    of_q2, of_k1, of_v1 = _gradients(how, second, k1, v1, None)
-    other = _gradients(
+    of_q2, of_k1, of_v1 = find_gradients(how, second, k1, v1, masked=False)
+    other = find_gradients(
         how,
         _select(is_earlier, first, second),
         jnp.where(is_earlier, k1, k2),
         jnp.where(is_earlier, v1, v2),
-        None,
+        masked=False,
     )
     nothing = jax.tree.map(jnp.zeros_like, other)
     if_earlier = _select(is_earlier, other, nothing)

@@ -6,6 +6,7 @@ from txcore.collectives import all_gather, reduce_scatter
 from txcore.collectives._algorithms import Algorithm, check_algorithm
 from txcore.parallel.tensor import overlap as rings
 from txcore.parallel.tensor.pair import check_part, enter, leave, split_axes
+from txcore.parallel.tensor.product import multiply
 
 
 def column_dense(
@@ -68,11 +69,11 @@ def column_dense(
         check_part(op, "b", b, axes, 0)
     dim = _check_dim(op, "gather_dim", gather_dim, overlap, x, algorithm)
     if dim is None:
-        y = enter(x, axis, name=name) @ w
+        y = multiply(enter(x, axis, name=name), w)
     elif overlap and axes:
         y = rings.gather_and_multiply(x, w, axis, dim, name, algorithm)
     else:
-        y = all_gather(x, axis, dim=dim, name=name) @ w
+        y = multiply(all_gather(x, axis, dim=dim, name=name), w)
     return y if b is None else y + b
 
 
@@ -131,14 +132,14 @@ def row_dense(
     check_part(op, "w", w, axes, 0)
     dim = _check_dim(op, "scatter_dim", scatter_dim, overlap, x, algorithm)
     if dim is None:
-        y = leave(x @ w, axis, name=name)
+        y = leave(multiply(x, w), axis, name=name)
         return y if b is None else y + b
     if overlap and axes:
         y = rings.multiply_and_scatter(x, w, axis, dim, name, algorithm)
     elif axes:
-        y = reduce_scatter(x @ w, axis, dim=dim, name=name)
+        y = reduce_scatter(multiply(x, w), axis, dim=dim, name=name)
     else:
-        y = x @ w
+        y = multiply(x, w)
     return y if b is None else y + enter(b, axis, name=f"{name}_bias")
 
 

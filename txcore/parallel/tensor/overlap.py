@@ -1,11 +1,12 @@
 """Products that overlap with what they wait for: shards go round a ring while others multiply.
 
 Both directions of the ring carry shards, so that n devices need n // 2 exchanges. Each exchange
-and the product beside it do not depend on each other: a compiler with asynchronous collectives
-runs them at the same time.
+and the products beside it do not depend on each other, and stand alone in a loop's body: written
+out one after the other XLA for GPU starts most exchanges where no product is left beside them.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,10 @@ from txcore import tags
 from txcore.collectives import axis_index, axis_size, shift
 from txcore.collectives._algorithms import Algorithm
 from txcore.kernels.ring import ring_all_gather_matmul, ring_matmul_reduce_scatter
+from txcore.parallel.tensor.product import multiply
 from txcore.varying import match_varying
+
+_LABELS = {1: "up", -1: "down"}
 
 
 def gather_and_multiply(
@@ -40,25 +44,35 @@ def gather_and_multiply(
         with tags.tag_scope(f"all_gather_matmul/{name}"):
             return _multiply_rows(ring_all_gather_matmul, x, w, axis, dim)
     n, rank, length = axis_size(axis), axis_index(axis), x.shape[dim]
-    first = x @ w
+    first = multiply(x, w)
     shape = list(first.shape)
     shape[dim] *= n
     whole = match_varying(jnp.zeros(shape, first.dtype), first)[0]
 
     def place(whole: jax.Array, part: jax.Array, owner: jax.Array) -> jax.Array:
-        return lax.dynamic_update_slice_in_dim(whole, part, owner * length, dim)
+        return lax.dynamic_update_slice_in_dim(whole, part, owner % n * length, dim)
 
+    def send(shards: dict[int, jax.Array], ways: tuple[int, ...]) -> dict[int, jax.Array]:
+        return {by: shift(shards[by], axis, by=by, name=f"{name}.{_LABELS[by]}") for by in ways}
+
+    def place_all(whole: jax.Array, shards: dict[int, jax.Array], distance: Any) -> jax.Array:
+        for by, shard in shards.items():
+            whole = place(whole, multiply(shard, w), rank - by * distance)
+        return whole
+
+    def body(carry: Any, distance: jax.Array) -> tuple[Any, None]:
+        whole, shards = carry
+        return (place_all(whole, shards, distance), send(shards, (1, -1))), None
+
+    both = (n - 1) // 2  # exchanges in both directions; the shard opposite comes once
+    shards = send({1: x, -1: x}, (1, -1) if both else (1,))
     whole = place(whole, first, rank)
-    from_left = from_right = x
-    for distance in range(1, n // 2 + 1):
-        from_left = shift(from_left, axis, by=1, name=f"{name}.up")
-        is_last_of_even = 2 * distance == n
-        if not is_last_of_even:  # the one opposite comes once
-            from_right = shift(from_right, axis, by=-1, name=f"{name}.down")
-        whole = place(whole, from_left @ w, (rank - distance) % n)
-        if not is_last_of_even:
-            whole = place(whole, from_right @ w, (rank + distance) % n)
-    return whole
+    if both > 1:
+        (whole, shards), _ = lax.scan(body, (whole, shards), jnp.arange(1, both))
+    if both and n % 2 == 0:
+        opposite = send(shards, (1,))
+        whole, shards = place_all(whole, shards, both), opposite
+    return place_all(whole, shards, n // 2)
 
 
 def multiply_and_scatter(
@@ -91,22 +105,22 @@ def multiply_and_scatter(
         with tags.tag_scope(f"matmul_reduce_scatter/{name}"):
             return _multiply_rows(ring_matmul_reduce_scatter, x, w, axis, dim)
     length, half = total // n, w.shape[-1] // 2
-    halves = [(1, w[:, :half]), (-1, w[:, half:])] if half and n > 2 else [(1, w)]
+    ways = {1: w[:, :half], -1: w[:, half:]} if half and n > 2 else {1: w}
 
-    def part(columns: jax.Array, owner: jax.Array) -> jax.Array:
-        rows = lax.dynamic_slice_in_dim(x, (owner % n) * length, length, dim)
-        return rows @ columns
+    def part(by: int, steps: Any) -> jax.Array:
+        owner = (rank - by * steps) % n
+        rows = lax.dynamic_slice_in_dim(x, owner * length, length, dim)
+        return multiply(rows, ways[by])
 
-    sums = []
-    for by, columns in halves:
-        label = f"{name}.up" if by == 1 else f"{name}.down"
-        # What arrives at its owner after n - 1 exchanges begins one place behind it.
-        total_here = part(columns, rank - by)
-        for step in range(1, n):
-            total_here = shift(total_here, axis, by=by, name=label)
-            total_here = total_here + part(columns, rank - by * (1 + step))
-        sums.append(total_here)
-    return jnp.concatenate(sums, axis=-1) if len(sums) > 1 else sums[0]
+    def body(sums: dict[int, jax.Array], step: jax.Array) -> tuple[dict[int, jax.Array], None]:
+        for by, total in sums.items():
+            arrived = shift(total, axis, by=by, name=f"{name}.{_LABELS[by]}")
+            sums = {**sums, by: arrived + part(by, 1 + step)}
+        return sums, None
+
+    # What arrives at its owner after n - 1 exchanges begins one place behind it.
+    sums, _ = lax.scan(body, {by: part(by, 1) for by in ways}, jnp.arange(1, n))
+    return jnp.concatenate([sums[by] for by in ways], axis=-1)
 
 
 def _multiply_rows(
