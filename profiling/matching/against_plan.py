@@ -129,7 +129,7 @@ def _cover_along_axes(
 def _cover_sizes(
     sizes: Iterable[int], declared: Mapping[int, Declared], exact: Set[int]
 ) -> dict[int, int]:
-    """Return how many elements of arrays of these sizes each declaration covers, exact ones first."""
+    """Return how many elements of arrays of these sizes each declaration covers; exact first."""
     wanted = Counter(sizes)
     covered: dict[int, int] = {}
     sent = {i: d.elements * d.trips for i, d in declared.items()}

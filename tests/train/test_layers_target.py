@@ -29,7 +29,7 @@ def next_one_early(shards, x):
 
 
 @pytest.mark.parametrize("target", ["cuda:h100:8", "tpu:v5e:2x4"])
-@pytest.mark.parametrize("loss, bound", [(layer_by_layer, 2.6), (next_one_early, 3.8)])
+@pytest.mark.parametrize("loss, bound", [(layer_by_layer, 2.6), (next_one_early, 4.2)])
 def test_layers_that_are_written_out_are_whole_one_by_one(loss, bound, target):
     """In whole layers, with the whole gradient of one; all of them would be 8 and more."""
     devices = parse_target(available(target)).devices[:DEVICES]
