@@ -60,7 +60,7 @@ def is_accepted(options):
 
 
 CASES = accepted()
-EVERY = 227  # a prime: one in so many for each target, and others for each
+EVERY = 331  # a prime: one in so many for each target, and others for each
 SAMPLE = [(target, *case) for i, target in enumerate(TARGETS) for case in CASES[7 * i :: EVERY]]
 # What is left to average of b2 is as large as what is scattered of b1 over fewer axes.
 ALIKE = {"shard": "parameters", "shard_axis": "device", "compression": "bf16"}

@@ -54,7 +54,8 @@ def sync_gradients(
     """Average gradients over the data axes: in which pieces, and by which algorithm.
 
     Equation: `pmean(grads, axis)`, or `adasum`; of a leaf that its layout splits over some of the
-    axes, `pmean(reduce_scatter(grads, those, mean=True), the others)`.
+    axes, `pmean(reduce_scatter(grads, those, mean=True), the others)`. Transpose: that of these,
+    whatever the algorithm; of `adasum` and of a compression there is none.
 
     Args:
       grads: pytree of gradients, local to each device.
