@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import replace
 from typing import Protocol
 
@@ -116,26 +116,28 @@ def _cover_along_axes(
     alike = {
         i: d for i, d in left.items() if (d.kind, d.dtype) == (predicted.kind, predicted.dtype)
     }
-    # A scalar over all of its axes is it, and not two others over one of them each.
-    exact = [i for i, d in alike.items() if {*d.axes} == {*predicted.axes}]
-    alike = {i: alike[i] for i in [*exact, *alike]}
+    # What is sent over all of its axes is it, and not another one over more, or over some of them.
+    exact = {i for i, d in alike.items() if {*d.axes} == {*predicted.axes}}
     by_axis = [
-        _cover_sizes(predicted.elements, {i: d for i, d in alike.items() if axis in d.axes})
+        _cover_sizes(predicted.elements, {i: d for i, d in alike.items() if axis in d.axes}, exact)
         for axis in predicted.axes
     ]
     worst = min(by_axis, key=lambda covered: sum(covered.values()))
     return worst, {i for covered in by_axis for i in covered}
 
 
-def _cover_sizes(sizes: Iterable[int], declared: Mapping[int, Declared]) -> dict[int, int]:
-    """Return how many elements of arrays of these sizes each declaration covers."""
+def _cover_sizes(
+    sizes: Iterable[int], declared: Mapping[int, Declared], exact: Set[int]
+) -> dict[int, int]:
+    """Return how many elements of arrays of these sizes each declaration covers; exact first."""
     wanted = Counter(sizes)
     covered: dict[int, int] = {}
     sent = {i: d.elements * d.trips for i, d in declared.items()}
     # In a loop it may be a slice of the array, or else the whole of it each time.
-    for size_of in (sent, {i: d.elements for i, d in declared.items()}):
+    whole = {i: d.elements for i, d in declared.items()}
+    for is_exact, size_of in ((True, sent), (True, whole), (False, sent), (False, whole)):
         for place, size in size_of.items():
-            if place not in covered and wanted[size]:
+            if (place in exact) == is_exact and place not in covered and wanted[size]:
                 wanted[size] -= 1
                 covered[place] = size
     buckets = {i: n for i, n in sent.items() if i not in covered}

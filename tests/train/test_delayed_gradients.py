@@ -4,6 +4,7 @@ import re
 
 import checkpoint_cases as cases
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -35,6 +36,30 @@ def test_as_in_float64(n):
         for name, wanted in params.items():
             np.testing.assert_allclose(state.stored_params[name], wanted, rtol=1e-5, atol=1e-6)
     assert int(state.step) == 4
+
+
+@pytest.mark.parametrize(
+    "delay, momentum, most", [(0, 0.9, 3.8), (1, 0.9, 0.1), (0, 0.0, 2.0), (1, 0.0, 1.0)]
+)
+def test_the_largest_rate_of_a_curvature_of_one(delay, momentum, most):
+    """2 (1 + m) without a delay, 1 - m with it, as docs/local-sgd.md says."""
+
+    @tx.step_fn
+    def step(state, batch):
+        grads = tx.grad(lambda w: jnp.mean(batch) * w**2 / 2)(state.params)
+        grads, state = state.sync_gradients(grads)
+        return state.apply_gradients(grads=grads), {}
+
+    for factor in (0.75, 1.25):
+        optimizer = tx.optim.sgd(factor * most, momentum=momentum)
+        plan = tx.Plan(data_parallel=tx.DP("data", delay=delay))
+        state = toys.engine(1, plan=plan, optimizer=optimizer).create_state(np.float32(1))
+        last = []
+        for i in range(200):
+            state, _ = step(state, np.ones(2, np.float32))
+            if i >= 175:  # it swings
+                last.append(abs(float(state.stored_params)))
+        assert (max(last) < 1) == (factor < 1)
 
 
 def test_parameters_in_parts():

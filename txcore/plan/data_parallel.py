@@ -34,8 +34,8 @@ class DP:
       sync_every: steps that each device makes by itself before parameters are averaged (local SGD);
         1 averages the gradients of each step.
       outer: with sync_every, an optimizer of `tx.optim` that takes the averaged change of the
-        parameters as a gradient: sgd(0.7, momentum=0.9, nesterov=True) is DiLoCo. None takes the
-        averaged parameters.
+        parameters as a gradient: sgd(0.1, momentum=0.9, nesterov=True) is DiLoCo for short rounds,
+        with a rate of 0.7 for rounds of hundreds of steps. None takes the averaged parameters.
       compression: how gradients are averaged with fewer bytes: "bf16", "fp16", "int8" or what a
         function of `tx.compression` returns, as powersgd(rank=2) or top_k(). None: exactly. With
         shard="gradients" or "parameters" one that keeps nothing.

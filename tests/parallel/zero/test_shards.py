@@ -118,6 +118,37 @@ def test_closed_over_values_have_gradients():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), ours, theirs)
 
 
+@pytest.mark.parametrize("outer", [lambda f: f, jax.jit, jax.checkpoint])
+def test_a_layer_takes_arguments_of_any_kind(outer):
+    """Numbers, integers, keys, None, and arrays from outside, some of them differentiated."""
+
+    def mixed(w, x, scale, mask, key, power, name):
+        assert (power, name) == (2, None)
+        keep = jax.random.bernoulli(key, 0.5, x.shape[1:])
+        return jnp.where(keep, block(w, x * scale), 0) * mask[:, None] ** power
+
+    def run(w, x, scale, mask, key, layer):
+        y = layer(mixed)(w, x, scale, mask, key, 2, None)
+        return jnp.mean(layer(lambda w, y: block(w, y * scale))(w, y) ** 2)
+
+    def f(part, x, scale, mask, seed):
+        shard, key = tx.zero.Shard(part, -2, ("data",), "w"), jax.random.key(seed)
+        loss = outer(lambda s, scale: run(s, x, scale, mask, key, tx.zero.layer))
+        grads = tx.grad(loss, (0, 1), axis="data")(shard, scale)
+        return grads[0], tx.pmean(grads[1], "data")
+
+    spec, mask = P("data"), np.arange(8) % 3
+    mapped = jax.shard_map(
+        f, mesh=mesh_of(2), in_specs=(spec, spec, P(), spec, P()), out_specs=(spec, P())
+    )
+    scale = np.float32(1.5)
+    ours = jax.jit(mapped)(W[0], X, scale, mask, 7)
+    key = jax.random.key(7)
+    plain = lambda w, scale: run(w, X, scale, mask, key, lambda f: f)  # noqa: E731
+    theirs = jax.grad(plain, (0, 1))(W[0], scale)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), ours, theirs)
+
+
 @pytest.mark.parametrize(
     "make", [jax.jit, jax.checkpoint, lambda f: jax.jit(jax.vmap(f, (None, 0)))]
 )
@@ -193,8 +224,8 @@ def largest_at_once(loss, n=4, layers=8, size=256):
 
 def test_two_layers_at_most_are_whole():
     """With the whole gradient of one, before its parts are made, and activations of 1/64 layer."""
-    if jax.__version_info__ >= (0, 11):  # XLA for CPU of jax 0.10 removes checkpoint's barriers
-        assert largest_at_once(by_layer) < 2.6
+    assert largest_at_once(by_layer) < 2.6
+    assert largest_at_once(by_layer, layers=16) < 2.8
     assert largest_at_once(by_two_layers) < 3.6
     # Whatever the depth.
     assert largest_at_once(by_two_layers, layers=16) < 4.0

@@ -17,7 +17,7 @@ def adasum(tree: Any, axis: str | tuple[str, ...], *, name: str = "grads") -> An
 
     Equation: `(1 - a.b / 2|a|^2) a + (1 - a.b / 2|b|^2) b` of each pair, for each leaf by itself:
     a + b where they are orthogonal, their mean where they are equal. Device i is joined with i + 1,
-    i + 2, i + 4, ... in groups of 2, 4, 8, ...
+    i + 2, i + 4, ... in groups of 2, 4, 8, ... It is not linear, and so has no transpose.
 
     Each joining halves the vector that a device works on (recursive halving by `ppermute`, the
     products of the parts by an all_gather of three numbers a leaf), and an all_gather makes it

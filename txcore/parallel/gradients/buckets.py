@@ -1,6 +1,5 @@
 """Buckets: which gradients are exchanged together, known before anything runs."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -186,15 +185,3 @@ def _fill(sizes: Sequence[int], buckets: Buckets, itemsize: int) -> list[list[in
 
 def _name(path: Any) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/") or "gradient"
-
-
-def as_blocks(leaf: jax.Array, dim: int, devices: int) -> jax.Array:
-    """Return a leaf as (devices, size / devices), with a row for each device's part of a dim."""
-    return jnp.moveaxis(leaf, dim, 0).reshape(devices, -1)
-
-
-def from_block(block: jax.Array, like: jax.Array, dim: int, devices: int) -> jax.Array:
-    """Return a device's part of a leaf, given its row of `as_blocks`."""
-    shape = (like.shape[dim] // devices, *like.shape[:dim], *like.shape[dim + 1 :])
-    assert math.prod(shape) == block.size
-    return jnp.moveaxis(block.reshape(shape), 0, dim)

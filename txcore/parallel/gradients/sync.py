@@ -1,5 +1,6 @@
 """The mean of the devices' gradients, whole or in shards."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -7,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from txcore import _compat
@@ -22,9 +22,7 @@ from txcore.parallel.gradients.apart import keep_apart
 from txcore.parallel.gradients.buckets import (
     Bucket,
     Buckets,
-    as_blocks,
     as_buckets,
-    from_block,
     whole_before,
 )
 from txcore.parallel.gradients.choice import (
@@ -33,7 +31,7 @@ from txcore.parallel.gradients.choice import (
     plan_exchange,
     split_steps,
 )
-from txcore.parallel.gradients.compression import Compression, as_compression
+from txcore.parallel.gradients.compression import Compression, as_compression, rows
 from txcore.parallel.gradients.compression.leaves import average_leaves
 from txcore.parallel.gradients.delayed import take_delayed
 from txcore.parallel.lone_axes import make_equal_along_lone_axes
@@ -56,7 +54,8 @@ def sync_gradients(
     """Average gradients over the data axes: in which pieces, and by which algorithm.
 
     Equation: `pmean(grads, axis)`, or `adasum`; of a leaf that its layout splits over some of the
-    axes, `pmean(reduce_scatter(grads, those, mean=True), the others)`.
+    axes, `pmean(reduce_scatter(grads, those, mean=True), the others)`. Transpose: that of these,
+    whatever the algorithm; of `adasum` and of a compression there is none.
 
     Args:
       grads: pytree of gradients, local to each device.
@@ -224,9 +223,8 @@ def _pack(
     """Return a bucket's leaves as (n,), or as (devices, n / devices) where they are scattered."""
     if not bucket.scattered:
         return pack([leaves[i] for i in bucket.leaves], dtype=bucket.dtype)
-    devices = _devices(bucket, sizes)
-    blocks = [as_blocks(leaves[i], _dim_of(laid[i]), devices) for i in bucket.leaves]
-    return jnp.concatenate([block.astype(bucket.dtype) for block in blocks], axis=1)
+    own = [leaves[i].astype(bucket.dtype) for i in bucket.leaves]
+    return rows.to_rows(own, _dims_of(bucket, laid), _devices(bucket, sizes))
 
 
 def _unpack(
@@ -240,25 +238,20 @@ def _unpack(
     if not bucket.scattered:
         shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in own]
         return list(unpack(mean, shapes))
-    devices = _devices(bucket, sizes)
-    rows = lax.split(mean, [leaf.size // devices for leaf in own])
-    dims = [_dim_of(laid[i]) for i in bucket.leaves]
-    return [
-        from_block(row, leaf, dim, devices).astype(leaf.dtype)
-        for row, leaf, dim in zip(rows, own, dims, strict=True)
-    ]
+    dims, devices = _dims_of(bucket, laid), _devices(bucket, sizes)
+    of_parts = rows.shapes_of_parts([leaf.shape for leaf in own], dims, devices)
+    parts = rows.from_rows(mean[None], of_parts, dims)
+    return [part.astype(leaf.dtype) for part, leaf in zip(parts, own, strict=True)]
 
 
 def _devices(bucket: Bucket, sizes: dict[str, int]) -> int:
-    count = 1
-    for axis in bucket.scattered:
-        count *= sizes[axis]
-    return count
+    return math.prod(sizes[axis] for axis in bucket.scattered)
 
 
-def _dim_of(layout: Layout) -> int:
-    assert layout.scattered is not None
-    return layout.scattered[0]
+def _dims_of(bucket: Bucket, laid: Sequence[Layout]) -> list[int]:
+    """Return the dim of each leaf that is scattered."""
+    found = [laid[i].scattered for i in bucket.leaves]
+    return [split[0] for split in found if split is not None]
 
 
 def _mean_of_bucket(

@@ -65,16 +65,21 @@ def _gather_from(called: Any) -> Callable[[Any], Any]:
 def layer(f: Callable[..., Any]) -> Callable[..., Any]:
     """Make a layer gather its parameters when it runs, and again in the backward pass.
 
-    The gather waits until the layer's other arguments are there. What the layer computes is kept
-    for the backward pass, its gathered parameters are not: each device holds the whole of one layer
-    at a time. In a `lax.scan` over a stack of layers too. Where no parameter is in parts, it is `f`
-    itself.
+    Equation: `f(gather(shards), *args)`. Transpose: that of `tx.zero.gather`. The gather waits
+    until the layer's other arguments are there, and the one for the backward pass until the
+    gradient of what the layer returns is. What the layer computes is kept in between, its gathered
+    parameters are not: each device holds the whole of one layer at a time. In a `lax.scan` over a
+    stack of layers too. Where no parameter is in parts, it is `f` itself.
 
     Args:
-      f: `(params, *args) -> anything`, of whole parameters.
+      f: `(params, *args) -> anything`, of whole parameters; arrays that it takes from outside have
+        gradients too.
 
     Returns:
       The same function of handles: `state.shards`, or a part of that tree.
+
+    Raises:
+      ValueError: when it is called, as `tx.zero.gather`.
 
     Example:
       >>> def f(w, x):
@@ -83,15 +88,28 @@ def layer(f: Callable[..., Any]) -> Callable[..., Any]:
       ...     return jax.grad(lambda s: block(s, x[0]).sum())(shard).part
       >>> tx.testing.run_sharded(f, np.ones(4), np.array([1.0, 3.0]), axes={"data": 2})
       array([2., 2., 2., 2.], dtype=float32)
+
+    References:
+      Rajbhandari et al., "ZeRO: memory optimizations toward training trillion parameter models",
+      2020 (stage 3); PyTorch's `fully_shard(reshard_after_forward=True)`.
     """
 
     def run(shards: Any, *args: Any) -> Any:
+        part = current_part()
         if not any(map(is_shard, jax.tree.leaves(shards, is_leaf=is_shard))):
             return f(shards, *args)
-        arrays = [x for x in jax.tree.leaves(args) if isinstance(x, jax.Array)]
-        shards = _wait(shards, lax.stop_gradient(arrays))
-        gather_here = _gather_from(_compat.current_traceback())
-        return _gathering(lambda s: f(gather_here(s), *args))(shards)
+        if part is not None and part.is_trial:
+            return f(gather(shards), *args)
+        leaves, structure = jax.tree.flatten(args)
+        places = [i for i, x in enumerate(leaves) if isinstance(x, jax.Array)]
+
+        def call(params: Any, arrays: list[Any]) -> Any:
+            given = dict(zip(places, arrays, strict=True))
+            own = [given.get(i, x) for i, x in enumerate(leaves)]
+            return f(params, *jax.tree.unflatten(structure, own))
+
+        arrays = [leaves[i] for i in places]
+        return _run_layers(call, [_wait(shards, lax.stop_gradient(arrays))], arrays)
 
     return run
 
@@ -150,9 +168,13 @@ def layers(f: Callable[[Any, Any], Any], shards: Sequence[Any], x: Any) -> Any:
         )
     if not shards:
         return x
+    return _run_layers(f, list(shards), x)
+
+
+def _run_layers(f: Callable[[Any, Any], Any], shards: list[Any], x: Any) -> Any:
     whole = jax.eval_shape(gather, shards[0])
     converted, constants = jax.closure_convert(f, whole, x)  # autodiff sees no closure in _run
-    return _run(converted, list(shards), x, constants)
+    return _run(converted, shards, x, constants)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

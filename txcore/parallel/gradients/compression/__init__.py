@@ -1,7 +1,7 @@
 """Compression: gradients averaged with fewer bytes on the wire, and what that keeps.
 
-Imports `collectives`, `kept`, `kernels.common`, `layout`, `parallel`,
-`parallel.gradients`, `varying`.
+Imports `collectives`, `kept`, `kernels.common`, `layout`, `parallel`, `parallel.gradients`,
+`parallel.gradients.algorithms`, `varying`.
 """
 
 from txcore.parallel.gradients.compression.feedback import start as start

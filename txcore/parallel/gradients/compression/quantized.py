@@ -12,6 +12,7 @@ from jax import lax
 
 from txcore import varying
 from txcore.collectives import all_gather, all_to_all, axis_index
+from txcore.parallel.gradients.algorithms.record import pad_to_blocks
 from txcore.parallel.gradients.compression import codecs, rows
 from txcore.parallel.gradients.compression.codecs import Codec
 from txcore.parallel.gradients.compression.record import Compression, Exchange
@@ -103,17 +104,14 @@ def _average(
     if exchange.others:
         row, lost = _average_flat(codec, row, exchange.along(exchange.others))
         error = _add_own(error, lost, inner)
-    of_parts = [
-        (*shape[:dim], shape[dim] // inner.devices, *shape[dim + 1 :])
-        for shape, dim in zip(shapes, dims, strict=True)
-    ]
+    of_parts = rows.shapes_of_parts(shapes, dims, inner.devices)
     means = rows.from_rows(row[None], of_parts, dims)
     return means, rows.from_rows(error, shapes, dims), kept
 
 
 def _average_flat(codec: Codec, flat: jax.Array, exchange: Exchange) -> tuple[jax.Array, jax.Array]:
     """Return the mean of flat arrays on every device, and this device's errors."""
-    row, error = _average_rows(codec, rows.pad_to_rows(flat, exchange.devices), exchange)
+    row, error = _average_rows(codec, pad_to_blocks(flat, exchange.devices), exchange)
     # Without the barrier XLA may gather what is not encoded yet.
     message = lax.optimization_barrier(codec.encode(row[None]))
     lost = row - codec.decode(message, row.size, row.dtype)[0]

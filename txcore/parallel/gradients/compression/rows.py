@@ -7,11 +7,6 @@ import jax
 import jax.numpy as jnp
 
 
-def pad_to_rows(flat: jax.Array, count: int) -> jax.Array:
-    """Return a flat array as (count, k), with zeros behind its last element."""
-    return jnp.pad(flat, (0, -flat.size % count)).reshape(count, -1)
-
-
 def flatten(arrays: Sequence[jax.Array]) -> jax.Array:
     """Return all elements in one flat array."""
     return jnp.concatenate([x.reshape(-1) for x in arrays])
@@ -20,7 +15,7 @@ def flatten(arrays: Sequence[jax.Array]) -> jax.Array:
 def unflatten(flat: jax.Array, shapes: Sequence[tuple[int, ...]]) -> list[jax.Array]:
     """Return the arrays of which `flatten` made one."""
     sizes = [math.prod(shape) for shape in shapes]
-    pieces = split_sizes(flat, sizes)
+    pieces = _split_sizes(flat, sizes)
     return [piece.reshape(shape) for piece, shape in zip(pieces, shapes, strict=True)]
 
 
@@ -41,9 +36,19 @@ def from_rows(
       dims: of each the one that was split.
     """
     widths = [math.prod(shape) // rows.shape[0] for shape in shapes]
-    pieces = split_sizes(rows, widths)
+    pieces = _split_sizes(rows, widths)
     return [
         _unmove(piece, shape, dim) for piece, shape, dim in zip(pieces, shapes, dims, strict=True)
+    ]
+
+
+def shapes_of_parts(
+    shapes: Sequence[tuple[int, ...]], dims: Sequence[int], count: int
+) -> list[tuple[int, ...]]:
+    """Return the shapes of one device's parts of arrays that are split along these dims."""
+    return [
+        (*shape[:dim], shape[dim] // count, *shape[dim + 1 :])
+        for shape, dim in zip(shapes, dims, strict=True)
     ]
 
 
@@ -52,6 +57,6 @@ def _unmove(piece: jax.Array, shape: tuple[int, ...], dim: int) -> jax.Array:
     return jnp.moveaxis(piece.reshape(moved), 0, dim)
 
 
-def split_sizes(x: jax.Array, sizes: Sequence[int]) -> list[jax.Array]:
+def _split_sizes(x: jax.Array, sizes: Sequence[int]) -> list[jax.Array]:
     """Return the pieces of the last dim that have these sizes."""
     return list(jax.lax.split(x, list(sizes), axis=x.ndim - 1))
