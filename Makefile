@@ -3,8 +3,8 @@ PYTHON ?= $(shell tools/newest-python)
 VENV ?= .venv
 BIN = $(VENV)/bin
 SETUP = $(VENV)/.installed
-# A worker for each core: most tests compile one program after the other.
-PARALLEL ?= -n auto --dist worksteal
+# A worker for each core and one more: most tests compile, some wait for the processes they start.
+PARALLEL ?= -n $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1) --dist worksteal
 # Compilers for TPUs and GPUs lie apart: beside them jax looks for the devices, and says so.
 TARGETS = $(VENV)-targets
 # Kernels in Triton's language need a jax and a triton that jax-triton works with.

@@ -59,7 +59,7 @@ def count_wrong(
     wanted = sum(segment.length for segment in segments)
     wrong = abs(result.size - wanted)
     for values, found in _walk_pieces(result[:wanted], segments, group, draw):
-        wrong += int(np.count_nonzero(_differ(found, values, epsilon * len(group))))
+        wrong += int(np.count_nonzero(_find_differences(found, values, epsilon * len(group))))
     return wrong
 
 
@@ -74,11 +74,14 @@ def _walk_pieces(
             found = result[at + offset :][:length]
             start = segment.start + offset
             parts = [draw(group[member], start, start + length) for member in segment.members]
-            yield _combine(parts[: len(parts)], segment.combine, result.dtype)[: found.size], found
+            yield (
+                _combine_parts(parts[: len(parts)], segment.combine, result.dtype)[: found.size],
+                found,
+            )
         at += segment.length
 
 
-def _combine(parts: Sequence[np.ndarray], how: str, dtype: np.dtype) -> np.ndarray:
+def _combine_parts(parts: Sequence[np.ndarray], how: str, dtype: np.dtype) -> np.ndarray:
     if how == "max":
         return np.max(parts, axis=0)
     is_integer = jnp.issubdtype(dtype, jnp.integer)
@@ -86,7 +89,7 @@ def _combine(parts: Sequence[np.ndarray], how: str, dtype: np.dtype) -> np.ndarr
     return total / len(parts) if how == "mean" else total
 
 
-def _differ(found: np.ndarray, values: np.ndarray, tolerance: float) -> np.ndarray:
+def _find_differences(found: np.ndarray, values: np.ndarray, tolerance: float) -> np.ndarray:
     if jnp.issubdtype(found.dtype, jnp.integer):
         return found != values
     distance = np.abs(found.astype(np.float64) - values)

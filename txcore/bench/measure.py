@@ -128,7 +128,7 @@ def measure_size(setup: Setup, operation: Operation, dtype: str, size: int) -> R
     wrong = check_results(setup, operation, dtype, count, compiled, draws[0])
     seconds = time_calls(setup, operation, dtype, count, compiled)
     wrong += check_results(setup, operation, dtype, count, compiled, draws[1])
-    return _make_row(operation, dtype, count, n, *_gather(seconds, wrong))
+    return _make_row(operation, dtype, count, n, *_gather_times(seconds, wrong))
 
 
 def compile_operation(
@@ -180,11 +180,11 @@ def check_results(
         group = setup.members[position]
         segments = operation.expect(group.index(position), n, elements)
         found = np.asarray(shard.data).reshape(-1)
-        wrong += count_wrong(found, segments, group, draw, epsilon=_epsilon(operation, dtype))
+        wrong += count_wrong(found, segments, group, draw, epsilon=_find_epsilon(operation, dtype))
     return wrong
 
 
-def _epsilon(operation: Operation, dtype: str) -> float:
+def _find_epsilon(operation: Operation, dtype: str) -> float:
     if not jnp.issubdtype(jnp.dtype(dtype), jnp.floating):
         return 0.0
     sent = ["bfloat16"] if operation.algorithm == "bf16_wire" else []
@@ -207,7 +207,7 @@ def time_calls(
     return seconds[setup.warmup :]
 
 
-def _gather(seconds: list[float], wrong: int) -> tuple[np.ndarray, int]:
+def _gather_times(seconds: list[float], wrong: int) -> tuple[np.ndarray, int]:
     """Return (median, lower quartile, upper quartile) of each rank, and the wrong of all."""
     quartiles = np.percentile(seconds, (50, 25, 75))
     if jax.process_count() == 1:

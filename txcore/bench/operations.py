@@ -90,7 +90,7 @@ def _expect_exchanged(index: int, n: int, elements: int) -> list[Segment]:
     return [Segment((member,), index * part, part) for member in range(n)]
 
 
-def _exchange(x: jax.Array, axes: Axes) -> jax.Array:
+def _exchange_parts(x: jax.Array, axes: Axes) -> jax.Array:
     return collectives.all_to_all(x, axes, split_dim=0, concat_dim=0)
 
 
@@ -109,7 +109,7 @@ OPERATIONS: Mapping[str, Operation] = {
             *("reduce_scatter", "reduce-scatter", collectives.reduce_scatter, _expect_scattered),
             in_parts=True,
         ),
-        Operation("all_to_all", "all-to-all", _exchange, _expect_exchanged, in_parts=True),
+        Operation("all_to_all", "all-to-all", _exchange_parts, _expect_exchanged, in_parts=True),
         Operation(
             *("ppermute", "collective-permute", collectives.shift),
             lambda index, n, elements: [Segment(((index - 1) % n,), 0, elements)],

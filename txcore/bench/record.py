@@ -42,10 +42,10 @@ def record_fastest(
         )
         entries[problem.key] = _entry_of(found, machine)
     write_entries(path, {**read_entries(path), **entries})
-    return [(*key, _best(found).algorithm) for key, found in fastest.items()]
+    return [(*key, _find_best(found).algorithm) for key, found in fastest.items()]
 
 
-def _best(rows: Sequence[Row]) -> Row:
+def _find_best(rows: Sequence[Row]) -> Row:
     return min(rows, key=lambda row: row.seconds)
 
 
@@ -53,5 +53,5 @@ def _entry_of(rows: Sequence[Row], machine: str) -> Entry:
     times = {
         label_candidate("xla", {"algorithm": row.algorithm}): row.seconds * 1e6 for row in rows
     }
-    config = {"algorithm": _best(rows).algorithm}
+    config = {"algorithm": _find_best(rows).algorithm}
     return Entry("xla", config, times, jax.__version__, machine)

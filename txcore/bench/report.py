@@ -69,13 +69,13 @@ def format_run(run: Mapping[str, Any]) -> str:
     )
 
 
-def _title(name: str, algorithm: str) -> str:
+def _format_title(name: str, algorithm: str) -> str:
     return f"{name} by {algorithm}" if algorithm else name
 
 
 def format_head(operation: Operation, setup: Setup) -> str:
     """Format the head of one collective's table."""
-    title = _title(operation.name, operation.algorithm)
+    title = _format_title(operation.name, operation.algorithm)
     where = f"over {','.join(setup.axes)}: {setup.groups} group(s) of {setup.group_size} devices"
     place = "in place where it can be" if setup.in_place else "out of place"
     return f"# {title} {where}, {place}; bandwidths in GB/s\n{_format_cells(_HEAD)}"
@@ -131,7 +131,7 @@ def plot_bandwidth(path: str | os.PathLike[str], title: str, rows: Sequence[Row]
 
     lines: dict[str, list[Row]] = {}
     for row in rows:
-        name = f"{_title(row.operation, row.algorithm)} {row.dtype}"
+        name = f"{_format_title(row.operation, row.algorithm)} {row.dtype}"
         lines.setdefault(name, []).append(row)
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()

@@ -75,7 +75,7 @@ def example_mean(
             "give one number for each example, and leave the mean to it"
         )
     axes = _leaves.check_axes("example_mean", axis)
-    values = values.astype(_wide(values.dtype))
+    values = values.astype(_choose_wide_dtype(values.dtype))
     if not factors and count is None:
         return jnp.mean(values)
     _note_weights(mask, weights)
@@ -144,7 +144,7 @@ def _count_of_batch(factors: list[jax.Array], axes: tuple[str, ...]) -> jax.Arra
             f"tx.example_mean needs the mask of the whole batch, {examples} examples on this "
             f"device, got {rows}: the mean over a part of it is {remedy}"
         )
-    local = _sum(factors)
+    local = _sum_product(factors)
     if part is not None:
         return total_of(part, Asked(local, partial(_global_sum, axes=axes)))
     # Of as many rows it may still be a part: of the tokens of each example.
@@ -157,15 +157,15 @@ def _count_of_batch(factors: list[jax.Array], axes: tuple[str, ...]) -> jax.Arra
     return _global_sum(local, axes)
 
 
-def _wide(*dtypes: Any) -> Any:
+def _choose_wide_dtype(*dtypes: Any) -> Any:
     """Return float32, or float64 where one of the dtypes is; asks for no implicit promotion."""
     return jnp.float64 if jnp.float64 in dtypes else jnp.float32
 
 
-def _sum(factors: list[jax.Array]) -> jax.Array:
+def _sum_product(factors: list[jax.Array]) -> jax.Array:
     """Return the sum of the factors' product: int32 where all are counts, else float32 or wider."""
     counts = all(not jnp.issubdtype(f.dtype, jnp.inexact) for f in factors)
-    dtype = jnp.int32 if counts else _wide(*(f.dtype for f in factors))
+    dtype = jnp.int32 if counts else _choose_wide_dtype(*(f.dtype for f in factors))
     return jnp.sum(
         math.prod((f.astype(dtype) for f in factors[1:]), start=factors[0].astype(dtype))
     )

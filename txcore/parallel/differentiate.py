@@ -93,9 +93,9 @@ def value_and_grad(
     def checked(*args: Any, **kwargs: Any) -> Any:
         out = loss_of(*args, **kwargs)
         loss, aux = out if has_aux else (out, None)
-        loss = _local(loss, _data_axes(axis))
+        loss = _check_local_loss(loss, _data_axes(axis))
         if scale is not None:
-            return _scaled(loss, scale), (loss, aux)
+            return _scale_loss(loss, scale), (loss, aux)
         return (loss, aux) if has_aux else loss
 
     scaled = scale is not None
@@ -123,7 +123,7 @@ def value_and_grad(
             )
         at = frozenset(n % len(args) for n in nums)
         if axes:
-            args = tuple(_varying(a, axes) if i in at else a for i, a in enumerate(args))
+            args = tuple(_cast_params(a, axes) if i in at else a for i, a in enumerate(args))
         if microbatches is None:
             return one(*args, **kwargs)
         place = _place_of_carry(carry, at, len(args))
@@ -183,7 +183,7 @@ def grad(
     return wrapped
 
 
-def _varying(tree: Any, axes: tuple[str, ...]) -> Any:
+def _cast_params(tree: Any, axes: tuple[str, ...]) -> Any:
     """Return parameters cast to vary, with handles for those of which a device stores a part."""
 
     def one(x: Any) -> Any:
@@ -216,7 +216,7 @@ def _row_axes(axes: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(a for a in axes if a in scope.row_axes or a not in scope.data_axes)
 
 
-def _local(loss: Any, axes: tuple[str, ...]) -> jax.Array:
+def _check_local_loss(loss: Any, axes: tuple[str, ...]) -> jax.Array:
     """Return a loss that is local along the data axes; refuse one that is equal there."""
     loss = jnp.asarray(loss)
     _refuse_layers_of_a_stage(loss)
@@ -306,7 +306,7 @@ def check_needed_scale(loss_scale: Any, op: str = "value_and_grad(f") -> None:
         )
 
 
-def _scaled(loss: Any, loss_scale: Any) -> jax.Array:
+def _scale_loss(loss: Any, loss_scale: Any) -> jax.Array:
     loss = jnp.asarray(loss)
     if not jnp.issubdtype(loss.dtype, jnp.floating):
         raise TypeError(f"tx.value_and_grad needs a floating-point loss to scale, got {loss.dtype}")

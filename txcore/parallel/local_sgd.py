@@ -71,18 +71,18 @@ def keep_local(rounds: Rounds, optimizer: Optimizer, params: Any, layouts: Any, 
         )
 
     def own(path: Any, leaf: Any, spec: P) -> Kept:
-        one = _kept(f"state.opt_state{jax.tree_util.keystr(path)}", leaf, spec)
+        one = _keep_leaf(f"state.opt_state{jax.tree_util.keystr(path)}", leaf, spec)
         return Kept(
             (copies, *one.shape), one.dtype, P(rounds.axes or None, *spec), rounds.axes, one.initial
         )
 
     def shared(path: Any, leaf: Any, spec: P) -> Kept:
-        return _kept(f"the outer optimizer's state{jax.tree_util.keystr(path)}", leaf, spec)
+        return _keep_leaf(f"the outer optimizer's state{jax.tree_util.keystr(path)}", leaf, spec)
 
     over_paths = jax.tree_util.tree_map_with_path
-    opt_state = _start(optimizer, params)
+    opt_state = _start_state(optimizer, params)
     specs = mirrored_specs("state.opt_state", opt_state, params, layouts)
-    outer = () if rounds.outer is None else _start(rounds.outer, params)
+    outer = () if rounds.outer is None else _start_state(rounds.outer, params)
     of_outer = mirrored_specs("the outer optimizer's state", outer, params, layouts)
     return Local(
         jax.tree.map(difference, params, stored),
@@ -91,14 +91,14 @@ def keep_local(rounds: Rounds, optimizer: Optimizer, params: Any, layouts: Any, 
     )
 
 
-def _start(optimizer: Optimizer, params: Any) -> Any:
+def _start_state(optimizer: Optimizer, params: Any) -> Any:
     """Return the state that an optimizer begins with; of shapes its shapes."""
     if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params)):
         return jax.eval_shape(optimizer.init, params)
     return optimizer.init(params)
 
 
-def _kept(where: str, leaf: Any, spec: P) -> Kept:
+def _keep_leaf(where: str, leaf: Any, spec: P) -> Kept:
     if _compat.is_key_array(leaf):
         raise TypeError(
             f"DP(sync_every=...) needs optimizers whose state holds numbers, got PRNG keys in "
@@ -147,7 +147,7 @@ def update_local(
     own = own_params(params, kept)
     opt_state = jax.tree.map(own_copy, kept.opt_state)
     own, opt_state = optimizer.update(grads, opt_state, own, step=step)
-    moved = jax.tree.map(lambda new, old: _widened(new) - _widened(old), own, params)
+    moved = jax.tree.map(lambda new, old: _widen(new) - _widen(old), own, params)
     given = Local(jax.tree.map(as_copy, moved), jax.tree.map(as_copy, opt_state), kept.outer)
     is_last = (step + 1) % rounds.every == 0
     return lax.cond(
@@ -184,7 +184,7 @@ def average(rounds: Rounds, params: Any, kept: Local, steps: jax.Array) -> tuple
         moved = pmean(moved, rounds.axes, name="params")
     outer = kept.outer
     if rounds.outer is None:
-        params = jax.tree.map(lambda p, m: (_widened(p) + m).astype(p.dtype), params, moved)
+        params = jax.tree.map(lambda p, m: (_widen(p) + m).astype(p.dtype), params, moved)
     else:
         grads = jax.tree.map(lambda m: -m, moved)
         number = (steps - 1) // rounds.every
@@ -197,5 +197,5 @@ def _zeros_like(x: jax.Array) -> jax.Array:
     return varying.match_varying(jnp.zeros(x.shape, x.dtype), x)[0]
 
 
-def _widened(x: jax.Array) -> jax.Array:
+def _widen(x: jax.Array) -> jax.Array:
     return x.astype(checks.accumulator_of(x))

@@ -80,12 +80,12 @@ def total_of(part: Part, asked: Asked) -> jax.Array:
         from jax.extend.core import get_opaque_trace_state  # imports all of Pallas
 
         if part.entered is not None and part.entered != get_opaque_trace_state():
-            raise _uncounted(_INSIDE)
+            raise _refuse_count(_INSIDE)
         part.asked.append(asked)
         return asked.over_devices(asked.local)
     total = next(part.totals, None)
     if total is None:
-        raise _uncounted(_INSIDE)
+        raise _refuse_count(_INSIDE)
     return total
 
 
@@ -140,21 +140,21 @@ def accumulate(
     start = {} if loop.carry is None else {loop.carry: args[loop.carry]}
     batch = {i: a for i, a in enumerate(args) if i not in fixed and i not in start}, dict(kwargs)
     rows = _check_rows(batch, loop)
-    parts = jax.tree.map(lambda x: _split(x, loop.number), batch)
+    parts = jax.tree.map(lambda x: _split_rows(x, loop.number), batch)
     first = jax.tree.map(lambda x: x[0], parts)
     size = loop.number, rows // loop.number
 
     def run(carried: Any, part: Any, where: Part) -> tuple[Any, Any, Any]:
         """Return what goes on to the next part, the value to keep, and the gradients."""
         with _make_context()(where):
-            value, gradients = _call(one, {**fixed, **carried, **part[0]}, part[1])
+            value, gradients = _call_with(one, {**fixed, **carried, **part[0]}, part[1])
         if loop.carry is None:
             return {}, value, gradients
         return {loop.carry: value[1]}, value[0], gradients
 
     trial = Part(*size, is_trial=True)
     types = jax.eval_shape(partial(run, where=trial), start, first)
-    totals = _count(loss, trial, {**fixed, **start}, parts) if trial.asked else []
+    totals = _count_all_parts(loss, trial, {**fixed, **start}, parts) if trial.asked else []
 
     def add(total: Any, part: Any) -> tuple[Any, Any]:
         sums, carried = total
@@ -162,21 +162,25 @@ def accumulate(
         return (jax.tree.map(lambda s, g: s + g.astype(s.dtype), sums, gradients), carried), value
 
     zeros = jax.tree.map(
-        lambda g: _typed(jnp.zeros(g.shape, checks.accumulator_of(g)), g), types[2]
+        lambda g: _cast_like(jnp.zeros(g.shape, checks.accumulator_of(g)), g), types[2]
     )
-    begun = zeros, jax.tree.map(_typed, start, types[0])
+    begun = zeros, jax.tree.map(_cast_like, start, types[0])
     (sums, carried), values = lax.scan(add, begun, parts)
     gradients = jax.tree.map(lambda s, g: (s / loop.number).astype(g.dtype), sums, types[2])
     if loop.carry is not None:
-        return (_mean(values), carried[loop.carry]), gradients
-    return ((_mean(values[0]), values[1]) if loop.has_aux else _mean(values)), gradients
+        return (_average_losses(values), carried[loop.carry]), gradients
+    return (
+        (_average_losses(values[0]), values[1]) if loop.has_aux else _average_losses(values)
+    ), gradients
 
 
-def _call(function: Callable[..., Any], places: Mapping[int, Any], named: Any) -> Any:
+def _call_with(function: Callable[..., Any], places: Mapping[int, Any], named: Any) -> Any:
     return function(*(places[i] for i in sorted(places)), **named)
 
 
-def _count(loss: Callable[..., Any], trial: Part, fixed: Any, parts: Any) -> list[jax.Array]:
+def _count_all_parts(
+    loss: Callable[..., Any], trial: Part, fixed: Any, parts: Any
+) -> list[jax.Array]:
     """Return what a loss counts in all parts of all devices, without computing the rest of it."""
     from jax.extend.core import ClosedJaxpr, get_opaque_trace_state, jaxpr_as_fun  # as above
 
@@ -185,17 +189,17 @@ def _count(loss: Callable[..., Any], trial: Part, fixed: Any, parts: Any) -> lis
     def count(fixed: Any, part: Any) -> list[jax.Array]:
         found.clear()
         with _make_context()(replace(trial, asked=found, entered=get_opaque_trace_state())):
-            _call(loss, {**fixed, **part[0]}, part[1])
+            _call_with(loss, {**fixed, **part[0]}, part[1])
         return [asked.local for asked in found]
 
     first = jax.tree.map(lambda x: x[0], parts)
     traced = jax.make_jaxpr(count)(fixed, first)
     if len(found) != len(trial.asked):  # jax had traced it before
-        raise _uncounted(_INSIDE)
+        raise _refuse_count(_INSIDE)
     needed = varying.inputs_needed_by(traced, [True] * len(traced.out_avals))[1]
     of_fixed = len(jax.tree.leaves(fixed))
     if any(needed[:of_fixed]):
-        raise _uncounted("by what it differentiates or carries from one to the next")
+        raise _refuse_count("by what it differentiates or carries from one to the next")
     counts = jaxpr_as_fun(ClosedJaxpr(_compat.live_jaxpr(traced.jaxpr), traced.consts))
 
     def of_part(part: Any) -> list[jax.Array]:
@@ -206,7 +210,7 @@ def _count(loss: Callable[..., Any], trial: Part, fixed: Any, parts: Any) -> lis
     return [one.over_devices(x) for one, x in zip(found, locals_, strict=True)]
 
 
-def _uncounted(how: str) -> ValueError:
+def _refuse_count(how: str) -> ValueError:
     return ValueError(
         f"tx.example_mean counts the real examples of one microbatch, {how}, so that those of all "
         "cannot be counted before their loop, and the mean would be one of means. Take count = "
@@ -219,7 +223,7 @@ def _check_rows(batch: Any, loop: Loop) -> int:
     """Return how many examples the arguments hold; refuse those that cannot be split."""
     rows: dict[int, str] = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(batch)[0]:
-        where = _name(path)
+        where = _name_argument(path)
         shared = [a for a in loop.row_axes if _leaves.varies_along(leaf, a) is False]
         if shared or not np.shape(leaf):
             reason, remedy = "has no rows", ""
@@ -256,22 +260,22 @@ def _check_rows(batch: Any, loop: Loop) -> int:
     return count
 
 
-def _name(path: Any) -> str:
+def _name_argument(path: Any) -> str:
     """Return how a leaf of the arguments is called: those by place, then those by name."""
     return f"argument {path[1].key}{jax.tree_util.keystr(path[2:])}"
 
 
-def _split(x: Any, number: int) -> jax.Array:
+def _split_rows(x: Any, number: int) -> jax.Array:
     x = x if _compat.is_key_array(x) else jnp.asarray(x)
     return x.reshape(number, x.shape[0] // number, *x.shape[1:])
 
 
-def _typed(x: Any, like: Any) -> jax.Array:
+def _cast_like(x: Any, like: Any) -> jax.Array:
     """Return an array that varies along the axes of another, too."""
     x = x if _compat.is_key_array(x) else jnp.asarray(x)
     axes = _compat.varying_axes(like) - _compat.varying_axes(x)
     return _compat.cast_to_varying(x, tuple(sorted(axes))) if axes else x
 
 
-def _mean(losses: jax.Array) -> jax.Array:
+def _average_losses(losses: jax.Array) -> jax.Array:
     return jnp.mean(losses, dtype=checks.accumulator_of(losses)).astype(losses.dtype)

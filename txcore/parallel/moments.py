@@ -74,18 +74,18 @@ def batch_moments(
     x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"tx.batch_moments needs floating-point x, got {x.dtype}: cast it first")
-    over = _dims(dims, x.ndim)
+    over = _check_dims(dims, x.ndim)
     kept = _leaves.reduced_axes("batch_moments", _leaves.Leaf(x, "x"), axes, mean=True)
     x = x.astype(accumulator(x.dtype))
-    real = None if mask is None else _real(mask, x, over)
-    mean, within, count = _local(x, real, over)
+    real = None if mask is None else _find_real(mask, x, over)
+    mean, within, count = _compute_local(x, real, over)
     if not kept:
         return mean, within / jnp.maximum(count, 1)
     shift = jax.lax.stop_gradient(jnp.asarray(shift, x.dtype))
-    return _merge(mean, within, count, shift, kept, name)
+    return _merge_moments(mean, within, count, shift, kept, name)
 
 
-def _dims(dims: Dims | None, ndim: int) -> tuple[int, ...]:
+def _check_dims(dims: Dims | None, ndim: int) -> tuple[int, ...]:
     """Return the dims to average over, counted from the front, in order."""
     given = tuple(range(ndim - 1)) if dims is None else dims
     given = (given,) if isinstance(given, int) else tuple(given)
@@ -98,7 +98,7 @@ def _dims(dims: Dims | None, ndim: int) -> tuple[int, ...]:
     return tuple(sorted(found))
 
 
-def _real(mask: jax.Array, x: jax.Array, over: tuple[int, ...]) -> jax.Array:
+def _find_real(mask: jax.Array, x: jax.Array, over: tuple[int, ...]) -> jax.Array:
     """Return which elements of `x` are real, with dims of size 1 for those that mask lacks."""
     k = jnp.ndim(mask)
     if jnp.shape(mask) != x.shape[:k] or not set(range(k)) <= set(over):
@@ -109,7 +109,7 @@ def _real(mask: jax.Array, x: jax.Array, over: tuple[int, ...]) -> jax.Array:
     return jnp.reshape(jnp.asarray(mask) != 0, x.shape[:k] + (1,) * (x.ndim - k))
 
 
-def _local(
+def _compute_local(
     x: jax.Array, real: jax.Array | None, over: tuple[int, ...]
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Return this device's mean, its sum of squared deviations, and of how many they are."""
@@ -124,7 +124,7 @@ def _local(
     return mean, jnp.sum(deviation**2, over), count
 
 
-def _merge(
+def _merge_moments(
     mean: jax.Array,
     squares: jax.Array,
     count: jax.Array,

@@ -82,7 +82,7 @@ def find_first_difference(
         return "tx.testing.record(x, name) in the model shows at which operation they part first"
     texts: dict[tuple[str, int], str] = {}
     for name in counts:
-        found = _compare(name, first, second, factors, rtol, noise)
+        found = _compare_values(name, first, second, factors, rtol, noise)
         if found is not None:
             texts[name, found[0]] = found[1]
     for name, number in _order_calls(counts):
@@ -121,7 +121,7 @@ def _order_calls(counts: Mapping[str, int]) -> list[tuple[str, int]]:
     return order
 
 
-def _compare(
+def _compare_values(
     name: str,
     first: Side,
     second: Side,
@@ -130,8 +130,8 @@ def _compare(
     noise: Sequence[Side],
 ) -> tuple[int, str] | None:
     """Return the number of the first call that differs, and how; None if none does."""
-    wanted = _assemble(first, name)[0]
-    found = _assemble(second, name)
+    wanted = _assemble_rows(first, name)[0]
+    found = _assemble_rows(second, name)
     if not found:
         return int(wanted.numbers.min()), "the second run does not record it"
     for rows in found:
@@ -141,14 +141,14 @@ def _compare(
                 f"{rows.values.shape[1:]} in the second: if devices hold parts of it, give their "
                 f"axes, record(x, {name!r}, spec=PartitionSpec(None, ..., axis))"
             )
-    allowed = _allow(wanted, rtol, [_assemble(side, name)[0] for side in noise])
+    allowed = _find_allowance(wanted, rtol, [_assemble_rows(side, name)[0] for side in noise])
     for rows in found:
-        differs = _distances(wanted.values, rows.values).min(1) > allowed
-        differs |= ~np.isfinite(_flat(wanted.values)).all(1)
+        differs = _measure_distances(wanted.values, rows.values).min(1) > allowed
+        differs |= ~np.isfinite(_flatten_rows(wanted.values)).all(1)
         if differs.any():
             number = int(wanted.numbers[differs].min())
             mine = differs & (wanted.numbers == number)
-            text = _describe(wanted, rows, mine, name, second, factors, allowed)
+            text = _describe_difference(wanted, rows, mine, name, second, factors, allowed)
             where = f" on the devices at {rows.where}" if rows.where and len(found) > 1 else ""
             of_all = int((wanted.numbers == number).sum())
             return number, f"{int(mine.sum())} of {of_all} examples{where}, {text}"
@@ -157,30 +157,36 @@ def _compare(
 
 def _count_unknown(name: str, first: Side, second: Side, rtol: float, noise: Sequence[Side]) -> int:
     """Count the examples of the second run that the reference does not have."""
-    wanted = _assemble(first, name)[0]
-    allowed = _allow(wanted, rtol, [_assemble(side, name)[0] for side in noise]).max(initial=0.0)
-    found = _assemble(second, name)
-    return sum(int((_distances(r.values, wanted.values).min(1) > allowed).sum()) for r in found)
+    wanted = _assemble_rows(first, name)[0]
+    allowed = _find_allowance(wanted, rtol, [_assemble_rows(side, name)[0] for side in noise]).max(
+        initial=0.0
+    )
+    found = _assemble_rows(second, name)
+    return sum(
+        int((_measure_distances(r.values, wanted.values).min(1) > allowed).sum()) for r in found
+    )
 
 
-def _allow(wanted: _Rows, rtol: float, noise: Sequence[_Rows]) -> np.ndarray:
+def _find_allowance(wanted: _Rows, rtol: float, noise: Sequence[_Rows]) -> np.ndarray:
     """Return what the value of each example may differ by."""
-    norms = np.linalg.norm(_flat(wanted.values), axis=1)
+    norms = np.linalg.norm(_flatten_rows(wanted.values), axis=1)
     allowed = rtol * np.maximum(norms, 1e-3 * np.max(norms, initial=0.0)) + 1e-30
     for other in noise:
         if other.values.shape == wanted.values.shape:
-            changes = np.linalg.norm(_flat(other.values) - _flat(wanted.values), axis=1)
+            changes = np.linalg.norm(
+                _flatten_rows(other.values) - _flatten_rows(wanted.values), axis=1
+            )
             allowed = np.maximum(allowed, _OF_ROUNDING * changes)
     return allowed
 
 
-def _flat(values: np.ndarray) -> np.ndarray:
+def _flatten_rows(values: np.ndarray) -> np.ndarray:
     return values.reshape(len(values), -1)
 
 
-def _distances(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+def _measure_distances(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     """Return the norms of all differences between rows; inf where one is not finite."""
-    left, right = _flat(left), _flat(right)
+    left, right = _flatten_rows(left), _flatten_rows(right)
     with np.errstate(invalid="ignore", over="ignore"):
         squares = (left**2).sum(1)[:, None] + (right**2).sum(1) - 2 * left @ right.T
         near = np.sqrt(np.maximum(np.where(np.isfinite(squares), squares, np.inf), 0))
@@ -191,7 +197,7 @@ def _distances(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     return near
 
 
-def _describe(
+def _describe_difference(
     wanted: _Rows,
     rows: _Rows,
     differs: np.ndarray,
@@ -203,8 +209,8 @@ def _describe(
     left, right = wanted.values[differs], rows.values
     if not (np.isfinite(left).all() and np.isfinite(right).all()):
         return "not finite"
-    flat, other = _flat(left), _flat(right)
-    nearest = _distances(left, right).argmin(1)
+    flat, other = _flatten_rows(left), _flatten_rows(right)
+    nearest = _measure_distances(left, right).argmin(1)
     norms = np.linalg.norm(flat, axis=1)[:, None] * np.linalg.norm(other, axis=1)
     cosines = flat @ other.T / np.maximum(norms, 1e-300)
     alike = np.abs(cosines).argmax(1)
@@ -234,9 +240,9 @@ def _find_other_order(
 ) -> str | None:
     """Say that the right parts are there in another order, if they are."""
     if second.balanced is not None:
-        plain = _assemble(replace(second, balanced=None), name)
+        plain = _assemble_rows(replace(second, balanced=None), name)
         same = [r for r in plain if r.where == rows.where]
-        if same and (_distances(left, same[0].values).min(1) <= allowed).all():
+        if same and (_measure_distances(left, same[0].values).min(1) <= allowed).all():
             return (
                 f"tokens in another order: along {second.balanced!r} the first device holds the "
                 "first part of the sequence, not its first and last chunk. Give the batch as "
@@ -258,10 +264,10 @@ def _find_other_order(
 
 
 def _are_in(left: np.ndarray, right: np.ndarray, allowed: np.ndarray) -> bool:
-    return bool((_distances(left, right).min(1) <= allowed).all())
+    return bool((_measure_distances(left, right).min(1) <= allowed).all())
 
 
-def _assemble(side: Side, name: str) -> list[_Rows]:
+def _assemble_rows(side: Side, name: str) -> list[_Rows]:
     """Return what was recorded by a name, for each group of devices that have all examples."""
     calls = [call for call in side.recording.calls if call.name == name]
     groups: dict[tuple[tuple[str, int], ...], dict[tuple[int, ...], list[Call]]] = {}
@@ -274,7 +280,9 @@ def _assemble(side: Side, name: str) -> list[_Rows]:
         groups.setdefault(common, {}).setdefault(place, []).append(call)
     found = []
     for common, by_place in sorted(groups.items()):
-        wholes = [(place[0], _join(calls, side.balanced)) for place, calls in by_place.items()]
+        wholes = [
+            (place[0], _join_parts(calls, side.balanced)) for place, calls in by_place.items()
+        ]
         numbers = np.concatenate([np.full(len(whole), number) for number, whole in wholes])
         values = np.concatenate([whole for _, whole in wholes])
         call = next(iter(by_place.values()))[0]
@@ -299,7 +307,7 @@ def _count_parts(call: Call) -> tuple[int, ...]:
     return tuple(math.prod(call.sizes.get(a, 1) for a in entry_axes(e)) for e in entries[1:])
 
 
-def _join(calls: Sequence[Call], balanced: str | None) -> np.ndarray:
+def _join_parts(calls: Sequence[Call], balanced: str | None) -> np.ndarray:
     """Put the parts of devices that share one value together."""
     one = calls[0]
     parts = (1, *_count_parts(one))

@@ -97,7 +97,7 @@ def assert_plans_agree(
         ends = []
         for i in (0, 1):
             states[i], metrics = step(states[i], given[i])
-            ends.append(_End(_to_host(metrics), _like(start, _to_host(states[i].arrays))))
+            ends.append(_End(_to_host(metrics), _stack_like(start, _to_host(states[i].arrays))))
         reference = _Reference(step, states[0], given[0], start)
         agreement = Agreement(f"step {number}", factors, rtol, atol)
         try:
@@ -258,7 +258,7 @@ def _to_float64(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: np.asarray(_as_numbers(leaf), np.float64), tree)
 
 
-def _like(first: Any, second: Any) -> Any:
+def _stack_like(first: Any, second: Any) -> Any:
     """Return a tree whose layers are stacked as in another one, whatever the chunks of its plan."""
     if jax.tree.structure(first) != jax.tree.structure(second):  # type: ignore[operator]
         return second
@@ -284,7 +284,7 @@ def _starting_at(start: dict[str, Any], state: TrainState) -> TrainState:
         return placed
 
     shapes = jax.eval_shape(lambda arrays: jax.tree.map(_as_numbers, arrays), state.arrays)
-    start = {name: _like(shapes[name], tree) for name, tree in start.items()}
+    start = {name: _stack_like(shapes[name], tree) for name, tree in start.items()}
     same = [name for name in start if form_of(start[name]) == form_of(shapes[name])]
     places = {name: jax.tree.map(place_leaf, start[name], state.arrays[name]) for name in same}
     return state.replace(**places)

@@ -78,7 +78,7 @@ def _tell_gradient(plan: Any, path: str, layout: Layout, mesh: MeshSpec) -> str:
     return "; ".join(told)
 
 
-def _bytes(shape: tuple[int, ...], dtype: Any) -> int:
+def _count_bytes(shape: tuple[int, ...], dtype: Any) -> int:
     return math.prod(shape) * np.dtype(dtype).itemsize
 
 
@@ -100,7 +100,7 @@ def _count_memory(
 
     def count(trees: Any, specs: Any) -> int:
         pairs = zip(jax.tree.leaves(trees), specs, strict=True)
-        return sum(_bytes(shape_of_part(x.shape, s, mesh.shape), x.dtype) for x, s in pairs)
+        return sum(_count_bytes(shape_of_part(x.shape, s, mesh.shape), x.dtype) for x, s in pairs)
 
     memory = {
         "parameters": count(leaves, [layout.stored for layout in placed]),
@@ -113,13 +113,15 @@ def _count_memory(
         if (kept := plan.kept(shapes, mesh, optimizer)) is not None:
             ones = jax.tree.leaves(kept)
             shares = [shape_of_part(one.shape, one.spec, mesh.shape) for one in ones]
-            sizes = [_bytes(share, one.dtype) for share, one in zip(shares, ones, strict=True)]
+            sizes = [
+                _count_bytes(share, one.dtype) for share, one in zip(shares, ones, strict=True)
+            ]
             memory["communication state"] = sum(sizes)
     if activation is not None and (schedule := _schedule_of(plan, mesh)) is not None:
         from txcore.parallel.pipeline.buffers import plan_buffers  # by those alone who have stages
 
         buffers = plan_buffers(schedule)
-        size = sum(_bytes(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(activation))
+        size = sum(_count_bytes(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(activation))
         memory["pipeline's messages"] = size * (buffers.activations.size + buffers.cotangents.size)
         memory["pipeline's inputs"] = size * buffers.stash.size
     return memory

@@ -41,9 +41,9 @@ def draw_mesh(sizes: Mapping[str, int], held: Sequence[Held]) -> str:
     colors = _color_parts([one.part for one in held])
     height = 2 * _PAD + _LINE * (1 + max(len(one.lines) for one in held))
     boxes, right, down = [], 0, 0
-    for place in _places(shown):
-        number = _number(place, [size for _, size in active])
-        x, y = _corner(place, shown, height)
+    for place in _list_places(shown):
+        number = _number_place(place, [size for _, size in active])
+        x, y = _find_corner(place, shown, height)
         right, down = max(right, x + _WIDTH), max(down, y + height)
         boxes.append(_draw_box(x, y, height, f"device {number}", held[number], colors))
     left_out = len(held) - math.prod(shown)
@@ -55,21 +55,21 @@ def draw_mesh(sizes: Mapping[str, int], held: Sequence[Held]) -> str:
     return f'<svg xmlns="http://www.w3.org/2000/svg" {size} {style}>{"".join(boxes)}{text}</svg>'
 
 
-def _places(shown: Sequence[int]) -> list[tuple[int, ...]]:
+def _list_places(shown: Sequence[int]) -> list[tuple[int, ...]]:
     places: list[tuple[int, ...]] = [()]
     for size in shown:
         places = [(*place, i) for place in places for i in range(size)]
     return places
 
 
-def _number(place: Sequence[int], sizes: Sequence[int]) -> int:
+def _number_place(place: Sequence[int], sizes: Sequence[int]) -> int:
     number = 0
     for index, size in zip(place, sizes, strict=True):
         number = number * size + index
     return number
 
 
-def _corner(place: Sequence[int], shown: Sequence[int], height: int) -> tuple[int, int]:
+def _find_corner(place: Sequence[int], shown: Sequence[int], height: int) -> tuple[int, int]:
     """Return where a device's box begins: each second axis, from the last on, goes to the right."""
     corner, steps = [0, 0], [_WIDTH + _GAP, height + _GAP]
     for turn, (index, size) in enumerate(zip(reversed(place), reversed(shown), strict=True)):

@@ -54,7 +54,7 @@ def predict_exchange(shapes: Any, layouts: Any, mesh: MeshSpec, dp: DP | None) -
     sent += predict_gradients(outside, mesh)
     sent += predict_shards(outside, mesh, dp)
     sent += [line for line in predict_shards(inside, mesh, dp) if line.what != "gradients"]
-    return _merge(sent)
+    return _merge_lines(sent)
 
 
 def choose_exchange(
@@ -65,7 +65,7 @@ def choose_exchange(
         return []
     platform = mesh.mesh.devices.flat[0].platform
     return plan_exchange(
-        jax.tree.map(lambda leaf, layout: _local(leaf, layout, mesh), shapes, layouts),
+        jax.tree.map(lambda leaf, layout: _flatten_local(leaf, layout, mesh), shapes, layouts),
         layouts,
         sizes=mesh.shape,
         platform=platform if platform in ("cpu", "tpu") else "gpu",
@@ -79,7 +79,7 @@ def _scatters_early(dp: DP | None) -> bool:
     return dp is not None and dp.shard in ("gradients", "parameters")
 
 
-def _local(leaf: Any, layout: Layout, mesh: MeshSpec) -> jax.ShapeDtypeStruct:
+def _flatten_local(leaf: Any, layout: Layout, mesh: MeshSpec) -> jax.ShapeDtypeStruct:
     """Return a flat gradient of one device's size, before its exchange."""
     parts = [mesh.shape[axis] for axis in layout.norm_axes if axis not in layout.reduced]
     return jax.ShapeDtypeStruct((leaf.size // math.prod(parts),), leaf.dtype)
@@ -124,7 +124,7 @@ def _part_of(shape: Any, layout: Layout, mesh: MeshSpec) -> jax.ShapeDtypeStruct
     return jax.ShapeDtypeStruct((shape.size // devices,), shape.dtype)
 
 
-def _merge(lines: list[Predicted]) -> list[Predicted]:
+def _merge_lines(lines: list[Predicted]) -> list[Predicted]:
     """Return one line for all arrays that are said of alike.
 
     Where a loop sends some of them in each trip, the audit could not tell which: it does not count

@@ -45,19 +45,19 @@ def _check_spec(pattern: str, spec: P, data_axes: tuple[str, ...]) -> None:
     axes = axes_of(spec)
     if any(not isinstance(axis, str) for axis in axes):
         raise TypeError(
-            f"{_rule(pattern, spec)} needs a mesh axis, a tuple of them, or None for each dim: "
-            "what is not split is None"
+            f"{_format_rule(pattern, spec)} needs a mesh axis, a tuple of them, or None for each "
+            "dim: what is not split is None"
         )
     if len(set(axes)) != len(axes):
         raise ValueError(
-            f"{_rule(pattern, spec)} needs each mesh axis once, since an axis splits one dim: "
-            "leave one out, or use another axis for it"
+            f"{_format_rule(pattern, spec)} needs each mesh axis once, since an axis splits one "
+            "dim: leave one out, or use another axis for it"
         )
     if both := [axis for axis in axes if axis in data_axes]:
         raise ValueError(
-            f"{_rule(pattern, spec)} needs other axes than the data axes, got {both[0]!r}: a step "
-            "computes the examples of each device there with the same parameters. Split over "
-            "another axis of the mesh, as MeshSpec(axes=('data', 'model'), shape=...)"
+            f"{_format_rule(pattern, spec)} needs other axes than the data axes, got {both[0]!r}: "
+            "a step computes the examples of each device there with the same parameters. Split "
+            "over another axis of the mesh, as MeshSpec(axes=('data', 'model'), shape=...)"
         )
 
 
@@ -89,7 +89,7 @@ def stored_specs(
     """
     found = jax.tree_util.tree_flatten_with_path(params)[0]
     names = leaf_names(params)
-    first = match_rules([*rules], names, lambda rule: _rule(rule, rules[rule]))
+    first = match_rules([*rules], names, lambda rule: _format_rule(rule, rules[rule]))
     split = [None] * len(names) if tensor is None else _match_dims(tensor, names)
     layers = {} if pipeline is None else split_layers(pipeline, found, mesh)
     specs = []
@@ -98,12 +98,12 @@ def stored_specs(
         if own is not None:
             if path in layers:
                 raise ValueError(
-                    f"{_rule(own, rules[own])} needs other parameters than the layers of a "
+                    f"{_format_rule(own, rules[own])} needs other parameters than the layers of a "
                     f"pipeline, got {where}, which {pipeline} splits: name the dim in "
                     "TP(rules={path: dim from the end}), which goes together with it"
                 )
             spec = rules[own]
-            check_fits(_rule(own, spec), spec, where, shape, mesh)
+            check_fits(_format_rule(own, spec), spec, where, shape, mesh)
         else:
             spec = layers.get(path, P())
             if tensor is not None and dim is not None:
@@ -230,7 +230,7 @@ def _split_dim(
     return P(*entries)
 
 
-def _rule(pattern: str, spec: P) -> str:
+def _format_rule(pattern: str, spec: P) -> str:
     entries = ", ".join(map(repr, spec))
     return f"Plan(params={{{pattern!r}: P({entries})}})"
 

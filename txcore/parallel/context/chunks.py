@@ -37,7 +37,7 @@ def split_chunks(x: Any, n: int, *, dim: int = 1) -> np.ndarray:
       Balanced ring attention as in PyTorch's context parallelism (pytorch PR 132442).
     """
     x = np.asarray(x)
-    return np.take(x, _order(x.shape[dim], n), axis=dim)
+    return np.take(x, _order_tokens(x.shape[dim], n), axis=dim)
 
 
 def merge_chunks(x: Any, n: int, *, dim: int = 1) -> np.ndarray:
@@ -59,7 +59,7 @@ def merge_chunks(x: Any, n: int, *, dim: int = 1) -> np.ndarray:
       [0, 1, 2, 3, 4, 5, 6, 7]
     """
     x = np.asarray(x)
-    return np.take(x, np.argsort(_order(x.shape[dim], n)), axis=dim)
+    return np.take(x, np.argsort(_order_tokens(x.shape[dim], n)), axis=dim)
 
 
 def positions(axis: str, length: int) -> Any:
@@ -128,7 +128,7 @@ def token_keys(keys: jax.Array, axis: str, length: int) -> jax.Array:
     return jax.vmap(of_example, in_axes=(0, None))(keys, positions(axis, length))
 
 
-def _order(length: int, n: int) -> np.ndarray:
+def _order_tokens(length: int, n: int) -> np.ndarray:
     if n == 1:
         return np.arange(length)
     if n < 1 or length % (2 * n):

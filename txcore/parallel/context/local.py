@@ -67,7 +67,7 @@ def attend(how: How, q: jax.Array, k: jax.Array, v: jax.Array, *, masked: bool) 
         for block in cut_tokens(q.shape[-2]):
             mask = _causal_mask(block)
             seen = k[..., : block.stop, :], v[..., : block.stop, :]
-            parts.append(_attend_block(how, _take(q, block), *seen, mask))
+            parts.append(_attend_block(how, _take_block(q, block), *seen, mask))
         return jax.tree.map(lambda *x: jnp.concatenate(x, axis=-2), *parts)
 
     return over_rows(run, q, k, v)
@@ -83,7 +83,7 @@ def find_gradients(
             return _block_gradients(how, given, k, v, None)
         parts = []
         for block in cut_tokens(k.shape[-2]):
-            own = Given(*(_take(x, block) for x in given))
+            own = Given(*(_take_block(x, block) for x in given))
             seen = k[..., : block.stop, :], v[..., : block.stop, :]
             parts.append(_block_gradients(how, own, *seen, _causal_mask(block)))
         of_q, *of_seen = zip(*parts, strict=True)
@@ -119,7 +119,7 @@ def cut_tokens(tokens: int) -> list[range]:
     return [range(start, start + size) for start in range(0, tokens, size)]
 
 
-def _take(x: jax.Array, block: range) -> jax.Array:
+def _take_block(x: jax.Array, block: range) -> jax.Array:
     return x[..., block.start : block.stop, :]
 
 
@@ -141,11 +141,11 @@ def _attend_block(
     how: How, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None
 ) -> Partial:
     """Attend to some keys; `mask` of shape (tokens, tokens of k) is true where they are seen."""
-    shape, q = q.shape[:4], _fold(q)
-    scores = _scores(how, q, k, mask)
+    shape, q = q.shape[:4], _fold_heads(q)
+    scores = _compute_scores(how, q, k, mask)
     highest = jnp.max(scores, axis=-1, keepdims=True)
     weights = jnp.exp(scores - highest)
-    total = _multiply("bgqk,bgkv->bgqv", weights, v)
+    total = _multiply_mixed("bgqk,bgkv->bgqv", weights, v)
     normaliser = jnp.sum(weights, axis=-1, keepdims=True)
     return Partial(*(x.reshape(*shape, -1) for x in (total, normaliser, highest)))
 
@@ -153,19 +153,19 @@ def _attend_block(
 def _block_gradients(
     how: How, given: Given, k: jax.Array, v: jax.Array, mask: jax.Array | None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    shape, given = given.q.shape, Given(*map(_fold, given))
-    weights = jnp.exp(_scores(how, given.q, k, mask) - given.log_sum)
-    of_v = _multiply("bgqk,bgqv->bgkv", weights, given.cotangent)
+    shape, given = given.q.shape, Given(*map(_fold_heads, given))
+    weights = jnp.exp(_compute_scores(how, given.q, k, mask) - given.log_sum)
+    of_v = _multiply_mixed("bgqk,bgqv->bgkv", weights, given.cotangent)
     of_weights = jnp.einsum(
         "bgqv,bgkv->bgqk", given.cotangent, v, preferred_element_type=weights.dtype
     )
     of_scores = how.scale * weights * (of_weights - given.inner)
-    of_q = _multiply("bgqk,bgkf->bgqf", of_scores, k)
-    of_k = _multiply("bgqk,bgqf->bgkf", of_scores, given.q)
+    of_q = _multiply_mixed("bgqk,bgkf->bgqf", of_scores, k)
+    of_k = _multiply_mixed("bgqk,bgqf->bgkf", of_scores, given.q)
     return of_q.reshape(shape), of_k, of_v
 
 
-def _fold(x: jax.Array) -> jax.Array:
+def _fold_heads(x: jax.Array) -> jax.Array:
     """Return (batch, groups, heads in each, tokens, x) with the rows of its heads in one dim.
 
     XLA for CPU is twice as slow with the dims apart.
@@ -173,7 +173,7 @@ def _fold(x: jax.Array) -> jax.Array:
     return x.reshape(*x.shape[:2], -1, x.shape[-1])
 
 
-def _scores(how: How, q: jax.Array, k: jax.Array, mask: jax.Array | None) -> jax.Array:
+def _compute_scores(how: How, q: jax.Array, k: jax.Array, mask: jax.Array | None) -> jax.Array:
     wide = accumulator(q.dtype)
     scores = how.scale * jnp.einsum("bgqf,bgkf->bgqk", q, k, preferred_element_type=wide)
     if mask is None:
@@ -182,6 +182,6 @@ def _scores(how: How, q: jax.Array, k: jax.Array, mask: jax.Array | None) -> jax
     return jnp.where(mask, scores, -jnp.inf)
 
 
-def _multiply(equation: str, wide: jax.Array, given: jax.Array) -> jax.Array:
+def _multiply_mixed(equation: str, wide: jax.Array, given: jax.Array) -> jax.Array:
     """Multiply what is computed in float32 by what is given, as this is: sums are float32."""
     return jnp.einsum(equation, wide.astype(given.dtype), given, preferred_element_type=wide.dtype)

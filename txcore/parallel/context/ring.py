@@ -71,7 +71,7 @@ def ring_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     q, k, v = match_varying(q, k, v)
     how = How(axis, causal, float(scale), name)
-    return _attend(how, q, k, v)
+    return _attend_over_ring(how, q, k, v)
 
 
 def _check_shapes(q: jax.Array, k: jax.Array, v: jax.Array, axis: str, causal: bool) -> None:
@@ -114,7 +114,7 @@ def _join_heads(x: jax.Array) -> jax.Array:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(how: How, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+def _attend_over_ring(how: How, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     return _attend_forward(how, q, k, v)[0]
 
 
@@ -147,12 +147,12 @@ def _go_round(how: How, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.A
         if how.causal:
             result = _add_half(how, result, mine, there_k, there_v, rank >= distance)
         else:
-            result = _merge(result, attend(how, mine, there_k, there_v, masked=False))
+            result = _merge_partials(result, attend(how, mine, there_k, there_v, masked=False))
     log_sum = result.highest + jnp.log(result.normaliser)
     return _join_heads((result.total / result.normaliser).astype(q.dtype)), log_sum
 
 
-def _merge(a: Partial, b: Partial) -> Partial:
+def _merge_partials(a: Partial, b: Partial) -> Partial:
     """Put two sums over different keys together."""
     highest = jnp.maximum(a.highest, b.highest)
     of_a, of_b = jnp.exp(a.highest - highest), jnp.exp(b.highest - highest)
@@ -177,9 +177,9 @@ def _add_half(
     one behind, only the second chunk of queries sees anything, and both of its chunks. So the
     second queries see the first keys in any case, and one more product depends on who it is.
     """
-    first, second = _halves(result)
-    (q1, q2), (k1, k2), (v1, v2) = _halves(q), _halves(k), _halves(v)
-    second = _merge(second, attend(how, q2, k1, v1, masked=False))
+    first, second = _split_halves(result)
+    (q1, q2), (k1, k2), (v1, v2) = _split_halves(q), _split_halves(k), _split_halves(v)
+    second = _merge_partials(second, attend(how, q2, k1, v1, masked=False))
     other = attend(
         how,
         jnp.where(is_earlier, q1, q2),
@@ -187,19 +187,19 @@ def _add_half(
         jnp.where(is_earlier, v1, v2),
         masked=False,
     )
-    first = _select(is_earlier, _merge(first, other), first)
-    second = _select(is_earlier, second, _merge(second, other))
+    first = _select_tree(is_earlier, _merge_partials(first, other), first)
+    second = _select_tree(is_earlier, second, _merge_partials(second, other))
     return jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=-2), first, second)
 
 
-def _halves(tree):  # type: ignore[no-untyped-def]
+def _split_halves(tree):  # type: ignore[no-untyped-def]
     """Return the first and the second chunk of each array."""
     half = jax.tree.leaves(tree)[0].shape[-2] // 2
     first = jax.tree.map(lambda x: x[..., :half, :], tree)
     return first, jax.tree.map(lambda x: x[..., half:, :], tree)
 
 
-def _select(flag, then, otherwise):  # type: ignore[no-untyped-def]
+def _select_tree(flag, then, otherwise):  # type: ignore[no-untyped-def]
     return jax.tree.map(partial(jnp.where, flag), then, otherwise)
 
 
@@ -246,19 +246,19 @@ def _half_gradients(
     how: How, given: Given, k: jax.Array, v: jax.Array, is_earlier: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Return the gradients of what `_add_half` adds."""
-    (k1, k2), (v1, v2) = _halves(k), _halves(v)
-    first, second = _halves(given)
+    (k1, k2), (v1, v2) = _split_halves(k), _split_halves(v)
+    first, second = _split_halves(given)
     of_q2, of_k1, of_v1 = find_gradients(how, second, k1, v1, masked=False)
     other = find_gradients(
         how,
-        _select(is_earlier, first, second),
+        _select_tree(is_earlier, first, second),
         jnp.where(is_earlier, k1, k2),
         jnp.where(is_earlier, v1, v2),
         masked=False,
     )
     nothing = jax.tree.map(jnp.zeros_like, other)
-    if_earlier = _select(is_earlier, other, nothing)
-    if_later = _select(is_earlier, nothing, other)
+    if_earlier = _select_tree(is_earlier, other, nothing)
+    if_later = _select_tree(is_earlier, nothing, other)
     return (
         jnp.concatenate([if_earlier[0], of_q2 + if_later[0]], axis=-2),
         jnp.concatenate([of_k1 + if_earlier[1], if_later[1]], axis=-2),
@@ -266,4 +266,4 @@ def _half_gradients(
     )
 
 
-_attend.defvjp(_attend_forward, _attend_backward)
+_attend_over_ring.defvjp(_attend_forward, _attend_backward)

@@ -67,7 +67,7 @@ def adasum(tree: Any, axis: str | tuple[str, ...], *, name: str = "grads") -> An
     combined: list[Any] = list(leaves)
     for dtype in dict.fromkeys(checks.accumulator_of(leaf) for leaf in leaves):
         places = [i for i, leaf in enumerate(leaves) if checks.accumulator_of(leaf) == dtype]
-        done = _combine([leaves[i] for i in places], axes, devices, dtype, name)
+        done = _combine_leaves([leaves[i] for i in places], axes, devices, dtype, name)
         for i, leaf in zip(places, done, strict=True):
             combined[i] = leaf
     return jax.tree.unflatten(jax.tree.structure(tree), combined)
@@ -78,7 +78,7 @@ def packed_columns(shapes: list[tuple[int, ...]], devices: int) -> list[int]:
     return [-(-math.prod(shape) // devices) for shape in shapes]
 
 
-def _combine(
+def _combine_leaves(
     leaves: list[Any], axes: tuple[str, ...], devices: int, dtype: Any, name: str
 ) -> list[Any]:
     columns = packed_columns([x.shape for x in leaves], devices)
@@ -86,7 +86,7 @@ def _combine(
     own = jnp.concatenate([_as_rows(x, devices, n, dtype) for x, n in pairs], axis=1)
     index, distance = axis_index(axes), 1
     while distance < devices:
-        own = _join(own, columns, index, distance, axes, name)
+        own = _join_pairs(own, columns, index, distance, axes, name)
         distance *= 2
     whole = all_gather(own, axes, invariant=True, name=name)
     # A device halves by its lowest bit first, which so is the highest of the row that it ends with.
@@ -104,7 +104,7 @@ def _as_rows(x: jax.Array, devices: int, columns: int, dtype: Any) -> jax.Array:
     return flat.reshape(devices, columns)
 
 
-def _join(
+def _join_pairs(
     own: jax.Array,
     columns: list[int],
     index: jax.Array,
@@ -130,13 +130,13 @@ def _join(
     products = all_gather(jnp.stack(parts)[None], axes, name=f"{name}.products")
     groups = products.reshape(-1, 2 * distance, *products.shape[1:]).sum(1)
     aa, ab, bb = groups[index // (2 * distance)]
-    of_a, of_b = _weight(ab, aa), _weight(ab, bb)
+    of_a, of_b = _weigh_gradient(ab, aa), _weigh_gradient(ab, bb)
     halves = zip(jnp.split(a, ends, axis=1), jnp.split(b, ends, axis=1), strict=True)
     joined = [of_a[i] * one + of_b[i] * other for i, (one, other) in enumerate(halves)]
     return jnp.concatenate(joined, axis=1)
 
 
-def _weight(ab: jax.Array, squared: jax.Array) -> jax.Array:
+def _weigh_gradient(ab: jax.Array, squared: jax.Array) -> jax.Array:
     """Return 1 - a.b / 2|a|^2, 1 of a gradient of zeros."""
     none = squared == 0
     return 1 - jnp.where(none, 0, ab / (2 * jnp.where(none, 1, squared)))

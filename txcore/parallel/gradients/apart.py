@@ -37,12 +37,12 @@ def keep_apart(
     results = []
     for job, argument in zip(jobs, arguments, strict=True):
         if results:
-            argument, results[-1] = _order(argument, results[-1])
+            argument, results[-1] = _order_trees(argument, results[-1])
         results.append(job(argument))
     return results
 
 
-def _order(later: Any, before: Any) -> tuple[Any, Any]:
+def _order_trees(later: Any, before: Any) -> tuple[Any, Any]:
     """Return both, where what uses the first waits for the second."""
     both = later, before
     ordered: tuple[Any, Any] = jax.tree.map(typed_as, lax.optimization_barrier(both), both)

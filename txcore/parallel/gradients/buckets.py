@@ -136,9 +136,9 @@ def bucket_layout(tree: Any, layouts: Any, buckets: Buckets) -> BucketLayout:
     made = []
     for (dtype, axes, scattered, split), places in groups.items():
         sizes = [found[i][1].size for i in places]
-        for chosen in _fill(sizes, buckets, jnp.dtype(dtype).itemsize):
+        for chosen in _fill_buckets(sizes, buckets, jnp.dtype(dtype).itemsize):
             leaves = tuple(places[i] for i in chosen)
-            names = tuple(_name(found[i][0]) for i in leaves)
+            names = tuple(_name_leaf(found[i][0]) for i in leaves)
             elements = tuple(sizes[i] for i in chosen)
             made.append(Bucket(leaves, names, elements, dtype, axes, scattered, split))
     return BucketLayout(made)
@@ -170,7 +170,7 @@ def _group_of(leaf: Any, layout: Layout) -> tuple[Any, ...]:
     return _leaves.mean_dtype(leaf.dtype).name, layout.reduced, scattered, split
 
 
-def _fill(sizes: Sequence[int], buckets: Buckets, itemsize: int) -> list[list[int]]:
+def _fill_buckets(sizes: Sequence[int], buckets: Buckets, itemsize: int) -> list[list[int]]:
     """Return the places of the leaves of each bucket, given their elements in order."""
     filled: list[list[int]] = []
     room = 0.0
@@ -183,5 +183,5 @@ def _fill(sizes: Sequence[int], buckets: Buckets, itemsize: int) -> list[list[in
     return filled
 
 
-def _name(path: Any) -> str:
+def _name_leaf(path: Any) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/") or "gradient"

@@ -118,7 +118,7 @@ def sync_gradients(
     how = [None if i in means else key for i, key in enumerate(how)]
     for key in dict.fromkeys(key for key in how if key is not None and key[0]):
         chosen = [leaf if own == key else None for leaf, own in zip(leaves, how, strict=True)]
-        done = treedef.flatten_up_to(_average(treedef.unflatten(chosen), *key, name=name))
+        done = treedef.flatten_up_to(_average_alike(treedef.unflatten(chosen), *key, name=name))
         leaves = [d if own == key else x for d, x, own in zip(done, leaves, how, strict=True)]
     return treedef.unflatten(leaves), comm_state
 
@@ -148,7 +148,7 @@ def _layout_by_type(axes: tuple[str, ...], grad: Any) -> Layout:
     return Layout(P(), P(tuple(others)), axes)
 
 
-def _average(
+def _average_alike(
     tree: Any, axes: tuple[str, ...], scattered: tuple[int, tuple[str, ...]] | None, *, name: str
 ) -> Any:
     """Average leaves that are laid out alike: None stands for the others."""
@@ -191,13 +191,13 @@ def _average_buckets(
             where = name + jax.tree_util.keystr(paths[place])
             given_leaf = Leaf(leaves[place], where)
             leaves[place] = _leaves.check_local("sync_gradients", given_leaf, laid[place].reduced)
-        packed.append(_pack(bucket, leaves, laid, sizes))
+        packed.append(_pack_bucket(bucket, leaves, laid, sizes))
         jobs.append(partial(_mean_of_bucket, bucket, by, sizes, f"{name}/{i}"))
     means = keep_apart(jobs, packed, name)
     done: dict[int, jax.Array] = {}
     given = jax.tree.leaves(layouts)
     for (bucket, _), mean in zip(chosen, means, strict=True):
-        parts = _unpack(bucket, mean, leaves, laid, sizes)
+        parts = _unpack_bucket(bucket, mean, leaves, laid, sizes)
         for place, leaf in zip(bucket.leaves, parts, strict=True):
             done[place] = make_equal_along_lone_axes(leaf, given[place].reduced, name)
     return done
@@ -217,17 +217,17 @@ def _without_axes_of_one(layout: Layout) -> Layout:
     return replace(layout, reduced=reduced)
 
 
-def _pack(
+def _pack_bucket(
     bucket: Bucket, leaves: Sequence[jax.Array], laid: Sequence[Layout], sizes: dict[str, int]
 ) -> jax.Array:
     """Return a bucket's leaves as (n,), or as (devices, n / devices) where they are scattered."""
     if not bucket.scattered:
         return pack([leaves[i] for i in bucket.leaves], dtype=bucket.dtype)
     own = [leaves[i].astype(bucket.dtype) for i in bucket.leaves]
-    return rows.to_rows(own, _dims_of(bucket, laid), _devices(bucket, sizes))
+    return rows.to_rows(own, _dims_of(bucket, laid), _count_devices(bucket, sizes))
 
 
-def _unpack(
+def _unpack_bucket(
     bucket: Bucket,
     mean: jax.Array,
     leaves: Sequence[jax.Array],
@@ -238,13 +238,13 @@ def _unpack(
     if not bucket.scattered:
         shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in own]
         return list(unpack(mean, shapes))
-    dims, devices = _dims_of(bucket, laid), _devices(bucket, sizes)
+    dims, devices = _dims_of(bucket, laid), _count_devices(bucket, sizes)
     of_parts = rows.shapes_of_parts([leaf.shape for leaf in own], dims, devices)
     parts = rows.from_rows(mean[None], of_parts, dims)
     return [part.astype(leaf.dtype) for part, leaf in zip(parts, own, strict=True)]
 
 
-def _devices(bucket: Bucket, sizes: dict[str, int]) -> int:
+def _count_devices(bucket: Bucket, sizes: dict[str, int]) -> int:
     return math.prod(sizes[axis] for axis in bucket.scattered)
 
 

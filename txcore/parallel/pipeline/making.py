@@ -69,7 +69,7 @@ def make_schedule(name: str, *, stages: int, microbatches: int, chunks: int = 1)
             forward.append((stage + j, stage, microbatch, chunk))
             tick = delay + (stages - 1 - stage) + j
             backward.append((tick, stage, microbatch, chunks - 1 - chunk))
-    return _make(name, microbatches, chunks, forward, backward, [])
+    return _make_schedule(name, microbatches, chunks, forward, backward, [])
 
 
 def place_orders(name: str, orders: Sequence[Order], microbatches: int) -> Schedule:
@@ -117,7 +117,7 @@ def place_orders(name: str, orders: Sequence[Order], microbatches: int) -> Sched
     work: dict[str, Work] = {"F": [], "B": [], "W": []}
     for (kind, stage, microbatch), when in done.items():
         work[kind].append((when, stage, microbatch, 0))
-    return _make(name, microbatches, 1, work["F"], work["B"], work["W"])
+    return _make_schedule(name, microbatches, 1, work["F"], work["B"], work["W"])
 
 
 def _list_needs(step: tuple[str, int], stage: int, stages: int) -> Iterable[tuple[str, int, int]]:
@@ -167,7 +167,7 @@ def _order_zb_h1(stage: int, stages: int, microbatches: int) -> Order:
     return order + [("W", j) for j in late]
 
 
-def _make(
+def _make_schedule(
     name: str, microbatches: int, chunks: int, forward: Work, backward: Work, weight: Work
 ) -> Schedule:
     every = forward + backward + weight

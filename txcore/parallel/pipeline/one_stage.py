@@ -38,11 +38,11 @@ def value_and_grad(
     data_axis: Axis | None,
 ) -> Any:
     """Return what a pipeline would, by `tx.value_and_grad` of all layers."""
-    means, given = _prepare(op, where, params, batch, mask, data_axis)
+    means, given = _prepare_call(op, where, params, batch, mask, data_axis)
     count = means.microbatches
 
     def loss_of(params: Any, given: Any) -> Any:
-        loss, aux = _run(functions, where, means, params, *given, has_aux=has_aux)
+        loss, aux = _run_microbatches(functions, where, means, params, *given, has_aux=has_aux)
         # The parts of microbatches add up, and tx.value_and_grad takes their mean.
         return loss * count, jax.tree.map(lambda a: a * count, aux)
 
@@ -72,17 +72,17 @@ def evaluate(
 ) -> Any:
     """Return the loss that a pipeline would."""
     params = zero.gather(params)
-    means, given = _prepare(op, where, params, batch, mask, data_axis)
+    means, given = _prepare_call(op, where, params, batch, mask, data_axis)
     parts = split_rows(given, means.microbatches)
 
     def one(part: Any) -> Any:
-        return _run(functions, where, means, params, *part, has_aux=has_aux)
+        return _run_microbatches(functions, where, means, params, *part, has_aux=has_aux)
 
     loss, aux = jax.tree.map(lambda a: jnp.sum(a, 0), lax.map(one, parts))
     return (loss, aux) if has_aux else loss
 
 
-def _prepare(
+def _prepare_call(
     op: str, where: Route, params: Any, batch: Any, mask: Any, data_axis: Axis | None
 ) -> tuple[Means, Any]:
     """Check what is given; return how the mean is taken, and (batch, mask)."""
@@ -94,7 +94,7 @@ def _prepare(
     return means, vary_rows((batch, mask), data_axes)
 
 
-def _run(
+def _run_microbatches(
     functions: Functions,
     where: Route,
     means: Means,

@@ -149,7 +149,7 @@ class Runner:
         grads, dy = pull(match_varying(seed, loss)[0])
         return {
             "dy": dy,
-            "ends": jax.tree.map(_add, sums["ends"], grads),
+            "ends": jax.tree.map(_add_part, sums["ends"], grads),
             "means": jax.tree.map(jnp.add, sums["means"], (loss, aux)),
         }
 
@@ -181,7 +181,7 @@ class Runner:
     def _pull_first(self, ends: Any, dx: Any, turn: Turn) -> Any:
         """Add the gradient of the first function, which is computed anew: it is a look-up."""
         _, pull = jax.vjp(lambda e: self.stages.first(e, turn.microbatch), self.inputs.ends)
-        return jax.tree.map(_add, ends, pull(dx)[0])
+        return jax.tree.map(_add_part, ends, pull(dx)[0])
 
     def _weight(self, carry: Carry, row: Row) -> Carry:
         turn = take_turn(self.inputs, self.schedule, row)
@@ -205,11 +205,13 @@ class Runner:
         for i, grad in enumerate(grads):
             if grad is not None:
                 old = lax.dynamic_index_in_dim(leaves[i], index, keepdims=False)
-                leaves[i] = lax.dynamic_update_index_in_dim(leaves[i], _add(old, grad), index, 0)
+                leaves[i] = lax.dynamic_update_index_in_dim(
+                    leaves[i], _add_part(old, grad), index, 0
+                )
         return treedef.unflatten(leaves)
 
 
-def _add(total: jax.Array, part: jax.Array) -> jax.Array:
+def _add_part(total: jax.Array, part: jax.Array) -> jax.Array:
     return total + part.astype(total.dtype)
 
 

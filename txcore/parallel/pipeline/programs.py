@@ -112,7 +112,7 @@ def trace_stage(
     jaxpr = closed.jaxpr
     inputs = _name_leaves(given, jaxpr.invars)
     outputs = _name_leaves(dict(sorted(shapes.items())), jaxpr.outvars)
-    return _cut(closed, inputs, outputs, split)
+    return _cut_program(closed, inputs, outputs, split)
 
 
 def _name_leaves(trees: dict[str, Any], variables: Sequence[Any]) -> dict[str, Any]:
@@ -126,24 +126,28 @@ def _name_leaves(trees: dict[str, Any], variables: Sequence[Any]) -> dict[str, A
     return named
 
 
-def _cut(closed: Any, inputs: dict[str, Any], outputs: dict[str, Any], split: bool) -> StageProgram:
+def _cut_program(
+    closed: Any, inputs: dict[str, Any], outputs: dict[str, Any], split: bool
+) -> StageProgram:
     jaxpr = closed.jaxpr
     moving = _find_moving(jaxpr, {*inputs["x"][1], *inputs["dy"][1]})
     back = _find_moving(jaxpr, set(inputs["dy"][1]))
     taken: set[int] = set()
     grads = outputs["grads"][1]
     # A callback in a block runs once for each microbatch, as its forward pass does.
-    callbacks = [e for e in jaxpr.eqns if e.effects and not back.intersection(_variables(e.invars))]
-    equations = {"F": _take(jaxpr, outputs["y"][1], moving, taken, callbacks)}
+    callbacks = [
+        e for e in jaxpr.eqns if e.effects and not back.intersection(_list_variables(e.invars))
+    ]
+    equations = {"F": _take_equations(jaxpr, outputs["y"][1], moving, taken, callbacks)}
     wanted = outputs["dx"][1] + ([] if split else grads)
-    equations["B"] = _take(jaxpr, wanted, moving, taken)
+    equations["B"] = _take_equations(jaxpr, wanted, moving, taken)
     made = {v for eqn in (*equations["F"], *equations["B"]) for v in eqn.outvars} | {*jaxpr.invars}
     # A scan of layers makes both gradients at once: then nothing is left to do for these.
     early = tuple(not split or not _is_variable(g) or g in made for g in grads)
     if split:
         late = [g for g, is_early in zip(grads, early, strict=True) if not is_early]
-        equations["W"] = _take(jaxpr, late, moving, taken)
-    passes, after = {}, set(_variables([a for _, atoms in outputs.values() for a in atoms]))
+        equations["W"] = _take_equations(jaxpr, late, moving, taken)
+    passes, after = {}, set(_list_variables([a for _, atoms in outputs.values() for a in atoms]))
     for letter in reversed(equations):
         passes[letter] = _make_pass(jaxpr, equations[letter], after)
         after |= set(passes[letter].reads)
@@ -161,7 +165,7 @@ def _is_variable(atom: Any) -> bool:
     return not hasattr(atom, "val")
 
 
-def _variables(atoms: Sequence[Any]) -> list[Any]:
+def _list_variables(atoms: Sequence[Any]) -> list[Any]:
     return [atom for atom in atoms if _is_variable(atom)]
 
 
@@ -169,12 +173,12 @@ def _find_moving(jaxpr: Any, roots: set[Any]) -> set[Any]:
     """Return the variables that follow from `roots`: what changes from microbatch to microbatch."""
     moving = set(roots)
     for eqn in jaxpr.eqns:
-        if any(v in moving for v in _variables(eqn.invars)):
+        if any(v in moving for v in _list_variables(eqn.invars)):
             moving |= set(eqn.outvars)
     return moving
 
 
-def _take(
+def _take_equations(
     jaxpr: Any,
     atoms: Sequence[Any],
     moving: set[Any],
@@ -185,7 +189,7 @@ def _take(
 
     Those that do not move are taken by every pass that needs them: they cost less than to keep.
     """
-    needed, mine = set(_variables(atoms)), []
+    needed, mine = set(_list_variables(atoms)), []
     for number in range(len(jaxpr.eqns) - 1, -1, -1):
         eqn = jaxpr.eqns[number]
         wanted = any(v in needed for v in eqn.outvars) or any(eqn is one for one in also)
@@ -194,13 +198,13 @@ def _take(
         if any(v in moving for v in eqn.outvars):
             taken.add(number)
         mine.append(eqn)
-        needed |= set(_variables(eqn.invars))
+        needed |= set(_list_variables(eqn.invars))
     return mine[::-1]
 
 
 def _make_pass(jaxpr: Any, equations: list[Any], after: set[Any]) -> Pass:
     made = {v for eqn in equations for v in eqn.outvars}
-    used = [v for eqn in equations for v in _variables(eqn.invars)]
+    used = [v for eqn in equations for v in _list_variables(eqn.invars)]
     reads = tuple(dict.fromkeys(v for v in used if v not in made))
     writes = tuple(v for eqn in equations for v in eqn.outvars if v in after)
     program = jaxpr.replace(constvars=(), invars=list(reads), outvars=list(writes), eqns=equations)
@@ -217,7 +221,9 @@ def _write_out_calls(closed: Any, args: Sequence[Any]) -> Any:
 
 def _run_written_out(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
     env = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True))
-    used = {v for eqn in jaxpr.eqns for v in _variables(eqn.invars)} | {*_variables(jaxpr.outvars)}
+    used = {v for eqn in jaxpr.eqns for v in _list_variables(eqn.invars)} | {
+        *_list_variables(jaxpr.outvars)
+    }
     for eqn in jaxpr.eqns:
         inner = eqn.params.get("jaxpr")
         if eqn.primitive.name in _CALLS and inner is not None:

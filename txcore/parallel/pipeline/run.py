@@ -139,7 +139,7 @@ def value_and_grad(
                 return run.tick(carry, row, segment), None
 
             carry, _ = lax.scan(body, carry, slice_rows(rows, segment.ticks))
-        grads = _finish({"ends": inputs.ends, "blocks": inputs.blocks}, carry, loss_scale)
+        grads = _finish_gradients({"ends": inputs.ends, "blocks": inputs.blocks}, carry, loss_scale)
         (loss, aux), ends = _sum_over_stages(carry["means"], grads["ends"], where.axis)
         blocks = grads["blocks"]
         if plan.chunks == 1:
@@ -158,7 +158,7 @@ def _sum_over_stages(means: Any, ends: Any, axis: str) -> tuple[Any, Any]:
     return made
 
 
-def _finish(params: Any, carry: Carry, loss_scale: Any) -> Any:
+def _finish_gradients(params: Any, carry: Carry, loss_scale: Any) -> Any:
     """Return the sums of the gradients, unscaled, in the dtypes of their parameters."""
 
     def finish(p: Any, total: Any) -> Any:

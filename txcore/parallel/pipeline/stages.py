@@ -78,16 +78,16 @@ def prepare_stages(
 
     average = make_average(last, inputs.means, has_aux=has_aux)
 
-    started = _trace(op, "first", axis, first, inputs.ends, microbatch)
+    started = _trace_function(op, "first", axis, first, inputs.ends, microbatch)
     x = make_zeros(started.types, {axis})
-    went_on = _trace(op, "block", axis, block, chunk, x, microbatch, inputs.stage)
+    went_on = _trace_function(op, "block", axis, block, chunk, x, microbatch, inputs.stage)
     _check_same_type(op, started.types, went_on.types)
     axes = jax.tree.map(
         lambda *types: frozenset({axis}).union(*map(_compat.varying_axes_of, types)),
         *(started.types, went_on.types),
     )
     x = jax.tree.map(make_zeros, started.types, axes)
-    ended = _trace(op, "last", axis, average, inputs.ends, x, microbatch, mask)
+    ended = _trace_function(op, "last", axis, average, inputs.ends, x, microbatch, mask)
     along_pipe = jax.tree.map(lambda _: frozenset({axis}), ended.types)
     return Stages(
         first=lambda *args: _set_type(first(*args), axes),
@@ -115,7 +115,7 @@ class _Traced(NamedTuple):
     permutes: bool
 
 
-def _trace(op: str, what: str, axis: str, function: Function, *args: Any) -> _Traced:
+def _trace_function(op: str, what: str, axis: str, function: Function, *args: Any) -> _Traced:
     """Return the types of a function's results, and whether it permutes anything."""
     from txcore.profiling.declared import equations
 

@@ -122,11 +122,11 @@ def row_conv(
     check_part("tensor.row_conv", "w", w, axes, 2)
     part = kernels.conv2d(x, w, jnp.zeros_like(b), padding=padding)
     y = leave(part, axis, name=name) + b
-    y = _pool(y) if pool else y
+    y = _pool_windows(y) if pool else y
     return jnp.maximum(y, 0) if activation == "relu" else y
 
 
-def _pool(y: jax.Array) -> jax.Array:
+def _pool_windows(y: jax.Array) -> jax.Array:
     """Return the maximum of each 2x2 window; its gradient goes to the first of equal ones."""
     windows = pooling.split_windows(y)
     top = pooling.max_of_windows(windows)

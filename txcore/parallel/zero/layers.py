@@ -42,7 +42,7 @@ def _only_gathers(parameters: Mapping[str, Any]) -> bool:
     return "all_gather" in names and _MADE_AGAIN.issuperset(names)
 
 
-def _gathering(f: Callable[..., Any], *, prevent_cse: bool = True) -> Callable[..., Any]:
+def _gather_again(f: Callable[..., Any], *, prevent_cse: bool = True) -> Callable[..., Any]:
     """Make a backward pass gather again what `f` gathers, unless the plan keeps that."""
     scope, part = current_scope(), current_part()
     if scope is not None and not scope.regathers:
@@ -109,7 +109,7 @@ def layer(f: Callable[..., Any]) -> Callable[..., Any]:
             return f(params, *jax.tree.unflatten(structure, own))
 
         arrays = [leaves[i] for i in places]
-        return _run_layers(call, [_wait(shards, lax.stop_gradient(arrays))], arrays)
+        return _run_layers(call, [_wait_for(shards, lax.stop_gradient(arrays))], arrays)
 
     return run
 
@@ -130,7 +130,7 @@ def call_with_views(f: Callable[..., Any], args: tuple[Any, ...], options: dict[
         given = treedef.unflatten([next(whole) if is_view(leaf) else leaf for leaf in leaves])
         return f(*given, **options)
 
-    return _gathering(run)(views)
+    return _gather_again(run)(views)
 
 
 def layers(f: Callable[[Any, Any], Any], shards: Sequence[Any], x: Any) -> Any:
@@ -179,10 +179,10 @@ def _run_layers(f: Callable[[Any, Any], Any], shards: list[Any], x: Any) -> Any:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _run(f: Callable[..., Any], shards: list[Any], x: Any, constants: list[Any]) -> Any:
-    return _forward(f, shards, x, constants)[0]
+    return _run_forward(f, shards, x, constants)[0]
 
 
-def _forward(
+def _run_forward(
     f: Callable[..., Any], shards: list[Any], x: Any, constants: list[Any]
 ) -> tuple[Any, list[tuple[Any, Any]]]:
     """Return what the last layer returns, and of each layer what pulls a cotangent back."""
@@ -196,12 +196,12 @@ def _forward(
         def one(own: Any, x: Any, constants: list[Any]) -> Any:
             return f(gather_here(own), x, *constants)
 
-        x, pull = jax.vjp(_gathering(one, prevent_cse=False), later, x, constants)
+        x, pull = jax.vjp(_gather_again(one, prevent_cse=False), later, x, constants)
         pulls.append((pull, later))
     return x, pulls
 
 
-def _backward(
+def _run_backward(
     f: Callable[..., Any], pulls: list[tuple[Any, Any]], cotangent: Any
 ) -> tuple[Any, Any, Any]:
     del f
@@ -229,13 +229,13 @@ def _gather_after(pull: Any, shards: Any, other: Any) -> Any:
     return jax.tree.unflatten(structure, leaves)
 
 
-_run.defvjp(_forward, _backward)
+_run.defvjp(_run_forward, _run_backward)
 
 
 @jax.custom_vjp
-def _wait(tree: Any, other: Any) -> Any:
+def _wait_for(tree: Any, other: Any) -> Any:
     """Return a tree that is not there before another one is; gradients of it do not wait."""
     return after(tree, other)
 
 
-_wait.defvjp(lambda tree, other: (after(tree, other), None), lambda _, given: (given, None))
+_wait_for.defvjp(lambda tree, other: (after(tree, other), None), lambda _, given: (given, None))

@@ -222,7 +222,7 @@ def _gather_one(shard: Shard, key: str) -> jax.Array:
         algorithm=options.get("algorithm"),
         compression=options.get("compression"),
     )
-    return _gathered(shard.part, how)
+    return _gather_part(shard.part, how)
 
 
 @dataclass(frozen=True)
@@ -238,19 +238,19 @@ class _Gather:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _gathered(part: jax.Array, how: _Gather) -> jax.Array:
-    with _combined(how.key):
+def _gather_part(part: jax.Array, how: _Gather) -> jax.Array:
+    with _combine_exchanges(how.key):
         return all_gather({how.name: part}, how.axes, dim=how.dim, name="params")[how.name]
 
 
-def _forward(part: jax.Array, how: _Gather) -> tuple[jax.Array, None]:
-    return _gathered(part, how), None
+def _gather_forward(part: jax.Array, how: _Gather) -> tuple[jax.Array, None]:
+    return _gather_part(part, how), None
 
 
-def _backward(how: _Gather, _: None, cotangent: jax.Array) -> tuple[jax.Array]:
+def _scatter_backward(how: _Gather, _: None, cotangent: jax.Array) -> tuple[jax.Array]:
     entries: list[Any] = [None] * cotangent.ndim
     entries[how.dim] = how.axes
-    with _combined(how.key):
+    with _combine_exchanges(how.key):
         grads, _ = sync_gradients(
             {how.name: cotangent},
             how.axes,
@@ -261,9 +261,9 @@ def _backward(how: _Gather, _: None, cotangent: jax.Array) -> tuple[jax.Array]:
     return (grads[how.name],)
 
 
-_gathered.defvjp(_forward, _backward)
+_gather_part.defvjp(_gather_forward, _scatter_backward)
 
 
-def _combined(key: str) -> contextlib.AbstractContextManager[Any]:
+def _combine_exchanges(key: str) -> contextlib.AbstractContextManager[Any]:
     # A layer's gradients that waited for those of others would all be there at once.
     return _compat.combiner_key(key) if key else contextlib.nullcontext()

@@ -49,7 +49,7 @@ def is_same(path: str, saved: str, own: str, dims: int) -> bool:
       own: the type of a state's leaf.
       dims: how many dims of the state's count layers, after that of the copies.
     """
-    (dtype, before), (own_dtype, here) = _parse(saved), _parse(own)
+    (dtype, before), (own_dtype, here) = _parse_kind(saved), _parse_kind(own)
     if not _is_of_blocks(path) or dtype != own_dtype:
         return False
     if "copies" in (*before[:1], *here[:1]):
@@ -72,7 +72,7 @@ def _is_of_blocks(path: str) -> bool:
     return _BLOCKS in path and not path.startswith("extra")
 
 
-def _parse(kind: str) -> tuple[str, list[str]]:
+def _parse_kind(kind: str) -> tuple[str, list[str]]:
     dtype, _, sizes = kind.partition("[")
     return dtype, [size for size in sizes.rstrip("]").split(", ") if size]
 
@@ -90,7 +90,7 @@ def stacked_as_saved(saved: Leaf, own: jax.Array, dims: int, *, copied: bool) ->
     """
     if not _is_of_blocks(saved.path):
         return own
-    sizes, first = tuple(map(int, _parse(saved.kind)[1])), int(copied)
+    sizes, first = tuple(map(int, _parse_kind(saved.kind)[1])), int(copied)
     if sizes[first:] == own.shape[first:]:
         return own
     sharding = copies.auto_sharding(own)

@@ -159,11 +159,11 @@ def compile_step(
         )
         jaxpr = _compat.plain_jaxpr(traced.jaxpr)
         declared = list_declared(jaxpr)
-    collectives = _lines(declared)
+    collectives = _list_lines(declared)
     lowered = traced.lower()
     if together:
         facts = preflight.facts_of(mesh.mesh, (state.arrays, batch), collectives)
-        preflight.check(name_of(fn), {**facts, "StableHLO": _digest(lowered)})
+        preflight.check(name_of(fn), {**facts, "StableHLO": _digest_program(lowered)})
     program = compile_lowered(jaxpr, lowered, options)
     last = f", whose last collective is {collectives[-1]}" if collectives else ""
     seconds, name = time.perf_counter() - started, name_of(fn)
@@ -213,7 +213,7 @@ def _shape_on(mesh: MeshSpec, leaf: Any, spec: P) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=mesh.sharding(*spec))
 
 
-def _lines(declared: Iterable["Declared"]) -> list[str]:
+def _list_lines(declared: Iterable["Declared"]) -> list[str]:
     """Return a line for each collective of the traced step, in order."""
     return [
         f"{made.tag or made.primitive} over {names_of(made.axes)}, {made.elements} elements "
@@ -223,7 +223,7 @@ def _lines(declared: Iterable["Declared"]) -> list[str]:
     ]
 
 
-def _digest(lowered: jax.stages.Lowered) -> str:
+def _digest_program(lowered: jax.stages.Lowered) -> str:
     """Return a digest of the whole program: its constants and branches have to be the same too."""
     return f"sha256 {hashlib.sha256(lowered.as_text().encode()).hexdigest()}"
 

@@ -80,7 +80,7 @@ def add_batches(metrics: list[dict[str, Any]], weights: list[int]) -> dict[str, 
     """
 
     def add(path: Any, *parts: Any) -> Any:
-        pairs = parts if is_mean(parts[0]) else map(_weigh, parts, weights)
+        pairs = parts if is_mean(parts[0]) else map(_weigh_mean, parts, weights)
         total, count = np.sum([np.array([*pair], np.float64) for pair in pairs], axis=0)
         if not np.all(count):
             raise ValueError(
@@ -92,7 +92,7 @@ def add_batches(metrics: list[dict[str, Any]], weights: list[int]) -> dict[str, 
     return jax.tree_util.tree_map_with_path(add, *metrics, is_leaf=is_mean)
 
 
-def _weigh(mean: Any, weight: int) -> Mean:
+def _weigh_mean(mean: Any, weight: int) -> Mean:
     """Return a mean over so many examples; of a batch of padding alone it may be NaN."""
     total = weight * np.asarray(mean, np.float64) if weight else np.zeros(np.shape(mean))
     return Mean(total, np.full(np.shape(mean), weight))

@@ -48,7 +48,7 @@ def check_train_output(
         remedy = ": run a step that returns metrics only with engine.evaluate"
     raise TypeError(
         f"{name_of(fn)} needs to return (state, metrics), the state that apply_gradients "
-        f"returned and a dict, got {_describe(out)}{remedy}"
+        f"returned and a dict, got {_describe_types(out)}{remedy}"
     )
 
 
@@ -57,7 +57,7 @@ def check_metrics_alone(fn: Callable[..., Any], out: Any) -> dict[str, Any]:
     if isinstance(out, dict):
         return _check_metrics(out)
     raise TypeError(
-        f"engine.evaluate needs a step that returns a dict of metrics, got {_describe(out)} "
+        f"engine.evaluate needs a step that returns a dict of metrics, got {_describe_types(out)} "
         f"from {name_of(fn)}"
     )
 
@@ -154,7 +154,7 @@ def _check_metrics(metrics: dict[str, Any]) -> dict[str, Any]:
     return jax.tree_util.tree_map_with_path(check, metrics)
 
 
-def _describe(out: Any) -> str:
+def _describe_types(out: Any) -> str:
     """Write the types that a step returned."""
     if isinstance(out, tuple):
         return f"({', '.join(type(o).__name__ for o in out)})"

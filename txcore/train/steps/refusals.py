@@ -68,12 +68,14 @@ def check_reductions(findings: list["Finding"], jaxpr: Any, mesh: MeshSpec) -> N
         op = f"{first.tag or _PRIMITIVES[first.primitive]} over axis {axis} ({first.source})"
         text = _REDUCTIONS[first.problem]
         words = {"op": op, "axis": axis, "size": mesh.shape[first.axis]}
-        raise ValueError(_filled(text, mistyped=_mistyped(jaxpr, [first.axis]), **words))
-    alike = [f for f in wrong if (f.what, f.error, f.source) == _told(first)]
+        raise ValueError(
+            _fill_words(text, mistyped=_find_mistyped_operation(jaxpr, [first.axis]), **words)
+        )
+    alike = [f for f in wrong if (f.what, f.error, f.source) == _list_words(first)]
     axes = list(dict.fromkeys(f.axis for f in alike))
     size = mesh.shape[axes[0]]
-    text = _filled(first.error, axis=names_of(axes), size=size, source=first.source)
-    typed = "" if first.dropped else _mistyped(jaxpr, axes)
+    text = _fill_words(first.error, axis=names_of(axes), size=size, source=first.source)
+    typed = "" if first.dropped else _find_mistyped_operation(jaxpr, axes)
     raise ValueError(text + typed)
 
 
@@ -84,21 +86,21 @@ def check_totals(findings: list["Finding"], mesh: MeshSpec) -> None:
             # The line says something where the user's own call made the claim.
             source = f" ({found.source})" if "{source}" in found.error else ""
             words = {"what": found.what, "source": source, "axis": repr(found.axis)}
-            raise ValueError(_filled(_TOTAL, size=mesh.shape[found.axis], **words))
+            raise ValueError(_fill_words(_TOTAL, size=mesh.shape[found.axis], **words))
 
 
-def _told(found: "Finding") -> tuple[str, str, str]:
+def _list_words(found: "Finding") -> tuple[str, str, str]:
     return found.what, found.error, found.source
 
 
-def _filled(text: str, **words: object) -> str:
+def _fill_words(text: str, **words: object) -> str:
     """Fill in a text's words; what else stands in braces (a path's key) is left alone."""
     for name, word in words.items():
         text = text.replace("{" + name + "}", str(word))
     return text
 
 
-def _mistyped(jaxpr: Any, axes: list[str]) -> str:
+def _find_mistyped_operation(jaxpr: Any, axes: list[str]) -> str:
     """Return which operation jax types wrongly along these axes, in parentheses, or nothing."""
     from txcore.profiling.declared.gathered_sums import find_mistyped  # as in compile.py
 

@@ -30,14 +30,16 @@ def end_round(options: Options, state: TrainState) -> TrainState:
     specs = state_specs(state.arrays, plan.layouts(params, mesh), kept)
     own = specs["comm_state"][local_sgd.KEY]
     leaves, treedef = jax.tree.flatten((specs["stored_params"], own))
-    run = _averaging(rounds, mesh.mesh, treedef, tuple(leaves))
+    run = _make_averaging(rounds, mesh.mesh, treedef, tuple(leaves))
     params, local = run(params, state.comm_state[local_sgd.KEY], state.step)
     comm_state = {**state.comm_state, local_sgd.KEY: local}
     return state.replace(stored_params=params, comm_state=comm_state)
 
 
 @lru_cache(maxsize=16)
-def _averaging(rounds: local_sgd.Rounds, mesh: Mesh, treedef: Any, leaves: tuple[P, ...]) -> Any:
+def _make_averaging(
+    rounds: local_sgd.Rounds, mesh: Mesh, treedef: Any, leaves: tuple[P, ...]
+) -> Any:
     specs = jax.tree.unflatten(treedef, leaves)
 
     def run(params: Any, kept: local_sgd.Local, step: jax.Array) -> Any:

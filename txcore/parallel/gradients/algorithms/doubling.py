@@ -26,9 +26,9 @@ def doubling_mean(flat: jax.Array, axes: Axes, name: str) -> jax.Array:
     count = axis_size(axes)
 
     def mean(piece: jax.Array) -> jax.Array:
-        for away in _distances(count):
+        for away in _list_distances(count):
             # a + b is b + a to the last bit, so that all devices get the same.
-            piece = piece + ppermute(piece, axes, _swap(count, away), name=f"{name}/{away}")
+            piece = piece + ppermute(piece, axes, _pair_ranks(count, away), name=f"{name}/{away}")
         return piece / count
 
     return claim_equal(average_in_pieces(flat, axes, mean), axes)
@@ -37,27 +37,27 @@ def doubling_mean(flat: jax.Array, axes: Axes, name: str) -> jax.Array:
 def halving_blocks(blocks: jax.Array, axes: Axes, name: str) -> jax.Array:
     """Average by exchanges of halves, each with a device half as far away."""
     count, here = axis_size(axes), axis_index(axes)
-    for away in reversed(_distances(count)):
+    for away in reversed(_list_distances(count)):
         halves = blocks.reshape(2, away, blocks.shape[1])
         mine = (here // away) % 2
         kept, given = (
             lax.dynamic_index_in_dim(halves, i, keepdims=False) for i in (mine, 1 - mine)
         )
-        blocks = kept + ppermute(given, axes, _swap(count, away), name=f"{name}/{away}")
+        blocks = kept + ppermute(given, axes, _pair_ranks(count, away), name=f"{name}/{away}")
     return varying.claim(blocks[0] / count, varying.MEAN_SHARD, axes)
 
 
-def _distances(count: int) -> list[int]:
+def _list_distances(count: int) -> list[int]:
     return [1 << step for step in range(count.bit_length() - 1)]
 
 
-def _swap(count: int, away: int) -> list[tuple[int, int]]:
+def _pair_ranks(count: int, away: int) -> list[tuple[int, int]]:
     return [(i, i ^ away) for i in range(count)]
 
 
 def send_doubling(elements: int, dtype: str, sizes: Sizes) -> list[Predicted]:
     """Return what `doubling_mean` sends."""
-    hops = len(_distances(count_devices(sizes)))
+    hops = len(_list_distances(count_devices(sizes)))
     return [
         predict_sent("collective-permute", sizes, dtype, *piece_widths(elements, dtype, 1) * hops)
     ]
@@ -66,5 +66,5 @@ def send_doubling(elements: int, dtype: str, sizes: Sizes) -> list[Predicted]:
 def send_halving(elements: int, dtype: str, sizes: Sizes) -> list[Predicted]:
     """Return what `halving_blocks` sends."""
     devices = count_devices(sizes)
-    sent = [elements * away // devices for away in _distances(devices)]
+    sent = [elements * away // devices for away in _list_distances(devices)]
     return [predict_sent("collective-permute", sizes, dtype, *sent)]

@@ -46,7 +46,7 @@ def _decode_bf16(messages: jax.Array, width: int, dtype: Any) -> jax.Array:
 
 def _encode_fp16(rows: jax.Array) -> jax.Array:
     blocks = _to_blocks(rows)
-    exponents = _exponents(blocks)
+    exponents = _find_exponents(blocks)
     scaled = blocks * _power_of_two(exponents, rows.dtype)[..., None]
     values = _from_blocks(scaled, rows.shape[1]).astype(jnp.float16)
     return jnp.concatenate(
@@ -54,7 +54,7 @@ def _encode_fp16(rows: jax.Array) -> jax.Array:
     )
 
 
-def _exponents(blocks: jax.Array) -> jax.Array:
+def _find_exponents(blocks: jax.Array) -> jax.Array:
     """Return the power of two for each block, int16; 0 where a value is not finite."""
     largest = jnp.max(jnp.abs(blocks), axis=-1)
     most = jnp.finfo(blocks.dtype).maxexp - 2  # so that it and its inverse are normal numbers
@@ -106,10 +106,10 @@ def _from_blocks(blocks: jax.Array, width: int) -> jax.Array:
     return blocks.reshape(blocks.shape[0], -1)[:, :width]
 
 
-def _blocks(width: int) -> int:
+def _count_blocks(width: int) -> int:
     return math.ceil(width / BLOCK)
 
 
 BF16 = Codec("uint16", _encode_bf16, _decode_bf16, lambda width: width)
-FP16 = Codec("uint16", _encode_fp16, _decode_fp16, lambda width: width + _blocks(width))
-INT8 = Codec("int8", _encode_int8, _decode_int8, lambda width: width + 4 * _blocks(width))
+FP16 = Codec("uint16", _encode_fp16, _decode_fp16, lambda width: width + _count_blocks(width))
+INT8 = Codec("int8", _encode_int8, _decode_int8, lambda width: width + 4 * _count_blocks(width))

@@ -264,10 +264,10 @@ def start(
     layouts = jax.tree.map(lambda _: Layout(P(), P(), axes), shapes)
     kept = None if record is None else keep_compressed(record, shapes, layouts, axes, sizes)
     tree = None if kept is None else {KEY: kept}
-    place = partial(_place, getattr(mesh, "mesh", mesh))
+    place = partial(_place_array, getattr(mesh, "mesh", mesh))
     return jax.tree.map(place, start_all(tree), specs_of(tree)), specs_of(tree)
 
 
-def _place(mesh: Mesh, host: np.ndarray, spec: P) -> jax.Array:
+def _place_array(mesh: Mesh, host: np.ndarray, spec: P) -> jax.Array:
     sharding = NamedSharding(mesh, spec)
     return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])

@@ -55,26 +55,28 @@ def powersgd(rank: int = 1, *, start: int = 0) -> Compression:
     options = f"rank={rank}" + (f", start={start}" if start else "")
     return Compression(
         f"powersgd({options})",
-        _average,
-        partial(_sends, rank),
-        partial(_keeps, rank),
+        _average_low_rank,
+        partial(_predict_sends, rank),
+        partial(_keep_factor, rank),
         feedback=True,
         start=start,
     )
 
 
-def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
+def _find_matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
     return math.prod(shape[:-1]), shape[-1] if shape else 1
 
 
 def _rank_of(rank: int, shape: tuple[int, ...]) -> int:
     """Return the rank of the factors of a gradient; 0 where they would not be small enough."""
-    height, width = _matrix(shape)
+    height, width = _find_matrix_shape(shape)
     rank = min(rank, height, width)
     return rank if (height + width) * rank * 2 < height * width else 0
 
 
-def _keeps(rank: int, whole: jax.ShapeDtypeStruct, layout: Layout, sizes: Mapping[str, int]) -> Any:
+def _keep_factor(
+    rank: int, whole: jax.ShapeDtypeStruct, layout: Layout, sizes: Mapping[str, int]
+) -> Any:
     """Return Q: shared, or one for each part of the rows, split as the columns are."""
     entries = [
         tuple(axis for axis in entry_axes(entry) if axis not in layout.reduced)
@@ -101,28 +103,33 @@ def _first_factor(shape: tuple[int, ...]) -> np.ndarray:
     return np.broadcast_to(random.normal(size=shape[1:]), shape)
 
 
-def _average(
+def _average_low_rank(
     grads: list[jax.Array], kept: list[Any], exchange: Exchange
 ) -> tuple[list[jax.Array], list[jax.Array], list[Any]]:
     chosen = [i for i, q in enumerate(kept) if q is not None]
-    matrices = {i: grads[i].reshape(_matrix(grads[i].shape)) for i in chosen}
-    sent = [_product(matrices[i], kept[i][0]) if i in matrices else g for i, g in enumerate(grads)]
+    matrices = {i: grads[i].reshape(_find_matrix_shape(grads[i].shape)) for i in chosen}
+    sent = [
+        _multiply_exactly(matrices[i], kept[i][0]) if i in matrices else g
+        for i, g in enumerate(grads)
+    ]
     means = pmean(sent, exchange.axes, name=exchange.name)
     errors = [jnp.zeros_like(g) for g in grads]
     left = {i: orthonormalize(means[i]) for i in chosen}
     right = pmean(
-        {i: _product(matrices[i].T, left[i]) for i in chosen}, exchange.axes, name=exchange.name
+        {i: _multiply_exactly(matrices[i].T, left[i]) for i in chosen},
+        exchange.axes,
+        name=exchange.name,
     )
     kept = list(kept)
     for i in chosen:
         shape = grads[i].shape
-        means[i] = _product(left[i], right[i].T).reshape(shape)
+        means[i] = _multiply_exactly(left[i], right[i].T).reshape(shape)
         errors[i] = grads[i] - means[i]
         kept[i] = _next_factor(right[i], kept[i][0])[None]
     return means, errors, kept
 
 
-def _product(a: jax.Array, b: jax.Array) -> jax.Array:
+def _multiply_exactly(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
 
 
@@ -162,10 +169,12 @@ def orthonormalize(matrix: jax.Array) -> jax.Array:
     return jnp.stack(columns, axis=1)
 
 
-def _sends(rank: int, shapes: list[jax.ShapeDtypeStruct], exchange: Exchange) -> list[Predicted]:
+def _predict_sends(
+    rank: int, shapes: list[jax.ShapeDtypeStruct], exchange: Exchange
+) -> list[Predicted]:
     found: dict[str, list[int]] = {}
     for x in shapes:
         own = _rank_of(rank, x.shape)
-        factors = [side * own for side in _matrix(x.shape)] if own else [x.size]
+        factors = [side * own for side in _find_matrix_shape(x.shape)] if own else [x.size]
         found.setdefault(x.dtype.name, []).extend(factors)
     return [exchange.predict("all-reduce", dtype, *sent) for dtype, sent in found.items()]

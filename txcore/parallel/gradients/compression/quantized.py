@@ -31,7 +31,7 @@ def bf16() -> Compression:
       >>> tx.DP("data", compression="bf16").axes
       ('data',)
     """
-    return _quantized("bf16()", codecs.BF16, feedback=False)
+    return _make_compression("bf16()", codecs.BF16, feedback=False)
 
 
 def fp16() -> Compression:
@@ -51,7 +51,7 @@ def fp16() -> Compression:
       >>> run(f, np.float32([2.0**100, 2.0**102]), axes={"data": 2}, out_specs=P()) / 2.0**100
       array([2.5], dtype=float32)
     """
-    return _quantized("fp16()", codecs.FP16, feedback=False)
+    return _make_compression("fp16()", codecs.FP16, feedback=False)
 
 
 def int8(*, feedback: bool = True) -> Compression:
@@ -79,20 +79,20 @@ def int8(*, feedback: bool = True) -> Compression:
     if not isinstance(feedback, bool):
         raise TypeError(f"int8 needs feedback= True or False, got {feedback!r}")
     options = "" if feedback else "feedback=False"
-    return _quantized(f"int8({options})", codecs.INT8, feedback=feedback)
+    return _make_compression(f"int8({options})", codecs.INT8, feedback=feedback)
 
 
-def _quantized(name: str, codec: Codec, *, feedback: bool) -> Compression:
+def _make_compression(name: str, codec: Codec, *, feedback: bool) -> Compression:
     return Compression(
         name,
-        partial(_average, codec),
-        partial(_sends, codec),
+        partial(_average_quantized, codec),
+        partial(_predict_sends, codec),
         feedback=feedback,
         scatters=True,
     )
 
 
-def _average(
+def _average_quantized(
     codec: Codec, grads: list[jax.Array], kept: list[Any], exchange: Exchange
 ) -> tuple[list[jax.Array], list[jax.Array], list[Any]]:
     shapes = [g.shape for g in grads]
@@ -136,7 +136,9 @@ def _add_own(error: jax.Array, lost: jax.Array, exchange: Exchange) -> jax.Array
     return error.at[axis_index(exchange.axes)].add(exchange.devices * lost)
 
 
-def _sends(codec: Codec, shapes: list[jax.ShapeDtypeStruct], exchange: Exchange) -> list[Predicted]:
+def _predict_sends(
+    codec: Codec, shapes: list[jax.ShapeDtypeStruct], exchange: Exchange
+) -> list[Predicted]:
     elements = sum(x.size for x in shapes)
     if not exchange.parts:
         return _sends_flat(codec, elements, exchange)

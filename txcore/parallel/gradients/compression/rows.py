@@ -38,7 +38,8 @@ def from_rows(
     widths = [math.prod(shape) // rows.shape[0] for shape in shapes]
     pieces = _split_sizes(rows, widths)
     return [
-        _unmove(piece, shape, dim) for piece, shape, dim in zip(pieces, shapes, dims, strict=True)
+        _move_back(piece, shape, dim)
+        for piece, shape, dim in zip(pieces, shapes, dims, strict=True)
     ]
 
 
@@ -52,7 +53,7 @@ def shapes_of_parts(
     ]
 
 
-def _unmove(piece: jax.Array, shape: tuple[int, ...], dim: int) -> jax.Array:
+def _move_back(piece: jax.Array, shape: tuple[int, ...], dim: int) -> jax.Array:
     moved = (shape[dim], *shape[:dim], *shape[dim + 1 :])
     return jnp.moveaxis(piece.reshape(moved), 0, dim)
 

@@ -43,15 +43,17 @@ def top_k(fraction: float = 0.01) -> Compression:
     if isinstance(fraction, bool) or not isinstance(fraction, int | float) or not 0 < fraction <= 1:
         raise ValueError(f"top_k needs fraction= above 0 and at most 1, got {fraction!r}")
     name = f"top_k(fraction={fraction!r})"
-    return Compression(name, partial(_average, fraction), partial(_sends, fraction), feedback=True)
+    return Compression(
+        name, partial(_average_top_k, fraction), partial(_predict_sends, fraction), feedback=True
+    )
 
 
-def _average(
+def _average_top_k(
     fraction: float, grads: list[jax.Array], kept: list[Any], exchange: Exchange
 ) -> tuple[list[jax.Array], list[jax.Array], list[Any]]:
     shapes = [g.shape for g in grads]
     flat = rows.flatten(grads)
-    _, own = lax.top_k(jnp.abs(flat), _count(fraction, flat.size))  # NaN is above all
+    _, own = lax.top_k(jnp.abs(flat), _count_kept(fraction, flat.size))  # NaN is above all
     sent = {"values": flat.at[own].get(mode="promise_in_bounds"), "places": own}
     every = all_gather(sent, exchange.axes, invariant=True, name=exchange.name)
     empty = jnp.zeros(flat.shape, flat.dtype)
@@ -64,15 +66,15 @@ def _average(
     )
 
 
-def _sends(
+def _predict_sends(
     fraction: float, shapes: list[jax.ShapeDtypeStruct], exchange: Exchange
 ) -> list[Predicted]:
-    count = exchange.devices * _count(fraction, sum(x.size for x in shapes))
+    count = exchange.devices * _count_kept(fraction, sum(x.size for x in shapes))
     dtype = checks.common_dtype(*(x.dtype for x in shapes)).name
     return [exchange.predict("all-gather", sent, count) for sent in (dtype, "int32")]
 
 
-def _count(fraction: float, size: int) -> int:
+def _count_kept(fraction: float, size: int) -> int:
     if size >= 2**31:
         raise ValueError(
             f"top_k needs less than 2**31 elements that are averaged together, got {size}: average "
