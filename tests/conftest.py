@@ -20,6 +20,14 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 MNIST = ROOT.parent / "shared" / "mnist"
 
 
+def pytest_collection_modifyitems(items):
+    if os.environ.get("TXCORE_EXTRA") != "1":
+        skip = pytest.mark.skip(reason="one more case: TXCORE_EXTRA=1 runs it")
+        for item in items:
+            if item.get_closest_marker("extra"):
+                item.add_marker(skip)
+
+
 def pytest_report_header(config):
     return f"jax {jax.__version__}, {jax.device_count()} {jax.default_backend()} devices"
 

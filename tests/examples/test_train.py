@@ -66,7 +66,10 @@ def check_one_curve(tmp_path, *args, rtol, x64=False):
         np.testing.assert_allclose(other["loss_curve"], reference, rtol=rtol)
 
 
-@pytest.mark.parametrize("model", ["small-cnn", "mlp"], ids=["dropout", "without"])
+EXTRA_CNN = pytest.param("small-cnn", marks=pytest.mark.extra)
+
+
+@pytest.mark.parametrize("model", [EXTRA_CNN, "mlp"], ids=["dropout", "without"])
 def test_100_steps_in_float64_give_one_curve(tmp_path, model):
     """The plans are exact: only rounding differs, 1e-15 here, whatever the model.
 
@@ -79,13 +82,15 @@ def test_100_steps_in_float64_give_one_curve(tmp_path, model):
     check_one_curve(tmp_path, *args, rtol=1e-10, x64=True)
 
 
-@pytest.mark.parametrize("dropout", ["0.25", "0"], ids=["dropout", "without"])
+@pytest.mark.parametrize(
+    "dropout", ["0.25", pytest.param("0", marks=pytest.mark.extra)], ids=["dropout", "without"]
+)
 def test_100_steps_in_float32_give_one_curve(tmp_path, dropout):
     """At the settings of the accuracy run, with a model whose loss is smooth (see above)."""
     check_one_curve(tmp_path, "--model", "softmax", "--dropout", dropout, rtol=1e-4)
 
 
-@pytest.mark.parametrize("model", ["small-cnn", "mlp"])
+@pytest.mark.parametrize("model", ["small-cnn", pytest.param("mlp", marks=pytest.mark.extra)])
 def test_layers_in_parts_give_the_curve_of_one_device(tmp_path, model):
     """Channels and features over "model", with dropout of the parts; in float64, as above."""
     args = ["--model", model, "--dataset", "digits", "--steps", "20", "--eval-every", "20"]
@@ -148,7 +153,7 @@ def test_100_steps_are_those_of_numpy(tmp_path):
     np.testing.assert_allclose(results["loss_curve"], numpy_curve(100), rtol=1e-4)
 
 
-@pytest.mark.parametrize("model", ["small-cnn", "mlp"], ids=["dropout", "without"])
+@pytest.mark.parametrize("model", [EXTRA_CNN, "mlp"], ids=["dropout", "without"])
 def test_two_epochs_of_250_with_a_masked_last_batch(tmp_path, model):
     """The 16 steps are too early in the warm-up for a changed sign to show."""
     args = ["--model", model, "--dataset", "digits", "--epochs", "2"]
@@ -162,8 +167,18 @@ def test_two_epochs_of_250_with_a_masked_last_batch(tmp_path, model):
         assert abs(other["test_accuracy"] - one["test_accuracy"]) <= 0.001
 
 
-@pytest.mark.parametrize("model", list(train.models.MODELS))
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "model,precision",
+    [
+        *((model, "float32") for model in train.models.MODELS),
+        ("cnn", "bfloat16"),
+        *(
+            pytest.param(model, "bfloat16", marks=pytest.mark.extra)
+            for model in train.models.MODELS
+            if model != "cnn"
+        ),
+    ],
+)
 def test_every_model_learns_and_is_proved(tmp_path, model, precision):
     results = run(
         tmp_path,

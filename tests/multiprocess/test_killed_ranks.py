@@ -23,7 +23,7 @@ def uninterrupted(tmp_path_factory):
     )
 
 
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.extra)])
 def test_kills_at_random_moments(world, tmp_path, uninterrupted):
     number = 10 if ALL else 4 - world
     whole = uninterrupted(world)

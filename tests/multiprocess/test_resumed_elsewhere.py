@@ -16,9 +16,10 @@ def part(folder, world, devices, *args):
     assert codes == [0] * world, runs.shown(runs.said(folder, world))
 
 
-@pytest.mark.parametrize(
-    "before, after", [((1, 4), (2, 1)), ((2, 2), (1, 1)), ((3, 1), (2, 4))], ids=str
-)
+MORE_RANKS = pytest.param((3, 1), (2, 4), marks=pytest.mark.extra)
+
+
+@pytest.mark.parametrize("before, after", [((1, 4), (2, 1)), ((2, 2), (1, 1)), MORE_RANKS], ids=str)
 def test_processes_and_devices_may_change(before, after, tmp_path):
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     whole.mkdir()

@@ -45,7 +45,7 @@ def in_float64(sizes):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world, devices", [(2, 2), (4, 1)])
+@pytest.mark.parametrize("world, devices", [(2, 2), pytest.param(4, 1, marks=pytest.mark.extra)])
 def test_the_curve_is_that_of_all_examples(world, devices):
     sizes = UNEVEN[world]
     given = {"sizes": sizes, "size": SIZE}

@@ -158,7 +158,7 @@ def test_gradients_are_what_a_step_holds_of_them():
         assert seen == [described.memory["gradients"]] * len(seen), case
 
 
-@pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
+@pytest.mark.parametrize("schedule", [pytest.param("gpipe", marks=pytest.mark.extra), "1f1b"])
 def test_slots_of_a_pipeline_are_the_memory_that_more_microbatches_take(schedule, compiled_step):
     """All that GPipe keeps of them, with layers that are computed again; nothing of 1F1B's."""
     measured, told = [], []
