@@ -1,7 +1,9 @@
 """Every test runs on 8 simulated CPU devices ($JAX_NUM_CPU_DEVICES), before any backend starts."""
 
+import collections
 import os
 import pathlib
+import sys
 
 import jax
 import pytest
@@ -16,16 +18,29 @@ jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])  # jax read it w
 _compat.simulate_cpu_devices(int(os.environ.get("JAX_NUM_CPU_DEVICES", "8")))
 jax.devices()  # start the backend, so that no test changes the number
 
+_FEW = 4  # cases of a test, of which none is left out
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 MNIST = ROOT.parent / "shared" / "mnist"
 
 
-def pytest_collection_modifyitems(items):
-    if os.environ.get("TXCORE_EXTRA") != "1":
-        skip = pytest.mark.skip(reason="one more case: TXCORE_EXTRA=1 runs it")
-        for item in items:
-            if item.get_closest_marker("extra"):
-                item.add_marker(skip)
+def pytest_collection_modifyitems(config, items):
+    """Leave out more of the same; another Python takes another part of it."""
+    if os.environ.get("TXCORE_EXTRA") == "1":
+        return
+    cases = collections.Counter(item.nodeid.partition("[")[0] for item in items)
+    number = collections.Counter()
+    left_out = []
+    for item in items:
+        name = item.nodeid.partition("[")[0]
+        marker = item.get_closest_marker("sampled")
+        every = marker.args[0] if marker and cases[name] >= _FEW else 1
+        if item.get_closest_marker("extra") or (number[name] + sys.version_info.minor) % every:
+            left_out.append(item)
+        number[name] += 1
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        gone = {*left_out}
+        items[:] = [item for item in items if item not in gone]
 
 
 def pytest_report_header(config):

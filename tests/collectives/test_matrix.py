@@ -21,6 +21,8 @@ from ways import WAYS
 
 from txcore.parallel.gradients.algorithms import pieces
 
+pytestmark = pytest.mark.sampled(2)
+
 COLLECTIVE = re.compile(r" (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)\(")
 
 

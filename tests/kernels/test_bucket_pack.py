@@ -12,6 +12,8 @@ from jax.sharding import PartitionSpec as P
 
 from txcore import kernels
 
+pytestmark = pytest.mark.sampled(2)
+
 AXIS = "data"
 # The Pallas kernels are interpreted, which an accelerator refuses.
 BOTH = pytest.mark.parametrize(

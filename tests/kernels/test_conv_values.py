@@ -24,6 +24,8 @@ from conv_cases import (
 from jax.test_util import check_grads
 from kernel_cases import conv_case
 
+pytestmark = pytest.mark.sampled(2)
+
 FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
 # Of a result's largest element; a half-precision result is rounded once.
 TOLERANCE = {jnp.float32: 1e-5, jnp.bfloat16: 2**-7, jnp.float16: 2**-10, jnp.float64: 1e-13}

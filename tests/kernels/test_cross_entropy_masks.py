@@ -13,6 +13,8 @@ from kernel_oracles import smoothed_cross_entropy as logits_oracle
 import txcore as tx
 from txcore import kernels
 
+pytestmark = pytest.mark.sampled(2)
+
 LOGITS, LINEAR = Loss((9,), 37), Loss((9,), 37, features=7)
 EVERY = pytest.mark.parametrize("loss, variant", blocked_or_not(LOGITS, LINEAR))
 MASKED = {1: -100, 2: -1, 4: 37, 5: 40, 7: np.iinfo(np.int32).min, 8: np.iinfo(np.int32).max}

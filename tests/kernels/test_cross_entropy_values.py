@@ -20,6 +20,8 @@ from kernel_cases import both, cotangent, error
 from txcore import kernels
 from txcore.kernels.cross_entropy.blocks import ClassBlocks, LossTiles
 
+pytestmark = pytest.mark.sampled(2)
+
 DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
 ODD, ODD_LINEAR = Loss((18,), 37), Loss((18,), 37, features=7)
 SMALL = blocked(ODD, ODD_LINEAR)

@@ -10,6 +10,8 @@ from jax.sharding import PartitionSpec as P
 
 from txcore import kernels
 
+pytestmark = pytest.mark.sampled(2)
+
 RANDOM = np.random.default_rng(0)
 X, W, B = (jnp.asarray(RANDOM.normal(size=s), jnp.float32) for s in ((8, 13), (13, 12), (12,)))
 KEYS = jax.random.split(jax.random.key(5), 8)

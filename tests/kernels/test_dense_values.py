@@ -16,6 +16,8 @@ from jax.test_util import check_grads
 from txcore import kernels
 from txcore.kernels.dense import pallas, xla
 
+pytestmark = pytest.mark.sampled(2)
+
 KEYS = jax.random.split(jax.random.key(5), 6)
 WORDS = jax.random.key_data(KEYS)
 ACTIVATIONS = [None, "relu", "gelu", "tanh", "silu"]

@@ -13,6 +13,8 @@ from jax.sharding import PartitionSpec as P
 from txcore import kernels
 from txcore.kernels.dropout.pallas import Config
 
+pytestmark = pytest.mark.sampled(2)
+
 KEYS = jax.random.split(jax.random.key(5), 4)
 WORDS = jax.random.key_data(KEYS)
 IMPLEMENTATIONS = ["xla", "pallas"]

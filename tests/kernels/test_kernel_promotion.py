@@ -17,6 +17,8 @@ import txcore as tx
 from txcore import _compat, kernels
 from txcore.kernels.dense import xla as dense_xla
 
+pytestmark = pytest.mark.sampled(3)
+
 HALVES = [jnp.bfloat16, jnp.float16] if ALL else [jnp.bfloat16]
 DTYPES = [jnp.float32, *HALVES]
 KEYS = jax.random.split(jax.random.key(5), 6)

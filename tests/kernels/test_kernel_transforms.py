@@ -11,6 +11,8 @@ from kernel_cases import CASES, FIRST_CONV, ODD_CONV, RELU_DENSE
 
 from txcore import kernels
 
+pytestmark = pytest.mark.sampled(2)
+
 WEIGHTED = [FIRST_CONV, ODD_CONV, RELU_DENSE]
 AXIS = "data"
 

@@ -10,6 +10,8 @@ from kernel_oracles import conv2d as conv2d_oracle
 
 from txcore import kernels
 
+pytestmark = pytest.mark.sampled(2)
+
 DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
 
 

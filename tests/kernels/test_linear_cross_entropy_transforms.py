@@ -12,6 +12,8 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 from kernel_cases import both
 
+pytestmark = pytest.mark.sampled(2)
+
 AXIS = "data"
 LOGITS, LINEAR = Loss((18,), 37), Loss((18,), 37, features=7)
 BOTH, LINEARS = blocked(LOGITS, LINEAR), blocked(LINEAR)

@@ -11,6 +11,8 @@ from jax.sharding import PartitionSpec as P
 
 import txcore as tx
 
+pytestmark = pytest.mark.sampled(2)
+
 STEPS = 12
 SHAPES = {
     "conv": {"w": (3, 3, 2, 4), "b": (4,)},

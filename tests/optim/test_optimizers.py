@@ -13,6 +13,8 @@ from jax.sharding import PartitionSpec as P
 
 import txcore as tx
 
+pytestmark = pytest.mark.sampled(2)
+
 STEPS = 20
 
 

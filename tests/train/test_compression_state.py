@@ -16,6 +16,8 @@ import toys
 
 import txcore as tx
 
+pytestmark = pytest.mark.sampled(2)
+
 ALL = os.environ.get("TXCORE_ALL_PLANS") == "1"
 COMPRESSIONS = killed_compressed_run.KINDS
 STATEFUL = ["int8", "powersgd", "top-k"]

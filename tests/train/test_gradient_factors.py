@@ -23,6 +23,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2] / "examples" 
 import models
 import train
 
+pytestmark = pytest.mark.sampled(2)
+
 ALL = os.environ.get("TXCORE_ALL_GUARDS") == "1"
 
 

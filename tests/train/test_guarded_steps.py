@@ -15,6 +15,8 @@ from wrong_steps import ASKED, WRONG
 
 from txcore.train.steps import compile as compiling
 
+pytestmark = pytest.mark.sampled(2)
+
 ALL = os.environ.get("TXCORE_ALL_GUARDS") == "1"
 ON = (1, 2, 4) if ALL else (4,)
 

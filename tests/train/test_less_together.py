@@ -14,6 +14,8 @@ from killed_less_run import PLANS, plan
 
 import txcore as tx
 
+pytestmark = pytest.mark.sampled(2)
+
 ALL = os.environ.get("TXCORE_ALL_PLANS") == "1"
 RUN = pathlib.Path(__file__).with_name("killed_less_run.py")
 

@@ -14,6 +14,8 @@ from local_sgd_oracle import Local
 import txcore as tx
 from txcore.profiling.report import PlanLine
 
+pytestmark = pytest.mark.sampled(2)
+
 DILOCO = tx.optim.sgd(0.7, momentum=0.9, nesterov=True)
 
 

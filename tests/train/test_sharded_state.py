@@ -11,6 +11,8 @@ from split_models import RULES
 
 import txcore as tx
 
+pytestmark = pytest.mark.sampled(2)
+
 # (replica, data), (replica, data, model); with the axis that splits, None for both.
 LAYOUTS = [((1, 2), None), ((1, 4), None), ((2, 4), None), ((2, 2), "data"), ((2, 2), "replica")]
 

@@ -17,6 +17,8 @@ import txcore as tx
 from txcore.profiling import no_auto_collectives
 from txcore.profiling.report import PlanLine
 
+pytestmark = pytest.mark.sampled(2)
+
 
 def close(tree, truth, rtol=1e-5):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol), tree, truth)

@@ -7,6 +7,8 @@ import split_models as models
 
 import txcore as tx
 
+pytestmark = pytest.mark.sampled(2)
+
 TP = tx.TP("model", rules={"mlp/w1": -1, "mlp/b1": -1, "mlp/w2": -2})
 EXACT = {
     "plain": {},

@@ -12,6 +12,8 @@ from jax.sharding import PartitionSpec as P
 import txcore as tx
 from txcore.profiling import audit
 
+pytestmark = pytest.mark.sampled(2)
+
 SEQUENCE = P(None, "context")
 
 

@@ -15,6 +15,8 @@ from txcore.parallel.gradients import choice
 from txcore.parallel.gradients.algorithms import ALGORITHMS
 from txcore.parallel.gradients.buckets import bucket_layout
 
+pytestmark = pytest.mark.sampled(2)
+
 KIB = 1 / 1024
 NAMES = [None, *ALGORITHMS]
 

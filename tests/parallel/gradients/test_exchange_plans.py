@@ -8,6 +8,8 @@ import pytest
 import txcore as tx
 from txcore.parallel.gradients.algorithms import ALGORITHMS, pieces
 
+pytestmark = pytest.mark.sampled(2)
+
 KIB = 1 / 1024
 AXES = {"node": 2, "device": 2}
 NAMES = list(ALGORITHMS)

@@ -15,6 +15,8 @@ import test_exchange_plans as plans
 import txcore as tx
 from txcore.parallel.gradients.algorithms import pieces
 
+pytestmark = pytest.mark.sampled(2)
+
 ALL = os.environ.get("TXCORE_ALL_PLANS") == "1"
 DATA = tuple(plans.AXES)
 BUCKETS = tx.Buckets(plans.KIB / 4, plans.KIB / 10)
