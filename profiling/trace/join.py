@@ -18,7 +18,7 @@ _JAX_NAMES = {
     **{"psum_scatter": "reduce-scatter", "all_to_all": "all-to-all"},
     "ppermute": "collective-permute",
 }
-_LOOKS = re.compile(rf"(?:\w*nccl\w*?)?({'|'.join((*KINDS, *sorted(_JAX_NAMES, reverse=True)))})")
+_LOOKS = re.compile("|".join((*KINDS, *sorted(_JAX_NAMES, reverse=True))))
 _NCCL = re.compile(
     r"nccl\w*?_(AllReduce|AllGather|ReduceScatter|AllToAll|SendRecv|Broadcast)", re.IGNORECASE
 )
@@ -160,10 +160,10 @@ def _guess_row(op: str, kernel: str) -> Row | None:
     """Return a row for what looks like a collective and is in no program that is known."""
     if found := _NCCL.search(kernel):
         return Row(op, _NCCL_KINDS[found[1].lower()], "unknown", explained=False)
-    if "fusion" not in op and (found := _LOOKS.match(op)):
-        kind = _JAX_NAMES.get(found[1], found[1])
-        return Row(op, kind, "unknown", explained=False)
-    return None
+    found = _LOOKS.search(op) if "nccl" in op else _LOOKS.match(op)
+    if found is None or "fusion" in op:
+        return None
+    return Row(op, _JAX_NAMES.get(found[0], found[0]), "unknown", explained=False)
 
 
 def _without_enclosing(events: list[Joined]) -> Iterator[Joined]:

@@ -354,5 +354,5 @@ def test_help_names_every_option(capsys):
     text = capsys.readouterr().out
     source = inspect.getsource(launch_command.add_command)
     options = re.findall(r'"(--?[a-z-]+)"', source)
-    assert len(options) == 11
+    assert len(options) == 13
     assert all(re.search(rf"^  {name}\b", text, re.MULTILINE) for name in options)

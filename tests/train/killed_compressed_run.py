@@ -52,7 +52,7 @@ def main(folder, kind, last):
             made += 1
             yield batch
 
-    runs.train(folder, data=batches, **options(kind))
+    runs.train(folder, data=batches, prefetch=0, **options(kind))
 
 
 if __name__ == "__main__":

@@ -34,4 +34,4 @@ def until_killed(epoch):
 
 if __name__ == "__main__":
     jax.config.update("jax_num_cpu_devices", 2)
-    cases.train(sys.argv[2], plan=plan(sys.argv[1]), data=until_killed)
+    cases.train(sys.argv[2], plan=plan(sys.argv[1]), data=until_killed, prefetch=0)

@@ -31,9 +31,8 @@ def fit(folder, shard, steps, killed_at=None, shape=(2, 2), axis="data"):
     engine = models.engine(shape, optimizer, shard=shard, shard_axis=axis)
     with tx.Checkpoints(folder, every=2) as checkpoints:
         state = engine.create_state(models.params())
-        return engine.fit(
-            models.train_step, state, data(killed_at), steps=steps, checkpoints=checkpoints
-        )
+        given = {"steps": steps, "checkpoints": checkpoints, "prefetch": 0}
+        return engine.fit(models.train_step, state, data(killed_at), **given)
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ def test_the_locked_step_trains_and_the_log_and_the_checkpoint_say_so(
     file = tmp_path / "step.lock.json"
     train(file, monkeypatch, update=True)
     checkpoints = tx.Checkpoints(tmp_path / "run", every=2)
+    caplog.clear()
     with caplog.at_level(logging.INFO, logger="txcore.profiling.lock"):
         engine = train(file, monkeypatch, checkpoints=checkpoints)
     assert engine.proof.startswith(f"jit(train_step) is the program of {file}: cpu:2 data=2, sha")
