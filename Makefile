@@ -21,8 +21,8 @@ VERSIONED = tests/collectives tests/profiling tests/train/test_engine.py tests/t
   tests/launch/test_initialize.py tests/multiprocess/test_ranks_agree.py tests/examples/test_ecosystem.py \
   tests/test_import.py tests/test_packaging.py
 # Compiled for machines that are not here.
-TARGET_TESTS = tests/profiling/targets tests/profiling/gate/test_gate_target.py tests/train/test_*target*.py \
-  tests/train/test_describe.py tests/train/test_pipeline_prediction.py tests/kernels/test_*target*.py
+TARGET_TESTS = $(shell find tests -name 'test_*target*.py') tests/profiling/targets \
+  tests/train/test_describe.py tests/train/test_pipeline_prediction.py
 TARGETS_VERSIONED = tests/profiling/targets/test_sends_target.py tests/profiling/targets/test_targets_compile.py
 TRITON_TESTS = tests/kernels/test_jax_triton.py tests/kernels/test_triton_ptx.py
 
