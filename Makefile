@@ -21,7 +21,7 @@ VERSIONED = tests/collectives tests/profiling tests/train/test_engine.py tests/t
   tests/launch/test_initialize.py tests/multiprocess/test_ranks_agree.py tests/examples/test_ecosystem.py \
   tests/test_import.py tests/test_packaging.py
 # Compiled for machines that are not here.
-TARGET_TESTS = $(shell find tests -name 'test_*target*.py') tests/profiling/targets \
+TARGET_TESTS = $(shell find tests -name 'test_*target*.py' -not -path '*/targets/*') tests/profiling/targets \
   tests/train/test_describe.py tests/train/test_pipeline_prediction.py
 TARGETS_VERSIONED = tests/profiling/targets/test_sends_target.py tests/profiling/targets/test_targets_compile.py
 TRITON_TESTS = tests/kernels/test_jax_triton.py tests/kernels/test_triton_ptx.py
