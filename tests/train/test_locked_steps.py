@@ -63,5 +63,12 @@ def test_another_step_is_refused_before_it_runs(by_run, tmp_path, monkeypatch):
         train(file, monkeypatch)
 
 
+def test_several_steps_in_one_program_are_refused(tmp_path):
+    engine = toys.engine(2, lock=tmp_path / "step.lock.json")
+    state = engine.create_state(toys.params())
+    with pytest.raises(ValueError, match="needs its one locked step, got several steps in one pro"):
+        engine.fit(toys.train_step, state, [toys.batch()] * 4, steps=4, steps_per_call=2)
+
+
 def test_without_a_lock_there_is_no_proof(monkeypatch):
     assert train(None, monkeypatch).proof == ""

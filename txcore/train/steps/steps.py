@@ -218,7 +218,7 @@ class Steps:
         )
         self.compile_seconds += compiled.seconds
         if train:
-            self.proof = hold_to_lock(self.options, compiled)
+            self.proof = hold_to_lock(self.options, compiled, many=many)
         watch.at(Phase.STEP if train else Phase.EVAL_STEP, label=compiled.last_words)
         return compiled
 
