@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from txcore.cli.bench_options import OPTIONS, check_dtypes, select_names, walk_sizes
 from txcore.cli.errors import BadInput, BadUsage, first_line
 from txcore.cli.load import mesh_of, simulate_devices
-from txcore.cli.output import show
+from txcore.cli.output import show, show_once
 
 if TYPE_CHECKING:
     from txcore.bench import Operation, Row, Setup
@@ -41,7 +41,7 @@ def measure_collectives(options: argparse.Namespace) -> int:
     setup = _make_setup(options)
     operations = _select_operations(options, names, setup)
     run = report.describe_run(setup, describe_machine())
-    _show_once(report.format_run(run))
+    show_once(report.format_run(run))
     with _wide_dtypes(options.dtype):
         rows = [
             row
@@ -53,7 +53,7 @@ def measure_collectives(options: argparse.Namespace) -> int:
         _record_fastest(file, setup, rows, run["machine"])
     wrong = sum(row.wrong for row in rows)
     if wrong:
-        _show_once(f"failed: {wrong} wrong elements")
+        show_once(f"failed: {wrong} wrong elements")
     return 1 if wrong else 0
 
 
@@ -190,7 +190,7 @@ def _measure_operation(
     """Measure one collective, and print each row when it is there."""
     from txcore.bench import measure_size, report
 
-    _show_once(report.format_head(operation, setup))
+    show_once(report.format_head(operation, setup))
     for dtype in dtypes:
         for size in sizes:
             try:
@@ -199,7 +199,7 @@ def _measure_operation(
                 raise BadInput(str(error)) from error
             except RuntimeError as error:  # of XLA or gloo
                 raise BadInput(f"{operation.name} of {dtype}: {first_line(error)}") from error
-            _show_once(report.format_row(row))
+            show_once(report.format_row(row))
             yield row
 
 
@@ -222,11 +222,3 @@ def _write_files(options: argparse.Namespace, run: dict[str, Any], rows: list["R
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or first_line(error)
         raise BadInput(f"cannot write {file}: {reason}") from None
-
-
-def _show_once(text: str) -> None:
-    """Print on rank 0 alone."""
-    import jax
-
-    if jax.process_index() == 0:
-        show(text)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from txcore.cli.bench import join_run
 from txcore.cli.errors import BadInput
 from txcore.cli.load import parse_devices, parse_path, parse_positive
-from txcore.cli.output import complain, show
+from txcore.cli.output import complain, show_once
 from txcore.launch.watch.verdict import rank_names
 
 if TYPE_CHECKING:
@@ -46,15 +46,15 @@ def examine_machine(options: argparse.Namespace) -> int:
     found: dict[str, Any] = {"facts": {}}
     for section in doctor.list_facts():
         found["facts"][section.title] = section.rows
-        _show_once(_format_section(section.title, section.rows))
+        show_once(_format_section(section.title, section.rows))
     found["limits"] = [limit._asdict() for limit in doctor.find_limits()]
-    _show_once(_format_section("limits", [(f["what"], f"-> {f['do']}") for f in found["limits"]]))
+    show_once(_format_section("limits", [(f["what"], f"-> {f['do']}") for f in found["limits"]]))
     checked = list(_check_all(options.limit))
     found["collectives"] = [vars(one) for one in checked]
     if options.json and jax.process_index() == 0:
         _write_json(options.json, found)
     failed = [one for one in checked if not one.ok]
-    _show_once(_conclude(checked, failed))
+    show_once(_conclude(checked, failed))
     return 1 if failed else 0
 
 
@@ -66,19 +66,19 @@ def _check_all(limit: int) -> Iterator["Checked"]:
 
     setups = _make_setups()
     if not setups:
-        _show_once("collectives\n  none: there is 1 device; --devices 2 simulates two on the CPU")
+        show_once("collectives\n  none: there is 1 device; --devices 2 simulates two on the CPU")
         return
     groups = ", ".join(f"{setup.groups} x {setup.group_size}" for setup in setups)
-    _show_once(f"collectives in groups of devices, {groups}, against NumPy")
+    show_once(f"collectives in groups of devices, {groups}, against NumPy")
     with doctor.Watchdog(limit, lambda what: _end_hung(what, limit)) as watchdog:
         every = doctor.check_collectives(setups, watchdog.begin)
         for name, of_name in itertools.groupby(every, lambda one: one.operation):
             checked = list(of_name)
             right = ", ".join(one.dtype for one in checked if one.ok)
-            _show_once(f"  {name:<15} right: {right or 'none'}")
+            show_once(f"  {name:<15} right: {right or 'none'}")
             for one in checked:
                 if not one.ok:
-                    _show_once(f"  {name:<15} FAILED: {one.dtype}, {_describe_failure(one)}")
+                    show_once(f"  {name:<15} FAILED: {one.dtype}, {_describe_failure(one)}")
             yield from checked
 
 
@@ -136,11 +136,3 @@ def _write_json(path: str, found: dict[str, Any]) -> None:
         replace_text(path, json.dumps(found, indent=2) + "\n")
     except OSError as error:
         raise BadInput(f"cannot write {path}: {error.strerror or error}") from None
-
-
-def _show_once(text: str) -> None:
-    """Print on rank 0 alone."""
-    import jax
-
-    if jax.process_index() == 0:
-        show(text)

@@ -29,6 +29,14 @@ def show(text: str = "", end: str = "\n") -> None:
         raise BadInput(f"cannot write the output: {error.strerror or error}") from None
 
 
+def show_once(text: str) -> None:
+    """Print on stdout of rank 0 alone."""
+    import jax
+
+    if jax.process_index() == 0:
+        show(text)
+
+
 def complain(text: str) -> None:
     """Print a line on stderr; if that fails, the exit code alone reports the error."""
     try:
