@@ -10,6 +10,7 @@ from txcore import _compat, varying
 from txcore.kernels.common import jax_triton_calls, pallas_tiles
 from txcore.kernels.dispatch.problem import Problem
 from txcore.kernels.optimizer.pallas import Config
+from txcore.kernels.optimizer.results import aliases_of
 
 
 def list_configs(problem: Problem) -> Sequence[Config]:
@@ -59,8 +60,7 @@ def _update_arrays(
             [_compat.shape_like(flat[0], (size,), dtype) for dtype in dtypes],
             *flat,
             warps=config.warps,
-            # In place, since callers donate the arrays: else XLA would copy the results there.
-            aliases={0: 0} | {place: place - 1 for place in range(2, count)},
+            aliases=aliases_of(count),
             size=size,
             elements=elements,
             **no_copy,

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from txcore.kernels.common import mosaic_blocks
 from txcore.kernels.dispatch.problem import Problem
 from txcore.kernels.optimizer import equations
+from txcore.kernels.optimizer.results import aliases_of, order_results
 
 
 @dataclass(frozen=True)
@@ -61,9 +62,8 @@ def _update_arrays(
     def kernel(*refs: Any) -> None:
         inputs, scalar_ref, outputs = refs[:count], refs[count], refs[count + 1 :]
         known = (ref[...].astype(wide) for ref in inputs)
-        new, *moments = equation(*known, *(scalar_ref[i] for i in range(len(scalars))))
-        copies = [new] * (len(outputs) - len(moments) - 1)
-        for ref, result in zip(outputs, (new, *moments, *copies), strict=True):
+        results = equation(*known, *(scalar_ref[i] for i in range(len(scalars))))
+        for ref, result in zip(outputs, order_results(results, len(outputs)), strict=True):
             ref[...] = result.astype(ref.dtype)
 
     results = mosaic_blocks.call_kernel(
@@ -73,7 +73,6 @@ def _update_arrays(
         [x.reshape(-1) for x in arrays],
         jnp.stack(scalars),
         dtypes,
-        # In place, since callers donate the arrays: else XLA would copy the results there.
-        aliases={0: 0} | {place: place - 1 for place in range(2, count)},
+        aliases=aliases_of(count),
     )
     return tuple(x.reshape(shape) for x in results)

@@ -13,6 +13,7 @@ from txcore.kernels.common import pallas_masked as masked
 from txcore.kernels.common import pallas_tiles
 from txcore.kernels.dispatch.problem import Problem
 from txcore.kernels.optimizer import equations
+from txcore.kernels.optimizer.results import aliases_of, order_results
 
 
 @dataclass(frozen=True)
@@ -74,9 +75,8 @@ def _update_arrays(
             place = masked.count_from(program * elements, elements)
             known = [masked.load(ref, place, inside(place)) for ref in inputs[: len(arrays)]]
             rest = [ref[...] for ref in inputs[len(arrays) :]]
-            new, *moments = equation(*(x.astype(wide) for x in known), *rest)
-            copies = [new] * (len(outputs) - len(moments) - 1)
-            for ref, result in zip(outputs, (new, *moments, *copies), strict=True):
+            results = equation(*(x.astype(wide) for x in known), *rest)
+            for ref, result in zip(outputs, order_results(results, len(outputs)), strict=True):
                 masked.store(ref, place, result, inside(place))
 
         if whole:  # full runs without a mask: with one, a GPU cannot load 16 bytes at a time
@@ -91,7 +91,6 @@ def _update_arrays(
         *arrays,
         *scalars,
         warps=config.warps,
-        # In place, since callers donate the arrays: else XLA would copy the results there.
-        aliases={0: 0} | {place: place - 1 for place in range(2, len(arrays))},
+        aliases=aliases_of(len(arrays)),
     )
     return tuple(x.reshape(shape) for x in results)

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 
 from txcore.kernels.optimizer import equations
+from txcore.kernels.optimizer.results import order_results
 
 
 def sgd_momentum(
@@ -36,7 +37,5 @@ def _update_arrays(
     dtypes: tuple[str, ...],
 ) -> tuple[jax.Array, ...]:
     wide = operands[-1].dtype  # the scalars' dtype is the one to compute in
-    new, *moments = equation(*(x.astype(wide) for x in operands))
-    copies = [new] * (len(dtypes) - len(moments) - 1)  # a second parameter, for cast=
-    results = (new, *moments, *copies)
+    results = order_results(equation(*(x.astype(wide) for x in operands)), len(dtypes))
     return tuple(x.astype(dtype) for x, dtype in zip(results, dtypes, strict=True))
