@@ -8,7 +8,7 @@ import random
 import socket
 import subprocess
 import sys
-import time
+from concurrent.futures import ThreadPoolExecutor
 
 # Linux gives these to no connection by itself, so nobody takes one between here and its use.
 PORTS = range(20_000, 30_000)
@@ -77,8 +77,10 @@ def killed_at_the_end(*processes):
 
 
 def finish(*processes, deadline_s=DEADLINE_S):
-    """Wait for all; return (exit code, stdout, stderr) of each."""
-    deadline = time.monotonic() + deadline_s
-    with killed_at_the_end(*processes):
-        texts = [p.communicate(timeout=max(1, deadline - time.monotonic())) for p in processes]
+    """Wait for all; return (exit code, stdout, stderr) of each.
+
+    All are read at once: a rank that waits for a reader of its pipe keeps the others waiting.
+    """
+    with killed_at_the_end(*processes), ThreadPoolExecutor(len(processes)) as pool:
+        texts = list(pool.map(lambda process: process.communicate(timeout=deadline_s), processes))
         return [(p.returncode, *text) for p, text in zip(processes, texts, strict=True)]
