@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from txcore.cli.bench_options import OPTIONS, check_dtypes, select_names, walk_sizes
 from txcore.cli.errors import BadInput, BadUsage, first_line
 from txcore.cli.load import mesh_of, simulate_devices
-from txcore.cli.output import show, show_once
+from txcore.cli.output import show, show_once, writing
 
 if TYPE_CHECKING:
     from txcore.bench import Operation, Row, Setup
@@ -211,14 +211,12 @@ def _write_files(options: argparse.Namespace, run: dict[str, Any], rows: list["R
 
     if jax.process_index():
         return
-    file = ""
-    try:
-        if file := options.json:
+    if file := options.json:
+        with writing(file):
             report.write_json(file, run, rows)
-        if file := options.csv:
+    if file := options.csv:
+        with writing(file):
             report.write_csv(file, rows)
-        if file := options.plot:
+    if file := options.plot:
+        with writing(file, ValueError):  # of a picture's format that matplotlib does not know
             report.plot_bandwidth(file, report.format_run(run).replace("# ", ""), rows)
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or first_line(error)
-        raise BadInput(f"cannot write {file}: {reason}") from None

@@ -7,9 +7,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from txcore.cli.bench import join_run
-from txcore.cli.errors import BadInput
 from txcore.cli.load import parse_devices, parse_path, parse_positive
-from txcore.cli.output import complain, show_once
+from txcore.cli.output import complain, show_once, writing
 from txcore.launch.watch.verdict import rank_names
 
 if TYPE_CHECKING:
@@ -132,7 +131,5 @@ def _format_section(title: str, rows: list[tuple[str, ...]]) -> str:
 def _write_json(path: str, found: dict[str, Any]) -> None:
     from txcore.outside import replace_text
 
-    try:
+    with writing(path):
         replace_text(path, json.dumps(found, indent=2) + "\n")
-    except OSError as error:
-        raise BadInput(f"cannot write {path}: {error.strerror or error}") from None

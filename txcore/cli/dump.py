@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from txcore.cli.errors import BadInput
 from txcore.cli.load import add_program, compile_factory, parse_path
-from txcore.cli.output import show
+from txcore.cli.output import show, writing
 
 if TYPE_CHECKING:
     from txcore.profiling.program import Program
@@ -41,15 +41,13 @@ def dump_program(options: argparse.Namespace) -> int:
     folder = pathlib.Path(options.folder)
     _check_folder(folder)
     texts = _make_texts(compile_factory(options, keep_partitioned=True))
-    try:
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         for name in _FILES:
             (folder / name).unlink(missing_ok=True)
         for name, text in texts.items():
             _write_whole(folder / name, text)
             show(f"{folder / name}: {len(text.encode())} bytes")
-    except OSError as error:
-        raise BadInput(f"cannot write {folder}: {error.strerror or error}") from None
     return 0
 
 
@@ -64,10 +62,8 @@ def _write_whole(file: pathlib.Path, text: str) -> None:
 
 def _check_folder(folder: pathlib.Path) -> None:
     """Refuse a folder that holds other files, before anything is compiled."""
-    try:
+    with writing(folder):
         others = {each.name for each in folder.iterdir()} - set(_FILES) if folder.exists() else ()
-    except OSError as error:
-        raise BadInput(f"cannot write {folder}: {error.strerror or error}") from None
     if others:
         raise BadInput(
             f"dump needs a new or empty DIR, or one of an earlier dump, but {folder} holds "

@@ -3,9 +3,28 @@
 import contextlib
 import os
 import sys
+from collections.abc import Iterator
 from typing import TextIO
 
-from txcore.cli.errors import BadInput
+from txcore.cli.errors import BadInput, first_line
+
+
+@contextlib.contextmanager
+def writing(path: str | os.PathLike[str], *others: type[Exception]) -> Iterator[None]:
+    """Name the file or folder that cannot be written, in one line.
+
+    Args:
+      path: what is written in the block.
+      *others: errors of what is written there, besides the system's.
+
+    Raises:
+      BadInput: it cannot be written.
+    """
+    try:
+        yield
+    except (OSError, *others) as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise BadInput(f"cannot write {os.fspath(path)}: {reason}") from None
 
 
 def show(text: str = "", end: str = "\n") -> None:

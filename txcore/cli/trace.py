@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from txcore.cli.errors import BadInput, BadUsage
 from txcore.cli.load import parse_path
-from txcore.cli.output import show
+from txcore.cli.output import show, writing
 from txcore.outside import read_regular
 
 if TYPE_CHECKING:
@@ -78,8 +78,11 @@ def show_trace(options: argparse.Namespace) -> int:
     if options.json and options.against is not None:
         raise BadUsage("--against is for people: compare two --json outputs instead")
     texts = [_read_text(file) for file in options.hlo]
-    trace = _read_folder(options.folder, options, texts)
-    earlier = None if options.against is None else _read_folder(options.against, options, texts)
+    best = _read_recorded() if options.bench is None else _read_bench(options.bench)
+    trace = _read_folder(options.folder, options.program, texts, best)
+    earlier = None
+    if options.against is not None:
+        earlier = _read_folder(options.against, options.program, texts, best)
     _write_files(trace, options)
     if earlier is not None:
         show(f"since the earlier trace:\n{format_changes(compare_traces(earlier, trace))}\n")
@@ -87,13 +90,12 @@ def show_trace(options: argparse.Namespace) -> int:
     return 1 if options.check and not trace.ok else 0
 
 
-def _read_folder(folder: str, options: argparse.Namespace, texts: list[str]) -> "Trace":
+def _read_folder(folder: str, program: str | None, texts: list[str], best: Best) -> "Trace":
     from txcore.profiling.trace.model import TraceError
     from txcore.profiling.trace.trace import read_trace
 
-    best = _read_recorded() if options.bench is None else _read_bench(options.bench)
     try:
-        return read_trace(folder, hlo=texts, program=options.program, best=best)
+        return read_trace(folder, hlo=texts, program=program, best=best)
     except TraceError as error:
         raise BadInput(str(error)) from None
 
@@ -103,12 +105,9 @@ def _write_files(trace: "Trace", options: argparse.Namespace) -> None:
     from txcore.profiling.trace.show.perfetto import write_perfetto
 
     for file, write in ((options.html, write_page), (options.perfetto, write_perfetto)):
-        if file is None:
-            continue
-        try:
-            write(trace, file)
-        except OSError as error:
-            raise BadInput(f"cannot write {file}: {error.strerror or error}") from None
+        if file is not None:
+            with writing(file):
+                write(trace, file)
 
 
 def _read_text(file: str) -> str:
