@@ -10,14 +10,9 @@ import jax
 from txcore import _compat
 from txcore.errors import TxcoreError
 from txcore.profiling import meshes
-from txcore.profiling.declared.collectives import (
-    Declared,
-    is_one_shard_map,
-    list_declared,
-    meshes_of,
-)
+from txcore.profiling.declared.collectives import Declared, list_declared
 from txcore.profiling.declared.divergence import find_divergences
-from txcore.profiling.declared.equations import Jaxpr
+from txcore.profiling.declared.equations import Jaxpr, is_one_shard_map, meshes_of
 from txcore.profiling.declared.kernels import kernels_in_text, kernels_used
 from txcore.profiling.hlo import Module, Op, collectives_of, find_collectives, read_modules
 from txcore.profiling.matching.arrays import units_of

@@ -8,8 +8,7 @@ import jax
 
 from txcore import _compat
 from txcore.profiling.compiled_with import CompiledWith, read_compiled_with
-from txcore.profiling.declared.collectives import is_one_shard_map
-from txcore.profiling.declared.equations import Jaxpr
+from txcore.profiling.declared.equations import Jaxpr, is_one_shard_map
 from txcore.profiling.dump import compile_with_partitioned
 from txcore.profiling.targets import Target, parse_target
 

@@ -21,9 +21,11 @@ from txcore.profiling.declared.equations import (
     axes_of,
     is_literal,
     made_by_autodiff,
+    manual_axes_of,
     name_of,
     open_jaxpr,
     path_of,
+    sizes_of,
     sub_jaxprs,
 )
 from txcore.profiling.declared.remote_dma import REMOTE_DMA, Sent, sent_by_kernel
@@ -175,29 +177,6 @@ def _key_of_declared(declared: Declared) -> tuple[object, ...]:
     return *who, d.elements, d.dtype, d.trips
 
 
-def meshes_of(jaxpr: Jaxpr) -> tuple[meshes.Sizes, ...]:
-    """List the meshes of a program's shard_maps, each once, outermost first."""
-    found = []
-    for eqn in open_jaxpr(jaxpr).eqns:
-        if eqn.primitive.name == "shard_map":
-            found.append(meshes.sizes_of(eqn.params["mesh"]))
-        for inner in sub_jaxprs(eqn):
-            found += meshes_of(inner)
-    return tuple(dict.fromkeys(found))
-
-
-def is_one_shard_map(jaxpr: Jaxpr) -> bool:
-    """Tell whether a program is one shard_map over all axes: the partitioner decides nothing."""
-    eqns = open_jaxpr(jaxpr).eqns
-    if len(eqns) != 1:
-        return False
-    (eqn,) = eqns
-    if eqn.primitive.name == "shard_map":
-        manual = _manual_axes(eqn)
-        return all(size == 1 or name in manual for name, size in _sizes_of(eqn))
-    return eqn.primitive.name in ("jit", "pjit") and is_one_shard_map(sub_jaxprs(eqn)[0])
-
-
 def _walk_jaxpr(
     jaxpr: Jaxpr, scope: _Surroundings, known: dict[Var, Value], numbering: Numbering
 ) -> Iterator[Declared]:
@@ -217,37 +196,8 @@ def _walk_jaxpr(
         elif sent := sent_by_kernel(eqn, scope.sizes):
             yield _declare_kernel(eqn, sent, scope, inputs)
         for inner in sub_jaxprs(eqn):
-            values = _values_of_inputs(eqn, inner, inputs, numbering)
+            values = numbering.number_inputs(eqn, inner, inputs)
             yield from _walk_jaxpr(inner, _scope_inside(eqn, scope, inputs), values, numbering)
-
-
-def _values_of_inputs(
-    eqn: Eqn, inner: Jaxpr, inputs: Sequence[Value], numbering: Numbering
-) -> dict[Var, Value]:
-    """Return the values of an inner jaxpr's inputs: a call's are the outer ones, a loop's new."""
-    name = eqn.primitive.name
-    values = list(inputs)
-    if name == "shard_map":
-        specs = eqn.params["in_specs"]
-        values = [numbering.number_shard(v, spec) for v, spec in zip(inputs, specs, strict=True)]
-    elif len(inner.invars) != len(inputs) or name in ("scan", "while"):
-        depends = any(v.depends for v in inputs)
-        constants = _loop_constants(eqn, inner, inputs)
-        carried = len(inner.invars) - len(constants)
-        values = [*constants, *(numbering.new_value(depends) for _ in range(carried))]
-    known = dict(zip(inner.invars, values, strict=True))
-    return known | {v: numbering.new_value(depends=False) for v in inner.constvars}
-
-
-def _loop_constants(eqn: Eqn, inner: Jaxpr, inputs: Sequence[Value]) -> Sequence[Value]:
-    """Return a loop's constants, which come first among its body's inputs."""
-    if eqn.primitive.name == "scan":
-        return inputs[: _compat.scan_counts(eqn)[0]]
-    if eqn.primitive.name == "while":
-        of_cond, of_body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
-        is_cond = inner is open_jaxpr(eqn.params["cond_jaxpr"])
-        return inputs[:of_cond] if is_cond else inputs[of_cond : of_cond + of_body]
-    return ()
 
 
 def _scope_inside(eqn: Eqn, scope: _Surroundings, inputs: Sequence[Value]) -> _Surroundings:
@@ -261,21 +211,13 @@ def _scope_inside(eqn: Eqn, scope: _Surroundings, inputs: Sequence[Value]) -> _S
     if name == "cond" and not inputs[0].depends:
         return replace(scope, foldable=True)  # the compiler knows which branch is taken
     if name == "shard_map":
-        return replace(scope, sizes=_sizes_of(eqn), manual=scope.manual | _manual_axes(eqn))
+        return replace(scope, sizes=sizes_of(eqn), manual=scope.manual | manual_axes_of(eqn))
     return scope
 
 
 def _source_of(eqn: Eqn, scope: _Surroundings) -> str:
     """Return the user's line; what jax traces by itself (checkpoint) knows none but around it."""
     return source.user_source_line((*_compat.eqn_frames(eqn), *scope.frames))
-
-
-def _manual_axes(eqn: Eqn) -> frozenset[str]:
-    return frozenset(eqn.params.get("newly_manual_axes", eqn.params.get("manual_axes", ())))
-
-
-def _sizes_of(eqn: Eqn) -> meshes.Sizes:
-    return meshes.sizes_of(eqn.params["mesh"])
 
 
 def _declare_operands(

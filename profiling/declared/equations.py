@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from txcore import _compat
+from txcore.profiling import meshes
 
 # jax.extend.core has these classes, but importing it imports all of Pallas.
 Jaxpr: TypeAlias = Any
@@ -120,6 +121,39 @@ def axes_of_spec(spec: Any) -> tuple[str, ...]:
     for part in spec:
         names += part if isinstance(part, tuple) else [part] if part is not None else []
     return tuple(names)
+
+
+def sizes_of(eqn: Eqn) -> meshes.Sizes:
+    """Return the axes of a shard_map's mesh and their sizes, in order."""
+    return meshes.sizes_of(eqn.params["mesh"])
+
+
+def manual_axes_of(eqn: Eqn) -> frozenset[str]:
+    """Return the axes that a shard_map makes manual."""
+    return frozenset(eqn.params.get("newly_manual_axes", eqn.params.get("manual_axes", ())))
+
+
+def meshes_of(jaxpr: Jaxpr) -> tuple[meshes.Sizes, ...]:
+    """List the meshes of a program's shard_maps, each once, outermost first."""
+    found = []
+    for eqn in open_jaxpr(jaxpr).eqns:
+        if eqn.primitive.name == "shard_map":
+            found.append(sizes_of(eqn))
+        for inner in sub_jaxprs(eqn):
+            found += meshes_of(inner)
+    return tuple(dict.fromkeys(found))
+
+
+def is_one_shard_map(jaxpr: Jaxpr) -> bool:
+    """Tell whether a program is one shard_map over all axes: the partitioner decides nothing."""
+    eqns = open_jaxpr(jaxpr).eqns
+    if len(eqns) != 1:
+        return False
+    (eqn,) = eqns
+    if eqn.primitive.name == "shard_map":
+        manual = manual_axes_of(eqn)
+        return all(size == 1 or name in manual for name, size in sizes_of(eqn))
+    return eqn.primitive.name in ("jit", "pjit") and is_one_shard_map(sub_jaxprs(eqn)[0])
 
 
 def path_of(eqn: Eqn, outer: str) -> str:

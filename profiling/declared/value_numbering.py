@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from txcore.profiling.declared.equations import Eqn, Var
+from txcore import _compat
+from txcore.profiling.declared.equations import Eqn, Jaxpr, Var, open_jaxpr
 
 _COMMUTE = ("add", "mul", "max", "min", "and", "or", "xor")
 
@@ -56,11 +57,37 @@ class Numbering:
         key = (str(var.aval), content.tobytes()) if is_small else id(var.val)
         return Value(self._number_of(("literal", key)), False)
 
+    def number_inputs(self, eqn: Eqn, inner: Jaxpr, inputs: Sequence[Value]) -> dict[Var, Value]:
+        """Return the values of a jaxpr's inputs: a call's are the outer ones, a loop's new."""
+        name = eqn.primitive.name
+        values = list(inputs)
+        if name == "shard_map":
+            specs = eqn.params["in_specs"]
+            values = [self.number_shard(v, spec) for v, spec in zip(inputs, specs, strict=True)]
+        elif len(inner.invars) != len(inputs) or name in ("scan", "while"):
+            depends = any(v.depends for v in inputs)
+            constants = _loop_constants(eqn, inner, inputs)
+            carried = len(inner.invars) - len(constants)
+            values = [*constants, *(self.new_value(depends) for _ in range(carried))]
+        known = dict(zip(inner.invars, values, strict=True))
+        return known | {v: self.new_value(depends=False) for v in inner.constvars}
+
     def _number_of(self, key: Any) -> int:
         number = self.known.get(key)
         if number is None:
             number = self.known[key] = next(self.counter)
         return number
+
+
+def _loop_constants(eqn: Eqn, inner: Jaxpr, inputs: Sequence[Value]) -> Sequence[Value]:
+    """Return a loop's constants, which come first among its body's inputs."""
+    if eqn.primitive.name == "scan":
+        return inputs[: _compat.scan_counts(eqn)[0]]
+    if eqn.primitive.name == "while":
+        of_cond, of_body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+        is_cond = inner is open_jaxpr(eqn.params["cond_jaxpr"])
+        return inputs[:of_cond] if is_cond else inputs[of_cond : of_cond + of_body]
+    return ()
 
 
 def _freeze_params(params: dict[str, Any]) -> Any:

@@ -16,8 +16,7 @@ from typing import Any
 from txcore import _compat
 from txcore.profiling.audit import audit_compiled
 from txcore.profiling.declared import source
-from txcore.profiling.declared.collectives import is_one_shard_map
-from txcore.profiling.declared.equations import Jaxpr
+from txcore.profiling.declared.equations import Jaxpr, is_one_shard_map
 from txcore.profiling.dump import compile_and_dump
 from txcore.profiling.gate import watches
 from txcore.profiling.gate.device_put import row_of_move

@@ -7,7 +7,8 @@ from audit_cases import P, mesh_of, on, tag, vary
 from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding
 
-from txcore.profiling.declared.collectives import list_declared, meshes_of
+from txcore.profiling.declared.collectives import list_declared
+from txcore.profiling.declared.equations import meshes_of
 
 ROWS = jnp.ones((8, 16))  # on each of 8 devices (1, 16)
 
