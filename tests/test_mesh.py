@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import txcore as tx
-from txcore.plan.plan import top_key
+from txcore.plan.batch_specs import top_key
 
 AXES = ("data", "pipe", "model")
 SHAPE = (2, 2, 2)

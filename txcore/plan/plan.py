@@ -14,13 +14,11 @@ from txcore.mesh import MeshSpec
 from txcore.optim import Optimizer, as_optimizer
 from txcore.optim.optimizer import Exchanges
 from txcore.parallel import local_sgd
-from txcore.parallel.gradients import delayed
 from txcore.parallel.gradients.algorithms import is_power_of_two
 from txcore.parallel.gradients.buckets import BucketLayout
-from txcore.parallel.gradients.compression import Compression, as_compression
-from txcore.parallel.gradients.compression.feedback import KEY as COMPRESSION
-from txcore.parallel.gradients.compression.feedback import keep_compressed
+from txcore.parallel.gradients.compression import as_compression
 from txcore.parallel.predicted import Predicted
+from txcore.plan.batch_specs import axes_of_one_device, batch_specs
 from txcore.plan.checks import (
     axes_by_kind,
     check_axes,
@@ -29,6 +27,7 @@ from txcore.plan.checks import (
     check_together,
 )
 from txcore.plan.data_parallel import DP
+from txcore.plan.keep import keep_all
 from txcore.plan.pipeline_parallel import PP
 from txcore.plan.predict_buckets import choose_exchange
 from txcore.plan.predict_step import predict_step
@@ -105,7 +104,8 @@ class Plan:
         if dp is None:
             return {}
         options = {"reduction": dp.reduction, "delay": dp.delay, "buckets": dp.buckets}
-        return {**options, "algorithm": dp.algorithm, "compression": self._compression}
+        compression = as_compression("DP", dp.compression)
+        return {**options, "algorithm": dp.algorithm, "compression": compression}
 
     def rounds(self, mesh: MeshSpec) -> local_sgd.Rounds | None:
         """Return how local SGD averages parameters; None where gradients are reduced."""
@@ -123,10 +123,6 @@ class Plan:
     def data_axes(self) -> tuple[str, ...]:
         """The axes over which the batch is sharded and gradients are averaged: `context` too."""
         return self.row_axes if self.context is None else (*self.row_axes, self.context)
-
-    @property
-    def _compression(self) -> Compression | None:
-        return as_compression("DP", getattr(self.data_parallel, "compression", None))
 
     def validate(self, mesh: MeshSpec) -> None:
         """Refuse a plan that `mesh` cannot run.
@@ -199,7 +195,7 @@ class Plan:
         """
         self.validate(mesh)
         reduced = self.active_data_axes(mesh)
-        alone = _axes_of_one_device(mesh)
+        alone = axes_of_one_device(mesh)
 
         def layout(stored: P, leaf: Any) -> Layout:
             active = drop_axes(stored, alone)
@@ -242,20 +238,7 @@ class Plan:
         Returns:
           A pytree of `txcore.kept.Kept`, by what keeps it; None where nothing is kept.
         """
-        dp, axes = self.data_parallel, self.active_data_axes(mesh)
-        copies = math.prod(mesh.shape[axis] for axis in axes)
-        shapes = jax.eval_shape(lambda tree: tree, params)
-        layouts = self.layouts(shapes, mesh)
-        kept = {}
-        if (rounds := self.rounds(mesh)) is not None:
-            kept[local_sgd.KEY] = local_sgd.keep_local(rounds, optimizer, params, layouts, copies)
-        if dp is not None and dp.delay:
-            kept[delayed.KEY] = delayed.keep_delayed(params, layouts, axes, copies)
-        if (compression := self._compression) is not None:
-            own = keep_compressed(compression, shapes, layouts, axes, mesh.shape)
-            if own is not None:
-                kept[COMPRESSION] = own
-        return kept or None
+        return keep_all(self, params, mesh, optimizer)
 
     def predict(
         self,
@@ -355,33 +338,9 @@ class Plan:
         return describe(self, params, mesh, optimizer, activation)
 
     def batch_specs(self, batch: Any, mesh: MeshSpec) -> Any:
-        """Return the spec of each leaf of `batch`, with axes of size 1 left out."""
-        alone = _axes_of_one_device(mesh)
-        rows = drop_axes(P(self.row_axes) if self.row_axes else P(), alone)
-        sequences = rows
-        if self.context is not None and self.context not in alone:
-            sequences = P(rows[0] if len(rows) else None, self.context)
-        declared = {key: drop_axes(spec, alone) for key, spec in self.batch.items()}
+        """Return the spec of each leaf of `batch`, with axes of size 1 left out.
 
-        def spec(path: Any, leaf: Any) -> P:
-            has_sequence = len(getattr(leaf, "shape", ())) > 1
-            return declared.get(top_key(path), sequences if has_sequence else rows)
-
-        keys = {top_key(path) for path, _ in jax.tree_util.tree_flatten_with_path(batch)[0]}
-        if unknown := sorted(set(self.batch) - keys):
-            raise ValueError(
-                f"Plan(batch=...) declares {', '.join(map(repr, unknown))}, but the batch has "
-                f"{', '.join(sorted(map(repr, keys)))} at its top: name those"
-            )
-        return jax.tree_util.tree_map_with_path(spec, batch)
-
-
-def _axes_of_one_device(mesh: MeshSpec) -> frozenset[str]:
-    return frozenset(axis for axis, size in mesh.shape.items() if size == 1)
-
-
-def top_key(path: Any) -> str:
-    """Return the first key of a leaf's path: a dict's key or a field's name, else ""."""
-    entry = path[0] if path else None
-    key = getattr(entry, "key", getattr(entry, "name", ""))
-    return key if isinstance(key, str) else ""
+        Raises:
+          ValueError: `batch=` declares a key that the batch does not have.
+        """
+        return batch_specs(self, batch, mesh)

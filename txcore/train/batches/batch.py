@@ -11,7 +11,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from txcore.layout import entry_axes
 from txcore.mesh import MeshSpec
-from txcore.plan.plan import Plan, top_key
+from txcore.plan.batch_specs import top_key
+from txcore.plan.plan import Plan
 
 Leaves = list[tuple[Any, Any]]  # of a batch, each with its path
 

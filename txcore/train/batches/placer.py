@@ -13,7 +13,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from txcore import _compat
 from txcore.mesh import MeshSpec
-from txcore.plan.plan import Plan, top_key
+from txcore.plan.batch_specs import top_key
+from txcore.plan.plan import Plan
 from txcore.train.batches.batch import (
     check_divisible,
     check_rows,
