@@ -64,10 +64,14 @@ def test_each_device_holds_its_part_alone():
     jax.tree.map(np.testing.assert_array_equal, models.host(state.stored_params), models.params())
 
 
+@functools.cache
+def run_adamw(shape):
+    return run(models.engine(shape, tx.optim.adamw(0.01, clip_norm=1.0)))[0]
+
+
 @pytest.mark.parametrize("shape", MESHES)
 def test_adamw_is_that_of_one_device(shape):
-    make = lambda: tx.optim.adamw(0.01, clip_norm=1.0)  # noqa: E731
-    ours, one = (run(models.engine(s, make()))[0] for s in (shape, (1, 1)))
+    ours, one = (run_adamw(s) for s in (shape, (1, 1)))
     close(models.host(ours.stored_params), models.host(one.stored_params))
     close(models.host(ours.opt_state), models.host(one.opt_state))
 

@@ -1,5 +1,7 @@
 """Steps whose plan says how gradients are exchanged: as predicted, with plain DP's curve."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ import pytest
 import txcore as tx
 from txcore.parallel.gradients.algorithms import ALGORITHMS, pieces
 
-pytestmark = pytest.mark.sampled(2)
+pytestmark = [pytest.mark.usefixtures("unoptimized"), pytest.mark.sampled(2)]
 
 KIB = 1 / 1024
 AXES = {"node": 2, "device": 2}
@@ -62,6 +64,12 @@ def curve(trainer, steps=4):
     return losses, jax.tree.map(np.asarray, state.stored_params)
 
 
+@functools.cache
+def plain_curve():
+    """Return the curve of plain data parallelism, which all others are held to."""
+    return curve(engine())
+
+
 def gradient_lines(report):
     return [line for line in report.plan if line.what == "gradients"]
 
@@ -85,7 +93,7 @@ def test_the_step_sends_what_the_plan_predicts(algorithm, buckets):
 
 @pytest.mark.parametrize("algorithm", NAMES)
 def test_the_curve_is_that_of_plain_data_parallelism(algorithm):
-    wanted = curve(engine())
+    wanted = plain_curve()
     found = curve(engine(buckets=0.1 * KIB, algorithm=algorithm))
     rtol = 0.02 if algorithm == "bf16_wire" else 1e-5
     np.testing.assert_allclose(found[0], wanted[0], rtol=rtol)
@@ -104,7 +112,7 @@ def test_sharded_moments(algorithm, shard_axis):
     for line in report.plan[:-1]:
         assert line.found_bytes == line.payload_bytes, line
         assert line.factor == ("mean" if line.what == "gradients" else ""), line
-    np.testing.assert_allclose(curve(trainer)[0], curve(engine())[0], rtol=1e-5)
+    np.testing.assert_allclose(curve(trainer)[0], plain_curve()[0], rtol=1e-5)
 
 
 def test_an_axis_of_one_device_is_no_level():
