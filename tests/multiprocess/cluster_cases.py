@@ -82,15 +82,15 @@ def curve(path):
 
 
 @functools.cache
-def curve_by_hand(steps=STEPS):
+def curve_by_hand(steps=STEPS, *more):
     """Return the loss curve of two processes that are started by hand, with flags."""
     results = pathlib.Path(os.environ.get("TMPDIR", "/tmp")) / f"by-hand-{os.getpid()}.json"
     port = free_port()
     place = ["--coordinator", f"127.0.0.1:{port}", "--num-processes", "2", "--process-id"]
-    command = [sys.executable, TRAIN, *FLAGS, "--steps", steps, "--results", results, *place]
+    flags = [*FLAGS, *more, "--steps", steps, "--results", results]
     ranks = [
         subprocess.Popen(
-            [str(word) for word in (*command, rank)],
+            [str(word) for word in (sys.executable, TRAIN, *flags, *place, rank)],
             env=environment(),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
