@@ -1,12 +1,14 @@
 """Every test runs on 8 simulated CPU devices ($JAX_NUM_CPU_DEVICES), before any backend starts."""
 
 import collections
+import contextlib
 import os
 import pathlib
 import sys
 
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from txcore import _compat
 
@@ -51,12 +53,48 @@ def pytest_report_header(config):
 def unoptimized():
     """Compile without LLVM's optimisations: a third less time, and the HLO is the same.
 
-    For tests whose time goes into compiling many programs that run once.
+    For tests whose time goes into compiling many programs that run once, here and in processes.
     """
-    before = jax.config.values["jax_disable_most_optimizations"]
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+    with pytest.MonkeyPatch.context() as patch, configured(jax_disable_most_optimizations=True):
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+        yield
+
+
+@contextlib.contextmanager
+def configured(**settings):
+    """Have jax's settings changed, and put them back."""
+    before = {name: jax.config.values[name] for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+
+
+@pytest.fixture(scope="session")
+def compiled_dir(tmp_path_factory):
+    """The folder of this process alone for what it compiles: jax writes its files in place."""
+    return tmp_path_factory.mktemp("compiled")
+
+
+@pytest.fixture(scope="module")
+def share_compiled(compiled_dir):
+    """Compile a program once for all tests that run it: checkpoints need the same one many times.
+
+    Two programs are the same where code and names are: by default jax leaves out the names, which
+    audits read. With the lines of all callers in them no two would be, so the innermost is kept.
+    """
+    with configured(
+        jax_compilation_cache_dir=str(compiled_dir),
+        jax_compilation_cache_include_metadata_in_key=True,
+        jax_persistent_cache_min_compile_time_secs=0,
+        jax_traceback_in_locations_limit=1,
+    ):
+        compilation_cache.reset_cache()  # jax reads the folder once
+        yield
+    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from txcore import kernels
 
-pytestmark = pytest.mark.sampled(2)
+pytestmark = [pytest.mark.usefixtures("unoptimized"), pytest.mark.sampled(2)]
 
 AXIS = "data"
 # The Pallas kernels are interpreted, which an accelerator refuses.

@@ -13,7 +13,7 @@ import pytest
 from txcore import kernels
 from txcore.kernels.conv.xla import Config
 
-pytestmark = pytest.mark.sampled(2)
+pytestmark = [pytest.mark.usefixtures("unoptimized"), pytest.mark.sampled(2)]
 
 FORMS = ("direct", "windows", "winograd")
 OPTIONS = list(itertools.product(("SAME", "VALID"), (None, 2), (None, "relu")))

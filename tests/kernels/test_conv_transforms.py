@@ -13,7 +13,7 @@ from kernel_cases import conv_case
 import txcore as tx
 from txcore.profiling.audit import audit_compiled
 
-pytestmark = pytest.mark.sampled(2)
+pytestmark = [pytest.mark.usefixtures("unoptimized"), pytest.mark.sampled(2)]
 
 CASE = conv_case("relu-pool", (4, 7, 6, 3), (3, 2, 3, 4), activation="relu", pool=2)
 MORE = conv_case("5x5-valid", (4, 9, 8, 1), (5, 5, 1, 6), activation="relu", padding="VALID")

@@ -13,7 +13,7 @@ from kernel_oracles import smoothed_cross_entropy as logits_oracle
 import txcore as tx
 from txcore import kernels
 
-pytestmark = pytest.mark.sampled(2)
+pytestmark = [pytest.mark.usefixtures("unoptimized"), pytest.mark.sampled(2)]
 
 LOGITS, LINEAR = Loss((9,), 37), Loss((9,), 37, features=7)
 EVERY = pytest.mark.parametrize("loss, variant", blocked_or_not(LOGITS, LINEAR))

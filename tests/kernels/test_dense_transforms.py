@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from txcore import kernels
 
-pytestmark = pytest.mark.sampled(2)
+pytestmark = [pytest.mark.usefixtures("unoptimized"), pytest.mark.sampled(2)]
 
 RANDOM = np.random.default_rng(0)
 X, W, B = (jnp.asarray(RANDOM.normal(size=s), jnp.float32) for s in ((8, 13), (13, 12), (12,)))

@@ -1,5 +1,7 @@
 """The ops under jax's transformations and inside shard_map give what they give outside."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import machine
@@ -11,7 +13,7 @@ from kernel_cases import CASES, FIRST_CONV, ODD_CONV, RELU_DENSE
 
 from txcore import kernels
 
-pytestmark = pytest.mark.sampled(2)
+pytestmark = [pytest.mark.usefixtures("unoptimized"), pytest.mark.sampled(2)]
 
 WEIGHTED = [FIRST_CONV, ODD_CONV, RELU_DENSE]
 AXIS = "data"
@@ -28,8 +30,15 @@ def mesh():
 
 def gradients(case, args):
     """Return the gradients of the sum of squares of the op's output."""
-    grad = jax.grad(lambda *a: (case.op(*a) ** 2).sum(), tuple(range(len(args))))
-    return jax.jit(grad)(*args)
+    return gradient_of(case.name)(*args)
+
+
+@functools.cache
+def gradient_of(name):
+    """Return the compiled gradient of a case, which many tests compare with."""
+    case = next(case for case in CASES if case.name == name)
+    everything = tuple(range(len(case.shapes)))
+    return jax.jit(jax.grad(lambda *a: (case.op(*a) ** 2).sum(), everything))
 
 
 def assert_close(got, want):
@@ -41,9 +50,10 @@ def test_remat_and_no_jit(case):
     args = case.args(jnp.float32)
     everything = tuple(range(len(args)))
     remat = jax.grad(lambda *a: (jax.checkpoint(case.op)(*a) ** 2).sum(), everything)
-    assert_close(jax.jit(remat)(*args), gradients(case, args))
+    want = gradients(case, args)
+    assert_close(jax.jit(remat)(*args), want)
     eager, vjp = jax.vjp(case.op, *args)
-    assert_close(vjp(2 * eager), gradients(case, args))
+    assert_close(vjp(2 * eager), want)
 
 
 @pytest.mark.parametrize("case", CASES, ids=name)

@@ -12,7 +12,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 from kernel_cases import both
 
-pytestmark = pytest.mark.sampled(2)
+pytestmark = [pytest.mark.usefixtures("unoptimized"), pytest.mark.sampled(2)]
 
 AXIS = "data"
 LOGITS, LINEAR = Loss((18,), 37), Loss((18,), 37, features=7)

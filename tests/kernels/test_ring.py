@@ -10,7 +10,7 @@ from ring_cases import assert_near, found_race, make_rows, mesh_of, run_ring, si
 from txcore.kernels import ring
 from txcore.kernels.ring import blocks, neighbours
 
-pytestmark = pytest.mark.sampled(2)
+pytestmark = [pytest.mark.usefixtures("unoptimized"), pytest.mark.sampled(2)]
 
 CASES = [(2, "float32"), (4, "bfloat16"), (4, "int32"), (8, "float32")]
 

@@ -9,7 +9,7 @@ from ring_cases import assert_near, found_race, make_rows, mesh_of, run_ring, si
 from txcore.kernels import ring
 from txcore.kernels.ring import neighbours
 
-pytestmark = pytest.mark.sampled(2)
+pytestmark = [pytest.mark.usefixtures("unoptimized"), pytest.mark.sampled(2)]
 
 # Of at most 64 KiB: in jax 0.10 a callback waits until a larger operand is copied, by a thread that
 # the callbacks of 8 devices may hold.

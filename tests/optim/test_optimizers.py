@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 import txcore as tx
 
-pytestmark = pytest.mark.sampled(2)
+pytestmark = [pytest.mark.usefixtures("unoptimized"), pytest.mark.sampled(2)]
 
 STEPS = 20
 

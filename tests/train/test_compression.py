@@ -13,7 +13,7 @@ import txcore as tx
 from txcore.layout import Layout
 from txcore.parallel.gradients.compression.powersgd import orthonormalize
 
-pytestmark = [pytest.mark.usefixtures("unoptimized"), pytest.mark.sampled(2)]
+pytestmark = pytest.mark.sampled(2)
 FEEDBACK = {
     "int8": tx.compression.int8(),
     "powersgd": tx.compression.powersgd(2),

@@ -14,8 +14,6 @@ from jax import random as r
 import txcore as tx
 from txcore.train.numerics import prng
 
-pytestmark = pytest.mark.usefixtures("unoptimized")
-
 
 def drop(x, key):
     return jnp.where(r.bernoulli(key, 0.5, x.shape), x / 0.5, 0)

@@ -20,7 +20,7 @@ from txcore.parallel.gradients.algorithms import (
 )
 from txcore.profiling import audit
 
-pytestmark = pytest.mark.sampled(2)
+pytestmark = [pytest.mark.usefixtures("unoptimized"), pytest.mark.sampled(2)]
 
 MESHES = [{"data": 3}, {"data": 4}, {"node": 2, "device": 4}]
 NAMES = list(ALGORITHMS)

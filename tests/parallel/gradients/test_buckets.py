@@ -15,7 +15,7 @@ from txcore.parallel.gradients import choice
 from txcore.parallel.gradients.algorithms import ALGORITHMS
 from txcore.parallel.gradients.buckets import bucket_layout
 
-pytestmark = pytest.mark.sampled(2)
+pytestmark = [pytest.mark.usefixtures("unoptimized"), pytest.mark.sampled(2)]
 
 KIB = 1 / 1024
 NAMES = [None, *ALGORITHMS]

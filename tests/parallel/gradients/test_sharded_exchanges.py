@@ -15,7 +15,7 @@ import test_exchange_plans as plans
 import txcore as tx
 from txcore.parallel.gradients.algorithms import pieces
 
-pytestmark = pytest.mark.sampled(2)
+pytestmark = [pytest.mark.usefixtures("unoptimized"), pytest.mark.sampled(2)]
 
 ALL = os.environ.get("TXCORE_ALL_PLANS") == "1"
 DATA = tuple(plans.AXES)

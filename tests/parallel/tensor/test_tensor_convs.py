@@ -10,7 +10,7 @@ import txcore as tx
 from txcore import kernels
 from txcore.profiling import audit
 
-pytestmark = pytest.mark.sampled(2)
+pytestmark = [pytest.mark.usefixtures("unoptimized"), pytest.mark.sampled(2)]
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(2, 6, 5, 3))
