@@ -76,11 +76,20 @@ def killed_at_the_end(*processes):
             process.communicate()
 
 
+def patience(seconds):
+    """Return how long to wait for what takes so long at most on an idle machine.
+
+    The processes that wait for each core stretch it: where all is well, nobody waits so long.
+    """
+    return seconds * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+
+
 def finish(*processes, deadline_s=DEADLINE_S):
     """Wait for all; return (exit code, stdout, stderr) of each.
 
     All are read at once: a rank that waits for a reader of its pipe keeps the others waiting.
     """
+    seconds = patience(deadline_s)
     with killed_at_the_end(*processes), ThreadPoolExecutor(len(processes)) as pool:
-        texts = list(pool.map(lambda process: process.communicate(timeout=deadline_s), processes))
+        texts = list(pool.map(lambda process: process.communicate(timeout=seconds), processes))
         return [(p.returncode, *text) for p, text in zip(processes, texts, strict=True)]

@@ -48,7 +48,9 @@ def test_a_rank_that_stalls_for_a_moment_is_waited_for(tmp_path, uninterrupted):
         ranks[1].send_signal(signal.SIGSTOP)
         assert runs.wait(ranks[:1], 2) == [None]
         ranks[1].send_signal(signal.SIGCONT)
-        assert runs.wait(ranks, runs.START_S) == [0, 0], runs.shown(runs.said(folder, 2))
+        assert runs.wait(ranks, runs.patience(runs.START_S)) == [0, 0], runs.shown(
+            runs.said(folder, 2)
+        )
     finally:
         runs.stop(ranks)
     assert runs.losses(folder) == curve

@@ -20,6 +20,7 @@ from cluster_cases import (
     words,
 )
 from namespaces import ADDRESSES, NAMES, two_hosts
+from processes import patience
 
 pytestmark = pytest.mark.slow
 PORT = 23456
@@ -53,7 +54,7 @@ def run(*commands, **more):
         for command in commands
     ]
     try:
-        texts = [process.communicate(timeout=100)[0] for process in processes]
+        texts = [process.communicate(timeout=patience(100))[0] for process in processes]
     finally:
         for process in processes:
             process.kill()

@@ -15,7 +15,7 @@ import runs
 )
 def test_all_end_with_the_difference(odd, differs, tmp_path):
     ranks = runs.start(tmp_path, 2, "--odd", odd)
-    codes = runs.wait(ranks, runs.START_S)
+    codes = runs.wait(ranks, runs.patience(runs.START_S))
     runs.stop(ranks)
     texts = runs.said(tmp_path, 2)
     assert codes == [1, 1], texts
@@ -28,7 +28,7 @@ def test_all_end_with_the_difference(odd, differs, tmp_path):
 
 def test_an_error_on_one_rank_ends_all_and_is_named(tmp_path):
     ranks = runs.start(tmp_path, 2, "--odd", "error")
-    codes = runs.wait(ranks, runs.START_S)
+    codes = runs.wait(ranks, runs.patience(runs.START_S))
     runs.stop(ranks)
     texts = runs.said(tmp_path, 2)
     assert codes == [70, 1], texts  # another attempt would fail as well

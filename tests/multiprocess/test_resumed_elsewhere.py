@@ -11,7 +11,7 @@ ARGS = ("--steps", 60, "--pause", 0)
 
 def part(folder, world, devices, *args):
     ranks = runs.start(folder, world, *ARGS, *args, devices=devices)
-    codes = runs.wait(ranks, runs.START_S)
+    codes = runs.wait(ranks, runs.patience(runs.START_S))
     runs.stop(ranks)
     assert codes == [0] * world, runs.shown(runs.said(folder, world))
 

@@ -20,9 +20,10 @@ def writing(path: str | os.PathLike[str], *others: type[Exception]) -> Iterator[
     Raises:
       BadInput: it cannot be written.
     """
+    reported: tuple[type[Exception], ...] = (OSError, *others)
     try:
         yield
-    except (OSError, *others) as error:
+    except reported as error:
         reason = getattr(error, "strerror", None) or first_line(error)
         raise BadInput(f"cannot write {os.fspath(path)}: {reason}") from None
 
