@@ -3,13 +3,17 @@
 docs_cases.py says how blocks are read and run.
 """
 
+import contextlib
 import doctest
+import functools
 import importlib
+import io
 import pkgutil
 import re
 import shlex
 import subprocess
 import sys
+import tempfile
 
 import cli
 import jax
@@ -60,32 +64,44 @@ def train_arguments(line):
     return [*shlex.split(line.partition("train.py")[2]), "--steps", "2", "--dataset", "digits"]
 
 
+@functools.cache
+def train_once(*arguments):
+    """Return what a training prints, and its exit code: many lines are one, cut down so."""
+    printed = io.StringIO()
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        contextlib.chdir(folder),
+        contextlib.redirect_stdout(printed),
+    ):
+        return printed, train.main([*arguments])
+
+
 SCRIPT = "python examples/mnist/train.py"
 TRAINING = [row for row in COMMANDS if row[1].startswith(SCRIPT) and "--process-id" not in row[1]]
 
 
 @pytest.mark.parametrize("page,line,shown", TRAINING, ids=[r[1] for r in TRAINING])
-def test_training_command(page, line, shown, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_training_command(page, line, shown):
     assert line.startswith("python examples/mnist/train.py")
-    assert train.main(train_arguments(line)) == 0
-    assert_shown(shown, capsys.readouterr().out)
+    printed, code = train_once(*train_arguments(line))
+    assert code == 0
+    assert_shown(shown, printed.getvalue())
 
 
 MAKE = [row for row in COMMANDS if row[1].startswith("make ")]
 
 
 @pytest.mark.parametrize("page,line,shown", MAKE, ids=[f"{r[0]}: {r[1]}" for r in MAKE])
-def test_make_target(page, line, shown, tmp_path, monkeypatch, capsys):
+def test_make_target(page, line, shown):
     done = run("make", "-n", *shlex.split(line)[1:])
     assert done.returncode == 0, done.stderr
     if not shown:
         return
     recipe = next(r for r in done.stdout.splitlines() if "examples/mnist/train.py" in r)
-    monkeypatch.chdir(tmp_path)
-    assert train.main(train_arguments(recipe)) == 0
+    out, code = train_once(*train_arguments(recipe))
+    assert code == 0
     *table, verdict = shown[shown.index("kind ") :].splitlines()
-    printed = capsys.readouterr().out
+    printed = out.getvalue()
     assert verdict == printed.splitlines()[-1]
     assert_shown("\n".join(table), printed)
 
@@ -105,7 +121,7 @@ def test_commands_of_several_processes(page, tmp_path):
     script = ROOT / "examples/mnist/train.py"
     processes = [
         subprocess.Popen(
-            [sys.executable, script, *train_arguments(line)],
+            [sys.executable, script, *train_arguments(line), "--model", "mlp"],
             cwd=tmp_path,
             env=environment(),
             stdout=subprocess.PIPE,

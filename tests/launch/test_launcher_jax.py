@@ -37,7 +37,7 @@ def test_two_ranks_of_two_devices_sum_over_all():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("culprit", [0, 1, 2])
+@pytest.mark.parametrize("culprit", [0, pytest.param(1, marks=pytest.mark.extra), 2])
 def test_the_rank_that_fails_is_named_not_those_that_the_watch_ends(culprit, tmp_path):
     raises = write_script(
         tmp_path,

@@ -67,7 +67,9 @@ def assert_last_words(ranks, why, but=(), phase="step", code=75, since=None):
             assert within(rank.ended - since, BOUND_S)
 
 
-@pytest.mark.parametrize("world, victim", [(2, 1), (3, 1), (3, 2)])
+@pytest.mark.parametrize(
+    "world, victim", [(2, 1), pytest.param(3, 1, marks=pytest.mark.extra), (3, 2)]
+)
 def test_a_rank_is_killed(start, world, victim):
     ranks = start(world, steps=FOREVER, watch=SOON)
     under_way(ranks)
@@ -84,7 +86,7 @@ def test_a_rank_is_killed(start, world, victim):
     assert any(re.search(r"^\S*Error: .*[Gg]loo", rank.err, re.M) for rank in ranks)
 
 
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("world", [pytest.param(2, marks=pytest.mark.extra), 3])
 def test_the_coordinator_is_killed(start, world):
     left = []
     for _ in range(3):  # jax aborts 0.1 to 0.3 s later: on a busy machine it may be faster
@@ -107,7 +109,7 @@ def test_the_coordinator_is_killed(start, world):
         assert "Thread MainThread (most recent call first):\n" in rank.err
 
 
-@pytest.mark.parametrize("victim", [0, 1, 2])
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.extra), 2])
 def test_a_rank_is_stopped_and_goes_on_after_the_others_have_ended(start, victim):
     ranks = start(3, steps=FOREVER, watch=SOON)
     under_way(ranks)

@@ -8,7 +8,7 @@ import threading
 import time
 from dataclasses import dataclass, field
 
-from processes import free_port, rank_environment
+from processes import free_port, patience, rank_environment
 
 WORKER = pathlib.Path(__file__).with_name("watch_worker.py")
 DEADLINE_S = 90
@@ -89,7 +89,7 @@ def kill(ranks):
 
 def wait_until(there, seconds=DEADLINE_S):
     """Wait until something is so."""
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + patience(seconds)
     while not there():
         assert time.monotonic() < deadline, "timed out"
         time.sleep(0.01)
@@ -97,7 +97,7 @@ def wait_until(there, seconds=DEADLINE_S):
 
 def finish(ranks, seconds=DEADLINE_S):
     """Wait for the ranks' ends; kill what is left, and fail if that is anybody."""
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + patience(seconds)
     for rank in ranks:
         rank.threads[-1].join(max(0.0, deadline - time.monotonic()))
     late = [number for number, rank in enumerate(ranks) if rank.process.poll() is None]

@@ -86,10 +86,18 @@ def check(truth, dp, pp, sizes):
     assert report.exact, str(report)
 
 
+# Plans with one kind of mask alone: both kinds meet stages, and one device.
+MASKS = {
+    "dp x tp x zero bubble": "tokens",
+    "zero3 x interleaved": "examples",
+    "chunks on one device": "tokens",
+}
+
+
 @pytest.mark.parametrize("name", FEW)
 def test_a_step_is_the_same_under_every_plan(truth, name):
-    if truth[0] == "examples" and name == "chunks on one device":
-        pytest.skip("masks of examples are seen with fewer plans")
+    if SWEEP not in os.environ and MASKS.get(name, truth[0]) != truth[0]:
+        pytest.skip(f"set {SWEEP}=1 for masks of both kinds with every plan")
     check(truth, *FEW[name])
 
 
