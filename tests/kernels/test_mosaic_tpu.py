@@ -12,6 +12,7 @@ from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interprete
 from jax.experimental.pallas import tpu as pltpu
 
 from txcore import kernels
+from txcore.kernels.conv import strips
 from txcore.kernels.cross_entropy.blocks import LossTiles
 from txcore.kernels.dense import pallas as dense
 from txcore.kernels.dense.api import KERNELS as DENSE
@@ -90,6 +91,24 @@ def test_dropout_in_several_tiles(simulated):
     got = kernels.dropout(x, keys, 0.3, implementation="mosaic_tpu", config=config)
     kept = np.stack([jax.random.bits(key, (300,)) for key in keys]) >= round(0.3 * 2**32)
     assert_close([got], [np.where(kept, np.asarray(x, np.float64) / 0.7, 0)])
+
+
+CONVS = {
+    "pool": ((5, 8, 9, 1), (5, 5, 1, 6), {"activation": "relu", "pool": 2}),
+    "valid": ((5, 7, 6, 3), (2, 3, 3, 4), {"pool": 2, "padding": "VALID"}),
+    "plain": ((5, 4, 6, 2), (3, 3, 2, 3), {}),
+}
+
+
+@pytest.mark.parametrize("name", CONVS)
+def test_a_convolution_in_several_blocks_of_images(simulated, name):
+    x, w, options = CONVS[name]
+    args = normals(x, w, w[3:])
+    op = partial(
+        *(kernels.conv2d,), **options, implementation="mosaic_tpu", config=strips.Config(2, 3)
+    )
+    out, truths = oracles.conv2d(*args, g=lambda out: out, **options)
+    assert_close(with_gradients(op, args), (out, *truths))
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])

@@ -125,8 +125,9 @@ def _list_others(setups: Sequence[Setup], operation: Operation) -> Iterator[tupl
         way, run = _OTHERS[operation.name]
         yield way, replace(operation, run=run)
         return
-    lacking = [algorithms_for([s.mesh.shape[axis] for axis in s.axes]) for s in setups]
-    for name in ALGORITHMS:
+    platform = setups[0].mesh.devices.flat[0].platform
+    lacking = [algorithms_for([s.mesh.shape[axis] for axis in s.axes], platform) for s in setups]
+    for name in lacking[0]:
         if name != "plain" and not any(lacks[name] for lacks in lacking):
             yield f"tx.DP(algorithm={name!r})", mean_by(name)
 
