@@ -97,9 +97,9 @@ def _find_path(machine: Machine, kind: str, members: Groups | Pairs) -> _Path:
     if not members:  # a send, whose receiver is in another program
         return _Path(machine.chip.link_bytes_per_second, frozenset(), 1)
     spread = [[machine.places[device] for device in some] for some in members]
-    if kind == REMOTE_DMA:
-        return _path_round_ring(machine, spread)
     on_torus = machine.chip.network_bytes_per_second is None
+    if kind == REMOTE_DMA and on_torus:
+        return _path_round_ring(machine, spread)
     return (_path_on_torus if on_torus else _path_on_hosts)(machine, kind, spread)
 
 

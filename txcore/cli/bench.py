@@ -40,6 +40,8 @@ def measure_collectives(options: argparse.Namespace) -> int:
     join_run(options)
     setup = _make_setup(options)
     operations = _select_operations(options, names, setup)
+    if options.record:
+        _refuse_simulated(operations)
     run = report.describe_run(setup, describe_machine())
     show_once(report.format_run(run))
     with _wide_dtypes(options.dtype):
@@ -75,6 +77,15 @@ def _find_tuning_file(options: argparse.Namespace) -> str:
     except TuningError as error:
         raise BadInput(str(error)) from None
     return file
+
+
+def _refuse_simulated(operations: list["Operation"]) -> None:
+    for operation in operations:
+        if operation.simulated:
+            raise BadUsage(
+                f"--record needs measured times, and {operation.algorithm} is simulated on cpu: "
+                "leave it out"
+            )
 
 
 def _record_fastest(file: str, setup: "Setup", rows: list["Row"], machine: str) -> None:
