@@ -1,5 +1,6 @@
 """The kernels for TPUs, simulated: against float64, with races and unwritten memory detected."""
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -12,6 +13,8 @@ from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interprete
 from jax.experimental.pallas import tpu as pltpu
 
 from txcore import kernels
+from txcore.kernels.bucket import mosaic as bucket
+from txcore.kernels.bucket import mosaic_copies
 from txcore.kernels.conv import strips
 from txcore.kernels.cross_entropy.blocks import LossTiles
 from txcore.kernels.dense import pallas as dense
@@ -109,6 +112,49 @@ def test_a_convolution_in_several_blocks_of_images(simulated, name):
     )
     out, truths = oracles.conv2d(*args, g=lambda out: out, **options)
     assert_close(with_gradients(op, args), (out, *truths))
+
+
+# Pieces of 1024 that start anywhere in a tile, ends of less, arrays of less, and two dtypes.
+LEAVES = [(3000, "float32"), (3, "bfloat16"), (1024, "float32"), (1500, "bfloat16"), (5, "float32")]
+
+
+@pytest.mark.parametrize("count", [1, 5])
+def test_packing_and_unpacking_by_pieces(simulated, count):
+    leaves = [normals((size,))[0].astype(dtype) for size, dtype in LEAVES[:count]]
+    config = bucket.Config(1024)
+    scale = jnp.float32(1 / 3)
+    flat = bucket.pack(*leaves, scale, config=config, dtype="bfloat16", scaled=True)
+    exact = np.concatenate([np.asarray(x, np.float64) for x in leaves]) * np.float64(scale)
+    wanted = exact.astype(np.float32).astype(jnp.bfloat16)
+    np.testing.assert_array_equal(np.asarray(flat), wanted)
+    shapes, dtypes = zip(*(((size,), dtype) for size, dtype in LEAVES[:count]), strict=True)
+    back = bucket.unpack(flat, config=config, shapes=shapes, dtypes=dtypes)
+    np.testing.assert_array_equal(np.concatenate(back).astype(jnp.bfloat16), wanted)
+
+
+def test_a_piece_that_is_read_before_it_arrives_is_found(monkeypatch):
+    """The planted race: nobody waits for what arrives."""
+
+    class NoWait:
+        def __init__(self, copy):
+            self.start = copy.start
+
+        def wait(self):
+            pass
+
+    fetch = mosaic_copies.Pipe.fetch
+    monkeypatch.setattr(mosaic_copies.Pipe, "fetch", lambda *a: NoWait(fetch(*a)))
+    (x,) = normals((2048,))
+    raised = ""
+    eager = dataclasses.replace(TWO_CORES, dma_execution_mode="eager")
+    try:
+        with pltpu.force_tpu_interpret_mode(eager):
+            config = bucket.Config(1024)
+            jax.block_until_ready(bucket.pack(x, config=config, dtype="float32", scaled=False))
+    except jax.errors.JaxRuntimeError as error:
+        raised = str(error)
+    assert "RACE DETECTED" in raised or interpreter.races.races_found
+    pltpu.reset_tpu_interpret_mode_state()
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
