@@ -15,7 +15,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from txcore import _compat, varying
 from txcore.kernels.bucket import mosaic_kernels

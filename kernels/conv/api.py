@@ -51,9 +51,10 @@ def conv2d(
       implementation: None for the fastest known, or a back end by name: "xla", or "pallas" for the
         platform's Pallas kernel (`txcore.kernels.dispatch.back_ends` lists all).
       config: how the named implementation computes it, `kernels.conv.xla.Config`,
-        `kernels.conv.geometry.Blocks` or `kernels.conv.strips.Config`; None for the fastest known. The forms "winograd" and
-        "windows" (the first choices on CPU) round differently from XLA's convolution, as
-        accurately, and spread a value that is not finite over the whole window that reads it.
+        `kernels.conv.geometry.Blocks` or `kernels.conv.strips.Config`; None for the fastest known.
+        The forms "winograd" and "windows" (the first choices on CPU) round differently from XLA's
+        convolution, as accurately, and spread a value that is not finite over the whole window
+        that reads it; "mosaic_tpu" spreads it over the strip of windows that reads it.
 
     Returns:
       Shape (batch, out_height, out_width, out_channels), x's dtype, where the height and width

@@ -1,7 +1,7 @@
 """The convolution in Pallas kernels for TPUs: images lie in the lanes, interpreted elsewhere.
 
-The images become (height, width * channels, batch): 128 of them fill the lanes of a vector register,
-and a shift by a row moves no data. `mosaic_kernels` describes the products.
+The images become (height, width * channels, batch): 128 of them fill the lanes of a vector
+register, and a shift by a row moves no data. `mosaic_kernels` describes the products.
 """
 
 from collections.abc import Callable, Sequence

@@ -16,7 +16,6 @@ from txcore.bench.measure import check_results, compile_operation
 from txcore.bench.operations import Axes, Run
 from txcore.launch import key_value
 from txcore.outside import first_line
-from txcore.parallel.gradients.algorithms import ALGORITHMS
 
 DTYPES = ("float32", "bfloat16", "float16", "int32", "int8")
 # Elements of a device's part: one, an odd number, and more than any backend sends in one piece.
