@@ -166,6 +166,7 @@ def _call_kernel(
     from jax.experimental.pallas import tpu
 
     compiled = registry.current_device()[0] == "tpu"
+    blocks = -(-strips.geometry.batch // strips.images)
     is_sum = any(len(shape) == 2 for shape, _ in results)
 
     def block_of(shape: tuple[int, ...]) -> Any:
@@ -177,13 +178,18 @@ def _call_kernel(
         return pl.pallas_call(  # type: ignore[no-any-return]
             partial(kernel, strips=strips),
             [_compat.shape_like(arrays[0], shape, dtype) for shape, dtype in results],
-            grid=(-(-strips.geometry.batch // strips.images),),
+            grid=(blocks,),
             in_specs=[block_of(array.shape) for array in arrays],
             out_specs=[block_of(shape) for shape, _ in results],
             scratch_shapes=[
                 tpu.VMEM((*shape, strips.images), strips.geometry.accumulator) for shape in scratch
             ],
             interpret=not compiled,
+            cost_estimate=pl.CostEstimate(
+                flops=blocks * strips.flops,
+                bytes_accessed=sum(x.size * x.dtype.itemsize for x in arrays),
+                transcendentals=0,
+            ),
             compiler_params=tpu.CompilerParams(
                 dimension_semantics=("arbitrary" if is_sum else "parallel",),
                 vmem_limit_bytes=VMEM_BYTES,

@@ -91,6 +91,12 @@ class Strips:
         return -(-height * width * self.geometry.channels // SUBLANES) * SUBLANES
 
     @property
+    def flops(self) -> int:
+        """The FLOPs of the products for a block of images, those with zeros too."""
+        height, width = self.geometry.pooled_size
+        return height * (width // self.windows) * 2 * self.rows * self.depth * self.images
+
+    @property
     def product_cost(self) -> float:
         """The rows that pass the tiles of the matrix unit for a window, and those that fill it."""
         tiles = -(-self.depth // LANES)
