@@ -15,7 +15,7 @@ from txcore import _compat, varying
 from txcore.kernels.common import mosaic_blocks
 from txcore.kernels.conv import mosaic_kernels
 from txcore.kernels.conv.geometry import Geometry
-from txcore.kernels.conv.strips import Config, Strips, place_filters
+from txcore.kernels.conv.strips import LANES, Config, Strips, place_filters
 from txcore.kernels.dispatch import registry
 from txcore.kernels.dispatch.problem import Problem
 
@@ -86,8 +86,14 @@ def conv2d(
     padding: str,
 ) -> jax.Array:
     """Compute the op of `txcore.kernels.conv2d` on checked operands."""
-    geometry = Geometry.from_shapes(x, w, activation, pool, padding)
-    return _conv2d(x, w, b, Strips.from_config(geometry, config))
+    strips = Strips.from_config(Geometry.from_shapes(x, w, activation, pool, padding), config)
+    is_cut = strips.images % LANES != 0 and strips.images < x.shape[0]
+    if is_cut and registry.current_device()[0] == "tpu":
+        raise ValueError(
+            f"conv2d: images of Config needs a multiple of {LANES} on a TPU, or the whole batch of "
+            f"{x.shape[0]}, got {config.images}: leave it out"
+        )
+    return _conv2d(x, w, b, strips)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -120,16 +126,16 @@ def _backward(
     geometry = strips.geometry
     g = g.transpose(1, 2, 3, 0)
     sources = [g] if choice is None else [g, choice]
-    placed, gather_filters = jax.vjp(lambda w: place_filters(w, strips), w)
+    wide = geometry.accumulator  # in which a filter's places are added up, to be rounded once
+    placed, gather_filters = jax.vjp(lambda w: place_filters(w, strips), w.astype(wide))
     (dx,) = _call_kernel(
         mosaic_kernels.data_gradient,
         strips,
-        [placed.T, *sources],
+        [placed.T.astype(w.dtype), *sources],
         [(images.shape, images.dtype)],
         [strips.padded_shape, (strips.rows,)],
     )
     dx = dx.reshape(geometry.height, geometry.width, geometry.channels, geometry.batch)
-    wide = geometry.accumulator
     sums, db = _call_kernel(
         mosaic_kernels.filter_gradient,
         strips,
@@ -137,9 +143,9 @@ def _backward(
         [((strips.rows, strips.depth), wide), ((strips.rows, strips.images), wide)],
         [strips.padded_shape, (strips.depth,), (strips.rows,)],
     )
-    (dw,) = gather_filters(sums.astype(w.dtype))
+    (dw,) = gather_filters(sums)
     db = db.reshape(-1, strips.features, strips.images).sum((0, 2))[: geometry.features]
-    return dx.transpose(3, 0, 1, 2), dw, db.astype(g.dtype)
+    return dx.transpose(3, 0, 1, 2), dw.astype(w.dtype), db.astype(g.dtype)
 
 
 _conv2d.defvjp(_forward, _backward)

@@ -1,6 +1,7 @@
 """The kernels for TPUs, simulated: against float64, with races and unwritten memory detected."""
 
 import dataclasses
+import re
 from functools import partial
 
 import jax
@@ -11,11 +12,13 @@ import numpy as np
 import pytest
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
 from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from txcore import kernels
 from txcore.kernels.bucket import mosaic as bucket
 from txcore.kernels.bucket import mosaic_copies
 from txcore.kernels.conv import strips
+from txcore.kernels.conv.api import KERNELS as CONV
 from txcore.kernels.cross_entropy.blocks import LossTiles
 from txcore.kernels.dense import pallas as dense
 from txcore.kernels.dense.api import KERNELS as DENSE
@@ -212,6 +215,28 @@ def test_a_dtype_that_a_tpu_does_not_load_is_refused():
     assert SGD_MOMENTUM["mosaic_tpu"].refuse(what) == reason
     what = on_tpu("sgd_momentum", ((8,),) * 3, "float32", dtypes=("float32", "float16"))
     assert SGD_MOMENTUM["mosaic_tpu"].refuse(what) == reason
+
+
+def test_a_convolution_that_does_not_fit_or_cuts_its_lanes_is_refused():
+    options = {"activation": None, "pool": None, "padding": "SAME"}
+    small = on_tpu("conv2d", ((8, 14, 14, 32), (3, 3, 32, 64), (64,)), **options)
+    large = on_tpu("conv2d", ((8, 224, 224, 3), (3, 3, 3, 64), (64,)), **options)
+    refuse = CONV["mosaic_tpu"].refuse
+    assert refuse(small) is None
+    assert re.fullmatch(
+        r"its kernel holds 128 whole images in a TPU's vector memory, and the \d+ bytes of them "
+        rf"are more than {60 << 20} \(use smaller images or fewer channels\)",
+        refuse(large),
+    )
+    device = AbstractDevice(device_kind="TPU v5 lite", num_cores=None, platform="tpu")
+    mesh = AbstractMesh((1,), ("i",), (AxisType.Auto,), abstract_device=device)
+    x, w, b = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((9, 6, 6, 1), (3, 3, 1, 4), (4,)))
+    cut = {"implementation": "mosaic_tpu", "config": strips.Config(1, images=4)}
+    text = (
+        "images of Config needs a multiple of 128 on a TPU, or the whole batch of 9, got 4: leave"
+    )
+    with jax.sharding.use_abstract_mesh(mesh), pytest.raises(ValueError, match=text):
+        jax.eval_shape(partial(kernels.conv2d, **cut), x, w, b)
 
 
 @pytest.mark.parametrize("shapes", [((8, 20_000), (20_000, 16)), ((20_000, 8), (8, 16))])
