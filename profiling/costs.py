@@ -5,13 +5,15 @@ from typing import Any
 
 import jax
 
+from txcore.profiling import meshes
 from txcore.profiling.audit import audit_program
-from txcore.profiling.cost.machine import Machine, machine_on
+from txcore.profiling.cost.machine import REMOTE_DMA, Machine, machine_on
 from txcore.profiling.cost.memory import memory_of
 from txcore.profiling.cost.model import CostModel, total_by_axis
 from txcore.profiling.cost.replicated import replicated
-from txcore.profiling.cost.schedule import schedule
+from txcore.profiling.cost.schedule import Sends, schedule
 from txcore.profiling.program import Program, compile_for_target, compile_program
+from txcore.profiling.report import Report
 from txcore.profiling.targets import parse_target
 
 
@@ -102,9 +104,21 @@ def costs_of(program: Program, *, at_least: int = 1 << 20) -> Costs:
         memory_size=int(machine.chip.hbm_bytes) if machine is not None else None,
         replicated=replicated(program.compiled, at_least=at_least),
         schedule=schedule(
-            text, machine=machine, devices=len(_devices_of_largest_mesh(program.compiled)) or 1
+            text,
+            machine=machine,
+            devices=len(_devices_of_largest_mesh(program.compiled)) or 1,
+            sends=_sends_of(report),
         ),
     )
+
+
+def _sends_of(report: Report) -> Sends:
+    """Return what a program's kernels send by remote DMA, as the audit found it."""
+    return {
+        row.op: (row.wire_bytes, meshes.device_groups(tuple(report.mesh), row.axes))
+        for row in report.collectives
+        if row.kind == REMOTE_DMA
+    }
 
 
 def _machine_of(program: Program) -> Machine | None:

@@ -1,6 +1,6 @@
 """Convolution with bias, ReLU and max-pooling in one op.
 
-Imports `kernels.common`, `kernels.dispatch`, `varying`.
+Imports `_compat`, `kernels.common`, `kernels.dispatch`, `varying`.
 """
 
 from txcore.kernels.conv.api import conv2d

@@ -7,7 +7,7 @@ from jax.typing import ArrayLike
 
 from txcore import varying
 from txcore.kernels.common import checks
-from txcore.kernels.conv import pallas, xla
+from txcore.kernels.conv import mosaic, pallas, xla
 from txcore.kernels.dispatch import registry
 
 Activation = Literal["relu"] | None
@@ -16,6 +16,7 @@ Padding = Literal["SAME", "VALID"]
 KERNELS: registry.Kernels = {
     "xla": registry.Kernel(xla.conv2d, xla.list_configs),
     "pallas_triton": registry.Kernel(pallas.conv2d, pallas.list_configs, pallas.explain_refusal),
+    "mosaic_tpu": registry.Kernel(mosaic.conv2d, mosaic.list_configs, mosaic.explain_refusal),
 }
 
 
@@ -28,7 +29,7 @@ def conv2d(
     pool: Literal[2] | None = None,
     padding: Padding = "SAME",
     implementation: registry.Implementation | None = None,
-    config: xla.Config | pallas.Blocks | None = None,
+    config: xla.Config | pallas.Blocks | mosaic.Config | None = None,
 ) -> jax.Array:
     """Convolve images by a filter with stride 1, add a bias, activate and pool, in this order.
 
@@ -49,10 +50,11 @@ def conv2d(
       padding: "SAME" pads with zeros to keep height and width, "VALID" does not pad.
       implementation: None for the fastest known, or a back end by name: "xla", or "pallas" for the
         platform's Pallas kernel (`txcore.kernels.dispatch.back_ends` lists all).
-      config: how the named implementation computes it, `kernels.conv.xla.Config` or
-        `kernels.conv.geometry.Blocks`; None for the fastest known. The forms "winograd" and
-        "windows" (the first choices on CPU) round differently from XLA's convolution, as
-        accurately, and spread a value that is not finite over the whole window that reads it.
+      config: how the named implementation computes it, `kernels.conv.xla.Config`,
+        `kernels.conv.geometry.Blocks` or `kernels.conv.strips.Config`; None for the fastest known.
+        The forms "winograd" and "windows" (the first choices on CPU) round differently from XLA's
+        convolution, as accurately, and spread a value that is not finite over the whole window
+        that reads it; "mosaic_tpu" spreads it over the strip of windows that reads it.
 
     Returns:
       Shape (batch, out_height, out_width, out_channels), x's dtype, where the height and width

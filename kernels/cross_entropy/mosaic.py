@@ -1,50 +1,30 @@
 """The loss of logits in the Pallas kernels over tiles of scores, as TPUs run it."""
 
-from functools import partial
-
 import jax
 
 from txcore.kernels.common import checks, pallas_tiles
 from txcore.kernels.cross_entropy import online, pallas
 from txcore.kernels.cross_entropy.blocks import LossTiles
-
-Residuals = tuple[jax.Array, jax.Array, online.Normalizer]
-
-
-def cross_entropy(
-    logits: jax.Array, labels: jax.Array, *, config: LossTiles, label_smoothing: float
-) -> jax.Array:
-    """Compute the op of `txcore.kernels.cross_entropy` on checked operands."""
-    rows = logits.reshape(-1, logits.shape[-1])
-    return _cross_entropy(rows, labels.reshape(-1), config, label_smoothing).reshape(labels.shape)
+from txcore.kernels.cross_entropy.derivatives import make_cross_entropy
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _cross_entropy(
+def _compute_stats(
     logits: jax.Array, labels: jax.Array, config: LossTiles, smoothing: float
+) -> online.Stats:
+    return pallas.compute_stats(_source_of(logits, config), labels, smoothing)
+
+
+def _compute_gradient(
+    logits: jax.Array,
+    labels: jax.Array,
+    normalizer: online.Normalizer,
+    g: jax.Array,
+    config: LossTiles,
+    smoothing: float,
 ) -> jax.Array:
-    return _forward(logits, labels, config, smoothing)[0]
-
-
-def _forward(
-    logits: jax.Array, labels: jax.Array, config: LossTiles, smoothing: float
-) -> tuple[jax.Array, Residuals]:
-    known = pallas.compute_stats(_source_of(logits, config), labels, smoothing)
-    loss, normalizer = online.compute_losses(known, labels, logits.shape[1], smoothing)
-    return loss, (logits, labels, normalizer)
-
-
-def _backward(
-    config: LossTiles, smoothing: float, residuals: Residuals, g: jax.Array
-) -> tuple[jax.Array, None]:
-    logits, labels, normalizer = residuals
     classes, dtype = logits.shape[1], logits.dtype
     source = _source_of(logits, config)
-    out = pallas.compute_gradient(source, labels, normalizer, g, classes, smoothing, dtype)
-    return out, None
-
-
-_cross_entropy.defvjp(_forward, _backward)
+    return pallas.compute_gradient(source, labels, normalizer, g, classes, smoothing, dtype)
 
 
 def _source_of(logits: jax.Array, config: LossTiles) -> pallas.Source:
@@ -60,3 +40,6 @@ def _source_of(logits: jax.Array, config: LossTiles) -> pallas.Source:
     return pallas.Source(
         (count, classes), (rows, columns), [(padded, tile)], read_scores, config.warps
     )
+
+
+cross_entropy = make_cross_entropy(_compute_stats, _compute_gradient)

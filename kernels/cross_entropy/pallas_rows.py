@@ -7,7 +7,6 @@ gradient's kernel reads the row again and writes. Nothing is padded: a row's odd
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
@@ -18,9 +17,8 @@ from jax import lax
 from txcore.kernels.common import checks
 from txcore.kernels.common import pallas_masked as masked
 from txcore.kernels.cross_entropy import online
+from txcore.kernels.cross_entropy.derivatives import make_cross_entropy
 from txcore.kernels.dispatch.problem import Problem
-
-Residuals = tuple[jax.Array, jax.Array, online.Normalizer]
 
 
 @dataclass(frozen=True)
@@ -63,40 +61,6 @@ def list_configs(problem: Problem) -> Sequence[LossRuns]:
 def explain_refusal(problem: Problem) -> str | None:
     """Return why the kernels cannot compute a problem, or None."""
     return masked.explain_too_large(int(np.prod(problem.shapes[0], dtype=np.int64)))
-
-
-def cross_entropy(
-    logits: jax.Array, labels: jax.Array, *, config: LossRuns, label_smoothing: float
-) -> jax.Array:
-    """Compute the op of `txcore.kernels.cross_entropy` on checked operands."""
-    rows = logits.reshape(-1, logits.shape[-1])
-    losses = _cross_entropy(rows, labels.reshape(-1), config, label_smoothing)
-    return losses.reshape(labels.shape)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _cross_entropy(
-    logits: jax.Array, labels: jax.Array, config: LossRuns, smoothing: float
-) -> jax.Array:
-    return _forward(logits, labels, config, smoothing)[0]
-
-
-def _forward(
-    logits: jax.Array, labels: jax.Array, config: LossRuns, smoothing: float
-) -> tuple[jax.Array, Residuals]:
-    known = _compute_stats(logits, labels, config, smoothing)
-    loss, normalizer = online.compute_losses(known, labels, logits.shape[1], smoothing)
-    return loss, (logits, labels, normalizer)
-
-
-def _backward(
-    config: LossRuns, smoothing: float, residuals: Residuals, g: jax.Array
-) -> tuple[jax.Array, None]:
-    logits, labels, normalizer = residuals
-    return _compute_gradient(logits, labels, normalizer, g, config, smoothing), None
-
-
-_cross_entropy.defvjp(_forward, _backward)
 
 
 def _compute_stats(
@@ -202,3 +166,6 @@ def _compute_gradient(
         warps=config.warps,
     )
     return out.reshape(rows, classes)
+
+
+cross_entropy = make_cross_entropy(_compute_stats, _compute_gradient)

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
@@ -11,7 +10,7 @@ import jax.numpy as jnp
 from txcore.kernels.common import mosaic_blocks
 from txcore.kernels.dispatch.problem import Problem
 from txcore.kernels.optimizer import equations
-from txcore.kernels.optimizer.results import aliases_of, order_results
+from txcore.kernels.optimizer.results import aliases_of, make_update, order_results
 
 
 @dataclass(frozen=True)
@@ -29,22 +28,6 @@ def list_configs(problem: Problem) -> Sequence[Config]:
 def explain_refusal(problem: Problem) -> str | None:
     """Return why the kernel cannot update this array, or None."""
     return mosaic_blocks.explain_refusal(problem, *problem.get_option("dtypes"))
-
-
-def sgd_momentum(
-    *operands: jax.Array, config: Config, dtypes: tuple[str, ...], **options: Any
-) -> tuple[jax.Array, ...]:
-    """Compute the op of `txcore.kernels.sgd_momentum` on checked operands."""
-    equation = partial(equations.sgd_momentum, **options)
-    return _update_arrays(equation, operands[:3], operands[3:], dtypes, config)
-
-
-def adamw(
-    *operands: jax.Array, config: Config, dtypes: tuple[str, ...], **options: Any
-) -> tuple[jax.Array, ...]:
-    """Compute the op of `txcore.kernels.adamw` on checked operands."""
-    equation = partial(equations.adamw, **options)
-    return _update_arrays(equation, operands[:4], operands[4:], dtypes, config)
 
 
 def _update_arrays(
@@ -76,3 +59,7 @@ def _update_arrays(
         aliases=aliases_of(count),
     )
     return tuple(x.reshape(shape) for x in results)
+
+
+sgd_momentum = make_update(_update_arrays, equations.sgd_momentum, 3)
+adamw = make_update(_update_arrays, equations.adamw, 4)

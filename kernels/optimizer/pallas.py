@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
@@ -13,7 +12,7 @@ from txcore.kernels.common import pallas_masked as masked
 from txcore.kernels.common import pallas_tiles
 from txcore.kernels.dispatch.problem import Problem
 from txcore.kernels.optimizer import equations
-from txcore.kernels.optimizer.results import aliases_of, order_results
+from txcore.kernels.optimizer.results import aliases_of, make_update, order_results
 
 
 @dataclass(frozen=True)
@@ -34,23 +33,6 @@ def list_configs(problem: Problem) -> Sequence[Config]:
 def explain_refusal(problem: Problem) -> str | None:
     """Return why the kernel cannot update this array, or None."""
     return masked.explain_too_large(math.prod(problem.shapes[0]))
-
-
-def sgd_momentum(
-    *operands: jax.Array, config: Config, dtypes: tuple[str, ...], **options: Any
-) -> tuple[jax.Array, ...]:
-    """Compute the op of `txcore.kernels.sgd_momentum` on checked operands."""
-    return _update_arrays(
-        partial(equations.sgd_momentum, **options), operands[:3], operands[3:], dtypes, config
-    )
-
-
-def adamw(
-    *operands: jax.Array, config: Config, dtypes: tuple[str, ...], **options: Any
-) -> tuple[jax.Array, ...]:
-    """Compute the op of `txcore.kernels.adamw` on checked operands."""
-    equation = partial(equations.adamw, **options)
-    return _update_arrays(equation, operands[:4], operands[4:], dtypes, config)
 
 
 def _update_arrays(
@@ -94,3 +76,7 @@ def _update_arrays(
         aliases=aliases_of(len(arrays)),
     )
     return tuple(x.reshape(shape) for x in results)
+
+
+sgd_momentum = make_update(_update_arrays, equations.sgd_momentum, 3)
+adamw = make_update(_update_arrays, equations.adamw, 4)

@@ -8,34 +8,24 @@ second computation of it make no difference.
 """
 
 from collections.abc import Callable
-from functools import partial
-from typing import Any
 
 import jax
 
 from txcore.kernels.optimizer import equations
-from txcore.kernels.optimizer.results import order_results
-
-
-def sgd_momentum(
-    *operands: jax.Array, config: None, dtypes: tuple[str, ...], **options: Any
-) -> tuple[jax.Array, ...]:
-    """Compute the op of `txcore.kernels.sgd_momentum` on checked operands."""
-    return _update_arrays(partial(equations.sgd_momentum, **options), operands, dtypes)
-
-
-def adamw(
-    *operands: jax.Array, config: None, dtypes: tuple[str, ...], **options: Any
-) -> tuple[jax.Array, ...]:
-    """Compute the op of `txcore.kernels.adamw` on checked operands."""
-    return _update_arrays(partial(equations.adamw, **options), operands, dtypes)
+from txcore.kernels.optimizer.results import make_update, order_results
 
 
 def _update_arrays(
     equation: Callable[..., tuple[jax.Array, ...]],
-    operands: tuple[jax.Array, ...],
+    arrays: tuple[jax.Array, ...],
+    scalars: tuple[jax.Array, ...],
     dtypes: tuple[str, ...],
+    config: None,
 ) -> tuple[jax.Array, ...]:
-    wide = operands[-1].dtype  # the scalars' dtype is the one to compute in
-    results = order_results(equation(*(x.astype(wide) for x in operands)), len(dtypes))
+    wide = scalars[0].dtype  # the scalars' dtype is the one to compute in
+    results = order_results(equation(*(x.astype(wide) for x in arrays), *scalars), len(dtypes))
     return tuple(x.astype(dtype) for x, dtype in zip(results, dtypes, strict=True))
+
+
+sgd_momentum = make_update(_update_arrays, equations.sgd_momentum, 3)
+adamw = make_update(_update_arrays, equations.adamw, 4)

@@ -94,6 +94,7 @@ def call_ring(
     *,
     name: str,
     interpret: Any,
+    flops: int = 0,
 ) -> list[jax.Array]:
     """Run a kernel once on each device, with references to whole arrays in HBM.
 
@@ -105,6 +106,7 @@ def call_ring(
       scratch: scratch types.
       name: of the kernel.
       interpret: None; True or a `pltpu.InterpretParams` to simulate it on CPU.
+      flops: of its products, for XLA's scheduler and for `costs`.
 
     Returns:
       The results.
@@ -119,6 +121,9 @@ def call_ring(
         place = {name: places[i] for i, name in enumerate(axes)}
         kernel(Ring(axis, size, place), *refs)
 
+    touched = sum(x.size * x.dtype.itemsize for x in operands)
+    cost = pl.CostEstimate(flops=flops, bytes_accessed=touched, transcendentals=0)
+
     def run(places: jax.Array, *arrays: jax.Array) -> list[jax.Array]:
         return pl.pallas_call(  # type: ignore[no-any-return]
             run_there,
@@ -129,6 +134,7 @@ def call_ring(
             ],
             out_specs=[in_hbm] * len(results),
             scratch_shapes=list(scratch),
+            cost_estimate=cost if flops else None,
             compiler_params=pltpu.CompilerParams(collective_id=_collective_id(axis)),
             interpret=pltpu.InterpretParams() if interpret is True else interpret or False,
             name=name,

@@ -34,6 +34,7 @@ def gather_product(
         [accumulator(x, columns), *semaphores, pltpu.SemaphoreType.DMA],
         name="ring_all_gather_matmul",
         interpret=interpret,
+        flops=2 * size * x.size * columns,
     )
     return products, shards
 

@@ -44,6 +44,7 @@ def product_scatter(x: jax.Array, w: jax.Array, axis: str, interpret: Any) -> ja
         ],
         name="ring_matmul_reduce_scatter",
         interpret=interpret,
+        flops=2 * x.size * w.shape[1],
     )
     return out
 

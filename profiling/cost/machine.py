@@ -14,6 +14,7 @@ from txcore.profiling.hlo.read_groups import Pairs
 from txcore.profiling.targets.chips import Chip
 
 _POINT_TO_POINT = ("collective-permute", "send")
+REMOTE_DMA = "remote-dma"  # a kernel's own copies, half of the bytes either way round a ring
 _ALL_TO_ALL = ("all-to-all", "ragged-all-to-all")
 _HALF_WIDTH = ("bfloat16", "float16", "int8", "uint8", "float8", "float4", "int4", "uint4")
 
@@ -62,7 +63,8 @@ class Machine:
 
         A ring passes on all links along the dims of the torus that the group spans, or through
         the network cards of all its GPUs in a host. Its steps are those of one ring for each dim
-        of the torus; between GPUs, of one in each host and a tree of hosts.
+        of the torus; between GPUs, of one in each host and a tree of hosts. A kernel's copies by
+        remote DMA (`REMOTE_DMA`) go from each device of the mesh's order to both of its neighbours.
         """
         sent = wire_bytes(op.kind, max(op.group_size, 1), op.bytes)
         if not sent:
@@ -96,6 +98,8 @@ def _find_path(machine: Machine, kind: str, members: Groups | Pairs) -> _Path:
         return _Path(machine.chip.link_bytes_per_second, frozenset(), 1)
     spread = [[machine.places[device] for device in some] for some in members]
     on_torus = machine.chip.network_bytes_per_second is None
+    if kind == REMOTE_DMA and on_torus:
+        return _path_round_ring(machine, spread)
     return (_path_on_torus if on_torus else _path_on_hosts)(machine, kind, spread)
 
 
@@ -125,6 +129,27 @@ def _path_on_torus(machine: Machine, kind: str, spread: _Spread) -> _Path:
         slowest = max((e * e // 4) / e / ways[dim] for dim, e in extents.items())
         return _Path((n - 1) / n * one / slowest, links, steps)
     return _Path(one * min(sum(ways.values()), machine.chip.links), links, steps)
+
+
+def _path_round_ring(machine: Machine, spread: _Spread) -> _Path:
+    """Return how the copies of a kernel go round a ring, as often over a link as its longest hop.
+
+    Two devices have one link between them, and not two ways round.
+    """
+    n = max(map(len, spread))
+    sizes = [1 + max(along) for along in zip(*machine.places, strict=True)]
+    links = frozenset(
+        f"ici{dim}"
+        for dim in range(len(sizes))
+        if any(len({place[dim] for place in places}) > 1 for places in spread)
+    )
+    hops = max(
+        _count_hops((places[i - 1], places[i]), sizes)
+        for places in spread
+        for i in range(len(places))
+    )
+    one = machine.chip.link_bytes_per_second
+    return _Path(one * min(n - 1, 2) / max(hops, 1), links, (n - 1) * max(hops, 1))
 
 
 def _path_on_hosts(machine: Machine, kind: str, spread: _Spread) -> _Path:

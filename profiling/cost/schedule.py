@@ -10,12 +10,13 @@ kernels, caches, waiting for slower devices, overlap from one trip of a loop to 
 runtimes that leave the compiler's order.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 from txcore.profiling.bandwidth import wire_bytes
-from txcore.profiling.cost.machine import Machine
+from txcore.profiling.cost.machine import REMOTE_DMA, Machine
 from txcore.profiling.cost.timeline import Flight, Timeline
-from txcore.profiling.hlo import HloError, find_collectives, read_modules
+from txcore.profiling.hlo import Groups, HloError, Input, Op, Shape, find_collectives, read_modules
 from txcore.profiling.hlo.graph import Graph
 
 
@@ -99,13 +100,24 @@ class Schedule:
         return max(0.0, 1 - exposed / whole) if whole else 1.0
 
 
-def schedule(hlo: str, *, machine: Machine | None = None, devices: int | None = None) -> Schedule:
+Sends = Mapping[str, tuple[int, Groups]]  # by a custom call's name: bytes of a device, the rings
+
+
+def schedule(
+    hlo: str,
+    *,
+    machine: Machine | None = None,
+    devices: int | None = None,
+    sends: Sends | None = None,
+) -> Schedule:
     """Predict a step from the text of its compiled program.
 
     Args:
       hlo: one optimized, scheduled module: `compiled.as_text()`.
       machine: what it runs on; without it the schedule has no seconds.
       devices: how many devices the program runs on, where the text's header does not say.
+      sends: what custom calls send by remote DMA, which the text does not tell: for each the bytes
+        that a device sends, and the rings. A custom call that is not among them takes no time.
 
     Returns:
       The schedule: totals, and a row for each collective.
@@ -135,7 +147,8 @@ def schedule(hlo: str, *, machine: Machine | None = None, devices: int | None = 
             "schedule needs a scheduled module, whose header says is_scheduled=true, but got "
             f"{header[:60]!r}: pass compiled.as_text() or the last of XLA's dumps"
         )
-    timeline = Timeline(Graph(modules[0]), find_collectives(hlo, devices=devices), machine)
+    ops = [_complete(op, sends or {}) for op in find_collectives(hlo, devices=devices)]
+    timeline = Timeline(Graph(modules[0]), ops, machine)
     computations = modules[0].computations.values()
     entry = next((c.name for c in computations if c.is_entry), None)
     if entry is None:
@@ -156,6 +169,15 @@ def schedule(hlo: str, *, machine: Machine | None = None, devices: int | None = 
         exposed_seconds=run.exposed if is_timed else None,
         is_exact=run.is_exact,
     )
+
+
+def _complete(op: Op, sends: Sends) -> Op:
+    """Return an op with what its kernel sends, where that is known."""
+    if op.kind != "custom-call" or op.name not in sends:
+        return op
+    sent, groups = sends[op.name]
+    operand = Input(Shape("uint8", (sent,), 8))
+    return replace(op, kind=REMOTE_DMA, inputs=(operand,), groups=groups, problem="")
 
 
 def _overlap_of_flight(flight: Flight, is_timed: bool) -> Overlap:

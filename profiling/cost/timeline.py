@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from txcore.profiling.cost.instruction import count_work
-from txcore.profiling.cost.machine import Machine, Transfer
+from txcore.profiling.cost.machine import REMOTE_DMA, Machine, Transfer
 from txcore.profiling.hlo import KINDS, Computation, HloError, Instruction, Op, attributes
 from txcore.profiling.hlo.graph import Call, Graph, Scope, operand_names
 from txcore.profiling.hlo.trip_counts import Trips, trips_of
@@ -126,13 +126,15 @@ class Timeline:
             or _calls_any(instruction, self._starts)
         )
         for op in ops:
-            is_read = op.kind in (*KINDS, "send")
+            is_read = op.kind in (*KINDS, "send", REMOTE_DMA)
             transfer = Transfer(0.0, frozenset())
             if is_read and self._machine:
                 transfer = self._machine.transfer_of(op)
             flight = clock.start_transfer(instruction.name, op, transfer, is_async)
             if not is_read:
                 flight.note = "its bytes are not known: counted as no time"
+        if any(op.kind == REMOTE_DMA for op in ops):  # a kernel that computes while it sends
+            self._run_compute(clock, instruction, self._graph.scope_of(ops[0].computation))
         if not is_async:
             clock.wait_for(instruction.name)
 

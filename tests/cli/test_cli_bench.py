@@ -89,6 +89,23 @@ def test_every_algorithm(capsys):
     assert titles == ["ppermute", *(f"pmean by {n}" for n in ALGORITHMS if n not in left_out)]
 
 
+def test_a_ring_of_tpus_is_simulated_on_cpu(capsys):
+    given = ["--mesh", "data=2", "--algorithm", "remote_dma", "--dtype", "bfloat16"]
+    out = run(capsys, *given, "--max-size", "4K")
+    assert "# pmean by remote_dma over data: 1 group(s) of 2 devices" in out
+    assert "# simulated TPUs: what is wrong counts, the times are the simulator's" in out
+    assert rows_of(out) == [("4096", "2048", "bfloat16", "0")]
+
+
+def test_where_a_ring_of_tpus_runs():
+    assert bench.algorithms_for([4], "tpu")["remote_dma"] == ""
+    for platform in ("cpu", "gpu"):
+        lack = bench.algorithms_for([4], platform)["remote_dma"]
+        assert lack == "TPUs, whose remote DMA it is written for"
+    lack = bench.algorithms_for([2, 4], "tpu")["remote_dma"]
+    assert lack == "one axis, a ring, as --axis data"
+
+
 def test_a_wrong_collective_fails(capsys, monkeypatch):
     wrong = dataclasses.replace(
         bench.OPERATIONS["psum"], run=lambda x, axes: tx.psum(x, axes).at[3].add(1)
@@ -131,6 +148,10 @@ def test_the_fastest_algorithm_is_recorded(capsys, tmp_path, monkeypatch):
     said = re.findall(r"^fastest at (\d+) bytes of float32: (plain|ring)$", out, re.MULTILINE)
     assert [size for size, _ in said] == ["4096", "16384"]
     assert len(read_entries(file)) == 2
+    simulated = ["--mesh", "data=2", "--algorithm", "plain,remote_dma", "--record"]
+    assert cli.main(["bench", *simulated]) == 2
+    said = "--record needs measured times, and remote_dma is simulated on cpu: leave it out"
+    assert said in capsys.readouterr().err
     file.write_text("[")
     assert cli.main(["bench", *given]) == 2
     assert f"the tuning file {file} needs JSON" in capsys.readouterr().err
@@ -155,6 +176,14 @@ BAD = {
     "an algorithm of two axes": (
         ["--mesh", "data=2", "--algorithm", "hierarchical"],
         "--algorithm hierarchical needs at least two axes, as --axis node,device, but got data=2",
+    ),
+    "a ring over two axes": (
+        ["--mesh", "a=2,b=2", "--axis", "a,b", "--algorithm", "remote_dma"],
+        "--algorithm remote_dma needs one axis, a ring, as --axis data, but got a=2,b=2 on cpu",
+    ),
+    "a ring of float64": (
+        ["--mesh", "data=2", "--algorithm", "remote_dma", "--dtype", "float64"],
+        "needs arrays of float32, bfloat16, int32 with algorithm='remote_dma', got float64",
     ),
     "an algorithm of a sum": (
         ["psum", "--algorithm", "ring"],

@@ -17,7 +17,8 @@ pytestmark = [pytest.mark.usefixtures("unoptimized"), pytest.mark.sampled(2)]
 AXIS = "data"
 # The Pallas kernels are interpreted, which an accelerator refuses.
 BOTH = pytest.mark.parametrize(
-    "implementation", ["xla", "pallas"] if machine.ON_CPU else ["xla", "pallas", "triton_ir"]
+    "implementation",
+    ["xla", "pallas", "mosaic_tpu"] if machine.ON_CPU else ["xla", "pallas", "triton_ir"],
 )
 SHAPES = {
     "tree": {"w": (3, 5), "b": [(7,), ()]},
@@ -261,8 +262,8 @@ def test_bad_arguments_are_refused(bad):
 def test_triton_ir_is_refused_where_nothing_compiles_it():
     text = (
         "pack: implementation='triton_ir' was asked for, but its kernel is Triton's, and nothing "
-        "compiles that for cpu: pass 'xla' or 'pallas_triton', or leave implementation out to have "
-        "one chosen"
+        "compiles that for cpu: pass 'xla' or 'pallas_triton' or 'mosaic_tpu', or leave "
+        "implementation out to have one chosen"
     )
     with pytest.raises(NotImplementedError, match=re.escape(text)):
         kernels.pack([ONE], implementation="triton_ir")

@@ -72,6 +72,8 @@ def test_gradients_are_those_of_finite_differences(case, variant, dtype):
 def skip_where_the_library_spreads_it(variant):
     if variant.implementation == "xla" and not machine.ON_CPU:
         pytest.skip("cuDNN may take an algorithm of tiles, over which a NaN spreads")
+    if variant.implementation == "mosaic_tpu" and variant.config.windows > 1:
+        pytest.skip("a NaN spreads over the strip of windows that reads it")
 
 
 @each_variant(

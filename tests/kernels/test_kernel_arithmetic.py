@@ -1,5 +1,6 @@
 """What the kernels move and compute, counted from their code, against counting by hand."""
 
+import math
 import pathlib
 import warnings
 
@@ -9,9 +10,12 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from txcore import kernels
-from txcore.kernels.conv.geometry import Blocks
+from txcore.kernels.conv import mosaic
+from txcore.kernels.conv.geometry import Blocks, Geometry
+from txcore.kernels.conv.strips import Strips
 from txcore.kernels.cross_entropy.pallas_rows import LossRuns
 from txcore.kernels.dense import pallas as dense
+from txcore.kernels.dispatch.problem import Problem
 from txcore.kernels.optimizer import pallas as optimizer
 from txcore.kernels.tuning.arithmetic import GPUS, Counts, count_kernels, seconds_by_limit
 
@@ -106,6 +110,34 @@ def test_the_peaks_are_those_of_the_data_sheet():
     limits = seconds_by_limit(Counts(memory=3350, half_products=989_400), GPUS["H100"])
     assert limits["memory"] == limits["half_products"] == pytest.approx(1e-9)
     assert limits["floats"] == 0
+
+
+TPU_ROWS = {
+    "5x5, 1 to 32 channels, of 28x28": ((256, 28, 28, 1), (5, 5, 1, 32)),
+    "5x5, 32 to 64, of 14x14": ((256, 14, 14, 32), (5, 5, 32, 64)),
+    "3x3, 1 to 32, of 28x28": ((256, 28, 28, 1), (3, 3, 1, 32)),
+    "3x3, 32 to 64, of 14x14": ((256, 14, 14, 32), (3, 3, 32, 64)),
+}
+
+
+@pytest.mark.parametrize("name", TPU_ROWS)
+def test_the_page_shows_what_a_tpus_strips_move_and_multiply(name):
+    x, w = TPU_ROWS[name]
+    options = (("activation", "relu"), ("padding", "SAME"), ("pool", 2))
+    problem = Problem("conv2d", "tpu", "TPU v5 lite", (x, w, w[3:]), ("bfloat16",) * 3, options)
+    structs = (jax.ShapeDtypeStruct(dims, "bfloat16") for dims in (x, w))
+    geometry = Geometry.from_shapes(*structs, "relu", 2, "SAME")
+    strips = Strips.from_config(geometry, mosaic.list_configs(problem)[0])
+    tiles = math.ceil(strips.depth / 128) * 128  # of the matrix unit
+    multiplied = 2 * strips.flops * tiles / strips.depth  # two blocks of 128 images
+    needed = 2 * math.prod(x[:3]) * math.prod(w)
+    pooled = x[0] * x[1] * x[2] // 4 * w[3]
+    moved = 2 * (math.prod(x) + math.prod(w) + pooled) + pooled
+    row = (
+        f"| {name} | {moved / 1e6:.1f} | {moved / 819e3:.1f} | {needed / 1e9:.2f} | "
+        f"{multiplied / 1e9:.2f} | {multiplied / 197e6:.1f} |"
+    )
+    assert row in (ROOT / "docs" / "kernels.md").read_text()
 
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 12), reason="the page shows what jax 0.12 traces")

@@ -23,6 +23,10 @@ ALL = os.environ.get("TXCORE_ALL_KERNELS") == "1"
 ON_TPU = {
     **{"dense-odd-drop": 4, "dense-wide": 4, "drop-odd": 2, "loss-32k-smooth": 2},
     **{"linear-loss-odd": 2, "sgd-odd": 1, "adamw-cnn3x3": 1, "norm-odd": 1},
+    # Of MNIST's first layers the images need no gradient.
+    **{"cnn-conv1-b256": 2, "cnn-conv2-b256": 3, "cnn3x3-conv1-b256": 2, "cnn3x3-conv2-b256": 3},
+    # The gradient of an unpacked buffer is packed.
+    **{"conv-odd": 3, "pack-odd": 1, "unpack-odd": 2, "unpack-cnn3x3": 2},
 }
 ON_GPU = {"dense-odd-drop": 4, "conv-odd": 3, "linear-loss-odd": 2, "loss-odd": 2}
 ON_EACH = [("tpu:v5e:2x2", "float32"), ("tpu:v6e:2x2", "bfloat16")]

@@ -83,7 +83,7 @@ def count_launches(text):
 # Kernels and megabytes of memory of one step on one device, at most: by XLA alone, with Pallas'.
 LIMITS = {
     "cuda:h100:8": ((62, 307), (70, 107)),
-    "tpu:v5e:2x4": ((66, 9), (79, 12)),  # most of it stays in a TPU's vector memory
+    "tpu:v5e:2x4": ((66, 9), (86, 12)),  # most of it stays in a TPU's vector memory
 }
 PALLAS = {"cuda:h100:8": "pallas_triton", "tpu:v5e:2x4": "mosaic_tpu"}
 
@@ -102,7 +102,7 @@ def test_the_step_is_proved_and_moves_no_more_than_is_shown(target, monkeypatch)
     assert ours.payload_bytes == own.payload_bytes
     assert {use.name.partition(".")[2] for use in own.kernels} == {"xla"}
     used = {use.name: use.calls for use in ours.kernels}
-    wanted = {"dense": 2, "cross_entropy": 1, "squared_norm": 8, "sgd_momentum": 8}
+    wanted = {"conv2d": 2, "dense": 2, "cross_entropy": 1, "squared_norm": 8, "sgd_momentum": 8}
     assert {f"{op}.{PALLAS[target]}": calls for op, calls in wanted.items()}.items() <= used.items()
     for text, (launches, megabytes) in zip((own_text, our_text), LIMITS[target], strict=True):
         found, moved = count_launches(text)

@@ -1,5 +1,7 @@
 """The kernels for TPUs, simulated: against float64, with races and unwritten memory detected."""
 
+import dataclasses
+import re
 from functools import partial
 
 import jax
@@ -10,8 +12,13 @@ import numpy as np
 import pytest
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
 from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from txcore import kernels
+from txcore.kernels.bucket import mosaic as bucket
+from txcore.kernels.bucket import mosaic_copies
+from txcore.kernels.conv import strips
+from txcore.kernels.conv.api import KERNELS as CONV
 from txcore.kernels.cross_entropy.blocks import LossTiles
 from txcore.kernels.dense import pallas as dense
 from txcore.kernels.dense.api import KERNELS as DENSE
@@ -92,6 +99,67 @@ def test_dropout_in_several_tiles(simulated):
     assert_close([got], [np.where(kept, np.asarray(x, np.float64) / 0.7, 0)])
 
 
+CONVS = {
+    "pool": ((5, 8, 9, 1), (5, 5, 1, 6), {"activation": "relu", "pool": 2}),
+    "valid": ((5, 7, 6, 3), (2, 3, 3, 4), {"pool": 2, "padding": "VALID"}),
+    "plain": ((5, 4, 6, 2), (3, 3, 2, 3), {}),
+}
+
+
+@pytest.mark.parametrize("name", CONVS)
+def test_a_convolution_in_several_blocks_of_images(simulated, name):
+    x, w, options = CONVS[name]
+    args = normals(x, w, w[3:])
+    op = partial(
+        *(kernels.conv2d,), **options, implementation="mosaic_tpu", config=strips.Config(2, 3)
+    )
+    out, truths = oracles.conv2d(*args, g=lambda out: out, **options)
+    assert_close(with_gradients(op, args), (out, *truths))
+
+
+# Pieces of 1024 that start anywhere in a tile, ends of less, arrays of less, and two dtypes.
+LEAVES = [(3000, "float32"), (3, "bfloat16"), (1024, "float32"), (1500, "bfloat16"), (5, "float32")]
+
+
+@pytest.mark.parametrize("count", [1, 5])
+def test_packing_and_unpacking_by_pieces(simulated, count):
+    leaves = [normals((size,))[0].astype(dtype) for size, dtype in LEAVES[:count]]
+    config = bucket.Config(1024)
+    scale = jnp.float32(1 / 3)
+    flat = bucket.pack(*leaves, scale, config=config, dtype="bfloat16", scaled=True)
+    exact = np.concatenate([np.asarray(x, np.float64) for x in leaves]) * np.float64(scale)
+    wanted = exact.astype(np.float32).astype(jnp.bfloat16)
+    np.testing.assert_array_equal(np.asarray(flat), wanted)
+    shapes, dtypes = zip(*(((size,), dtype) for size, dtype in LEAVES[:count]), strict=True)
+    back = bucket.unpack(flat, config=config, shapes=shapes, dtypes=dtypes)
+    np.testing.assert_array_equal(np.concatenate(back).astype(jnp.bfloat16), wanted)
+
+
+def test_a_piece_that_is_read_before_it_arrives_is_found(monkeypatch):
+    """The planted race: nobody waits for what arrives."""
+
+    class NoWait:
+        def __init__(self, copy):
+            self.start = copy.start
+
+        def wait(self):
+            pass
+
+    fetch = mosaic_copies.Pipe.fetch
+    monkeypatch.setattr(mosaic_copies.Pipe, "fetch", lambda *a: NoWait(fetch(*a)))
+    (x,) = normals((2048,))
+    raised = ""
+    eager = dataclasses.replace(TWO_CORES, dma_execution_mode="eager")
+    try:
+        with pltpu.force_tpu_interpret_mode(eager):
+            config = bucket.Config(1024)
+            jax.block_until_ready(bucket.pack(x, config=config, dtype="float32", scaled=False))
+    except jax.errors.JaxRuntimeError as error:
+        raised = str(error)
+    assert "RACE DETECTED" in raised or interpreter.races.races_found
+    pltpu.reset_tpu_interpret_mode_state()
+
+
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_a_loss_in_several_tiles(simulated, smoothing):
     (logits,) = normals((18, 47))
@@ -147,6 +215,28 @@ def test_a_dtype_that_a_tpu_does_not_load_is_refused():
     assert SGD_MOMENTUM["mosaic_tpu"].refuse(what) == reason
     what = on_tpu("sgd_momentum", ((8,),) * 3, "float32", dtypes=("float32", "float16"))
     assert SGD_MOMENTUM["mosaic_tpu"].refuse(what) == reason
+
+
+def test_a_convolution_that_does_not_fit_or_cuts_its_lanes_is_refused():
+    options = {"activation": None, "pool": None, "padding": "SAME"}
+    small = on_tpu("conv2d", ((8, 14, 14, 32), (3, 3, 32, 64), (64,)), **options)
+    large = on_tpu("conv2d", ((8, 224, 224, 3), (3, 3, 3, 64), (64,)), **options)
+    refuse = CONV["mosaic_tpu"].refuse
+    assert refuse(small) is None
+    assert re.fullmatch(
+        r"its kernel holds 128 whole images in a TPU's vector memory, and the \d+ bytes of them "
+        rf"are more than {60 << 20} \(use smaller images or fewer channels\)",
+        refuse(large),
+    )
+    device = AbstractDevice(device_kind="TPU v5 lite", num_cores=None, platform="tpu")
+    mesh = AbstractMesh((1,), ("i",), (AxisType.Auto,), abstract_device=device)
+    x, w, b = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((9, 6, 6, 1), (3, 3, 1, 4), (4,)))
+    cut = {"implementation": "mosaic_tpu", "config": strips.Config(1, images=4)}
+    text = (
+        "images of Config needs a multiple of 128 on a TPU, or the whole batch of 9, got 4: leave"
+    )
+    with jax.sharding.use_abstract_mesh(mesh), pytest.raises(ValueError, match=text):
+        jax.eval_shape(partial(kernels.conv2d, **cut), x, w, b)
 
 
 @pytest.mark.parametrize("shapes", [((8, 20_000), (20_000, 16)), ((20_000, 8), (8, 16))])

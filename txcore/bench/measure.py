@@ -1,8 +1,10 @@
 """Run one collective at one size: check its results, time it, and gather what the ranks saw."""
 
+import contextlib
 import functools
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -145,9 +147,16 @@ def compile_operation(
     mapped = jax.shard_map(run_row, mesh=setup.mesh, in_specs=rows, out_specs=rows)
     sharding = NamedSharding(setup.mesh, rows)
     shape = jax.ShapeDtypeStruct((setup.mesh.size, elements), jnp.dtype(dtype), sharding=sharding)
-    same_size = jax.eval_shape(mapped, shape).shape == shape.shape
-    donated = (0,) if setup.in_place and same_size else ()
-    return jax.jit(mapped, donate_argnums=donated).lower(shape).compile()
+    with _simulated_tpus() if operation.simulated else contextlib.nullcontext():
+        same_size = jax.eval_shape(mapped, shape).shape == shape.shape
+        donated = (0,) if setup.in_place and same_size else ()
+        return jax.jit(mapped, donate_argnums=donated).lower(shape).compile()
+
+
+def _simulated_tpus() -> contextlib.AbstractContextManager[Any]:
+    from jax.experimental.pallas import tpu
+
+    return tpu.force_tpu_interpret_mode()
 
 
 def _make_operand(setup: Setup, elements: int, dtype: str, draw: Draw | None) -> jax.Array:

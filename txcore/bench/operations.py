@@ -8,7 +8,12 @@ from typing import Literal, NamedTuple
 import jax
 
 from txcore import collectives
-from txcore.parallel.gradients.algorithms import ALGORITHMS, is_power_of_two, mean_flat
+from txcore.parallel.gradients.algorithms import (
+    ALGORITHMS,
+    ALGORITHMS_OF_TPU,
+    is_power_of_two,
+    mean_flat,
+)
 
 Axes = tuple[str, ...]
 # A collective on one device: its flat operand and the axes -> its flat result.
@@ -48,6 +53,8 @@ class Operation:
         the group's size and nccl-tests' count is the part's.
       gathers: whether S is the result, and the operand a part of it; else S is the operand.
       algorithm: the one that makes a mean; "" for the collective itself.
+      simulated: whether its kernels are run by jax's simulator of TPUs, on CPU devices: that shows
+        whether the result is right, and its time says nothing.
     """
 
     name: str
@@ -57,6 +64,7 @@ class Operation:
     in_parts: bool = False
     gathers: bool = False
     algorithm: str = ""
+    simulated: bool = False
 
     def count(self, size: int, itemsize: int, n: int) -> int:
         """Return nccl-tests' count for S of at most `size` bytes in a group of n devices; or 0."""
@@ -128,26 +136,39 @@ _NEEDS: Mapping[str, tuple[str, Callable[[Sequence[int]], bool]]] = {
         "a number of devices that is a power of two",
         lambda sizes: is_power_of_two(math.prod(sizes)),
     ),
+    "remote_dma": ("one axis, a ring, as --axis data", lambda sizes: len(sizes) == 1),
 }
 
 
-def mean_by(algorithm: str) -> Operation:
-    """Return the mean that an algorithm of `tx.DP(algorithm=)` makes."""
-    by = ALGORITHMS[algorithm]  # type: ignore[index]
+def mean_by(algorithm: str, *, simulated: bool = False) -> Operation:
+    """Return the mean that an algorithm of `tx.DP(algorithm=)` makes.
+
+    Args:
+      algorithm: its name.
+      simulated: whether to simulate TPUs for it, on CPU devices.
+    """
+    by = {**ALGORITHMS, **ALGORITHMS_OF_TPU}[algorithm]  # type: ignore[index]
     run: Run = lambda x, axes: mean_flat(by, x, axes, "bench")  # noqa: E731
-    return replace(OPERATIONS["pmean"], run=run, algorithm=algorithm)
+    return replace(OPERATIONS["pmean"], run=run, algorithm=algorithm, simulated=simulated)
 
 
-def algorithms_for(sizes: Sequence[int]) -> dict[str, str]:
+def algorithms_for(sizes: Sequence[int], platform: str) -> dict[str, str]:
     """Return what each algorithm needs and axes of these sizes lack; "" where it can run.
+
+    Args:
+      sizes: of the axes.
+      platform: "cpu", "gpu" or "tpu".
 
     Example:
       >>> from txcore.bench import operations
-      >>> [name for name, lack in operations.algorithms_for([3]).items() if lack][-1]
-      'hierarchical'
+      >>> [name for name, lack in operations.algorithms_for([3], "tpu").items() if lack]
+      ['recursive_doubling', 'hierarchical']
     """
-    lacks = dict.fromkeys(map(str, ALGORITHMS), "")
+    lacks = dict.fromkeys(map(str, [*ALGORITHMS, *ALGORITHMS_OF_TPU]), "")
     for name, (needed, is_met) in _NEEDS.items():
         if name in lacks and not is_met(sizes):
             lacks[name] = needed
+    for name in ALGORITHMS_OF_TPU:
+        if platform != "tpu":
+            lacks[name] = lacks[name] or "TPUs, whose remote DMA it is written for"
     return lacks

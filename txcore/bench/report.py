@@ -78,7 +78,10 @@ def format_head(operation: Operation, setup: Setup) -> str:
     title = _format_title(operation.name, operation.algorithm)
     where = f"over {','.join(setup.axes)}: {setup.groups} group(s) of {setup.group_size} devices"
     place = "in place where it can be" if setup.in_place else "out of place"
-    return f"# {title} {where}, {place}; bandwidths in GB/s\n{_format_cells(_HEAD)}"
+    lines = [f"# {title} {where}, {place}; bandwidths in GB/s", _format_cells(_HEAD)]
+    if operation.simulated:
+        lines.insert(1, "# simulated TPUs: what is wrong counts, the times are the simulator's")
+    return "\n".join(lines)
 
 
 def format_row(row: Row) -> str:

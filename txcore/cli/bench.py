@@ -40,6 +40,8 @@ def measure_collectives(options: argparse.Namespace) -> int:
     join_run(options)
     setup = _make_setup(options)
     operations = _select_operations(options, names, setup)
+    if options.record:
+        _refuse_simulated(operations)
     run = report.describe_run(setup, describe_machine())
     show_once(report.format_run(run))
     with _wide_dtypes(options.dtype):
@@ -77,6 +79,15 @@ def _find_tuning_file(options: argparse.Namespace) -> str:
     return file
 
 
+def _refuse_simulated(operations: list["Operation"]) -> None:
+    for operation in operations:
+        if operation.simulated:
+            raise BadUsage(
+                f"--record needs measured times, and {operation.algorithm} is simulated on cpu: "
+                "leave it out"
+            )
+
+
 def _record_fastest(file: str, setup: "Setup", rows: list["Row"], machine: str) -> None:
     import jax
 
@@ -97,31 +108,36 @@ def _select_operations(
     options: argparse.Namespace, names: tuple[str, ...], setup: "Setup"
 ) -> list["Operation"]:
     """Return the collectives, and a mean by each algorithm in the place of `pmean`."""
-    from txcore.bench import OPERATIONS, mean_by
+    from txcore.bench import OPERATIONS
 
     chosen: list[Operation] = []
     for name in names:
         if name == "pmean" and options.algorithm is not None:
-            chosen += map(mean_by, _select_algorithms(options.algorithm, setup))
+            chosen += _select_means(options.algorithm, setup)
         else:
             chosen.append(OPERATIONS[name])
     return chosen
 
 
-def _select_algorithms(named: tuple[str, ...], setup: "Setup") -> list[str]:
-    """Return the algorithms that were named; of all, those that can run."""
-    from txcore.bench import algorithms_for
+def _select_means(named: tuple[str, ...], setup: "Setup") -> list["Operation"]:
+    """Return a mean by each algorithm that was named; of all, by those that can run."""
+    from txcore.bench import algorithms_for, mean_by
 
-    lacks = algorithms_for([setup.mesh.shape[axis] for axis in setup.axes])
+    platform = setup.mesh.devices.flat[0].platform
+    sizes = [setup.mesh.shape[axis] for axis in setup.axes]
+    lacks = algorithms_for(sizes, platform)
     if "all" in named:
-        return [name for name, lack in lacks.items() if not lack]
+        return [mean_by(name) for name, lack in lacks.items() if not lack]
+    # A CPU simulates the TPUs that are named, which is slow: so not for all.
+    simulated = platform == "cpu"
+    could = algorithms_for(sizes, "tpu" if simulated else platform)
     for name in named:
         if name not in lacks:
             raise BadUsage(f"--algorithm needs names among {', '.join(lacks)}, all; got {name!r}")
-        if lacks[name]:
+        if could[name]:
             axes = ",".join(f"{axis}={setup.mesh.shape[axis]}" for axis in setup.axes)
-            raise BadUsage(f"--algorithm {name} needs {lacks[name]}, but got {axes}")
-    return [*named]
+            raise BadUsage(f"--algorithm {name} needs {could[name]}, but got {axes} on {platform}")
+    return [mean_by(name, simulated=bool(lacks[name])) for name in named]
 
 
 def join_run(options: argparse.Namespace) -> None:
@@ -195,7 +211,7 @@ def _measure_operation(
         for size in sizes:
             try:
                 row = measure_size(setup, operation, dtype, size)
-            except ValueError as error:
+            except (ValueError, TypeError) as error:
                 raise BadInput(str(error)) from error
             except RuntimeError as error:  # of XLA or gloo
                 raise BadInput(f"{operation.name} of {dtype}: {first_line(error)}") from error

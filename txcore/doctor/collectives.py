@@ -16,7 +16,6 @@ from txcore.bench.measure import check_results, compile_operation
 from txcore.bench.operations import Axes, Run
 from txcore.launch import key_value
 from txcore.outside import first_line
-from txcore.parallel.gradients.algorithms import ALGORITHMS
 
 DTYPES = ("float32", "bfloat16", "float16", "int32", "int8")
 # Elements of a device's part: one, an odd number, and more than any backend sends in one piece.
@@ -125,8 +124,9 @@ def _list_others(setups: Sequence[Setup], operation: Operation) -> Iterator[tupl
         way, run = _OTHERS[operation.name]
         yield way, replace(operation, run=run)
         return
-    lacking = [algorithms_for([s.mesh.shape[axis] for axis in s.axes]) for s in setups]
-    for name in ALGORITHMS:
+    platform = setups[0].mesh.devices.flat[0].platform
+    lacking = [algorithms_for([s.mesh.shape[axis] for axis in s.axes], platform) for s in setups]
+    for name in lacking[0]:
         if name != "plain" and not any(lacks[name] for lacks in lacking):
             yield f"tx.DP(algorithm={name!r})", mean_by(name)
 

@@ -78,6 +78,22 @@ def test_a_torus(kind, who, expected):
     assert seconds(TORUS, kind, who) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(
+    "who, expected",
+    [
+        (ROWS, 80 / 20),  # half of the bytes either way
+        (COLUMNS, 80 / 10),  # two neighbours have one link
+        (ALL, 2 * 80 / 20),  # from the end of a row to the next row's start are two links
+    ],
+)
+def test_a_kernels_copies_go_round_the_ring_of_the_meshs_order(who, expected):
+    ring = dataclasses.replace(op("all-reduce", who), kind="remote-dma")
+    assert TORUS.transfer_of(ring).seconds == pytest.approx(expected)
+    late = dataclasses.replace(TORUS, latency=100.0).transfer_of(ring).seconds
+    hops = {ROWS: 3, COLUMNS: 1, ALL: 7 * 2}[who]
+    assert late - expected == pytest.approx(100 * hops)
+
+
 def test_a_send_to_another_program_takes_a_link():
     (send,) = find_collectives(
         "HloModule m\nENTRY %e (x: f32[20]) -> () {\n  %x = f32[20]{0} parameter(0)\n"

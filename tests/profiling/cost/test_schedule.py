@@ -7,6 +7,7 @@ import pytest
 
 from txcore.profiling.cost.machine import Machine
 from txcore.profiling.cost.schedule import schedule
+from txcore.profiling.hlo import groups_of_block
 from txcore.profiling.targets import Chip
 
 GPU = Chip("toy", 1e12, 1e12, 80e9, 1e12, 1, 1e9, 8, 1e8)
@@ -240,6 +241,18 @@ def test_what_cannot_be_timed_is_said():
     text = entry('%k = f32[2]{0} custom-call(%x1), custom_call_target="my_send"')
     found = check(text, step=0, exposed=0, rows={"k": 0})
     assert found.overlaps[0].note == "its bytes are not known: counted as no time"
+
+
+def test_a_kernel_that_sends_computes_meanwhile():
+    """3 MB go round, 1 ms each, while it writes 2 GB of memory: 2 ms."""
+    line = '%k = f32[500000000]{0} custom-call(), custom_call_target="tpu_custom_call"'
+    text, groups = entry(line), groups_of_block([(2, True)])
+    torus = Machine(TPU, ((0,), (1,)), latency=0.0)
+    found = schedule(text, machine=torus, sends={"k": (3 * 10**6, groups)})
+    (row,) = found.overlaps
+    assert (row.kind, row.wire_bytes, row.note) == ("remote-dma", 3 * 10**6, "")
+    assert [row.seconds, row.exposed_seconds, found.seconds] == ms(3, 1, 3)
+    assert found.bytes == 2 * 10**9
 
 
 def test_latency_counts_for_each_step_of_the_ring():

@@ -14,7 +14,8 @@ from target_cases import available
 
 import txcore as tx
 from txcore import kernels
-from txcore.profiling import audit
+from txcore.profiling import audit, costs
+from txcore.profiling.targets import parse_target
 
 TARGETS = ["tpu:v5e:2x4", "tpu:v6e:2x4"]
 MESHES = [{"data": 8}, {"data": 4, "model": 2}]
@@ -137,6 +138,29 @@ def test_a_step_by_its_plan(shard, kernels_of):
     sent = kernels_of * 7 * 8192
     assert (line.kind, line.payload_bytes, line.found_bytes) == ("remote-dma", sent, sent)
     assert line.factor == "mean"
+
+
+def test_the_costs_know_how_long_a_ring_takes():
+    """A v5e's links send 45 GB/s each way; a product goes on beside the copies."""
+    rows, inner, wide = 1024, 2048, 512
+
+    def build(mesh):
+        def body(x, w):
+            return kernels.ring_all_gather_matmul(x, w, "data")
+
+        args = shape(mesh, P("data"), 8 * rows, inner), shape(mesh, P(), inner, wide)
+        return on(mesh, (P("data"), P()), P("data"))(body), args
+
+    found = costs(build, target=available("tpu:v5e:2x4"), mesh={"data": 8})
+    (row,) = found.schedule.overlaps
+    sent = 7 * rows * inner * 4
+    assert (row.kind, row.wire_bytes, row.note) == ("remote-dma", sent, "")
+    link, hops = parse_target("tpu:v5e:2x4").chip.link_bytes_per_second, row.seconds
+    assert any(
+        hops == pytest.approx(n * sent / (2 * link) + 7 * n * 1e-6, rel=1e-3) for n in (1, 2)
+    )
+    assert found.schedule.flops == 2 * 8 * rows * inner * wide
+    assert 0 < row.exposed_seconds < row.seconds
 
 
 def test_the_kernels_by_themselves():
