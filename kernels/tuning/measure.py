@@ -174,7 +174,7 @@ def compile_call(
         )
         return results, transpose(gradient)
 
-    options = compiler_options(jax.default_backend())
+    options = compiler_options(jax.default_backend(), jnp.dtype(dtype).name)
     if backward and shape.differentiable:
         gradient = jax.tree.map(
             lambda out: jnp.linspace(-1, 1, out.size, dtype=out.dtype).reshape(out.shape),

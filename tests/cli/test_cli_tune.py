@@ -142,7 +142,10 @@ class TestEnv:
         monkeypatch.setenv("TXCORE_TUNING", "")
         assert cli.main(["env"]) == 0
         out = capsys.readouterr().out
-        _, kernels = out.split("kernels for float32, and why\n")
+        rest, kernels = out.split("kernels for float32, and why\n")
+        options = rest.split("XLA options of a step\n")[1].splitlines()
+        assert options[-3].split()[0] == "float32"
+        assert "ynn_fusion_type=LIBRARY_FUSION_TYPE_REDUCE" in options[-3]
         assert kernels.splitlines()[0].split() == ["tuning", "file", "none"]
         (line,) = (line for line in out.splitlines() if "cnn3x3-conv2-b64" in line)
         assert line.startswith("conv2d")

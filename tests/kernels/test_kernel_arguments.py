@@ -1,5 +1,6 @@
 """What the ops refuse, and the words they use."""
 
+import importlib
 import re
 import subprocess
 import sys
@@ -184,6 +185,44 @@ def test_compiler_options(platform):
     if platform == jax.default_backend():  # an option that jax does not know would raise here
         f = jax.jit(lambda: kernels.conv2d(X, W, B), compiler_options=options)
         assert f().shape == (2, 6, 6, 4)
+
+
+YNN, SUMS = "xla_cpu_experimental_ynn_fusion_type", "LIBRARY_FUSION_TYPE_REDUCE"
+BOTH = f"{SUMS},LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"
+
+
+@pytest.mark.parametrize(
+    ("flags", "dtype", "value"),
+    [
+        ("fpu avx2 avx512_bf16", "float32", SUMS),
+        ("fpu avx2 avx512_bf16", "bfloat16", SUMS),
+        ("fpu amx_bf16 avx512_bf16 amx_tile", "float32", SUMS),
+        ("fpu amx_bf16 avx512_bf16 amx_tile", "bfloat16", BOTH),
+        ("fpu amx_bf16 avx512_bf16 amx_tile", "float16", SUMS),
+        (None, "bfloat16", SUMS),  # as on macOS
+    ],
+)
+def test_products_in_bfloat16_go_to_the_library_where_the_machine_has_amx(
+    monkeypatch, tmp_path, flags, dtype, value
+):
+    info = tmp_path / "cpuinfo"
+    if flags is not None:
+        info.write_text(f"model name\t: a CPU\nflags\t\t: {flags}\nbugs\t\t:\n\n" * 2)
+    module = importlib.import_module("txcore.kernels.common.compiler_options")
+    monkeypatch.setattr(module, "_CPU_INFO", info)
+    monkeypatch.setattr(module, "cpu_features", module.cpu_features.__wrapped__)
+    options = kernels.compiler_options("cpu", dtype)
+    assert options == {YNN: value}
+    compiled = jax.jit(lambda x: jnp.sum(x @ x), compiler_options=options)  # XLA takes the value
+    assert compiled(jnp.ones((4, 4), jnp.bfloat16)) == 64
+
+
+def test_what_xla_flags_names_is_left_out(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", f"--xla_dump_to=x --{YNN}=LIBRARY_FUSION_TYPE_DOT")
+    assert kernels.compiler_options("cpu") == {}
+    assert kernels.compiler_options("cuda")
+    monkeypatch.setenv("XLA_FLAGS", f"--{YNN}_of_another=1")
+    assert kernels.compiler_options("cpu") == {YNN: SUMS}
 
 
 def test_the_bare_name_is_refused():

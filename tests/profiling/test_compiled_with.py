@@ -9,6 +9,7 @@ import txcore as tx
 from txcore.profiling import audit, lock
 
 OPTION = "xla_cpu_experimental_ynn_fusion_type"
+VALUE = "LIBRARY_FUSION_TYPE_REDUCE"
 
 
 @tx.step_fn
@@ -34,9 +35,9 @@ def report_of(**options):
 
 def test_the_audit_of_a_step_prints_its_options():
     report = report_of()
-    assert report.compiled_with.xla_options == ((OPTION, ""),)
-    assert f"compiled with XLA's {OPTION}=''" in str(report).splitlines()
-    assert report.to_dict()["compiled_with"] == {OPTION: ""}
+    assert report.compiled_with.xla_options == ((OPTION, VALUE),)
+    assert f"compiled with XLA's {OPTION}={VALUE!r}" in str(report).splitlines()
+    assert report.to_dict()["compiled_with"] == {OPTION: VALUE}
     none = report_of(compiler_options={})
     assert "compiled with" not in str(none)
     assert none.to_dict()["compiled_with"] == {}
@@ -62,14 +63,14 @@ def test_the_lock_says_what_is_compiled_otherwise(tmp_path):
     assert lock.update(path, report_of(compiler_options={})).ok
     plain = path.read_text()
     assert "compiled_with" not in plain
-    said = f"compiled with other settings: {OPTION} default -> ''"
+    said = f"compiled with other settings: {OPTION} default -> {VALUE!r}"
     found = lock.check(path, report_of())
     assert found.ok
     assert found.changed
     assert said in str(found).splitlines()
     assert not lock.check(path, report_of(), exact=True).ok
     assert said in str(lock.update(path, report_of())).splitlines()
-    assert f'"compiled_with": {{"{OPTION}": ""}}' in path.read_text()
+    assert f'"compiled_with": {{"{OPTION}": "{VALUE}"}}' in path.read_text()
     assert lock.check(path, report_of(), exact=True).ok
     assert not lock.check(path, report_of(compiler_options={}), exact=True).ok
     assert lock.update(path, report_of(compiler_options={})).ok

@@ -13,7 +13,7 @@ def add_command(commands: Any) -> None:
 
 
 def print_environment(options: argparse.Namespace) -> int:
-    """Print versions, platform, devices and the choice of kernels; return 0."""
+    """Print versions, platform, devices XLA's options and the choice of kernels; return 0."""
     from tabulate import tabulate
 
     from txcore.doctor import facts
@@ -21,5 +21,6 @@ def print_environment(options: argparse.Namespace) -> int:
     devices = facts.list_devices()
     show(tabulate([*facts.list_versions(), *devices], tablefmt="plain"))
     if any(name == "backend" for name, _ in devices):
+        show(f"\nXLA options of a step\n{tabulate(facts.list_options(), tablefmt='plain')}")
         show(f"\nkernels for float32, and why\n{tabulate(facts.list_kernels(), tablefmt='plain')}")
     return 0

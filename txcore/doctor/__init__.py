@@ -1,7 +1,7 @@
 """Examine a machine: what it is, and whether its collectives compute what NumPy does.
 
-Imports `_compat`, `bench`, `collectives`, `kernels.dispatch`, `kernels.tuning`,
-`launch.key_value`, `outside`.
+Imports `_compat`, `bench`, `collectives`, `kernels`, `kernels.common`, `kernels.dispatch`,
+`kernels.tuning`, `launch.key_value`, `outside`.
 """
 
 from txcore.doctor.collectives import Checked as Checked

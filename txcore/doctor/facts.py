@@ -3,6 +3,7 @@
 import os
 import pathlib
 import platform
+import re
 import socket
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -51,6 +52,7 @@ def list_facts() -> Iterator[Section]:
     yield Section("variables", list_variables(os.environ))
     yield Section("devices", list_devices())
     yield Section("settings of jax", list_settings())
+    yield Section("XLA options of a step", list_options())
     yield Section("kernels for float32, and why", list_kernels())
 
 
@@ -163,6 +165,25 @@ def list_settings() -> Rows:
     rows: Rows = [(name, str(found[name])) for name in _SETTINGS if name in found]
     folder = _compat.setting("jax_compilation_cache_dir")
     return [*rows, ("persistent compilation cache", str(folder or "none"))]
+
+
+def list_options() -> Rows:
+    """Return the XLA options that an engine's steps are compiled with on the default device.
+
+    On a CPU they follow from its instructions too: those for matrices and half precision are named.
+    """
+    from txcore.kernels import compiler_options
+    from txcore.kernels.common.compiler_options import cpu_features
+
+    rows: Rows = []
+    platform = jax.default_backend()
+    if platform == "cpu":
+        names = sorted(n for n in cpu_features() if re.match("avx2|avx512f|amx|.*bf16|.*fp16", n))
+        rows.append(("instructions", " ".join(names) or "unknown"))
+    for dtype in ("float32", "bfloat16"):
+        options = compiler_options(platform, dtype)
+        rows.append((dtype, ", ".join(f"{k}={v}" for k, v in options.items()) or "XLA's defaults"))
+    return rows
 
 
 def list_kernels() -> Rows:

@@ -41,7 +41,8 @@ class Engine(Proofs):
       on_nonfinite: what to do about a NaN or infinity: "stop" ends `fit` where the metric "loss"
         has one; "skip" also lets a step whose reduced gradients have one change nothing (float16
         always does, and lowers its loss scale); "ignore" does nothing.
-      compiler_options: XLA options for the steps; None takes the fastest known for the platform.
+      compiler_options: XLA options for the steps; None takes the fastest known for the platform
+        and precision (`tx.kernels.compiler_options`), but for those that XLA_FLAGS names.
       lock: a lock file: a training step runs only if it is the program that is locked there (see
         `tx.attested`). None takes that of `txcore launch --lock`, if there is one.
 

@@ -81,7 +81,8 @@ class Options:
     def xla_options(self) -> dict[str, Any]:
         """The XLA options that steps are compiled with."""
         if self.compiler_options is None:
-            return dict(fastest_options(self.mesh.devices[0].platform))
+            platform = self.mesh.devices[0].platform
+            return fastest_options(platform, self.precision.compute)
         return dict(self.compiler_options)
 
     @property
