@@ -101,7 +101,8 @@ def compile_for_target(
         )
     fn, args = built
     shapes, options = _replace_absent_arrays(args, found), found.compiler_options
-    program = _trace_and_compile(fn, shapes, options, target, keep_partitioned)
+    with _compat.no_persistent_cache():  # which would not read back what it wrote
+        program = _trace_and_compile(fn, shapes, options, target, keep_partitioned)
     if devices_of(program.compiled) != set(found.devices):
         raise ValueError(
             f"the target {target!r} needs a function that is compiled for its devices, got one for "

@@ -17,6 +17,7 @@ from txcore._compat.compiling import marks_partitioner as marks_partitioner
 from txcore._compat.compiling import mesh_device as mesh_device
 from txcore._compat.compiling import no_persistent_cache as no_persistent_cache
 from txcore._compat.compiling import tell_of_unwatched as tell_of_unwatched
+from txcore._compat.compiling import use_persistent_cache as use_persistent_cache
 from txcore._compat.jaxprs import called_from as called_from
 from txcore._compat.jaxprs import current_traceback as current_traceback
 from txcore._compat.jaxprs import eqn_collective as eqn_collective

@@ -28,6 +28,27 @@ def no_persistent_cache() -> Iterator[None]:
         compilation_cache.reset_cache()
 
 
+def use_persistent_cache(folder: str) -> None:
+    """Keep what is compiled from now on in a folder, and take it from there.
+
+    jax leaves names and source lines out of a program's key unless it is told to; what an audit
+    reads would then be those of another program that computes the same.
+    """
+    from jax.experimental.compilation_cache import compilation_cache
+
+    settings = {
+        "jax_compilation_cache_dir": folder,
+        "jax_enable_compilation_cache": True,
+        "jax_compilation_cache_include_metadata_in_key": True,
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+    }
+    if all(setting(name) == value for name, value in settings.items()):
+        return
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()  # jax reads them once per process
+
+
 def compilation_seams() -> dict[str, tuple[Any, str]]:
     """Return where jax lowers, compiles, asks for its disk cache and places arrays.
 

@@ -1,7 +1,7 @@
 """Training: the engine, the state, the step, and what they need.
 
-Imports `kernels`, `kernels.common`, `later`, `launch.gloo_threads`, `mesh`, `optim`, `plan`,
-`printing`, `profiling`, `profiling.audit`, `profiling.targets`, `train.batches`,
+Imports `_compat`, `kernels`, `kernels.common`, `later`, `launch.gloo_threads`, `mesh`, `optim`,
+`plan`, `printing`, `profiling`, `profiling.audit`, `profiling.targets`, `train.batches`,
 `train.checkpoints`, `train.loop`, `train.numerics`, `train.state`, `train.steps`.
 """
 

@@ -1,10 +1,12 @@
 """The options of an engine, checked, as one frozen value."""
 
 import os
+import pathlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from txcore import _compat
 from txcore.kernels import compiler_options as fastest_options
 from txcore.kernels.common.checks import whole_number
 from txcore.mesh import MeshSpec
@@ -15,6 +17,8 @@ from txcore.printing import format_call
 from txcore.train.loggers import Logger
 from txcore.train.numerics import nonfinite
 from txcore.train.numerics.precision import Precision
+
+CACHE_VARIABLE = "TXCORE_CACHE"
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,7 @@ class Options:
         self.plan.validate(self.mesh)
         if callable(self.loggers):
             raise TypeError("Engine needs loggers= a list of loggers, got one: write [logger]")
+        use_cache()
         self._set("seed", seed)
         self._set("optimizer", as_optimizer(self.optimizer))
         self._check_compression()
@@ -89,6 +94,29 @@ class Options:
     def spans_processes(self) -> bool:
         """Whether the mesh has devices of several processes."""
         return len({device.process_index for device in self.mesh.devices}) > 1
+
+
+def use_cache() -> None:
+    """Keep compiled programs in the folder that TXCORE_CACHE names, if it does.
+
+    Raises:
+      ValueError: it cannot be written.
+    """
+    name = os.environ.get(CACHE_VARIABLE)
+    if not name:
+        return
+    folder = pathlib.Path(name).expanduser().absolute()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        reason = "" if os.access(folder, os.W_OK) else "permission denied"
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+    if reason:
+        raise ValueError(
+            f"{CACHE_VARIABLE} needs a folder that can be written, got {name} ({reason}): name "
+            "another, or leave it out"
+        )
+    _compat.use_persistent_cache(str(folder))
 
 
 class OptionsView:

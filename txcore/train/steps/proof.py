@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
+from txcore import _compat
 from txcore.printing import name_of
 from txcore.train.batches.batch import global_shapes
 from txcore.train.options import Options
@@ -60,16 +61,17 @@ def audit_there(
     shapes = global_shapes(batch, options.mesh, options.plan)
     if per_call is not None:
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct((per_call, *x.shape), x.dtype), shapes)
-    compiled = compile_step(
-        function_of(step),
-        state,
-        shapes,
-        mesh=options.mesh,
-        plan=options.plan,
-        options={**options.xla_options, **machine.compiler_options},
-        train=True,
-        many=per_call is not None,
-    )
+    with _compat.no_persistent_cache():  # which would not read back what it wrote
+        compiled = compile_step(
+            function_of(step),
+            state,
+            shapes,
+            mesh=options.mesh,
+            plan=options.plan,
+            options={**options.xla_options, **machine.compiler_options},
+            train=True,
+            many=per_call is not None,
+        )
     return report_on(compiled, state, options)
 
 
