@@ -5,12 +5,13 @@ import logging
 import os
 import pathlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, get_args
 
 import jax
 import models
 from data.dataset import NAMES
+from jax.sharding import PartitionSpec as P
 
 import txcore as tx
 from txcore import launch
@@ -157,12 +158,15 @@ def parse_mesh(text: str) -> dict[str, int]:
 
 
 def make_plan(
-    args: argparse.Namespace, layers: tuple[models.Layer, ...], mesh: tx.MeshSpec
+    args: argparse.Namespace,
+    layers: tuple[models.Layer, ...],
+    mesh: tx.MeshSpec,
+    batch: Mapping[str, P],
 ) -> tx.Plan:
     """Return what is parallel: the batch, and over several devices along "model" the layers."""
     splits = mesh.shape.get("model", 1) > 1
     tensor = tx.TP("model", rules=models.split_rules(layers)) if splits else None
-    return tx.Plan(data_parallel=make_data_parallel(args), tensor_parallel=tensor)
+    return tx.Plan(data_parallel=make_data_parallel(args), tensor_parallel=tensor, batch=batch)
 
 
 def choose_devices(wanted: str, num_processes: int) -> list[Any]:

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import models
 from data.dataset import load
-from data.feed import Feed
+from data.feed import Feed, take_rows
 
 import txcore as tx
 from txcore import kernels, launch
@@ -37,6 +37,7 @@ def make_steps(
 
     @tx.step_fn
     def train_step(state: tx.TrainState, batch: Any) -> Any:
+        batch = take_rows(batch)
         keys = state.example_keys(batch) if models.uses_dropout(layers) else None
 
         def loss_of(params: Any, batch: Any, keys: Any) -> jax.Array:
@@ -54,6 +55,7 @@ def make_steps(
         return state.apply_gradients(grads=grads), metrics
 
     def eval_step(state: tx.TrainState, batch: Any) -> Any:
+        batch = take_rows(batch)
         right = jnp.argmax(forward(state, state.params, batch), axis=-1) == batch["label"]
         accuracy = jnp.mean(right.astype(jnp.float32) * batch["weight"])
         return {"test_accuracy": tx.pmean(accuracy, "data", name="test_accuracy")}
@@ -83,7 +85,7 @@ def train(args: argparse.Namespace) -> int:
     history = results.History()
     engine = tx.Engine(
         mesh=mesh,
-        plan=cli.make_plan(args, layers, mesh),
+        plan=cli.make_plan(args, layers, mesh, feed.hold_on(mesh)),
         optimizer=cli.make_optimizer(args, steps),
         loggers=[tx.loggers.Basic(unit="images"), history, *cli.make_loggers(args)],
         precision=args.precision,

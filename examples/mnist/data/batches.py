@@ -31,6 +31,7 @@ def epoch_batches(
     images: np.ndarray,
     labels: np.ndarray,
     *,
+    rows_alone: bool = False,
     batch_size: int,
     seed: int,
     epoch: int,
@@ -47,6 +48,7 @@ def epoch_batches(
     Args:
       images: [n, ...].
       labels: [n].
+      rows_alone: whether batches only name rows of the set, for `take_rows`.
       batch_size: examples in a global batch; a multiple of `process_count`.
       seed: of the order, at least 0.
       epoch: counts from 0; each has its own order.
@@ -59,6 +61,8 @@ def epoch_batches(
       [b]} with b = batch_size // process_count. Rows past the last example are zeros with mask 0.
       The mean of weight x value over all rows of the global batch is the mean over its real
       examples: the weights are batch_size / (how many there are), and 0. No device has to count.
+      With `rows_alone` "row": int32 [b] is in the place of images and labels; past the last example
+      it is n.
 
     Raises:
       ValueError: an argument is out of its range, or the batch does not divide.
@@ -80,7 +84,9 @@ def epoch_batches(
     size = batch_size // process_count
     mine = slice(process_index * size, (process_index + 1) * size)
     # Not a generator function: the checks above run at the call, not at the first batch.
-    return (_take(images, labels, rows[mine], size, batch_size / len(rows)) for rows in whole)
+    data = None if rows_alone else (images, labels)
+    count = len(labels)
+    return (_take(data, count, rows[mine], size, batch_size / len(rows)) for rows in whole)
 
 
 def _epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
@@ -90,16 +96,26 @@ def _epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def _take(
-    images: np.ndarray, labels: np.ndarray, rows: np.ndarray, size: int, weight: float
+    data: tuple[np.ndarray, np.ndarray] | None,
+    count: int,
+    rows: np.ndarray,
+    size: int,
+    weight: float,
 ) -> dict[str, np.ndarray]:
     """Return the examples `rows`, each with a weight, padded with zeros to `size`."""
+    mask = np.zeros(size, np.float32)
+    mask[: len(rows)] = 1
+    counted = {"mask": mask, "weight": mask * np.float32(weight)}
+    if data is None:
+        row = np.full(size, count, np.int32)
+        row[: len(rows)] = rows
+        return {"row": row, **counted}
+    images, labels = data
     image = np.zeros((size, *images.shape[1:]), images.dtype)
     label = np.zeros(size, np.int32)
-    mask = np.zeros(size, np.float32)
     image[: len(rows)] = images[rows]
     label[: len(rows)] = labels[rows]
-    mask[: len(rows)] = 1
-    return {"image": image, "label": label, "mask": mask, "weight": mask * np.float32(weight)}
+    return {"image": image, "label": label, **counted}
 
 
 def _check_data(images: np.ndarray, labels: np.ndarray) -> None:

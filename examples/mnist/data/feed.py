@@ -1,12 +1,21 @@
 """The batches of one process of a run."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec as P
+
+import txcore as tx
 from data.batches import batches_per_epoch, epoch_batches
 from data.dataset import Dataset
 
 _EVAL_BATCH = 1024  # examples, or the next multiple of the number of devices
+_SHARE = 1 / 8  # of a device's memory that the set may take
+_HOST_BYTES = 1 << 30  # that its copies on CPU devices may, which share the host's memory
+WHOLE = {"images": P(), "labels": P()}  # the leaves of a batch that are the set itself
 
 
 class Feed:
@@ -51,32 +60,86 @@ class Feed:
                 f"devices: use a positive multiple of {device_count}"
             )
         self.steps_per_epoch = batches_per_epoch(size, batch_size)
-        self._data, self._size, self._batch_size, self._seed = data, size, batch_size, seed
+        self._batch_size, self._seed = batch_size, seed
         self._eval_batch = -(-_EVAL_BATCH // device_count) * device_count
         self._part: dict[str, Any] = {
             "process_index": process_index,
             "process_count": process_count,
         }
 
+        self._train = data.train_images[:size], data.train_labels[:size]
+        self._test = data.test_images, data.test_labels
+        self._held: tuple[Any, Any] | None = None
+
+    def hold_on(self, mesh: tx.MeshSpec) -> dict[str, P]:
+        """Put the whole set on each device where it fits, so that batches only name its rows.
+
+        The order of the examples, and what a step gets from `take_rows`, stay as they are.
+
+        Returns:
+          What to declare by `tx.Plan(batch=)`: the leaves that are the set; {} where it stays on
+          the host.
+        """
+        if not fits_on(mesh.mesh.local_devices, (*self._train, *self._test)):
+            return {}
+
+        def put(images: np.ndarray, labels: np.ndarray) -> dict[str, jax.Array]:
+            # Row by row: that is how they are read.
+            host = {"images": images.reshape(len(images), -1), "labels": labels.astype(np.int32)}
+            whole = mesh.sharding()
+            return {
+                name: jax.make_array_from_process_local_data(whole, x, x.shape)
+                for name, x in host.items()
+            }
+
+        self._held = put(*self._train), put(*self._test)
+        return WHOLE
+
     def train(self, epoch: int) -> Iterable[Any]:
         """Return the batches of one epoch."""
-        return epoch_batches(
-            self._data.train_images[: self._size],
-            self._data.train_labels[: self._size],
-            batch_size=self._batch_size,
-            seed=self._seed,
-            epoch=epoch,
-            **self._part,
-        )
+        held = None if self._held is None else self._held[0]
+        order = {"batch_size": self._batch_size, "seed": self._seed, "epoch": epoch}
+        return self._batches(held, *self._train, **order)
 
     def test(self) -> Iterable[Any]:
         """Return the test set in order."""
-        return epoch_batches(
-            self._data.test_images,
-            self._data.test_labels,
-            batch_size=self._eval_batch,
-            seed=0,
-            epoch=0,
-            shuffle=False,
-            **self._part,
-        )
+        held = None if self._held is None else self._held[1]
+        order = {"batch_size": self._eval_batch, "seed": 0, "epoch": 0, "shuffle": False}
+        return self._batches(held, *self._test, **order)
+
+    def _batches(
+        self, held: Any, images: np.ndarray, labels: np.ndarray, **order: Any
+    ) -> Iterator[Any]:
+        alone = held is not None
+        batches = epoch_batches(images, labels, rows_alone=alone, **order, **self._part)
+        return ({**batch, **held} for batch in batches) if alone else batches
+
+
+def fits_on(devices: Any, arrays: Iterable[np.ndarray]) -> bool:
+    """Tell whether each of these devices can hold these arrays beside a training step."""
+    size = sum(array.nbytes for array in arrays)
+    limits = [(device.memory_stats() or {}).get("bytes_limit") for device in devices]
+    if any(limit is None for limit in limits):
+        return size * len(limits) <= _HOST_BYTES
+    return size <= _SHARE * min(limits)
+
+
+def take_rows(batch: dict[str, Any]) -> dict[str, Any]:
+    """Return the examples of this device, of a batch that may only name rows of the whole set.
+
+    A row past the last one is zeros, as padding is.
+
+    Example:
+      >>> batch = {"row": jnp.array([1, 2]), "images": jnp.ones((2, 784)), "labels": jnp.arange(2)}
+      >>> taken = take_rows(batch)
+      >>> taken["image"].shape, taken["label"].tolist()
+      ((2, 28, 28, 1), [1, 0])
+    """
+    if "row" not in batch:
+        return batch
+    taken = {key: leaf for key, leaf in batch.items() if key not in ("row", *WHOLE)}
+    images, labels = (
+        jnp.take(batch[name], batch["row"], axis=0, mode="fill", fill_value=0) for name in WHOLE
+    )
+    side = round(images.shape[1] ** 0.5)
+    return {"image": images.reshape(-1, side, side, 1), "label": labels, **taken}
