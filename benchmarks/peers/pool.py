@@ -56,6 +56,7 @@ CONTENDERS = (
     Contender("plain jax (2 processes)", "jax_worker.py", 2, 1),
     Contender("PyTorch DDP", "torch_worker.py", 2, 1),
     Contender("PyTorch DDP (usual form)", "torch_worker.py", 2, 1, form="usual"),
+    Contender("PyTorch DDP bfloat16", "torch_worker.py", 2, 1, "bfloat16"),
     Contender("TensorFlow MultiWorkerMirrored", "tensorflow_worker.py", 2, 1),
     Contender("TensorFlow Mirrored", "tensorflow_worker.py", 1, 2),
 )

@@ -64,6 +64,11 @@ def image_tensor(images, form):
     return tensor.contiguous(memory_format=layout)
 
 
+def autocast(precision):
+    """Return a context in which products and convolutions are of a precision."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16")
+
+
 def main() -> None:
     """Serve steps."""
     args = worker.parse_arguments()
@@ -82,7 +87,8 @@ def main() -> None:
     def step(batch):
         images, labels = batch
         optimizer.zero_grad(set_to_none=True)
-        loss = F.cross_entropy(model(images), labels)
+        with autocast(args.precision):
+            loss = F.cross_entropy(model(images), labels)
         loss.backward()
         optimizer.step()
         return loss.detach()

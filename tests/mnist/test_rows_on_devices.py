@@ -41,9 +41,7 @@ def make_engine(feed, *, held, devices=2):
 @pytest.mark.parametrize("process", [0, 1])
 @pytest.mark.parametrize("train_size", [None, MASKED - 2])
 def test_rows_are_the_examples_of_whole_batches(dataset, process, train_size):
-    feeds = [
-        Feed(dataset, 8, (2, process, 2), seed=3, train_size=train_size) for _ in range(2)
-    ]
+    feeds = [Feed(dataset, 8, (2, process, 2), seed=3, train_size=train_size) for _ in range(2)]
     feeds[1].hold_on(tx.MeshSpec(jax.devices()[:1]))
     for read in (lambda f: f.train(0), lambda f: f.train(5), lambda f: f.test()):
         host, held = (list(read(feed)) for feed in feeds)
@@ -59,7 +57,11 @@ def test_rows_are_the_examples_of_whole_batches(dataset, process, train_size):
 def test_a_run_that_goes_on_with_the_set_on_devices_makes_the_same_steps(dataset, tmp_path):
     train_step, eval_step = train.make_steps(LAYERS)
     curves, accuracies, reports = {}, {}, {}
-    for name, forms in {"host": (False, False), "held": (True, True), "both": (False, True)}.items():
+    for name, forms in {
+        "host": (False, False),
+        "held": (True, True),
+        "both": (False, True),
+    }.items():
         losses = []
         for held, steps in zip(forms, (4, 7), strict=True):  # an epoch has three
             feed = Feed(dataset, 8, (2, 0, 1), seed=1)
