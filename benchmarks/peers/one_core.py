@@ -124,9 +124,8 @@ def main():
     for (precision, ynn), own in ours.items():
         ratio = statistics.median(t / o for t, o in zip(theirs[precision], own, strict=True))
         name = "txcore" if ynn is None else f"txcore, ynn_fusion_type={ynn!r}"
-        print(
-            f"{precision:9s} {name:40s} {1e3 * statistics.median(own):6.2f}, torch / this {ratio:.2f}"
-        )
+        median = 1e3 * statistics.median(own)
+        print(f"{precision:9s} {name:40s} {median:6.2f}, torch / this {ratio:.2f}")
     peer.stdin.close()
     peer.wait()
     return None
