@@ -25,7 +25,7 @@ from txcore.profiling.declared.equations import (
 )
 
 REMOTE_DMA = "remote-dma"
-Known = dict[Var, np.ndarray]  # integers of each block, as far as they do not depend on the device
+Known = dict[Var, Any]  # integers of each block, as far as they do not depend on the device
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ def _sent_to_switch(eqn: Eqn, sizes: meshes.Sizes) -> Sent | None:
 class _Walk:
     """Walk a kernel's body with the numbers of all of its blocks at once."""
 
-    def __init__(self, places: Mapping[str, np.ndarray], sizes: Mapping[str, int]) -> None:
+    def __init__(self, places: Mapping[str, Any], sizes: Mapping[str, int]) -> None:
         self.places = places
         self.sizes = sizes
 
@@ -250,7 +250,7 @@ def _divide(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.sign(a) * np.sign(b) * (np.abs(a) // np.maximum(np.abs(b), 1))
 
 
-_ARITHMETIC: Mapping[str, Callable[..., np.ndarray]] = {
+_ARITHMETIC: Mapping[str, Callable[..., Any]] = {
     "add": np.add,
     "sub": np.subtract,
     "mul": np.multiply,
