@@ -125,7 +125,8 @@ def _trace_cases(shape, dtype, backward, others, named):
                 "name": label_candidate(choice.implementation, fields_of(choice.config)),
             }
             try:
-                _trace_call(*measure.write_programs(shape, choice), shape, dtype, backward)
+                forward, with_gradients = measure.write_programs(shape, choice)
+                _trace_call(forward, with_gradients, shape, dtype, backward)
             except Exception as error:  # a row says so, and the others are traced
                 row["why"] = f"{type(error).__name__}: {error}"[:300]
             rows.append(row)
