@@ -8,12 +8,14 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 LEAST_GAIN = 1.05  # of another implementation over XLA's, to be recorded as the fastest
 
 
-def write_results(found: dict, seconds: dict, folder: pathlib.Path) -> None:
-    """Write the rows with what they were measured on, and the table of them."""
+def write_results(found: dict, seconds: dict, folder: pathlib.Path) -> pathlib.Path:
+    """Write the rows with what they were measured on, and the table of them; return the .json."""
     here = machine_of(found)
     result = {"machine": here, "seconds": seconds, "parts": found}
-    (folder / f"{file_name(found)}.json").write_text(json.dumps(result, indent=1) + "\n")
-    (folder / f"{file_name(found)}.txt").write_text(format_table(found, here))
+    file = folder / f"{file_name(found)}.json"
+    file.write_text(json.dumps(result, indent=1) + "\n")
+    file.with_suffix(".txt").write_text(format_table(found, here))
+    return file
 
 
 def machine_of(found: dict) -> dict:

@@ -4,7 +4,10 @@ import statistics
 import time
 from functools import partial
 
+import gpu_cases
 from gpu_cases import max_pool
+
+TOGETHER = 10  # steps of one program, and those that the profiler records at once
 
 
 def time_steps() -> list[dict]:
@@ -15,7 +18,6 @@ def time_steps() -> list[dict]:
     import train
 
     import txcore as tx
-    from txcore.kernels.tuning import timing
 
     layers = models.layers_of("cnn3x3", dropout=0)
     rows = []
@@ -37,51 +39,61 @@ def time_steps() -> list[dict]:
             run, _ = train.make_steps(layers)
             calls = {
                 "txcore Engine.run": prepare_engine(engine, run, models.init(layers, seed=0), host),
+                f"txcore Engine.run_many, {TOGETHER} at once": prepare_engine(
+                    engine, run, models.init(layers, seed=0), host, TOGETHER
+                ),
                 "plain jax.jit": prepare_plain(models.init(layers, seed=0), host, precision),
             }
-            times: dict[str, list[float]] = {name: [] for name in calls}
-            for _ in range(7):
-                for name, call in calls.items():
-                    call(5)
-                    start = time.perf_counter()
-                    call(100)
-                    times[name].append((time.perf_counter() - start) * 1e4)
-            rows += [
-                {
-                    "case": f"step cnn3x3 b{batch_size} {precision} (host)",
-                    "name": name,
-                    "us": statistics.median(taken),
-                }
-                for name, taken in times.items()
-            ]
-            once = {name: partial(call, 1) for name, call in calls.items()}
-            device = timing.device_times(once, 10)
-            rows += [
-                {
-                    "case": f"step cnn3x3 b{batch_size} {precision} (device)",
-                    "name": name,
-                    "us": us,
-                    "kernels": count,
-                }
-                for name, (us, count) in device.items()
-            ]
-            print(rows[-4:], flush=True)
+            rows += time_calls(f"step cnn3x3 b{batch_size} {precision}", calls)
+            print(rows[-2 * len(calls) :], flush=True)
     return rows
 
 
-def prepare_engine(engine, step, params, host):
-    """Return a function that runs a number of steps by the engine and waits for the last."""
+def time_calls(case, calls) -> list[dict]:
+    """Time functions that run a number of steps: a step by the host's clock, and on the device."""
+    from txcore.kernels.tuning import timing
+
+    if gpu_cases.is_dry():
+        return [{"case": case, "name": name} for name in calls]
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(7):
+        for name, call in calls.items():
+            call(TOGETHER)
+            start = time.perf_counter()
+            call(100)
+            times[name].append((time.perf_counter() - start) * 1e4)
+    rows = [
+        {"case": f"{case} (host)", "name": name, "us": statistics.median(taken)}
+        for name, taken in times.items()
+    ]
+    device = timing.device_times({n: partial(call, TOGETHER) for n, call in calls.items()}, 5)
+    for name, (us, count) in device.items():
+        row = {"case": f"{case} (device)", "name": name}
+        rows.append(row | {"us": us / TOGETHER, "kernels": count / TOGETHER})
+    return rows
+
+
+def prepare_engine(engine, step, params, host, together=1):
+    """Return a function that runs a number of steps by the engine and waits for the last.
+
+    As for plain jax, the batch lies on the device. `together` of them are one program.
+    """
     import jax
 
+    from txcore.train.batches.placer import shard_batch
+
     state = [engine.create_state(params)]
-    batch = engine.shard_batch(host) if hasattr(engine, "shard_batch") else host
+    batch = shard_batch(host, engine.mesh, engine.plan)
 
     def run_steps(count):
-        for _ in range(count):
-            state[0], metrics = engine.run(step, state[0], batch)
+        for _ in range(count // together):
+            if together == 1:
+                state[0], metrics = engine.run(step, state[0], batch)
+            else:
+                state[0], metrics = engine.run_many(step, state[0], [batch] * together)
         jax.block_until_ready((state[0].params, metrics))
 
-    run_steps(3)
+    run_steps(together)
     return run_steps
 
 

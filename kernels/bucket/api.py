@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
 from txcore import varying
-from txcore.kernels.bucket import mosaic, pallas, triton, xla
+from txcore.kernels.bucket import jax_triton_buckets, mosaic, pallas, triton, xla
 from txcore.kernels.common import checks
 from txcore.kernels.dispatch import registry
 
@@ -17,12 +17,18 @@ PACK: registry.Kernels = {
     "pallas_triton": registry.Kernel(pallas.pack, pallas.list_configs, pallas.refuse_pack),
     "mosaic_tpu": registry.Kernel(mosaic.pack, mosaic.list_configs, mosaic.refuse_pack),
     "triton_ir": registry.Kernel(triton.pack, triton.list_configs, triton.refuse_pack),
+    "jax_triton": registry.Kernel(
+        jax_triton_buckets.pack, jax_triton_buckets.list_configs, jax_triton_buckets.refuse_pack
+    ),
 }
 UNPACK: registry.Kernels = {
     "xla": registry.Kernel(xla.unpack),
     "pallas_triton": registry.Kernel(pallas.unpack, pallas.list_configs, pallas.refuse_unpack),
     "mosaic_tpu": registry.Kernel(mosaic.unpack, mosaic.list_configs, mosaic.refuse_unpack),
     "triton_ir": registry.Kernel(triton.unpack, triton.list_configs, triton.refuse_unpack),
+    "jax_triton": registry.Kernel(
+        jax_triton_buckets.unpack, jax_triton_buckets.list_configs, jax_triton_buckets.refuse_unpack
+    ),
 }
 
 

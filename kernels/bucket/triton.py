@@ -67,7 +67,7 @@ def _pack_leaves(
 ) -> jax.Array:
     sizes = [leaf.size for leaf in leaves]
     buffer: tuple[jax.Array, ...] = ()
-    for some in _group_launches(sizes, [str(leaf.dtype) for leaf in leaves]):
+    for some in group_launches(sizes, [str(leaf.dtype) for leaf in leaves], ARRAYS):
         types = (str(leaves[some[0]].dtype), dtype, str(scale[0].dtype) if scale else "")
         arrays = [leaves[i].reshape(-1) for i in some]
         operands = (*arrays, *(x.reshape(1) for x in scale), *buffer)
@@ -87,7 +87,7 @@ def _unpack_buffer(
 ) -> list[jax.Array]:
     sizes = [prod(shape) for shape in shapes]
     made = [jnp.zeros(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
-    for some in _group_launches(sizes, dtypes):
+    for some in group_launches(sizes, dtypes, ARRAYS):
         types = (str(flat.dtype), dtypes[some[0]], str(scale[0].dtype) if scale else "")
         outs = [_compat.shape_like(flat, (sizes[i],), dtypes[i]) for i in some]
         operands = (flat, *(x.reshape(1) for x in scale))
@@ -97,12 +97,12 @@ def _unpack_buffer(
     return made
 
 
-def _group_launches(sizes: Sequence[int], dtypes: Sequence[str]) -> list[list[int]]:
-    """Return which arrays each launch copies: those of one dtype, without the empty ones."""
+def group_launches(sizes: Sequence[int], dtypes: Sequence[str], most: int) -> list[list[int]]:
+    """Return which arrays each launch copies: `most` of one dtype, without the empty ones."""
     found = []
     for dtype in dict.fromkeys(dtypes):
         alike = [i for i, size in enumerate(sizes) if size and dtypes[i] == dtype]
-        found += [alike[i : i + ARRAYS] for i in range(0, len(alike), ARRAYS)]
+        found += [alike[i : i + most] for i in range(0, len(alike), most)]
     return found
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from txcore import _compat, varying
 from txcore.kernels.common import pallas_masked as masked
 from txcore.kernels.dispatch import registry
 from txcore.kernels.dispatch.problem import Problem
@@ -18,12 +19,13 @@ DTYPES = ("float16", "bfloat16", "float32")
 _CAPABILITIES = {"A100": 80, "H100": 90, "H200": 90}
 
 
-def explain_refusal(problem: Problem, *results: str) -> str | None:
+def explain_refusal(problem: Problem, *results: str, sizes: Sequence[int] = ()) -> str | None:
     """Return why no kernel in Triton's language can compute a problem, or None.
 
     Args:
       problem: what to compute.
       *results: the dtypes of its results.
+      sizes: of the arrays that it needs beside its operands.
     """
     if problem.platform != "gpu":
         return f"its kernel is Triton's, and nothing compiles that for {problem.platform}"
@@ -35,7 +37,7 @@ def explain_refusal(problem: Problem, *results: str) -> str | None:
         return "its kernel needs the package jax-triton (pip install 'txcore[triton]')"
     if not version.startswith(f"{SERIES}."):
         return f"its kernel needs jax-triton {SERIES}, and {version} is installed"
-    return masked.explain_too_large(max(map(prod, problem.shapes)))
+    return masked.explain_too_large(*map(prod, problem.shapes), *sizes)
 
 
 def _find_version(package: str) -> str | None:
@@ -48,41 +50,60 @@ def _find_version(package: str) -> str | None:
 def call_kernel(
     kernel: Any,
     grid: tuple[int, ...],
-    results: Sequence[jax.ShapeDtypeStruct],
+    results: Sequence[tuple[int, Any]],
     *operands: jax.Array,
     warps: int,
     stages: int = 1,
     aliases: Mapping[int, int] | None = None,
     **constants: Any,
-) -> Any:
-    """Launch a kernel in Triton's language.
+) -> list[jax.Array]:
+    """Run a kernel in Triton's language on flat arrays; under `vmap`, one launch after the other.
 
     Args:
       kernel: a function that `triton.jit` decorates; it takes a pointer to each operand and then to
         each result, and the constants.
       grid: the number of programs along each dim.
-      results: the shape and dtype of each result.
-      *operands: arrays; a scalar is an array of one element.
+      results: the size and dtype of each result.
+      *operands: arrays that vary along the same mesh axes; a scalar is an array of one element.
       warps: of a program.
       stages: how many loop steps have their loads in flight at once.
       aliases: operand number -> number of the result that takes its memory.
-      **constants: what the kernel is compiled for.
+      **constants: what the kernel is compiled for; None for a pointer that is left out.
 
     Returns:
-      The results.
+      The results, flat.
     """
+
+    def launch(*flat: jax.Array) -> list[jax.Array]:
+        return launch_kernel(
+            kernel,
+            grid,
+            [_compat.shape_like(flat[0], (size,), dtype) for size, dtype in results],
+            *flat,
+            num_warps=warps,
+            num_stages=stages,
+            input_output_aliases=dict(aliases or {}),
+            **constants,
+        )
+
+    # jax-triton has no rule for vmap.
+    launch_each = jax.custom_batching.sequential_vmap(launch)
+    return varying.run_untracked(launch_each, *(x.reshape(-1) for x in operands))  # type: ignore[no-any-return]
+
+
+def launch_kernel(
+    kernel: Any, grid: tuple[int, ...], results: Sequence[Any], *operands: jax.Array, **options: Any
+) -> list[jax.Array]:
+    """Launch a kernel by jax-triton, as `call_kernel` does; tests interpret it here."""
     import jax_triton
 
-    return jax_triton.triton_call(
+    return jax_triton.triton_call(  # type: ignore[no-any-return]
         *operands,
         kernel=kernel,
         out_shape=list(results),
         grid=grid,
-        num_warps=warps,
-        num_stages=stages,
         compute_capability=_find_capability(),
-        input_output_aliases=dict(aliases or {}),
-        **constants,
+        **options,
     )
 
 

@@ -7,7 +7,7 @@ from jax.typing import ArrayLike
 
 from txcore import varying
 from txcore.kernels.common import checks
-from txcore.kernels.conv import mosaic, pallas, xla
+from txcore.kernels.conv import jax_triton_conv, mosaic, pallas, xla
 from txcore.kernels.dispatch import registry
 
 Activation = Literal["relu"] | None
@@ -17,6 +17,9 @@ KERNELS: registry.Kernels = {
     "xla": registry.Kernel(xla.conv2d, xla.list_configs),
     "pallas_triton": registry.Kernel(pallas.conv2d, pallas.list_configs, pallas.explain_refusal),
     "mosaic_tpu": registry.Kernel(mosaic.conv2d, mosaic.list_configs, mosaic.explain_refusal),
+    "jax_triton": registry.Kernel(
+        jax_triton_conv.conv2d, jax_triton_conv.list_configs, jax_triton_conv.explain_refusal
+    ),
 }
 
 

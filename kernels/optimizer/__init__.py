@@ -1,6 +1,6 @@
 """One update of one array, by SGD with momentum or by AdamW.
 
-Imports `_compat`, `kernels.common`, `kernels.dispatch`, `varying`.
+Imports `kernels.common`, `kernels.dispatch`, `varying`.
 """
 
 from txcore.kernels.optimizer.api import adamw, sgd_momentum

@@ -6,7 +6,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from txcore import _compat, varying
 from txcore.kernels.common import jax_triton_calls, pallas_tiles
 from txcore.kernels.dispatch.problem import Problem
 from txcore.kernels.optimizer.pallas import Config
@@ -45,29 +44,23 @@ def _update_arrays(
     config: Config,
     options: dict[str, Any],
 ) -> tuple[jax.Array, ...]:
+    from txcore.kernels.optimizer import triton_updates
+
     shape, size = operands[0].shape, operands[0].size
     if not size:
         return tuple(jnp.zeros(shape, dtype) for dtype in dtypes)
     elements = pallas_tiles.block_size(size, config.elements)
     no_copy: dict[str, Any] = {} if len(dtypes) == count else {"copy_ptr": None}
-
-    def launch(*flat: jax.Array) -> Any:
-        from txcore.kernels.optimizer import triton_updates
-
-        return jax_triton_calls.call_kernel(
-            getattr(triton_updates, name),
-            (-(-size // elements),),
-            [_compat.shape_like(flat[0], (size,), dtype) for dtype in dtypes],
-            *flat,
-            warps=config.warps,
-            aliases=aliases_of(count),
-            size=size,
-            elements=elements,
-            **no_copy,
-            **options,
-        )
-
-    # jax-triton has no rule for vmap: one launch after the other.
-    launch_each = jax.custom_batching.sequential_vmap(launch)
-    results = varying.run_untracked(launch_each, *(x.reshape(-1) for x in operands))
+    results = jax_triton_calls.call_kernel(
+        getattr(triton_updates, name),
+        (-(-size // elements),),
+        [(size, dtype) for dtype in dtypes],
+        *operands,
+        warps=config.warps,
+        aliases=aliases_of(count),
+        size=size,
+        elements=elements,
+        **no_copy,
+        **options,
+    )
     return tuple(x.reshape(shape) for x in results)

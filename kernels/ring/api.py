@@ -20,24 +20,26 @@ def ring_all_gather(
 ) -> jax.Array:
     """Concatenate the shards of all devices along `axis`, on every device, by remote DMA.
 
-    Equation: `y[i] = concatenate([x[0], ..., x[n-1]], dim)`. Each device sends its shard both ways
-    round the ring, half of the way each: n - 1 shards' bytes a device.
+    Equation: `y[i] = concatenate([x[0], ..., x[n-1]], dim)`. Each TPU sends its shard both ways
+    round the ring, half of the way each: n - 1 shards' bytes a device. A GPU sends it once, to the
+    switch of its node.
 
     Transpose: `ring_reduce_scatter` over the same axis and dim. With `invariant` the cotangent is
     the same on every device, and is only sliced; with check_vma=False `ring_reduce_scatter` again.
 
     Args:
       x: this device's shard, float32, bfloat16 or int32, of at least one dim, any sizes.
-      axis: a mesh axis of a TPU slice, bound by `jax.shard_map`.
+      axis: a mesh axis of a TPU slice, bound by `jax.shard_map`; or the mesh's only one, of the
+        GPUs of one node (H100, H200, Blackwell).
       dim: the array dim to concatenate along.
       invariant: type the result as invariant along `axis`.
-      interpret: None to run on TPU; True or a `pltpu.InterpretParams` to simulate it on CPU.
+      interpret: None to run on TPU or GPU; True or a `pltpu.InterpretParams` to simulate it on CPU.
 
     Returns:
       The gathered array, `dim` longer by the axis size.
 
     Raises:
-      NotImplementedError: the device is no TPU, and no simulation was asked for.
+      NotImplementedError: the device is neither, and no simulation was asked for.
       TypeError: the dtype is another, or `axis` is no name.
       NameError: `axis` is not bound here.
       ValueError: x does not have `dim`.
@@ -69,7 +71,8 @@ def ring_reduce_scatter(
 
     Equation: `y[i] = split(sum_j x[j], n, dim)[i]`. Partial sums go round the ring, half of each
     shard either way: n - 1 shards' bytes a device. bfloat16 is added in float32 and sent as
-    bfloat16, rounded once a hop.
+    bfloat16, rounded once a hop. On GPUs the switch reads all of x on each device, n shards;
+    jax's kernel asks for no float32 sums of bfloat16 there.
 
     Transpose: `ring_all_gather` over the same axis and dim.
 
@@ -141,7 +144,7 @@ def ring_all_reduce(x: ArrayLike, axis: str, *, interpret: Any = None) -> jax.Ar
 
 def _prepare(op: str, x: jax.Array, axis: str, interpret: Any) -> jax.Array:
     """Check an operand, and return it varying along the axis, where jax tracks that."""
-    check_ring(op, axis, interpret, x=x)
+    check_ring(op, axis, interpret, on_gpu=True, x=x)
     is_equal = _compat.tracks_varying(axis) and axis not in _compat.varying_axes(x)
     return _compat.cast_to_varying(x, (axis,)) if is_equal else x
 

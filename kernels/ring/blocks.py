@@ -76,11 +76,11 @@ def from_rows(x: jax.Array, laid: Rows) -> jax.Array:
     return x.reshape(*batch, *laid.shape)
 
 
-def count_sent(shape: tuple[int, ...], dtype: jnp.dtype, devices: int) -> int:
-    """Return the elements that each device sends in a reduce-scatter, of shards of this shape.
+def count_laid(shape: tuple[int, ...], dtype: jnp.dtype) -> int:
+    """Return the elements of a shard of this shape as a reduce-scatter sends it, in whole tiles.
 
-    Each of the other devices' shards goes through it once, with what pads it to whole tiles. An
-    all-gather of the shards as they are laid then sends as many.
+    Round a ring each device sends n - 1 of them; to the switch of a node of GPUs all n. An
+    all-gather of the shards as they are laid then sends n - 1, or one.
     """
     laid = lay_in_rows(shape, dtype, parts=2)
-    return (devices - 1) * laid.rows * laid.columns
+    return laid.rows * laid.columns

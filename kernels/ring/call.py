@@ -10,6 +10,7 @@ from jax import lax
 
 from txcore import _compat, varying
 from txcore.kernels.dispatch import registry
+from txcore.kernels.ring import multimem
 from txcore.kernels.ring.neighbours import Ring
 
 DTYPES = ("float32", "bfloat16", "int32")
@@ -18,14 +19,23 @@ DTYPES = ("float32", "bfloat16", "int32")
 _FIRST_COLLECTIVE_ID = 16
 
 
-def check_ring(op: str, axis: Any, interpret: Any, **arrays: jax.Array) -> None:
+def check_ring(
+    op: str, axis: Any, interpret: Any, *, on_gpu: bool = False, **arrays: jax.Array
+) -> None:
     """Refuse what no kernel of a ring can run.
+
+    Args:
+      op: the function, for the errors.
+      axis: of the mesh.
+      interpret: None, or how to simulate TPUs.
+      on_gpu: whether it is a collective that the switch of a node of GPUs has too.
+      **arrays: the operands by name.
 
     Raises:
       TypeError: the axis is no name, or the dtype is none of `DTYPES`.
       NameError: the axis is not bound here.
-      NotImplementedError: the device is no TPU, and no simulation was asked for; an array is
-        vmapped; or an axis of the mesh is left to the partitioner.
+      NotImplementedError: the device is no TPU (nor such a GPU), and no simulation was asked for;
+        an array is vmapped; or an axis of the mesh is left to the partitioner.
     """
     if not isinstance(axis, str):
         raise TypeError(
@@ -49,9 +59,12 @@ def check_ring(op: str, axis: Any, interpret: Any, **arrays: jax.Array) -> None:
                 f"{op} needs {name} of dtype {', '.join(DTYPES)}, got {array.dtype.name}: cast it, "
                 "or use the collectives of txcore without algorithm="
             )
+    platform, device = registry.current_device()
     if not interpret:
-        check_platform(op, registry.current_device()[0])
+        check_platform(op, platform, on_gpu=on_gpu)
     _check_whole_mesh(op, axis)
+    if multimem.runs_by_switch(interpret):
+        multimem.check_multimem(op, axis, device)
 
 
 def _check_whole_mesh(op: str, axis: str) -> None:
@@ -67,22 +80,26 @@ def _check_whole_mesh(op: str, axis: str) -> None:
         )
 
 
-def check_platform(op: str, platform: str) -> None:
+def check_platform(op: str, platform: str, *, on_gpu: bool = True) -> None:
     """Refuse a platform for which no kernel of a ring is compiled, unless TPUs are simulated.
+
+    Args:
+      op: the function or option, for the error.
+      platform: "cpu", "gpu" or "tpu".
+      on_gpu: whether it is a collective that the switch of a node of GPUs has too.
 
     Raises:
       NotImplementedError: with the alternative.
     """
-    if platform == "tpu" or _compat.simulates_tpu():
+    if platform == "tpu" or (platform == "gpu" and on_gpu) or _compat.simulates_tpu():
         return
     instead = {
         "gpu": "leave algorithm= out: XLA calls NCCL there",
         "cpu": "leave algorithm= out, or to test the kernel on CPU pass interpret=True, or run "
         "under jax.experimental.pallas.tpu.force_tpu_interpret_mode()",
     }.get(platform, "leave algorithm= out")
-    raise NotImplementedError(
-        f"{op} needs TPUs, whose remote DMA it is written for, got platform {platform!r}: {instead}"
-    )
+    needed = "TPUs, or the GPUs of one node," if on_gpu else "TPUs,"
+    raise NotImplementedError(f"{op} needs {needed} got platform {platform!r}: {instead}")
 
 
 def call_ring(

@@ -158,22 +158,7 @@ def compile_call(
     given = shape.make_operands(dtype) if operands is None else operands
     replaced = OPS[shape.op].updates
     operands = [jnp.array(x) if i in replaced else x for i, x in enumerate(given)]
-
-    def forward(*operands: jax.Array) -> Any:
-        with registry.decided_by(lambda problem, _: choice if problem.op == shape.op else None):
-            return shape.call_op(*operands)
-
-    def forward_and_backward(gradient: Any, *operands: jax.Array) -> Any:
-        def of_differentiable(*some: jax.Array) -> Any:
-            given = dict(zip(shape.differentiable, some, strict=True))
-            return forward(*(given.get(i, x) for i, x in enumerate(operands)))
-
-        # By vjp, not as the gradient of a sum: the time of that sum is not the op's.
-        results, transpose = jax.vjp(
-            of_differentiable, *(operands[i] for i in shape.differentiable)
-        )
-        return results, transpose(gradient)
-
+    forward, forward_and_backward = write_programs(shape, choice)
     options = compiler_options(jax.default_backend(), jnp.dtype(dtype).name)
     if backward and shape.differentiable:
         gradient = jax.tree.map(
@@ -193,6 +178,37 @@ def compile_call(
             operands[place] = result
 
     return update_in_place
+
+
+def write_programs(
+    shape: Shape, choice: registry.Choice | None
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Return functions that compute an op, and an op with its gradients.
+
+    Args:
+      shape: what to compute.
+      choice: as for `compile_call`.
+
+    Returns:
+      `forward(*operands)` and `forward_and_backward(gradients of the results, *operands)`.
+    """
+
+    def forward(*operands: jax.Array) -> Any:
+        with registry.decided_by(lambda problem, _: choice if problem.op == shape.op else None):
+            return shape.call_op(*operands)
+
+    def forward_and_backward(gradient: Any, *operands: jax.Array) -> Any:
+        def of_differentiable(*some: jax.Array) -> Any:
+            given = dict(zip(shape.differentiable, some, strict=True))
+            return forward(*(given.get(i, x) for i, x in enumerate(operands)))
+
+        # By vjp, not as the gradient of a sum: the time of that sum is not the op's.
+        results, transpose = jax.vjp(
+            of_differentiable, *(operands[i] for i in shape.differentiable)
+        )
+        return results, transpose(gradient)
+
+    return forward, forward_and_backward
 
 
 def describe_machine() -> str:

@@ -29,6 +29,11 @@ _GPU_KERNEL = "mosaic_gpu"
 _GPU_IS_LOCAL = re.compile(r"\buses_xla_collective_metadata\s*=\s*false\b")
 
 
+def is_kernel(target: str) -> bool:
+    """Tell whether a custom call runs a Pallas kernel that may send to other devices."""
+    return target == TPU_KERNEL or target.startswith(_GPU_KERNEL)
+
+
 def can_communicate(instruction: Instruction) -> bool:
     """Tell whether a custom call may talk to other devices.
 

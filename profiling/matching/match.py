@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from txcore.profiling.declared.collectives import RESHARD, RESHARD_OF_A_SUM, Declared
 from txcore.profiling.declared.remote_dma import REMOTE_DMA
 from txcore.profiling.hlo import Op, Shape
-from txcore.profiling.hlo.custom_calls import TPU_KERNEL
+from txcore.profiling.hlo.custom_calls import is_kernel
 from txcore.profiling.matching import rules
 from txcore.profiling.matching.arrays import Unit, size_of, units_of
 from txcore.profiling.matching.fates import fates_of
@@ -218,7 +218,7 @@ class _Match:
         """
         kernels = [i for i, d in enumerate(self.declared) if d.kind == REMOTE_DMA]
         waiting = self.open_units(("opaque",))
-        calls = [i for i in waiting if self.units[i].target == TPU_KERNEL]
+        calls = [i for i in waiting if is_kernel(self.units[i].target)]
         for live in (True, False):
             self.order = [i for i in kernels if self.declared[i].live is live]
             for rule in rules.KERNELS:

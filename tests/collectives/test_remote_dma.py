@@ -115,14 +115,14 @@ def test_what_remote_dma_cannot_do_is_refused():
     assert error_of(
         lambda x: tx.sync_gradients(x, ("node", "data"), algorithm="remote_dma"), sizes=SIZES
     ) == (
-        "ValueError: algorithm='remote_dma' needs one axis of more than one device, a ring of "
-        "TPUs, got ('node', 'data'): shard the state over one of them, or write algorithm=None"
+        "ValueError: algorithm='remote_dma' needs one axis of more than one device, got "
+        "('node', 'data'): shard the state over one of them, or write algorithm=None"
     )
 
 
 ON_CPU = (
-    "NotImplementedError: {op} needs TPUs, whose remote DMA it is written for, got platform 'cpu': "
-    "leave algorithm= out, or to test the kernel on CPU pass interpret=True, or run under "
+    "NotImplementedError: {op} needs TPUs, or the GPUs of one node, got platform 'cpu': leave "
+    "algorithm= out, or to test the kernel on CPU pass interpret=True, or run under "
     "jax.experimental.pallas.tpu.force_tpu_interpret_mode()"
 )
 
@@ -143,8 +143,8 @@ def test_on_cpu_it_is_refused_with_the_alternatives(op, call):
     assert error_of(call, simulate=False) == ON_CPU.format(op=op)
 
 
-def test_on_gpu_it_is_refused_with_the_alternative():
-    device = AbstractDevice(device_kind="NVIDIA H100", num_cores=None, platform="gpu")
+def test_on_an_older_gpu_it_is_refused_with_the_alternative():
+    device = AbstractDevice(device_kind="NVIDIA A100", num_cores=None, platform="gpu")
     mesh = AbstractMesh((8,), ("data",), (AxisType.Auto,), abstract_device=device)
     with jax.sharding.use_abstract_mesh(mesh), pytest.raises(NotImplementedError) as error:
         jax.eval_shape(
@@ -156,6 +156,6 @@ def test_on_gpu_it_is_refused_with_the_alternative():
             jax.ShapeDtypeStruct((8, 4), jnp.float32),
         )
     assert str(error.value) == (
-        "ring_all_reduce needs TPUs, whose remote DMA it is written for, got platform 'gpu': leave "
-        "algorithm= out: XLA calls NCCL there"
+        "ring_all_reduce on GPUs needs those of a node with a switch that adds, GB200, GB300, "
+        "H100, H200, B200, B300, got 'NVIDIA A100': leave algorithm= out: XLA calls NCCL there"
     )

@@ -10,7 +10,15 @@ import warnings
 import jax
 import jax.numpy as jnp
 import pytest
-from triton_cases import GPUS, assemble, compile_ir, lower_module, read_kernels
+from triton_cases import (
+    GPUS,
+    REGISTERS,
+    SHARED_MEMORY,
+    assemble,
+    compile_ir,
+    lower_module,
+    read_kernels,
+)
 
 from txcore.kernels.dispatch import registry
 from txcore.kernels.tuning.shapes import OPS, SHAPES
@@ -20,8 +28,6 @@ pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="it compiles: unset TRITON_INTERPRET"
 )
 
-SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10}  # bytes of a block: CUDA's programming guide
-REGISTERS = 65536  # of a multiprocessor
 # Name -> (shape, number of its configuration, products of matrices among its kernels).
 CASES = {
     "dense": ("cnn-dense-b64", 0, 3),

@@ -8,6 +8,8 @@ import jax
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 GPUS = {80: "NVIDIA A100-SXM4-80GB", 90: "NVIDIA H100 80GB HBM3"}
+SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10}  # bytes of a block: CUDA's programming guide
+REGISTERS = 65536  # of a multiprocessor
 
 
 def mesh_of(kind):

@@ -27,11 +27,14 @@ from txcore._compat.jaxprs import live_jaxpr as live_jaxpr
 from txcore._compat.jaxprs import plain_jaxpr as plain_jaxpr
 from txcore._compat.jaxprs import scan_counts as scan_counts
 from txcore._compat.pallas import copied_array as copied_array
+from txcore._compat.pallas import gpu_grid as gpu_grid
 from txcore._compat.pallas import is_of_gpu as is_of_gpu
 from txcore._compat.pallas import is_simulated as is_simulated
 from txcore._compat.pallas import kernel_grid as kernel_grid
 from txcore._compat.pallas import kernel_metadata as kernel_metadata
 from txcore._compat.pallas import kernel_name as kernel_name
+from txcore._compat.pallas import multimem_kernels as multimem_kernels
+from txcore._compat.pallas import reads_peer as reads_peer
 from txcore._compat.pallas import remote_device as remote_device
 from txcore._compat.pallas import simulates_tpu as simulates_tpu
 from txcore._compat.processes import coordination_client as coordination_client

@@ -21,8 +21,19 @@ def is_simulated(eqn: Any) -> bool:
 def is_of_gpu(eqn: Any) -> bool:
     """Tell whether the kernel of a traced equation is one of Pallas' Mosaic GPU."""
     parameters = eqn.params.get("compiler_params")
-    given = parameters.values() if isinstance(parameters, Mapping) else (parameters,)
+    given = [*(parameters.values() if isinstance(parameters, Mapping) else (parameters,))]
+    given += eqn.params.get("meshes", ())
     return any("mosaic_gpu" in type(one).__module__ for one in given)
+
+
+def multimem_kernels() -> Any:
+    """Return jax's own all-gather and reduce-scatter by multimem; None where it has none."""
+    try:
+        from jax.experimental.pallas.ops.gpu.all_gather_mgpu import all_gather
+        from jax.experimental.pallas.ops.gpu.reduce_scatter_mgpu import reduce_scatter
+    except (ImportError, AttributeError):  # they are no documented part of jax
+        return None
+    return all_gather, reduce_scatter
 
 
 def kernel_name(eqn: Any) -> str:
@@ -42,6 +53,22 @@ def kernel_grid(eqn: Any) -> int | None:
     if grid is None or not all(isinstance(size, int) for size in grid):
         return None
     return math.prod(grid)
+
+
+def gpu_grid(eqn: Any) -> Mapping[str, int] | None:
+    """Return the names and sizes of a Mosaic GPU kernel's grid; None where this jax hides it.
+
+    A kernel of several threads has one more axis, whose threads run the same body.
+    """
+    given = eqn.params.get("meshes") or (eqn.params.get("mesh"),)
+    shape = getattr(given[0], "shape", None) if len(given) == 1 else None
+    return None if shape is None else {str(name): int(size) for name, size in shape.items()}
+
+
+def reads_peer(eqn: Any) -> bool:
+    """Tell whether an equation of a Mosaic GPU kernel moves memory of other devices by address."""
+    text = "".join(map(str, eqn.params.values()))  # of jax's private transforms of a reference
+    return "PeerMemRef" in text or "MulticastRef" in text
 
 
 def remote_device(eqn: Any) -> Any:

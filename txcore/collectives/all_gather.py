@@ -38,8 +38,8 @@ def all_gather(
       dim: the array dim to concatenate along.
       invariant: type the result as invariant along `axis`, so that it can leave a
         `shard_map` through `P()`. Reducing it again is then refused.
-      algorithm: None for XLA's own; "remote_dma" for a ring of TPUs by remote DMA in a Pallas
-        kernel, over one axis, of float32, bfloat16 or int32.
+      algorithm: None for XLA's own; "remote_dma" for Pallas kernels, over one axis, of float32,
+        bfloat16 or int32: a ring of TPUs by remote DMA, or the switch of a node of GPUs.
       name: label of the operation's tag; letters, digits and `_ . / -`.
 
     Returns:
@@ -49,7 +49,7 @@ def all_gather(
       ValueError: a leaf does not have `dim`.
       TypeError: a leaf is no array.
       NameError: `axis` is not bound here.
-      NotImplementedError: `algorithm="remote_dma"` on a device that is no TPU.
+      NotImplementedError: `algorithm="remote_dma"` on a device that has no such kernels.
 
     Example:
       >>> def f(x):

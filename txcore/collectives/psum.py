@@ -34,8 +34,8 @@ def psum(
     Args:
       x: pytree of numeric arrays, any shape, each varying along `axis`.
       axis: mesh axis name, or a tuple of names to sum over together.
-      algorithm: None for XLA's own; "remote_dma" for a ring of TPUs by remote DMA in a Pallas
-        kernel, over one axis, of float32, bfloat16 or int32.
+      algorithm: None for XLA's own; "remote_dma" for Pallas kernels, over one axis, of float32,
+        bfloat16 or int32: a ring of TPUs by remote DMA, or the switch of a node of GPUs.
       name: label of the operation's tag; letters, digits and `_ . / -`.
 
     Returns:
@@ -48,7 +48,7 @@ def psum(
       ValueError: a leaf does not vary along `axis` (it would be multiplied by the size).
       TypeError: a leaf is a Python number or no array.
       NameError: `axis` is not bound here.
-      NotImplementedError: `algorithm="remote_dma"` on a device that is no TPU.
+      NotImplementedError: `algorithm="remote_dma"` on a device that has no such kernels.
 
     Example:
       >>> def f(x):
@@ -83,8 +83,8 @@ def pmean(
     Args:
       x: pytree of numeric arrays, any shape, each varying along `axis`.
       axis: mesh axis name, or a tuple of names to average over together.
-      algorithm: None for XLA's own; "remote_dma" for a ring of TPUs by remote DMA in a Pallas
-        kernel, over one axis, of float32, bfloat16 or int32.
+      algorithm: None for XLA's own; "remote_dma" for Pallas kernels, over one axis, of float32,
+        bfloat16 or int32: a ring of TPUs by remote DMA, or the switch of a node of GPUs.
       name: label of the operation's tag; letters, digits and `_ . / -`.
 
     Returns:

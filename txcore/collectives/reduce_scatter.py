@@ -37,8 +37,8 @@ def reduce_scatter(
       dim: the array dim to scatter.
       mean: divide by the axis size; integers become floating point, and the sum does not
         overflow, as for `pmean`.
-      algorithm: None for XLA's own; "remote_dma" for a ring of TPUs by remote DMA in a Pallas
-        kernel, over one axis, of float32, bfloat16 or int32.
+      algorithm: None for XLA's own; "remote_dma" for Pallas kernels, over one axis, of float32,
+        bfloat16 or int32: a ring of TPUs by remote DMA, or the switch of a node of GPUs.
       name: label of the operation's tag; letters, digits and `_ . / -`.
 
     Returns:
@@ -48,7 +48,7 @@ def reduce_scatter(
       ValueError: a leaf does not vary along `axis`, lacks `dim`, or its dim is indivisible.
       TypeError: a leaf is a Python number or no array.
       NameError: `axis` is not bound here.
-      NotImplementedError: `algorithm="remote_dma"` on a device that is no TPU.
+      NotImplementedError: `algorithm="remote_dma"` on a device that has no such kernels.
 
     Example:
       >>> def f(x):

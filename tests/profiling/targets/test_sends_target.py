@@ -9,6 +9,7 @@ from audit_cases import P, on, shape
 from jax import lax
 from target_cases import available
 
+import txcore as tx
 from txcore.profiling import audit
 
 TARGET = "cuda:h100:8"
@@ -68,8 +69,8 @@ def test_a_gpu_kernel_that_reads_its_neighbour_is_opaque():
     assert [row.origin for row in report.collectives] == ["opaque"]
 
 
-def test_the_collectives_by_multimem_that_come_with_jax_compile():
-    """Those that a kernel of ours would have to beat; what they send is not read."""
+def test_the_collectives_by_multimem_that_come_with_jax_are_read():
+    """A user's own calls of them: what goes to the switch, each device's operand once."""
     gather = pytest.importorskip("jax.experimental.pallas.ops.gpu.all_gather_mgpu").all_gather
     module = pytest.importorskip("jax.experimental.pallas.ops.gpu.reduce_scatter_mgpu")
 
@@ -80,5 +81,60 @@ def test_the_collectives_by_multimem_that_come_with_jax_compile():
         )
 
     report = audited(body, check_vma=False)
-    assert report.status == "not proved"
-    assert [(row.kind, row.origin) for row in report.collectives] == [("custom-call", "opaque")] * 2
+    assert report.status == "proved", report
+    rows = [(row.kind, row.origin, row.payload_bytes) for row in report.collectives]
+    assert rows == [("remote-dma", "user", n * 64 * 128 * 4) for n in (1, 8)]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32"])
+def test_collectives_by_the_switch(dtype):
+    """Each device sends its shard once for a gather, and for a scatter all that is added."""
+    item = jnp.dtype(dtype).itemsize
+
+    def build(mesh):
+        def body(x):
+            part = tx.reduce_scatter(x, "data", algorithm="remote_dma", name="part")
+            whole = tx.all_gather(part, "data", algorithm="remote_dma", name="whole")
+            return tx.psum(whole[:7, 0], "data", algorithm="remote_dma", name="total")
+
+        given = shape(mesh, P("data"), 8 * 8 * 512, 256, dtype=dtype)
+        return on(mesh, P("data"), P())(body), (given,)
+
+    report = audit(build, target=available(TARGET), mesh={"data": 8})
+    assert report.status == "proved", report
+    shard, tiny = 512 * 256 * item, 2 * 4096
+    sent = [(row.tags, row.payload_bytes) for row in report.collectives]
+    assert sent == [
+        (("reduce_scatter/part",), 8 * shard),
+        (("all_gather/whole",), shard),
+        (("psum/total",), 8 * tiny),
+        (("psum/total",), tiny),
+    ]
+    for row in report.collectives:
+        found = (row.kind, row.origin, row.axes, row.group_size, row.dtype, row.wire_bytes)
+        assert found == ("remote-dma", "txcore", ("data",), 8, dtype, row.payload_bytes)
+
+
+@pytest.mark.parametrize("shard, sent", [(None, (8, 1)), ("gradients", (8,))])
+def test_a_step_by_its_plan(shard, sent):
+    """The plan predicts what the exchange of gradients sends: of 1,000, eight shards in tiles."""
+    plan = tx.Plan(data_parallel=tx.DP("data", shard=shard, algorithm="remote_dma"))
+    engine = tx.Engine(
+        mesh=tx.MeshSpec(jax.devices()[:1], axes=("data",)), plan=plan, optimizer=tx.optim.sgd(0.1)
+    )
+
+    @tx.step_fn
+    def step(state, batch):
+        def loss_of(params):
+            return tx.example_mean(batch["x"] @ params["w"], axis="data")
+
+        loss, grads = tx.value_and_grad(loss_of)(state.params)
+        grads, state = state.sync_gradients(grads)
+        return state.apply_gradients(grads=grads), {"loss": tx.pmean(loss, "data")}
+
+    state = engine.create_state({"w": jnp.zeros(1000)})
+    batch = {"x": jnp.zeros((1, 1000))}
+    report = engine.audit(step, state, batch, target=available(TARGET), mesh={"data": 8})
+    assert report.status == "proved", report
+    kernels = [row.payload_bytes for row in report.collectives if row.kind == "remote-dma"]
+    assert kernels == [shards * 2 * 4096 for shards in sent]

@@ -10,7 +10,7 @@ import jax
 from txcore.kernels.ring import check_platform
 from txcore.parallel.gradients.algorithms import (
     ALGORITHMS,
-    ALGORITHMS_OF_TPU,
+    ALGORITHMS_BY_KERNELS,
     Algorithm,
     Name,
     is_power_of_two,
@@ -144,7 +144,8 @@ def plan_exchange(
     """
     if buckets is None and algorithm == "plain":
         return []
-    if algorithm in ALGORITHMS_OF_TPU:
+    by_kernels = ALGORITHMS_BY_KERNELS["gpu" if platform == "gpu" else "tpu"]
+    if algorithm in by_kernels:
         check_platform(f"algorithm={algorithm!r}", platform)
     chosen = []
     for bucket in bucket_layout(tree, layouts, buckets or Buckets()):
@@ -154,11 +155,11 @@ def plan_exchange(
         name = algorithm or fastest(platform, bucket.nbytes, steps[0], bucket.dtype)
         if not all(_can_run(name, step) for step in steps if step):
             _refuse_devices(bucket, sizes)
-        if name in ALGORITHMS_OF_TPU and any(len(step) > 1 for step in steps):
+        if name in by_kernels and any(len(step) > 1 for step in steps):
             _refuse_several_axes(name, bucket)
         is_packed = len(bucket.leaves) >= _WORTH_PACKING.get(platform, math.inf)
         if buckets is not None or name != "plain" or is_packed:
-            chosen.append((bucket, {**ALGORITHMS, **ALGORITHMS_OF_TPU}[name]))
+            chosen.append((bucket, {**ALGORITHMS, **by_kernels}[name]))
     return chosen
 
 
@@ -179,7 +180,7 @@ def _refuse_devices(bucket: Bucket, sizes: Mapping[str, int]) -> None:
 
 def _refuse_several_axes(name: Name, bucket: Bucket) -> None:
     raise ValueError(
-        f"algorithm={name!r} needs one axis of more than one device, a ring of TPUs, got "
+        f"algorithm={name!r} needs one axis of more than one device, got "
         f"{bucket.axes}: shard the state over one of them, or write algorithm=None"
     )
 

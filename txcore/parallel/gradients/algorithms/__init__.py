@@ -74,14 +74,25 @@ ALGORITHMS: Mapping[Name, Algorithm] = {
         ),
     )
 }
-# Those that run on one platform alone.
-ALGORITHMS_OF_TPU: Mapping[Name, Algorithm] = {
-    "remote_dma": Algorithm(
-        "remote_dma",
-        remote.remote_mean,
-        remote.remote_blocks,
-        remote.send_remote,
-        remote.send_remote_blocks,
-    )
+# By kernels of the platform's own, which send other amounts on each.
+ALGORITHMS_BY_KERNELS: Mapping[str, Mapping[Name, Algorithm]] = {
+    "tpu": {
+        "remote_dma": Algorithm(
+            "remote_dma",
+            remote.remote_mean,
+            remote.remote_blocks,
+            remote.send_round,
+            remote.send_blocks_round,
+        )
+    },
+    "gpu": {
+        "remote_dma": Algorithm(
+            "remote_dma",
+            remote.remote_mean,
+            remote.remote_blocks,
+            remote.send_to_switch,
+            remote.send_blocks_to_switch,
+        )
+    },
 }
-assert {*ALGORITHMS, *ALGORITHMS_OF_TPU} == {*get_args(Name)}
+assert all({*ALGORITHMS, *some} == {*get_args(Name)} for some in ALGORITHMS_BY_KERNELS.values())
