@@ -56,7 +56,7 @@ def setup(app: Sphinx) -> None:
     """Tell Sphinx what to do beside reading the pages."""
     app.connect("builder-inited", write_api_pages)
     app.connect("source-read", prepare_page)
-    app.connect("autodoc-process-docstring", escape_docstring)
+    app.connect("autodoc-process-docstring", escape_docstring, priority=400)  # before napoleon
 
 
 def write_api_pages(_: Sphinx) -> None:
@@ -151,4 +151,4 @@ def escape_docstring(
     parts = re.split(r"(^ *(?:>>>|\.\.\.).*$|`+[^`]+`+)", text, flags=re.MULTILINE)
     parts[::2] = [re.sub(r"[*|]|(?<=\w)_(?!\w)", r"\\\g<0>", part) for part in parts[::2]]
     parts[1::2] = [f"`{part}`" if re.match("`[^`]", part) else part for part in parts[1::2]]
-    lines[:] = "".join(parts).split("\n")
+    lines[:] = re.sub(r"``(?=s\b)", r"``\\ ", "".join(parts)).split("\n")
