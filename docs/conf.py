@@ -46,6 +46,7 @@ highlight_language = "none"
 html_theme = "furo"
 html_title = "txcore"
 html_copy_source = False
+smartquotes = False  # what is quoted is code
 autodoc_default_options = {"members": True, "member-order": "bysource"}
 autodoc_typehints = "signature"
 napoleon_use_param = False

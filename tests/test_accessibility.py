@@ -2,7 +2,8 @@
 
     TXCORE_AXE=node_modules/axe-core/axe.min.js [TXCORE_SITE=build/site] pytest tests/test_accessibility.py
 
-Contrast, names, headings, landmarks, keyboard: of a report, a trace and a site, in each of four forms.
+Contrast, names, headings, landmarks, keyboard: of reports and a trace, wide and narrow, light and dark,
+and of some pages of the site.
 """
 
 import os
@@ -24,6 +25,8 @@ from html_cases import failed, large
 AXE = os.environ.get("TXCORE_AXE")
 SITE = os.environ.get("TXCORE_SITE")
 pytestmark = pytest.mark.skipif(not AXE, reason="TXCORE_AXE names no axe.min.js")
+FORMS = ((1280, False), (1280, True), (400, False), (400, True))
+SHOWN = ("index", "tour", "concepts", "your-model", "collectives", "api/profiling")
 RUN = """axe.run(document, {runOnly: ["wcag2a", "wcag2aa", "wcag21aa", "wcag22aa", "best-practice"]})
   .then((found) => found.violations.map((v) =>
     `${v.id}: ${v.nodes.length} x ${v.nodes.slice(0, 3).map((n) => n.html.slice(0, 160)).join(" | ")}`))"""
@@ -34,7 +37,7 @@ def write_reports(folder):
     events = [e for i in range(5) for d in (0, 1) for e in make_run(100 * i, i + 1, d, 10, 70)]
     texts = {
         "failed": to_html(failed(), large(30)),
-        "large": to_html(large(200)),
+        "large": to_html(large(30)),
         "trace": to_page(measure_ranks([make_rank(events)])),
     }
     for name, text in texts.items():
@@ -49,16 +52,19 @@ def list_violations(browser, file, width, dark):
     return page.run(RUN)
 
 
-def test_axe_finds_no_violation(tmp_path):
-    files = write_reports(tmp_path)
+def find_pages(folder):
+    """Return the pages to look at, each with the forms in which it is."""
+    pages = [(file, FORMS) for file in write_reports(folder)]
     if SITE:
-        files += sorted((ROOT / SITE).resolve().glob("**/*.html"))
-        files = [file for file in files if "_static" not in file.parts]
+        pages += [((ROOT / SITE / f"docs/{name}.html").resolve(), FORMS[::3]) for name in SHOWN]
+    return pages
+
+
+def test_axe_finds_no_violation(tmp_path):
     found = {}
     with chromium.start(chromium.find()) as browser:
-        for file in files:
-            for width in (1280, 400):
-                for dark in (False, True):
-                    if violations := list_violations(browser, file, width, dark):
-                        found[file.name, width, dark] = violations
+        for file, forms in find_pages(tmp_path):
+            for width, dark in forms:
+                if violations := list_violations(browser, file, width, dark):
+                    found[file.name, width, dark] = violations
     assert not found, "\n".join(f"{where}: {text}" for where, text in found.items())
