@@ -1,7 +1,8 @@
 """How Sphinx makes the site of these pages and of the docstrings: `make docs`.
 
-The pages stay plain Markdown, readable where they lie. What a site needs beside them is made here at
-build time: the lists of index.md become its table of contents, and every room gets a page of its API.
+The pages stay plain Markdown, readable where they lie. What a site needs beside them is made here
+at build time: the lists of index.md become its table of contents, and every room gets a page of its
+API.
 """
 
 import ast
@@ -40,7 +41,17 @@ include_patterns = [
     "examples/*/README.md",
     "benchmarks/peers/README.md",
 ]
-exclude_patterns = [".*", "build", "dist", "data", "logs", "tests", "txcore", "kernels", "profiling"]
+exclude_patterns = [
+    ".*",
+    "build",
+    "dist",
+    "data",
+    "logs",
+    "tests",
+    "txcore",
+    "kernels",
+    "profiling",
+]
 myst_heading_anchors = 4
 highlight_language = "none"
 html_theme = "furo"
@@ -129,7 +140,7 @@ def prepare_page(app: Sphinx, page: str, source: list[str]) -> None:
 
 
 def add_toctrees(text: str) -> str:
-    """Return index.md with a hidden table of contents for each of its headings, and of the rooms."""
+    """Return index.md with a hidden table of contents of each heading, and of the rooms."""
     parts = []
     for section in re.split(r"^## ", text, flags=re.MULTILINE)[1:]:
         caption, _, body = section.partition("\n")

@@ -1,7 +1,7 @@
 """Read the Markdown files' blocks and run them: what test_docs.py and test_docs_target.py share.
 
-A page's ```python blocks run in one namespace; one whose first line is "# center.py" is also
-saved under that name, for the commands that read it, those of one name as one file. A ```text block after code or a command, with
+A page's ```python blocks run in one namespace; those whose first line is "# center.py" are also
+saved as that file, for the commands that read it. A ```text block after code or a command, with
 at most one paragraph between, is its output: each of its lines must be among those that come
 out; an error must be raised. Only alignment, predicted times and line numbers in examples/ may
 differ. Blocks of "python targets" and "bash targets" need compilers for absent machines.

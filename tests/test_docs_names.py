@@ -80,7 +80,7 @@ def test_the_skill_names_the_fields_of_a_report():
     report = audit(total, jnp.ones(8)).to_dict()
     rows = named_fields("| field | of a report")
     assert {name for names, _ in rows for name in names} == {*report}
-    said = dict((names[0], more) for names, more in rows)
+    said = {names[0]: more for names, more in rows}
     assert {*said["collectives"]} == {*report["collectives"][0]}
     assert {*said["fates"]} == {*report["fates"][0]}
 

@@ -1,4 +1,4 @@
-"""A newcomer's path: the scripts of docs/your-model.md and docs/ci.md, changed and run as they say."""
+"""A newcomer's path: the scripts of docs/your-model.md and docs/ci.md, changed and run."""
 
 import os
 import re
@@ -29,7 +29,9 @@ def read_changes():
     changes = []
     for text, _ in blocks(PAGE, "diff"):
         hunks = []
-        for file, body in re.findall(r"^--- .*\n\+\+\+ (.*)\n((?:[-+ @].*\n(?!---))*[-+ @].*\n)", text, re.M):
+        for file, body in re.findall(
+            r"^--- .*\n\+\+\+ (.*)\n((?:[-+ @].*\n(?!---))*[-+ @].*\n)", text, re.M
+        ):
             for hunk in body.split("@@\n")[1:]:
                 lines = hunk.splitlines(keepends=True)
                 old, new = ("".join(x[1:] for x in lines if x[0] != sign) for sign in "+-")

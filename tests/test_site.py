@@ -87,9 +87,8 @@ def test_its_links_lead_somewhere(pages):
                 continue
             path = urllib.parse.unquote(parts.path)
             target = (file.parent / path).resolve() if path else file
-            if not target.exists():
-                absent.append((file.name, link))
-            elif parts.fragment and target in pages and parts.fragment not in pages[target].names:
+            names = pages[target].names if target in pages else {parts.fragment}
+            if not target.exists() or (parts.fragment and parts.fragment not in names):
                 absent.append((file.name, link))
     assert not absent
 
