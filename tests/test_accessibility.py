@@ -1,8 +1,8 @@
 """The pages under axe-core, an accessibility linter: TXCORE_AXE names its axe.min.js.
 
 `npm install axe-core` has it in node_modules/axe-core. Contrast, names, headings, landmarks and
-keyboard: of reports and a trace, wide and narrow, light and dark, and with TXCORE_SITE=build/site of
-some pages of the site.
+keyboard: of reports and a trace, wide and narrow, light and dark, and with TXCORE_SITE=build/site
+of some pages of the site.
 """
 
 import os
@@ -27,7 +27,7 @@ SITE = os.environ.get("TXCORE_SITE")
 pytestmark = pytest.mark.skipif(not AXE, reason="TXCORE_AXE names no axe.min.js")
 FORMS = ((1280, False), (1280, True), (400, False), (400, True))
 SHOWN = ("index", "tour", "concepts", "your-model", "collectives", "api/profiling")
-RUN = """axe.run(document, {runOnly: 
+RUN = """axe.run(document, {runOnly:
   ["wcag2a", "wcag2aa", "wcag21aa", "wcag22aa", "best-practice"]})
   .then((found) => found.violations.map((v) => `${v.id}: ${v.nodes.length} x ` +
     v.nodes.slice(0, 3).map((node) => node.html.slice(0, 160)).join(" | ")))"""
