@@ -31,6 +31,13 @@ ROOMS = {
     "testing": ("txcore.testing", "txcore.bench", "txcore.doctor"),
 }
 
+_NAMED = {
+    'class="caption" role="heading"': 'class="caption" role="heading" aria-level="2"',
+    '<aside class="sidebar-drawer"': '<aside aria-label="Pages" class="sidebar-drawer"',
+    '<aside class="toc-drawer': '<aside aria-label="This page" class="toc-drawer',
+    "<pre>": '<pre tabindex="0">',
+}
+
 project = "txcore"
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 root_doc = "docs/index"
@@ -68,6 +75,7 @@ def setup(app: Sphinx) -> None:
     """Tell Sphinx what to do beside reading the pages."""
     app.connect("builder-inited", write_api_pages)
     app.connect("source-read", prepare_page)
+    app.connect("build-finished", name_parts)
     app.connect("autodoc-process-docstring", escape_docstring, priority=400)  # before napoleon
 
 
@@ -153,6 +161,15 @@ def add_toctrees(text: str) -> str:
         if pages
     ]
     return text + "\n" + "\n".join(trees)
+
+
+def name_parts(app: Sphinx, error: Exception | None) -> None:
+    """Add what screen readers and keyboards need, and the theme leaves out."""
+    for file in pathlib.Path(app.outdir).glob("**/*.html"):
+        text = file.read_text(encoding="utf-8")
+        for there, instead in _NAMED.items():
+            text = text.replace(there, instead)
+        file.write_text(text, encoding="utf-8")
 
 
 def escape_docstring(

@@ -60,11 +60,14 @@ def to_page(trace: Trace, *, title: str = _TITLE) -> str:
     """
     body = (
         el("header", el("h1", title), _verdict_banner(trace), _facts_list(trace)),
-        _notes_section(trace),
-        _timeline_section(trace),
-        _steps_section(trace.steps),
-        _collectives_section(trace.collectives),
-        _operations_section(trace),
+        el(
+            "main",
+            _notes_section(trace),
+            _timeline_section(trace),
+            _steps_section(trace.steps),
+            _collectives_section(trace.collectives),
+            _operations_section(trace),
+        ),
         _make_footer(),
     )
     return make_page(title, body, read_asset("style.css") + _STYLE)
