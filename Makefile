@@ -9,6 +9,8 @@ PARALLEL ?= -n $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1) --dist worksteal
 TARGETS = $(VENV)-targets
 # Kernels in Triton's language need a jax and a triton that jax-triton works with.
 TRITON = $(VENV)-triton
+# The site's builder is no part of what tests need.
+DOCS = $(VENV)-docs
 # The peers that txcore is measured against lie apart too: they are large, and no part of it.
 PEERS = $(VENV)-peers
 PEERS_FALLBACK ?= python3
@@ -26,7 +28,7 @@ TARGET_TESTS = $(shell find tests -name 'test_*target*.py' -not -path '*/targets
 TARGETS_VERSIONED = tests/profiling/targets/test_sends_target.py tests/profiling/targets/test_targets_compile.py
 TRITON_TESTS = tests/kernels/test_jax_triton.py tests/kernels/test_triton_ptx.py
 
-.PHONY: setup mnist test test-versioned test-triton lint bench bench-peers clean
+.PHONY: setup mnist test test-versioned test-triton lint docs bench bench-peers clean
 
 setup: $(SETUP)
 
@@ -68,6 +70,15 @@ lint: setup  ## ruff and mypy over everything
 	$(BIN)/mypy examples/ecosystem
 	MYPYPATH=examples/gpt_small $(BIN)/mypy examples/gpt_small
 	$(BIN)/mypy tests benchmarks
+
+docs: $(DOCS)/.installed  ## build the site into build/site and test it; a warning is an error
+	$(DOCS)/bin/python -m sphinx -W --keep-going -q -c docs . build/site
+	TXCORE_SITE=build/site $(DOCS)/bin/python -m pytest tests/test_site.py
+
+$(DOCS)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet --editable ".[docs]" pytest pytest-benchmark
+	touch $@
 
 bench: setup  ## run the benchmark suites
 	$(BIN)/python -m pytest benchmarks --benchmark-enable --benchmark-only $(BENCH_ARGS)

@@ -1,7 +1,7 @@
 """Read the Markdown files' blocks and run them: what test_docs.py and test_docs_target.py share.
 
-A page's ```python blocks run in one namespace; one whose first line is "# center.py" is also
-saved under that name, for the commands that read it. A ```text block after code or a command, with
+A page's ```python blocks run in one namespace; those whose first line is "# center.py" are also
+saved as that file, for the commands that read it. A ```text block after code or a command, with
 at most one paragraph between, is its output: each of its lines must be among those that come
 out; an error must be raised. Only alignment, predicted times and line numbers in examples/ may
 differ. Blocks of "python targets" and "bash targets" need compilers for absent machines.
@@ -108,6 +108,15 @@ def run_python(page, *languages):
         assert_shown(" ".join(shown.split()) if ERROR.match(shown) else shown, out)
 
 
+def saved_files(page):
+    """Return the text of each file that a page's blocks name; several blocks may be one file."""
+    files = {}
+    for code, _ in blocks(page, "python"):
+        if name := SAVED_AS.match(code):
+            files[name[1]] = files.get(name[1], "") + code
+    return files
+
+
 def _cut_down(line):
     """Return a txcore command's arguments; a training in it takes two steps on the digits."""
     words = shlex.split(line)[1:]
@@ -119,9 +128,8 @@ def _cut_down(line):
 
 def run_txcore(page, language, folder):
     """Run a page's txcore commands one after the other, beside the files that the page saves."""
-    for code, _ in blocks(page, "python"):
-        if name := SAVED_AS.match(code):
-            (folder / name[1]).write_text(code)
+    for name, code in saved_files(page).items():
+        (folder / name).write_text(code)
     lines = [row[1:] for row in commands(language) if row[0] == page]
     for line, shown in (row for row in lines if row[0].startswith("txcore ")):
         done = run(sys.executable, "-m", "txcore", *_cut_down(line), cwd=folder)

@@ -80,7 +80,9 @@ class Description:
         return draw_mesh(self.sizes, self.held)
 
     def _repr_html_(self) -> str:
-        return f"{self.to_svg()}<pre>{html.escape(str(self))}</pre>"
+        # What is wider than the notebook scrolls, by the keyboard too.
+        region = 'role="region" aria-label="plan" tabindex="0" style="overflow-x: auto"'
+        return f"<div {region}>{self.to_svg()}<pre>{html.escape(str(self))}</pre></div>"
 
 
 def _write_sizes(sizes: Mapping[str, int]) -> str:

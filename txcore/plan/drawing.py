@@ -49,10 +49,13 @@ def draw_mesh(sizes: Mapping[str, int], held: Sequence[Held]) -> str:
     left_out = len(held) - math.prod(shown)
     note = ", ".join(f"{axis}={size}" for axis, size in active) or "one device"
     note += f"; {left_out} devices more" if left_out else ""
-    text = f'<text x="0" y="{down + _LINE + _GAP}">{html.escape(note)}</text>'
+    # The boxes are light in any notebook; what is beside them has the notebook's own color.
+    text = f'<text x="0" y="{down + _LINE + _GAP}" fill="currentColor">{html.escape(note)}</text>'
     size = f'width="{max(right, 7 * len(note))}" height="{down + 2 * _LINE + _GAP}"'
     style = 'font-family="sans-serif" font-size="10"'
-    return f'<svg xmlns="http://www.w3.org/2000/svg" {size} {style}>{"".join(boxes)}{text}</svg>'
+    label = f'role="img" aria-label="{html.escape(note)}"'
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} {style} {label}>'
+    return f"{head}{''.join(boxes)}{text}</svg>"
 
 
 def _list_places(shown: Sequence[int]) -> list[tuple[int, ...]]:

@@ -54,7 +54,7 @@ def el(name: str, /, *children: object, **attributes: object) -> Html:
 
 def make_head_row(names: Iterable[str]) -> Html:
     """Write the row of a table's column heads."""
-    return el("tr", *(el("th", name, scope="col") for name in names))
+    return el("tr", *(el("th", name, scope="col") if name else el("td") for name in names))
 
 
 def _write_attribute(key: str, value: object) -> str:

@@ -70,13 +70,16 @@ def to_html(report: Findings, other: Findings | None = None, *, title: str = _TI
     style, script = read_asset("style.css"), read_asset("script.js")
     body = (
         el("header", el("h1", title), _verdict_banner(report), _facts_list(report)),
-        changes_section(other, report, diff(other, report)) if other is not None else None,
-        el("div", mesh_section(report), traffic_section(report), class_="side"),
-        divergent_section(report),
-        rows_section(report),
-        missing_section(report),
-        plan_section(report),
-        fates_section(report),
+        el(
+            "main",
+            changes_section(other, report, diff(other, report)) if other is not None else None,
+            el("div", mesh_section(report), traffic_section(report), class_="side"),
+            divergent_section(report),
+            rows_section(report),
+            missing_section(report),
+            plan_section(report),
+            fates_section(report),
+        ),
         _make_footer(),
     )
     return make_page(title, body, style, script)

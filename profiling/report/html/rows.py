@@ -154,4 +154,4 @@ def _parts_table(parts: Sequence[Part]) -> Html:
         for part in parts
     ]
     heads = el("tr", *(el("th", name) for name in head))
-    return el("table", el("thead", heads), el("tbody", *lines), class_="parts")
+    return el("table", el("thead", heads), el("tbody", *lines), class_="parts", tabindex=0)

@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterable, Sequence
 
 from txcore.profiling.report.html.figures import format_size
-from txcore.profiling.report.html.markup import Html, el, join_html, make_head_row
+from txcore.profiling.report.html.markup import Html, el, join_html
 from txcore.profiling.report.html.page import make_page, read_asset, replace_page
 from txcore.profiling.report.html.rows import origin_badge
 from txcore.profiling.trace.figures import CollectiveTime
@@ -15,6 +15,7 @@ from txcore.profiling.trace.trace import Trace
 
 _TITLE = "What ran: collectives and steps"
 _PARTS = ("compute", "exposed", "input", "host", "idle")
+_TEXT = ("origin", "parts", "tags, source", "op_name, source")  # columns that are no figures
 _MOST_STEPS, _MOST_OPERATIONS = 60, 20
 _WIDTH = 1000  # of a lane's own coordinates, whatever its width on the screen
 # Colours of the kinds of time; the house's own where it has one that means the same.
@@ -41,7 +42,7 @@ _STYLE = """
 .scroll td, .scroll th { white-space: nowrap; }
 .scroll td:last-child { white-space: normal; min-width: 20em; }
 .figures :is(td, th):not(:first-child):not(.text) { text-align: right; }
-.figures thead th:last-child { text-align: left; }
+.figures .source { padding: 0; }
 .bar svg { display: block; width: 100%; min-width: 120px; height: 14px; }
 @media (max-width: 600px) { .lane { grid-template-columns: 5.5em minmax(0, 1fr); } }
 """
@@ -59,11 +60,14 @@ def to_page(trace: Trace, *, title: str = _TITLE) -> str:
     """
     body = (
         el("header", el("h1", title), _verdict_banner(trace), _facts_list(trace)),
-        _notes_section(trace),
-        _timeline_section(trace),
-        _steps_section(trace.steps),
-        _collectives_section(trace.collectives),
-        _operations_section(trace),
+        el(
+            "main",
+            _notes_section(trace),
+            _timeline_section(trace),
+            _steps_section(trace.steps),
+            _collectives_section(trace.collectives),
+            _operations_section(trace),
+        ),
         _make_footer(),
     )
     return make_page(title, body, read_asset("style.css") + _STYLE)
@@ -173,7 +177,7 @@ def _steps_section(steps: Sequence[Step]) -> Html | None:
             "div",
             el(
                 "table",
-                el("thead", el("tr", *(el("th", h, scope="col") for h in (*head, "parts")))),
+                el("thead", _head_row((*head, "parts"))),
                 el("tbody", *rows),
                 class_="figures",
             ),
@@ -184,6 +188,11 @@ def _steps_section(steps: Sequence[Step]) -> Html | None:
         ),
         el("p", f"and {more} steps more", class_="quiet") if more > 0 else None,
     )
+
+
+def _head_row(names: Iterable[str]) -> Html:
+    kinds = ((name, "text" if name in _TEXT else None) for name in names)
+    return el("tr", *(el("th", name, scope="col", class_=kind) for name, kind in kinds))
 
 
 def _step_row(step: Step, longest: int) -> Html:
@@ -215,7 +224,7 @@ def _say_parts(step: Step) -> str:
 def _collectives_section(collectives: Sequence[CollectiveTime]) -> Html | None:
     if not collectives:
         return None
-    head = make_head_row(
+    head = _head_row(
         (
             *("kind", "axes", "n", "calls", "a call", "waiting", "moving", "bus GB/s", "of best"),
             *("sent a run", "audit", "origin", "tags, source"),
@@ -257,7 +266,7 @@ def _operations_section(trace: Trace) -> Html | None:
     shown = trace.operations[:_MOST_OPERATIONS]
     if not shown:
         return None
-    head = make_head_row(("operation", "calls", "a call", "total", "op_name, source"))
+    head = _head_row(("operation", "calls", "a call", "total", "op_name, source"))
     rows = (
         el(
             "tr",

@@ -135,7 +135,7 @@ def test_every_row_is_there_with_the_unexplained_first():
 
 def test_a_row_unfolds_to_its_arrays():
     page = to_html(failed())
-    (parts,) = re.findall(r'<table class="parts">.*?</table>|$', page)[:1]
+    (parts,) = re.findall(r'<table class="parts"[^>]*>.*?</table>|$', page)[:1]
     lines = [Page(line).texts("td") for line in re.findall(r"<tr><td>.*?</tr>", parts)]
     assert lines == [
         [tag, "bfloat16 → float32", "250", "500 B", "train.py:41", "combined, promoted"]
