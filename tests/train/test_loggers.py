@@ -266,7 +266,7 @@ def test_a_killed_run_has_lost_no_step_that_was_told_and_goes_on(tmp_path):
             env=rank_environment(),
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=600,
         )
         assert done.returncode == code, done.stderr
         last = at or 12
