@@ -24,13 +24,13 @@ def test_what_it_sends_is_what_the_audit_says(made):
     for found, where in (here, there):
         report = engine.audit(toys.train_step, state, batch, **where)
         assert found.report.payload_bytes == report.payload_bytes
-        # Loss and gradients: 4 x 8 + 8 + 1 numbers of 4 bytes.
-        assert sum(total.payload_bytes for total in found.totals) == 4 * (32 + 8 + 1)
+        # Gradients, the loss, and of a batch with a mask the count: 4 x 8 + 8 + 1 + 1 numbers.
+        assert sum(total.payload_bytes for total in found.totals) == 4 * (32 + 8 + 1 + 1)
         assert found.schedule.seconds is None, "nobody named a CPU's peaks"
     assert [total.group_size for total in here[0].totals] == [2]
     assert [total.group_size for total in there[0].totals] == [8]
     # (n - 1) / n x 2 of the payload.
-    assert there[0].totals[0].wire_bytes == -(-2 * 7 * 164 // 8)
+    assert there[0].totals[0].wire_bytes == 2 * 7 * 168 / 8
 
 
 def test_a_target_needs_a_mesh(made):

@@ -14,7 +14,8 @@ def test_a_trace_is_its_page_in_a_sandboxed_frame():
     shown = trace._repr_html_()
     assert re.match(r"<iframe sandbox srcdoc=", shown)
     assert " src=" not in shown
-    page = html.unescape(re.search(r'srcdoc="([^"]*)"', shown)[1])
+    (escaped,) = re.findall(r'srcdoc="([^"]*)"', shown)
+    page = html.unescape(escaped)
     assert page == to_page(trace)
     assert "<script" not in page
     verdict = str(trace).splitlines()[-1]
