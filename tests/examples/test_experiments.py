@@ -160,6 +160,17 @@ def test_the_advice_says_its_figures():
     ]
 
 
+def test_figures_of_a_busy_machine_are_doubtful():
+    runs = make_runs()
+    runs[0] |= {"train_seconds": 60.0, "images_per_second": 200.0}  # starved: 10 s alone
+    said = advice.give_advice(metrics.compare_runs(runs, CARRIED, cores=2))
+    assert said[0].startswith("DOUBTFUL: '2 processes' beats its ideal: something else ran")
+    runs = make_runs()
+    runs[-1]["step_seconds"] *= 1.5
+    said = advice.give_advice(metrics.compare_runs(runs, CARRIED, cores=2))
+    assert said[0].startswith("DOUBTFUL: a step's time has changed meanwhile")
+
+
 @pytest.mark.parametrize("counts", [(1, 2, 4), (1, 2), (1,)])
 def test_the_folder_has_every_file(counts, tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 Rows = Sequence[Mapping[str, Any]]
+_BEYOND, _DRIFTS = 1.15, 0.1  # an efficiency that caches do not explain; of a step's time
 _TELLS = 0.02  # of a rate, or of an accuracy's points: no smaller difference is worth a word
 
 
@@ -13,8 +14,18 @@ def give_advice(metrics: Mapping[str, Any]) -> list[str]:
     rows = [row for row in metrics["runs"] if row["throughput"]]
     said = [*_advise_threads(rows, noise, metrics), *_advise_input(rows, noise)]
     said += _advise_rate(rows)
+    said = [*_find_doubts(metrics), *said]
     drift = f"the same step took {1 + metrics['drift']:.2f} of its time at the end"
     return [*said, f"noise: {drift}; differences below {noise:.0%} are not told apart"]
+
+
+def _find_doubts(metrics: Mapping[str, Any]) -> list[str]:
+    """Say where the figures cannot be the training's own: others had the cores meanwhile."""
+    ideal = [row["name"] for row in metrics["runs"] if row.get("efficiency", 0) > _BEYOND]
+    if not ideal and abs(metrics["drift"]) < _DRIFTS:
+        return []
+    why = f"{ideal[0]!r} beats its ideal" if ideal else "a step's time has changed meanwhile"
+    return [f"DOUBTFUL: {why}: something else ran on these cores; repeat it on a quiet machine"]
 
 
 def _advise_threads(rows: Rows, noise: float, metrics: Mapping[str, Any]) -> list[str]:
