@@ -80,8 +80,8 @@ $(DOCS)/.installed: pyproject.toml
 	$(DOCS)/bin/python -m pip install --quiet --editable ".[docs]" pytest pytest-benchmark
 	touch $@
 
-bench: setup  ## run the benchmark suites
-	$(BIN)/python -m pytest benchmarks --benchmark-enable --benchmark-only $(BENCH_ARGS)
+bench: setup  ## run the benchmark suites, compare them with the last run, and draw one page
+	$(BIN)/python benchmarks/run_suites.py $(BENCH_ARGS)
 
 bench-peers: setup $(PEERS)/.installed  ## compare with plain jax, PyTorch and TensorFlow
 	$(BIN)/python benchmarks/peers/compare.py --peers-python $(PEERS)/bin/python $(BENCH_ARGS)

@@ -4,6 +4,7 @@ A *rank* is a process. A device has a *position* in the mesh, counted in row-maj
 *index* along each of its axes.
 """
 
+import html
 import math
 import warnings
 from collections.abc import Sequence
@@ -12,6 +13,8 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+_MOST_SHOWN = 16  # positions along an axis, in a notebook
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,26 @@ class MeshSpec:
     def __repr__(self) -> str:
         axes, shape = tuple(self.shape), tuple(self.shape.values())
         return f"MeshSpec(axes={axes}, shape={shape}, {self.size} x {self.devices[0].device_kind})"
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{html.escape(chr(10).join([repr(self), '', *self._draw_positions()]))}</pre>"
+
+    def _draw_positions(self) -> list[str]:
+        """Write the devices' positions as a grid: the last axis to the right, the others down."""
+        *rows, column = self.shape
+        wide = self.shape[column]
+        shown = min(wide, _MOST_SHOWN)
+        head = [f"{column} {i}" for i in range(shown)] + ["..."] * (shown < wide)
+        lines = [["", *head]]
+        for row in list(np.ndindex(*self.mesh.devices.shape[:-1]))[:_MOST_SHOWN]:
+            name = ", ".join(f"{axis} {i}" for axis, i in zip(rows, row, strict=True))
+            first = int(np.ravel_multi_index((*row, 0), self.mesh.devices.shape))
+            lines.append([name, *(str(first + i) for i in range(shown))])
+        if self.size > wide * _MOST_SHOWN:
+            lines.append(["..."])
+        width = [max(len(line[i]) for line in lines if i < len(line)) for i in range(len(lines[0]))]
+        padded = ([c.ljust(w) for c, w in zip(line, width, strict=False)] for line in lines)
+        return ["  ".join(line).rstrip() for line in padded]
 
     @property
     def shape(self) -> dict[str, int]:

@@ -9,7 +9,10 @@ from txcore import launch
 from txcore.launch import preflight
 
 # Where a rank is and what it writes: none of it decides what is computed.
-OWN = frozenset({"coordinator", "num_processes", "process_id", "data_dir", "log_dir", "results"})
+OWN = frozenset(
+    {"coordinator", "num_processes", "process_id", "data_dir"}
+    | {"log_dir", "log_formats", "results", "plot"}
+)
 
 
 def check_arguments(args: argparse.Namespace) -> None:

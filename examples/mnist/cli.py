@@ -1,6 +1,7 @@
 """The flags of train.py: what they are, what they refuse, and what they stand for."""
 
 import argparse
+import importlib.util
 import logging
 import os
 import pathlib
@@ -24,6 +25,11 @@ BASE_BATCH = 64  # the batch to which --lr-scaling linear refers
 ALGORITHMS = get_args(algorithms.Name)
 EPOCHS = {"mnist": 3, "digits": 20}
 LEARNING_RATES = {"sgd": 0.02, "adamw": 1e-3}
+LOGGERS: dict[str, tuple[Callable[[pathlib.Path], tx.loggers.Logger], str]] = {
+    "jsonl": (tx.loggers.JSONL, "train.jsonl"),
+    "csv": (tx.loggers.CSV, "train.csv"),
+    "tensorboard": (tx.loggers.TensorBoard, "tensorboard"),
+}
 _TEXT = "Train on MNIST, and prove which collectives the compiled step contains."
 
 
@@ -63,8 +69,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         help="folder of the MNIST files, or mnist.npz; default: TXCORE_DATA, or data/mnist",
     )
     add("--train-size", type=int, help="train on the first N examples only")
-    add("--log-dir", help="write DIR/train.jsonl")
+    add("--log-dir", help="write DIR/train.jsonl, or what --log-formats names")
+    add("--log-formats", nargs="+", choices=list(LOGGERS), help="default: jsonl")
     add("--results", help="write a JSON file")
+    add("--plot", help="draw loss and test accuracy into this PNG or SVG file at the end")
     add("--checkpoint-dir", help="save the run there, and resume it from there")
     add("--save-every", type=int, help="steps between checkpoints; default: 100")
     add("--keep", type=int, help="how many checkpoints to keep; default: 3")
@@ -98,7 +106,7 @@ def check(args: argparse.Namespace) -> None:
         )
     if not 0 <= args.seed < 2**32:
         raise ValueError(f"--seed needs a number from 0 to {2**32 - 1}, got {args.seed}")
-    for name in ("data_dir", "log_dir", "results", "checkpoint_dir"):
+    for name in ("data_dir", "log_dir", "results", "plot", "checkpoint_dir"):
         path = os.path.expanduser(getattr(args, name) or "")  # shells leave --results=~/x as it is
         if path.startswith("~"):
             flag = name.replace("_", "-")
@@ -108,9 +116,15 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(
             "--data-dir is for MNIST, but --dataset digits takes scikit-learn's: leave one out"
         )
-    if args.results:
+    if args.log_formats and not args.log_dir:
+        raise ValueError("--log-formats needs --log-dir: without it nothing is logged")
+    if args.plot and importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("--plot needs matplotlib, found none: install txcore[examples]")
+    if args.plot and pathlib.Path(args.plot).suffix not in (".png", ".svg"):
+        raise ValueError(f"--plot needs a file that ends in .png or .svg, got {args.plot!r}")
+    for written in filter(None, (args.results, args.plot)):
         # Now, and not after an hour of training.
-        pathlib.Path(args.results).parent.mkdir(parents=True, exist_ok=True)
+        pathlib.Path(written).parent.mkdir(parents=True, exist_ok=True)
 
 
 def choose_mesh(args: argparse.Namespace, num_processes: int) -> tx.MeshSpec:
@@ -251,14 +265,19 @@ def make_compression(text: str | None) -> Any:
 
 
 def make_loggers(args: argparse.Namespace) -> list[tx.loggers.Logger]:
-    """Return the logger that writes into --log-dir, if there is one."""
+    """Return the loggers that write into --log-dir, if there is one."""
     if not args.log_dir:
         return []
-    log = pathlib.Path(args.log_dir) / "train.jsonl"
+    folder = pathlib.Path(args.log_dir)
+    chosen = [LOGGERS[name] for name in dict.fromkeys(args.log_formats or ["jsonl"])]
     if jax.process_index() == 0:  # a logger that fails later does not end the run
-        log.parent.mkdir(parents=True, exist_ok=True)
-        log.touch()
-    return [tx.loggers.JSONL(log)]
+        folder.mkdir(parents=True, exist_ok=True)
+        for make, name in chosen:
+            if make is tx.loggers.TensorBoard:
+                (folder / name).mkdir(exist_ok=True)
+            else:
+                (folder / name).touch()
+    return [make(folder / name) for make, name in chosen]
 
 
 def make_checkpoints(args: argparse.Namespace) -> tx.Checkpoints | None:

@@ -19,6 +19,7 @@ class History:
         self.loss_curve: list[float] = []
         self.first_step: int | None = None  # of the curve; later than 1 where the run was resumed
         self.test_accuracy: float | None = None
+        self.accuracies: list[tuple[int, float]] = []  # with the steps after which they were
         self.seconds_to_99: float | None = None
         self.end: tx.loggers.Record | None = None
 
@@ -30,6 +31,7 @@ class History:
                 self.loss_curve.append(record.metrics["loss"])
             case "eval":
                 self.test_accuracy = record.metrics["test_accuracy"]
+                self.accuracies.append((record.step, record.metrics["test_accuracy"]))
                 if self.seconds_to_99 is None and record.metrics["test_accuracy"] >= 0.99:
                     self.seconds_to_99 = seconds_since_start()
             case "end":
@@ -69,3 +71,39 @@ def write(path: str | None, history: History, report: Any) -> None:
     }
     text = json.dumps(results, indent=1) + "\n"
     pathlib.Path(path).write_text(text, encoding="utf-8")
+
+
+def draw(path: str | None, history: History, title: str) -> None:
+    """Draw a run's loss and test accuracy.
+
+    Args:
+      path: the file, whose name ends in .png or .svg, or None not to draw.
+      history: a logger of the whole run.
+      title: above the picture.
+    """
+    if path is None:
+        return
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, losses = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    first = history.first_step or 1
+    steps = range(first, first + len(history.loss_curve))
+    losses.plot(steps, history.loss_curve, color="tab:blue", linewidth=1, label="training loss")
+    losses.set_xlabel("step")
+    losses.set_ylabel("training loss")
+    losses.set_ylim(bottom=0)
+    losses.grid(True, alpha=0.25)
+    lines = list(losses.get_lines())
+    if history.accuracies:
+        accuracy = losses.twinx()
+        at, values = zip(*history.accuracies, strict=True)
+        percent = [100 * value for value in values]
+        lines += accuracy.plot(at, percent, "o-", color="tab:green", label="test accuracy")
+        accuracy.set_ylabel("test accuracy, %")
+    losses.legend(handles=lines, loc="center right")
+    losses.set_title(title, fontsize="medium")
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)

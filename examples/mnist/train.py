@@ -114,6 +114,7 @@ def train(args: argparse.Namespace) -> int:
     cli.say_loss_scale(state)
     if rank == 0:
         results.write(args.results, history, report)
+        results.draw(args.plot, history, f"{args.model} on {dataset.name}, {mesh.size} device(s)")
     if history.test_accuracy is not None:
         cli.say(f"test accuracy {100 * history.test_accuracy:.2f}% on {dataset.name}")
     if report is not None:

@@ -103,7 +103,9 @@ def _list_arrays(compiled: jax.stages.Compiled) -> Iterator[tuple[str, Any, Any]
 
 def _pair_leaves(infos: Any, shardings: Any) -> Iterator[tuple[Any, Any, Any]]:
     leaves = jax.tree_util.tree_flatten_with_path(infos)[0]
-    beside = jax.tree.leaves(shardings, is_leaf=lambda s: s is None)
+    structure: Any = jax.tree.structure(infos)
+    # None is the sharding of an argument that jit dropped, and also what holds no leaf at all.
+    beside = structure.flatten_up_to(shardings)
     for (path, info), sharding in zip(leaves, beside, strict=True):
         yield path, info, sharding
 

@@ -4,5 +4,5 @@
 instructions; `clocks`, `waits`, `steps`, `stragglers` and `figures` measure; `trace` does it all.
 
 Imports `_compat`, `bounded_json`, `errors`, `outside`, `profiling`, `profiling.declared`,
-`profiling.hlo`, `profiling.report`, `step_events`.
+`profiling.hlo`, `profiling.report`, `profiling.report.html`, `profiling.trace.show`, `step_events`.
 """

@@ -3,69 +3,40 @@
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from txcore.profiling.trace.clocks import align_ranks
 from txcore.profiling.trace.figures import (
     CollectiveTime,
-    OperationTime,
     time_collectives,
     time_operations,
 )
 from txcore.profiling.trace.folder import read_folder
-from txcore.profiling.trace.join import Joined, join_rank
-from txcore.profiling.trace.model import Rank, TraceError, Work
-from txcore.profiling.trace.steps import Step, choose_step_program, find_steps
-from txcore.profiling.trace.stragglers import Straggler, find_stragglers
+from txcore.profiling.trace.join import join_rank
+from txcore.profiling.trace.model import Rank, TraceError
+from txcore.profiling.trace.steps import choose_step_program, find_steps
+from txcore.profiling.trace.stragglers import find_stragglers
+from txcore.profiling.trace.trace_model import TraceModel
 from txcore.profiling.trace.waits import find_waits
 
 # (platform, processes, kind, group size) to (bytes of S, bytes a second on the bus) of each size.
 Best = Mapping[tuple[str, int, str, int], Sequence[tuple[int, float]]]
 
 
-@dataclass(frozen=True)
-class Trace:
-    """What a trace says; all times in nanoseconds.
+class Trace(TraceModel):
+    """What a trace says; print it to read it. See `TraceModel` for its fields."""
 
-    Attributes:
-      platform: "cpu" or "gpu".
-      devices: (rank, place) of each device that has events.
-      program: the module whose runs are the steps.
-      collectives: what each took, the longest first.
-      operations: what each other operation took, the longest first.
-      steps: of each device.
-      stragglers: the devices that others wait for.
-      events: all of them, on one clock, by start.
-      work: each rank's host work, on the same clock.
-      waiting: by (rank, device, start) of a collective how long it waited for others.
-      joined: how many events have an instruction, of how many.
-      checked: whether all programs with collectives were compared with their traced ones.
-      notes: what is missing, cut off or guessed.
-    """
+    def __str__(self) -> str:
+        from txcore.profiling.trace.show.table import format_trace  # tabulate, costly to import
 
-    platform: str
-    devices: tuple[tuple[int, int], ...]
-    program: str
-    collectives: tuple[CollectiveTime, ...]
-    operations: tuple[OperationTime, ...]
-    steps: tuple[Step, ...]
-    stragglers: tuple[Straggler, ...]
-    events: tuple[Joined, ...]
-    work: Mapping[int, tuple[Work, ...]]
-    waiting: Mapping[tuple[int, int, int], int]
-    joined: tuple[int, int]
-    checked: bool
-    notes: tuple[str, ...]
+        return format_trace(self)
 
-    @property
-    def undeclared(self) -> tuple[CollectiveTime, ...]:
-        """Return the collectives that ran and that nobody asked for, or that no program has."""
-        return tuple(c for c in self.collectives if c.calls and not c.row.explained)
+    def _repr_html_(self) -> str:
+        from txcore.profiling.report.html.notebook import frame_page
+        from txcore.profiling.trace.show.page import to_page
+        from txcore.profiling.trace.show.table import write_verdict
 
-    @property
-    def ok(self) -> bool:
-        """Tell whether every collective that ran was declared."""
-        return not self.undeclared
+        return frame_page(to_page(self), write_verdict(self))
 
 
 def read_trace(

@@ -64,7 +64,10 @@ def stop(ranks):
 def losses(folder):
     """Return {step: metrics} of all parts of a run, and check that they agree bit for bit."""
     found = {}
-    for line in (folder / "losses.jsonl").read_text().splitlines():
+    # The steps that a run made again are beside, as they were before.
+    parts = [folder / "losses.jsonl.old", folder / "losses.jsonl"]
+    text = "".join(part.read_text() for part in parts if part.exists())
+    for line in text.splitlines():
         record = json.loads(line)
         if record["kind"] == "step":
             before = found.setdefault(record["step"], record["metrics"])
@@ -87,7 +90,10 @@ def uninterrupted(folder, world, *args):
 
 def has_saved_its_last_step(folder):
     """Tell whether a run has made all its steps; some of its ranks may not have left yet."""
-    first = json.loads((folder / "losses.jsonl").read_text().partition("\n")[0])
+    first_row = (folder / "losses.jsonl").read_text().partition("\n")[0]
+    if not first_row:  # a run that starts anew has moved the rows, and told nothing yet
+        return False
+    first = json.loads(first_row)
     return (folder / "saved" / f"step_{first['total_steps']:08d}").exists()
 
 

@@ -1,5 +1,6 @@
 """Plans: what is parallel over which mesh axis."""
 
+import html
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -84,9 +85,16 @@ class Plan:
         return super().__new__(cls)
 
     def __repr__(self) -> str:
+        return format_call("Plan", **{name: (value, None) for name, value in self._given.items()})
+
+    def _repr_html_(self) -> str:
+        lines = [f"    {name}={value!r}," for name, value in self._given.items()]
+        return f"<pre>{html.escape(chr(10).join(['Plan(', *lines, ')']))}</pre>"
+
+    @property
+    def _given(self) -> dict[str, Any]:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        given = {name: (value, None) for name, value in values.items() if value}
-        return format_call("Plan", **given)
+        return {name: value for name, value in values.items() if value}
 
     def __post_init__(self) -> None:
         check_kinds(self, {"data_parallel": DP, "tensor_parallel": TP, "pipeline": PP})

@@ -1,8 +1,9 @@
 """Training: the engine, the state, the step, and what they need.
 
 Imports `_compat`, `kernels`, `kernels.common`, `later`, `launch.gloo_threads`, `mesh`, `optim`,
-`plan`, `printing`, `profiling`, `profiling.audit`, `profiling.targets`, `train.batches`,
-`train.checkpoints`, `train.loop`, `train.numerics`, `train.state`, `train.steps`.
+`outside`, `path_rules`, `plan`, `printing`, `profiling`, `profiling.audit`, `profiling.costs`,
+`profiling.targets`, `train.batches`, `train.checkpoints`, `train.loop`, `train.numerics`,
+`train.state`, `train.steps`.
 """
 
 from typing import TYPE_CHECKING

@@ -16,6 +16,9 @@ from txcore.train.steps.steps import Steps
 
 if TYPE_CHECKING:
     from txcore.profiling import Report
+    from txcore.profiling.costs import Costs
+    from txcore.train.options import Options
+    from txcore.train.steps.compile import CompiledStep
 
 
 class Proofs(OptionsView):
@@ -117,18 +120,80 @@ class Proofs(OptionsView):
           >>> report.ok, report.target, report.payload_bytes
           (True, 'cpu:8', 16)
         """
-        if (target is None) != (mesh is None):
-            raise TypeError(
-                "engine.audit needs target= and mesh= together, as target='cuda:h100:8', "
-                f"mesh={{'data': 8}}, got {target=}, {mesh=}"
-            )
         per_call = whole_number(steps_per_call)
         if steps_per_call is not None and (per_call is None or per_call < 1):
             raise ValueError(
                 f"engine.audit needs steps_per_call= a count from 1 on, got {steps_per_call!r}"
             )
+        compiled, state, options = self._compile(
+            "audit", step, state, batch, target, mesh, per_call
+        )
+        report = proof.report_on(compiled, state, options)
+        return report if target is None else replace(report, target=target)
+
+    def costs(
+        self,
+        step: StepFn,
+        state: TrainState,
+        batch: Any,
+        *,
+        target: str | None = None,
+        mesh: Mapping[str, int] | None = None,
+    ) -> "Costs":
+        """Count what the compiled step sends, stores and computes, here or on another machine.
+
+        Args:
+          step: the training step.
+          state: a state that this engine made; it is not used up.
+          batch: as for `audit`.
+          target: as for `audit`. Only TPU and GPU targets have predicted times.
+          mesh: the target's axes and their sizes; needed with `target`.
+
+        Returns:
+          The `txcore.profiling.costs.Costs` of one call on each device.
+
+        Raises:
+          ValueError, TypeError, ImportError, RuntimeError: as for `audit`.
+
+        Example:
+          >>> engine = tx.Engine(mesh=tx.MeshSpec(jax.devices()[:2]), optimizer=tx.optim.sgd(0.1),
+          ...                    plan=tx.Plan(data_parallel=tx.DP("data")))
+          >>> state = engine.create_state({"w": np.zeros(3, np.float32)})
+          >>> @tx.step_fn
+          ... def step(state, batch):
+          ...     loss_of = lambda params: tx.example_mean((batch @ params["w"]) ** 2, axis="data")
+          ...     loss, grads = tx.value_and_grad(loss_of)(state.params)
+          ...     state = state.apply_gradients(grads=tx.pmean(grads, "data"))
+          ...     return state, {"loss": tx.pmean(loss, "data")}
+          >>> found = engine.costs(step, state, np.ones((4, 3), np.float32))
+          >>> [(total.kind, total.payload_bytes) for total in found.totals]
+          [('all-reduce', 16)]
+        """
+        from txcore.profiling.costs import costs_of
+
+        compiled, _, _ = self._compile("costs", step, state, batch, target, mesh, None)
+        program = compiled.program
+        return costs_of(program if target is None else replace(program, target=target))
+
+    def _compile(
+        self,
+        asked: str,
+        step: StepFn,
+        state: TrainState,
+        batch: Any,
+        target: str | None,
+        mesh: Mapping[str, int] | None,
+        per_call: int | None,
+    ) -> "tuple[CompiledStep, TrainState, Options]":
+        """Compile a step; return it, a state that it takes, and the options that it is under."""
+        if (target is None) != (mesh is None):
+            raise TypeError(
+                f"engine.{asked} needs target= and mesh= together, as target='cuda:h100:8', "
+                f"mesh={{'data': 8}}, got {target=}, {mesh=}"
+            )
         if target is None or mesh is None:
-            return proof.audit_here(self._steps, step, state, batch, per_call)
+            compiled, state = proof.compile_here(self._steps, step, state, batch, per_call)
+            return compiled, state, self._steps.options
         from txcore.profiling.targets import parse_target
 
         self._steps.check_own(state)
@@ -136,7 +201,7 @@ class Proofs(OptionsView):
         devices = list(machine.mesh(mesh).devices.flat)
         there = MeshSpec(devices, tuple(mesh), tuple(mesh.values()))
         engine = type(self)(**vars(replace(self._options, mesh=there)))
-        report = proof.audit_there(
+        compiled, state = proof.compile_there(
             engine._options, engine._owner, machine, step, state, batch, per_call
         )
-        return replace(report, target=target)
+        return compiled, state, engine._options

@@ -12,7 +12,7 @@ from txcore.profiling.report.table import cut_middle
 from txcore.profiling.trace.figures import CollectiveTime
 from txcore.profiling.trace.show.table import format_time
 from txcore.profiling.trace.steps import Step
-from txcore.profiling.trace.trace import Trace
+from txcore.profiling.trace.trace_model import TraceModel
 
 _PARTS = ("time", "compute", "hidden", "exposed", "input", "host", "idle", "waiting")
 
@@ -36,7 +36,7 @@ class Change:
     bytes_now: int = 0
 
 
-def compare_traces(before: Trace, now: Trace) -> tuple[Change, ...]:
+def compare_traces(before: TraceModel, now: TraceModel) -> tuple[Change, ...]:
     """Return the parts of the median step, then every collective of either trace.
 
     Collectives are the same where their kind, axes and tags are, or without tags their source.

@@ -11,7 +11,7 @@ from txcore.profiling.trace.figures import CollectiveTime
 from txcore.profiling.trace.show.table import format_time, say_straggler, write_verdict
 from txcore.profiling.trace.show.timeline import Lane, choose_step, draw_lanes
 from txcore.profiling.trace.steps import Step
-from txcore.profiling.trace.trace import Trace
+from txcore.profiling.trace.trace_model import TraceModel
 
 _TITLE = "What ran: collectives and steps"
 _PARTS = ("compute", "exposed", "input", "host", "idle")
@@ -48,7 +48,7 @@ _STYLE = """
 """
 
 
-def to_page(trace: Trace, *, title: str = _TITLE) -> str:
+def to_page(trace: TraceModel, *, title: str = _TITLE) -> str:
     """Write a trace as one HTML page: nothing is fetched, no script, light and dark.
 
     Args:
@@ -73,7 +73,7 @@ def to_page(trace: Trace, *, title: str = _TITLE) -> str:
     return make_page(title, body, read_asset("style.css") + _STYLE)
 
 
-def write_page(trace: Trace, path: str | os.PathLike[str]) -> None:
+def write_page(trace: TraceModel, path: str | os.PathLike[str]) -> None:
     """Write a trace's page into a file, which is replaced whole or stays as it is.
 
     Raises:
@@ -82,7 +82,7 @@ def write_page(trace: Trace, path: str | os.PathLike[str]) -> None:
     replace_page(to_page(trace), path)
 
 
-def _verdict_banner(trace: Trace) -> Html:
+def _verdict_banner(trace: TraceModel) -> Html:
     name, icon, label = ("good", "✓", "Declared") if trace.ok else ("bad", "✕", "Not declared")
     if trace.ok and not trace.checked:
         name, icon, label = "warn", "?", "Declared, not compared"
@@ -91,7 +91,7 @@ def _verdict_banner(trace: Trace) -> Html:
     return el("div", icon_, said, class_=f"verdict {name}", role="status")
 
 
-def _facts_list(trace: Trace) -> Html:
+def _facts_list(trace: TraceModel) -> Html:
     numbers = {step.number for step in trace.steps}
     facts = [
         ("Devices", f"{len(trace.devices)} {trace.platform}"),
@@ -104,7 +104,7 @@ def _facts_list(trace: Trace) -> Html:
     return el("dl", *(el("div", el("dt", name), el("dd", fact)) for name, fact in facts))
 
 
-def _notes_section(trace: Trace) -> Html | None:
+def _notes_section(trace: TraceModel) -> Html | None:
     said = [f"Straggler: {say_straggler(s)}" for s in trace.stragglers] + [*trace.notes]
     if not said:
         return None
@@ -112,7 +112,7 @@ def _notes_section(trace: Trace) -> Html | None:
     return el("section", el("h2", "Stragglers and notes"), el("ul", *items))
 
 
-def _timeline_section(trace: Trace) -> Html | None:
+def _timeline_section(trace: TraceModel) -> Html | None:
     chosen = choose_step(trace.steps)
     if chosen is None:
         return None
@@ -262,7 +262,7 @@ def _collective_row(c: CollectiveTime) -> Html:
     )
 
 
-def _operations_section(trace: Trace) -> Html | None:
+def _operations_section(trace: TraceModel) -> Html | None:
     shown = trace.operations[:_MOST_OPERATIONS]
     if not shown:
         return None

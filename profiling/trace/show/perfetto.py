@@ -6,12 +6,12 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from txcore.profiling.trace.trace import Trace
+from txcore.profiling.trace.trace_model import TraceModel
 
 _HOST, _STEPS = 1000, 1001  # lines beside those of the devices
 
 
-def write_perfetto(trace: Trace, path: str | os.PathLike[str]) -> None:
+def write_perfetto(trace: TraceModel, path: str | os.PathLike[str]) -> None:
     """Write a trace in the Trace Event Format, compressed where the name ends in .gz.
 
     https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU
@@ -36,7 +36,7 @@ def write_perfetto(trace: Trace, path: str | os.PathLike[str]) -> None:
             os.remove(draft)
 
 
-def _list_events(trace: Trace) -> Iterator[dict[str, Any]]:
+def _list_events(trace: TraceModel) -> Iterator[dict[str, Any]]:
     for rank in sorted({rank for rank, _ in trace.devices}):
         yield _name_line("process_name", rank, 0, f"rank {rank}")
         yield _name_line("thread_name", rank, _HOST, "host")

@@ -12,7 +12,7 @@ from txcore.profiling.report.table import cut_middle
 from txcore.profiling.trace.figures import CollectiveTime, OperationTime
 from txcore.profiling.trace.steps import Step
 from txcore.profiling.trace.stragglers import Straggler
-from txcore.profiling.trace.trace import Trace
+from txcore.profiling.trace.trace_model import TraceModel
 
 _COLLECTIVES = (
     *("kind", "axes", "n", "calls", "a call", "waiting", "moving", "bus GB/s", "of best"),
@@ -39,7 +39,7 @@ def format_time(nanoseconds: float) -> str:
     return f"{number:.3g} {unit}"
 
 
-def format_trace(trace: Trace) -> str:
+def format_trace(trace: TraceModel) -> str:
     """Return the report: tables of collectives, steps and operations, stragglers, notes."""
     ranks = len({rank for rank, _ in trace.devices})
     lines = [
@@ -62,7 +62,7 @@ def format_trace(trace: Trace) -> str:
     return "\n".join([*lines, write_verdict(trace)])
 
 
-def write_verdict(trace: Trace) -> str:
+def write_verdict(trace: TraceModel) -> str:
     """Return in one line whether all collectives that ran were declared."""
     ran = [c for c in trace.collectives if c.calls]
     if not trace.ok:
@@ -155,7 +155,7 @@ def _operation_cells(o: OperationTime) -> list[str]:
     ]
 
 
-def describe_trace(trace: Trace) -> dict[str, Any]:
+def describe_trace(trace: TraceModel) -> dict[str, Any]:
     """Return the figures as plain lists, numbers and strings; times in seconds."""
     return {
         "ok": trace.ok,

@@ -8,7 +8,7 @@ from txcore.profiling.trace.join import Joined
 from txcore.profiling.trace.show.table import format_time
 from txcore.profiling.trace.spans import Span
 from txcore.profiling.trace.steps import Step
-from txcore.profiling.trace.trace import Trace
+from txcore.profiling.trace.trace_model import TraceModel
 
 _MOST_LANES = 64
 Piece = tuple[str, float, float, str]  # kind, from, to, and what it says
@@ -37,7 +37,7 @@ def choose_step(steps: Sequence[Step]) -> tuple[int, Span] | None:
     return number, windows[number]
 
 
-def draw_lanes(trace: Trace, window: Span, width: int) -> list[Lane]:
+def draw_lanes(trace: TraceModel, window: Span, width: int) -> list[Lane]:
     """Return two lanes for each device, compute and collectives, and one for each rank's host."""
     lanes = []
     inside = [e for e in trace.events if e.start < window[1] and e.end > window[0]]
@@ -64,7 +64,7 @@ def _collective_piece(event: Joined) -> tuple[str, int, int, str]:
     return "collective", event.start, event.end, said
 
 
-def _waiting_piece(event: Joined, trace: Trace) -> tuple[str, int, int, str]:
+def _waiting_piece(event: Joined, trace: TraceModel) -> tuple[str, int, int, str]:
     waited = trace.waiting.get((event.rank, event.device, event.start), 0)
     return "waiting", event.start, event.start + waited, f"waiting {format_time(waited)}"
 

@@ -1,5 +1,6 @@
 """Schedules of a pipeline as data: which stage does what at which tick, checked when made."""
 
+import html
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -130,6 +131,9 @@ class Schedule:
             f"{self.ticks} ticks, bubble {self.find_bubble()}"
         )
         return "\n".join([head, *rows])
+
+    def _repr_html_(self) -> str:
+        return f"{self.to_svg()}<pre>{html.escape(str(self))}</pre>"
 
     def _label(self, kind: str, microbatch: int, chunk: int) -> str:
         return f"{kind}{microbatch}" + (f".{chunk}" if self.chunks > 1 else "")

@@ -1,4 +1,4 @@
-"""The audit of a compiled step: here, or for a machine that need not be here."""
+"""A step compiled for its proof: here, or for a machine that need not be here."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -20,17 +20,17 @@ if TYPE_CHECKING:
     from txcore.profiling.targets import Target
 
 
-def audit_here(
+def compile_here(
     steps: Steps, step: Any, state: TrainState, batch: Any, per_call: int | None
-) -> "Report":
-    """Account for the collectives of a step, or of so many in one program, as it runs here."""
+) -> tuple[CompiledStep, TrainState]:
+    """Return a step, or so many in one program, as it runs here, and a state that it takes."""
     placed = steps.place(batch) if per_call is None else steps.stack([batch] * per_call)
     assert placed is not None, "a batch is like itself"
     state, compiled = steps.compile(step, state, placed, train=True)
-    return report_on(compiled, state, steps.options)
+    return compiled, state
 
 
-def audit_there(
+def compile_there(
     options: Options,
     owner: Owner,
     machine: "Target",
@@ -38,8 +38,8 @@ def audit_there(
     state: TrainState,
     batch: Any,
     per_call: int | None,
-) -> "Report":
-    """Account for the collectives of a step compiled for another machine.
+) -> tuple[CompiledStep, TrainState]:
+    """Compile a step for another machine; return it, and the shapes of a state that it takes.
 
     Args:
       options: those of an engine on that machine's mesh.
@@ -72,7 +72,7 @@ def audit_there(
             train=True,
             many=per_call is not None,
         )
-    return report_on(compiled, state, options)
+    return compiled, state
 
 
 def report_on(compiled: CompiledStep, state: TrainState, options: Options) -> "Report":
