@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from txcore.profiling import meshes
 from txcore.profiling.bandwidth import wire_bytes
-from txcore.profiling.declared.collectives import RESHARD, Declared
+from txcore.profiling.declared.collectives import CHOSEN_LATER, RESHARD, RULE, Declared
 from txcore.profiling.declared.remote_dma import REMOTE_DMA
 from txcore.profiling.hlo import Op
 from txcore.profiling.hlo.custom_calls import TPU_KERNEL
@@ -63,7 +63,7 @@ def rows_of(
     fates = (
         Fate(d, matched.fates[i], tuple(rows_of_declared.get(i, ())))
         for i, d in enumerate(declared or ())
-        if d.primitive != RESHARD  # only the rows tell what became of a reshard
+        if d.primitive not in CHOSEN_LATER  # only the rows tell what became of these
     )
     return tuple(rows), tuple(fates)
 
@@ -99,6 +99,8 @@ def _judge_by_match(
         return unit.origin, False, f"one that was added at {unit.added} was merged into it"
     if declared and unit.kind == "custom-call":
         return "opaque", True, "what its kernel sends is decided when it runs"
+    if any(d.primitive == RULE for d in declared):
+        return "opaque", True, "a rule of custom_partitioning sends it, which is not in the trace"
     if declared:
         origin = _origin_of_declared(declared)
         if unit.kind == REMOTE_DMA:
