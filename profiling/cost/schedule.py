@@ -67,8 +67,8 @@ class Schedule:
         is not known, as the next.
       exposed_seconds: the time of waiting for collectives; not the sum of the rows' where several
         are waited for together.
-      remade_flops: of the FLOPs, those that the rematerialisation of XLA computes anew, since memory
-        was short; what the program's author rematerialises (`jax.checkpoint`) is not in it.
+      remade_flops: of the FLOPs, those that XLA computes anew, since memory was short; what the
+        program's author rematerialises (`jax.checkpoint`) is not in it.
       is_exact: False where a loop's trips are not known: then all figures are the least.
     """
 

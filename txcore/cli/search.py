@@ -105,7 +105,7 @@ def print_search(options: argparse.Namespace) -> int:
             list_meshes(target.size, options.search),
             options.batch,
             options.remat,
-            lambda choice: _measure(factory, options.factory, target, choice),
+            lambda choice: measure_choice(factory, options.factory, target, choice),
             seconds=options.seconds or _SECONDS,
         )
     if not found.outcomes:
@@ -128,7 +128,7 @@ def _keywords(rows: int, remat: str) -> dict[str, Any]:
     return {**({"batch": rows} if rows else {}), **({"remat": remat} if remat else {})}
 
 
-def _measure(
+def measure_choice(
     factory: Callable[..., Any], name: str, target: "Target", choice: "Choice"
 ) -> "Outcome":
     """Compile a choice for the target, and read what it costs."""
