@@ -174,12 +174,14 @@ class _Line:
     rows: tuple[int, ...]
 
     def seconds_of(self, rows: int) -> float:
-        return self._value_at(rows, self.first.seconds, self.second and self.second.seconds)
+        second = self.second.seconds if self.second is not None else None
+        return self._value_at(rows, self.first.seconds, second)
 
     def peak_of(self, rows: int) -> float:
         if self.first.peak is None:
             return float("inf")
-        return self._value_at(rows, self.first.peak, self.second and self.second.peak)
+        second = self.second.peak if self.second is not None else None
+        return self._value_at(rows, self.first.peak, second)
 
     def _value_at(self, rows: int, first: float, second: float | None) -> float:
         if self.second is None or second is None:

@@ -204,11 +204,13 @@ def read_out_sharding(eqn: Eqn) -> Asked | None:
         return None
     summed, parts = found
     result = eqn.outvars[0].aval
+    wanted = _parts_of(spec, result.ndim)
+    if len(parts) != len(wanted):
+        return None  # a form of the operation that is not known here: nothing is asked for
     sizes = meshes.sizes_of(target.mesh)
     count = dict(sizes)
     left = getattr(spec, "unreduced", ())
     sums = tuple(a for a, n in sizes if n > 1 and a in summed and a not in left)
-    wanted = _parts_of(spec, result.ndim)
     moves = any(
         count.get(axis, 1) > 1 and axis not in there
         for here, there in zip(parts, wanted, strict=True)
