@@ -254,7 +254,7 @@ def _parts_of_aval(aval: Any) -> _Parts:
     return _parts_of(spec, getattr(aval, "ndim", 0))
 
 
-def _parts_of(spec: Sequence[Any], ndim: int) -> _Parts:
+def _parts_of(spec: Any, ndim: int) -> _Parts:
     entries = _compat.spec_entries(spec)
     parts = [p if isinstance(p, tuple) else (p,) if isinstance(p, str) else () for p in entries]
     return (*parts, *((),) * (ndim - len(parts)))

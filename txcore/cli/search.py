@@ -109,7 +109,7 @@ def print_search(options: argparse.Namespace) -> int:
             seconds=options.seconds or _SECONDS,
         )
     if not found.outcomes:
-        why = f": {first_line(found.refused[0][1])}" if found.refused else ""
+        why = f": {found.refused[0][1]}" if found.refused else ""
         raise BadInput(f"{options.factory} takes none of the meshes and batches{why}")
     show(json.dumps(to_dict(found)) if options.json else "\n".join(write_table(found, target)))
     return 0 if found.best is not None and found.best.status != "failed" else 1
