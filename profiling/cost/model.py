@@ -80,6 +80,7 @@ class CostModel:
                 "exposed_seconds": plan.exposed_seconds,
                 "hidden": plan.hidden,
                 "is_exact": plan.is_exact,
+                "remade_flops": plan.remade_flops,
             },
         }
 

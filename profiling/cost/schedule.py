@@ -68,6 +68,8 @@ class Schedule:
         is not known, as the next.
       exposed_seconds: the time of waiting for collectives; not the sum of the rows' where several
         are waited for together.
+      remade_flops: of the FLOPs, those that XLA computes anew, since memory was short; what the
+        program's author rematerialises (`jax.checkpoint`) is not in it.
       is_exact: False where a loop's trips are not known: then all figures are the least.
     """
 
@@ -77,6 +79,7 @@ class Schedule:
     compute_seconds: float | None
     exposed_seconds: float | None
     is_exact: bool = True
+    remade_flops: int = 0
 
     @property
     def seconds(self) -> float | None:
@@ -168,6 +171,7 @@ def schedule(
         compute_seconds=run.seconds - run.exposed if is_timed else None,
         exposed_seconds=run.exposed if is_timed else None,
         is_exact=run.is_exact,
+        remade_flops=run.remade,
     )
 
 

@@ -158,8 +158,14 @@ def _step_lines(costs: CostModel) -> Iterator[str]:
     yield ""
     work = f"{format_flops(found.flops)} and {format_bytes(found.bytes)} of memory traffic a call"
     least = "" if found.is_exact else " at least (a loop's length is not known)"
+    remade = (
+        "XLA's rematerialisation is active, since memory is short: "
+        f"{format_flops(found.remade_flops)} computed anew"
+    )
     if found.seconds is None:
         yield f"step: {work}{least}; give target= for the time of a TPU or GPU"
+        if found.remade_flops:
+            yield f"  {remade}"
         return
     assert found.compute_seconds is not None
     assert found.exposed_seconds is not None
@@ -169,6 +175,8 @@ def _step_lines(costs: CostModel) -> Iterator[str]:
         f"{format_seconds(found.exposed_seconds)} waiting ({found.hidden:.0%} hidden)"
     )
     yield f"  {work}; at the chip's peaks, which no real step reaches"
+    if found.remade_flops:
+        yield f"  {remade}"
 
 
 def _format_axes(axes: Sequence[str]) -> str:

@@ -1,5 +1,6 @@
 """Walk the schedule of a compiled program with a clock; `schedule.py` explains the model."""
 
+import re
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Sequence
@@ -16,6 +17,8 @@ _RUNS_OTHERS = ("while", "call", "conditional")
 # XLA for TPU starts and ends some collectives in fusions, and continues them in one with compute.
 _START, _DONE = "AsyncCollectiveStart", "AsyncCollectiveDone"
 _PASSED_THROUGH = ("get-tuple-element", "tuple", "bitcast", "fusion", "opt-barrier")
+# XLA names so what its rematerialisation pass computes a second time.
+_REMADE = re.compile(r"\.remat\d*(?:\.|$)")
 _MOST_PASSED = 64  # instructions between a start and its done's operand; real ones pass under 8
 
 
@@ -56,6 +59,7 @@ class ComputationRun:
     exposed: float = 0.0
     flops: int = 0
     bytes: int = 0
+    remade: int = 0  # of the flops, those that the compiler computes anew to save memory
     busy: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     flights: list[Flight] = field(default_factory=list)
     is_exact: bool = True
@@ -116,6 +120,8 @@ class Timeline:
         work = count_work(instruction, scope, self._graph)
         clock.now += self._machine.compute_seconds(work) if self._machine else 0.0
         clock.add_work(work.total_flops, work.bytes)
+        if _REMADE.search(instruction.name):
+            clock.total.remade += work.total_flops
 
     def _start_collectives(
         self, clock: "_Clock", instruction: Instruction, ops: Sequence[Op]
@@ -195,6 +201,7 @@ def _add_runs(runs: Sequence[ComputationRun], trips: Trips) -> ComputationRun:
         exposed=trips.count * sum(run.exposed for run in runs),
         flops=trips.count * sum(run.flops for run in runs),
         bytes=trips.count * sum(run.bytes for run in runs),
+        remade=trips.count * sum(run.remade for run in runs),
         busy=busy,
         flights=[replace(f, trips=f.trips * trips.count) for run in runs for f in run.flights],
         is_exact=trips.known and all(run.is_exact for run in runs),
@@ -265,6 +272,7 @@ class _Clock:
             self.total.busy[link] += seconds
         self.now += inner.seconds
         self.add_work(inner.flops, inner.bytes)
+        self.total.remade += inner.remade
         self.total.exposed += inner.exposed
         self.total.flights += inner.flights
         self.total.is_exact &= inner.is_exact

@@ -15,6 +15,7 @@ from txcore.profiling import meshes
 from txcore.profiling.declared import source
 from txcore.profiling.declared.equations import (
     KIND_OF,
+    Asked,
     Eqn,
     Jaxpr,
     Var,
@@ -25,6 +26,7 @@ from txcore.profiling.declared.equations import (
     name_of,
     open_jaxpr,
     path_of,
+    read_out_sharding,
     sizes_of,
     sub_jaxprs,
 )
@@ -34,6 +36,9 @@ from txcore.profiling.hlo import NO_GROUPS, Groups
 
 # An explicit reshard: XLA chooses which collectives it takes, at most one of each whole array.
 RESHARD, RESHARD_OF_A_SUM = "reshard", "reshard of a sum"
+# A `custom_partitioning` sends what its rule writes for the shardings that the compiler chooses.
+RULE = "custom_partitioning"
+CHOSEN_LATER = (RESHARD, RULE)
 
 
 @dataclass(frozen=True)
@@ -41,8 +46,9 @@ class Declared:
     """One operand of one collective of a traced program.
 
     Attributes:
-      kind: the HLO op it lowers to ("all-reduce"), or "reshard", which the compiler translates, or
-        "remote-dma", a Pallas kernel that sends: then S is what each device sends.
+      kind: the HLO op it lowers to ("all-reduce"); "reshard", which the compiler translates;
+        "custom_partitioning", whose rule may send anything; or "remote-dma", a Pallas kernel that
+        sends: then S is what each device sends.
       primitive: jax's name ("psum").
       axes: mesh axes as the program names them.
       group_size: devices along them.
@@ -62,6 +68,7 @@ class Declared:
       live: something uses its result.
       kernel: the name of a Pallas kernel.
       simulated: a Pallas kernel that is interpreted: the compiled program has callbacks for it.
+      asked_by: the primitive whose `out_sharding=` asks for it; "" of a reshard by itself.
       operand: the number of its operand's value: equal values have equal numbers.
       groups, pairs: the devices that talk to each other, by place in the mesh.
     """
@@ -83,6 +90,7 @@ class Declared:
     live: bool = True
     kernel: str = ""
     simulated: bool = False
+    asked_by: str = ""
     operand: int = field(default=-1, repr=False, compare=False)
     groups: Groups = field(default=NO_GROUPS, repr=False)
     pairs: tuple[tuple[int, int], ...] = field(default=(), repr=False)
@@ -154,8 +162,9 @@ def _count_declared(jaxpr: Jaxpr) -> int:
     return sum(
         (
             name_of(eqn) in KIND_OF
-            or eqn.primitive.name == RESHARD
+            or eqn.primitive.name in CHOSEN_LATER
             or sent_by_kernel(eqn, ()) is not None
+            or read_out_sharding(eqn) is not None
         )
         + sum(map(_count_declared, sub_jaxprs(eqn)))
         for eqn in jaxpr.eqns
@@ -193,8 +202,12 @@ def _walk_jaxpr(
             yield from _declare_operands(eqn, kind, name, scope, inputs)
         elif name == RESHARD:
             yield from _declare_reshard(eqn, scope, inputs[0])
+        elif name == RULE:
+            yield _declare_rule(eqn, scope)
         elif sent := sent_by_kernel(eqn, scope.sizes):
             yield _declare_kernel(eqn, sent, scope, inputs)
+        elif asked := read_out_sharding(eqn):
+            yield from _declare_asked(eqn, asked, scope, inputs)
         for inner in sub_jaxprs(eqn):
             values = numbering.number_inputs(eqn, inner, inputs)
             yield from _walk_jaxpr(inner, _scope_inside(eqn, scope, inputs), values, numbering)
@@ -285,6 +298,55 @@ def _declare_reshard(eqn: Eqn, scope: _Surroundings, value: Value) -> Iterator[D
         operand=value.number,
         groups=meshes.device_groups(sizes, sums) if sums else NO_GROUPS,
     )
+
+
+def _declare_rule(eqn: Eqn, scope: _Surroundings) -> Declared:
+    return Declared(
+        kind=RULE,
+        primitive=RULE,
+        axes=(),
+        group_size=0,
+        dtype=eqn.outvars[0].aval.dtype.name,
+        payload_bytes=0,
+        trips=scope.trips,
+        tag=None,
+        source=_source_of(eqn, scope),
+        autodiff=False,
+        trips_known=scope.trips_known,
+        size_known=False,
+    )
+
+
+def _declare_asked(
+    eqn: Eqn, asked: Asked, scope: _Surroundings, inputs: Sequence[Value]
+) -> Iterator[Declared]:
+    """Declare what an out_sharding asks for; autodiff fills in its own, which nobody wrote."""
+    if made_by_autodiff(path_of(eqn, scope.path)):
+        return
+    elements, dtype = _elements_and_dtype(eqn.outvars[0].aval)
+    kinds = [(RESHARD_OF_A_SUM, asked.sums, asked.elements)] if asked.sums else []
+    every = tuple(name for name, size in asked.sizes if size > 1)
+    kinds += [(RESHARD, every, elements)] if asked.moves else []
+    for kind, axes, number in kinds:
+        is_sum = kind == RESHARD_OF_A_SUM
+        yield Declared(
+            kind=kind,
+            primitive=RESHARD,
+            axes=axes,
+            group_size=meshes.count_devices(asked.sizes, axes),
+            dtype=dtype.name,
+            payload_bytes=number * dtype.itemsize,
+            trips=scope.trips,
+            tag=None,
+            source=_source_of(eqn, scope),
+            autodiff=False,
+            elements=number,
+            trips_known=scope.trips_known,
+            size_known=False,
+            foldable=scope.foldable or not any(value.depends for value in inputs),
+            asked_by=eqn.primitive.name,
+            groups=meshes.device_groups(asked.sizes, axes) if is_sum else NO_GROUPS,
+        )
 
 
 def _declare_kernel(

@@ -3,7 +3,9 @@
 This is the one module that knows jax's primitives by name; the walks ask it what one does.
 """
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -70,6 +72,8 @@ PLAIN = frozenset(
     + ("convert_element_type", "squeeze", "slice", "pad", "concatenate", "iota", "copy")
     + ("dynamic_slice", "dynamic_update_slice", "gather", "reduce_sum", "reduce_max", "rev")
 )
+_REDUCTIONS = ("reduce_sum", "reduce_max", "reduce_min")
+_Parts: TypeAlias = tuple[tuple[str, ...], ...]  # of each dim, the mesh axes that it is split over
 _NO_JAXPRS = frozenset({int, float, bool, str, type(None), np.dtype, frozenset})
 
 
@@ -118,7 +122,7 @@ def axes_of(params: Mapping[str, Any]) -> tuple[str, ...]:
 def axes_of_spec(spec: Any) -> tuple[str, ...]:
     """Return the mesh axes that a PartitionSpec names, in order."""
     names: list[str] = []
-    for part in spec:
+    for part in _compat.spec_entries(spec):
         names += part if isinstance(part, tuple) else [part] if part is not None else []
     return tuple(names)
 
@@ -167,3 +171,90 @@ def made_by_autodiff(path: str) -> bool:
     A forward pass that is rematerialized runs inside a transposed one, but the user wrote it.
     """
     return "transpose(" in path and "rematted_computation" not in path
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What an `out_sharding=` asks for.
+
+    Attributes:
+      sizes: the mesh.
+      sums: the axes over which the devices' parts are summed.
+      elements: of such a part.
+      moves: whether the result has to lie otherwise than the operands do.
+    """
+
+    sizes: meshes.Sizes
+    sums: tuple[str, ...]
+    elements: int
+    moves: bool
+
+
+def read_out_sharding(eqn: Eqn) -> Asked | None:
+    """Return what an equation's `out_sharding=` asks for; None without one, or for nothing.
+
+    Under an Explicit mesh jax wants it written where a result may lie in several ways: of a product
+    over a sharded dim, `out_sharding=P(None, None)` is an all-reduce, `P("X", None)` a
+    reduce-scatter. So the line that writes it asks for that sum by name, as `jax.reshard` does.
+    """
+    target = eqn.params.get("sharding" if eqn.primitive.name == "reshape" else "out_sharding")
+    spec = getattr(target, "spec", None)
+    found = _lie_of_result(eqn) if spec is not None else None
+    if target is None or found is None:
+        return None
+    summed, parts = found
+    result = eqn.outvars[0].aval
+    wanted = _parts_of(spec, result.ndim)
+    if len(parts) != len(wanted):
+        return None  # a form of the operation that is not known here: nothing is asked for
+    sizes = meshes.sizes_of(target.mesh)
+    count = dict(sizes)
+    left = getattr(spec, "unreduced", ())
+    sums = tuple(a for a, n in sizes if n > 1 and a in summed and a not in left)
+    moves = any(
+        count.get(axis, 1) > 1 and axis not in there
+        for here, there in zip(parts, wanted, strict=True)
+        for axis in here
+    )
+    if not (sums or moves):
+        return None
+    shards = math.prod(count.get(axis, 1) for here in parts for axis in here)
+    return Asked(sizes, sums, result.size // max(shards, 1), moves)
+
+
+def _lie_of_result(eqn: Eqn) -> tuple[tuple[str, ...], _Parts] | None:
+    """Return the axes whose devices hold parts of sums, and how the result lies without moves."""
+    name = eqn.primitive.name
+    given = [_parts_of_aval(v.aval) for v in eqn.invars]
+    if name == "dot_general":
+        (of_left, of_right), (batch, _) = eqn.params["dimension_numbers"]
+        left, right, *_ = given
+        summed = [
+            a for i, j in zip(of_left, of_right, strict=True) for a in left[i] if a in right[j]
+        ]
+        free_left = [left[i] for i in range(len(left)) if i not in (*of_left, *batch)]
+        other = (*of_right, *eqn.params["dimension_numbers"][1][1])
+        free_right = [right[j] for j in range(len(right)) if j not in other]
+        return tuple(summed), (*(left[i] for i in batch), *free_left, *free_right)
+    if name in _REDUCTIONS:
+        dims = eqn.params["axes"]
+        kept = tuple(p for i, p in enumerate(given[0]) if i not in dims)
+        return tuple(a for i in dims for a in given[0][i]), kept
+    if name == "reshape":
+        # Which dims a reshape makes of which is not followed: all that is split may have to move.
+        axes = tuple(axis for part in given[0] for axis in part)
+        ndim = eqn.outvars[0].aval.ndim
+        return (), (axes, *((),) * (ndim - 1)) if ndim else ()
+    return None
+
+
+def _parts_of_aval(aval: Any) -> _Parts:
+    given = getattr(aval, "sharding", None)
+    spec = getattr(given, "spec", ())
+    return _parts_of(spec, getattr(aval, "ndim", 0))
+
+
+def _parts_of(spec: Any, ndim: int) -> _Parts:
+    entries = _compat.spec_entries(spec)
+    parts = [p if isinstance(p, tuple) else (p,) if isinstance(p, str) else () for p in entries]
+    return (*parts, *((),) * (ndim - len(parts)))

@@ -2,6 +2,8 @@
 
 import functools
 import os
+import re
+import sys
 import sysconfig
 from collections.abc import Iterable
 
@@ -9,6 +11,7 @@ import jax
 
 from txcore import _compat
 
+_OLD_CELL = re.compile(r"<ipython-input-(\d+)-")  # as terminals have it
 Frame = tuple[str, int]  # a file and the number of a line
 _LIBRARIES = tuple(f"{os.sep}site-packages{os.sep}{name}{os.sep}" for name in ("jax", "txcore"))
 
@@ -19,8 +22,17 @@ def user_source_line(frames: Iterable[Frame]) -> str:
 
 
 def short_line(frame: Frame | None) -> str:
-    """Return "file.py:12" of a frame, "" without one."""
-    return f"{os.path.basename(frame[0])}:{frame[1]}" if frame else ""
+    """Return "file.py:12" of a frame, "In [3]:12" in a notebook, "" without one."""
+    return f"{_cell_of(frame[0]) or os.path.basename(frame[0])}:{frame[1]}" if frame else ""
+
+
+def _cell_of(file: str) -> str:
+    """Return "In [3]" of the name that IPython gives a cell's code; "" of files."""
+    if named := _OLD_CELL.match(file):
+        return f"In [{named[1]}]"
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    names = getattr(getattr(shell, "compile", None), "_filename_map", None) or {}
+    return f"In [{names[file]}]" if file in names else ""
 
 
 def whole_line(frame: Frame | None) -> str:
@@ -43,6 +55,8 @@ def near_line(place: str) -> str:
     file, _, line = place.rpartition(":")
     if not file:
         return place
+    if cell := _cell_of(file):
+        return f"{cell}:{line}"
     below, path = os.path.realpath(os.getcwd()) + os.sep, os.path.realpath(file)
     name = path.removeprefix(below) if path.startswith(below) else os.path.basename(file)
     return f"{name}:{line}"

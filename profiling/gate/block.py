@@ -33,6 +33,7 @@ from txcore.profiling.gate.policy import (
     warn_of_collected,
 )
 from txcore.profiling.gate.watches import watches_of_thread
+from txcore.profiling.report.report import check_allowed
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -79,22 +80,12 @@ def no_auto_collectives(*, allow: Iterable[str] = (), mode: Mode = "raise") -> "
       ...     print(jnp.arange(4).sum())
       6
     """
-    if isinstance(allow, str) or not isinstance(allow, Iterable):
-        raise TypeError(
-            f"allow needs a set of origins, but got {allow!r}: write allow={{'reshard'}}"
-        )
-    allowed = tuple(allow)
-    if unknown := [name for name in allowed if name not in REFUSED]:
-        raise ValueError(
-            f"allow needs origins that the gate refuses, of {', '.join(REFUSED)}, but got "
-            f"{', '.join(map(repr, unknown))}: leave it out (txcore, user, autodiff and opaque "
-            "are never refused)"
-        )
+    allowed = check_allowed(allow, known=REFUSED)
     if mode not in _MODES:
         raise ValueError(
             f"mode needs to be one of {', '.join(map(repr, _MODES))}, but got {mode!r}"
         )
-    return Gate(frozenset(REFUSED) - frozenset(allowed), mode)
+    return Gate(frozenset(REFUSED) - allowed, mode)
 
 
 @dataclass(frozen=True)

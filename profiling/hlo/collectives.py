@@ -16,7 +16,7 @@ from txcore.profiling.hlo.scan import without_quoted
 from txcore.profiling.hlo.text import KINDS, Instruction, Module, read_modules
 from txcore.profiling.hlo.tpu_async import is_later_step
 from txcore.profiling.hlo.trip_counts import ONCE, Trips, count_runs
-from txcore.profiling.hlo.types import HloError, Shape, parse_shapes
+from txcore.profiling.hlo.types import HloError, Shape, parse_shapes, to_int
 
 _KIND_OF = {f"{kind}{start}": kind for kind in KINDS for start in ("", "-start")}
 _START_OF = {f"{kind}-done": f"{kind}-start" for kind in KINDS}
@@ -48,6 +48,7 @@ class Op:
       wanted_by, wanted_frames: op_name and source of the first op of another origin that uses the
         result, where the line does not say what the op was inserted for.
       target: the function that a custom call runs.
+      dim: the array's dim that a gather or reduce-scatter is along; -1 of others.
       trips: executions in one call of the program.
       problem: why the line could not be read, or what it leaves open.
       computation: the name of its computation.
@@ -66,6 +67,7 @@ class Op:
     wanted_by: str = ""
     wanted_frames: tuple[tuple[str, int], ...] = ()
     target: str = ""
+    dim: int = -1
     trips: Trips = ONCE
     problem: str = ""
     computation: str = ""
@@ -214,10 +216,17 @@ def _read_op(instruction: Instruction, kind: str, context: _Context) -> Op:
         target=attributes.custom_call_target(instruction) if kind == "custom-call" else "",
         computation=context.computation,
         trips=context.trips,
+        dim=_read_dim(instruction, kind),
         **says,
         **by_user,
         **_read_partners(instruction, kind, says["inputs"], context),
     )
+
+
+def _read_dim(instruction: Instruction, kind: str) -> int:
+    said = _DIMS.fullmatch(instruction.attributes.get("dimensions", ""))
+    is_one = kind in _SIZED_BY_SHAPES and said is not None and said[1].strip().isdecimal()
+    return to_int(said[1].strip()) if is_one and said is not None else -1
 
 
 def _find_inputs(

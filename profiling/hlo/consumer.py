@@ -10,12 +10,40 @@ from txcore.profiling.hlo.graph import Graph, Value, operand_names
 from txcore.profiling.hlo.text import Instruction
 
 _FARTHEST = 64  # instructions to look at; a damaged text may lead in a circle
+# They leave elements as they are, or are the collective's own parts.
+_MOVES = frozenset(
+    ("parameter", "tuple", "get-tuple-element", "bitcast", "copy", "reshape", "transpose")
+    + ("broadcast", "slice", "dynamic-slice", "dynamic-update-slice", "concatenate", "pad")
+    + ("convert", "constant", "iota", "partition-id", "replica-id", "opt-barrier", "call")
+    + (
+        "all-gather",
+        "all-to-all",
+        "all-reduce",
+        "collective-permute",
+        "reduce-scatter",
+        "add-dependency",
+    )
+    + ("all-gather-start", "all-gather-done", "all-reduce-start", "all-reduce-done", "copy-start")
+    + (
+        "collective-permute-start",
+        "collective-permute-done",
+        "async-start",
+        "async-done",
+        "copy-done",
+    )
+    + ("async-update", "custom-call")
+)
 _LONGEST = 4096  # characters of a caller's path
 
 
 def find_consumer(collective: Value, graph: Graph) -> Instruction | None:
-    """Return the nearest instruction that uses a value and has another path; None without one."""
+    """Return the nearest instruction that uses a value and has another path; None without one.
+
+    One with the collective's own path that computes is what it was inserted for, too: of an
+    operand, where a collective that follows the operation has its name as well.
+    """
     own = attributes.metadata_text(collective.instruction)
+    has_path = "/" in attributes.op_name(collective.instruction)
     reached = [collective]
     seen = {collective.instruction.name}
     for value in reached:
@@ -23,12 +51,29 @@ def find_consumer(collective: Value, graph: Graph) -> Instruction | None:
             says = attributes.metadata_text(after.instruction)
             if says != own and "/" in attributes.op_name(after.instruction):
                 return after.instruction
+            if has_path and says == own and _computes(after, graph):
+                return after.instruction
             if len(reached) >= _FARTHEST:
                 break
             if after.instruction.name not in seen:
                 seen.add(after.instruction.name)
                 reached.append(after)
     return None
+
+
+def _computes(value: Value, graph: Graph) -> bool:
+    """Tell whether an instruction, or one that is fused into it, does more than move elements."""
+    opcode = value.instruction.opcode
+    if opcode != "fusion":
+        return opcode not in _MOVES
+    own = attributes.op_name(value.instruction)
+    called = (graph.module.computations.get(name) for name in value.instruction.callees)
+    return any(
+        inside.opcode not in _MOVES and attributes.op_name(inside) == own
+        for computation in called
+        if computation is not None
+        for inside in computation.instructions
+    )
 
 
 def find_maker(collective: Value) -> Instruction | None:

@@ -34,6 +34,8 @@ class Unit:
       doubtful: whether its op contains an array of the partitioner's, and nothing tells which.
       pieces: the arrays that it was concatenated from, perhaps by the program itself.
       target: the function that a custom call runs.
+      laid: the array as it lies on a device where it is sent, before what the compiler did to its
+        dims; dim: which of them a gather or reduce-scatter is along, -1 of others.
       added: "file.py:12" of an undeclared array that was merged into this one, else "".
     """
 
@@ -54,6 +56,8 @@ class Unit:
     has_own_line: bool = True
     doubtful: bool = False
     pieces: tuple["Unit", ...] = ()
+    laid: Shape = _NOTHING
+    dim: int = -1
     added: str = ""
     target: str = ""
 
@@ -101,6 +105,7 @@ def _make_unit(
     return replace(
         same,
         shape=one.shape,
+        laid=one.shape,
         elements=_count_elements(op, one),
         pieces=tuple(_make_unit(place, op, piece, like, is_piece=True) for piece in one.pieces),
     )
@@ -137,6 +142,8 @@ def _describe_unit(place: int, op: Op, one: Input, *, is_piece: bool) -> Unit:
         note=note,
         has_own_line=has_own or not is_merged,
         doubtful=doubtful,
+        laid=one.shape,
+        dim=op.dim,
         target=op.target,
     )
 

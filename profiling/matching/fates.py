@@ -5,7 +5,7 @@ from collections.abc import Hashable, Mapping, Sequence
 
 import jax.numpy as jnp
 
-from txcore.profiling.declared.collectives import RESHARD, Declared
+from txcore.profiling.declared.collectives import CHOSEN_LATER, Declared
 from txcore.profiling.matching.arrays import Unit, size_of
 
 # Linear: one collective of a + b may replace one of a and one of b.
@@ -39,7 +39,7 @@ def fates_of(
     as_large = {twin_key(i, declared[i].elements) for i in carried}
     fates: list[tuple[str, ...]] = []
     for i, d in enumerate(declared):
-        if d.primitive == RESHARD:
+        if d.primitive in CHOSEN_LATER:
             fates.append(("kept",) if i in carried else ("eliminated",))
         elif d.simulated:
             fates.append(("simulated",))

@@ -25,7 +25,14 @@ from dataclasses import dataclass, replace
 
 import jax.numpy as jnp
 
-from txcore.profiling.declared.collectives import RESHARD, RESHARD_OF_A_SUM, Declared
+from txcore.profiling.declared.collectives import (
+    CHOSEN_LATER,
+    RESHARD,
+    RESHARD_OF_A_SUM,
+    RULE,
+    Declared,
+)
+from txcore.profiling.declared.equations import made_by_autodiff
 from txcore.profiling.declared.remote_dma import REMOTE_DMA
 from txcore.profiling.hlo import Op, Shape
 from txcore.profiling.hlo.custom_calls import is_kernel
@@ -76,6 +83,8 @@ def match_collectives(ops: Sequence[Op], declared: Sequence[Declared], *, marks:
         work.match_declared(doubtful, marks=marks)
     work.match_kernels()
     work.explain_reshards()
+    if marks:
+        work.explain_rules()
     work.settle_loops()
     work.settle_doubts()
     places = sorted(work.units, key=lambda i: work.units[i].op)
@@ -88,7 +97,7 @@ class _Match:
     """A match in progress: the open units and declarations, and the links so far."""
 
     def __init__(self, ops: Sequence[Op], declared: Sequence[Declared]):
-        self.declared = declared
+        self.ops, self.declared = ops, declared
         self.units = dict(enumerate(units_of(ops)))
         self.links: dict[int, list[int]] = {}  # of a unit, the declarations
         self.left = [d.trips for d in declared]  # executions that no unit carries out yet
@@ -230,11 +239,19 @@ class _Match:
 
     def explain_reshards(self) -> None:
         """Explain collectives at an explicit reshard's line; the compiler chooses their kind."""
-        live = (i for i, d in enumerate(self.declared) if d.primitive == RESHARD and d.live)
-        asked = {self.declared[i].source: i for i in live}
-        for unit in self.open_units((RESHARD,)):
+        live = [i for i, d in enumerate(self.declared) if d.primitive == RESHARD and d.live]
+        by_name = {self.declared[i].source: i for i in live if not self.declared[i].asked_by}
+        by_result = {
+            (self.declared[i].source, self.declared[i].asked_by): i
+            for i in live
+            if self.declared[i].kind == RESHARD
+        }
+        for unit in (*self.open_units((RESHARD,)), *self.open_units(UNEXPLAINED)):
             u = self.units[unit]
-            if (place := asked.get(u.source)) is None:
+            place = by_name.get(u.source) if u.origin == RESHARD else None
+            if place is None and not made_by_autodiff(u.op_name):
+                place = by_result.get((u.source, u.op_name.rpartition("/")[2]))
+            if place is None:
                 continue
             d = self.declared[place]
             can_be = u.kind in _MOVES or d.kind == RESHARD_OF_A_SUM
@@ -265,9 +282,21 @@ class _Match:
     def _is_sum_of(self, unit: int, declared: int) -> bool:
         """Tell whether a unit may be the sum of a reshard, or a part of it."""
         u, d = self.units[unit], self.declared[declared]
+        if d.asked_by and (u.source != d.source or made_by_autodiff(u.op_name)):
+            return False
         same_devices = self.op_devices[u.op] == self.devices[declared]
         is_part = u.size > 0 and size_of(d) % u.size == 0
         return u.kind in _SUMS and same_devices and is_part and u.trips.count <= d.trips
+
+    def explain_rules(self) -> None:
+        """Explain what a rule of custom_partitioning sends, where the compiler marks its own."""
+        live = (i for i, d in enumerate(self.declared) if d.primitive == RULE and d.live)
+        rules_at = {self.declared[i].source: i for i in live}
+        for unit in self.open_units(UNEXPLAINED):
+            u = self.units[unit]
+            is_rules = u.op_name.rpartition("/")[2] == RULE and not self.ops[u.op].marked
+            if is_rules and u.source in rules_at:
+                self.links[unit] = [rules_at[u.source]]
 
     def settle_loops(self) -> None:
         """Keep several units of one declaration only where their trips add up to its trips."""
@@ -320,7 +349,7 @@ def _split_by_credibility(
     certain: list[int] = []
     doubtful: list[int] = []
     for i, d in enumerate(declared):
-        if d.primitive == RESHARD or d.kind == REMOTE_DMA:
+        if d.primitive in CHOSEN_LATER or d.kind == REMOTE_DMA:
             continue
         value = d.kind, devices[i], d.operand
         (certain if d.live and value not in seen else doubtful).append(i)

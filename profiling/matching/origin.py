@@ -72,6 +72,11 @@ def _last_parts(op_name: str) -> tuple[str, ...]:
         return ("",)
     last = parts[-1]
     if not (last.startswith("(") and last.endswith(")")):
-        return (last,)
+        return (_without_start(last),)
     merged = split_outside(last[1:-1], ":")
-    return tuple(path.rsplit("/", 1)[-1] for path in merged) or ("",)
+    return tuple(_without_start(path.rsplit("/", 1)[-1]) for path in merged) or ("",)
+
+
+def _without_start(name: str) -> str:
+    """Return a primitive's name; the start of an async pair (`lax.psum_start`) has the op's."""
+    return name.removesuffix("_start")

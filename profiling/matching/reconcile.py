@@ -231,4 +231,5 @@ def _with_early_origin(unit: Unit, early: Unit) -> Unit:
     )
     origin = early.origin if is_known else "partitioner"
     name = early.op_name or unit.op_name
-    return replace(unit, origin=origin, source=line, place=place, note=early.note, op_name=name)
+    found = replace(unit, origin=origin, source=line, place=place, note=early.note, op_name=name)
+    return replace(found, laid=early.laid, dim=early.dim) if early.kind == unit.kind else found

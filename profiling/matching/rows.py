@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from txcore.profiling import meshes
 from txcore.profiling.bandwidth import wire_bytes
-from txcore.profiling.declared.collectives import RESHARD, Declared
+from txcore.profiling.declared.collectives import CHOSEN_LATER, RESHARD, RULE, Declared
 from txcore.profiling.declared.remote_dma import REMOTE_DMA
 from txcore.profiling.hlo import Op
 from txcore.profiling.hlo.custom_calls import TPU_KERNEL
@@ -63,7 +63,7 @@ def rows_of(
     fates = (
         Fate(d, matched.fates[i], tuple(rows_of_declared.get(i, ())))
         for i, d in enumerate(declared or ())
-        if d.primitive != RESHARD  # only the rows tell what became of a reshard
+        if d.primitive not in CHOSEN_LATER  # only the rows tell what became of these
     )
     return tuple(rows), tuple(fates)
 
@@ -99,6 +99,8 @@ def _judge_by_match(
         return unit.origin, False, f"one that was added at {unit.added} was merged into it"
     if declared and unit.kind == "custom-call":
         return "opaque", True, "what its kernel sends is decided when it runs"
+    if any(d.primitive == RULE for d in declared):
+        return "opaque", True, "a rule of custom_partitioning sends it, which is not in the trace"
     if declared:
         origin = _origin_of_declared(declared)
         if unit.kind == REMOTE_DMA:
@@ -132,7 +134,7 @@ def _make_row(
     first = arrays[0]
     if op.kind == "custom-call" and first.declared:  # only its kernel says who talks to whom
         axes, group_size = first.declared[0].axes, first.declared[0].group_size
-    parts = tuple(part for array in arrays for part in _parts_of(array, group_size))
+    parts = tuple(part for array in arrays for part in _parts_of(array, axes, group_size))
     trips = _trips_of(op, arrays)
     notes = [array.note for array in arrays]
     if merged:
@@ -164,7 +166,7 @@ def _make_row(
     )
 
 
-def _parts_of(array: _Array, group_size: int) -> Iterator[Part]:
+def _parts_of(array: _Array, axes: tuple[str, ...], group_size: int) -> Iterator[Part]:
     unit, wire = array.unit, array.unit.shape.dtype
     if len(array.declared) > 1 and sum(d.elements for d in array.declared) == unit.elements:
         for d in array.declared:  # joined into one flat array: the text does not show the parts
@@ -193,7 +195,32 @@ def _parts_of(array: _Array, group_size: int) -> Iterator[Part]:
         fates=array.fates,
         op_name=unit.op_name,
         place="" if unit.added or array.declared else unit.place,
+        types=("", "") if array.declared else _types_of(unit, axes, group_size),
     )
+
+
+def _types_of(unit: Unit, axes: tuple[str, ...], n: int) -> tuple[str, str]:
+    """Return an array's type before and after, as jax writes them; other axes are left out.
+
+    "float32[64]{U:data}" holds parts of a sum on the devices along data, "float32[16@data]" shards.
+    """
+    dims, over = list(unit.laid.dims), axes[0] if len(axes) == 1 else f"({','.join(axes)})"
+    if not axes or not n or (unit.kind != "all-reduce" and not 0 <= unit.dim < len(dims)):
+        return "", ""
+
+    def write(sizes: list[str], after: str = "") -> str:
+        return f"{unit.laid.dtype}[{','.join(sizes)}]{after}"
+
+    whole = [str(size) for size in dims]
+    if unit.kind == "all-reduce":
+        return write(whole, f"{{U:{over}}}"), write(whole)
+    split = list(whole)
+    if unit.kind == "all-gather":
+        whole[unit.dim] = str(dims[unit.dim] * n)
+        split[unit.dim] = f"{whole[unit.dim]}@{over}"
+        return write(split), write(whole)
+    split[unit.dim] += f"@{over}"
+    return write(whole, f"{{U:{over}}}"), write(split)
 
 
 def _trips_of(op: Op, arrays: Sequence[_Array]) -> Trips:

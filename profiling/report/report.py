@@ -1,7 +1,7 @@
 """The result of an audit: its findings, and their text and HTML for people."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from txcore.profiling.declared.kernels import kernels_line
@@ -94,8 +94,12 @@ class Report(Findings):
         return write_verdict(self)
 
 
-def check_allowed(origins: Iterable[str]) -> frozenset[str]:
-    """Return the origins that are to be let through.
+def check_allowed(origins: Iterable[str], *, known: Sequence[str] = UNEXPLAINED) -> frozenset[str]:
+    """Return the origins that are to be let through, of those that would not be.
+
+    Args:
+      origins: as it is given.
+      known: what may be let through; a gate refuses reshards too.
 
     Raises:
       TypeError, ValueError: as `Report.allowing`.
@@ -105,10 +109,10 @@ def check_allowed(origins: Iterable[str]) -> frozenset[str]:
             f"allow needs a set of origins, but got {origins!r}: write allow={{'partitioner'}}"
         )
     allowed = tuple(origins)
-    if unknown := [name for name in allowed if name not in UNEXPLAINED]:
+    if unknown := [name for name in allowed if name not in known]:
         raise ValueError(
-            f"allow needs origins of what nobody asked for, of {', '.join(UNEXPLAINED)}, but got "
-            f"{', '.join(map(repr, unknown))}: leave it out (the others are explained)"
+            f"allow needs origins that are refused, of {', '.join(known)}, but got "
+            f"{', '.join(map(repr, unknown))}: leave it out (no other is refused)"
         )
     return frozenset(allowed)
 

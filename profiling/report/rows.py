@@ -8,6 +8,7 @@ from txcore.profiling.declared.collectives import Declared
 from txcore.profiling.report.numbers import cap_figure
 
 # Each device sends the whole of these, whatever the size of its group.
+_NOT_WRITTEN = ("op_name", "place", "types")  # of a part: they depend on the place of the files
 _SENT_WHOLE = ("collective-permute", "collective-broadcast", "send", "remote-dma")
 
 
@@ -25,6 +26,8 @@ class Part:
       fates: what became of its declaration: see `Fate`; empty where none matches.
       op_name: jax's path to what needed it, where it is told apart; not in `to_dict`.
       place: its source with the file's whole path, where none matches; not in `to_dict`.
+      types: where none matches, how it lies before and after, as jax writes types; "" where the
+        text does not show it; not in `to_dict`.
     """
 
     tag: str
@@ -36,11 +39,12 @@ class Part:
     fates: tuple[str, ...] = ()
     op_name: str = ""
     place: str = ""
+    types: tuple[str, str] = ("", "")
 
     def to_dict(self) -> dict[str, Any]:
         """Return what does not depend on where the program's files lie."""
         fields = {name: cap_figure(value) for name, value in dataclasses.asdict(self).items()}
-        return {name: value for name, value in fields.items() if name not in ("op_name", "place")}
+        return {name: value for name, value in fields.items() if name not in _NOT_WRITTEN}
 
 
 @dataclass(frozen=True)

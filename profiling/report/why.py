@@ -15,6 +15,7 @@ from txcore.profiling.report.numbers import format_bytes
 from txcore.profiling.report.rows import Collective, Part
 
 _MOST_SHOWN = 20
+_MOST_TYPES = 3
 _WIDTH = 100
 _SUMS = ("all-reduce", "reduce-scatter")
 _Sent = tuple[Collective, Part, str]  # a row, one of its arrays, and the path of what needed it
@@ -29,9 +30,12 @@ class Why:
       place: "model/block.py:12", from the working folder; "" where no line is known.
       text: that line; "" where the file is not there.
       operations: the jax primitives that needed them ("dot_general"); none at an edge.
-      module: the paths of the flax, equinox or named scopes ("Block/mlp"); "" without one.
+      module: the paths of the flax, equinox or named scopes ("Block/mlp"), or the argument that
+        is moved ("the argument x"); "" without one.
       backward: whether autodiff made the operations.
       kind, axes: of the collectives.
+      types: how an array lies before and after, as jax writes types: "float32[16@data,8]" is split
+        over data, "float32[64]{U:data}" holds parts of a sum. Each once, largest arrays first.
       arrays: how many arrays they send.
       payload_bytes: of one call.
       reason: what needed them, in a sentence.
@@ -45,6 +49,7 @@ class Why:
     backward: bool
     kind: str
     axes: tuple[str, ...]
+    types: tuple[tuple[str, str], ...]
     arrays: int
     payload_bytes: int
     reason: str
@@ -86,6 +91,10 @@ def _write_alike(of: Sequence[Why]) -> Iterator[str]:
         yield printable(f"  {why.place or '?'}{more}  {names or 'an edge'}  {sent} a call")
         if why.text:
             yield printable(f"    | {why.text}")[:_WIDTH]
+        for held, wanted in why.types[:_MOST_TYPES]:
+            yield printable(f"    {held} -> {wanted}")
+        if len(why.types) > _MOST_TYPES:
+            yield f"    and {len(why.types) - _MOST_TYPES} more"
     if len(of) > _MOST_SHOWN:
         yield f"  and {len(of) - _MOST_SHOWN} lines more"
 
@@ -124,6 +133,7 @@ def _explain(group: Sequence[_Sent]) -> Why:
     backward = _is_back(path)
     reason, instead = _advise(row.kind, _name_of(path), row.axes, backward=backward)
     names = dict.fromkeys(_name_of(path) for _, _, path in group)
+    largest = sorted(group, key=lambda sent: -sent[1].payload_bytes)
     return Why(
         place=source.near_line(part.place) or part.source,
         text=text,
@@ -132,6 +142,7 @@ def _explain(group: Sequence[_Sent]) -> Why:
         backward=backward,
         kind=row.kind,
         axes=row.axes,
+        types=tuple(dict.fromkeys(part.types for _, part, _ in largest if part.types[0])),
         arrays=len(group),
         payload_bytes=sum(part.payload_bytes * row.trips for row, part, _ in group),
         reason=reason,
@@ -141,6 +152,8 @@ def _explain(group: Sequence[_Sent]) -> Why:
 
 def _module_of(path: str) -> str:
     """Return the scopes of a path, without jax's own: "jit(f)/jvp(Block)/o/dot" has "Block/o"."""
+    if path and "/" not in path:
+        return f"the argument {path}"
     names = []
     for part in path.split("/")[1:-1]:
         inner = part

@@ -26,6 +26,7 @@ from txcore._compat.jaxprs import eqn_name_stack as eqn_name_stack
 from txcore._compat.jaxprs import live_jaxpr as live_jaxpr
 from txcore._compat.jaxprs import plain_jaxpr as plain_jaxpr
 from txcore._compat.jaxprs import scan_counts as scan_counts
+from txcore._compat.jaxprs import spec_entries as spec_entries
 from txcore._compat.pallas import copied_array as copied_array
 from txcore._compat.pallas import gpu_grid as gpu_grid
 from txcore._compat.pallas import is_of_gpu as is_of_gpu

@@ -20,6 +20,11 @@ def eqn_frames(eqn: Any) -> tuple[tuple[str, int], ...]:
     return tuple((str(f.file_name), int(f.start_line)) for f in user_frames(traceback))
 
 
+def spec_entries(spec: Any) -> tuple[Any, ...]:
+    """Return a PartitionSpec's entry for each dim; jax 0.12 refuses to iterate unreduced ones."""
+    return tuple(getattr(spec, "partitions", spec))
+
+
 def current_traceback() -> Any:
     """Return where the code is that is traced now, for `called_from`; None where jax keeps none."""
     from jax._src import source_info_util  # as above

@@ -3,6 +3,7 @@
 import argparse
 from typing import Any
 
+from txcore.cli import search
 from txcore.cli.errors import BadInput, first_line
 from txcore.cli.load import add_program, compile_factory, parse_positive
 from txcore.cli.output import show
@@ -22,6 +23,7 @@ def add_command(commands: Any) -> None:
         default=_AT_LEAST,
         help=f"leave out replicated arrays that would save less (default {_AT_LEAST})",
     )
+    search.add_options(parser)
     parser.set_defaults(command=print_costs)
 
 
@@ -29,6 +31,9 @@ def print_costs(options: argparse.Namespace) -> int:
     """Print the costs; return 1 if the report of its collectives is not ok."""
     from txcore.profiling.costs import costs_of
 
+    search.check_options(options)
+    if options.search is not None:
+        return search.print_search(options)
     program = compile_factory(options)
     try:
         found = costs_of(program, at_least=options.at_least)

@@ -111,7 +111,7 @@ def compile_factory(options: argparse.Namespace, *, keep_partitioned: bool = Fal
     # Before the module is imported: it may make arrays, after which the devices are fixed.
     simulate_devices(options.devices)
     target = None if options.target is None else _parse_target(options.target)
-    with _add_to_import_path(options.factory):
+    with add_to_import_path(options.factory):
         factory = load_factory(options.factory)
         if target is not None:
             mesh = _target_mesh(target, options.mesh) if options.mesh else None
@@ -141,6 +141,21 @@ def _parse_target(target: str) -> "Target":
         raise BadInput(f"--target: {error}") from error
     if found.platform == "cpu" and not _compat.backend_started():
         simulate_devices(found.size)
+    return found
+
+
+def search_target(target: str) -> "Target":
+    """Read the target of a search, which needs the peaks of a chip.
+
+    Raises:
+      BadInput: there is no such target, or none with known peaks.
+    """
+    found = _parse_target(target)
+    if found.chip is None:
+        raise BadInput(
+            f"--target: a search needs a chip whose peaks are known, got {target!r}: give a TPU or "
+            "GPU target, as cuda:h100:8x8"
+        )
     return found
 
 
@@ -186,7 +201,7 @@ def split_factory(text: str) -> tuple[str, str]:
 
 
 @contextlib.contextmanager
-def _add_to_import_path(factory: str) -> Iterator[None]:
+def add_to_import_path(factory: str) -> Iterator[None]:
     """Put the file's folder, or the working folder, on the import path of the user's modules.
 
     `python FILE.py` and `python -m MODULE` do so; a console script does not. It stays there while

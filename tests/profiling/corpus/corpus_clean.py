@@ -1,5 +1,6 @@
 """Explicit programs: the collectives that they ask for, their bytes counted by hand."""
 
+from corpus import clean_async as clean_async
 from corpus import clean_calls as clean_calls
 from corpus import clean_derivatives as clean_derivatives
 from corpus import clean_dtypes as clean_dtypes

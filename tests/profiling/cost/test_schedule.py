@@ -291,3 +291,21 @@ def test_a_value_defined_by_itself_ends():
 def test_what_is_refused(text, says):
     with pytest.raises(ValueError, match=says):
         schedule(text, machine=TWO)
+
+
+def test_what_xla_computes_anew_is_counted():
+    """Its rematerialisation pass names a copy after the original; a scope of that name is none."""
+    text = """HloModule m, is_scheduled=true
+ENTRY %e (x: f32[8,4]) -> f32[8,8] {
+  %x = f32[8,4]{1,0} parameter(0)
+  %d.1 = f32[8,8]{1,0} dot(%x, %x), lhs_contracting_dims={1}, rhs_contracting_dims={1}
+  %d.1.remat = f32[8,8]{1,0} dot(%x, %x), lhs_contracting_dims={1}, rhs_contracting_dims={1}
+  %d.1.remat2.1 = f32[8,8]{1,0} dot(%x, %x), lhs_contracting_dims={1}, rhs_contracting_dims={1}
+  %d.remats = f32[8,8]{1,0} dot(%x, %x), lhs_contracting_dims={1}, rhs_contracting_dims={1}
+  %a = f32[8,8]{1,0} add(%d.1, %d.1.remat)
+  ROOT %r = f32[8,8]{1,0} add(%a, %d.1.remat2.1)
+}
+"""
+    found = schedule(text)
+    assert found.flops == 4 * 2 * 8 * 8 * 4
+    assert found.remade_flops == 2 * 2 * 8 * 8 * 4

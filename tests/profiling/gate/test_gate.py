@@ -360,13 +360,12 @@ def test_an_explicit_reshard_needs_allow():
     "allow, kind, message",
     [
         ("reshard", TypeError, "allow needs a set of origins, but got 'reshard': write"),
-        (3, TypeError, "allow needs a set of origins, but got 3: write allow={'reshard'}"),
+        (3, TypeError, "allow needs a set of origins, but got 3: write allow={'partitioner'}"),
         (
             {"resharding"},
             ValueError,
-            "allow needs origins that the gate refuses, of boundary, partitioner, reshard, "
-            "unknown, but got 'resharding': leave it out (txcore, user, autodiff and opaque are "
-            "never refused)",
+            "allow needs origins that are refused, of boundary, partitioner, reshard, unknown, "
+            "but got 'resharding': leave it out (no other is refused)",
         ),
         (["autodiff"], ValueError, "but got 'autodiff': leave it out"),
         ([3], ValueError, "but got 3: leave it out"),

@@ -58,7 +58,7 @@ def test_other_origins_and_updates_without_it_are_refused():
     assert '"allow": ["boundary", "partitioner"]' in FILE.read_text()
     assert not lock.update(FILE, audit(*centers()), allow=()).ok
     assert not lock.update("other.json", audit(*centers()), allow={"boundary"}).ok
-    with pytest.raises(ValueError, match="allow needs origins of what nobody asked for, of part"):
+    with pytest.raises(ValueError, match="allow needs origins that are refused, of part"):
         lock.update(FILE, audit(*centers()), allow={"user"})
 
 

@@ -2,6 +2,8 @@
 
 import os
 import pathlib
+import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,9 @@ from audit_cases import P, mesh_of, shape
 
 from txcore.profiling import Collective, Part, Report, audit
 from txcore.profiling.declared import source
+from txcore.profiling.hlo import Shape
+from txcore.profiling.matching.arrays import Unit
+from txcore.profiling.matching.rows import _types_of
 from txcore.profiling.report.why import explain_rows
 
 HERE = pathlib.Path(__file__)
@@ -138,3 +143,45 @@ def test_lines_and_modules_of_a_flax_model():
     assert forward[0].text.startswith("return x + nn.Dense(16")
     up = {why.axes for why in reasons if why.backward and why.place.endswith(f":{up_line}")}
     assert up == {("data",)}, "the gradients of its weights: x is not differentiated"
+
+
+def test_cells_of_notebooks_are_named_as_they_are_shown(monkeypatch):
+    assert source.short_line(("<ipython-input-3-0f>", 12)) == "In [3]:12"
+    assert source.near_line("<ipython-input-3-0f>:12") == "In [3]:12"
+    file = "/tmp/ipykernel_7/123.py"
+    assert source.short_line((file, 2)) == "123.py:2", "without a shell nobody knows its number"
+    compiler = types.SimpleNamespace(_filename_map={file: 5})
+    shell = types.SimpleNamespace(compile=compiler)
+    fake = types.SimpleNamespace(get_ipython=lambda: shell)
+    monkeypatch.setitem(sys.modules, "IPython", fake)
+    assert source.short_line((file, 2)) == "In [5]:2"
+    assert source.near_line(f"{file}:2") == "In [5]:2"
+
+
+@pytest.mark.parametrize(
+    "kind,dims,dim,wanted",
+    [
+        ("all-reduce", (4, 8), -1, ("float32[4,8]{U:data}", "float32[4,8]")),
+        ("all-gather", (4, 8), 0, ("float32[32@data,8]", "float32[32,8]")),
+        ("reduce-scatter", (16, 8), 0, ("float32[16,8]{U:data}", "float32[16@data,8]")),
+        ("all-to-all", (4, 8), -1, ("", "")),
+        ("all-gather", (4, 8), 2, ("", "")),
+    ],
+)
+def test_how_an_array_lies_and_has_to(kind, dims, dim, wanted):
+    shape_ = Shape("float32", dims, 32)
+    unit = Unit(0, kind, shape_, 32, laid=shape_, dim=dim)
+    assert _types_of(unit, ("data",), 8) == wanted
+    assert _types_of(unit, (), 8) == ("", "")
+
+
+def test_types_stand_below_the_line():
+    lies = ("float32[16@data]", "float32[16]")
+    parts = [Part("", "float32", "float32", 16, 64, "a.py:1", (), "jit(f)/sort", "", lies)] * 2
+    said = Report((row("jit(f)/sort", *parts, kind="all-gather"),)).why().splitlines()
+    assert said[-1] == "    float32[16@data] -> float32[16]", "alike ones once"
+
+
+def test_an_argument_that_is_moved_is_named():
+    (why,) = explain_rows([row("x", part(), kind="collective-permute")])
+    assert why.module == "the argument x"
