@@ -26,9 +26,11 @@ CLASSES = {
     "LockError": ValueError,
     "MismatchError": RuntimeError,
     "NotTogether": RuntimeError,
+    "RefusedError": ValueError,
     "TraceError": ValueError,
     "TuningError": ValueError,
     "_Refused": RuntimeError,
+    "_TimeIsUpError": Exception,
     "_Unusable": RuntimeError,
 }
 

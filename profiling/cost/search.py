@@ -17,6 +17,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+from txcore.errors import TxcoreError
+
 _SLACK = 0.05  # of a bound: lines are drawn through two points
 _NEAR = 1.15  # times the memory: a batch that the line puts above it may still fit
 
@@ -109,7 +111,7 @@ class Found:
         return min(fitting, key=lambda o: (-o.choice.rows, o.cost), default=None)
 
 
-class RefusedError(ValueError):
+class RefusedError(TxcoreError, ValueError):
     """A choice that is not legal: the program's author or the mesh refuses it."""
 
 
@@ -161,8 +163,8 @@ def search_programs(
     return state.result(len(meshes))
 
 
-class _TimeIsUpError(Exception):
-    pass
+class _TimeIsUpError(TxcoreError):
+    """The search ends here, with what it has."""
 
 
 @dataclass(frozen=True)

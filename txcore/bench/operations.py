@@ -10,7 +10,7 @@ import jax
 from txcore import collectives
 from txcore.parallel.gradients.algorithms import (
     ALGORITHMS,
-    ALGORITHMS_OF_TPU,
+    by_kernels_of,
     is_power_of_two,
     mean_flat,
 )
@@ -138,6 +138,7 @@ _NEEDS: Mapping[str, tuple[str, Callable[[Sequence[int]], bool]]] = {
     ),
     "remote_dma": ("one axis, a ring, as --axis data", lambda sizes: len(sizes) == 1),
 }
+_TO_BE_NAMED = "to be named: GPUs without a switch refuse it, and a CPU simulates TPUs for it"
 
 
 def mean_by(algorithm: str, *, simulated: bool = False) -> Operation:
@@ -147,7 +148,8 @@ def mean_by(algorithm: str, *, simulated: bool = False) -> Operation:
       algorithm: its name.
       simulated: whether to simulate TPUs for it, on CPU devices.
     """
-    by = {**ALGORITHMS, **ALGORITHMS_OF_TPU}[algorithm]  # type: ignore[index]
+    # Their means are one function, whatever the platform: only the bytes that they send differ.
+    by = {**ALGORITHMS, **by_kernels_of("cpu")}[algorithm]  # type: ignore[index]
     run: Run = lambda x, axes: mean_flat(by, x, axes, "bench")  # noqa: E731
     return replace(OPERATIONS["pmean"], run=run, algorithm=algorithm, simulated=simulated)
 
@@ -164,11 +166,12 @@ def algorithms_for(sizes: Sequence[int], platform: str) -> dict[str, str]:
       >>> [name for name, lack in operations.algorithms_for([3], "tpu").items() if lack]
       ['recursive_doubling', 'hierarchical']
     """
-    lacks = dict.fromkeys(map(str, [*ALGORITHMS, *ALGORITHMS_OF_TPU]), "")
+    by_kernels = by_kernels_of(platform)
+    lacks = dict.fromkeys(map(str, [*ALGORITHMS, *by_kernels]), "")
     for name, (needed, is_met) in _NEEDS.items():
         if name in lacks and not is_met(sizes):
             lacks[name] = needed
-    for name in ALGORITHMS_OF_TPU:
+    for name in by_kernels:
         if platform != "tpu":
-            lacks[name] = lacks[name] or "TPUs, whose remote DMA it is written for"
+            lacks[name] = lacks[name] or _TO_BE_NAMED
     return lacks

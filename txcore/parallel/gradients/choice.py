@@ -10,9 +10,9 @@ import jax
 from txcore.kernels.ring import check_platform
 from txcore.parallel.gradients.algorithms import (
     ALGORITHMS,
-    ALGORITHMS_BY_KERNELS,
     Algorithm,
     Name,
+    by_kernels_of,
     is_power_of_two,
 )
 from txcore.parallel.gradients.buckets import Bucket, Buckets, bucket_layout
@@ -144,7 +144,7 @@ def plan_exchange(
     """
     if buckets is None and algorithm == "plain":
         return []
-    by_kernels = ALGORITHMS_BY_KERNELS["gpu" if platform == "gpu" else "tpu"]
+    by_kernels = by_kernels_of(platform)
     if algorithm in by_kernels:
         check_platform(f"algorithm={algorithm!r}", platform)
     chosen = []

@@ -96,3 +96,8 @@ ALGORITHMS_BY_KERNELS: Mapping[str, Mapping[Name, Algorithm]] = {
     },
 }
 assert all({*ALGORITHMS, *some} == {*get_args(Name)} for some in ALGORITHMS_BY_KERNELS.values())
+
+
+def by_kernels_of(platform: str) -> Mapping[Name, Algorithm]:
+    """Return the algorithms by a platform's own kernels; on CPU those of a TPU, simulated."""
+    return ALGORITHMS_BY_KERNELS["gpu" if platform == "gpu" else "tpu"]
