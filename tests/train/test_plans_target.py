@@ -124,6 +124,20 @@ def test_exact_and_as_predicted(target, options, microbatches):
     assert differences(available(target), options, microbatches) == []
 
 
+def test_a_program_for_tpus_is_compiled_once(monkeypatch):
+    """Its audit needs the module right after SPMD partitioning too: one compilation keeps both."""
+    compiled, real = [], jax.stages.Lowered.compile
+
+    def compile_and_count(lowered, *args, **options):
+        compiled.append(options)
+        return real(lowered, *args, **options)
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", compile_and_count)
+    options = {"algorithm": "hierarchical"}
+    assert differences(available("tpu:v5e:16x16"), options, None) == []
+    assert len(compiled) == 1
+
+
 def test_all_that_go_together_are_here():
     """So many that an option which is accepted or refused anew is seen."""
     assert len(CASES) == 544
