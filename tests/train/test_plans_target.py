@@ -1,7 +1,7 @@
 """Every combination of options that `DP` accepts, on machines that are not here.
 
 Each step's audit is exact, and what it sends is what the plan predicts. Always on are some of each
-kind; TXCORE_ALL_PLANS=1 compiles all of them for all targets (80 minutes of CPU).
+kind; TXCORE_ALL_PLANS=1 compiles all of them for all targets (90 minutes of CPU).
 """
 
 import itertools
@@ -61,7 +61,7 @@ def is_accepted(options):
 
 CASES = accepted()
 # One in so many of them is always on. Each takes 2 s of CPU; an all-to-all over 256 v5e 11 s
-# more: libtpu compiles it in the cube of the devices (64: 0.3 s), whatever its options say.
+# more: libtpu compiles it in the cube of the devices (64: 0.3 s), under all options tried.
 EVERY = {"cpu:8": 127, "cuda:h100:8x8": 181, "tpu:v5e:16x16": 541}
 SAMPLE = [
     (target, *case)
