@@ -1,6 +1,7 @@
 """The small GPT for machines that are not here: its plan's step beside an auto-sharded twin.
 
     python benchmarks/gpt_targets.py [--target cuda:h100:64x8] [--mesh data=8,pipe=8,model=8]
+                                     [--only twin]
 
 Needs the extras tpu-target and gpu-target. The twin is the same model, sizes and shardings under
 plain `jax.jit` with NamedShardings: a scan over its stacked layers, and no collective of its own.
@@ -28,10 +29,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import txcore as tx
-from txcore.profiling.audit import audit_program
-from txcore.profiling.program import compile_lowered
+from txcore.profiling import audit
 from txcore.profiling.targets import parse_target
-from txcore.train.steps import proof
 
 TARGETS = ("cuda:h100:64x8", "tpu:v5p:8x8x8")
 
@@ -59,25 +58,16 @@ def make_plan(config, args):
 
 
 def audit_plan(config, plan, target, sizes, args):
-    """Return the report of the step under its plan, the compiled program, and the seconds."""
+    """Return the report of the step under its plan, and the seconds that it took."""
     mesh = tx.MeshSpec(jax.devices("cpu")[:1], axes=model.AXES, shape=(1,) * 4)
     optimizer = tx.optim.adamw(1e-3, clip_norm=1.0)
     engine = tx.Engine(mesh=mesh, plan=plan, optimizer=optimizer, precision="bfloat16")
     state = engine.create_state(model.init(config))
     tokens = jax.ShapeDtypeStruct((args.rows, config.length), np.int32)
     batch = {"tokens": tokens, "labels": tokens}
-    kept, report_on = [], proof.report_on
-
-    def keep_and_report(compiled, *rest):
-        kept.append(compiled)
-        return report_on(compiled, *rest)
-
-    proof.report_on = keep_and_report
-    try:
-        report = engine.audit(train.make_steps(config)[0], state, batch, target=target, mesh=sizes)
-    finally:
-        proof.report_on = report_on
-    return report, kept[0].program.compiled, kept[0].seconds
+    started = time.perf_counter()
+    report = engine.audit(train.make_steps(config)[0], state, batch, target=target, mesh=sizes)
+    return report, time.perf_counter() - started
 
 
 def plain_loss(config, params, batch):
@@ -136,19 +126,18 @@ def audit_twin(config, plan, target, sizes, args):
     whole = NamedSharding(mesh, P())
     jitted = jax.jit(step, out_shardings=(whole, shardings), donate_argnums=0)
     started = time.perf_counter()
-    traced = jitted.trace(params, {"tokens": tokens, "labels": tokens})
-    program = compile_lowered(traced.jaxpr, traced.lower(), machine.compiler_options)
-    seconds = time.perf_counter() - started
-    return audit_program(program), program.compiled, seconds
+    given = params, {"tokens": tokens, "labels": tokens}
+    report = audit(lambda: (jitted, given), target=target)
+    return report, time.perf_counter() - started
 
 
-def describe(name, report, compiled, seconds):
+def describe(name, report, seconds):
     """Print what an audit found."""
-    memory = compiled.memory_analysis()
+    memory = report.program.compiled.memory_analysis()
     given, temporary = (
         size / 2**20 for size in (memory.argument_size_in_bytes, memory.temp_size_in_bytes)
     )
-    print(f"## {name}: {report.status}, exact {report.exact}, {seconds:.1f} s to compile")
+    print(f"## {name}: {report.status}, exact {report.exact}, {seconds:.1f} s to compile and read")
     print(
         f"memory a device {given + temporary:.1f} MiB: arguments {given:.1f}, temporary "
         f"{temporary:.1f}"
@@ -163,6 +152,19 @@ def describe(name, report, compiled, seconds):
     print(report.verdict(), flush=True)
 
 
+def show_plan(config, plan, target, sizes, args):
+    """Print what the audit of the plan found, beside what formulas say."""
+    report, seconds = audit_plan(config, plan, target, sizes, args)
+    describe("plan", report, seconds)
+    formula = communication.predict(config, plan, sizes, args.rows * sizes["data"], "bfloat16")
+    print(f"formula of the layers: {sum(s.payload_bytes for s in formula) / 2**20:.2f} MiB")
+    for line in report.plan:
+        print(
+            f"  {line.what} {line.kind} {line.axes} {line.dtype}: predicted "
+            f"{line.payload_bytes}, found {line.found_bytes}"
+        )
+
+
 def main():
     """Compile both for each target."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -175,23 +177,17 @@ def main():
     add("--microbatches", type=int, default=16)
     add("--rows", type=int, default=32, help="of a data shard")
     add("--schedule", default="1f1b")
+    add("--only", choices=("plan", "twin"), help="compile one of the two")
     args = parser.parse_args()
     sizes, config = cli.read_mesh(args.mesh), make_config(args)
     config.check(sizes)
     plan = make_plan(config, args)
     for target in args.target:
         print(f"# {target}, {args.mesh}")
-        report, *rest = audit_plan(config, plan, target, sizes, args)
-        describe("plan", report, *rest)
-        formula = communication.predict(config, plan, sizes, args.rows * sizes["data"], "bfloat16")
-        print(f"formula of the layers: {sum(s.payload_bytes for s in formula) / 2**20:.2f} MiB")
-        for line in report.plan:
-            print(
-                f"  {line.what} {line.kind} {line.axes} {line.dtype}: predicted "
-                f"{line.payload_bytes}, found {line.found_bytes}"
-            )
-        report, *rest = audit_twin(config, plan, target, sizes, args)
-        describe("auto-sharded twin", report, *rest)
+        if args.only != "twin":
+            show_plan(config, plan, target, sizes, args)
+        if args.only != "plan":
+            describe("auto-sharded twin", *audit_twin(config, plan, target, sizes, args))
 
 
 if __name__ == "__main__":

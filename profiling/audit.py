@@ -112,7 +112,12 @@ def audit_program(program: Program, *, after_spmd: bool = False) -> Report:
     """
     if not (after_spmd and program.partitioned):
         report = audit_compiled(program.compiled, program.jaxpr, partition=program.read_partitioned)
-        return replace(report, target=program.target, compiled_with=program.compiled_with)
+        return replace(
+            report,
+            target=program.target,
+            compiled_with=program.compiled_with,
+            program=program,
+        )
     sizes = _find_mesh_sizes(program.compiled, program.jaxpr, None)
     ops, declared = _read_collectives(program.partitioned, sizes), list_declared(program.jaxpr)
     matched = _match_declared(ops, declared)
@@ -121,6 +126,7 @@ def audit_program(program: Program, *, after_spmd: bool = False) -> Report:
         report,
         target=program.target,
         compiled_with=program.compiled_with,
+        program=program,
         divergent=find_divergences(program.jaxpr),
         kernels=kernels_used(program.jaxpr),
     )

@@ -76,7 +76,8 @@ def compile_for_target(
         `build() -> (fn, args)`, which makes its own (`parse_target(...).mesh(...)`).
       target: see `parse_target`.
       mesh: size of each axis; None for a `build` that takes no mesh.
-      keep_partitioned: whether to keep the module right after SPMD partitioning.
+      keep_partitioned: whether to keep the module right after SPMD partitioning in any case; of a
+        TPU's program it is kept anyway (`Target.rewrites_collectives`).
 
     Returns:
       The program.
@@ -101,6 +102,7 @@ def compile_for_target(
         )
     fn, args = built
     shapes, options = _replace_absent_arrays(args, found), found.compiler_options
+    keep_partitioned = keep_partitioned or found.rewrites_collectives
     with _compat.no_persistent_cache():  # which would not read back what it wrote
         program = _trace_and_compile(fn, shapes, options, target, keep_partitioned)
     if devices_of(program.compiled) != set(found.devices):

@@ -1,6 +1,7 @@
 """The result of an audit: data, and its faces for people.
 
-Imports `outside`, `profiling.compiled_with`, `profiling.declared`, `profiling.report.html`.
+Imports `outside`, `profiling.compiled_with`, `profiling.declared`, `profiling.program`,
+`profiling.report.html`.
 """
 
 from txcore.profiling.report.findings import Findings as Findings

@@ -5,7 +5,7 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from txcore.profiling.compiled_with import CompiledWith
 from txcore.profiling.declared.collectives import Declared
@@ -13,6 +13,9 @@ from txcore.profiling.declared.divergence import Divergence
 from txcore.profiling.declared.kernels import KernelUse
 from txcore.profiling.report.numbers import cap_figure
 from txcore.profiling.report.rows import Collective, Fate, PlanLine
+
+if TYPE_CHECKING:
+    from txcore.profiling.program import Program
 
 Status = Literal["proved", "not proved", "failed"]
 UNEXPLAINED = ("partitioner", "boundary", "unknown")  # origins of what nobody asked for
@@ -41,6 +44,8 @@ class Findings:
       plan: an engine's plan, line by line, and then the collectives beyond it.
       kernels: the kernels of txcore that it calls, and how often.
       compiled_with: XLA options and jax's settings; None where unknown.
+      program: what was audited, with its stages (`program.compiled.memory_analysis()`); None of a
+        text or of what was compiled before. It is no part of the findings.
     """
 
     collectives: tuple[Collective, ...]
@@ -53,6 +58,7 @@ class Findings:
     plan: tuple[PlanLine, ...] = ()
     kernels: tuple[KernelUse, ...] = ()
     compiled_with: CompiledWith | None = None
+    program: "Program | None" = dataclasses.field(default=None, repr=False, compare=False)
 
     @property
     def status(self) -> Status:

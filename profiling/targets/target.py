@@ -55,6 +55,15 @@ class Target:
         """XLA's options without which this target does not compile (autotuning runs kernels)."""
         return {"xla_gpu_autotune_level": 0} if self.platform == "cuda" else {}
 
+    @property
+    def rewrites_collectives(self) -> bool:
+        """Whether the compiler makes other collectives of a program's own.
+
+        That for TPUs does. The module right after SPMD partitioning explains them: whoever keeps
+        it compiles once, and else twice.
+        """
+        return self.platform == "tpu"
+
     def mesh(self, sizes: Mapping[str, int]) -> Mesh:
         """Arrange the devices in a mesh whose axes follow the machine's network.
 

@@ -217,7 +217,8 @@ def make_cnn(layers=0):
         return jax.lax.conv_general_dilated(x, w, (2, 2), "SAME", dimension_numbers=dims)
 
     def losses_of(params, batch):
-        x = tx.tensor.enter(batch["x"], "model", name="conv1")
+        x = batch["x"].astype(params["conv1"].dtype)  # a convolution promotes nothing
+        x = tx.tensor.enter(x, "model", name="conv1")
         x = jnp.tanh(convolve(x, params["conv1"]) + params["b1"])
         x = record(x, "columns", P(None, None, None, "model"))
         x = tx.tensor.leave(convolve(x, params["conv2"]), "model", name="conv2") + params["b2"]

@@ -12,7 +12,6 @@ from target_cases import available
 
 import txcore as tx
 from txcore.plan.drawing import Held, draw_mesh
-from txcore.train.steps import proof
 
 PP = tx.PP("pipe", microbatches=4)
 # Of one of 4 microbatches of 16 rows over two data shards.
@@ -46,22 +45,10 @@ def bytes_of(tree):
     return sum(np.asarray(x).nbytes for x in jax.tree.leaves(tree))
 
 
-@pytest.fixture
-def compiled_step(monkeypatch):
-    """Return a function that gives a step's memory as its compiler sees it, and the report."""
-    report_on, found = proof.report_on, []
-
-    def keep(compiled, state, options):
-        found.append(compiled)
-        return report_on(compiled, state, options)
-
-    monkeypatch.setattr(proof, "report_on", keep)
-
-    def compile_step(engine, state, batch, **target):
-        report = engine.audit(models.step, state, batch, **target)
-        return found[-1].call.memory_analysis(), report
-
-    return compile_step
+def compile_step(engine, state, batch, **target):
+    """Return a step's memory as its compiler sees it, and the report."""
+    report = engine.audit(models.step, state, batch, **target)
+    return report.program.compiled.memory_analysis(), report
 
 
 def check_figures(described, memory, report, state, batch):
@@ -88,22 +75,22 @@ PLAIN = ("TP", "gradients x TP")
 @pytest.mark.parametrize(
     "case", [pytest.param(c, marks=pytest.mark.extra if c in PLAIN else ()) for c in PLANS]
 )
-def test_the_figures_are_those_of_the_compiled_step(case, compiled_step):
+def test_the_figures_are_those_of_the_compiled_step(case):
     shape, plan = PLANS[case]
     engine, batch = engine_on(shape, plan), models.batch()
     state = engine.create_state(models.params())
     described = plan.describe(models.params(), engine.mesh, optimizer=ADAMW, activation=ACTIVATION)
-    memory, report = compiled_step(engine, state, batch)
+    memory, report = compile_step(engine, state, batch)
     check_figures(described, memory, report, state, bytes_of(batch) // shape[0])
 
 
 @pytest.mark.parametrize("case", ["optimizer x TP", "all three"])
-def test_they_are_those_of_a_step_for_eight_h100(case, compiled_step):
+def test_they_are_those_of_a_step_for_eight_h100(case):
     target, sizes = available("cuda:h100:8"), {"data": 2, "model": 2, "pipe": 2}
     engine = engine_on((1, 1, 1), PLANS[case][1])
     state = engine.create_state(models.params())
     shard = models.batch(8)
-    memory, report = compiled_step(engine, state, shard, target=target, mesh=sizes)
+    memory, report = compile_step(engine, state, shard, target=target, mesh=sizes)
     described = PLANS[case][1].describe(
         models.params(), models.mesh(2, 2, 2), optimizer=ADAMW, activation=ACTIVATION
     )
@@ -165,7 +152,7 @@ def test_gradients_are_what_a_step_holds_of_them():
 
 
 @pytest.mark.parametrize("schedule", [pytest.param("gpipe", marks=pytest.mark.extra), "1f1b"])
-def test_slots_of_a_pipeline_are_the_memory_that_more_microbatches_take(schedule, compiled_step):
+def test_slots_of_a_pipeline_are_the_memory_that_more_microbatches_take(schedule):
     """All that GPipe keeps of them, with layers that are computed again; nothing of 1F1B's."""
     measured, told = [], []
     activation = jax.ShapeDtypeStruct((256, models.WIDTH), np.float32)
@@ -173,7 +160,7 @@ def test_slots_of_a_pipeline_are_the_memory_that_more_microbatches_take(schedule
         pp = tx.PP("pipe", microbatches=microbatches, schedule=schedule)
         engine = engine_on((1, 1, 2), tx.Plan(pipeline=pp), tx.optim.sgd(0.1))
         batch = models.batch(microbatches * 256)
-        memory, _ = compiled_step(engine, engine.create_state(models.params()), batch)
+        memory, _ = compile_step(engine, engine.create_state(models.params()), batch)
         described = engine.plan.describe(models.params(), engine.mesh, activation=activation)
         told.append(sum(described.memory[f"pipeline's {of}"] for of in ("messages", "inputs")))
         measured.append(memory.temp_size_in_bytes)

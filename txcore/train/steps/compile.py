@@ -78,6 +78,7 @@ def compile_step(
     train: bool,
     together: bool = False,
     many: bool = False,
+    keep_partitioned: bool = False,
 ) -> CompiledStep:
     """Check and compile a step, as a function of the state's arrays and the batch.
 
@@ -86,7 +87,8 @@ def compile_step(
     becomes one that returns the metrics and the number of real examples (None without a mask).
     With `together` every process of the run compiles it now, and all compare what it is. With
     `many` the batch is stacked: one step for each index of its first dim, in one program, which
-    returns the metrics stacked.
+    returns the metrics stacked. With `keep_partitioned` the program has its module right after SPMD
+    partitioning.
     """
     # Imported when first needed: the audit's readers would be a third of `import txcore`.
     from txcore.profiling.declared.collectives import list_declared
@@ -164,7 +166,7 @@ def compile_step(
     if together:
         facts = preflight.facts_of(mesh.mesh, (state.arrays, batch), collectives)
         preflight.check(name_of(fn), {**facts, "StableHLO": _digest_program(lowered)})
-    program = compile_lowered(jaxpr, lowered, options)
+    program = compile_lowered(jaxpr, lowered, options, keep_partitioned=keep_partitioned)
     last = f", whose last collective is {collectives[-1]}" if collectives else ""
     seconds, name = time.perf_counter() - started, name_of(fn)
     other = weighed[-1] if weighed else None

@@ -71,6 +71,7 @@ def compile_there(
             options={**options.xla_options, **machine.compiler_options},
             train=True,
             many=per_call is not None,
+            keep_partitioned=machine.rewrites_collectives,
         )
     return compiled, state
 
