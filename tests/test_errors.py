@@ -39,7 +39,8 @@ def exceptions_of(package):
     """Import all of a package; return its exception classes by name."""
     found = {}
     for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
-        if not module.name.endswith(("__main__", "triton_updates")):  # triton may be missing
+        needs_triton = module.name.rpartition(".")[2].startswith("triton_")
+        if not module.name.endswith("__main__") and not needs_triton:
             for name, value in vars(importlib.import_module(module.name)).items():
                 is_error = isinstance(value, type) and issubclass(value, BaseException)
                 if is_error and value.__module__.startswith("txcore"):

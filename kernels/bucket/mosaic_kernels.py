@@ -1,5 +1,6 @@
 """The bodies of the two Pallas kernels that pack and unpack on a TPU."""
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -86,6 +87,9 @@ def pack(
     def piece_of(number: int, index: Any) -> Any:
         return sources[number].at[slice_tiles(index * piece, piece)]
 
+    def place_of(base: int, index: Any) -> Any:
+        return out.at[slice_tiles(base + index * piece, piece)]
+
     def begin(number: int) -> None:
         if layout.sizes[number] >= piece:
             pipe.fetch(number, 0, piece_of(number, 0)).start()
@@ -131,9 +135,9 @@ def pack(
         if whole:
             pipe.pass_pieces(
                 *(number, whole),
-                lambda index, number=number: piece_of(number, index),
-                lambda index, base=base: out.at[slice_tiles(base + index * piece, piece)],
-                lambda slot, number=number: fill(number, slot, piece),
+                functools.partial(piece_of, number),
+                functools.partial(place_of, base),
+                functools.partial(fill, number, size=piece),
             )
         rest = size % piece // TILE * TILE
         if rest:
@@ -223,6 +227,9 @@ def unpack(
         more = TILE if rests[number].turn else 0
         return flat.at[slice_tiles(rests[number].base + index * piece, piece + more)]
 
+    def target_of(number: int, index: Any) -> Any:
+        return targets[number].at[slice_tiles(index * piece, piece)]
+
     def fetch_rest(number: int) -> Any:
         first = rests[number].base + rests[number].pieces * piece
         return pipe.fetch(number, SLOTS - 1, flat.at[slice_tiles(first, rests[number].tiled)])
@@ -270,10 +277,10 @@ def unpack(
         if rest.pieces:
             pipe.pass_pieces(
                 *(number, rest.pieces),
-                lambda index, number=number: piece_of(number, index),
-                lambda index, number=number: targets[number].at[slice_tiles(index * piece, piece)],
-                lambda slot, number=number, more=TILE if rest.turn else 0: take(
-                    number, slot, piece + more, piece
+                functools.partial(piece_of, number),
+                functools.partial(target_of, number),
+                functools.partial(
+                    take, number, read=piece + (TILE if rest.turn else 0), size=piece
                 ),
             )
         if rest.size:
