@@ -2,9 +2,9 @@
 
     taskset -c 0,1 python benchmarks/input_costs.py
 
-In turns, in one process: the step on one batch that lies on the devices, `fit` over the example's
-shuffled batches as train.py runs it, and `fit` over a loader that waits for 80% of a step's time
-before each batch, as for a disk. Each with and without batches read ahead.
+In turns, in one process: the step on one batch that lies on the devices; `fit` as train.py runs it,
+over rows of a set that lies there; `fit` over shuffled batches that the host cuts; and `fit` over a
+loader that waits for 80% of a step's time before each batch, as for a disk.
 """
 
 import argparse
@@ -60,6 +60,19 @@ def prepare_forms(args):
 
         return run
 
+    def run_on_devices():
+        held = random_feed(images, args.devices)
+        whole = held.hold_on(engine.mesh)
+        other, same_step, own, _ = mnist_step.prepare_step(args.model, args.devices, batch=whole)
+        own_made = 0
+
+        def run(steps):
+            nonlocal own, own_made
+            own_made += steps
+            own = other.fit(same_step, own, held.train, steps=own_made)
+
+        return run
+
     def slow(epoch):
         for one in feed.train(epoch):
             time.sleep(waits)
@@ -71,7 +84,8 @@ def prepare_forms(args):
     waits = 0.8 * (time.perf_counter() - started) / args.steps
     return images, {
         "bare step": run_bare,
-        "fit, as train.py": run_fit(feed.train),
+        "fit, as train.py": run_on_devices(),
+        "fit, cut by the host": run_fit(feed.train),
         "the same, prefetch=0": run_fit(feed.train, prefetch=0),
         "a loader of 80% of a step": run_fit(slow),
         "the same, prefetch=0 ": run_fit(slow, prefetch=0),

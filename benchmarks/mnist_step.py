@@ -10,17 +10,17 @@ import txcore as tx
 BATCH_PER_DEVICE = 64
 
 
-def prepare_step(model, devices, **options):
+def prepare_step(model, devices, *, batch=None, **options):
     """Return (engine, step, state, batch) of a model without dropout on the first devices.
 
-    Options are the engine's.
+    `batch` is the plan's, the other options are the engine's.
     """
     layers = models.layers_of(model)
     if models.uses_dropout(layers):
         layers = models.layers_of(model, dropout=0)
     engine = tx.Engine(
         mesh=tx.MeshSpec(jax.devices()[:devices]),
-        plan=tx.Plan(data_parallel=tx.DP("data")),
+        plan=tx.Plan(data_parallel=tx.DP("data"), batch=batch or {}),
         optimizer=tx.optim.sgd(0.02, momentum=0.9),
         **options,
     )

@@ -1,4 +1,4 @@
 """Count what a compiled program costs on its machine: FLOPs, bytes, memory, time.
 
-Imports `profiling.bandwidth`, `profiling.hlo`, `profiling.report`, `profiling.targets`.
+Imports `errors`, `profiling.bandwidth`, `profiling.hlo`, `profiling.report`, `profiling.targets`.
 """
