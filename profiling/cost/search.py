@@ -15,7 +15,7 @@ What it finds is the best of what was compiled; `Found.compiled` of `Found.possi
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from txcore.errors import TxcoreError
 
@@ -169,25 +169,34 @@ class _TimeIsUpError(TxcoreError):
 
 @dataclass(frozen=True)
 class _Line:
-    """What a batch takes, as a line through two batches, and the batches that are legal."""
+    """What a batch takes, as a line through two batches, and the batches that may be legal.
+
+    Where the compiler gave up on a batch, its time is not known, and bounds nothing: a policy that
+    keeps less may well fit there.
+    """
 
     first: Outcome
     second: Outcome | None
     rows: tuple[int, ...]
 
     def seconds_of(self, rows: int) -> float:
-        second = self.second.seconds if self.second is not None else None
-        return self._value_at(rows, self.first.seconds, second)
+        if self.first.peak is None:
+            return 0.0
+        if self.second is None or self.second.peak is None:
+            return self.first.seconds
+        return self._value_at(rows, self.first.seconds, self.second.seconds)
 
     def peak_of(self, rows: int) -> float:
         if self.first.peak is None:
             return float("inf")
-        second = self.second.peak if self.second is not None else None
-        return self._value_at(rows, self.first.peak, second)
+        if self.second is None:
+            return self.first.peak
+        if self.second.peak is None:
+            return float("inf") if rows >= self.second.choice.rows else self.first.peak
+        return self._value_at(rows, self.first.peak, self.second.peak)
 
-    def _value_at(self, rows: int, first: float, second: float | None) -> float:
-        if self.second is None or second is None:
-            return first
+    def _value_at(self, rows: int, first: float, second: float) -> float:
+        assert self.second is not None
         a, b = self.first.choice.rows, self.second.choice.rows
         return first + max(second - first, 0.0) * (rows - a) / (b - a)
 
@@ -206,8 +215,8 @@ class _Search:
     lines: dict[Mesh, _Line] = field(default_factory=dict)
 
     def try_choice(self, choice: Choice) -> Outcome | None:
-        """Compile a choice, once; None where it is refused."""
-        if choice in self.refused:
+        """Compile a choice, once; None where it, or its batch without a policy, is refused."""
+        if not self.refused.keys().isdisjoint((choice, replace(choice, remat=self.remats[0]))):
             return None
         if choice not in self.outcomes:
             if self.clock() > self.until:
@@ -260,7 +269,12 @@ class _Search:
         while low <= high:
             if self.bound(mesh, rows[at]) >= self.best_cost():
                 low = at + 1  # smaller batches cost more a row
-            elif (outcome := self.try_choice(Choice(mesh, rows[at], remat))) and outcome.fits:
+            elif (outcome := self.try_choice(Choice(mesh, rows[at], remat))) is None:
+                rows = [*rows[:at], *rows[at + 1 :]]  # it says nothing of the others
+                high -= 1
+                at = min(at, high)
+                continue
+            elif outcome.fits:
                 found, low = rows[at], at + 1
             else:
                 high = at - 1
@@ -269,12 +283,12 @@ class _Search:
 
     def result(self, meshes: int, *, stopped: bool = False) -> Found:
         whole = meshes * len(self.rows) * len(self.remats)
-        # A choice refused under one policy is taken for refused under all.
-        without = {(choice.mesh, choice.rows) for choice in self.refused}
+        # A batch that is refused under the first policy is not tried under the others.
+        refused = [len(self.remats) if c.remat == self.remats[0] else 1 for c in self.refused]
         return Found(
             outcomes=tuple(self.outcomes.values()),
             refused=tuple(self.refused.items()),
-            possible=whole - len(without) * len(self.remats),
+            possible=whole - sum(refused),
             stopped=stopped,
         )
 

@@ -112,3 +112,36 @@ def test_a_compiler_that_gives_up_is_a_program_that_does_not_fit():
     found = search_programs(MESHES[:2], ROWS, REMATS, measure)
     assert found.best.choice.rows == 128
     assert found.largest.choice.rows == 128
+
+
+@pytest.mark.parametrize("most", [0, 64, 256])  # from the first batch on, the second, a later one
+def test_a_policy_fits_where_the_compiler_gives_up_without_one(most):
+    def measure(choice):
+        peak = None if choice.remat == "none" and choice.rows > most else 1
+        return Outcome(choice, float("inf") if peak is None else 1.0, peak, 2, "proved")
+
+    found = search_programs(MESHES[:2], ROWS, REMATS, measure)
+    assert found.best.choice == Choice(found.best.choice.mesh, ROWS[-1], "dots")
+
+
+def test_a_refused_batch_says_nothing_of_larger_ones():
+    def measure(choice):
+        if choice.rows == 256:
+            raise RefusedError("not that one")
+        return Outcome(choice, 1.0, choice.rows, 1000, "proved")
+
+    found = search_programs(MESHES[:1], ROWS, (), measure)
+    assert found.largest.choice.rows == 512
+    assert found.possible == len(ROWS) - 1
+
+
+def test_what_one_policy_refuses_others_allow():
+    def measure(choice):
+        if choice.remat == "dots":
+            raise RefusedError("no dots")
+        peak = choice.rows if choice.remat == "none" else 1
+        return Outcome(choice, 1.0, peak, 128, "proved")
+
+    found = search_programs(MESHES[:1], ROWS, REMATS, measure)
+    assert found.best.choice == Choice(MESHES[0], ROWS[-1], "full")
+    assert found.compiled <= found.possible == len(ROWS) * len(REMATS) - len(found.refused)
