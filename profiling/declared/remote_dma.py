@@ -164,11 +164,11 @@ class _Walk:
                 yield from self._list_looped(eqn, known, runs)
             elif (inner := eqn.params.get("jaxpr")) is not None:
                 yield from self._list_called(eqn, open_jaxpr(inner), known, runs)
-            elif name == "cond":
-                for branch in eqn.params["branches"]:
-                    yield from self.list_copies(open_jaxpr(branch), {}, None)
+            elif bodies := _bodies_of(eqn):  # branches, or a form that is not known here
+                for body_of_eqn in bodies:
+                    yield from self.list_copies(body_of_eqn, {}, None)
             else:
-                if _compat.reads_peer(eqn):
+                if name.startswith("inline_mgpu") or _compat.reads_peer(eqn):
                     yield Sent((), np.dtype(np.uint8), 0, False)
                 self._compute(eqn, known)
 
@@ -197,6 +197,8 @@ class _Walk:
         cond, body = open_jaxpr(eqn.params["cond_jaxpr"]), open_jaxpr(eqn.params["body_jaxpr"])
         constants = eqn.params["body_nconsts"]
         if eqn.params["cond_nconsts"] or [e.primitive.name for e in cond.eqns] != ["lt"]:
+            return None
+        if cond.outvars[0] is not cond.eqns[0].outvars[0]:
             return None
         places = [cond.invars.index(v) if v in cond.invars else None for v in cond.eqns[0].invars]
         if None in places:
@@ -237,10 +239,11 @@ class _Walk:
                 known[eqn.outvars[0]] = place
             return
         compute = _ARITHMETIC.get(eqn.primitive.name)
-        if compute is not None:
+        dtype = getattr(eqn.outvars[0].aval, "dtype", None) if compute is not None else None
+        if compute is not None and dtype is not None and dtype.kind in "biu":
             values = [self._value(v, known) for v in eqn.invars]
             if all(value is not None for value in values):
-                known[eqn.outvars[0]] = compute(*values)
+                known[eqn.outvars[0]] = np.asarray(compute(*values)).astype(dtype)
 
     def _value(self, var: Any, known: Known) -> np.ndarray | None:
         return np.asarray(var.val) if is_literal(var) else known.get(var)
@@ -250,6 +253,7 @@ def _divide(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.sign(a) * np.sign(b) * (np.abs(a) // np.maximum(np.abs(b), 1))
 
 
+# Of integers and booleans; the result is cast to the equation's dtype.
 _ARITHMETIC: Mapping[str, Callable[..., Any]] = {
     "add": np.add,
     "sub": np.subtract,
@@ -262,12 +266,13 @@ _ARITHMETIC: Mapping[str, Callable[..., Any]] = {
     "ge": np.greater_equal,
     "eq": np.equal,
     "ne": np.not_equal,
-    "and": np.logical_and,
-    "or": np.logical_or,
-    "not": np.logical_not,
+    "and": np.bitwise_and,
+    "or": np.bitwise_or,
+    "not": np.bitwise_not,
     "min": np.minimum,
     "max": np.maximum,
+    "neg": np.negative,
     "sign": np.sign,
-    "select_n": lambda which, no, yes: np.where(which, yes, no),
-    "convert_element_type": lambda x: np.asarray(x, np.int64),
+    "select_n": lambda which, *cases: np.choose(np.asarray(which, np.int64), cases),
+    "convert_element_type": np.asarray,
 }

@@ -64,6 +64,18 @@ SENT = {
         *(repeat(store, lambda b: b, lambda b: jnp.maximum(2 * b, 3)),),
         (3 + 2 + 2 + 3) * 128,
     ),
+    "a loop of some of a number's bits": (
+        *(repeat(store, lambda b: 0, lambda b: (b + 4) & 6),),
+        (4 + 4 + 6 + 6) * 128,
+    ),
+    "a loop of a number's inverse": (
+        *(repeat(store, lambda b: 0, lambda b: -(~b)),),
+        (1 + 2 + 3 + 4) * 128,
+    ),
+    "a loop of a choice of three": (
+        *(repeat(store, lambda b: 0, lambda b: lax.select_n(b % 3, b, 2 * b, 5 * b)),),
+        (0 + 2 + 10 + 3) * 128,
+    ),
 }
 
 
@@ -89,7 +101,25 @@ def and_of_a_neighbour(x, out, _):
     out[256:384] = plgpu.remote_ref(x, (lax.axis_index("data") + 1) % 8)[256:384]
 
 
+def in_a_function_of_its_own_derivative(x, out, block):
+    called = jax.custom_jvp(lambda one: store(x, out) or one)
+    called.defjvp(lambda primals, tangents: (primals[0], tangents[0]))
+    store(x, out)
+    called(block)
+
+
+def and_by_instructions_of_its_own(x, out, _):
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    store(x, out)
+    plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))(lambda context, ref: None)(out)
+
+
 UNKNOWN = {
+    "instructions of its own": and_by_instructions_of_its_own,
+    "a loop of fractions": repeat(
+        store, lambda b: 0, lambda b: ((b + 3).astype(jnp.float32) / 2 * 2).astype(jnp.int32)
+    ),
     "a neighbour's memory": and_of_a_neighbour,
     "a branch": by_device,
     "a loop of each device's own": repeat(store, lambda b: 0, lambda b: lax.axis_index("data")),
@@ -102,6 +132,12 @@ def test_what_a_device_decides_is_not_known(case):
         kernel_of(UNKNOWN[case]), jax.ShapeDtypeStruct((512,), jnp.float32), data=8
     )
     assert not found.size_known
+
+
+def test_a_call_that_is_not_known_here():
+    shape = jax.ShapeDtypeStruct((512,), jnp.float32)
+    [found] = declared_by(kernel_of(in_a_function_of_its_own_derivative), shape, data=8)
+    assert not found.size_known or found.elements == 2 * BLOCKS * 128
 
 
 def test_a_local_kernel_declares_nothing():
