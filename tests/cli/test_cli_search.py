@@ -1,8 +1,20 @@
 """`txcore costs --search`: its options; what it finds is in tests of the targets."""
 
+import importlib.util
+
 import pytest
 
 from txcore.cli import main
+
+INDIVISIBLE = """
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+def build(mesh):
+    f = jax.shard_map(lambda x: 2 * x, mesh=mesh, in_specs=P(("data", "model")), out_specs=P())
+    return f, (jax.ShapeDtypeStruct((3,), jnp.float32),)
+"""
 
 
 @pytest.mark.parametrize(
@@ -32,3 +44,23 @@ def test_a_factory_that_takes_no_batch(tmp_path, capsys):
     options = ["--search", "data", "--batch", "8", "--target", "cuda:h100:8"]
     assert main(["costs", f"{tmp_path}/step.py:build", *options]) == 2
     assert "needs to take (mesh, batch=) for this search" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("jax_cuda12_plugin") is None, reason="needs the CUDA compiler"
+)
+def test_what_jax_refuses_of_every_mesh(tmp_path, capsys):
+    (tmp_path / "step.py").write_text(INDIVISIBLE)
+    options = ["--search", "data,model", "--target", "cuda:h100:2"]
+    assert main(["costs", f"{tmp_path}/step.py:build", *options]) == 2
+    said = capsys.readouterr().err
+    assert said.count("compiling ") == 2
+    assert "takes none of the meshes and batches: ValueError: " in said
+    assert "step.py:" in said
+
+
+def test_a_time_that_is_up_at_once(tmp_path, capsys):
+    (tmp_path / "step.py").write_text("def build(mesh):\n    raise AssertionError\n")
+    options = ["--search", "data", "--seconds", "1e-9", "--target", "tpu:v5e:2x2"]
+    assert main(["costs", f"{tmp_path}/step.py:build", *options]) == 2
+    assert "the time was up before a program was compiled" in capsys.readouterr().err

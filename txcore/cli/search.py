@@ -109,6 +109,8 @@ def print_search(options: argparse.Namespace) -> int:
             seconds=options.seconds or _SECONDS,
         )
     if not found.outcomes:
+        if found.stopped:
+            raise BadInput("the time was up before a program was compiled: give --seconds more")
         why = f": {found.refused[0][1]}" if found.refused else ""
         raise BadInput(f"{options.factory} takes none of the meshes and batches{why}")
     show(json.dumps(to_dict(found)) if options.json else "\n".join(write_table(found, target)))
@@ -131,7 +133,12 @@ def _keywords(rows: int, remat: str) -> dict[str, Any]:
 def measure_choice(
     factory: Callable[..., Any], name: str, target: "Target", choice: "Choice"
 ) -> "Outcome":
-    """Compile a choice for the target, and read what it costs."""
+    """Compile a choice for the target, and read what it costs.
+
+    Raises:
+      RefusedError: the factory, or jax, finds that its sizes do not go together.
+      BadInput: anything else is wrong with the program.
+    """
     from txcore.profiling.cost.search import Outcome, RefusedError
     from txcore.profiling.costs import costs_of
     from txcore.profiling.program import compile_for_target
@@ -147,6 +154,8 @@ def measure_choice(
         raise BadInput(f"{name} failed: {blame_user_line(error)}") from error
     try:
         program = compile_for_target(lambda: built, target.name, None)
+    except ValueError as error:  # jax's, of sizes that a mesh does not divide
+        raise RefusedError(blame_user_line(error)) from error
     except Exception as error:
         if "RESOURCE_EXHAUSTED" in str(error):  # XLA for TPU gives up where memory is short
             return Outcome(choice, float("inf"), None, memory, "")
