@@ -5,6 +5,7 @@ inserted for the first instruction after it that has a path of jax's own.
 """
 
 from txcore.profiling.hlo import attributes
+from txcore.profiling.hlo.custom_calls import moves_elements
 from txcore.profiling.hlo.dataflow import follow_to_result
 from txcore.profiling.hlo.graph import Graph, Value, operand_names
 from txcore.profiling.hlo.text import Instruction
@@ -15,23 +16,10 @@ _MOVES = frozenset(
     ("parameter", "tuple", "get-tuple-element", "bitcast", "copy", "reshape", "transpose")
     + ("broadcast", "slice", "dynamic-slice", "dynamic-update-slice", "concatenate", "pad")
     + ("convert", "constant", "iota", "partition-id", "replica-id", "opt-barrier", "call")
-    + (
-        "all-gather",
-        "all-to-all",
-        "all-reduce",
-        "collective-permute",
-        "reduce-scatter",
-        "add-dependency",
-    )
-    + ("all-gather-start", "all-gather-done", "all-reduce-start", "all-reduce-done", "copy-start")
-    + (
-        "collective-permute-start",
-        "collective-permute-done",
-        "async-start",
-        "async-done",
-        "copy-done",
-    )
-    + ("async-update", "custom-call")
+    + ("all-gather", "all-to-all", "all-reduce", "collective-permute", "reduce-scatter")
+    + ("all-gather-start", "all-gather-done", "all-reduce-start", "all-reduce-done")
+    + ("collective-permute-start", "collective-permute-done", "copy-start", "copy-done")
+    + ("async-start", "async-update", "async-done", "add-dependency")
 )
 _LONGEST = 4096  # characters of a caller's path
 
@@ -64,6 +52,8 @@ def find_consumer(collective: Value, graph: Graph) -> Instruction | None:
 def _computes(value: Value, graph: Graph) -> bool:
     """Tell whether an instruction, or one that is fused into it, does more than move elements."""
     opcode = value.instruction.opcode
+    if opcode == "custom-call":
+        return not moves_elements(value.instruction)
     if opcode != "fusion":
         return opcode not in _MOVES
     own = attributes.op_name(value.instruction)

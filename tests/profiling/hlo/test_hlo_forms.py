@@ -392,3 +392,31 @@ def test_the_counts_that_xla_prints_in_long_lists_are_no_names():
     line = f"  %r = ({types}) all-reduce({operands}), replica_groups={{}}, to_apply=%add"
     (op,) = find_collectives(module(f"{body}\n{line}"))
     assert (op.kind, op.elements) == ("all-reduce", 28)
+
+
+@pytest.mark.parametrize(
+    "made, wanted_by",
+    [
+        ("dot(%all-gather, %q), lhs_contracting_dims={1}, rhs_contracting_dims={0}", "dot_general"),
+        ('custom-call(%all-gather, %q), custom_call_target="__cublas$gemm"', "dot_general"),
+        ('custom-call(%all-gather, %q), custom_call_target="tpu_custom_call"', "dot_general"),
+        ('custom-call(%all-gather), custom_call_target="LayoutConstraint"', "reshard"),
+        ("copy(%all-gather)", "reshard"),
+    ],
+)
+def test_what_computes_with_an_inserted_gather_wanted_it(made, wanted_by):
+    own = 'metadata={op_name="jit(f)/dot_general"}'
+    text = f"""HloModule m, num_partitions=2
+
+ENTRY %main (p: f32[4,8], q: f32[8,8]) -> f32[4,8] {{
+  %p = f32[4,8] parameter(0)
+  %q = f32[8,8] parameter(1)
+  %all-gather = f32[8,8] all-gather(%p), replica_groups={{{{0,1}}}}, dimensions={{0}}, \
+frontend_attributes={{is_spmd_generated="true"}}, {own}
+  %made = f32[8,8] {made}, {own}
+  ROOT %slice = f32[4,8] slice(%made), slice={{[0:4], [0:8]}}, metadata={{op_name="jit(f)/reshard"}}
+}}
+"""
+    gather = next(op for op in find_collectives(text) if op.kind == "all-gather")
+    assert gather.marked
+    assert gather.wanted_by == f"jit(f)/{wanted_by}"
