@@ -1,4 +1,4 @@
-"""The gradients of packing and unpacking: each is the transpose of the other."""
+"""Packing and unpacking of a kernel for each, and their gradients: each other's transposes."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,20 +10,23 @@ Dtypes = tuple[str, ...]
 Arrays = tuple[jax.Array, ...]
 
 
-def differentiate_buckets(
-    pack: Callable[..., jax.Array], unpack: Callable[..., list[jax.Array]]
+def make_buckets(
+    pack_leaves: Callable[..., jax.Array], unpack_buffer: Callable[..., list[jax.Array]]
 ) -> tuple[Callable[..., jax.Array], Callable[..., list[jax.Array]]]:
-    """Make a pair of kernels differentiable: each serves as the gradient of the other.
+    """Return the ops of `txcore.kernels.pack` and `unpack` on checked operands.
+
+    Each kernel serves as the gradient of the other.
 
     Args:
-      pack: `pack(leaves, scale, dtype, config)`, where `scale` is a tuple of one scalar or none.
-      unpack: `unpack(flat, scale, shapes, dtypes, config)`.
+      pack_leaves: `pack_leaves(leaves, scale, dtype, config)`, where `scale` is a tuple of one
+        scalar or none.
+      unpack_buffer: `unpack_buffer(flat, scale, shapes, dtypes, config)`.
 
     Returns:
-      Both kernels, differentiable in the leaves and in the buffer. The scale has no gradient.
+      Both ops, differentiable in the leaves and in the buffer. The scale has no gradient.
     """
-    packed = jax.custom_vjp(pack, nondiff_argnums=(2, 3))
-    unpacked = jax.custom_vjp(unpack, nondiff_argnums=(2, 3, 4))
+    packed = jax.custom_vjp(pack_leaves, nondiff_argnums=(2, 3))
+    unpacked = jax.custom_vjp(unpack_buffer, nondiff_argnums=(2, 3, 4))
 
     def pack_forward(leaves: Arrays, scale: Arrays, dtype: str, config: Any) -> Any:
         return packed(leaves, scale, dtype, config), (leaves, scale)
@@ -46,4 +49,14 @@ def differentiate_buckets(
 
     packed.defvjp(pack_forward, pack_backward)
     unpacked.defvjp(unpack_forward, unpack_backward)
-    return packed, unpacked
+
+    def pack(*operands: jax.Array, config: Any, dtype: str, scaled: bool) -> jax.Array:
+        leaves, scale = (operands[:-1], operands[-1:]) if scaled else (operands, ())
+        return packed(leaves, scale, dtype, config)
+
+    def unpack(
+        flat: jax.Array, *scale: jax.Array, config: Any, shapes: Shapes, dtypes: Dtypes
+    ) -> list[jax.Array]:
+        return unpacked(flat, scale, shapes, dtypes, config)
+
+    return pack, unpack

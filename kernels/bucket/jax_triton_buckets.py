@@ -7,7 +7,7 @@ from math import prod
 import jax
 import jax.numpy as jnp
 
-from txcore.kernels.bucket.derivatives import Dtypes, Shapes, differentiate_buckets
+from txcore.kernels.bucket.derivatives import Dtypes, Shapes, make_buckets
 from txcore.kernels.bucket.pallas import Config
 from txcore.kernels.bucket.triton import group_launches
 from txcore.kernels.common import jax_triton_calls
@@ -30,19 +30,6 @@ def refuse_pack(problem: Problem) -> str | None:
 def refuse_unpack(problem: Problem) -> str | None:
     """Return why the kernel cannot unpack this buffer, or None."""
     return jax_triton_calls.explain_refusal(problem, *problem.get_option("dtypes"))
-
-
-def pack(*operands: jax.Array, config: Config, dtype: str, scaled: bool) -> jax.Array:
-    """Compute the op of `txcore.kernels.pack` on checked leaves, and the scale behind them."""
-    leaves, scale = (operands[:-1], operands[-1:]) if scaled else (operands, ())
-    return _differentiable_pack(leaves, scale, dtype, config)
-
-
-def unpack(
-    flat: jax.Array, *scale: jax.Array, config: Config, shapes: Shapes, dtypes: Dtypes
-) -> list[jax.Array]:
-    """Compute the op of `txcore.kernels.unpack` on a checked buffer."""
-    return _differentiable_unpack(flat, scale, shapes, dtypes, config)
 
 
 def _pack_leaves(
@@ -109,4 +96,4 @@ def _tabulate_runs(sizes: Sequence[int], some: Sequence[int], elements: int) -> 
     return table, firsts[-1]
 
 
-_differentiable_pack, _differentiable_unpack = differentiate_buckets(_pack_leaves, _unpack_buffer)
+pack, unpack = make_buckets(_pack_leaves, _unpack_buffer)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from txcore import _compat, varying
 from txcore.kernels.bucket import mosaic_kernels
-from txcore.kernels.bucket.derivatives import Dtypes, Shapes, differentiate_buckets
+from txcore.kernels.bucket.derivatives import Dtypes, Shapes, make_buckets
 from txcore.kernels.bucket.mosaic_copies import TILE
 from txcore.kernels.common import checks, mosaic_blocks
 from txcore.kernels.dispatch import registry
@@ -52,19 +52,6 @@ def refuse_pack(problem: Problem) -> str | None:
 def refuse_unpack(problem: Problem) -> str | None:
     """Return why the kernel cannot unpack this buffer, or None."""
     return mosaic_blocks.explain_refusal(problem, *problem.get_option("dtypes"))
-
-
-def pack(*operands: jax.Array, config: Config, dtype: str, scaled: bool) -> jax.Array:
-    """Compute the op of `txcore.kernels.pack` on checked leaves, and the scale behind them."""
-    leaves, scale = (operands[:-1], operands[-1:]) if scaled else (operands, ())
-    return _differentiable_pack(leaves, scale, dtype, config)
-
-
-def unpack(
-    flat: jax.Array, *scale: jax.Array, config: Config, shapes: Shapes, dtypes: Dtypes
-) -> list[jax.Array]:
-    """Compute the op of `txcore.kernels.unpack` on a checked buffer."""
-    return _differentiable_unpack(flat, scale, shapes, dtypes, config)
 
 
 def _pack_leaves(
@@ -157,4 +144,4 @@ def _call_kernel(
     return run(*operands) if compiled else varying.run_untracked(run, *operands)  # type: ignore[no-any-return]
 
 
-_differentiable_pack, _differentiable_unpack = differentiate_buckets(_pack_leaves, _unpack_buffer)
+pack, unpack = make_buckets(_pack_leaves, _unpack_buffer)

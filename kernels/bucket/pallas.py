@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from txcore.kernels.bucket import xla
-from txcore.kernels.bucket.derivatives import Dtypes, Shapes, differentiate_buckets
+from txcore.kernels.bucket.derivatives import Dtypes, Shapes, make_buckets
 from txcore.kernels.common import pallas_masked as masked
 from txcore.kernels.dispatch.problem import Problem
 
@@ -45,19 +45,6 @@ def refuse_pack(problem: Problem) -> str | None:
 def refuse_unpack(problem: Problem) -> str | None:
     """Return why the kernels cannot unpack this buffer, or None."""
     return masked.explain_too_large(math.prod(problem.shapes[0]))
-
-
-def pack(*operands: jax.Array, config: Config, dtype: str, scaled: bool) -> jax.Array:
-    """Compute the op of `txcore.kernels.pack` on checked leaves, and the scale behind them."""
-    leaves, scale = (operands[:-1], operands[-1:]) if scaled else (operands, ())
-    return _differentiable_pack(leaves, scale, dtype, config)
-
-
-def unpack(
-    flat: jax.Array, *scale: jax.Array, config: Config, shapes: Shapes, dtypes: Dtypes
-) -> list[jax.Array]:
-    """Compute the op of `txcore.kernels.unpack` on a checked buffer."""
-    return _differentiable_unpack(flat, scale, shapes, dtypes, config)
 
 
 class _Part(NamedTuple):
@@ -174,4 +161,4 @@ def _unpack_buffer(
     return arrays
 
 
-_differentiable_pack, _differentiable_unpack = differentiate_buckets(_pack_leaves, _unpack_buffer)
+pack, unpack = make_buckets(_pack_leaves, _unpack_buffer)

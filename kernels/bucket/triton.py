@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from txcore import _compat
-from txcore.kernels.bucket.derivatives import Dtypes, Shapes, differentiate_buckets
+from txcore.kernels.bucket.derivatives import Dtypes, Shapes, make_buckets
 from txcore.kernels.bucket.pallas import Config
 from txcore.kernels.common import pallas_masked as masked
 from txcore.kernels.dispatch.problem import Problem
@@ -47,19 +47,6 @@ def _explain_refusal(problem: Problem, dtypes: Sequence[str], size: int) -> str 
     if not set(dtypes) <= set(_TYPES):
         return f"its kernel copies {', '.join(_TYPES)}, and got {', '.join(sorted(set(dtypes)))}"
     return masked.explain_too_large(size)
-
-
-def pack(*operands: jax.Array, config: Config, dtype: str, scaled: bool) -> jax.Array:
-    """Compute the op of `txcore.kernels.pack` on checked leaves, and the scale behind them."""
-    leaves, scale = (operands[:-1], operands[-1:]) if scaled else (operands, ())
-    return _differentiable_pack(leaves, scale, dtype, config)
-
-
-def unpack(
-    flat: jax.Array, *scale: jax.Array, config: Config, shapes: Shapes, dtypes: Dtypes
-) -> list[jax.Array]:
-    """Compute the op of `txcore.kernels.unpack` on a checked buffer."""
-    return _differentiable_unpack(flat, scale, shapes, dtypes, config)
 
 
 def _pack_leaves(
@@ -267,4 +254,4 @@ def _write_cast(name: str, made: str, old: str, new: str, tensor_of: Any) -> tup
     return [f"{made} = arith.{cast} {name} : {tensor_of(old)} to {tensor_of(new)}"], made
 
 
-_differentiable_pack, _differentiable_unpack = differentiate_buckets(_pack_leaves, _unpack_buffer)
+pack, unpack = make_buckets(_pack_leaves, _unpack_buffer)
