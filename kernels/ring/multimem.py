@@ -30,8 +30,9 @@ def check_multimem(op: str, axis: str, device: str) -> None:
         has another axis, or this jax has no such kernels.
     """
     instead = "leave algorithm= out: XLA calls NCCL there"
-    node = next((size for name, size in _NODES.items() if name in device), None)
-    if node is None or any(name in device for name in _WITHOUT_SWITCH):
+    words = device.split()  # "H200" is a part of "GH200", which has no such node
+    node = next((_NODES[word] for word in words if word in _NODES), None)
+    if node is None or any(word in words for word in _WITHOUT_SWITCH):
         raise NotImplementedError(
             f"{op} on GPUs needs those of a node with a switch that adds, {', '.join(_NODES)}, got "
             f"{device!r}: {instead}"

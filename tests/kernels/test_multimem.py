@@ -75,6 +75,7 @@ REFUSED = {
         "'NVIDIA A100-SXM4-80GB': leave algorithm= out: XLA calls NCCL there",
     ),
     "no switch": (gather, "NVIDIA H100 PCIe", {"data": 2}, "got 'NVIDIA H100 PCIe': leave"),
+    "another chip": (gather, "NVIDIA GH200 480GB", {"data": 2}, "got 'NVIDIA GH200 480GB': leave"),
     "two nodes": (gather, H100, {"data": 16}, "at most the 8 GPUs of one node, got 16: leave"),
     "another axis": (
         *(gather, H100, {"data": 2, "model": 4}),
