@@ -13,7 +13,7 @@ def add_command(commands: Any) -> None:
 
 
 def print_environment(options: argparse.Namespace) -> int:
-    """Print versions, platform, devices XLA's options and the choice of kernels; return 0."""
+    """Print versions, platform, devices, XLA's options and the choice of kernels; return 0."""
     from tabulate import tabulate
 
     from txcore.doctor import facts
