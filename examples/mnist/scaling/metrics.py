@@ -50,6 +50,7 @@ def compare_run(
         "batch_size": run["batch_size"],
         "rate_scaling": run["rate_scaling"],
         "examples": run["examples"],
+        "set_on_devices": run["set_on_devices"],
         "throughput": run["images_per_second"],
         "accuracy": run["test_accuracy"],
         "seconds": {

@@ -14,6 +14,7 @@ import models
 import numpy as np
 from data.dataset import Dataset, load
 from data.feed import Feed
+from jax.sharding import PartitionSpec as P
 from train import make_steps
 
 import txcore as tx
@@ -77,14 +78,16 @@ def time_all_reduces(mesh: tx.MeshSpec, sizes: Sequence[int]) -> list[dict[str, 
     return [{"bytes": row.size_bytes, "seconds": row.seconds} for row in rows]
 
 
-def make_engine(asked: dict[str, Any], mesh: tx.MeshSpec, steps: int, notes: Notes) -> tx.Engine:
+def make_engine(
+    asked: dict[str, Any], mesh: tx.MeshSpec, held: dict[str, P], steps: int, notes: Notes
+) -> tx.Engine:
     """Return the engine of the example at this case's learning rate."""
     more = asked["batch_size"] // asked["base_batch"] if asked["rate_scaling"] == "linear" else 1
     rate = asked["learning_rate"] * more
     warmup = min(asked["warmup"], max(steps // 4, 1))
     return tx.Engine(
         mesh=mesh,
-        plan=tx.Plan(data_parallel=tx.DP("data")),
+        plan=tx.Plan(data_parallel=tx.DP("data"), batch=held),
         optimizer=tx.optim.sgd(tx.optim.warmup(rate, warmup), momentum=0.9),
         loggers=[notes],
         seed=asked["seed"],
@@ -99,9 +102,10 @@ def measure(asked: dict[str, Any], mesh: tx.MeshSpec, dataset: Dataset) -> dict[
         return Feed(dataset, batch_size, shares, seed=asked["seed"], train_size=asked["train_size"])
 
     feed, notes, reading = feed_of(asked["batch_size"]), Notes(), list[float]()
+    held = feed.hold_on(mesh)  # as train.py does
     steps = asked["epochs"] * feed.steps_per_epoch if asked["trains"] else 0
     layers = models.layers_of(asked["model"])
-    engine = make_engine(asked, mesh, steps, notes)
+    engine = make_engine(asked, mesh, held, steps, notes)
     train_step, eval_step = make_steps(layers)
     state = engine.create_state(models.init(layers, asked["seed"]))
     if steps:
@@ -117,12 +121,15 @@ def measure(asked: dict[str, Any], mesh: tx.MeshSpec, dataset: Dataset) -> dict[
     compiled = engine.compile_seconds
     bare = {}
     for size in (asked["batch_size"], *asked["bare_batches"]):
-        batch = next(iter(feed_of(size).train(0)))
+        other = feed_of(size)
+        other.hold_on(mesh)
+        batch = next(iter(other.train(0)))
         state, bare[size] = time_bare_steps(engine, train_step, state, batch)
     gradient = sum(leaf.nbytes for leaf in jax.tree.leaves(state.stored_params))
     return {
         **describe_training(notes, bare[asked["batch_size"]], reading),
         "dataset": dataset.name,
+        "set_on_devices": bool(held),
         "compile_seconds": compiled or engine.compile_seconds,
         "bare_step_seconds": bare,
         "gradient_bytes": gradient,
