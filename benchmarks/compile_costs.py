@@ -17,6 +17,7 @@ import sys
 import time
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the compilers' plugins would look for devices
+os.environ.pop("TXCORE_CACHE", None)  # an engine would take its programs from there
 sys.path.append(str(pathlib.Path(__file__).resolve().parent / "peers"))
 sys.path.append(str(pathlib.Path(__file__).resolve().parents[1] / "examples" / "mnist"))
 

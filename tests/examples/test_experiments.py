@@ -11,7 +11,7 @@ import pytest
 from docs_cases import commands
 from scaling import advice, metrics, model
 from scaling.cases import list_cases
-from scaling.run import can_pin, run_case, usable_cores
+from scaling.run import can_pin, environment, run_case, usable_cores
 
 PAGE = "docs/experiments.md"
 COMMANDS = [line for page, line, _ in commands("bash") if "experiments.py" in line]
@@ -35,6 +35,7 @@ def make_runs(counts=(1, 2, 4), cores=2):
                 "oversubscribed": n * case.cores_per_worker > cores,
                 "steps": steps,
                 "examples": steps * case.batch_size,
+                "set_on_devices": True,
                 "train_seconds": steps * seconds,
                 "images_per_second": case.batch_size / seconds,
                 "step_seconds": BARE[str(case.batch_size // n)],
@@ -225,12 +226,18 @@ def test_ranks_train_on_their_cores_and_time_their_parts(tmp_path):
     run = run_case(case, OPTIONS, cores, tmp_path)
     assert (run["steps"], run["examples"], run["dataset"]) == (3, 96, "digits")
     assert len(run["loss_curve"]) == 3
+    assert run["set_on_devices"], "as train.py holds it"
     assert run["oversubscribed"], "two workers on one core"
     assert run["cores"] == (cores if can_pin() else run["cores"])
     assert run["compile_seconds"] > 0 < run["step_seconds"]
     assert run["gradient_bytes"] == 4 * (784 * 128 + 128 + 128 * 10 + 10)
     assert [row["bytes"] for row in run["all_reduce"]] == [4096, run["gradient_bytes"]]
     assert set(run["bare_step_seconds"]) == {"32"}
+
+
+def test_no_run_takes_what_it_compiles_from_a_folder(monkeypatch):
+    monkeypatch.setenv("TXCORE_CACHE", "kept")
+    assert "TXCORE_CACHE" not in environment()
 
 
 def test_a_rank_that_fails_is_named_with_what_it_said(tmp_path):

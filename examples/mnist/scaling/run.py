@@ -92,6 +92,8 @@ def _run(command: Sequence[str], cores: Sequence[int], threads: int, name: str) 
 
 def environment() -> dict[str, str]:
     """Return the variables of what is started: no devices but those that a case asks for."""
-    own = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")}
+    # Kept programs would be compiled in no time, all but the first run's.
+    left_out = ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES", "TXCORE_CACHE")
+    own = {name: value for name, value in os.environ.items() if name not in left_out}
     own["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HERE.parent), own.get("PYTHONPATH")]))
-    return own | {"JAX_ENABLE_COMPILATION_CACHE": "false"}  # or only the first run would compile
+    return own | {"JAX_ENABLE_COMPILATION_CACHE": "false"}
