@@ -89,18 +89,23 @@ def test_a_run_that_goes_on_with_the_set_on_devices_makes_the_same_steps(dataset
 
 
 @pytest.mark.parametrize(
-    ("limits", "fits"),
+    ("limits", "processes", "fits"),
     [
-        ([None] * 8, True),
-        ([None] * 9, False),  # copies in one memory, 128 MiB each
-        ([1 << 30, 1 << 30], True),
-        ([1 << 30, (1 << 30) - 8], False),
+        ([None] * 8, [0] * 8, True),
+        ([None] * 9, [0] * 9, False),  # copies in one memory, 128 MiB each
+        ([None] * 16, [0, 1] * 8, True),
+        ([None] * 10, [0] + [1] * 9, False),  # not here alone: all ranks decide alike
+        ([1 << 30, 1 << 30], [0, 0], True),
+        ([1 << 30, (1 << 30) - 8], [0, 0], False),
     ],
 )
-def test_the_set_is_held_where_it_fits(limits, fits):
+def test_the_set_is_held_where_it_fits(limits, processes, fits):
     array = types.SimpleNamespace(nbytes=1 << 26)
     stats = [None if limit is None else {"bytes_limit": limit} for limit in limits]
-    devices = [types.SimpleNamespace(memory_stats=lambda own=own: own) for own in stats]
+    devices = [
+        types.SimpleNamespace(memory_stats=lambda own=own: own, process_index=process)
+        for own, process in zip(stats, processes, strict=True)
+    ]
     assert fits_on(devices, [array, array]) is fits
 
 

@@ -1,6 +1,7 @@
 """The batches of one process of a run."""
 
-from collections.abc import Iterable, Iterator
+import collections
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ from data.dataset import Dataset
 
 _EVAL_BATCH = 1024  # examples, or the next multiple of the number of devices
 _SHARE = 1 / 8  # of a device's memory that the set may take
-_HOST_BYTES = 1 << 30  # that its copies on CPU devices may, which share the host's memory
+_HOST_BYTES = 1 << 30  # that its copies on a process's CPU devices may, which share its memory
 WHOLE = {"images": P(), "labels": P()}  # the leaves of a batch that are the set itself
 
 
@@ -80,7 +81,7 @@ class Feed:
           What to declare by `tx.Plan(batch=)`: the leaves that are the set; {} where it stays on
           the host.
         """
-        if not fits_on(mesh.mesh.local_devices, (*self._train, *self._test)):
+        if not fits_on(mesh.devices, (*self._train, *self._test)):
             return {}
 
         def put(images: np.ndarray, labels: np.ndarray) -> dict[str, jax.Array]:
@@ -115,12 +116,17 @@ class Feed:
         return ({**batch, **held} for batch in batches) if alone else batches
 
 
-def fits_on(devices: Any, arrays: Iterable[np.ndarray]) -> bool:
-    """Tell whether each of these devices can hold these arrays beside a training step."""
+def fits_on(devices: Sequence[Any], arrays: Iterable[np.ndarray]) -> bool:
+    """Tell whether each of these devices can hold these arrays beside a training step.
+
+    The devices are those of all processes, so that all decide alike; memory is known of one's own.
+    """
     size = sum(array.nbytes for array in arrays)
-    limits = [(device.memory_stats() or {}).get("bytes_limit") for device in devices]
+    owners = collections.Counter(device.process_index for device in devices)
+    own = [device for device in devices if device.process_index == jax.process_index()]
+    limits = [(device.memory_stats() or {}).get("bytes_limit") for device in own]
     if any(limit is None for limit in limits):
-        return size * len(limits) <= _HOST_BYTES
+        return size * max(owners.values()) <= _HOST_BYTES
     return size <= _SHARE * min(limits)
 
 
