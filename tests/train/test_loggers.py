@@ -214,6 +214,18 @@ def test_columns_are_added_where_metrics_come_later(tmp_path):
     assert rows[2][5:] == ["inf", "", "", "", "", "3"]
 
 
+def test_a_metric_called_as_a_figure_of_the_record_is_kept(tmp_path):
+    one = record("step", 2, seconds=0.25, examples=3.0, examples_per_second=7.0)
+    make("CSV", tmp_path)(one)
+    with (tmp_path / FILES["CSV"]).open(newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert (row["seconds"], row["metrics/seconds"]) == ("2.0", "0.25")
+    assert (row["examples"], row["metrics/examples"]) == ("16", "3.0")
+    make("TensorBoard", tmp_path)(one)
+    (file,) = (tmp_path / "events").iterdir()
+    assert read_events(file)[1][1]["train/examples_per_second"] == 7.0
+
+
 def test_the_bytes_of_an_event():
     """As the package tensorboard writes this event: SerializeToString, and its RecordWriter."""
     event = encode_scalars(1.5, 300, {"train/loss": 0.25})

@@ -192,7 +192,8 @@ class CSV:
     """Append each record as one row of a table to a file, flushed at once; for pandas and such.
 
     The columns are kind, step, seconds, examples and compile_seconds, then one for each metric,
-    `a/b` for what is nested. A metric that comes later (those of an evaluation) adds a column: the
+    `a/b` for what is nested, `metrics/NAME` where a metric is called as one of the first five. A
+    metric that comes later (those of an evaluation) adds a column: the
     file is written anew once, and the rows before have nothing there. A run that goes on does so
     in its file as with `JSONL`.
 
@@ -226,7 +227,10 @@ class CSV:
         key = record.kind, record.step
         if not self._rows.takes(*key, begun=record.since[0]):
             return
-        values = {printable(name): value for name, value in flatten_metrics(record.metrics).items()}
+        values = {
+            f"metrics/{name}" if name in self._COLUMNS else printable(name): value
+            for name, value in flatten_metrics(record.metrics).items()
+        }
         own = {name: getattr(record, name) for name in self._COLUMNS}
         columns = self._read_columns(self._rows.head)
         named = values if columns else {**own, **values}
@@ -275,11 +279,12 @@ _PREFIXES = {"step": "train", "eval": "eval"}  # of TensorBoard's tags, by the r
 
 
 class TensorBoard:
-    """Append each record to an event file for TensorBoard, which need not be installed.
+    """Append each step and evaluation to an event file; TensorBoard need not be installed.
 
     The metrics of steps are `train/NAME`, those of evaluations `eval/NAME`, `a/b` for what is
-    nested; `train/examples_per_second` is the mean so far. A run that goes on writes another file
-    in the same folder, and TensorBoard drops the steps that it makes again from the earlier ones.
+    nested; `train/examples_per_second` is the mean so far, unless a metric has that name. A run
+    that goes on writes another file in the same folder, and TensorBoard drops the steps that it
+    makes again from the earlier ones.
 
     Args:
       folder: of the event files, one for each run, "~" for the home; it is made if it is missing.
@@ -321,7 +326,7 @@ class TensorBoard:
             if isinstance(value, int | float)
         }
         if record.kind == "step":
-            scalars["train/examples_per_second"] = record.examples_per_second
+            scalars.setdefault("train/examples_per_second", record.examples_per_second)
         self._append(event_file.encode_scalars(time.time(), record.step, scalars))
         self._newest = key
 
