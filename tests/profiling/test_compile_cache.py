@@ -112,3 +112,9 @@ def test_a_folder_that_cannot_be_made_is_refused(monkeypatch, tmp_path):
     text = r"TXCORE_CACHE needs a folder that can be written, got .*file \(file exists\): name"
     with pytest.raises(ValueError, match=text):
         make_engine()
+    monkeypatch.setenv("TXCORE_CACHE", "~nobody-of-this-name/cache")
+    text = (
+        r"needs a folder that can be written, got ~nobody-of-.*\(could not determine home directory"
+    )
+    with pytest.raises(ValueError, match=text):
+        make_engine()

@@ -105,12 +105,12 @@ def use_cache() -> None:
     name = os.environ.get(CACHE_VARIABLE)
     if not name:
         return
-    folder = pathlib.Path(name).expanduser().absolute()
     try:
+        folder = pathlib.Path(name).expanduser().absolute()
         folder.mkdir(parents=True, exist_ok=True)
         reason = "" if os.access(folder, os.W_OK) else "permission denied"
-    except OSError as error:
-        reason = (error.strerror or str(error)).lower()
+    except (OSError, RuntimeError) as error:  # RuntimeError: no such user's home
+        reason = (getattr(error, "strerror", None) or str(error)).lower().rstrip(".")
     if reason:
         raise ValueError(
             f"{CACHE_VARIABLE} needs a folder that can be written, got {name} ({reason}): name "
