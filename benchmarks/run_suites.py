@@ -34,8 +34,11 @@ def run_pytest(path, arguments):
 
 
 def read_run(path):
-    """Return what a saved file holds."""
-    return json.loads(path.read_text(encoding="utf-8"))
+    """Return what a saved file holds; None of a run that was ended before it was written."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return None
 
 
 def key_of(run):
@@ -47,12 +50,14 @@ def key_of(run):
 
 
 def find_last(now, path):
-    """Return the newest earlier run like `now`, and its name; None where there is none."""
+    """Return the newest earlier run that `now` compares with, and its name; None without one.
+
+    It is of the same machine and versions, and has a benchmark in common: others may be parts.
+    """
     for other in sorted(SAVED.glob("*.json"), reverse=True):
-        if other != path:
-            run = read_run(other)
-            if key_of(run) == key_of(now):
-                return run, other.name
+        run = None if other == path else read_run(other)
+        if run is not None and key_of(run) == key_of(now) and compare(now, run):
+            return run, other.name
     return None
 
 
@@ -148,16 +153,16 @@ def main():
     SAVED.mkdir(exist_ok=True)
     path = SAVED / f"{datetime.datetime.now():%Y%m%d_%H%M%S}.json"
     code = run_pytest(path, sys.argv[1:])
-    if not path.exists() or not path.stat().st_size:
+    now = read_run(path) if path.exists() else None
+    if now is None:
         path.unlink(missing_ok=True)
         return code or 1
-    now = read_run(path)
     last = find_last(now, path)
     compared = compare(now, last[0]) if last else {}
     if compared:
         print("\n".join(describe(compared, last[1])))
     else:
-        print("no earlier run on this machine with these versions: nothing to compare with")
+        print("no earlier run of these on this machine and these versions to compare with")
     print(f"saved {path.relative_to(ROOT)}")
     if importlib.util.find_spec("matplotlib") is None:
         print("no page of plots: it needs matplotlib, found none: install txcore[examples]")

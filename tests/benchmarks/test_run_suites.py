@@ -71,6 +71,20 @@ def test_the_last_run_is_the_newest_of_this_machine_and_these_versions(tmp_path,
     assert run_suites.find_last(make_run(NOW, node="new"), now) is None
 
 
+def test_parts_and_runs_that_were_ended_are_passed_over(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_suites, "SAVED", tmp_path)
+    whole, part = make_run(BEFORE), make_run({("steps", "old"): 1.0})
+    for name, text in {
+        "20260101_000000": json.dumps(whole),
+        "20260102_000000": json.dumps(part),
+        "20260103_000000": "",
+        "20260104_000000": json.dumps(whole)[:50],
+    }.items():
+        (tmp_path / f"{name}.json").write_text(text)
+    found = run_suites.find_last(make_run(NOW), tmp_path / "20260105_000000.json")
+    assert found == (whole, "20260101_000000.json")
+
+
 @pytest.mark.parametrize("compared", [True, False])
 def test_the_page_is_drawn(compared, tmp_path):
     pytest.importorskip("matplotlib")
