@@ -1,11 +1,13 @@
-"""What does not go together in a `Plan`, whatever the mesh and the model."""
+"""What does not go together in a `Plan`, whatever the model."""
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from jax.sharding import PartitionSpec as P
 
 from txcore.layout import axes_of, entry_axes
+from txcore.parallel.gradients.algorithms import is_power_of_two
 from txcore.plan.rules import check_rules
 
 _EXAMPLES = {
@@ -126,6 +128,21 @@ def check_together(plan: Any) -> None:
             f"Plan needs gradients that are averaged in each step with context={plan.context!r}, "
             f"along which the devices have parts of the same sequences, got DP({option}): leave "
             "one of them out"
+        )
+
+
+def check_adasum(plan: Any, sizes: Mapping[str, int]) -> None:
+    """Refuse Adasum over devices that cannot be joined in pairs.
+
+    Raises:
+      ValueError: with their number.
+    """
+    devices = math.prod(sizes[axis] for axis in plan.data_axes)
+    adds = plan.data_parallel is not None and plan.data_parallel.reduction == "adasum"
+    if adds and not is_power_of_two(devices):
+        raise ValueError(
+            "DP(reduction='adasum') needs 1, 2, 4, 8, ... devices over its axes, which it "
+            f"joins in pairs, got {devices}: take a power of two, or reduction='mean'"
         )
 
 

@@ -1,7 +1,6 @@
 """Plans: what is parallel over which mesh axis."""
 
 import html
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
@@ -15,13 +14,13 @@ from txcore.mesh import MeshSpec
 from txcore.optim import Optimizer, as_optimizer
 from txcore.optim.optimizer import Exchanges
 from txcore.parallel import local_sgd
-from txcore.parallel.gradients.algorithms import is_power_of_two
 from txcore.parallel.gradients.buckets import BucketLayout
 from txcore.parallel.gradients.compression import as_compression
 from txcore.parallel.predicted import Predicted
 from txcore.plan.batch_specs import axes_of_one_device, batch_specs
 from txcore.plan.checks import (
     axes_by_kind,
+    check_adasum,
     check_axes,
     check_kinds,
     check_shards_in_stages,
@@ -102,10 +101,6 @@ class Plan:
         check_together(self)
 
     @property
-    def _reduction(self) -> str:
-        return "mean" if self.data_parallel is None else self.data_parallel.reduction
-
-    @property
     def sync_options(self) -> dict[str, Any]:
         """The options with which a step's `state.sync_gradients` averages."""
         dp = self.data_parallel
@@ -148,12 +143,7 @@ class Plan:
             for key, spec in specs.items():
                 for axis in axes_of(spec):
                     mesh.check_axis(axis, f"Plan({option}={{{key!r}: ...}})")
-        devices = math.prod(mesh.shape[axis] for axis in self.data_axes)
-        if self._reduction == "adasum" and not is_power_of_two(devices):
-            raise ValueError(
-                "DP(reduction='adasum') needs 1, 2, 4, 8, ... devices over its axes, which it "
-                f"joins in pairs, got {devices}: take a power of two, or reduction='mean'"
-            )
+        check_adasum(self, mesh.shape)
         check_shards_in_stages(self, mesh.shape)
 
     def active_data_axes(self, mesh: MeshSpec) -> tuple[str, ...]:
@@ -277,11 +267,10 @@ class Plan:
         Returns:
           For data parallelism one all-reduce of the gradients over the data axes for each dtype,
           of a parameter's part where it is stored in parts; with `buckets` and `algorithm` what is
-          sent of each bucket; with `sync_every` one of the parameters
-          in one step of so many; with Adasum or a compression what that sends. For parameters in
-          parts also one of the
-          squared norm, where the optimizer `clips`, and one of whether all are finite, where the
-          step `skips`. For a pipeline its permutes, over all ticks of a step, and the sums over its
+          sent of each bucket; with `sync_every` one of the parameters in one step of so many; with
+          Adasum or a compression what that sends. For parameters in parts also one of the squared
+          norm, where the optimizer `clips`, and one of whether all are finite, where the step
+          `skips`. For a pipeline its permutes, over all ticks of a step, and the sums over its
           stages of the loss and of the gradients of what all stages have. Nothing over axes of one
           device.
 
