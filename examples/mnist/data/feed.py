@@ -124,7 +124,7 @@ def fits_on(devices: Sequence[Any], arrays: Iterable[np.ndarray]) -> bool:
     size = sum(array.nbytes for array in arrays)
     owners = collections.Counter(device.process_index for device in devices)
     own = [device for device in devices if device.process_index == jax.process_index()]
-    limits = [(device.memory_stats() or {}).get("bytes_limit") for device in own]
+    limits: list[Any] = [(device.memory_stats() or {}).get("bytes_limit") for device in own]
     if any(limit is None for limit in limits):
         return size * max(owners.values()) <= _HOST_BYTES
     return size <= _SHARE * min(limits)
