@@ -41,6 +41,7 @@ def make_runs(counts=(1, 2, 4), cores=2):
                 "step_seconds": BARE[str(case.batch_size // n)],
                 "input_seconds": 0.004,
                 "test_accuracy": 0.98 if linear else 0.97,
+                "test_examples": 10_000,
                 "loss_curve": [2.3 / (1 + i) for i in range(steps)],
                 "compile_seconds": 1.5,
                 "bare_step_seconds": BARE,
@@ -153,12 +154,18 @@ def test_the_advice_says_its_figures():
         "input workers: reading ahead on a thread (prefetch 2) runs at 1.00 of reading when a step "
         "is due: no difference that can be told; input adds 4.0% to a step",
         "learning rate: batch 256 after as many examples: 97.00% at the same rate, 98.00% at 2 "
-        "times it: scale it",
+        "times it (noise 0.44 points): scale it",
         "learning rate: batch 512 after as many examples: 97.00% at the same rate, 98.00% at 4 "
-        "times it: scale it",
+        "times it (noise 0.44 points): scale it",
         "noise: the same step took 1.00 of its time at the end; differences below 2% are not told "
         "apart",
     ]
+
+
+def test_accuracies_of_few_examples_decide_no_learning_rate():
+    runs = [run | {"test_examples": 360} for run in make_runs()]  # about the digits'
+    said = advice.give_advice(metrics.compare_runs(runs, CARRIED, cores=2))
+    assert said[-2].endswith("(noise 2.33 points): either, they cannot be told apart")
 
 
 def test_figures_of_a_busy_machine_are_doubtful():

@@ -1,11 +1,12 @@
 """What the runs advise, each sentence with the figures that it is taken from."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 Rows = Sequence[Mapping[str, Any]]
 _BEYOND, _DRIFTS = 1.15, 0.1  # an efficiency that caches do not explain; of a step's time
-_TELLS = 0.02  # of a rate, or of an accuracy's points: no smaller difference is worth a word
+_TELLS = 0.02  # of a rate: no smaller difference is worth a word
 
 
 def give_advice(metrics: Mapping[str, Any]) -> list[str]:
@@ -77,11 +78,24 @@ def _advise_rate(rows: Rows) -> list[str]:
     for n in sorted({row["workers"] for row in weak}):
         own = {row["rate_scaling"]: row["accuracy"] for row in weak if row["workers"] == n}
         if len(own) == 2:
-            gain = 100 * (own["linear"] - own["none"])
-            verdict = "scale it" if gain > 0.1 else "do not scale it" if gain < -0.1 else "either"
-            size = next(row["batch_size"] for row in weak if row["workers"] == n)
+            row = next(row for row in weak if row["workers"] == n)
+            gain = own["linear"] - own["none"]
+            noise = _noise_of_accuracies(own["linear"], own["none"], row["test_examples"])
+            verdict = "scale it" if gain > 0 else "do not scale it"
+            verdict = verdict if abs(gain) > noise else "either, they cannot be told apart"
             said.append(
-                f"learning rate: batch {size} after as many examples: {100 * own['none']:.2f}% at "
-                f"the same rate, {100 * own['linear']:.2f}% at {n} times it: {verdict}"
+                f"learning rate: batch {row['batch_size']} after as many examples: "
+                f"{100 * own['none']:.2f}% at the same rate, {100 * own['linear']:.2f}% at {n} "
+                f"times it (noise {100 * noise:.2f} points): {verdict}"
             )
     return said
+
+
+def _noise_of_accuracies(first: float, second: float, examples: int) -> float:
+    """Return two standard errors of the difference of two accuracies.
+
+    Example:
+      >>> round(_noise_of_accuracies(0.5, 0.5, 10_000), 4)
+      0.0141
+    """
+    return 2 * math.sqrt((first * (1 - first) + second * (1 - second)) / examples)

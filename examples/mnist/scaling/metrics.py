@@ -53,6 +53,7 @@ def compare_run(
         "set_on_devices": run["set_on_devices"],
         "throughput": run["images_per_second"],
         "accuracy": run["test_accuracy"],
+        "test_examples": run["test_examples"],
         "seconds": {
             "compile": run["compile_seconds"],
             "train": run["train_seconds"],

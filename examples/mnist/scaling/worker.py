@@ -129,6 +129,7 @@ def measure(asked: dict[str, Any], mesh: tx.MeshSpec, dataset: Dataset) -> dict[
     return {
         **describe_training(notes, bare[asked["batch_size"]], reading),
         "dataset": dataset.name,
+        "test_examples": len(dataset.test_labels),
         "set_on_devices": bool(held),
         "compile_seconds": compiled or engine.compile_seconds,
         "bare_step_seconds": bare,
