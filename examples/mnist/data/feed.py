@@ -99,13 +99,18 @@ class Feed:
     def train(self, epoch: int) -> Iterable[Any]:
         """Return the batches of one epoch."""
         held = None if self._held is None else self._held[0]
-        order = {"batch_size": self._batch_size, "seed": self._seed, "epoch": epoch}
+        order: dict[str, Any] = {"batch_size": self._batch_size, "seed": self._seed, "epoch": epoch}
         return self._batches(held, *self._train, **order)
 
     def test(self) -> Iterable[Any]:
         """Return the test set in order."""
         held = None if self._held is None else self._held[1]
-        order = {"batch_size": self._eval_batch, "seed": 0, "epoch": 0, "shuffle": False}
+        order: dict[str, Any] = {
+            "batch_size": self._eval_batch,
+            "seed": 0,
+            "epoch": 0,
+            "shuffle": False,
+        }
         return self._batches(held, *self._test, **order)
 
     def _batches(
