@@ -70,17 +70,17 @@ def prepare(model, form, args):
         own = gpt_plain.prepare_engine if form == "txcore" else gpt_plain.prepare_plain
         made = own(args.layers)
     compile_one = audit if form == "txcore" else compile_plain
-    return lambda: compile_one(*made, args.target)
+    return lambda: compile_one(args.target, *made)
 
 
-def audit(engine, step, state, batch, target):
+def audit(target, engine, step, state, batch):
     """Compile a step of an engine and account for its collectives."""
     if target is None:
         return engine.audit(step, state, batch)
     return engine.audit(step, state, batch, target=target, mesh=dict(engine.mesh.shape))
 
 
-def compile_plain(step, arrays, specs, target):
+def compile_plain(target, step, arrays, specs):
     """Compile plain jax's step."""
     if target is None:
         mesh, options = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",)), {}

@@ -25,7 +25,7 @@ chromium._SECONDS = 600  # axe takes long where other tests run
 AXE = os.environ.get("TXCORE_AXE")
 SITE = os.environ.get("TXCORE_SITE")
 pytestmark = pytest.mark.skipif(not AXE, reason="TXCORE_AXE names no axe.min.js")
-FORMS = ((1280, False), (1280, True), (400, False), (400, True))
+FORMS: tuple[tuple[int, bool], ...] = ((1280, False), (1280, True), (400, False), (400, True))
 SHOWN = ("index", "tour", "concepts", "your-model", "collectives", "api/profiling")
 RUN = """axe.run(document, {runOnly:
   ["wcag2a", "wcag2aa", "wcag21aa", "wcag22aa", "best-practice"]})
@@ -54,17 +54,18 @@ def list_violations(browser, file, width, dark):
 
 
 def find_pages(folder):
-    """Return the pages to look at, each with the forms in which it is."""
-    pages = [(file, FORMS) for file in write_reports(folder)]
+    """Return the pages to look at, and the forms of each."""
+    pages = dict.fromkeys(write_reports(folder), FORMS)
     if SITE:
-        pages += [((ROOT / SITE / f"docs/{name}.html").resolve(), FORMS[::3]) for name in SHOWN]
+        site = [(ROOT / SITE / f"docs/{name}.html").resolve() for name in SHOWN]
+        pages |= dict.fromkeys(site, (FORMS[0], FORMS[3]))
     return pages
 
 
 def test_axe_finds_no_violation(tmp_path):
     found = {}
     with chromium.start(chromium.find()) as browser:
-        for file, forms in find_pages(tmp_path):
+        for file, forms in find_pages(tmp_path).items():
             for width, dark in forms:
                 if violations := list_violations(browser, file, width, dark):
                     found[file.name, width, dark] = violations

@@ -3,6 +3,7 @@
 import pathlib
 import re
 import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +38,7 @@ def test_every_function_that_is_named_exists(page):
     text = re.sub(r"^\| `tx\..*?\|", "|", text, flags=re.MULTILINE) if "migrate" in page else text
     absent = []
     for name in sorted(set(re.findall(r"`tx((?:\.[a-zA-Z_]\w*)+)", text))):
-        found = tx
+        found: Any = tx
         for part in name[1:].split("."):
             found = getattr(found, part, None)
         if found is None:

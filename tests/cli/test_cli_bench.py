@@ -150,8 +150,8 @@ def test_the_fastest_algorithm_is_recorded(capsys, tmp_path, monkeypatch):
     assert len(read_entries(file)) == 2
     simulated = ["--mesh", "data=2", "--algorithm", "plain,remote_dma", "--record"]
     assert cli.main(["bench", *simulated]) == 2
-    said = "--record needs measured times, and remote_dma is simulated on cpu: leave it out"
-    assert said in capsys.readouterr().err
+    refusal = "--record needs measured times, and remote_dma is simulated on cpu: leave it out"
+    assert refusal in capsys.readouterr().err
     file.write_text("[")
     assert cli.main(["bench", *given]) == 2
     assert f"the tuning file {file} needs JSON" in capsys.readouterr().err

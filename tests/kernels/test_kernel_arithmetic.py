@@ -125,8 +125,8 @@ def test_the_page_shows_what_a_tpus_strips_move_and_multiply(name):
     x, w = TPU_ROWS[name]
     options = (("activation", "relu"), ("padding", "SAME"), ("pool", 2))
     problem = Problem("conv2d", "tpu", "TPU v5 lite", (x, w, w[3:]), ("bfloat16",) * 3, options)
-    structs = (jax.ShapeDtypeStruct(dims, "bfloat16") for dims in (x, w))
-    geometry = Geometry.from_shapes(*structs, "relu", 2, "SAME")
+    images, filters = (jax.ShapeDtypeStruct(dims, "bfloat16") for dims in (x, w))
+    geometry = Geometry.from_shapes(images, filters, "relu", 2, "SAME")
     strips = Strips.from_config(geometry, mosaic.list_configs(problem)[0])
     tiles = math.ceil(strips.depth / 128) * 128  # of the matrix unit
     multiplied = 2 * strips.flops * tiles / strips.depth  # two blocks of 128 images

@@ -3,6 +3,7 @@
 import dataclasses
 import re
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -99,7 +100,7 @@ def test_dropout_in_several_tiles(simulated):
     assert_close([got], [np.where(kept, np.asarray(x, np.float64) / 0.7, 0)])
 
 
-CONVS = {
+CONVS: dict[str, Any] = {
     "pool": ((5, 8, 9, 1), (5, 5, 1, 6), {"activation": "relu", "pool": 2}),
     "valid": ((5, 7, 6, 3), (2, 3, 3, 4), {"pool": 2, "padding": "VALID"}),
     "plain": ((5, 4, 6, 2), (3, 3, 2, 3), {}),
@@ -110,9 +111,7 @@ CONVS = {
 def test_a_convolution_in_several_blocks_of_images(simulated, name):
     x, w, options = CONVS[name]
     args = normals(x, w, w[3:])
-    op = partial(
-        *(kernels.conv2d,), **options, implementation="mosaic_tpu", config=strips.Config(2, 3)
-    )
+    op = partial(kernels.conv2d, implementation="mosaic_tpu", config=strips.Config(2, 3), **options)
     out, truths = oracles.conv2d(*args, g=lambda out: out, **options)
     assert_close(with_gradients(op, args), (out, *truths))
 

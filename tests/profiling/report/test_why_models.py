@@ -35,7 +35,8 @@ def shard_by_rule(params, mesh):
 
 
 def flax_step(mesh):
-    linen = pytest.importorskip("flax.linen")
+    pytest.importorskip("flax")
+    from flax import linen
 
     class Block(linen.Module):
         @linen.compact
@@ -58,7 +59,8 @@ def flax_step(mesh):
 
 
 def equinox_step(mesh):
-    eqx = pytest.importorskip("equinox")
+    pytest.importorskip("equinox")
+    import equinox as eqx
 
     class Block(eqx.Module):
         q: eqx.nn.Linear
