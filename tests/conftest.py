@@ -15,6 +15,7 @@ from txcore import _compat
 # The hundreds of processes that tests start need not compile our own modules each time.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 os.environ["TXCORE_TUNING"] = ""  # what was tuned on this machine changes no test
+os.environ.pop("TXCORE_CACHE", None)  # nor does what was compiled before
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])  # jax read it when imported
 _compat.simulate_cpu_devices(int(os.environ.get("JAX_NUM_CPU_DEVICES", "8")))
