@@ -86,9 +86,9 @@ def prepare_forms(args):
         "bare step": run_bare,
         "fit, as train.py": run_on_devices(),
         "fit, cut by the host": run_fit(feed.train),
-        "the same, prefetch=0": run_fit(feed.train, prefetch=0),
+        "cut by the host, prefetch=0": run_fit(feed.train, prefetch=0),
         "a loader of 80% of a step": run_fit(slow),
-        "the same, prefetch=0 ": run_fit(slow, prefetch=0),
+        "that loader, prefetch=0": run_fit(slow, prefetch=0),
     }
 
 
@@ -114,7 +114,7 @@ def main():
         rate = images / statistics.median(own)
         pace = statistics.median(b / o for o, b in zip(own, times["bare step"], strict=True))
         work = statistics.median(o / b for o, b in zip(cpu[name], cpu["bare step"], strict=True))
-        rows.append((name.strip(), f"{rate:,.0f}", f"{pace:.3f}", f"{work:.3f}"))
+        rows.append((name, f"{rate:,.0f}", f"{pace:.3f}", f"{work:.3f}"))
     print(f"{args.model}, {args.devices} devices, {images} images a step, jax {jax.__version__}")
     heads = ("form", "images/s", "x bare", "CPU time x bare")
     print(tabulate(rows, heads, tablefmt="github", disable_numparse=True))
