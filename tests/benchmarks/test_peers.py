@@ -402,6 +402,7 @@ def test_contenders_are_chosen_by_words():
         "plain jax (2 processes)",
         "PyTorch DDP",
         "PyTorch DDP (usual form)",
+        "PyTorch DDP bfloat16",
     ]
 
 
