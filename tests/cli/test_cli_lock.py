@@ -184,4 +184,4 @@ def test_what_nobody_asked_for_and_what_the_program_is_are_locked_on_request(cap
     assert '"proofs": [' in text
     assert cli.main(["lock", "update", *args, "--allow", "none"]) == 1
     assert cli.main(["lock", "update", *args, "--allow", "user"]) == 2
-    assert "allow needs origins of what nobody asked for" in capsys.readouterr().err
+    assert "allow needs origins that are refused, of partitioner, " in capsys.readouterr().err

@@ -217,7 +217,7 @@ def test_a_program_that_could_not_be_audited_fails(tmp_path):
         (["--", "nothing.py"], "there is no file nothing.py"),
         (["--", "no-such-command"], "found no command no-such-command"),
         (["--first", "1", "m:f"], "--first is for a command after --"),
-        (["--allow", "user", "m:f"], "allow needs origins of what nobody asked for"),
+        (["--allow", "user", "m:f"], "allow needs origins that are refused, of partitioner, "),
     ],
 )
 def test_what_does_not_go_together_is_refused(args, error, capsys, monkeypatch, tmp_path):

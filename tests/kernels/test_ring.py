@@ -188,7 +188,7 @@ def test_what_no_ring_can_run_is_refused():
     params = simulated()
     refused(
         NotImplementedError,
-        "ring_all_reduce needs TPUs, whose remote DMA it is written for, got platform 'cpu': leave "
+        "ring_all_reduce needs TPUs, or the GPUs of one node, got platform 'cpu': leave "
         "algorithm= out, or to test the kernel on CPU pass interpret=True",
         lambda v: ring.ring_all_reduce(v, "data"),
     )
