@@ -19,7 +19,7 @@ from txcore import kernels
 ALL = os.environ.get("TXCORE_ALL_PLANS") == "1"
 DILOCO = tx.optim.sgd(0.1, momentum=0.9, nesterov=True)  # the rate of docs/local-sgd.md
 SGD = tx.optim.sgd(tx.optim.warmup(0.02, 100), momentum=0.9)
-# A delay leaves momentum a small stable rate: with SGD it ends at 98.8% and a few images either way.
+# A delay leaves momentum a small stable rate: with SGD it ends at 98.8%, a few images either way.
 OPTIMIZERS = {"delayed": tx.optim.adamw(tx.optim.warmup(0.001, 100))}
 PLANS = {
     "plain": {},
