@@ -1,29 +1,12 @@
 """What plans, meshes and schedules show in a notebook: all of it, and escaped."""
 
-from html.parser import HTMLParser
-
 import jax
 import pytest
+from markup import Tags
 
 import txcore as tx
 
 EVIL = "<script>alert('&amp;')</script>"
-
-
-class Tags(HTMLParser):
-    """The elements of some markup, and its text."""
-
-    def __init__(self, markup):
-        super().__init__()
-        self.found, self.text = [], ""
-        self.feed(markup)
-        self.close()
-
-    def handle_starttag(self, tag, attributes):
-        self.found.append((tag, dict(attributes)))
-
-    def handle_data(self, data):
-        self.text += data
 
 
 def mesh(*axes, shape):

@@ -149,3 +149,8 @@ def split_index(index: Any, *sizes: int) -> tuple[Any, ...]:
 def lies_within(row: Any, column: Any, height: int, width: int) -> Any:
     """Tell which pixels lie inside an image of this size."""
     return (row >= 0) & (row < height) & (column >= 0) & (column < width)
+
+
+def ceil_div(size: int, block: int) -> int:
+    """Return how many blocks cover a size."""
+    return -(-size // block)

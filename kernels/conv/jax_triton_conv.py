@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from txcore.kernels.common import jax_triton_calls
-from txcore.kernels.conv.geometry import Blocks, Geometry
+from txcore.kernels.conv.geometry import Blocks, Geometry, ceil_div
 from txcore.kernels.dispatch.problem import Problem
 
 Residuals = tuple[jax.Array, jax.Array, jax.Array | None]
@@ -67,7 +67,7 @@ def _forward(
     # window's elements was chosen, and whether ReLU passed it.
     has_choice = geometry.pool > 1 or geometry.relu
     size = geometry.window_count * geometry.features
-    grid = (_ceil_div(geometry.window_count, blocks.pixels), _count_columns(geometry, blocks))
+    grid = (ceil_div(geometry.window_count, blocks.pixels), _count_columns(geometry, blocks))
     out, *choice = _call_kernel(
         "forward",
         grid,
@@ -112,7 +112,7 @@ def _data_gradient(
 ) -> jax.Array:
     shape = (geometry.batch, geometry.height, geometry.width)
     pixels = geometry.batch * geometry.height * geometry.width
-    grid = (_ceil_div(pixels, options["pixels"]), _ceil_div(geometry.channels, blocks.channels))
+    grid = (ceil_div(pixels, options["pixels"]), ceil_div(geometry.channels, blocks.channels))
     results = [(pixels * geometry.channels, w.dtype)]
     (dx,) = _call_kernel("data_gradient", grid, results, geometry, blocks, w, *sources, **options)
     return dx.reshape(*shape, geometry.channels)
@@ -125,10 +125,10 @@ def _filter_gradient(
     blocks: Blocks,
     options: dict[str, Any],
 ) -> jax.Array:
-    all_steps = _ceil_div(geometry.window_count, blocks.pixels)
-    steps = _ceil_div(all_steps, min(blocks.splits, all_steps))
-    splits = _ceil_div(all_steps, steps)
-    tiles = _ceil_div(geometry.depth, blocks.depth) * _count_columns(geometry, blocks)
+    all_steps = ceil_div(geometry.window_count, blocks.pixels)
+    steps = ceil_div(all_steps, min(blocks.splits, all_steps))
+    splits = ceil_div(all_steps, steps)
+    tiles = ceil_div(geometry.depth, blocks.depth) * _count_columns(geometry, blocks)
     results = [(splits * geometry.depth * geometry.features, geometry.accumulator)]
     (sums,) = _call_kernel(
         *("filter_gradient", (splits, tiles), results, geometry, blocks, x, *sources),
@@ -178,8 +178,4 @@ def _call_kernel(
 
 def _count_columns(geometry: Geometry, blocks: Blocks) -> int:
     """Return how many blocks of features there are."""
-    return _ceil_div(geometry.features, blocks.channels)
-
-
-def _ceil_div(size: int, block: int) -> int:
-    return -(-size // block)
+    return ceil_div(geometry.features, blocks.channels)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from txcore.kernels.common import pallas_masked as masked
 from txcore.kernels.conv import pallas_kernels, pallas_taps
-from txcore.kernels.conv.geometry import Blocks, Geometry
+from txcore.kernels.conv.geometry import Blocks, Geometry, ceil_div
 from txcore.kernels.dispatch.problem import Problem
 
 Residuals = tuple[jax.Array, jax.Array, jax.Array | None]
@@ -94,8 +94,8 @@ def _forward(
     # window's elements was chosen, and whether ReLU passed it.
     chosen = [(size, jnp.dtype(jnp.int8))] if geometry.pool > 1 or geometry.relu else []
     grid = (
-        _ceil_div(geometry.window_count, blocks.pixels),
-        _ceil_div(geometry.features, blocks.channels),
+        ceil_div(geometry.window_count, blocks.pixels),
+        ceil_div(geometry.features, blocks.channels),
     )
     out, *choice = _call_kernel(kernel, grid, [(size, x.dtype), *chosen], blocks, x, w, b)
     out = out.reshape(geometry.batch, *geometry.pooled_size, geometry.features)
@@ -124,7 +124,7 @@ def _data_gradient(
 ) -> jax.Array:
     kernel = partial(pallas_kernels.data_gradient, geometry=geometry, blocks=blocks)
     pixels = geometry.batch * geometry.height * geometry.width
-    grid = (_ceil_div(pixels, blocks.pixels), _ceil_div(geometry.channels, blocks.channels))
+    grid = (ceil_div(pixels, blocks.pixels), ceil_div(geometry.channels, blocks.channels))
     size = pixels * geometry.channels
     (dx,) = _call_kernel(kernel, grid, [(size, w.dtype)], blocks, w, *sources)
     return dx.reshape(geometry.batch, geometry.height, geometry.width, geometry.channels)
@@ -133,11 +133,11 @@ def _data_gradient(
 def _filter_gradient(
     x: jax.Array, sources: tuple[jax.Array, ...], geometry: Geometry, blocks: Blocks
 ) -> jax.Array:
-    all_steps = _ceil_div(geometry.window_count * geometry.pool**2, blocks.pixels)
-    steps = _ceil_div(all_steps, min(blocks.splits, all_steps))
-    splits = _ceil_div(all_steps, steps)
+    all_steps = ceil_div(geometry.window_count * geometry.pool**2, blocks.pixels)
+    steps = ceil_div(all_steps, min(blocks.splits, all_steps))
+    splits = ceil_div(all_steps, steps)
     kernel = partial(pallas_kernels.filter_gradient, geometry=geometry, blocks=blocks, steps=steps)
-    tiles = _ceil_div(geometry.depth, blocks.depth) * _ceil_div(geometry.features, blocks.channels)
+    tiles = ceil_div(geometry.depth, blocks.depth) * ceil_div(geometry.features, blocks.channels)
     size = splits * geometry.depth * geometry.features
     results = [(size, geometry.accumulator)]
     (sums,) = _call_kernel(kernel, (splits, tiles), results, blocks, x, *sources)
@@ -148,11 +148,11 @@ def _filter_gradient(
 def _filter_and_bias_gradients(
     x: jax.Array, sources: tuple[jax.Array, ...], geometry: Geometry, blocks: Blocks
 ) -> tuple[jax.Array, jax.Array]:
-    all_steps = max(_ceil_div(geometry.window_count, blocks.windows), 1)
-    steps = _ceil_div(all_steps, min(blocks.splits, all_steps))
-    splits = _ceil_div(all_steps, steps)
+    all_steps = max(ceil_div(geometry.window_count, blocks.windows), 1)
+    steps = ceil_div(all_steps, min(blocks.splits, all_steps))
+    splits = ceil_div(all_steps, steps)
     kernel = partial(pallas_taps.filter_gradient, geometry=geometry, blocks=blocks, steps=steps)
-    grid = (splits, geometry.rows, _ceil_div(geometry.features, blocks.channels))
+    grid = (splits, geometry.rows, ceil_div(geometry.features, blocks.channels))
     taps = geometry.columns * geometry.channels
     results = [(splits * geometry.rows * (taps + 1) * geometry.features, geometry.accumulator)]
     (sums,) = _call_kernel(kernel, grid, results, blocks, x, *sources)
@@ -171,7 +171,3 @@ def _call_kernel(
     return masked.call_kernel(
         kernel, grid, results, *operands, warps=blocks.warps, stages=blocks.stages
     )
-
-
-def _ceil_div(size: int, block: int) -> int:
-    return -(-size // block)

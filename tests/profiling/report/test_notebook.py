@@ -2,31 +2,15 @@
 
 import dataclasses
 import html
-from html.parser import HTMLParser
 
 import jax.numpy as jnp
 import pytest
 from html_cases import HOSTILE, ROW
+from markup import Tags
 
 from txcore.profiling import Report, costs, lock
 
 EVIL = "".join(HOSTILE)
-
-
-class Tags(HTMLParser):
-    """The elements of some markup, with their attributes, and its text."""
-
-    def __init__(self, markup):
-        super().__init__()
-        self.found, self.text = [], ""
-        self.feed(markup)
-        self.close()
-
-    def handle_starttag(self, tag, attributes):
-        self.found.append((tag, dict(attributes)))
-
-    def handle_data(self, data):
-        self.text += data
 
 
 def of_evil():

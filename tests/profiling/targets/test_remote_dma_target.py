@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from audit_cases import P, on, shape
-from target_cases import available
+from target_cases import audit_remote_exchange, available
 
 import txcore as tx
 from txcore import kernels
@@ -115,24 +115,7 @@ def test_products_and_their_transposes(target, sizes, dtype):
 @pytest.mark.parametrize("shard, kernels_of", [(None, 2), ("gradients", 1)])
 def test_a_step_by_its_plan(shard, kernels_of):
     """The plan predicts what the exchange of gradients sends: a scatter alone where they stay."""
-    plan = tx.Plan(data_parallel=tx.DP("data", shard=shard, algorithm="remote_dma"))
-    engine = tx.Engine(
-        mesh=tx.MeshSpec(jax.devices()[:1], axes=("data",)), plan=plan, optimizer=tx.optim.sgd(0.1)
-    )
-
-    @tx.step_fn
-    def step(state, batch):
-        def loss_of(params):
-            return tx.example_mean(batch["x"] @ params["w"], axis="data")
-
-        loss, grads = tx.value_and_grad(loss_of)(state.params)
-        grads, state = state.sync_gradients(grads)
-        return state.apply_gradients(grads=grads), {"loss": tx.pmean(loss, "data")}
-
-    state = engine.create_state({"w": jnp.zeros(1000)})
-    batch = {"x": jnp.zeros((1, 1000))}
-    target = available("tpu:v5e:2x4")
-    report = engine.audit(step, state, batch, target=target, mesh={"data": 8})
+    report = audit_remote_exchange(shard, "tpu:v5e:2x4")
     assert report.status == "proved", report
     [line] = [line for line in report.plan if line.what == "gradients"]
     sent = kernels_of * 7 * 8192

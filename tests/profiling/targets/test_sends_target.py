@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from audit_cases import P, on, shape
 from jax import lax
-from target_cases import available
+from target_cases import audit_remote_exchange, available
 
 import txcore as tx
 from txcore.profiling import audit
@@ -118,23 +118,7 @@ def test_collectives_by_the_switch(dtype):
 @pytest.mark.parametrize("shard, sent", [(None, (8, 1)), ("gradients", (8,))])
 def test_a_step_by_its_plan(shard, sent):
     """The plan predicts what the exchange of gradients sends: of 1,000, eight shards in tiles."""
-    plan = tx.Plan(data_parallel=tx.DP("data", shard=shard, algorithm="remote_dma"))
-    engine = tx.Engine(
-        mesh=tx.MeshSpec(jax.devices()[:1], axes=("data",)), plan=plan, optimizer=tx.optim.sgd(0.1)
-    )
-
-    @tx.step_fn
-    def step(state, batch):
-        def loss_of(params):
-            return tx.example_mean(batch["x"] @ params["w"], axis="data")
-
-        loss, grads = tx.value_and_grad(loss_of)(state.params)
-        grads, state = state.sync_gradients(grads)
-        return state.apply_gradients(grads=grads), {"loss": tx.pmean(loss, "data")}
-
-    state = engine.create_state({"w": jnp.zeros(1000)})
-    batch = {"x": jnp.zeros((1, 1000))}
-    report = engine.audit(step, state, batch, target=available(TARGET), mesh={"data": 8})
+    report = audit_remote_exchange(shard, TARGET)
     assert report.status == "proved", report
     kernels = [row.payload_bytes for row in report.collectives if row.kind == "remote-dma"]
     assert kernels == [shards * 2 * 4096 for shards in sent]
